@@ -1,0 +1,272 @@
+"""Algorithm 1 of FedSS (Waghmare et al. 2022, arXiv 2203.04888) on one page.
+
+Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone parameters,
+S requested classes, U classes touched in a round.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedss.class_rows import ClassRows
+from fedss.errors import DivergedError
+from fedss.methods import Method
+from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
+from fedss.seeds import generator
+from fedss.softmax import ClassSample, Scoring, spread_out
+
+RowMean = Literal["cohort", "holders"]
+ROW_MEANS: tuple[str, ...] = get_args(RowMean)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server keeps between rounds. ``class_rows`` is written in place."""
+
+    backbone_P: Tensor
+    backbone_slots: dict[str, Tensor]
+    class_rows: ClassRows
+    round: int
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """What a client receives: the backbone and the class rows it asked for, nothing else of W."""
+
+    backbone_P: Tensor
+    ids_S: Tensor
+    rows_SD: Tensor
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client returns: its changes, and how many examples they stand for."""
+
+    client: int
+    backbone_delta_P: Tensor
+    ids_S: Tensor
+    rows_delta_SD: Tensor
+    num_examples: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: SGD over ``epochs`` of its pictures, or exactly ``steps`` batches.
+
+    ``lr`` is the backbone's learning rate, ``row_lr`` the class rows'.
+    """
+
+    epochs: int
+    steps: int | None
+    batch_size: int
+    lr: float
+    row_lr: float
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What every client of a round is told."""
+
+    round: int
+    seed: int
+    method: Method
+    num_classes: int
+    sample_size: int
+    scoring: Scoring
+    local: LocalTraining
+
+
+class Trainable(Protocol):
+    """One trainable copy of the backbone; its parameters and gradients are flat vectors."""
+
+    theta_P: Tensor
+    grad_P: Tensor
+
+    def embed(self, example_B: np.ndarray) -> Tensor:
+        """Unit-norm embeddings [B, D] of training pictures, by their numbers."""
+
+
+def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np.ndarray:
+    """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort)."""
+    rng = generator(seed, "cohort", round)
+    return np.sort(rng.choice(num_clients, min(cohort_size, num_clients), replace=False))
+
+
+def choose_classes(
+    plan: RoundPlan, client: int, example_N: np.ndarray, label_N: np.ndarray
+) -> tuple[ClassSample, np.ndarray]:
+    """Line 2, at the client: its class sample, and which of its pictures take part.
+
+    Args:
+        plan: the round's plan.
+        client: number of the client.
+        example_N: int64, numbers of its pictures.
+        label_N: int64, their class ids.
+
+    Returns:
+        The class sample, and the numbers of the pictures whose class is own in it.
+    """
+    rng = generator(plan.seed, "classes", plan.round, client)
+    own_P = np.unique(label_N)
+    sample = plan.method.sampler(own_P, plan.num_classes, plan.sample_size, rng)
+    return sample, example_N[np.isin(label_N, sample.ids_S[sample.own_S].numpy())]
+
+
+def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Submodel:
+    """Line 2, at the server: the answer to a class request. O(S D), whatever n is."""
+    rows_SD, _ = read_rows(optimizer, state.class_rows, ids_S, state.round)
+    return Submodel(state.backbone_P, ids_S, rows_SD)
+
+
+def batches(
+    num_examples: int, local: LocalTraining, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Positions of each mini-batch: every epoch in a new order, its last batch may be smaller."""
+    taken = 0
+    for _ in range(local.epochs if local.steps is None else local.steps):
+        order = rng.permutation(num_examples)
+        for start in range(0, num_examples, local.batch_size):
+            if taken == local.steps:
+                return
+            taken += 1
+            yield order[start : start + local.batch_size]
+
+
+def train_client(
+    plan: RoundPlan,
+    client: int,
+    model: Trainable,
+    submodel: Submodel,
+    sample: ClassSample,
+    example_N: np.ndarray,
+    label_N: np.ndarray,
+) -> ClientUpdate:
+    """Lines 3 and 4: local SGD on the submodel, and the changes it made."""
+    model.theta_P.copy_(submodel.backbone_P)
+    rows_SD = submodel.rows_SD.clone().requires_grad_()
+    target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
+    rng = generator(plan.seed, "batches", plan.round, client)
+    losses = []
+    for batch_B in batches(len(example_N), plan.local, rng):
+        model.grad_P.zero_()
+        h_BD = model.embed(example_N[batch_B])
+        target_B = torch.from_numpy(target_N[batch_B])
+        loss = plan.method.objective(h_BD, rows_SD, target_B, sample, plan.scoring).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
+            rows_SD.sub_(rows_SD.grad, alpha=plan.local.row_lr)  # type: ignore[arg-type]
+        rows_SD.grad = None
+        losses.append(loss.detach())
+    return ClientUpdate(
+        client,
+        model.theta_P - submodel.backbone_P,
+        submodel.ids_S,
+        rows_SD.detach() - submodel.rows_SD,
+        len(example_N),
+        float(torch.stack(losses).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class MeanUpdate:
+    """A round's weighted mean update: the pseudo-gradient of the server optimizer."""
+
+    backbone_delta_P: Tensor
+    ids_U: Tensor
+    rows_delta_UD: Tensor
+
+
+def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
+    """Line 5: weighted means, row by row by class id. O(sum of S D), whatever n is.
+
+    ``delta_theta = sum_k p_k delta_theta_k`` and ``delta_W_i = sum_{k: i in S_k} p_k delta_W_ki``
+    with ``p_k = n_k / sum_j n_j`` over the whole cohort: a client that did not hold row i counts
+    as zero, so that the expected row update is the full softmax's. With ``row_mean="holders"``
+    row i is divided by the weight of its holders alone. Sums run in float64 in client order, so
+    the order of arrival does not change a bit.
+    """
+    updates = sorted(updates, key=lambda update: update.client)
+    total = sum(update.num_examples for update in updates)
+    ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
+    backbone_P = torch.zeros_like(updates[0].backbone_delta_P, dtype=torch.float64)
+    rows_UD = torch.zeros(len(ids_U), updates[0].rows_delta_SD.shape[1], dtype=torch.float64)
+    holders_U = torch.zeros(len(ids_U), dtype=torch.float64)
+    for update in updates:
+        position_S = torch.searchsorted(ids_U, update.ids_S)
+        backbone_P.add_(update.backbone_delta_P, alpha=update.num_examples)
+        rows_UD[position_S] += update.num_examples * update.rows_delta_SD.double()
+        holders_U[position_S] += update.num_examples
+    rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
+    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float())
+
+
+def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:
+    """Line 5: the server optimizer's step on the backbone and the touched rows."""
+    backbone_P, backbone_slots = step(
+        optimizer, state.backbone_P, state.backbone_slots, update.backbone_delta_P, state.round
+    )
+    step_rows_(optimizer, state.class_rows, update.ids_U, update.rows_delta_UD, state.round)
+    return replace(
+        state, backbone_P=backbone_P, backbone_slots=backbone_slots, round=state.round + 1
+    )
+
+
+def spread_rows_out(
+    optimizer: ServerOptimizer, state: ServerState, weight: float, margin: float, neighbours: int
+) -> None:
+    """FedAwS's server step after a round: ``W -= weight dR/dW``, on every row, in place."""
+    rows, ids_N = state.class_rows, torch.arange(state.class_rows.num_classes)
+    weight_ND, slots = read_rows(optimizer, rows, ids_N, state.round)
+    gradient_ND = spread_out(weight_ND, margin=margin, neighbours=neighbours)
+    rows.weight_ND.copy_(weight_ND - weight * gradient_ND)
+    for name, slot_ND in slots.items():
+        rows.slots[name].copy_(slot_ND)
+    rows.updated_N.fill_(state.round)
+
+
+class Engine(Protocol):
+    """Where clients train. The driver in ``experiment.py`` owns everything else."""
+
+    def train(
+        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
+    ) -> Iterator[ClientUpdate]:
+        """Lines 2 to 4 for each client of the cohort, in any order."""
+
+
+def run_round(
+    engine: Engine,
+    optimizer: ServerOptimizer,
+    state: ServerState,
+    cohort: np.ndarray,
+    plan: RoundPlan,
+    row_mean: RowMean,
+) -> tuple[ServerState, list[ClientUpdate]]:
+    """Algorithm 1: the cohort trains, its updates are averaged, the server takes a step.
+
+    Raises:
+        DivergedError: an update is not finite; ``state`` is as it was.
+    """
+    updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
+    return apply_update(optimizer, state, aggregate(updates, row_mean)), updates
+
+
+def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
+    """The update itself, if its loss and all its numbers are finite.
+
+    Raises:
+        DivergedError: they are not; names round and client.
+    """
+    numbers = (torch.tensor(update.loss), update.backbone_delta_P, update.rows_delta_SD)
+    if not all(bool(tensor.isfinite().all()) for tensor in numbers):
+        raise DivergedError(
+            f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "
+            f"got a loss of {update.loss}; nothing of this round was applied. Lower client_lr "
+            f"({plan.local.lr:g} here) or class_row_lr ({plan.local.row_lr:g}) and start anew"
+        )
+    return update

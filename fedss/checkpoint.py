@@ -1,0 +1,136 @@
+"""Atomic checkpoints: safetensors and JSON, whole or not there at all.
+
+A checkpoint is a folder ``round-000120``. It is written under another name, flushed to the disk
+and renamed, so that a process killed at any moment leaves the previous one in place.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+
+from fedss.algorithm import ServerState
+from fedss.class_rows import ClassRows
+from fedss.errors import RunFolderError
+
+KEPT = 2
+_STATE, _RECORD = "state.safetensors", "checkpoint.json"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, a read-only place) into a RunFolderError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {error.filename or folder}: {error.strerror or error}; the run folder "
+            "keeps its last checkpoint: make room, then start the same command again"
+        ) from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_file` of a value as indented JSON."""
+    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        RunFolderError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path} is missing: is {path.parent} a run folder?") from error
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error}); restore it from a backup, or delete {path.parent} "
+            "and start again"
+        ) from error
+
+
+def save_checkpoint(folder: Path, state: ServerState) -> None:
+    """Write ``folder/round-<round>`` and remove all but the newest two.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written; earlier checkpoints are whole.
+    """
+    tensors = {"backbone": state.backbone_P, "rows": state.class_rows.weight_ND}
+    tensors["rows_updated"] = state.class_rows.updated_N
+    tensors |= {f"backbone.{name}": slot for name, slot in state.backbone_slots.items()}
+    tensors |= {f"rows.{name}": slot for name, slot in state.class_rows.slots.items()}
+    content = save(tensors)
+    temporary, final = folder / ".unfinished", folder / f"round-{state.round:06d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_file(temporary / _STATE, content)
+    record = {"round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(temporary / _RECORD, record)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.replace(final)
+    _flush_folder(folder)
+    for old in _checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> ServerState | None:
+    """The newest checkpoint in ``folder``, bit for bit as it was saved; None if there is none.
+
+    Raises:
+        RunFolderError: a file of the newest checkpoint is missing or damaged.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    try:
+        record = json.loads((newest / _RECORD).read_bytes())
+        content = (newest / _STATE).read_bytes()
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            raise ValueError(f"{_STATE} differs from its checksum")
+    except (OSError, ValueError, KeyError) as error:
+        back_to = f"go on from {found[-2].name}" if len(found) > 1 else "start again from round 0"
+        raise RunFolderError(
+            f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
+        ) from error
+    tensors = load(content)
+    return ServerState(
+        tensors["backbone"],
+        _with_prefix(tensors, "backbone."),
+        ClassRows(tensors["rows"], _with_prefix(tensors, "rows."), tensors["rows_updated"]),
+        record["round"],
+    )
+
+
+def _with_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"))
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

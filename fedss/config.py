@@ -1,0 +1,182 @@
+"""One typed configuration for Python, the command line and the run folder."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from fedss.algorithm import RowMean
+from fedss.errors import ConfigError
+from fedss.methods import METHODS
+from fedss.optimizers import ServerOptimizerKind
+from fedss.softmax import MarginKind
+
+Schedule = Literal["constant", "linear", "cosine"]
+EvalSplit = Literal["test", "validation"]
+
+
+def _option(default: Any, help: str, group: str) -> Any:
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run does. Each field is an option of the command line.
+
+    Raises:
+        ConfigError: a value that cannot be, on construction.
+    """
+
+    data: str = _option("glyphs", "data set: glyphs, omniglot, csv or folder", "data")
+    data_path: str | None = _option(None, "where its files are (csv: the manifest)", "data")
+    image_size: int | None = _option(
+        None, "side that pictures are resized to, pixels; default 28, csv and folder 64", "data"
+    )
+    channels: int | None = _option(
+        None, "1 grayscale, 3 colour; default: colour if a picture of the data is", "data"
+    )
+    test_classes: float = _option(
+        0.2, "share of classes held out for the test where the data names none", "data"
+    )
+    skip_broken: bool = _option(False, "leave out and count pictures that can't be read", "data")
+    data_seed: int = _option(0, "draws the glyphs and the held-out classes", "data")
+    glyphs_classes: int = _option(1280, "glyphs: number of classes, test classes included", "data")
+    glyphs_clients: int = _option(256, "glyphs: number of training clients", "data")
+
+    method: str = _option("fedss", f"one of {', '.join(METHODS)}", "method")
+    sample_size: int = _option(64, "|S|, class rows per client and round; n means full", "method")
+    scale: float = _option(10.0, "s, inverse temperature of the softmax", "method")
+    margin_kind: MarginKind = _option("none", "margin of the softmax", "method")
+    margin: float = _option(0.2, "margin m: cosface in cosine, arcface in radians", "method")
+    row_mean: RowMean = _option(
+        "cohort", "divide a row's sum by the weight of the cohort or of its holders", "method"
+    )
+    spread_out_weight: float = _option(0.1, "fedaws: weight of the spread-out step", "method")
+    spread_out_margin: float = _option(0.7, "fedaws: cosine distance to keep", "method")
+    spread_out_neighbours: int = _option(10, "fedaws: nearest rows kept apart", "method")
+
+    backbone: str = _option("conv4", "conv4, conv4-<width> or timm:<name>", "model")
+    pretrained: bool = _option(False, "start from timm's pretrained weights", "model")
+    embedding_size: int = _option(64, "d, numbers per embedding", "model")
+
+    rounds: int = _option(120, "number of rounds", "training")
+    clients_per_round: int = _option(20, "cohort, clients per round", "training")
+    local_epochs: int = _option(1, "passes of a client over its pictures per round", "training")
+    local_steps: int | None = _option(
+        None, "batches of a client per round, in place of epochs", "training"
+    )
+    batch_size: int = _option(8, "pictures per local step", "training")
+    client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
+    class_row_lr: float = _option(0.5, "learning rate of the class rows at clients", "training")
+    lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
+    lr_decay_start: float = _option(0.5, "share of rounds before the decay starts", "training")
+    server_optimizer: ServerOptimizerKind = _option("momentum", "server optimizer", "training")
+    server_lr: float = _option(1.0, "learning rate of the server optimizer", "training")
+    server_momentum: float = _option(0.9, "momentum (adam: beta1) of the server", "training")
+    server_second_momentum: float = _option(0.99, "adam: beta2 of the server", "training")
+    server_epsilon: float = _option(1e-3, "adam: epsilon of the server", "training")
+
+    seed: int = _option(0, "every random draw of the run is keyed by it", "run")
+    eval_split: EvalSplit = _option("test", "retrieval task that is evaluated", "run")
+    eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
+    checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
+    workers: int | None = _option(None, "threads that train clients; default: all cores", "run")
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        for option in OPTIONS:
+            _check_type(option, getattr(self, option.name))
+        for names, valid, expected in _RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not valid(value):
+                    raise ConfigError(f"{name}: expected {expected}, got {value}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A configuration field as the command line needs it.
+
+    ``choices`` is empty unless the values are a closed list; ``optional`` fields may be None.
+    """
+
+    name: str
+    type: type
+    optional: bool
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    group: str
+
+
+def _options() -> tuple[Option, ...]:
+    hints, options = get_type_hints(Config), []
+    for item in dataclasses.fields(Config):
+        hint, args = hints[item.name], get_args(hints[item.name])
+        optional = type(None) in args
+        choices = args if args and not optional else ()
+        kind = str if choices else args[0] if optional else hint
+        options.append(Option(item.name, kind, optional, choices, item.default, **item.metadata))
+    return tuple(options)
+
+
+OPTIONS = _options()
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("sample_size", lambda v: v >= 2, "at least 2 classes: an own one and a negative"),
+    (
+        "rounds clients_per_round local_epochs local_steps batch_size embedding_size workers"
+        " checkpoint_every",
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    ("glyphs_classes glyphs_clients", lambda v: v >= 2, "at least 2"),
+    ("image_size", lambda v: v >= 8, "at least 8 pixels"),
+    ("channels", lambda v: v in (1, 3), "1 or 3"),
+    ("eval_every spread_out_neighbours data_seed seed", lambda v: v >= 0, "0 or more"),
+    (
+        "scale client_lr class_row_lr server_lr server_epsilon",
+        lambda v: 0 < v < float("inf"),
+        "a number above 0",
+    ),
+    ("margin spread_out_weight spread_out_margin", lambda v: 0 <= v <= 2, "0 to 2"),
+    ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
+    ("lr_decay_start", lambda v: 0 <= v <= 1, "0 to 1"),
+    ("test_classes", lambda v: 0 <= v < 1, "0 or more and below 1"),
+)
+
+
+def _check_type(option: Option, value: Any) -> None:
+    if option.optional and value is None:
+        return
+    if option.choices:
+        check_choice(option.name, value, option.choices)
+        return
+    accepted = (int, float) if option.type is float else (option.type,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and option.type is not bool):
+        raise ConfigError(
+            f"{option.name}: expected {option.type.__name__}, "
+            f"got {value!r} ({type(value).__name__})"
+        )
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a ConfigError that offers the nearest names if ``value`` is none of ``choices``."""
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+    raise ConfigError(f"{name}: {value!r} is unknown; {hint}")
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """A configuration from its JSON form; the inverse of ``dataclasses.asdict``.
+
+    Raises:
+        ConfigError: an unknown field (nearest names offered) or a value that cannot be.
+    """
+    for name in values:
+        check_choice("configuration field", name, [option.name for option in OPTIONS])
+    return Config(**values)

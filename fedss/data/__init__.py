@@ -1,0 +1,140 @@
+"""Pictures: one type (``Images``), and a function for each place they can come from."""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from fedss.data.cache import cache_folder
+from fedss.data.folder import folder_dataset
+from fedss.data.glyphs import glyphs_dataset
+from fedss.data.images import (
+    ClientIndex,
+    Dataset,
+    Images,
+    RetrievalTask,
+    index_clients,
+    own_classes,
+)
+from fedss.data.manifest import csv_dataset
+from fedss.data.omniglot import omniglot_dataset
+from fedss.errors import DataError
+
+__all__ = [
+    "DATASETS",
+    "ClientIndex",
+    "Dataset",
+    "Images",
+    "RetrievalTask",
+    "cache_folder",
+    "csv_dataset",
+    "fingerprint",
+    "folder_dataset",
+    "glyphs_dataset",
+    "index_clients",
+    "load_dataset",
+    "omniglot_dataset",
+    "own_classes",
+]
+
+DATASETS = ("glyphs", "omniglot", "csv", "folder")
+
+
+def load_dataset(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    test_classes: float = 0.2,
+    skip_broken: bool = False,
+    cache: Path | None = None,
+    seed: int = 0,
+    glyphs_classes: int = 1280,
+    glyphs_clients: int = 256,
+    glyphs_drawers: int = 8,
+    glyphs_copies: int = 2,
+) -> Dataset:
+    """A data set by name.
+
+    Args:
+        name: One of DATASETS.
+        path: The CSV or the root folder; for ``omniglot`` the folder of its archives, which are
+            fetched into the cache folder if it is None. ``glyphs`` takes none.
+        image_size: Side of the pictures; None is 28 for glyphs and Omniglot, else 64.
+        channels: 1 or 3; None is 1 for glyphs and Omniglot, else 1 if every picture is stored
+            in grayscale and 3 otherwise.
+        test_classes: Share of the classes held out as the test. A CSV that names test pictures
+            and Omniglot have a test of their own.
+        skip_broken: Leave out unreadable pictures of ``csv`` and ``folder``.
+        cache: Folder for decoded pictures; see ``cache_folder``.
+        seed: The data's seed (which glyphs, which classes are held out), not the training's.
+        glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
+        glyphs_clients: Training clients.
+        glyphs_drawers: Clients per alphabet, at least.
+        glyphs_copies: Pictures of a class by one client.
+
+    Returns:
+        Dataset of uint8 [N, channels, image_size, image_size].
+
+    Raises:
+        DataError: Unknown name, missing path, or anything amiss with the pictures.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, 3)
+        raise DataError(
+            f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}"
+            + (f"; is {' or '.join(near)} meant?" if near else "")
+        )
+    if name in ("glyphs", "omniglot"):
+        if channels not in (None, 1):
+            raise DataError(f"channels: {name} has 1 channel, got {channels}; leave it out")
+        side = 28 if image_size is None else image_size
+        if side < 1:
+            raise DataError(f"image_size: expected at least 1, got {side}")
+        if name == "omniglot":
+            return omniglot_dataset(path, image_size=side, cache=cache)
+        if path is not None:
+            raise DataError(f"glyphs are made by a program: leave out the path {path}")
+        return glyphs_dataset(
+            glyphs_classes,
+            glyphs_clients,
+            test_classes=test_classes,
+            drawers=glyphs_drawers,
+            copies=glyphs_copies,
+            image_size=side,
+            seed=seed,
+            cache=cache,
+        )
+    if path is None:
+        needed = "a CSV file" if name == "csv" else "a folder client/class/picture"
+        raise DataError(f"data set {name!r} needs a path: {needed}")
+    read = csv_dataset if name == "csv" else folder_dataset
+    return read(
+        path,
+        image_size=64 if image_size is None else image_size,
+        channels=channels,
+        test_classes=test_classes,
+        skip_broken=skip_broken,
+        cache=cache,
+        seed=seed,
+    )
+
+
+def fingerprint(images: Images) -> str:
+    """SHA-256, in hex, of the labels, clients, all names, the shape, and up to 64 pictures.
+
+    Equal for equal data, wherever it is stored; a run is resumed on equal data only.
+    """
+    digest = hashlib.sha256(repr(images.pixels.shape).encode())
+    for numbers in (images.labels, images.clients):
+        digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())
+    for names in (images.class_names, images.client_names, images.names):
+        digest.update(f"{len(names)}\n".encode())
+        for name in names:
+            digest.update(f"{len(name)}:{name}\n".encode("utf-8", "surrogateescape"))
+    if len(images):
+        sample = np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64))
+        digest.update(np.ascontiguousarray(images.pixels[sample]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,244 @@
+"""Pictures decoded once into a memory-mapped file of pixels."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+
+from fedss.errors import DataError
+
+# Part of every key: raise it when the same files would give other pixels.
+_VERSION = 1
+_BATCH = 256
+_COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+class BrokenPicturesError(DataError):
+    """Pictures that cannot be read: ``reasons`` by file, out of ``total`` pictures."""
+
+    def __init__(self, reasons: Mapping[Path, str], total: int) -> None:
+        self.reasons = dict(reasons)
+        first = [f"{path} ({reason})" for path, reason in sorted(reasons.items())[:5]]
+        more = f", and {len(reasons) - len(first)} more" if len(reasons) > len(first) else ""
+        super().__init__(
+            f"{len(reasons)} of {total} pictures cannot be read: {'; '.join(first)}{more}. "
+            "Mend or remove them, or leave them out with skip_broken (--skip-broken)"
+        )
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss."""
+    if cache is not None:
+        return Path(cache)
+    named = os.environ.get("FEDSS_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "fedss"
+
+
+def decode(picture: Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
+    """One picture as uint8 [C, image_size, image_size], cut to its central square.
+
+    The camera's rotation is undone and transparency laid on white; of an animation the first
+    frame counts; 16 bits a pixel become 8 by leaving out the lower half.
+
+    Raises:
+        OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    with Image.open(picture) as opened:
+        # A JPEG decodes at a fraction of its size for much less work; twice the target is left
+        # for the filter below.
+        opened.draft(mode, (2 * image_size, 2 * image_size))
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):
+            wide = np.clip(np.asarray(image), 0, 65535)
+            image = Image.fromarray((wide >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        image = image.convert(mode)
+        square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(square)
+    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def decode_files(
+    paths: Sequence[Path],
+    image_size: int,
+    channels: int,
+    *,
+    cache: Path | None,
+    title: str,
+    expect_broken: bool = False,
+) -> np.ndarray:
+    """Pictures as a read-only memory map, uint8 [N, C, image_size, image_size], made once.
+
+    The key holds each file's path, size and time of last change. With ``expect_broken`` a list
+    of broken pictures found earlier among these same files is believed without a second look.
+
+    Raises:
+        BrokenPicturesError: All the pictures that cannot be read.
+        DataError: The cache cannot be written.
+    """
+    key = ("pictures", *_stamps(paths), image_size, channels)
+    note = _file("broken", cache, key, "json")
+    if expect_broken:
+        with suppress(OSError, ValueError):
+            reasons = {paths[i]: reason for i, reason in json.loads(note.read_text())}
+            raise BrokenPicturesError(reasons, len(paths))
+
+    def attempt(position: int) -> np.ndarray | Exception:
+        try:
+            return decode(paths[position], image_size, channels)
+        except Exception as error:
+            return error
+
+    def batches() -> Iterator[np.ndarray]:
+        broken: dict[int, Exception] = {}
+        with _bombs_are_broken(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(paths), _BATCH):
+                positions = range(start, min(start + _BATCH, len(paths)))
+                results = list(pool.map(attempt, positions))
+                broken |= {
+                    i: result
+                    for i, result in zip(positions, results, strict=True)
+                    if isinstance(result, Exception)
+                }
+                if not broken:
+                    yield np.stack([result for result in results if isinstance(result, np.ndarray)])
+        if broken:
+            reasons = [(i, str(error) or type(error).__name__) for i, error in broken.items()]
+            # A file that the system would not hand over (rights, network) may be fine tomorrow.
+            if not any(isinstance(e, OSError) and e.errno is not None for e in broken.values()):
+                with _cache_file(note) as file:
+                    file.write(json.dumps(reasons).encode())
+            raise BrokenPicturesError({paths[i]: reason for i, reason in reasons}, len(paths))
+
+    shape = (len(paths), channels, image_size, image_size)
+    return cached_array(key, shape, batches(), cache=cache, title=title)
+
+
+def all_colourless(paths: Sequence[Path], *, cache: Path | None) -> bool:
+    """Whether every picture that can be opened is stored as black and white or grayscale.
+
+    Opens the files up to the first one in colour; the answer is remembered.
+    """
+    note = _file("colourless", cache, _stamps(paths), "json")
+    with suppress(OSError, ValueError):
+        return bool(json.loads(note.read_text()))
+
+    def colourless(path: Path) -> bool:
+        try:
+            with Image.open(path) as image:
+                return image.mode in _COLOURLESS
+        except Exception:
+            return True
+
+    with _bombs_are_broken():
+        answer = all(colourless(path) for path in paths)
+    with _cache_file(note) as file:
+        file.write(json.dumps(answer).encode())
+    return answer
+
+
+def cached_array(
+    key: Iterable[object],
+    shape: tuple[int, ...],
+    batches: Iterator[np.ndarray],
+    *,
+    cache: Path | None,
+    title: str,
+) -> np.ndarray:
+    """The uint8 array [*shape] kept under ``key``, read-only from disk; made first if need be.
+
+    ``batches`` yields its rows in order, and is not touched if the array is there. The file
+    appears under its name only when it is whole, so a process may die or race with another at
+    any time.
+
+    Raises:
+        DataError: The folder cannot be written, or its disk is full.
+    """
+    path = _file("pixels", cache, (*key, shape), "npy")
+    with suppress(OSError, ValueError):
+        found: np.ndarray = np.load(path, mmap_mode="r")
+        if found.shape == shape and found.dtype == np.uint8:
+            return found
+
+    console = Console(stderr=True)
+    total = -(-shape[0] // _BATCH)
+    shown = track(
+        batches, title, total, console=console, transient=True, disable=not console.is_terminal
+    )
+    with _cache_file(path) as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        for batch in shown:
+            file.write(np.ascontiguousarray(batch).data)
+    made: np.ndarray = np.load(path, mmap_mode="r")
+    return made
+
+
+def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    stamps = []
+    for path in paths:
+        status = path.stat()
+        stamps.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def _file(kind: str, cache: Path | None, key: Iterable[object], suffix: str) -> Path:
+    digest = hashlib.sha256()
+    for word in (_VERSION, *key):
+        digest.update(repr(word).encode("utf-8", "surrogateescape") + b"\n")
+    return cache_folder(cache) / f"{kind}-{digest.hexdigest()[:32]}.{suffix}"
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name only when it is whole and on disk; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+@contextmanager
+def _cache_file(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with whole_file(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(
+            f"cannot write decoded pictures to {path.parent}: {error.strerror or error}. Make room "
+            "there, or choose another folder with cache= or the variable FEDSS_CACHE"
+        ) from error
+
+
+@contextmanager
+def _bombs_are_broken() -> Iterator[None]:
+    """Pillow only warns of a picture so large that it may be an attack; here it is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield

@@ -1,0 +1,71 @@
+"""Pictures in folders: root/client/class/picture."""
+
+from pathlib import Path
+
+from fedss.data.images import Dataset
+from fedss.data.manifest import Row, build_dataset
+from fedss.errors import DataError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def folder_dataset(
+    root: str | Path,
+    *,
+    image_size: int = 64,
+    channels: int | None = None,
+    test_classes: float = 0.2,
+    skip_broken: bool = False,
+    cache: Path | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Pictures from folders ``root/client/class/picture``; some classes are held out as the test.
+
+    Hidden files and files without the extension of a picture (EXTENSIONS) are passed over. The
+    arguments and the result are those of ``csv_dataset``.
+
+    Raises:
+        DataError: No pictures, a client without pictures, a picture at another depth, or
+            anything amiss with a picture.
+    """
+    return build_dataset(
+        "folder",
+        read_folder(Path(root)),
+        image_size=image_size,
+        channels=channels,
+        test_classes=test_classes,
+        skip_broken=skip_broken,
+        cache=cache,
+        seed=seed,
+    )
+
+
+def read_folder(root: Path) -> list[Row]:
+    """A row for each picture below ``root``; opens none.
+
+    Raises:
+        DataError: See ``folder_dataset``.
+    """
+    layout = f"expected pictures as {root}/client/class/picture, of {', '.join(EXTENSIONS)}"
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; {layout}")
+    rows: list[Row] = []
+    # Patterns of a fixed depth follow links to folders, and cannot run in circles.
+    for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
+        for file in root.glob(pattern):
+            parts = file.relative_to(root).parts
+            hidden = any(part.startswith(".") for part in parts)
+            if hidden or file.suffix.lower() not in EXTENSIONS or not file.is_file():
+                continue
+            if len(parts) != 3:
+                raise DataError(f"{file}: a picture at the wrong depth; {layout}")
+            rows.append(Row(parts[0], parts[1], "/".join(parts), None, file, ""))
+    if not rows:
+        raise DataError(f"{root}: no pictures found; {layout}")
+    clients = {row.client for row in rows}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in clients:
+            raise DataError(
+                f"{folder}: a client without pictures; {layout}. Add pictures or remove the folder"
+            )
+    return rows

@@ -1,0 +1,397 @@
+"""Glyphs: handwritten characters of scripts that nobody writes, made by a program.
+
+Like Omniglot, and for any number of classes: a class is a motor program of 2 to 5 pen strokes, an
+alphabet is a group of classes with a common look, a client is a drawer with a handwriting, and
+each picture adds the hand's own jitter. Each number is a hash of (seed, part, purpose, id), so a
+class looks the same whatever the number of classes, and no two processes can disagree.
+
+Shape suffixes: N pictures (or classes, or drawers), S strokes, K control points of a stroke,
+P pen positions of a whole glyph, H = W the picture's side, 2 = (x, y).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fedss.data.cache import cached_array
+from fedss.data.images import Dataset, Images, RetrievalTask
+from fedss.errors import DataError
+
+Part = Literal["train", "test", "validation"]
+
+_PARTS: tuple[Part, ...] = ("train", "test", "validation")
+_ALPHABET, _CLASS, _DRAWER, _PICTURE = range(4)
+
+_STROKES = 5
+_CONTROLS = 6
+_BATCH = 256
+_KEEP_IN_MEMORY = 1 << 30
+
+# How the heading of a stroke's five segments departs from its main direction, as a fraction of
+# the stroke's turn: line, arc, ring, hook, corner, wave.
+_BENDS = np.array(
+    [
+        [0.0, 0.0, 0.0, 0.0, 0.0],
+        [-0.5, -0.25, 0.0, 0.25, 0.5],
+        [-0.4, -0.2, 0.0, 0.2, 0.4],
+        [0.0, 0.0, 0.0, 0.5, 1.0],
+        [-0.5, -0.5, 0.0, 0.5, 0.5],
+        [-0.5, 0.0, 0.5, 0.0, -0.5],
+    ]
+)
+_TURN_MIN = np.radians([0.0, 80.0, 300.0, 100.0, 70.0, 110.0])
+_TURN_MAX = np.radians([0.0, 210.0, 360.0, 190.0, 140.0, 190.0])
+_COMMON = np.array([2.0, 1.5, 0.5, 1.0, 1.2, 0.5])
+_PLACES = 4
+_LENGTH_MIN = np.array([0.6, 0.7, 1.4, 0.8, 0.9, 0.9])
+_LENGTH_MAX = np.array([1.6, 1.7, 2.8, 1.7, 1.8, 1.8])
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 arrays."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = state ^ (state >> np.uint64(31))
+    return mixed
+
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _uniform(count: int, *key: int | np.ndarray) -> np.ndarray:
+    """Numbers in (0, 1), float64 [N, count], each row a pure function of its key."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        word = np.atleast_1d(np.asarray(part)).astype(np.uint64)
+        state = _mix(state + word + _STEP)
+    columns = _STEP * np.arange(1, count + 1, dtype=np.uint64)
+    bits = _mix(state[:, None] + columns) >> np.uint64(11)
+    uniform: np.ndarray = (bits.astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
+
+
+def _normal(count: int, *key: int | np.ndarray) -> np.ndarray:
+    """Standard normal numbers, float64 [N, count], by Box and Muller's transform."""
+    half = (count + 1) // 2
+    uniform = _uniform(2 * half, *key)
+    radius = np.sqrt(-2.0 * np.log(uniform[:, :half]))
+    angle = 2.0 * np.pi * uniform[:, half:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
+
+
+def _alphabet_sizes(num_classes: int, world: tuple[int, int]) -> np.ndarray:
+    """Sizes, int64, of the alphabets that hold ``num_classes``; 14 to 55, about 32 on average.
+
+    The last one is cut short, so the sizes before it do not depend on ``num_classes``.
+    """
+    most = num_classes // 14 + 1
+    sizes = 14 + np.floor(42 * _uniform(1, *world, _ALPHABET, np.arange(most))[:, 0] ** 1.3)
+    ends = np.minimum(np.cumsum(sizes.astype(np.int64)), num_classes)
+    ends = ends[: int(np.searchsorted(ends, num_classes)) + 1]
+    return np.diff(ends, prepend=0)
+
+
+def _programs(classes: np.ndarray, alphabets: np.ndarray, world: tuple[int, int]) -> np.ndarray:
+    """Control points of each class, float64 [N, S, K, 2] in about [-1, 1]; NaN: no such stroke."""
+    count = len(classes)
+    look = _uniform(8, *world, _ALPHABET, alphabets)[:, 1:]
+    dice = iter(_uniform(160, *world, _CLASS, classes).T)
+
+    strokes = 2 + np.floor(4.0 * next(dice) ** (1.0 + look[:, 0])).astype(np.int64)
+    # An alphabet prefers some kinds of stroke, and hangs strokes together more or less.
+    taste = np.cumsum(_COMMON * (0.1 + look[:, 1:] ** 2), axis=1)
+    attach = 0.7 + 0.3 * look[:, 0]
+
+    points = np.full((count, _STROKES, _CONTROLS, 2), np.nan)
+    rows = np.arange(count)
+    for stroke in range(_STROKES):
+        kind = (next(dice)[:, None] * taste[:, -1:] > taste).sum(axis=1)
+        heading = np.floor(4.0 * next(dice)) * (np.pi / 2) + 0.3 * (next(dice) - 0.5)
+        heading += np.where(next(dice) < 0.3, np.pi / 4, 0.0)
+        side = np.where(next(dice) < 0.5, -1.0, 1.0)
+        turn = side * (_TURN_MIN[kind] + (_TURN_MAX - _TURN_MIN)[kind] * next(dice))
+        length = _LENGTH_MIN[kind] + (_LENGTH_MAX - _LENGTH_MIN)[kind] * next(dice)
+        angles = heading[:, None] + turn[:, None] * _BENDS[kind]
+        steps = np.stack([np.cos(angles), np.sin(angles)], axis=2)
+        path = np.concatenate([np.zeros((count, 1, 2)), np.cumsum(steps, axis=1)], axis=1)
+        path *= (length / (_CONTROLS - 1))[:, None, None]
+
+        hang = (next(dice) < attach)[:, None]
+        # Of a few places the least crowded one, so that strokes seldom run over each other.
+        best = np.full(count, np.inf)
+        chosen = path
+        for _ in range(_PLACES if stroke else 1):
+            place = 1.4 * np.stack([next(dice), next(dice)], axis=1) - 0.7 - path.mean(axis=1)
+            if stroke:
+                earlier = np.floor(np.minimum(stroke, strokes) * next(dice)).astype(np.int64)
+                theirs = _pick(next(dice), 0, 0, 1, 2, 3, 4, 5, 5)
+                mine = _pick(next(dice), 0, 0, 0, 2, 3, 5)
+                hung = points[rows, earlier, theirs] - path[rows, mine]
+                place = np.where(hang, hung, place)
+            moved = path + place[:, None]
+            gaps = points[:, :, :, None] - moved[:, None, None]
+            crowd = np.nansum(np.exp((gaps**2).sum(axis=4) * -12.0), axis=(1, 2, 3))
+            # A place far outside the box would shrink the whole glyph.
+            crowd += 3.0 * np.maximum(np.abs(moved).max(axis=(1, 2)) - 1.0, 0.0)
+            better = crowd < best
+            chosen = np.where(better[:, None, None], moved, chosen)
+            best = np.where(better, crowd, best)
+        points[:, stroke] = np.where((stroke < strokes)[:, None, None], chosen, np.nan)
+
+    low, high = np.nanmin(points, axis=(1, 2)), np.nanmax(points, axis=(1, 2))
+    # Fill the box, yet let a bar stay a bar.
+    extent = np.maximum((high - low) / 2.0, 0.6 * (high - low).max(axis=1, keepdims=True) / 2.0)
+    points -= ((low + high) / 2.0)[:, None, None]
+    points /= extent[:, None, None]
+    return points
+
+
+def _pick(dice: np.ndarray, *values: int) -> np.ndarray:
+    """One of the values, each as likely as it is often listed."""
+    picked: np.ndarray = np.array(values)[np.floor(len(values) * dice).astype(np.int64)]
+    return picked
+
+
+def _spline(samples: int) -> np.ndarray:
+    """Catmull-Rom weights, float64 [samples, K]: pen positions from control points."""
+    t = np.linspace(0.0, _CONTROLS - 1, samples)
+    segment = np.minimum(t.astype(np.int64), _CONTROLS - 2)
+    f = t - segment
+    weights = np.stack(
+        [
+            -0.5 * f + f**2 - 0.5 * f**3,
+            1.0 - 2.5 * f**2 + 1.5 * f**3,
+            0.5 * f + 2.0 * f**2 - 1.5 * f**3,
+            -0.5 * f**2 + 0.5 * f**3,
+        ]
+    )
+    basis = np.zeros((samples, _CONTROLS))
+    for offset, weight in enumerate(weights, start=-1):
+        np.add.at(basis, (np.arange(samples), np.clip(segment + offset, 0, _CONTROLS - 1)), weight)
+    return basis
+
+
+def _write_glyphs(
+    programs: np.ndarray,
+    drawers: np.ndarray,
+    classes: np.ndarray,
+    copies: np.ndarray,
+    world: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each drawer's writing of each program: control points [N, S, K, 2], pen radius [N]."""
+    count = len(programs)
+    hand = _normal(10, *world, _DRAWER, drawers)
+    jitter = _normal(76, *world, _PICTURE, drawers, classes, copies)
+    shake = jitter[:, :60].reshape(count, _STROKES, _CONTROLS, 2)
+    shift = jitter[:, 60:70].reshape(count, _STROKES, 1, 2)
+    more = jitter[:, 70:]
+    unsteady = np.exp(0.3 * hand[:, 0])[:, None, None, None]
+    # Neighbouring control points move together, as a hand that is off stays off for a while.
+    drift = np.cumsum(shake, axis=2)
+    drift -= drift.mean(axis=2, keepdims=True)
+    points = programs + unsteady * (0.02 * shake + 0.05 * drift + 0.11 * shift)
+
+    tilt = 0.10 * hand[:, 1] + 0.06 * more[:, 0]
+    slant = 0.16 * hand[:, 2] + 0.06 * more[:, 1]
+    wide = np.exp(0.15 * hand[:, 3] + 0.10 * more[:, 2])
+    cos, sin = np.cos(tilt), np.sin(tilt)
+    matrix = np.stack(
+        [np.stack([wide * cos, -sin + slant], 1), np.stack([wide * sin, cos], 1)], axis=1
+    )
+    points = np.einsum("nij,nskj->nski", matrix, points)
+    bow = 0.06 * hand[:, 4:8].reshape(count, 1, 1, 2, 2)
+    points = points + (bow * (points**2)[:, :, :, None, :]).sum(axis=-1)
+
+    low, high = np.nanmin(points, axis=(1, 2)), np.nanmax(points, axis=(1, 2))
+    size = 0.70 * np.exp(0.12 * np.tanh(hand[:, 9]) + 0.08 * np.tanh(more[:, 3]))
+    scale = size / np.maximum((high - low).max(axis=1) / 2.0, 1e-9)
+    centre = (low + high) / 2.0 - 0.08 * np.tanh(more[:, 4:6]) / scale[:, None]
+    points = (points - centre[:, None, None]) * scale[:, None, None, None]
+    return points, 0.044 * np.exp(0.16 * np.tanh(hand[:, 8]))
+
+
+def _ink(points: np.ndarray, radius: np.ndarray, basis: np.ndarray, side: int) -> np.ndarray:
+    """Pictures, uint8 [N, 1, H, W]: a soft round pen drawn along each stroke."""
+    pen = basis.astype(np.float32) @ np.nan_to_num(points, nan=0.0).astype(np.float32)
+    path = np.diff(pen, axis=2, prepend=pen[:, :, :1], append=pen[:, :, -1:])
+    lengths = np.sqrt((path**2).sum(axis=3))
+    # Ink by length, so that neither slow nor fast stretches are darker; none for absent strokes.
+    weight = (lengths[:, :, 1:] + lengths[:, :, :-1]) / 2.0
+    weight /= (radius * np.sqrt(2.0 * np.pi)).astype(np.float32)[:, None, None]
+
+    count = len(points)
+    pen = pen.reshape(count, -1, 2)
+    grid = (2.0 * np.arange(side, dtype=np.float32) + 1.0) / side - 1.0
+    narrow = (np.sqrt(0.5) / radius).astype(np.float32)[:, None, None]
+    across = np.exp(-(((grid - pen[:, :, :1]) * narrow) ** 2))
+    down = np.exp(-(((grid - pen[:, :, 1:]) * narrow) ** 2)) * weight.reshape(count, -1, 1)
+    ink = np.matmul(down.transpose(0, 2, 1), across)
+    return np.asarray(255.0 * (1.0 - np.exp(-1.6 * ink)) + 0.5).astype(np.uint8)[:, None]
+
+
+def glyphs(
+    num_classes: int = 1024,
+    num_clients: int = 256,
+    *,
+    part: Part = "train",
+    drawers: int = 8,
+    copies: int = 2,
+    image_size: int = 28,
+    seed: int = 0,
+    cache: Path | None = None,
+) -> Images:
+    """Handwritten characters of unknown scripts: bright ink (up to 255) on 0, one channel.
+
+    Clients sit down at alphabets in turn: at least ``drawers`` different ones at each alphabet,
+    more where there are more clients than seats. A client draws every class of each of its
+    alphabets ``copies`` times. So clients share classes as Omniglot's drawers do.
+
+    Args:
+        num_classes: How many classes; class i is the same whatever this number is.
+        num_clients: How many drawers; drawer k has the same hand whatever this number is.
+        part: Each part has scripts and drawers of its own.
+        drawers: Clients per alphabet, at least.
+        copies: Pictures of a class by one client.
+        image_size: Side of the pictures.
+        seed: Another seed, another world.
+        cache: Folder for the pixels where they take more than 1 GiB (see ``cache_folder``);
+            fewer stay in memory.
+
+    Returns:
+        Images with pixels uint8 [N, 1, image_size, image_size], rows by (client, label, copy).
+
+    Raises:
+        DataError: A size below 1, or fewer clients than an alphabet has drawers.
+    """
+    for name, value in (
+        ("num_classes", num_classes),
+        ("num_clients", num_clients),
+        ("drawers", drawers),
+        ("copies", copies),
+        ("image_size", image_size),
+    ):
+        if value < 1:
+            raise DataError(f"glyphs: {name} must be at least 1, got {value}")
+    if num_clients < drawers:
+        raise DataError(
+            f"glyphs: {num_clients} clients cannot be {drawers} different drawers of an alphabet; "
+            f"ask for at least {drawers} clients or for fewer drawers"
+        )
+
+    world = (seed % 2**64, _PARTS.index(part))
+    sizes = _alphabet_sizes(num_classes, world)
+    first = np.cumsum(sizes) - sizes
+    alphabet_of = np.repeat(np.arange(len(sizes)), sizes)
+    seats = max(drawers, -(-num_clients // len(sizes)))
+
+    # One entry per seat, then one per (seat, class), then one per picture.
+    seat_alphabet = np.repeat(np.arange(len(sizes)), seats)
+    seat_client = np.arange(len(seat_alphabet)) % num_clients
+    seat_size = sizes[seat_alphabet]
+    within = np.arange(seat_size.sum()) - np.repeat(np.cumsum(seat_size) - seat_size, seat_size)
+    labels = np.repeat(np.repeat(first[seat_alphabet], seat_size) + within, copies)
+    clients = np.repeat(np.repeat(seat_client, seat_size), copies)
+    copy = np.tile(np.arange(copies), len(within))
+    order = np.lexsort((copy, labels, clients))
+    labels, clients, copy = labels[order], clients[order], copy[order]
+
+    basis = _spline(max(40, round(40 * image_size / 28)))
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, len(labels), _BATCH):
+            rows = slice(start, start + _BATCH)
+            classes, which = np.unique(labels[rows], return_inverse=True)
+            programs = _programs(classes, alphabet_of[classes], world)[which]
+            writing = _write_glyphs(programs, clients[rows], labels[rows], copy[rows], world)
+            yield _ink(*writing, basis, image_size)
+
+    shape = (len(labels), 1, image_size, image_size)
+    if np.prod(shape, dtype=np.int64) > _KEEP_IN_MEMORY:
+        key = ("glyphs", *world, num_classes, num_clients, drawers, copies, image_size)
+        pixels = cached_array(key, shape, batches(), cache=cache, title=f"glyphs: {part}")
+    else:
+        pixels = np.empty(shape, np.uint8)
+        for start, batch in zip(range(0, len(labels), _BATCH), batches(), strict=True):
+            pixels[start : start + _BATCH] = batch
+
+    class_names = [f"{a:05d}/{i:02d}" for a, size in enumerate(sizes) for i in range(size)]
+    client_names = [f"drawer{k:05d}" for k in range(num_clients)]
+    names = [
+        f"{client_names[k]}/{class_names[y]}_{c}"
+        for k, y, c in zip(clients.tolist(), labels.tolist(), copy.tolist(), strict=True)
+    ]
+    return Images(pixels, labels, clients, class_names, client_names, names)
+
+
+def glyphs_dataset(
+    num_classes: int = 1280,
+    num_clients: int = 256,
+    *,
+    test_classes: float = 0.2,
+    drawers: int = 8,
+    copies: int = 2,
+    image_size: int = 28,
+    seed: int = 0,
+    cache: Path | None = None,
+) -> Dataset:
+    """Glyphs to train on, and glyphs of other scripts by other drawers to retrieve.
+
+    By default 1,024 training classes at 256 clients (about 64 pictures each), 256 test classes
+    and 128 validation classes; each test or validation class has 10 pictures, one a drawer.
+
+    Args:
+        num_classes: Training and test classes together. Validation adds half as many as test.
+        num_clients: Training clients.
+        test_classes: Share of ``num_classes`` that is for testing, at least one.
+        drawers: See ``glyphs``; for training.
+        copies: See ``glyphs``; for training.
+        image_size: Side of the pictures.
+        seed: Another seed, another world.
+        cache: See ``glyphs``.
+
+    Raises:
+        DataError: Sizes that cannot be.
+    """
+    if not 0.0 < test_classes < 1.0:
+        raise DataError(
+            f"test_classes: expected a share between 0 and 1, got {test_classes}: "
+            "without test classes nothing could be evaluated"
+        )
+    if num_classes < 2:
+        raise DataError(
+            f"glyphs: expected at least 2 classes, one to train on, one to test, got {num_classes}"
+        )
+    unseen = min(max(1, round(num_classes * test_classes)), num_classes - 1)
+
+    def unseen_task(part: Part, count: int) -> RetrievalTask:
+        alphabets = len(_alphabet_sizes(count, (seed % 2**64, _PARTS.index(part))))
+        return RetrievalTask(
+            glyphs(
+                count,
+                10 * alphabets,
+                part=part,
+                drawers=10,
+                copies=1,
+                image_size=image_size,
+                seed=seed,
+                cache=cache,
+            )
+        )
+
+    train = glyphs(
+        num_classes - unseen,
+        num_clients,
+        drawers=drawers,
+        copies=copies,
+        image_size=image_size,
+        seed=seed,
+        cache=cache,
+    )
+    return Dataset(
+        "glyphs",
+        train,
+        test=unseen_task("test", unseen),
+        validation=unseen_task("validation", max(1, unseen // 2)),
+    )

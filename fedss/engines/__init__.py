@@ -1,0 +1,1 @@
+"""Where clients train: this machine (``local``)."""

@@ -1,0 +1,127 @@
+"""What a run writes down: a line of JSON per round, TensorBoard events, a summary."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedss.algorithm import ClientUpdate, ServerState, Submodel
+from fedss.errors import RunFolderError
+from fedss.wire import encoded_size, request_message, submodel_message, update_message
+
+Record = dict[str, Any]
+"""One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``class_rows`` (sum of
+|S_k|), bytes over the cohort as serialised (``bytes_down``, ``bytes_up`` and their parts
+``backbone_bytes_*``, ``class_row_bytes_*``), ``seconds`` by phase, ``metrics`` or None."""
+
+
+def traffic(
+    state: ServerState, updates: Sequence[ClientUpdate], num_classes: int
+) -> dict[str, int]:
+    """Bytes of all messages of a round, as serialised: class requests, submodels, updates."""
+    down = up = rows = 0
+    for update in updates:
+        # Rows and their deltas are of one shape, and so are theta and its delta.
+        submodel = Submodel(state.backbone_P, update.ids_S, update.rows_delta_SD)
+        down += encoded_size(submodel_message(submodel, num_classes))
+        up += encoded_size(request_message(update.ids_S, num_classes))
+        up += encoded_size(update_message(update, num_classes))
+        rows += update.rows_delta_SD.nbytes
+    backbone = len(updates) * state.backbone_P.nbytes
+    return {
+        "bytes_down": down,
+        "bytes_up": up,
+        "backbone_bytes_down": backbone,
+        "backbone_bytes_up": backbone,
+        "class_row_bytes_down": rows,
+        "class_row_bytes_up": rows,
+        "class_rows": sum(len(update.ids_S) for update in updates),
+    }
+
+
+def read_records(path: Path, rounds: int) -> list[Record]:
+    """The records of the first ``rounds`` rounds; later lines, also half a line, are left out.
+
+    Raises:
+        RunFolderError: a line of these rounds is missing or damaged.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        records = [json.loads(line) for line in lines[:rounds]]
+    except ValueError as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error}); start again in another folder"
+        ) from error
+    if [record["round"] for record in records] != list(range(1, rounds + 1)):
+        raise RunFolderError(
+            f"{path}: expected a line for each of the {rounds} rounds in the checkpoint, got "
+            f"{len(records)}; start again in another folder"
+        )
+    return records
+
+
+@contextmanager
+def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
+    """Open ``records.jsonl`` and TensorBoard behind the ``past`` rounds; gives ``add(record)``.
+
+    Lines of rounds after the checkpoint are dropped: these rounds are run again.
+    """
+    # Here, since importing it takes a second that most commands need not spend.
+    from torch.utils.tensorboard import SummaryWriter
+
+    path = folder / "records.jsonl"
+    if past or path.exists():
+        with path.open("rb+") as file:
+            for _ in past:
+                file.readline()
+            file.truncate()
+    with (
+        path.open("a", encoding="utf-8") as file,
+        SummaryWriter(str(folder / "tensorboard"), purge_step=len(past) + 1) as board,  # type: ignore[no-untyped-call]
+    ):
+
+        def add(record: Record) -> None:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            scalars = {
+                "train/loss": record["loss"],
+                **{f"seconds/{k}": v for k, v in record["seconds"].items()},
+                **{f"test/{k}": v for k, v in (record["metrics"] or {}).items()},
+            }
+            if record["bytes_down"] is not None:
+                scalars["bytes/down_per_client"] = record["bytes_down"] / record["clients"]
+                scalars["bytes/up_per_client"] = record["bytes_up"] / record["clients"]
+            for name, value in scalars.items():
+                board.add_scalar(name, value, record["round"])  # type: ignore[no-untyped-call]
+
+        yield add
+
+
+_PER_CLIENT = (
+    "bytes_down",
+    "bytes_up",
+    "class_row_bytes_down",
+    "class_row_bytes_up",
+    "backbone_bytes_down",
+    "backbone_bytes_up",
+)
+
+
+def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    """A run in one object: what it was, its last evaluation, means per client and round.
+
+    Byte figures are None where pictures are pooled: no federated message exists.
+    """
+    clients = sum(record["clients"] for record in records)
+    summary = {**run, **records[-1]["metrics"]}
+    for name in _PER_CLIENT:
+        federated = records[0][name] is not None
+        total = sum(record[name] for record in records) if federated else 0
+        summary[f"{name}_per_client_round"] = total / clients if federated else None
+    rows = records[0]["class_rows"] is not None
+    summary["class_rows_per_client"] = (
+        sum(record["class_rows"] for record in records) / clients if rows else None
+    )
+    summary["seconds"] = sum(sum(record["seconds"].values()) for record in records)
+    return summary

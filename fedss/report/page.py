@@ -1,0 +1,347 @@
+"""Everything the page says, put together, and the page written."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from fedss.errors import RunFolderError
+from fedss.report import charts, words
+from fedss.report.panels import retrieval
+from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
+
+METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what it shows, a smaller addition, and the exact values on hovering."""
+
+    text: str
+    addition: str = ""
+    exact: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of methods."""
+
+    label: str
+    slot: str
+    note: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title and what to know when reading it."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``folder/report.html`` from the records of a run or a comparison.
+
+    Args:
+        folder: a run folder (``config.json``, ``records.jsonl``), finished or not, or the folder
+            of a comparison (``summary.json`` that names run folders).
+
+    Returns:
+        The path of the page: one file that refers to nothing outside itself. The same records
+        give the same bytes.
+
+    Raises:
+        RunFolderError: records are missing or damaged, or the page cannot be written.
+    """
+    folder = Path(folder)
+    runs = read_runs(folder)
+    html = _render(runs, group_runs(runs, folder))
+    path = folder / "report.html"
+    temporary = folder / f".report.html.{os.getpid()}"
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunFolderError(f"{path}: cannot be written ({error})") from error
+    return path
+
+
+def _render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    slots = charts.slots_of([group.method for group in groups])
+    full = words.full_softmax(groups)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"decimals": words.decimals, "percent": words.percent}
+    return environment.get_template("report.html").render(
+        title=_title(groups),
+        finding=words.finding(groups),
+        second_finding=words.second_finding(groups),
+        setup=_setup(groups),
+        facts=_facts(groups),
+        unfinished=[
+            f"{run.method}, seed {run.seed}: {words.progress(run)}"
+            for run in runs
+            if not run.finished
+        ],
+        charts=_charts(groups, slots),
+        rows=[_row(group, slot, full) for group, slot in zip(groups, slots, strict=True)],
+        has_ratio=full is not None and len(groups) > 1,
+        several_seeds=any(len(group.runs) > 1 for group in groups),
+        seeds=[
+            (group, slot, run)
+            for group, slot in zip(groups, slots, strict=True)
+            for run in group.runs
+        ],
+        metric_names=METRIC_NAMES,
+        retrieval=retrieval(groups, slots),
+        settings=_settings(groups),
+        commands=_commands(groups),
+        versions=_versions(runs),
+        single=len(groups) == 1,
+        methods={group.method for group in groups},
+        human_bytes=words.human_bytes,
+        human_seconds=words.human_seconds,
+        count=words.count,
+    )
+
+
+def _title(groups: Sequence[Group]) -> str:
+    data = groups[0].runs[0].data.get("name", "unnamed data")
+    if len(groups) == 1:
+        return f"{groups[0].label} on {data}"
+    return f"{len(groups)} methods on {data}"
+
+
+def _setup(groups: Sequence[Group]) -> str:
+    """What was compared, in a sentence or two."""
+    run = groups[0].runs[0]
+    config = run.settings
+    seeds = [r.seed for g in groups for r in g.runs]
+    times = "Trained" if len(groups) == 1 else f"{words.listed([g.label for g in groups])}, trained"
+    parts = [f"{times} for {words.count(run.planned_rounds)} rounds"]
+    if config.get("clients_per_round") is not None:
+        parts.append(f"of {config['clients_per_round']} clients")
+    plural = "s" if len(set(seeds)) > 1 else ""
+    parts.append(f"with seed{plural} {words.numbers(seeds)}.")
+    return " ".join(parts)
+
+
+def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+    """(number, what it counts, addition) for the strip under the headline."""
+    run = groups[0].runs[0]
+    data, config = run.data, run.settings
+    facts = []
+    for key, name in (
+        ("train_images", "training pictures"),
+        ("train_classes", "training classes"),
+        ("train_clients", "clients"),
+    ):
+        if data.get(key) is not None:
+            facts.append((words.count(data[key]), name, ""))
+    if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
+        low, middle, high = (words.count(value) for value in data["own_classes"])
+        facts.append((middle, "classes per client", f"median; {low} to {high}"))
+    if data.get("test_queries") is not None:
+        gallery = data.get("test_gallery")
+        against = (
+            "each against all others" if gallery is None else f"against {words.count(gallery)}"
+        )
+        facts.append((words.count(data["test_queries"]), "test queries", against))
+    if data.get("test_classes") is not None:
+        facts.append((words.count(data["test_classes"]), "test classes", ""))
+    if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
+        channels, height, width = data["image_shape"]
+        kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
+        facts.append((f"{width} × {height}", "pixels", kind))
+    backbone = config.get("backbone")
+    facts.append((words.count(run.parameters), "parameters", str(backbone) if backbone else ""))
+    if config.get("embedding_size") is not None:
+        facts.append((str(config["embedding_size"]), "embedding size", ""))
+    return facts
+
+
+def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
+    paired = list(zip(groups, slots, strict=True))
+    several = any(len(group.runs) > 1 for group in groups)
+    band = " Lines: mean over seeds; bands: lowest to highest." if several else ""
+    names = words.listed([group.label for group in groups])
+    last = max(run.planned_rounds for group in groups for run in group.runs)
+    made = []
+    scores = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"])
+    if scores:
+        svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}")
+        made.append(Chart("MAP@10 over rounds", f"The higher, the better.{band}", svg))
+    moved = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"], True)
+    if moved:
+        pooled = next((pair for pair in paired if pair[0].method == "central"), None)
+        level = None
+        caption = "Further left: fewer bytes for the same accuracy."
+        if pooled is not None and (score := pooled[0].mean("map_at_10")) is not None:
+            level = (pooled[0].label, pooled[1], score)
+            caption += " central moves pictures instead: only its final height is shown."
+        alt = f"MAP@10 against bytes moved for {names}"
+        svg = charts.bytes_chart("bytes", moved, level, alt)
+        made.append(Chart("MAP@10 against bytes moved", caption, svg))
+    if bars := _bars(paired):
+        alt = f"Bytes per client and round, backbone and class rows, for {names}"
+        caption = "Download and upload together." if len(groups) > 1 else "Backbone and class rows."
+        svg = charts.bars_chart("bars", bars, alt)
+        made.append(Chart("Bytes per client and round", f"{caption} As serialised.", svg))
+    losses = _lines(paired, lambda r: r.loss)
+    if losses:
+        caption = "Each method’s loss is over its own class sample"
+        caption += "." if len(groups) == 1 else ": compare shapes, not heights."
+        svg = charts.rounds_chart("loss", losses, last, f"Training loss over rounds for {names}")
+        made.append(Chart("Training loss", caption, svg))
+    return made
+
+
+def _lines(
+    paired: Sequence[tuple[Group, str]], value: Any, over_bytes: bool = False
+) -> list[charts.Line]:
+    """A line per method over the rounds that all of its runs have a finite ``value`` for."""
+    lines = []
+    for group, slot in paired:
+        values = [_finite(run.rounds, value) for run in group.runs]
+        positions = [_cumulative(run.rounds) if over_bytes else None for run in group.runs]
+        common = sorted(set.intersection(*(set(of_run) for of_run in values)))
+        if not common or (over_bytes and any(not of_run for of_run in positions)):
+            continue
+        table = np.array([[of_run[r] for r in common] for of_run in values])
+        if over_bytes:
+            x = np.array([[p[r] for r in common] for p in positions if p]).mean(axis=0)
+        else:
+            x = np.array(common, dtype=float)
+        lines.append(
+            charts.Line(
+                group.label, slot, x, table.mean(axis=0), table.min(axis=0), table.max(axis=0)
+            )
+        )
+    return lines
+
+
+def _finite(rounds: Sequence[Round], value: Any) -> dict[int, float]:
+    values = {r.number: value(r) for r in rounds}
+    return {number: v for number, v in values.items() if v is not None and np.isfinite(v)}
+
+
+def _cumulative(rounds: Sequence[Round]) -> dict[int, float]:
+    """Bytes moved up to and with each round; empty if they are not known."""
+    if any(r.bytes_moved is None for r in rounds):
+        return {}
+    sums = np.cumsum([r.bytes_moved for r in rounds])
+    return {r.number: float(total) for r, total in zip(rounds, sums, strict=True) if total > 0}
+
+
+def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
+    bars = []
+    if len(paired) == 1:
+        group, slot = paired[0]
+        for way in ("down", "up"):
+            backbone = group.mean(f"backbone_bytes_{way}_per_client_round")
+            class_rows = group.mean(f"class_row_bytes_{way}_per_client_round")
+            if backbone is not None and class_rows is not None:
+                bars.append(charts.Bar(way, slot, backbone, class_rows))
+        return bars
+    full = words.full_softmax([group for group, _ in paired])
+    reference = None if full is None else words.both_ways(full)
+    for group, slot in paired:
+        total = words.both_ways(group)
+        share = (
+            words.percent(total / reference) if total and reference and group is not full else ""
+        )
+        backbone, class_rows = (words.both_ways(group, p) for p in ("backbone_", "class_row_"))
+        if backbone is not None and class_rows is not None:
+            bars.append(charts.Bar(group.label, slot, backbone, class_rows, share))
+    return bars
+
+
+def _row(group: Group, slot: str, full: Group | None) -> Row:
+    share = words.ratio(group, full)
+    note = "" if group.finished else words.progress(group.runs[0])
+    relative = "" if share is None or group.method == "full" else f"{share:.2f}"
+    cells = [_score(group, "map_at_10"), Cell(relative), _score(group, "recall_at_1")]
+    rows = group.mean("class_rows_per_client")
+    cells.append(Cell(words.count(rows), exact="" if rows is None else f"{rows:.2f}"))
+    for way in ("down", "up"):
+        for part in ("backbone_", "class_row_"):
+            mean = group.mean(f"{part}bytes_{way}_per_client_round")
+            exact = "" if mean is None else f"{words.count(mean)} bytes"
+            cells.append(Cell(words.human_bytes(mean), exact=exact))
+    seconds = group.mean("seconds")
+    cells.append(Cell(words.human_seconds(seconds), exact=f"{words.decimals(seconds, 1)} s"))
+    return Row(group.label, slot, note, cells)
+
+
+def _score(group: Group, key: str) -> Cell:
+    values = group.values(key)
+    exact = "; ".join(
+        f"seed {run.seed}: {words.decimals(run.results[key], 4)}" for run in group.runs
+    )
+    return Cell(words.decimals(group.mean(key)), words.spread(values), exact)
+
+
+def _settings(groups: Sequence[Group]) -> dict[str, Any]:
+    """Every setting: those all methods share, and a table of those that differ."""
+    of_group = {group.label: dict(group.runs[0].settings) for group in groups}
+    if any(len(group.runs) > 1 for group in groups):
+        for group in groups:
+            of_group[group.label]["seed"] = words.numbers([run.seed for run in group.runs])
+    keys = sorted({key for settings in of_group.values() for key in settings})
+    shared, differing = [], []
+    for key in keys:
+        values = [_shown(settings.get(key)) for settings in of_group.values()]
+        if all(a == b for a, b in pairwise(values)):
+            shared.append((key, values[0]))
+        else:
+            differing.append((key, values))
+    return {"shared": shared, "differing": differing, "labels": list(of_group)}
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return words.NOTHING
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _commands(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """(method, command) per method: the recorded one, or one put together from the settings."""
+    return [
+        (group.label, group.runs[0].command or _command(group.runs[0].settings)) for group in groups
+    ]
+
+
+def _command(settings: Mapping[str, Any]) -> str:
+    parts = ["fedss", "run"]
+    for key, value in settings.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            several = value if isinstance(value, list) else [value]
+            parts += [f"--{flag}", *(str(item) for item in several)]
+    return shlex.join(parts)
+
+
+def _versions(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    names = list(dict.fromkeys(name for run in runs for name in run.versions))
+    return [
+        (name, ", ".join(dict.fromkeys(r.versions[name] for r in runs if name in r.versions)))
+        for name in names
+    ]

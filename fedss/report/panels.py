@@ -1,0 +1,159 @@
+"""Retrieval panels: which queries to show, and their pictures as data URIs."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fedss.report.records import Group, Neighbours
+
+MOST_PICTURES = 260
+SMALL_SIDE = 64  # up to here a picture is enlarged pixel by pixel
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One thumbnail; ``right`` and ``score`` are None for a query."""
+
+    uri: str
+    name: str
+    right: bool | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one method found for a query."""
+
+    label: str
+    slot: str
+    pictures: list[Picture]
+
+    @property
+    def right(self) -> int:
+        """How many of the five have the query's class."""
+        return sum(bool(picture.right) for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One query and the answers to it."""
+
+    query: Picture
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Panels chosen for one reason."""
+
+    title: str
+    panels: list[Panel]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """All panels, and the share of right neighbours over every stored query per method."""
+
+    chapters: list[Chapter]
+    queries: int
+    shares: list[tuple[str, str, float]]
+    small: bool
+
+
+def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None:
+    """Choose queries and draw them; None if no run stored its neighbours.
+
+    Each method is shown by its first run that stored them, on the queries that all of them share.
+    """
+    stored = [
+        (group, slot, next((run.neighbours for run in group.runs if run.neighbours), None))
+        for group, slot in zip(groups, slots, strict=True)
+    ]
+    shown = [(group, slot, found) for group, slot, found in stored if found is not None]
+    shared = set.intersection(*(set(f.query_index.tolist()) for _, _, f in shown)) if shown else ()
+    if not shared:
+        return None
+    queries = np.array(sorted(shared))
+    rows = [np.array([f.query_index.tolist().index(q) for q in queries]) for _, _, f in shown]
+    right_MQ5 = np.stack([found.right[row] for (_, _, found), row in zip(shown, rows, strict=True)])
+    classes = shown[0][2].labels[rows[0], 0]
+    per_query = 1 + 5 * len(shown)
+    chosen = _choose(right_MQ5, classes, most=max(2, MOST_PICTURES // per_query))
+    chapters = []
+    for title, positions in chosen:
+        panels = []
+        for position in positions:
+            first, first_row = shown[0][2], rows[0][position]
+            query = Picture(_uri(first.pixels[first_row, 0]), str(first.class_names[first_row, 0]))
+            answers = [
+                Answer(group.label, slot, _pictures(found, row[position]))
+                for (group, slot, found), row in zip(shown, rows, strict=True)
+            ]
+            panels.append(Panel(query, answers))
+        chapters.append(Chapter(title, panels))
+    shares = [
+        (group.label, slot, float(right.mean()))
+        for (group, slot, _), right in zip(shown, right_MQ5, strict=True)
+    ]
+    small = max(shown[0][2].pixels.shape[-2:]) <= SMALL_SIDE
+    return Retrieval(chapters, len(queries), shares, small)
+
+
+def _choose(right_MQ5: np.ndarray, classes: np.ndarray, most: int) -> list[tuple[str, list[int]]]:
+    """Pick positions of queries per chapter, of as many different classes as possible."""
+    quality_MQ = right_MQ5.sum(axis=2) + 5 * right_MQ5[:, :, 0]  # above 5: the first one is right
+    best, worst = quality_MQ.max(axis=0), quality_MQ.min(axis=0)
+    if len(right_MQ5) == 1:
+        half = min(4, most // 2)
+        plans = [("Found", half, best > 5, -best), ("Missed", half, best < 5, best)]
+    else:
+        plans = [
+            ("Where the methods differ", min(4, most), best > worst, worst - best),
+            ("Found by all", min(2, most), worst > 5, -worst),
+            ("Missed by all", min(2, most), best < 5, best),
+        ]
+    taken: list[int] = []
+    chosen = []
+    for title, number, fits, cost in plans:
+        picked: list[int] = []
+        for _ in range(number):
+            seen = np.isin(classes, classes[taken])
+            order = np.lexsort((cost, seen))  # unseen classes first, then by cost, then by position
+            left = [int(q) for q in order if fits[q] and q not in taken]
+            picked += left[:1]
+            taken += left[:1]
+        if picked:
+            chosen.append((title, picked))
+    return chosen
+
+
+def _pictures(found: Neighbours, row: int) -> list[Picture]:
+    return [
+        Picture(
+            _uri(found.pixels[row, k]),
+            str(found.class_names[row, k]),
+            bool(found.labels[row, k] == found.labels[row, 0]),
+            float(found.scores[row, k - 1]),
+        )
+        for k in range(1, 6)
+    ]
+
+
+def _uri(pixels_CHW: np.ndarray) -> str:
+    """Small pictures as PNG, bit for bit; larger ones shrunk to a JPEG thumbnail."""
+    grey = pixels_CHW.shape[0] == 1
+    array = pixels_CHW[0] if grey else np.moveaxis(pixels_CHW, 0, -1)
+    image = Image.fromarray(np.ascontiguousarray(array))
+    out = io.BytesIO()
+    if max(image.size) <= SMALL_SIDE:
+        kind = "png"
+        image.save(out, "PNG", optimize=True)
+    else:
+        kind = "jpeg"
+        image.thumbnail((112, 112), Image.Resampling.LANCZOS)
+        image.save(out, "JPEG", quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

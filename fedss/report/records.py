@@ -1,0 +1,298 @@
+"""The records of a run or of a comparison, read from its folder and checked."""
+
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedss.errors import RunFolderError
+
+METRICS = ("map_at_10", "recall_at_1", "recall_at_5", "map_at_r")
+BYTES = tuple(
+    f"{part}bytes_{way}_per_client_round"
+    for part in ("", "class_row_", "backbone_")
+    for way in ("down", "up")
+)
+# The order of the methods in every table and chart; unknown names come before `central`.
+KNOWN_METHODS = ("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only", "fedaws")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One line of records.jsonl; ``bytes_moved`` is down and up over the whole cohort."""
+
+    number: int
+    loss: float
+    bytes_moved: float | None
+    metrics: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Queries and what a run found for them: Q queries, each followed by its top 5.
+
+    Attributes:
+        pixels: uint8 [Q, 6, C, H, W], query first.
+        labels: int64 [Q, 6].
+        class_names: str [Q, 6].
+        scores: float32 [Q, 5].
+        query_index: int64 [Q], the same for all runs on one data set.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    class_names: np.ndarray
+    scores: np.ndarray
+    query_index: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """bool [Q, 5]: whether a neighbour has the query's class."""
+        return np.asarray(self.labels[:, 1:] == self.labels[:, :1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed; ``results`` has the keys of a line of summary.json.
+
+    The results of an unfinished run are those of its last evaluated round.
+    """
+
+    method: str
+    seed: int
+    finished: bool
+    planned_rounds: int
+    settings: Mapping[str, Any]
+    data: Mapping[str, Any]
+    parameters: int
+    versions: Mapping[str, str]
+    command: str | None
+    rounds: tuple[Round, ...]
+    results: Mapping[str, float | None]
+    neighbours: Neighbours | None
+
+    @property
+    def last_round(self) -> int:
+        """The number of the last recorded round, 0 if there is none."""
+        return self.rounds[-1].number if self.rounds else 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method, over seeds: finished ones, or all of them while none is."""
+
+    method: str
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the figures are those of finished runs."""
+        return self.runs[0].finished
+
+    def values(self, key: str) -> list[float]:
+        """The result ``key`` of each run that has it."""
+        return [v for run in self.runs if (v := run.results[key]) is not None]
+
+    def mean(self, key: str) -> float | None:
+        """The mean of the result ``key`` over the runs; None if a run lacks it."""
+        values = self.values(key)
+        return sum(values) / len(values) if len(values) == len(self.runs) else None
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Read every run that ``folder/summary.json`` names, and those beside it still under way."""
+    summary = folder / "summary.json"
+    entries = _json(summary) if summary.is_file() else []
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise RunFolderError(f"{summary}: expected a list with one object per run")
+    runs = [_run(folder / str(_get(entry, "folder", summary)), entry, summary) for entry in entries]
+    seen = {(folder / str(entry["folder"])).resolve() for entry in entries}
+    for candidate in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
+        is_run = (candidate / "config.json").is_file() and (candidate / "records.jsonl").is_file()
+        if is_run and candidate.resolve() not in seen:
+            runs.append(_run(candidate, None, summary))
+    if not runs:
+        missing = [n for n in ("config.json", "records.jsonl") if not (folder / n).is_file()]
+        raise RunFolderError(
+            f"{folder}: expected the records of a run (config.json and records.jsonl) or of a "
+            f"comparison (summary.json); {' and '.join(['summary.json', *missing])} not found"
+        )
+    return runs
+
+
+def group_runs(runs: Sequence[Run], folder: Path) -> list[Group]:
+    """Put the seeds of one method together, in the order of all tables and charts."""
+    by_key: dict[tuple[str, object], list[Run]] = {}
+    for run in runs:
+        members = by_key.setdefault((run.method, run.settings.get("sample_size")), [])
+        if run.seed in [other.seed for other in members]:
+            raise RunFolderError(
+                f"{folder}: two runs of {run.method} with seed {run.seed}; "
+                "a comparison has one run per method and seed"
+            )
+        members.append(run)
+    methods = [method for method, _ in by_key]
+    groups = []
+    for (method, size), members in by_key.items():
+        label = method if methods.count(method) == 1 else f"{method} {size}"
+        shown = [run for run in members if run.finished] or members
+        groups.append(Group(method, label, tuple(sorted(shown, key=lambda run: run.seed))))
+    return sorted(groups, key=lambda group: _rank(group.method))
+
+
+def _rank(method: str) -> int:
+    if method == "central":
+        return len(KNOWN_METHODS) + 1
+    return KNOWN_METHODS.index(method) if method in KNOWN_METHODS else len(KNOWN_METHODS)
+
+
+def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
+    path = folder / "config.json"
+    config = _json(path)
+    settings = _get(config, "config", path)
+    method = str(_get(settings, "method", path))
+    seed = _integer(settings, "seed", path)
+    rounds, totals = _rounds(folder / "records.jsonl")
+    if entry is None:
+        results = _results_so_far(rounds, totals)
+    else:
+        keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
+        nullable = ("class_rows_per_client", *BYTES)
+        results = {key: _number(entry, key, summary, key in nullable) for key in keys}
+        method, seed = str(_get(entry, "method", summary)), _integer(entry, "seed", summary)
+    command = config.get("command")
+    return Run(
+        method=method,
+        seed=seed,
+        finished=entry is not None,
+        planned_rounds=_integer(settings, "rounds", path),
+        settings=settings,
+        data=_get(config, "data", path),
+        parameters=_integer(_get(config, "model", path), "parameters", path),
+        versions={
+            k: str(config[k]) for k in ("fedss", "torch", "python", "platform") if k in config
+        },
+        command=command if isinstance(command, str) else None,
+        rounds=rounds,
+        results=results,
+        neighbours=_neighbours(folder / "retrieval.npz"),
+    )
+
+
+def _rounds(path: Path) -> tuple[tuple[Round, ...], Mapping[str, float | None]]:
+    """Read records.jsonl; also the totals over all rounds of what the rounds count."""
+    rounds: list[Round] = []
+    down = up = clients = seconds = 0.0
+    pooled = False
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        where = f"{path}, line {number}"
+        record = _parse(line, where)
+        this_down, this_up = (
+            _number(record, f"bytes_{way}", where, True) for way in ("down", "up")
+        )
+        pooled = pooled or this_down is None or this_up is None
+        down, up = down + (this_down or 0), up + (this_up or 0)
+        clients += _number(record, "clients", where)
+        timing = _get(record, "seconds", where)
+        seconds += sum(_number(timing, phase, where) for phase in _mapping(timing, where))
+        metrics = _get(record, "metrics", where)
+        if metrics is not None:
+            metrics = {key: _number(metrics, key, where) for key in METRICS}
+        this_round = Round(
+            number=_integer(record, "round", where),
+            loss=_number(record, "loss", where),
+            bytes_moved=None if this_down is None or this_up is None else this_down + this_up,
+            metrics=metrics,
+        )
+        if rounds and this_round.number <= rounds[-1].number:
+            raise RunFolderError(
+                f"{where}: round {this_round.number} after round {rounds[-1].number}; "
+                "rounds must go up"
+            )
+        rounds.append(this_round)
+    totals: dict[str, float | None] = {"seconds": seconds}
+    for way, total in (("down", down), ("up", up)):
+        totals[f"bytes_{way}_per_client_round"] = None if pooled or not clients else total / clients
+    return tuple(rounds), totals
+
+
+def _results_so_far(
+    rounds: Sequence[Round], totals: Mapping[str, float | None]
+) -> dict[str, float | None]:
+    evaluated = [r.metrics for r in rounds if r.metrics is not None]
+    nothing = dict.fromkeys(("class_rows_per_client", *METRICS, *BYTES))
+    return {**nothing, **(evaluated[-1] if evaluated else {}), **totals}
+
+
+def _neighbours(path: Path) -> Neighbours | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.asarray(file[name]) for name in Neighbours.__dataclass_fields__}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error})") from error
+    count = len(arrays["query_index"])
+    expected = {"labels": (count, 6), "class_names": (count, 6), "scores": (count, 5)}
+    shapes_fit = all(arrays[name].shape == shape for name, shape in expected.items())
+    pixels = arrays["pixels"]
+    if not shapes_fit or pixels.shape[:2] != (count, 6) or pixels.dtype != np.uint8:
+        raise RunFolderError(f"{path}: shapes do not fit {count} queries with 5 neighbours each")
+    if pixels.ndim != 5 or pixels.shape[2] not in (1, 3):
+        raise RunFolderError(f"{path}: pixels: expected [Q, 6, 1 or 3, H, W], got {pixels.shape}")
+    return Neighbours(**arrays)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error})") from error
+
+
+def _parse(text: str, where: Path | str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RunFolderError(f"{where}: damaged JSON ({error})") from error
+
+
+def _json(path: Path) -> Any:
+    return _parse(_text(path), path)
+
+
+def _mapping(value: Any, where: Path | str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{where}: expected an object, got {value!r}")
+    return value
+
+
+def _get(value: Any, key: str, where: Path | str) -> Any:
+    mapping = _mapping(value, where)
+    if key not in mapping:
+        raise RunFolderError(f"{where}: {key!r} is missing")
+    return mapping[key]
+
+
+def _number(value: Any, key: str, where: Path | str, nullable: bool = False) -> Any:
+    """The number under ``key``: a float, or None where ``nullable`` and it is null."""
+    number = _get(value, key, where)
+    if number is None and nullable:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise RunFolderError(f"{where}: {key!r}: expected a number, got {number!r}")
+    return float(number) if math.isfinite(number) else math.nan
+
+
+def _integer(value: Any, key: str, where: Path | str) -> int:
+    number = _get(value, key, where)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise RunFolderError(f"{where}: {key!r}: expected an integer, got {number!r}")
+    return number

@@ -1,0 +1,149 @@
+"""Numbers as people read them, and the one sentence that says what was found."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from fedss.report.records import Group, Run
+
+NOTHING = "–"
+
+
+def human_bytes(count: float | None) -> str:
+    """Three significant digits with a decimal unit: 1234567 -> ``1.23 MB``."""
+    if count is None or not math.isfinite(count):
+        return NOTHING
+    unit = 0
+    while count >= 999.5 and unit < 5:
+        count, unit = count / 1000, unit + 1
+    digits = 0 if unit == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}"
+
+
+def human_seconds(seconds: float | None) -> str:
+    """``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NOTHING
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def decimals(value: float | None, digits: int = 3) -> str:
+    """``value`` with ``digits`` decimals, a dash for nothing."""
+    return NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thin spaces between thousands."""
+    grouped = NOTHING if value is None or not math.isfinite(value) else f"{value:,.0f}"
+    return grouped.replace(",", "\u202f")
+
+
+def percent(ratio: float) -> str:
+    """``7 %``; one decimal below 1 %."""
+    return f"{100 * ratio:.{1 if 100 * ratio < 0.995 else 0}f}\u00a0%"
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """The sample standard deviation as ``± 0.004``; empty for a single value."""
+    return f"± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def numbers(values: Sequence[int]) -> str:
+    """``0–2`` for consecutive numbers, otherwise ``0, 2, 5``."""
+    values = sorted(set(values))
+    if len(values) > 2 and values[-1] - values[0] == len(values) - 1:
+        return f"{values[0]}–{values[-1]}"
+    return ", ".join(str(value) for value in values)
+
+
+def progress(run: Run) -> str:
+    """``round 40 of 120``."""
+    return f"round {run.last_round} of {run.planned_rounds}"
+
+
+def both_ways(group: Group, part: str = "") -> float | None:
+    """Bytes down and up per client and round; ``part`` is "", "class_row_" or "backbone_"."""
+    ways = [group.mean(f"{part}bytes_{way}_per_client_round") for way in ("down", "up")]
+    return None if ways[0] is None or ways[1] is None else ways[0] + ways[1]
+
+
+def ratio(group: Group, full: Group | None, key: str = "map_at_10") -> float | None:
+    """The mean of ``key`` relative to the full softmax; None without two finished groups."""
+    if full is None or not (group.finished and full.finished):
+        return None
+    value, reference = group.mean(key), full.mean(key)
+    return value / reference if value is not None and reference else None
+
+
+def full_softmax(groups: Sequence[Group]) -> Group | None:
+    """The group all others are measured against."""
+    return next((group for group in groups if group.method == "full"), None)
+
+
+def finding(groups: Sequence[Group]) -> str:
+    """Say in one sentence, computed from the records, how the method did, also when it lost."""
+    full = full_softmax(groups)
+    others = [g for g in groups if g.method not in ("full", "central") and ratio(g, full)]
+    if full is not None and others:
+        return _against_full(next((g for g in others if g.method == "fedss"), others[0]), full)
+    sentences = [_alone(group) for group in groups]
+    return f"{listed(sentences)}."
+
+
+def second_finding(groups: Sequence[Group]) -> str:
+    """What the first sentence must not hide: methods that did better than the one it is about."""
+    full = full_softmax(groups)
+    others = [g for g in groups if g.method not in ("full", "central") and ratio(g, full)]
+    fedss = next((g for g in others if g.method == "fedss"), None)
+    if full is None or fedss is None:
+        return ""
+    score = fedss.mean("map_at_10") or 0.0
+    better = [g for g in others if g is not fedss and (g.mean("map_at_10") or 0.0) > score]
+    if not better:
+        return ""
+    names = listed([f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in better])
+    return f"{names} {'retrieves' if len(better) == 1 else 'retrieve'} better than fedss here."
+
+
+def _against_full(group: Group, full: Group) -> str:
+    share = ratio(group, full) or 0.0
+    scores = f"{decimals(group.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
+    verb = "reaches" if share >= 0.95 else "falls short: it reaches only"
+    sentence = f"{group.label} {verb} {share:.2f} of full softmax’s MAP@10 ({scores})"
+    costs = []
+    for part, name in (("class_row_", "its class-row bytes"), ("", "all bytes")):
+        mine, theirs = both_ways(group, part), both_ways(full, part)
+        if mine is not None and theirs:
+            costs.append(f"{percent(mine / theirs)} of {name}")
+    if not costs:
+        return f"{sentence}."
+    joint = "and" if share >= 0.95 else "while it"
+    return f"{sentence} {joint} moves {', '.join(costs)}."
+
+
+def _alone(group: Group) -> str:
+    score = group.mean("map_at_10")
+    run = group.runs[0]
+    if score is None:
+        text = f"{group.label} has not been evaluated yet"
+    elif group.finished:
+        text = f"{group.label} reaches MAP@10 {decimals(score)} after {run.last_round} rounds"
+    else:
+        text = f"{group.label} stands at MAP@10 {decimals(score)}"
+    if not group.finished:
+        text += f" ({progress(run)})"
+    moved = both_ways(group)
+    return text if moved is None else f"{text}, moving {human_bytes(moved)} per client and round"

@@ -1,0 +1,635 @@
+"""Pictures from files: what is read equals what Pillow decodes, and each mistake has its message."""
+
+import os
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from fedss.data import (
+    csv_dataset,
+    fingerprint,
+    folder_dataset,
+    load_dataset,
+    omniglot_dataset,
+)
+from fedss.data.cache import cache_folder, cached_array, decode
+from fedss.errors import DataError
+
+
+def picture(seed, size=(20, 20), mode="RGB"):
+    depth = () if mode == "L" else (3,)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *depth), np.uint8)
+    return Image.fromarray(noise)
+
+
+def save(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def write_csv(root, lines, header="image,label,client,split"):
+    path = root / "pictures.csv"
+    path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Nine pictures p0.png to p8.png, in colour."""
+    for i in range(9):
+        save(tmp_path / f"p{i}.png", picture(i))
+    return tmp_path
+
+
+GOOD = [
+    "p0.png,cat,ann,train",
+    "p1.png,dog,ann,train",
+    "p2.png,cat,bob,train",
+    "p3.png,fox,bob,test",
+    "p4.png,fox,ann,test",
+    "p5.png,owl,cid,test",
+    "p6.png,owl,cid,test",
+]
+
+
+def load(path, **options):
+    return csv_dataset(path, image_size=8, cache=path.parent / "cache", **options)
+
+
+def same(left, right):
+    for a, b in ((left.train, right.train), (left.test.query, right.test.query)):
+        assert np.array_equal(a.pixels, b.pixels)
+        assert fingerprint(a) == fingerprint(b)
+    return True
+
+
+# A CSV, line by line
+
+
+def test_csv(root):
+    data = load(write_csv(root, GOOD))
+    train, test = data.train, data.test.query
+    assert train.class_names == ["cat", "dog"]
+    assert train.client_names == ["ann", "bob"]
+    assert train.names == ["p0.png", "p1.png", "p2.png"]
+    assert train.labels.tolist() == [0, 1, 0]
+    assert train.clients.tolist() == [0, 0, 1]
+    assert train.labels.dtype == train.clients.dtype == np.int64
+    assert test.class_names == ["fox", "owl"]
+    assert test.names == ["p4.png", "p3.png", "p5.png", "p6.png"]
+    assert data.test.gallery is None
+    assert data.validation is None
+    assert data.skipped == ()
+    assert isinstance(train.pixels, np.memmap)
+    assert not train.pixels.flags.writeable
+    for images in (train, test):
+        for name, pixels in zip(images.names, images.pixels, strict=True):
+            with Image.open(root / name) as image:
+                expected = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
+            assert np.array_equal(pixels.transpose(1, 2, 0), expected)
+
+
+def test_query_and_gallery_number_classes_alike(root):
+    lines = ["p0.png,cat,ann,train", "p1.png,owl,bob,query", "p2.png,owl,cid,gallery"]
+    data = load(write_csv(root, [*lines, "p3.png,bat,cid,gallery"]))
+    query, gallery = data.test.query, data.test.gallery
+    assert query.class_names == gallery.class_names == ["bat", "owl"]
+    assert query.labels.tolist() == [1]
+    assert gallery.labels.tolist() == [0, 1]
+
+
+def test_validation_split(root):
+    lines = ["p7.png,elk,ann,validation", "p8.png,elk,bob,validation"]
+    data = load(write_csv(root, GOOD + lines))
+    assert data.validation.query.names == ["p7.png", "p8.png"]
+
+
+def test_absolute_paths_byte_order_mark_blank_lines_and_spaces(root):
+    lines = [line.replace("p0.png", str(root / "p0.png")) for line in GOOD]
+    lines[3:3] = ["", " , , , "]
+    lines[1] = lines[1].replace(",", " , ")
+    plain = load(write_csv(root, GOOD))
+    path = write_csv(root, lines)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert same(load(path), plain)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(order=st.permutations(range(9)))
+def test_the_order_of_lines_does_not_matter(root, order):
+    lines = [f"p{i}.png,class{i % 4},client{i % 3}" for i in range(9)]
+    expected = load(write_csv(root, lines, "image,label,client"))
+    shuffled = write_csv(root, [lines[i] for i in order], "image,label,client")
+    assert same(load(shuffled), expected)
+
+
+def test_held_out_classes_come_from_the_seed_and_need_two_pictures(root):
+    lines = [f"p{i}.png,{label},x" for i, label in enumerate("aabbccdde")]
+    path = write_csv(root, lines, "image,label,client")
+    chosen = set()
+    for seed in range(12):
+        data = load(path, seed=seed, test_classes=0.4)
+        assert len(data.test.query.class_names) == 2
+        assert set(data.train.class_names) | set(data.test.query.class_names) == set("abcde")
+        assert "e" in data.train.class_names
+        assert same(load(path, seed=seed, test_classes=0.4), data)
+        chosen.add(tuple(data.test.query.class_names))
+    assert len(chosen) > 2
+    assert len(load(path, test_classes=0.01).test.query.class_names) == 1
+    assert len(load(path, test_classes=0.99).train.class_names) == 1
+
+
+def test_only_train_and_validation_rows_still_hold_out_a_test(root):
+    lines = [f"p{i}.png,{label},x,train" for i, label in enumerate("aabbcc")]
+    lines += ["p6.png,v,x,validation", "p7.png,v,x,validation"]
+    data = load(write_csv(root, lines))
+    assert len(data.test.query.class_names) == 1
+    assert data.validation.query.class_names == ["v"]
+
+
+@pytest.mark.parametrize(
+    ("header", "lines", "message"),
+    [
+        ("image,labels,client", [], r"line 1: .*missing: label; found: image, labels, client; "
+         r"is 'labels' meant as 'label'\?"),
+        ("Image,label,client", [], "is 'Image' meant as 'image'"),
+        ("image;label;client", [], "missing: image, label, client.*separate .* with commas"),
+        ("image,label,client", [], "no pictures"),
+        ("", [], "empty; expected a header line"),
+        (None, ["p0.png,,ann,train"], "line 2: empty label"),
+        (None, ["p0.png,cat,ann,train", "p1.png,cat, ,train"], "line 3: empty client"),
+        (None, [",cat,ann,train"], "line 2: empty image"),
+        (None, ["p0.png,cat"], "line 2: empty client"),
+        (None, ["p0.png,cat,ann,trian"], r"line 2: .*one of train.*got 'trian'; is 'train' meant"),
+        (None, ["p0.png,cat,ann,"], "line 2: .*got ''"),
+        (None, ["p0.png,cat,ann,train,x"], "line 2: expected 4 cells, got 5; .*double quotes"),
+        (None, ["p0.png,cat,ann,train", "", "./p0.png,dog,bob,train"],
+         "line 4: p0.png is listed already in line 2"),
+        (None, ["q.png,cat,ann,train", *GOOD], r"line 2: no such picture file: .*q\.png \(1 of 8"),
+        (None, [*GOOD, "p7.png,elk,ann,test"], "line 9: class 'elk' has a single picture in .*"
+         "test split.*add a second"),
+        (None, [*GOOD, "p7.png,elk,ann,validation"], "'elk' has a single .* validation split"),
+        (None, [*GOOD, "p7.png,elk,ann,query"], "both 'test' and 'query' rows"),
+        (None, ["p0.png,a,x,train", "p1.png,b,x,query"], "'query' rows but no 'gallery' rows"),
+        (None, ["p0.png,a,x,train", "p1.png,b,x,gallery"], "'gallery' rows but no 'query' rows"),
+        (None, ["p0.png,a,x,train", "p1.png,b,x,gallery", "p2.png,c,x,query"],
+         "line 4: class 'c' is in the query split but not in the gallery split"),
+        (None, ["p0.png,a,x,test", "p1.png,a,x,test"], "no training pictures"),
+        ("image,label,client", ["p0.png,a,x", "p1.png,a,x"], "cannot hold out .*got 1 classes"),
+        ("image,label,client", ["p0.png,a,x", "p1.png,b,x"], "cannot hold out .*0 of them"),
+    ],
+)  # fmt: skip
+def test_each_mistake_in_a_csv_is_named(root, header, lines, message):
+    path = write_csv(root, lines, "image,label,client,split" if header is None else header)
+    with pytest.raises(DataError, match=message):
+        load(path)
+
+
+def test_mistakes_about_the_file_itself(root):
+    with pytest.raises(DataError, match=r"none\.csv: expected a CSV file .*No such file"):
+        csv_dataset(root / "none.csv")
+    path = root / "latin.csv"
+    path.write_bytes("image,label,client\np0.png,café,ann\n".encode("latin-1"))
+    with pytest.raises(DataError, match="expected text in UTF-8, got byte 0xe9 .*Save"):
+        load(path)
+    empty = root / "empty.csv"
+    empty.write_bytes(b"")
+    with pytest.raises(DataError, match="empty"):
+        load(empty)
+
+
+def test_mistakes_in_the_settings(root):
+    path = write_csv(root, ["p0.png,a,x", "p1.png,a,x", "p2.png,b,x"], "image,label,client")
+    with pytest.raises(DataError, match="nothing to evaluate.*is 0"):
+        load(path, test_classes=0)
+    with pytest.raises(DataError, match="channels: expected 1 .* or 3 .*, got 4"):
+        load(path, channels=4)
+    with pytest.raises(DataError, match="image_size: expected at least 1, got 0"):
+        csv_dataset(path, image_size=0)
+
+
+# Broken pictures
+
+
+def bomb():
+    """A PNG of a few bytes that claims 100,000,000 pixels: Pillow's limit for a warning."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    size = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("default")
+def test_broken_pictures_are_all_counted_and_can_be_left_out(root):
+    lines = [f"p{i}.png,{label},x" for i, label in enumerate("aabbccdde")]
+    path = write_csv(root, lines, "image,label,client")
+    whole = (root / "p0.png").read_bytes()
+    (root / "p0.png").write_bytes(whole[: len(whole) // 2])
+    (root / "p2.png").write_text("not a picture")
+    (root / "p4.png").write_bytes(b"")
+    (root / "p6.png").write_bytes(bomb())
+    message = r"4 of 9 pictures cannot be read: .*p0\.png .*p2\.png .*p4\.png .*p6\.png .*skip_brok"
+    with pytest.raises(DataError, match=message) as caught:
+        load(path)
+    assert "decompression bomb" in str(caught.value)
+
+    (root / "p8.png").unlink()
+    with pytest.raises(DataError, match="1 of 9 are missing"):
+        load(path)
+    save(root / "q.png", picture(99))
+    path = write_csv(root, [*lines, "q.png,a,x"], "image,label,client")
+    kept = write_csv(root, [lines[i] for i in (1, 3, 5, 7)] + ["q.png,a,x"], "image,label,client")
+    expected = load(kept)
+    path = write_csv(root, [*lines, "q.png,a,x"], "image,label,client")
+    for _ in range(2):
+        data = load(path, skip_broken=True)
+        assert same(data, expected)
+        assert data.skipped == ("p0.png", "p2.png", "p4.png", "p6.png", "p8.png")
+    # A mended picture is another file.
+    (root / "p0.png").write_bytes(whole)
+    assert "p0.png" not in load(path, skip_broken=True).skipped
+
+
+def test_nothing_readable(root):
+    (root / "p0.png").write_text("x")
+    (root / "p1.png").write_text("x")
+    path = write_csv(root, ["p0.png,a,x,test", "p1.png,a,x,train"])
+    with pytest.raises(DataError):
+        load(path, skip_broken=True)
+    path = write_csv(root, ["u.png,a,x,test", "v.png,a,x,train"])
+    with pytest.raises(DataError, match="none of the 2 pictures"):
+        load(path, skip_broken=True)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tiff"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(30, 30), (40, 31), (13, 50)])
+def test_decode_is_what_pillow_decodes(tmp_path, suffix, mode, size):
+    path = tmp_path / f"p.{suffix}"
+    save(path, picture(7, size, mode))
+    for channels, wanted in ((1, "L"), (3, "RGB")):
+        with Image.open(path) as image:
+            # Independently of ImageOps.fit: the central square of the shorter side.
+            side, (w, h) = min(size), size
+            box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+            square = image.convert(wanted).resize((24, 24), Image.Resampling.BILINEAR, box)
+        expected = np.asarray(square).reshape(24, 24, channels).transpose(2, 0, 1)
+        got = decode(path, 24, channels)
+        assert got.dtype == np.uint8
+        assert np.array_equal(got, expected)
+
+
+def test_a_large_jpeg_decodes_at_a_fraction_of_its_size_to_nearly_the_same(tmp_path):
+    smooth = picture(1, (8, 6)).resize((800, 600), Image.Resampling.BICUBIC)
+    save(tmp_path / "p.jpg", smooth, quality=95)
+    expected = np.asarray(ImageOps.fit(smooth, (32, 32), Image.Resampling.BILINEAR))
+    got = decode(tmp_path / "p.jpg", 32, 3).transpose(1, 2, 0)
+    assert np.abs(got.astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_cameras_rotation_is_undone(tmp_path, orientation):
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # as numbered by Image.Transpose
+    stored = picture(5, (16, 16))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "p.png", stored, exif=exif)
+    upright = stored.transpose(undo[orientation]) if orientation > 1 else stored
+    assert np.array_equal(decode(tmp_path / "p.png", 16, 3).transpose(1, 2, 0), upright)
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2, :, 3] = 255
+    save(tmp_path / "p.png", Image.fromarray(pixels))
+    got = decode(tmp_path / "p.png", 4, 3)
+    assert (got[:, :2] == 0).all()
+    assert (got[:, 2:] == 255).all()
+    palette = Image.fromarray(np.tile(np.array([0, 1], np.uint8), (4, 2))).convert("P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    save(tmp_path / "q.gif", palette, transparency=1)
+    got = decode(tmp_path / "q.gif", 4, 3).transpose(1, 2, 0)
+    assert got[0, :2].tolist() == [[255, 0, 0], [255, 255, 255]]
+
+
+def test_sixteen_bits_black_and_white_and_cmyk(tmp_path):
+    wide = np.array([[0, 255, 256], [32768, 40000, 65535], [1, 2, 3]], np.uint16)
+    save(tmp_path / "wide.png", Image.fromarray(wide))
+    assert np.array_equal(decode(tmp_path / "wide.png", 3, 1)[0], wide // 256)
+    save(tmp_path / "bits.png", Image.fromarray(wide > 255).convert("1"))
+    assert np.array_equal(decode(tmp_path / "bits.png", 3, 1)[0], 255 * (wide > 255))
+    save(tmp_path / "ink.tiff", Image.new("CMYK", (3, 3), (0, 255, 255, 0)))
+    red = decode(tmp_path / "ink.tiff", 3, 3)[:, 0, 0].astype(int)
+    assert red[0] > 200
+    assert max(red[1:]) < 60
+    save(tmp_path / "float.tiff", Image.fromarray(np.ones((3, 3), np.float32)))
+    with pytest.raises(ValueError, match="no known range"):
+        decode(tmp_path / "float.tiff", 3, 1)
+
+
+def test_channels_are_one_if_every_picture_is_gray(root):
+    for i in range(7):
+        save(root / f"p{i}.png", picture(i, mode="L"))
+    path = write_csv(root, GOOD)
+    for _ in range(2):
+        assert load(path).train.pixels.shape == (3, 1, 8, 8)
+    assert load(path, channels=3).train.pixels.shape == (3, 3, 8, 8)
+    save(root / "p6.png", picture(6))
+    assert load(path).train.pixels.shape == (3, 3, 8, 8)
+    assert load(path, channels=1).train.pixels.shape == (3, 1, 8, 8)
+
+
+# The cache
+
+
+def test_pictures_are_decoded_once_until_they_change(root, monkeypatch):
+    path = write_csv(root, GOOD)
+    first = load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedss.data.cache.decode", lambda *_: pytest.fail("decoded again"))
+        assert same(load(path), first)
+    save(root / "p0.png", picture(1000))
+    assert not np.array_equal(load(path).train.pixels[0], first.train.pixels[0])
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEDSS_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "fedss"
+    monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    assert cache_folder(tmp_path / "given") == tmp_path / "given"
+
+
+def rows(count):
+    return iter([np.full((count, 2), 7, np.uint8)])
+
+
+def test_a_damaged_cache_file_is_made_anew(tmp_path):
+    made = cached_array(("k",), (4, 2), rows(4), cache=tmp_path, title="")
+    (file,) = tmp_path.iterdir()
+    del made
+    file.write_bytes(file.read_bytes()[:-3])
+    again = cached_array(("k",), (4, 2), rows(4), cache=tmp_path, title="")
+    assert (np.asarray(again) == 7).all()
+
+
+def test_a_writer_killed_midway_leaves_nothing_that_is_believed(tmp_path):
+    script = f"""
+import os, signal, numpy as np
+from pathlib import Path
+from fedss.data.cache import cached_array
+def batches():
+    yield np.zeros((2, 2), np.uint8)
+    os.kill(os.getpid(), signal.SIGKILL)
+cached_array(("k",), (4, 2), batches(), cache=Path({str(tmp_path)!r}), title="")
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -9
+    assert not list(tmp_path.glob("*.npy"))
+    made = cached_array(("k",), (4, 2), rows(4), cache=tmp_path, title="")
+    assert (np.asarray(made) == 7).all()
+
+
+def test_an_error_midway_leaves_no_file(tmp_path):
+    def batches():
+        yield np.zeros((2, 2), np.uint8)
+        raise DataError("no more")
+
+    with pytest.raises(DataError, match="no more"):
+        cached_array(("k",), (4, 2), batches(), cache=tmp_path, title="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_or_an_impossible_folder_is_named(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedss.data.cache.os.fsync", full)
+        message = f"cannot write .*{tmp_path}.*No space left on device.*FEDSS_CACHE"
+        with pytest.raises(DataError, match=message):
+            cached_array(("k",), (4, 2), rows(4), cache=tmp_path, title="")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="FEDSS_CACHE"):
+        cached_array(("k",), (4, 2), rows(4), cache=tmp_path / "file" / "in", title="")
+
+
+# Folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    root = tmp_path / "root"
+    for i, (client, label) in enumerate(
+        [("ann", "cat"), ("ann", "cat"), ("ann", "dog"), ("bob", "dog"), ("bob", "fox")]
+    ):
+        suffix = ["png", "JPG", "webp"][i % 3]
+        save(root / client / label / f"{i}.{suffix}", picture(i, (10 + i, 12)))
+    (root / "ann" / "cat" / "notes.txt").write_text("not a picture")
+    (root / "ann" / "cat" / ".hidden.png").write_text("not a picture")
+    (root / ".git").mkdir()
+    return root
+
+
+def test_folders_are_the_csv_that_lists_them(folders, tmp_path):
+    names = [path.relative_to(folders) for path in folders.glob("*/*/[0-9]*")]
+    random.Random(0).shuffle(names)
+    lines = [f"{name.as_posix()},{name.parts[1]},{name.parts[0]}" for name in names]
+    path = write_csv(folders, lines, "image,label,client")
+    data = folder_dataset(folders, image_size=8, cache=tmp_path / "cache")
+    assert same(data, load(path))
+    assert len(data.train) + len(data.test.query) == 5
+    assert data.test.query.class_names[0] in ("cat", "dog")
+    assert data.train.pixels.shape[1:] == (3, 8, 8)
+
+
+def test_mistakes_in_folders(folders, tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        folder_dataset(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures found; expected pictures as .*client/class"):
+        folder_dataset(tmp_path / "empty")
+    (folders / "cid" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="cid: a client without pictures"):
+        folder_dataset(folders)
+    save(folders / "cid" / "p.png", picture(0))
+    with pytest.raises(DataError, match=r"p\.png: a picture at the wrong depth"):
+        folder_dataset(folders)
+
+
+# Omniglot
+
+
+def place_of_omniglot():
+    beside = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "omniglot"
+    return Path(os.environ.get("FEDSS_OMNIGLOT", beside))
+
+
+@pytest.mark.skipif(
+    not (place_of_omniglot() / "images_background.zip").is_file(),
+    reason="no Omniglot archives beside the repository nor at FEDSS_OMNIGLOT",
+)
+def test_omniglot_has_the_published_counts(tmp_path):
+    place = place_of_omniglot()
+    data = omniglot_dataset(place, cache=tmp_path)
+    parts = (data.train, data.validation.query, data.test.query)
+    assert [len(part) for part in parts] == [19_280, 3_000, 10_180]
+    assert [len(part.class_names) for part in parts] == [964, 150, 509]
+    assert [len(part.client_names) for part in parts] == [600, 120, 280]
+    for part in parts:
+        assert (np.bincount(part.labels) == 20).all()
+        drawn = np.bincount(part.clients)
+        assert drawn.min() >= 14
+        assert drawn.max() <= 55
+        assert 0.01 < part.pixels.mean() / 255 < 0.2
+    with zipfile.ZipFile(place / "images_evaluation.zip") as pack:
+        row = 4321
+        with pack.open(data.test.query.names[row]) as file, Image.open(file) as image:
+            inked = np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BILINEAR))
+    assert np.array_equal(data.test.query.pixels[row, 0], 255 - inked)
+
+
+@pytest.fixture
+def small_omniglot(tmp_path):
+    """Two background and eight evaluation alphabets, of two characters by three drawers."""
+    place = tmp_path / "place"
+    place.mkdir()
+    number = 0
+    for name, alphabets in (("images_background", 2), ("images_evaluation", 8)):
+        with zipfile.ZipFile(place / f"{name}.zip", "w") as pack:
+            for alphabet in range(alphabets):
+                for character in (1, 2):
+                    number += 1
+                    for drawer in (1, 2, 3):
+                        inner = (
+                            f"{name}/Alphabet_{alphabet}/character{character:02d}/"
+                            f"{number:04d}_{drawer:02d}.png"
+                        )
+                        image = picture(number * 10 + drawer, (35, 35), "L").convert("1")
+                        file = tmp_path / "unpacked" / inner
+                        save(file, image)
+                        pack.write(file, inner)
+    return place, tmp_path / "unpacked"
+
+
+def test_omniglot_zipped_and_unpacked_are_the_same(small_omniglot, tmp_path):
+    zipped, unpacked = (omniglot_dataset(p, cache=tmp_path / "cache") for p in small_omniglot)
+    assert same(zipped, unpacked)
+    assert zipped.train.names[:2] == [
+        "images_background/Alphabet_0/character01/0001_01.png",
+        "images_background/Alphabet_0/character02/0002_01.png",
+    ]
+    assert zipped.train.client_names[0] == "Alphabet_0/drawer01"
+    assert len(zipped.train.client_names) == 6
+    alphabets = {name.split("/")[0] for name in zipped.test.query.class_names}
+    assert alphabets == {"Alphabet_6", "Alphabet_7"}
+    assert len(zipped.validation.query.class_names) == 12
+    with Image.open(small_omniglot[1] / zipped.train.names[0]) as image:
+        inked = np.asarray(image.convert("L").resize((28, 28), Image.Resampling.BILINEAR))
+    assert np.array_equal(zipped.train.pixels[0, 0], 255 - inked)
+
+
+def test_omniglot_that_is_broken_or_of_another_layout(small_omniglot, tmp_path):
+    zipped, unpacked = small_omniglot
+    broken = next(unpacked.glob("images_background/*/*/*.png"))
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(DataError, match=f"{broken.name} cannot be read"):
+        omniglot_dataset(unpacked, cache=tmp_path)
+    with zipfile.ZipFile(zipped / "images_background.zip", "w") as pack:
+        pack.writestr("elsewhere/p.png", b"")
+    with pytest.raises(DataError, match="expected pictures images_background/<alphabet>"):
+        omniglot_dataset(zipped, cache=tmp_path)
+    (zipped / "images_background.zip").write_bytes(b"PK no more")
+    with pytest.raises(DataError, match="not a whole zip archive"):
+        omniglot_dataset(zipped, cache=tmp_path)
+
+
+def test_omniglot_that_cannot_be_fetched(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    message = r"expected images_background\.zip or the folder .*no network.*put them there"
+    with pytest.raises(DataError, match=message):
+        omniglot_dataset(tmp_path / "place")
+
+
+def test_a_fetched_archive_with_a_wrong_checksum_is_not_kept(small_omniglot, tmp_path, monkeypatch):
+    archive = small_omniglot[0] / "images_background.zip"
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: archive.open("rb"))
+    with pytest.raises(DataError, match="expected MD5 68d2efa1"):
+        load_dataset("omniglot", cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.zip"))
+
+
+# By name
+
+
+def test_load_dataset_by_name(root, folders, small_omniglot, tmp_path):
+    cache = tmp_path / "cache"
+    path = write_csv(root, GOOD)
+    assert load_dataset("csv", path, cache=cache).train.pixels.shape == (3, 3, 64, 64)
+    assert (
+        load_dataset("folder", str(folders), image_size=9, cache=cache).train.pixels.shape[2] == 9
+    )
+    assert load_dataset("omniglot", small_omniglot[0], cache=cache).name == "omniglot"
+    data = load_dataset("glyphs", glyphs_classes=20, glyphs_clients=10)
+    assert len(data.train.class_names) == 16
+    assert data.train.pixels.shape[1:] == (1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (
+            ("omniglott",),
+            {},
+            r"unknown data set 'omniglott'; expected one of .*; is omniglot meant",
+        ),
+        (("zzz",), {}, "expected one of glyphs, omniglot, csv, folder$"),
+        (("csv",), {}, "'csv' needs a path: a CSV file"),
+        (("folder",), {}, "'folder' needs a path: a folder"),
+        (("glyphs", "x"), {}, "leave out the path x"),
+        (("glyphs",), {"channels": 3}, "glyphs has 1 channel, got 3"),
+        (("glyphs",), {"image_size": 0}, "image_size: expected at least 1"),
+    ],
+)
+def test_mistakes_in_the_name_and_its_settings(arguments, options, message):
+    with pytest.raises(DataError, match=message):
+        load_dataset(*arguments, **options)
+
+
+def test_the_fingerprint_tells_data_apart(root):
+    path = write_csv(root, GOOD)
+    images = load(path).train
+    assert fingerprint(images) == fingerprint(load(path).train)
+    assert len(fingerprint(images)) == 64
+    others = [line.replace("dog", "elk") for line in GOOD]
+    assert fingerprint(load(write_csv(root, others)).train) != fingerprint(images)
+    others = [line.replace("bob", "rob") for line in GOOD]
+    assert fingerprint(load(write_csv(root, others)).train) != fingerprint(images)
+    assert fingerprint(load(path, channels=1).train) != fingerprint(images)
+    save(root / "p1.png", picture(77))
+    assert fingerprint(load(write_csv(root, GOOD)).train) != fingerprint(images)

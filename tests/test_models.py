@@ -1,0 +1,517 @@
+"""Backbones, norms, the embedder's laws, flat parameters, files."""
+
+import copy
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedss.errors import ConfigError, DataError
+from fedss.models import (
+    Embedder,
+    FrozenBatchNorm,
+    build_backbone,
+    build_embedder,
+    conv4,
+    embed_pixels,
+    flatten_,
+    freeze_batch_norm,
+    load_embedder,
+    replace_batch_norm,
+    save_embedder,
+)
+
+
+def random_pixels(n: int = 6, channels: int = 1, size: int = 28, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+def small(name: str | nn.Module = "conv4-16", seed: int = 0) -> Embedder:
+    return build_embedder(name, channels=1, image_size=28, embedding_size=12, seed=seed)
+
+
+def own_module(*layers: nn.Module, features: int = 6) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, features, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- conv4
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [8, 9, 16, 28, 32, 47, 105])
+def test_conv4_any_size(size: int, stride: int) -> None:
+    net = conv4(3, size, width=16, stride=stride)
+    out = net(torch.rand(4, 3, size, size))
+    side = size
+    for step in (2, 2, 2, 2):  # a stride of 2 rounds up where a pool rounds down
+        first_of_two = step == 2 and side == size and stride == 2
+        side = (side + 1) // 2 if first_of_two else max(1, side // 2)
+    assert out.shape == (4, 16 * side * side)
+    # A norm over a single value would give the same whatever the picture.
+    assert (out.std(0) > 1e-3).all()
+
+
+def test_conv4_as_described() -> None:
+    net = conv4(1, 28, width=32)
+    norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+    assert [n.num_groups for n in norms] == [32] * 4
+    assert sum(isinstance(m, nn.ReLU) for m in net.modules()) == 3
+    assert all(m.bias is None for m in net.modules() if isinstance(m, nn.Conv2d))
+    tiny = [m.num_groups for m in conv4(1, 8, 32).modules() if isinstance(m, nn.GroupNorm)]
+    assert tiny == [32, 16, 16, 4] or tiny == [32, 32, 16, 4]
+    few = [m.num_groups for m in conv4(1, 28, 32, 2, 4).modules() if isinstance(m, nn.GroupNorm)]
+    assert few == [4] * 4
+    assert (net(torch.rand(8, 1, 28, 28)) < 0).any()
+
+
+def test_named_widths() -> None:
+    for name, width in (("conv4", 64), ("conv4-32", 32), ("conv4-5", 5)):
+        net = build_backbone(name, channels=1, image_size=28, seed=0)
+        assert net(torch.rand(2, 1, 28, 28)).shape == (2, width)
+
+
+# --- seeds
+
+
+@pytest.mark.parametrize("name", ["conv4-16", "timm:resnet18"])
+def test_the_seed_alone_sets_the_weights(name: str) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = small(name, seed=7).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert same_bits(first, small(name, seed=7).state_dict())
+    assert not same_bits(first, small(name, seed=8).state_dict())
+
+
+# --- norms
+
+
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(5)
+    for norm in batch_norms(module):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return module
+
+
+def test_group_norm_keeps_the_affine_weights() -> None:
+    shared = nn.BatchNorm2d(48, eps=1e-3)
+    module = shaken(own_module(nn.BatchNorm2d(6), nn.Conv2d(6, 48, 1), shared, shared))
+    module[1].weight.requires_grad_(False)
+    before = copy.deepcopy(module.state_dict())
+    new = replace_batch_norm(module)
+    assert same_bits(module.state_dict(), before)
+    assert not batch_norms(new)
+    assert new[3] is new[4]
+    assert (new[1].num_groups, new[3].num_groups, new[3].eps) == (6, 24, 1e-3)
+    for i in (1, 3):
+        assert torch.equal(new[i].weight, module[i].weight)
+        assert torch.equal(new[i].bias, module[i].bias)
+        assert new[i].weight is not module[i].weight
+    assert not new[1].weight.requires_grad
+    assert isinstance(replace_batch_norm(nn.BatchNorm2d(64, affine=False)), nn.GroupNorm)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_lite0"])
+def test_timm_has_no_batch_norm_left(name: str) -> None:
+    embedder = small(f"timm:{name}")
+    assert not batch_norms(embedder)
+    assert not any("running" in n for n, _ in embedder.named_buffers())
+    h = embedder(random_pixels())
+    torch.testing.assert_close(h.norm(dim=1), torch.ones(6))
+
+
+def test_activations_inside_a_timm_norm_are_kept() -> None:
+    import timm
+
+    module = timm.create_model("mobilenetv3_small_050", num_classes=0, in_chans=1)
+    acts = [type(m.act) for m in module.modules() if hasattr(m, "drop") and hasattr(m, "act")]
+    new = replace_batch_norm(module)
+    kept = [
+        type(m[1]) if isinstance(m, nn.Sequential) else nn.Identity
+        for m in new.modules()
+        if (isinstance(m, nn.Sequential) and len(m) == 2 and isinstance(m[0], nn.GroupNorm))
+    ]
+    assert kept == [a for a in acts if a is not nn.Identity]
+    assert len(kept) > 10
+
+
+@pytest.mark.parametrize("source", ["own", "resnet18", "efficientnet_lite0"])
+def test_frozen_batch_norm_is_the_module_in_eval_mode(source: str) -> None:
+    if source == "own":
+        module: nn.Module = own_module(nn.BatchNorm2d(6), nn.ReLU())
+    else:
+        timm = importlib.import_module("timm")
+        module = timm.create_model(source, num_classes=0, in_chans=1)
+    shaken(module).eval()
+    images = torch.rand(4, 1, 28, 28)
+    expected = module(images)
+    frozen = freeze_batch_norm(module)
+    frozen.train()
+    before = copy.deepcopy(frozen.state_dict())
+    assert torch.equal(frozen(images), expected)
+    assert same_bits(frozen.state_dict(), before)
+    assert not batch_norms(frozen)
+    trainable = {n for n, p in frozen.named_parameters() if p.requires_grad}
+    constant = {n for n, _ in frozen.named_buffers()}
+    assert not trainable & constant
+    norms = [n for n, m in frozen.named_modules() if isinstance(m, FrozenBatchNorm)]
+    assert norms
+    assert {f"{n}.weight" for n in norms} <= constant
+    assert any(p.grad is not None for p in backward(frozen, images).parameters())
+
+
+def backward(module: nn.Module, images: Tensor) -> nn.Module:
+    module(images).square().sum().backward()
+    return module
+
+
+# --- the embedder
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_unit_norm_from_bytes_and_from_floats(channels: int) -> None:
+    embedder = build_embedder(
+        "conv4-16", channels=channels, image_size=32, embedding_size=9, seed=0
+    )
+    pixels = random_pixels(5, channels, 32)
+    h = embedder(pixels)
+    assert (h.shape, h.dtype) == ((5, 9), torch.float32)
+    torch.testing.assert_close(h.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(embedder(pixels.double() / 255), h)
+
+
+def test_mean_and_std_are_constants() -> None:
+    embedder = build_embedder(
+        "conv4-8",
+        channels=3,
+        image_size=28,
+        embedding_size=4,
+        seed=0,
+        mean=[0, 0.1, 1],
+        std=[1, 2, 3],
+    )
+    assert {"mean", "std"} <= embedder.state_dict().keys()
+    assert not {"mean", "std"} & {n for n, _ in embedder.named_parameters()}
+    seen = []
+    embedder.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embedder(torch.full((1, 3, 28, 28), 255, dtype=torch.uint8))
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([1.0, 0.45, 0.0]))
+
+
+def test_projection_only_where_it_is_needed() -> None:
+    assert isinstance(small("conv4-12").projection, nn.Linear)
+    assert isinstance(small(own_module(features=12)).projection, nn.Identity)
+    assert small(own_module(features=6)).projection.weight.shape == (12, 6)
+    assert small().projection.bias is None
+
+
+def test_a_module_of_ones_own_is_not_changed() -> None:
+    module = own_module(nn.BatchNorm2d(6), nn.Dropout(0.0))
+    module[1].eval()
+    before = copy.deepcopy(module.state_dict())
+    modes = [m.training for m in module.modules()]
+    embedder = small(module)
+    flatten_(embedder).theta_P.zero_()
+    assert same_bits(module.state_dict(), before)
+    assert [m.training for m in module.modules()] == modes
+    assert isinstance(module[1], nn.BatchNorm2d)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = own_module()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.body(x), 0.3, self.training)
+
+
+class DropPath(nn.Module):
+    drop_prob = 0.1
+
+
+class Two(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+@pytest.mark.parametrize(
+    "module, message",
+    [
+        (own_module(nn.Dropout(0.5)), r"active dropout: 1 \(Dropout\).*global generator"),
+        (own_module(DropPath()), "active dropout"),
+        (Functional(), "draws random numbers"),
+        (nn.Sequential(own_module(), nn.BatchNorm1d(6)), r"1 \(BatchNorm1d\)"),
+        (own_module(nn.InstanceNorm2d(6, track_running_stats=True)), "InstanceNorm2d"),
+        (nn.Conv2d(1, 4, 3), r"\[1, features\], but gives \[1, 4, 26, 26\].*pooling"),
+        (nn.Flatten(0), r"but gives \[784\]"),
+        (Two(), "but gives a tuple"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(100, 4)), "fails: RuntimeError"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), "lazy"),
+        (own_module().double(), "fails: RuntimeError"),
+    ],
+)
+def test_modules_that_do_not_fit_are_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(module)
+
+
+def test_pretrained_module_keeps_its_statistics() -> None:
+    module = shaken(nn.Sequential(own_module(nn.BatchNorm2d(6)), nn.BatchNorm1d(6))).eval()
+    build = dict(channels=1, image_size=28, embedding_size=6, seed=0)
+    embedder = build_embedder(module, pretrained=True, mean=[0.0], std=[1.0], **build).train()
+    images = torch.rand(3, 1, 28, 28)
+    assert torch.equal(embedder(images), nn.functional.normalize(module(images)))
+    with pytest.raises(ConfigError, match="without running statistics"):
+        build_embedder(
+            own_module(nn.BatchNorm2d(6, track_running_stats=False)), pretrained=True, **build
+        )
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("conv5", 'unknown backbone "conv5".*did you mean "conv4"'),
+        ("conv4-0", "unknown backbone"),
+        ("resnet18", 'written "timm:resnet18"'),
+        ("timm:resnet_18", "no model.*near it: .*resnet18"),
+        ("timm:rexnet_100", "active dropout: head.drop"),
+    ],
+)
+def test_names_that_do_not_exist_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small(name)
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    build: Callable[..., Embedder] = build_embedder
+    good = dict(channels=1, image_size=28, embedding_size=8, seed=0)
+    for change, message in (
+        (dict(channels=0), "channels must be 1"),
+        (dict(image_size=7), "image_size must be 8"),
+        (dict(embedding_size=0), "embedding_size must be 1"),
+        (dict(seed=-1), "seed must lie"),
+        (dict(pretrained=True), "no pretrained weights"),
+        (dict(mean=[1, 2]), "mean must be 1 finite"),
+        (dict(std=[0]), "std must be 1 positive"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build("conv4-8", **{**good, **change})
+    with pytest.raises(ConfigError, match="groups must divide"):
+        conv4(width=30, groups=4)
+    with pytest.raises(ConfigError, match="width and stride"):
+        conv4(stride=0)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            ModuleNotFoundError("No module named 'timm'", name="timm"),
+            r'pip install "fedss\[timm\]"',
+        ),
+        (RuntimeError("operator torchvision::nms does not exist"), "torchvision does not fit"),
+        (AttributeError("partially initialized module 'torchvision'"), "torchvision does not fit"),
+    ],
+)
+def test_a_timm_that_cannot_be_imported_is_explained(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> ModuleType:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ConfigError, match=message):
+        small("timm:resnet18")
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [random_pixels(2, 3), random_pixels(2, 1, 32), random_pixels()[0], random_pixels().long()],
+)
+def test_pixels_that_do_not_fit_are_refused(pixels: Tensor) -> None:
+    with pytest.raises(ValueError, match="pixels must be"):
+        small()(pixels)
+
+
+# --- flat parameters
+
+
+def test_views_stay_views_and_steps_are_those_of_sgd() -> None:
+    embedder = small()
+    twin = copy.deepcopy(embedder)
+    names = [n for n, _ in twin.named_parameters()]
+    flat = flatten_(embedder)
+    assert [n for n, _ in embedder.named_parameters()] == names
+    assert same_bits(dict(embedder.named_parameters()), dict(twin.named_parameters()))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    pixels = random_pixels(16)
+    for step in range(4):
+        flat.grad_P.zero_()
+        optimizer.zero_grad()
+        for model in (embedder, twin):
+            for half in (pixels[step:8], pixels[8:]):  # gradients accumulate
+                model(half)[:, 0].sum().backward()
+        flat.theta_P.add_(flat.grad_P, alpha=-0.1)
+        optimizer.step()
+    start = 0
+    for ours, theirs in zip(embedder.parameters(), twin.parameters(), strict=True):
+        end = start + ours.numel()
+        assert ours.data_ptr() == flat.theta_P[start:].data_ptr()
+        assert ours.grad.data_ptr() == flat.grad_P[start:].data_ptr()
+        assert torch.equal(flat.theta_P[start:end].view_as(theirs), theirs)
+        assert torch.equal(flat.grad_P[start:end].view_as(theirs), theirs.grad)
+        start = end
+    assert start == len(flat.theta_P)
+
+    other = flatten_(small(seed=3)).theta_P
+    flat.theta_P.copy_(other)
+    assert same_bits(embedder.state_dict(), small(seed=3).state_dict())
+
+
+def test_frozen_is_left_out_and_shared_counts_once() -> None:
+    module = nn.Sequential(
+        nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    )
+    module[2].weight = module[1].weight
+    module[0].bias.requires_grad_(False)
+    flat = flatten_(module)
+    assert flat.theta_P.shape == (32,)
+    flat.theta_P.zero_()
+    assert not module[2].weight.any()
+    assert module[0].bias.any()
+    module(torch.ones(1, 4)).sum().backward()
+    assert module[0].bias.grad is None
+
+
+def test_parameters_that_cannot_be_flat_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"float32.*bias \(torch.float16\)"):
+        flatten_(nn.Linear(2, 2).half())
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        flatten_(nn.ReLU())
+    with pytest.raises(ConfigError, match="several devices"):
+        flatten_(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
+
+
+# --- many pictures
+
+
+def test_embed_pixels_reads_a_memory_map(tmp_path: Path) -> None:
+    embedder = small()
+    embedder.backbone.eval()
+    pixels = random_pixels(23).numpy()
+    np.save(tmp_path / "pixels.npy", pixels)
+    mapped = np.load(tmp_path / "pixels.npy", mmap_mode="r")
+    whole = embed_pixels(embedder, mapped)
+    assert not whole.requires_grad
+    for batch in (1, 5, 23):
+        torch.testing.assert_close(embed_pixels(embedder, mapped, batch), whole, atol=1e-6, rtol=0)
+    assert torch.equal(whole[:0], embed_pixels(embedder, pixels[:0]))
+    assert torch.equal(whole.flip(0), embed_pixels(embedder, pixels[::-1]).clone())
+    assert (embedder.training, embedder.backbone.training) == (True, False)
+    with pytest.raises(DataError, match="must be uint8"):
+        embed_pixels(embedder, pixels.astype(np.float32))
+    with pytest.raises(DataError, match=r"\[N, 1, 28, 28\]"):
+        embed_pixels(embedder, pixels[:, :, :20])
+    with pytest.raises(ConfigError, match="batch_size"):
+        embed_pixels(embedder, pixels, 0)
+
+
+# --- files
+
+
+def tied() -> nn.Sequential:
+    module = nn.Sequential(own_module(nn.BatchNorm2d(6)), nn.Linear(6, 6), nn.Linear(6, 6))
+    module[2].weight = module[1].weight
+    return module
+
+
+@pytest.mark.parametrize("source", ["conv4-16", "timm:resnet18", "own", "own, pretrained"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_round_trip_gives_identical_bits(source: str, flat: bool, tmp_path: Path) -> None:
+    own = source.startswith("own")
+    embedder = build_embedder(
+        tied() if own else source,
+        channels=1,
+        image_size=28,
+        embedding_size=12,
+        seed=3,
+        mean=[0.3],
+        pretrained=source.endswith("pretrained"),
+    )
+    if flat:
+        flatten_(embedder)
+    save_embedder(embedder, tmp_path / "new" / "model", {"rounds": 3})
+    loaded = load_embedder(tmp_path / "new" / "model", tied() if own else None)
+    assert same_bits(loaded.state_dict(), embedder.state_dict())
+    assert loaded.spec == embedder.spec
+    assert not loaded.training
+    pixels = random_pixels()
+    assert torch.equal(loaded(pixels), embedder.eval()(pixels))
+    assert sorted(p.name for p in (tmp_path / "new" / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    assert json.loads((tmp_path / "new/model/config.json").read_text())["config"] == {"rounds": 3}
+
+
+def test_a_failed_write_leaves_the_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_embedder(small(seed=0), tmp_path, {})
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_embedder(small(seed=1), tmp_path, {})
+    assert same_bits(load_embedder(tmp_path).state_dict(), small(seed=0).state_dict())
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*config.json"):
+        load_embedder(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be written as JSON"):
+        save_embedder(small(), tmp_path, {"x": object()})
+    assert not list(tmp_path.iterdir())
+    save_embedder(small(), tmp_path, {})
+    with pytest.raises(ConfigError, match="leave backbone out"):
+        load_embedder(tmp_path, own_module())
+
+    config = tmp_path / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("conv4-16", "conv4-8"))
+    with pytest.raises(ConfigError, match=r"block1.conv.weight is .*\[16, 1.*expected.*\[8, 1"):
+        load_embedder(tmp_path)
+    config.write_text(text.replace('"conv4-16"', "null"))
+    with pytest.raises(ConfigError, match="pass one of the same structure"):
+        load_embedder(tmp_path)
+    with pytest.raises(ConfigError, match=r"missing backbone.0.weight.*left over backbone.block1"):
+        load_embedder(tmp_path, own_module())
+    for bad in ("{", "[]", '{"format": "other"}'):
+        config.write_text(bad)
+        with pytest.raises(ConfigError, match=re.escape(str(config))):
+            load_embedder(tmp_path)
+    config.write_text(text.replace('"channels"', '"colours"'))
+    with pytest.raises(ConfigError, match="does not describe a model"):
+        load_embedder(tmp_path)
+    config.write_text(text)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"cannot read .*model.safetensors"):
+        load_embedder(tmp_path)

@@ -1,0 +1,338 @@
+"""Retrieval against slow loops written from the definitions and against two other libraries."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedss import retrieval
+from fedss.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
+
+
+# Slow and exact: the rows the module defines (length 1, in whole multiples of 2^-24), as Python
+# integers, compared by their dot product. `dyadic` rows below are whole multiples without rounding,
+# so for them this is the cosine itself.
+def grid(row: list[int]) -> list[int]:
+    length = math.sqrt(sum(x * x for x in row))
+    return [round(x / length * 2**24) if length else 0 for x in row]
+
+
+def cosine_key(a: list[int], b: list[int]) -> int:
+    return sum(x * y for x, y in zip(grid(a), grid(b), strict=True))
+
+
+def slow_order(query: list[int], gallery: list[list[int]], own: int | None) -> list[int]:
+    others = [g for g in range(len(gallery)) if g != own]
+    return sorted(others, key=lambda g: (-cosine_key(query, gallery[g]), g))
+
+
+def slow_metrics(
+    query: list[list[int]],
+    labels: list[int],
+    gallery: list[list[int]] | None,
+    gallery_labels: list[int] | None,
+) -> RetrievalMetrics | None:
+    alone = gallery is None
+    gallery = query if gallery is None else gallery
+    gallery_labels = labels if gallery_labels is None else gallery_labels
+    rows = []
+    for q, row in enumerate(query):
+        order = slow_order(row, gallery, q if alone else None)
+        rel = [int(gallery_labels[g] == labels[q]) for g in order]
+        total = sum(rel)
+        if total == 0:
+            continue
+
+        def average_precision(depth: int, norm: int, rel: list[int] = rel) -> float:
+            return sum(sum(rel[: i + 1]) / (i + 1) for i in range(depth) if rel[i]) / norm
+
+        rows.append(
+            (
+                max(rel[:1]),
+                max(rel[:5]),
+                average_precision(min(10, len(rel)), min(total, 10)),
+                average_precision(total, total),
+            )
+        )
+    if not rows:
+        return None
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return RetrievalMetrics(*means, queries=len(rows), skipped=len(query) - len(rows))
+
+
+def assert_close(a: RetrievalMetrics, b: RetrievalMetrics, tolerance: float = 1e-12) -> None:
+    assert (a.queries, a.skipped) == (b.queries, b.skipped)
+    for name in ("recall_at_1", "recall_at_5", "map_at_10", "map_at_r"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), abs=tolerance), name
+
+
+# Of length 1 or 2 times a whole number: coordinates 0, 1/2 and 1 after normalising.
+dyadic = st.tuples(
+    st.lists(st.sampled_from([-1, 1]), min_size=4, max_size=4),
+    st.integers(-1, 3),
+    st.integers(0, 3),
+).map(lambda t: [t[2] * (x if t[1] < 0 else int(i == t[1]) * x) for i, x in enumerate(t[0])])
+any_row = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
+
+
+@st.composite
+def pictures(draw: st.DrawFn, least: int) -> tuple[list[list[int]], list[int]]:
+    rows = draw(st.integers(least, 16))
+    labels = st.integers(-2, 2).map(lambda y: y * 2**40)
+    return (
+        draw(st.lists(draw(st.sampled_from([dyadic, any_row])), min_size=rows, max_size=rows)),
+        draw(st.lists(labels, min_size=rows, max_size=rows)),
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(query=pictures(2), gallery=st.none() | pictures(1), scale=st.integers(-30, 30))
+def test_equals_the_definition_also_among_ties(
+    query: tuple[list[list[int]], list[int]],
+    gallery: tuple[list[list[int]], list[int]] | None,
+    scale: int,
+) -> None:
+    query_rows = torch.tensor(query[0]).float() * 10.0**scale
+    query_labels = torch.tensor(query[1])
+    gallery_rows = None if gallery is None else torch.tensor(gallery[0]).float()
+    gallery_labels = None if gallery is None else torch.tensor(gallery[1])
+    expected = slow_metrics(*query, *(gallery or (None, None)))
+    if expected is None:
+        with pytest.raises(ValueError, match="no query has"):
+            evaluate_retrieval(query_rows, query_labels, gallery_rows, gallery_labels)
+    else:
+        got = evaluate_retrieval(query_rows, query_labels, gallery_rows, gallery_labels)
+        assert_close(got, expected)
+
+    gallery_list = query[0] if gallery is None else gallery[0]
+    orders = [
+        slow_order(row, gallery_list, q if gallery is None else None)
+        for q, row in enumerate(query[0])
+    ]
+    for k in {1, len(orders[0]) // 2 or 1, len(orders[0])}:
+        _, index = nearest(query_rows, gallery_rows, k)
+        assert index.tolist() == [order[:k] for order in orders]
+
+
+def random_set(
+    n: int = 300, classes: int = 40, d: int = 16, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    centres = torch.randn(classes, d, generator=generator)
+    return centres[labels] + torch.randn(n, d, generator=generator), labels
+
+
+def test_equals_pytorch_metric_learning() -> None:
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    def knn(
+        query: Tensor, k: int, reference: Tensor, ref_includes_query: bool
+    ) -> tuple[Tensor, Tensor]:
+        scores = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(reference).T
+        if ref_includes_query:
+            scores.fill_diagonal_(-torch.inf)
+        found = scores.topk(k, dim=1)
+        return found.values, found.indices
+
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+        knn_func=knn,
+    )
+    rows, labels = random_set()
+    other, other_labels = random_set(seed=1)
+    for gallery, gallery_labels in ((None, None), (other, other_labels)):
+        ours = evaluate_retrieval(rows, labels, gallery, gallery_labels)
+        theirs = calculator.get_accuracy(rows, labels, gallery, gallery_labels)
+        assert ours.recall_at_1 == pytest.approx(theirs["precision_at_1"], abs=1e-12)
+        assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-12)
+
+
+def test_equals_torchmetrics() -> None:
+    from torchmetrics.functional.retrieval import (
+        retrieval_average_precision,
+        retrieval_hit_rate,
+    )
+
+    rows, labels = random_set(n=120, classes=9)
+    gallery, gallery_labels = random_set(n=90, classes=9, seed=1)
+    scores = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(gallery).T
+
+    def average_precision(target: Tensor, score: Tensor, depth: int) -> float:
+        # Theirs divides by the hits found among the first `depth`, ours by the hits that could
+        # have been; and theirs ignores scores that are not positive.
+        found = int(target[score.topk(depth).indices].sum())
+        value = float(retrieval_average_precision(score + 2, target, top_k=depth))
+        return value * found / min(int(target.sum()), depth)
+
+    columns: dict[str, list[float]] = {name: [] for name in ("1", "5", "10", "r")}
+    for score, label in zip(scores, labels, strict=True):
+        target = gallery_labels == label
+        columns["1"].append(float(retrieval_hit_rate(score + 2, target, top_k=1)))
+        columns["5"].append(float(retrieval_hit_rate(score + 2, target, top_k=5)))
+        columns["10"].append(average_precision(target, score, 10))
+        columns["r"].append(average_precision(target, score, int(target.sum())))
+    theirs = RetrievalMetrics(*(sum(c) / len(c) for c in columns.values()), len(rows), 0)
+    assert_close(evaluate_retrieval(rows, labels, gallery, gallery_labels), theirs, 1e-6)
+
+
+def collapsed(n: int) -> Tensor:
+    return torch.ones(n, 4)
+
+
+def few_values(n: int) -> Tensor:
+    return torch.randint(-1, 2, (n, 3), generator=torch.Generator().manual_seed(3)).float()
+
+
+def smooth(n: int) -> Tensor:
+    return random_set(n)[0]
+
+
+@pytest.mark.parametrize("make", [collapsed, few_values, smooth])
+def test_block_size_changes_no_bit(
+    make: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make(301)
+    labels = random_set(301)[1]
+    labels[:120] = 0
+    whole = evaluate_retrieval(rows, labels)
+    neighbours = nearest(rows, k=17)
+    for block in (1, 7, 64):
+        monkeypatch.setattr(retrieval, "block_rows", lambda gallery, k, block=block: block)
+        assert evaluate_retrieval(rows, labels) == whole
+        for got, expected in zip(nearest(rows, k=17), neighbours, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_collapsed_model_ranks_by_position() -> None:
+    _, index = nearest(collapsed(6), k=4)
+    assert index.tolist() == [
+        [1, 2, 3, 4],
+        [0, 2, 3, 4],
+        [0, 1, 3, 4],
+        [0, 1, 2, 4],
+        [0, 1, 2, 3],
+        [0, 1, 2, 3],
+    ]
+
+
+def test_renaming_the_gallery_renames_the_neighbours() -> None:
+    rows, labels = random_set()
+    gallery, gallery_labels = random_set(seed=1)
+    order = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(2))
+    scores, index = nearest(rows, gallery, 20)
+    assert (scores.diff(dim=1) < 0).all()  # no ties, else the law would not hold
+    moved_scores, moved_index = nearest(rows, gallery[order], 20)
+    assert torch.equal(moved_scores, scores)
+    assert torch.equal(order[moved_index], index)
+    shuffle = torch.randperm(len(rows), generator=torch.Generator().manual_seed(4))
+    assert evaluate_retrieval(rows, labels, gallery, gallery_labels) == evaluate_retrieval(
+        rows[shuffle], labels[shuffle], gallery[order], gallery_labels[order]
+    )
+
+
+def test_true_ties_of_exact_cosines() -> None:
+    half = [0.5, 0.5, 0.5, 0.5]
+    gallery = torch.tensor([[0, 1, 0, 0], [5, 5, 5, 5], [3, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    scores, index = nearest(torch.tensor([half]), gallery.float(), k=5)
+    assert index.tolist() == [[1, 3, 0, 2, 4]]
+    assert scores.tolist() == [[1.0, 1.0, 0.5, 0.5, 0.0]]
+
+
+def test_scores_are_cosines() -> None:
+    rows, _ = random_set(50, 5, 64)
+    rows[3] = 0
+    scores, index = nearest(rows, k=49)
+    expected = torch.nn.functional.cosine_similarity(rows[:, None], rows[index], dim=2)
+    torch.testing.assert_close(scores, expected, atol=5e-7, rtol=0)
+    assert scores.dtype == torch.float32
+    assert scores[3].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_floating_dtype_and_any_length(dtype: torch.dtype) -> None:
+    rows, labels = random_set(60, 6)
+    rows = rows.to(dtype)
+    lengths = 2.0 ** torch.randint(-3, 4, (60, 1), generator=torch.Generator().manual_seed(0))
+    expected = evaluate_retrieval(rows.float(), labels)
+    assert evaluate_retrieval(rows * lengths.to(dtype), labels) == expected
+    assert evaluate_retrieval(rows.requires_grad_(), labels.to(torch.int32)) == expected
+
+
+def test_inputs_are_not_changed() -> None:
+    rows, labels = random_set(20, 4)
+    rows = rows.double()
+    copies = rows.clone(), labels.clone()
+    evaluate_retrieval(rows, labels)
+    assert torch.equal(rows, copies[0])
+    assert torch.equal(labels, copies[1])
+
+
+def test_lonely_queries_are_counted_and_left_out() -> None:
+    rows, labels = random_set(100, 10)
+    lonely = torch.cat([labels, torch.tensor([1000, 1001, 1002])])
+    got = evaluate_retrieval(torch.cat([rows, rows[:3] + 0.01]), lonely)
+    assert (got.queries, got.skipped) == (100, 3)
+
+
+@pytest.mark.parametrize(("gallery", "k"), [(60_502, 26), (60_502, 5_000), (1_000_000, 10), (9, 8)])
+def test_a_block_stays_below_its_bytes(gallery: int, k: int) -> None:
+    rows = block_rows(gallery, k)
+    assert rows == 1 or rows * 8 * (gallery + k) < retrieval.BLOCK_BYTES / 2
+    assert retrieval.BLOCK_BYTES < 0.4e9
+    assert rows >= 1
+
+
+def test_the_long_lists_of_one_large_class_are_not_paid_by_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lists = []
+
+    def spy(*args: object) -> tuple[Tensor, Tensor]:
+        values, index = top(*args)  # type: ignore[arg-type]
+        lists.append(index.shape)
+        return values, index
+
+    top = retrieval._top
+    monkeypatch.setattr(retrieval, "_top", spy)
+    monkeypatch.setattr(retrieval, "block_rows", lambda gallery, k: 50)
+    rows, _ = random_set(1000)
+    labels = torch.arange(1000) // 2 + 1
+    labels[:400] = 0
+    evaluate_retrieval(rows, labels)
+    assert sum(b * k for b, k in lists) == 400 * 399 + 600 * 10
+
+
+def test_what_cannot_be_is_refused() -> None:
+    rows, labels = random_set(10, 2)
+    bad = rows.clone()
+    bad[4, 2] = math.nan
+    infinite = rows.clone()
+    infinite[7, 0] = math.inf
+    for call, message in (
+        (lambda: nearest(bad), "query embedding 4 holds NaN"),
+        (lambda: nearest(rows, infinite), "gallery embedding 7 holds NaN or infinite"),
+        (lambda: nearest(rows, k=10), "between 1 and the number of candidates, 9"),
+        (lambda: nearest(rows, k=0), "k must lie"),
+        (lambda: nearest(rows, rows, k=11), "candidates, 10"),
+        (lambda: nearest(rows[:1], k=1), "nothing to be compared"),
+        (lambda: nearest(rows[:0]), "at least one of each"),
+        (lambda: nearest(rows[0]), r"\[rows, dimensions\]"),
+        (lambda: nearest(rows.long()), "floating point"),
+        (lambda: nearest(rows, rows[:, :5]), "16 dimensions and gallery items 5"),
+        (lambda: evaluate_retrieval(rows, labels[:9]), r"one per row, \[10\], not \[9\]"),
+        (lambda: evaluate_retrieval(rows, labels.float()), "must be integers"),
+        (lambda: evaluate_retrieval(rows, labels > 0), "must be integers"),
+        (lambda: evaluate_retrieval(rows, labels, rows), "together, or neither"),
+        (lambda: evaluate_retrieval(rows, labels, None, labels), "together, or neither"),
+        (lambda: evaluate_retrieval(rows, torch.arange(10)), "another picture of its class"),
+        (lambda: evaluate_retrieval(rows, labels, rows, labels + 9), "class in the gallery"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
