@@ -84,8 +84,13 @@ class RoundPlan:
 class Trainable(Protocol):
     """One trainable copy of the backbone; its parameters and gradients are flat vectors."""
 
-    theta_P: Tensor
-    grad_P: Tensor
+    @property
+    def theta_P(self) -> Tensor:
+        """The parameters, written in place."""
+
+    @property
+    def grad_P(self) -> Tensor:
+        """Their gradients; ``backward`` adds to them."""
 
     def embed(self, example_B: np.ndarray) -> Tensor:
         """Unit-norm embeddings [B, D] of training pictures, by their numbers."""

@@ -30,8 +30,8 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFolderError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; the run folder "
-            "keeps its last checkpoint: make room, then start the same command again"
+            f"cannot write {error.filename or folder}: {error.strerror or error}; make room or "
+            "mend the place, then start the same command again: it goes on from the last checkpoint"
         ) from error
 
 

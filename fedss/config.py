@@ -43,6 +43,7 @@ class Config:
     data_seed: int = _option(0, "draws the glyphs and the held-out classes", "data")
     glyphs_classes: int = _option(1280, "glyphs: number of classes, test classes included", "data")
     glyphs_clients: int = _option(256, "glyphs: number of training clients", "data")
+    eval_split: EvalSplit = _option("test", "retrieval task that is evaluated", "data")
 
     method: str = _option("fedss", f"one of {', '.join(METHODS)}", "method")
     sample_size: int = _option(64, "|S|, class rows per client and round; n means full", "method")
@@ -56,7 +57,7 @@ class Config:
     spread_out_margin: float = _option(0.7, "fedaws: cosine distance to keep", "method")
     spread_out_neighbours: int = _option(10, "fedaws: nearest rows kept apart", "method")
 
-    backbone: str = _option("conv4", "conv4, conv4-<width> or timm:<name>", "model")
+    backbone: str = _option("conv4-32", "conv4, conv4-<width> or timm:<name>", "model")
     pretrained: bool = _option(False, "start from timm's pretrained weights", "model")
     embedding_size: int = _option(64, "d, numbers per embedding", "model")
 
@@ -78,7 +79,6 @@ class Config:
     server_epsilon: float = _option(1e-3, "adam: epsilon of the server", "training")
 
     seed: int = _option(0, "every random draw of the run is keyed by it", "run")
-    eval_split: EvalSplit = _option("test", "retrieval task that is evaluated", "run")
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
     checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
     workers: int | None = _option(None, "threads that train clients; default: all cores", "run")

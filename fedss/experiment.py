@@ -6,7 +6,7 @@ import io
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,17 @@ from fedss.data import (
 from fedss.engines.local import local_engine
 from fedss.errors import ConfigError, RunFolderError
 from fedss.methods import METHODS
-from fedss.models import Embedder, build_embedder, flatten_, load_embedder, save_embedder
+from fedss.models import (
+    Embedder,
+    build_embedder,
+    embed_pixels,
+    flatten_,
+    load_embedder,
+    save_embedder,
+)
 from fedss.optimizers import ServerOptimizer
 from fedss.records import Record, open_records, read_records, summarise, traffic
+from fedss.report import write_report
 from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
 from fedss.seeds import generator
 from fedss.softmax import Scoring
@@ -122,20 +130,8 @@ def train(
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
     """
     data, folder = data or load_data(config), Path(out)
-    num_classes = len(data.train.class_names)
-    if config.sample_size > num_classes:
-        raise ConfigError(
-            f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
-            f"(n means full), got {config.sample_size}"
-        )
-    embedder = build_embedder(
-        backbone if backbone is not None else config.backbone,
-        channels=data.train.pixels.shape[1],
-        image_size=data.train.pixels.shape[2],
-        embedding_size=config.embedding_size,
-        seed=config.seed,
-        pretrained=config.pretrained,
-    )
+    _num_classes(config, data)
+    embedder = _build(config, data, backbone)
     summary_file = folder / "summary.json"
     with writing(folder):
         _claim(folder, config, data, embedder)
@@ -147,7 +143,159 @@ def train(
         run = {name: getattr(config, name) for name in ("method", "seed", "rounds", "sample_size")}
         summary = summarise({**run, "folder": "."}, records)
         write_json(summary_file, [summary])
+        write_report(folder)
     return Run(folder, embedder, summary, False)
+
+
+def compare(
+    config: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: str | Path,
+    *,
+    data: Dataset | None = None,
+    backbone: nn.Module | None = None,
+    on_run: Callable[[Config], OnRound] | None = None,
+) -> list[dict[str, Any]]:
+    """Train each method with each seed under the same settings, and report on all.
+
+    Each run has a folder ``<method>-seed<seed>`` in ``out``; finished ones are not run again.
+    Cohorts depend on the seed alone, so the methods of one seed see the same clients.
+
+    Args:
+        config: settings of all runs; its ``method`` and ``seed`` are not used.
+        methods: names in ``METHODS``.
+        seeds: seeds of each method.
+        out: the folder; gets ``summary.json`` and ``report.html``.
+        data: pictures; None: those that ``config`` names.
+        backbone: as in :func:`train`.
+        on_run: called before each run, gives the ``on_round`` for it.
+
+    Returns:
+        The summaries, in the order of methods and seeds.
+
+    Raises:
+        ConfigError, DataError, RunFolderError, DivergedError: as :func:`train`.
+    """
+    runs = [replace(config, method=method, seed=seed) for method in methods for seed in seeds]
+    data, folder, summaries = data or load_data(config), Path(out), []
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            folder / "config.json",
+            {"config": dataclasses.asdict(config), "methods": list(methods), "seeds": list(seeds)},
+        )
+        for run in runs:
+            name = f"{run.method}-seed{run.seed}"
+            on_round = on_run(run) if on_run else None
+            done = train(run, folder / name, data=data, backbone=backbone, on_round=on_round)
+            summaries.append({**done.summary, "folder": name})
+        write_json(folder / "summary.json", summaries)
+        write_report(folder)
+    return summaries
+
+
+def load(folder: str | Path, backbone: nn.Module | None = None) -> Embedder:
+    """The trained model of a run folder (or of its ``model`` folder).
+
+    Args:
+        folder: a run folder.
+        backbone: if the run was trained with a module of your own: one of the same structure.
+
+    Raises:
+        RunFolderError: there is no finished run.
+        ConfigError: a damaged model, or a backbone missing.
+    """
+    for place in (Path(folder), Path(folder) / "model"):
+        if (place / "model.safetensors").exists():
+            return load_embedder(place, backbone)
+    raise RunFolderError(
+        f"{folder}: expected a finished run with model/model.safetensors, found none; "
+        "start its fedss train command again to finish it"
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method moves each way per client and round, on average over clients.
+
+    ``bytes`` and ``class_row_bytes`` are the tensors' bytes (class ids in the former) without
+    headers; None where pictures are pooled.
+    """
+
+    method: str
+    class_rows: float
+    share: float
+    class_row_bytes: float | None
+    bytes: float | None
+
+
+def costs(config: Config, data: Dataset) -> list[Cost]:
+    """What each method would move, worked out from class counts, before any training.
+
+    Raises:
+        ConfigError: ``sample_size`` is above the number of classes, or no such backbone.
+    """
+    num_classes = _num_classes(config, data)
+    backbone = 4 * _num_trainable(_build(config, data, None))
+    own, clients = np.unique(own_classes(data.train), return_counts=True)
+    result = []
+    for method in METHODS.values():
+        rng = generator(config.seed, "costs")
+        sizes = [
+            len(method.sampler(np.arange(count), num_classes, config.sample_size, rng).ids_S)
+            for count in own
+        ]
+        rows = float(np.average(sizes, weights=clients))
+        row_bytes = 4 * config.embedding_size * rows
+        ids = 0 if rows == num_classes else 8 * rows
+        moved = (None, None) if method.pooled else (row_bytes, backbone + row_bytes + ids)
+        result.append(Cost(method.name, rows, rows / num_classes, *moved))
+    return result
+
+
+def describe(config: Config, data: Dataset) -> dict[str, Any]:
+    """What is in a data set, as a run writes it down."""
+    images, task, own_K = data.train, evaluation_task(config, data), own_classes(data.train)
+    return {
+        "name": data.name,
+        "fingerprint": fingerprint(images),
+        "train_images": len(images),
+        "train_classes": len(images.class_names),
+        "train_clients": len(images.client_names),
+        "own_classes": [int(own_K.min()), float(np.median(own_K)), int(own_K.max())],
+        "test_queries": len(task.query),
+        "test_gallery": None if task.gallery is None else len(task.gallery),
+        "test_classes": len(np.unique(task.query.labels)),
+        "image_shape": list(images.pixels.shape[1:]),
+        "skipped_pictures": len(data.skipped),
+    }
+
+
+def _num_classes(config: Config, data: Dataset) -> int:
+    num_classes = len(data.train.class_names)
+    if config.sample_size > num_classes:
+        raise ConfigError(
+            f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
+            f"(n means full), got {config.sample_size}"
+        )
+    return num_classes
+
+
+def _build(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
+    _, channels, image_size, _ = data.train.pixels.shape
+    return build_embedder(
+        backbone if backbone is not None else config.backbone,
+        channels=channels,
+        image_size=image_size,
+        embedding_size=config.embedding_size,
+        seed=config.seed,
+        pretrained=config.pretrained,
+    )
+
+
+def _num_trainable(embedder: Embedder) -> int:
+    return sum(p.numel() for p in embedder.parameters() if p.requires_grad)
 
 
 def _train_rounds(
@@ -158,7 +306,7 @@ def _train_rounds(
     optimizer = server_optimizer(config)
     if method.pooled:
         images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
-    clients, num_classes = index_clients(images), len(images.class_names)
+    clients, num_classes = index_clients(images), _num_classes(config, data)
     task = evaluation_task(config, data)
     theta_P = flatten_(embedder).theta_P
     state = load_checkpoint(folder / "checkpoint") or ServerState(
@@ -196,7 +344,7 @@ def _train_rounds(
             metrics = None
             if _due(state.round, config.eval_every, config.rounds):
                 metrics = dataclasses.asdict(
-                    evaluate(partial(engine.embed, state.backbone_P), task)
+                    _evaluate(partial(engine.embed, state.backbone_P), task)
                 )
                 clock.lap("evaluate")
             moved = traffic(state, updates, num_classes)
@@ -289,22 +437,24 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
     return data.validation
 
 
+def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
+    """Retrieval with a trained model; see :func:`fedss.evaluate_retrieval`."""
+    return _evaluate(partial(embed_pixels, embedder), task)
+
+
 Embed = Callable[[np.ndarray], Tensor]
 
 
-def evaluate(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
-    """Retrieval under an embedding; pictures are read block by block, never copied as a whole.
-
-    Args:
-        embed: uint8 pixels [N, C, H, W] to embeddings [N, D].
-        task: queries and gallery.
-    """
+def _evaluate(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
     query, gallery = task.query, task.gallery
     if gallery is None:
         return evaluate_retrieval(embed(query.pixels), torch.from_numpy(query.labels))
+    # Labels are numbers within each set; names hold across both.
+    number = {name: i for i, name in enumerate(gallery.class_names)}
+    renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
     return evaluate_retrieval(
         embed(query.pixels),
-        torch.from_numpy(query.labels),
+        torch.from_numpy(renumbered[query.labels]),
         embed(gallery.pixels),
         torch.from_numpy(gallery.labels),
     )
@@ -359,27 +509,13 @@ def _claim(folder: Path, config: Config, data: Dataset, embedder: Embedder) -> N
     Raises:
         RunFolderError: it was made with another; names the fields that differ.
     """
-    path, train_images = folder / "config.json", data.train
-    task = evaluation_task(config, data)
-    own = own_classes(train_images)
-    content = {
+    path = folder / "config.json"
+    content: dict[str, Any] = {
         "config": dataclasses.asdict(config),
-        "data": {
-            "name": data.name,
-            "fingerprint": fingerprint(train_images),
-            "train_images": len(train_images),
-            "train_classes": len(train_images.class_names),
-            "train_clients": len(train_images.client_names),
-            "own_classes": [int(own.min()), float(np.median(own)), int(own.max())],
-            "test_queries": len(task.query),
-            "test_gallery": None if task.gallery is None else len(task.gallery),
-            "test_classes": len(np.unique(task.query.labels)),
-            "image_shape": list(train_images.pixels.shape[1:]),
-            "skipped_pictures": len(data.skipped),
-        },
+        "data": describe(config, data),
         "model": {
             "backbone": type(embedder.backbone).__name__,
-            "parameters": sum(p.numel() for p in embedder.parameters() if p.requires_grad),
+            "parameters": _num_trainable(embedder),
         },
         "fedss": importlib.metadata.version("fedss"),
         "torch": torch.__version__,
@@ -392,13 +528,12 @@ def _claim(folder: Path, config: Config, data: Dataset, embedder: Embedder) -> N
         write_json(path, content)
         return
     found = read_json(path)
-    different = []
-    for part in ("config", "data", "model"):
-        for name, value in content[part].items():
-            if name not in _FREE_FIELDS and found.get(part, {}).get(name) != value:
-                different.append(
-                    f"{part} {name}: {found.get(part, {}).get(name)!r} there, {value!r} now"
-                )
+    different = [
+        f"{name}: {found.get(part, {}).get(name)!r} there, {value!r} now"
+        for part in ("config", "data", "model")
+        for name, value in content[part].items()
+        if name not in _FREE_FIELDS and found.get(part, {}).get(name) != value
+    ]
     if different:
         raise RunFolderError(
             f"{folder} holds a run made with other settings ({'; '.join(different)}); choose "

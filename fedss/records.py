@@ -72,13 +72,13 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
 
     path = folder / "records.jsonl"
     if past or path.exists():
-        with path.open("rb+") as file:
+        with path.open("rb+") as old:
             for _ in past:
-                file.readline()
-            file.truncate()
+                old.readline()
+            old.truncate()
     with (
         path.open("a", encoding="utf-8") as file,
-        SummaryWriter(str(folder / "tensorboard"), purge_step=len(past) + 1) as board,  # type: ignore[no-untyped-call]
+        SummaryWriter(str(folder / "tensorboard"), purge_step=len(past) + 1) as board,
     ):
 
         def add(record: Record) -> None:
@@ -93,7 +93,7 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
                 scalars["bytes/down_per_client"] = record["bytes_down"] / record["clients"]
                 scalars["bytes/up_per_client"] = record["bytes_up"] / record["clients"]
             for name, value in scalars.items():
-                board.add_scalar(name, value, record["round"])  # type: ignore[no-untyped-call]
+                board.add_scalar(name, value, record["round"])
 
         yield add
 

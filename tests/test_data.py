@@ -1,4 +1,4 @@
-"""Pictures from files: what is read equals what Pillow decodes, and each mistake has its message."""
+"""Pictures from files: they equal what Pillow decodes, and each mistake has its message."""
 
 import os
 import random
@@ -204,7 +204,7 @@ def test_mistakes_about_the_file_itself(root):
         csv_dataset(root / "none.csv")
     path = root / "latin.csv"
     path.write_bytes("image,label,client\np0.png,café,ann\n".encode("latin-1"))
-    with pytest.raises(DataError, match="expected text in UTF-8, got byte 0xe9 .*Save"):
+    with pytest.raises(DataError, match=r"expected text in UTF-8, got byte 0xe9 .*Save"):
         load(path)
     empty = root / "empty.csv"
     empty.write_bytes(b"")
@@ -214,9 +214,9 @@ def test_mistakes_about_the_file_itself(root):
 
 def test_mistakes_in_the_settings(root):
     path = write_csv(root, ["p0.png,a,x", "p1.png,a,x", "p2.png,b,x"], "image,label,client")
-    with pytest.raises(DataError, match="nothing to evaluate.*is 0"):
+    with pytest.raises(DataError, match=r"nothing to evaluate.*is 0"):
         load(path, test_classes=0)
-    with pytest.raises(DataError, match="channels: expected 1 .* or 3 .*, got 4"):
+    with pytest.raises(DataError, match=r"channels: expected 1 .* or 3 .*, got 4"):
         load(path, channels=4)
     with pytest.raises(DataError, match="image_size: expected at least 1, got 0"):
         csv_dataset(path, image_size=0)
@@ -270,8 +270,9 @@ def test_broken_pictures_are_all_counted_and_can_be_left_out(root):
 def test_nothing_readable(root):
     (root / "p0.png").write_text("x")
     (root / "p1.png").write_text("x")
-    path = write_csv(root, ["p0.png,a,x,test", "p1.png,a,x,train"])
-    with pytest.raises(DataError):
+    path = write_csv(root, ["p0.png,a,x", "p1.png,b,x", "p0b.png,a,x"], "image,label,client")
+    (root / "p0b.png").write_text("x")
+    with pytest.raises(DataError, match="none of the 3 pictures"):
         load(path, skip_broken=True)
     path = write_csv(root, ["u.png,a,x,test", "v.png,a,x,train"])
     with pytest.raises(DataError, match="none of the 2 pictures"):
@@ -411,6 +412,16 @@ cached_array(("k",), (4, 2), batches(), cache=Path({str(tmp_path)!r}), title="")
     assert (np.asarray(made) == 7).all()
 
 
+def test_two_writers_at_once(tmp_path):
+    def batches():
+        first = cached_array(("k",), (4, 2), rows(4), cache=tmp_path, title="")
+        yield np.asarray(first)
+
+    made = cached_array(("k",), (4, 2), batches(), cache=tmp_path, title="")
+    assert (np.asarray(made) == 7).all()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_an_error_midway_leaves_no_file(tmp_path):
     def batches():
         yield np.zeros((2, 2), np.uint8)
@@ -469,7 +480,7 @@ def test_mistakes_in_folders(folders, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         folder_dataset(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures found; expected pictures as .*client/class"):
+    with pytest.raises(DataError, match=r"no pictures found; expected pictures as .*client/class"):
         folder_dataset(tmp_path / "empty")
     (folders / "cid" / "cat").mkdir(parents=True)
     with pytest.raises(DataError, match="cid: a client without pictures"):

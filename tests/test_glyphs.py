@@ -29,6 +29,15 @@ def test_a_picture_does_not_depend_on_how_many_there_are():
     assert pictures(one).items() <= small.items()
 
 
+def test_many_pictures_go_to_the_cache(tmp_path, monkeypatch):
+    expected = glyphs(30, 8)
+    monkeypatch.setattr("fedss.data.glyphs._KEEP_IN_MEMORY", 1000)
+    for _ in range(2):
+        images = glyphs(30, 8, cache=tmp_path)
+        assert isinstance(images.pixels, np.memmap)
+        assert np.array_equal(images.pixels, expected.pixels)
+
+
 def test_parts_share_nothing():
     train, test = (glyphs(30, 8, part=part) for part in ("train", "test"))
     assert not set(pictures(train).values()) & set(pictures(test).values())

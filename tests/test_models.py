@@ -54,10 +54,9 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_conv4_any_size(size: int, stride: int) -> None:
     net = conv4(3, size, width=16, stride=stride)
     out = net(torch.rand(4, 3, size, size))
-    side = size
-    for step in (2, 2, 2, 2):  # a stride of 2 rounds up where a pool rounds down
-        first_of_two = step == 2 and side == size and stride == 2
-        side = (side + 1) // 2 if first_of_two else max(1, side // 2)
+    side = (size + 1) // 2 if stride == 2 else size // 2  # a stride rounds up, a pool down
+    for _ in range(3):
+        side = max(1, side // 2)
     assert out.shape == (4, 16 * side * side)
     # A norm over a single value would give the same whatever the picture.
     assert (out.std(0) > 1e-3).all()
@@ -70,7 +69,7 @@ def test_conv4_as_described() -> None:
     assert sum(isinstance(m, nn.ReLU) for m in net.modules()) == 3
     assert all(m.bias is None for m in net.modules() if isinstance(m, nn.Conv2d))
     tiny = [m.num_groups for m in conv4(1, 8, 32).modules() if isinstance(m, nn.GroupNorm)]
-    assert tiny == [32, 16, 16, 4] or tiny == [32, 32, 16, 4]
+    assert tiny == [32, 32, 16, 4]
     few = [m.num_groups for m in conv4(1, 28, 32, 2, 4).modules() if isinstance(m, nn.GroupNorm)]
     assert few == [4] * 4
     assert (net(torch.rand(8, 1, 28, 28)) < 0).any()
@@ -85,7 +84,7 @@ def test_named_widths() -> None:
 # --- seeds
 
 
-@pytest.mark.parametrize("name", ["conv4-16", "timm:resnet18"])
+@pytest.mark.parametrize("name", ["conv4-16", "timm:mobilenetv3_small_050"])
 def test_the_seed_alone_sets_the_weights(name: str) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -129,7 +128,7 @@ def test_group_norm_keeps_the_affine_weights() -> None:
     assert isinstance(replace_batch_norm(nn.BatchNorm2d(64, affine=False)), nn.GroupNorm)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
 def test_timm_has_no_batch_norm_left(name: str) -> None:
     embedder = small(f"timm:{name}")
     assert not batch_norms(embedder)
@@ -153,7 +152,7 @@ def test_activations_inside_a_timm_norm_are_kept() -> None:
     assert len(kept) > 10
 
 
-@pytest.mark.parametrize("source", ["own", "resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("source", ["own", "mobilenetv3_small_050"])
 def test_frozen_batch_norm_is_the_module_in_eval_mode(source: str) -> None:
     if source == "own":
         module: nn.Module = own_module(nn.BatchNorm2d(6), nn.ReLU())
@@ -444,7 +443,9 @@ def tied() -> nn.Sequential:
     return module
 
 
-@pytest.mark.parametrize("source", ["conv4-16", "timm:resnet18", "own", "own, pretrained"])
+@pytest.mark.parametrize(
+    "source", ["conv4-16", "timm:mobilenetv3_small_050", "own", "own, pretrained"]
+)
 @pytest.mark.parametrize("flat", [False, True])
 def test_round_trip_gives_identical_bits(source: str, flat: bool, tmp_path: Path) -> None:
     own = source.startswith("own")

@@ -35,7 +35,7 @@ def fake_run(
     pixels: np.ndarray | None = None,
     class_name: str = "character {}",
 ) -> dict[str, Any]:
-    """Write a run folder; returns its line of summary.json. ``pixels`` [class, drawing, C, H, W]."""
+    """Write a run folder; return its line of summary.json. pixels: [class, drawing, C, H, W]."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, len(method)])
     final, rows = METHODS.get(method, (0.25, SIZE))
@@ -89,7 +89,7 @@ def fake_run(
             metrics = scores(score)
         line = {
             "round": r,
-            "loss": 1 + 4 * np.exp(-4 * r / rounds) + float(rng.normal(0, 0.04)),
+            "loss": 1 + len(method) / 20 + 4 * np.exp(-4 * r / rounds) + float(rng.normal(0, 0.04)),
             "clients": 20,
             "examples": 640,
             "bytes_down": None if each is None else 20 * each,
@@ -163,3 +163,291 @@ def fake_comparison(
             summary.append(fake_run(folder / name, method, seed, **settings) | {"folder": name})
     (folder / "summary.json").write_text(json.dumps(summary))
     return summary
+
+
+class Page(HTMLParser):
+    """What a browser would load, say and show of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.cells: list[str] = []
+        self.titles: list[str] = []
+        self.alts: list[str] = []
+        self.words = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            if name in found:
+                self.loads.append(found[name] or "")
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.titles += [found["title"] or ""] if "title" in found else []
+        self.alts += [found["alt"] or ""] if "alt" in found else []
+        if tag in ("td", "th"):
+            self.cells.append("")
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.words += data
+        if "td" in self.open or "th" in self.open:
+            self.cells[-1] += data
+
+
+def read(folder: Path) -> tuple[str, Page]:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    assert [p.name for p in folder.glob(".report*")] == []
+    html = path.read_text()
+    return html, Page(html)
+
+
+def single(folder: Path, **settings: Any) -> dict[str, Any]:
+    entry = fake_run(folder, **settings) | {"folder": "."}
+    (folder / "summary.json").write_text(json.dumps([entry]))
+    return entry
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("comparison")
+    return folder, fake_comparison(folder, ["full", "fedss", "pos-only", "central"], seeds=3)
+
+
+def test_refers_to_nothing_outside_itself(comparison: tuple[Path, Any]) -> None:
+    html, page = read(comparison[0])
+    assert page.loads
+    assert all(load.startswith(("data:image/", "#")) for load in page.loads)
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    assert len(html) < 2_000_000
+
+
+def test_references_within_the_page_resolve(comparison: tuple[Path, Any]) -> None:
+    html, page = read(comparison[0])
+    wanted = {load[1:] for load in page.loads if load.startswith("#")}
+    wanted |= set(re.findall(r"url\(#([^)]+)\)", html))
+    assert wanted <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert html.count('<svg class="chart"') == 4
+    assert "#fe01" not in html
+    used = set(re.findall(r"var\(--([\w-]+)\)", html))
+    assert used <= set(re.findall(r"--([\w-]+): #", html)) | {"slot"}
+
+
+def test_table_has_the_numbers_of_every_method(comparison: tuple[Path, Any]) -> None:
+    folder, summary = comparison
+    _, page = read(folder)
+    full = np.mean([e["map_at_10"] for e in summary if e["method"] == "full"])
+    for method in ("full", "fedss", "pos-only", "central"):
+        entries = [e for e in summary if e["method"] == method]
+        at = page.cells.index(method)
+        cells = page.cells[at : at + 10]
+        for cell, key in ((cells[1], "map_at_10"), (cells[3], "recall_at_1")):
+            values = [e[key] for e in entries]
+            assert cell == f"{np.mean(values):.3f}± {np.std(values, ddof=1):.3f}"
+        if method != "full":
+            assert cells[2] == f"{np.mean([e['map_at_10'] for e in entries]) / full:.2f}"
+        if method == "central":
+            assert cells[4:9] == ["–"] * 5
+        else:
+            rows = entries[0]["class_row_bytes_down_per_client_round"]
+            assert cells[4] == str(METHODS[method][1])
+            assert cells[5] == cells[7] == "209 kB"
+            assert cells[6] == cells[8]
+            assert float(cells[6].split()[0]) == pytest.approx(rows / 1000, rel=0.01)
+            assert f"{rows:,} bytes".replace(",", "\u202f") in page.titles
+        assert cells[9] == "3 min 38 s"
+        for entry in entries:
+            assert f"{entry['map_at_10']:.4f}" in page.cells
+
+
+def test_finding_is_computed(comparison: tuple[Path, Any]) -> None:
+    folder, summary = comparison
+    _, page = read(folder)
+    mean = {
+        m: np.mean([e["map_at_10"] for e in summary if e["method"] == m]) for m in ("full", "fedss")
+    }
+    share = (BACKBONE + SIZE * (ROW + 8)) / (BACKBONE + N_CLASSES * (ROW + 8))
+    assert (
+        f"fedss reaches {mean['fedss'] / mean['full']:.2f} of full softmax’s MAP@10 "
+        f"({mean['fedss']:.3f} against {mean['full']:.3f}) and moves "
+        f"{100 * SIZE / N_CLASSES:.0f}\u00a0% of its class-row bytes, "
+        f"{100 * share:.0f}\u00a0% of all bytes." in page.words
+    )
+    assert "falls short" not in page.words
+    command = "fedss compare --methods full fedss pos-only central --seeds 0 1 2 --data omniglot "
+    assert command in re.sub(r"\s+", " ", page.words)
+    assert "seeds 0\u2060–\u20602" in page.words
+
+
+def test_finding_says_when_fedss_loses(tmp_path: Path) -> None:
+    summary = fake_comparison(tmp_path, ["full", "fedss", "fedaws"], rounds=10)
+    summary[1]["map_at_10"] = 0.2
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    _, page = read(tmp_path)
+    assert "fedss falls short: it reaches only 0.5" in page.words
+    assert f"fedaws ({summary[2]['map_at_10']:.3f}) retrieves better than fedss here." in page.words
+
+
+def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    pages = []
+    for name in ("a", "b"):
+        fake_comparison(tmp_path / name, ["full", "fedss", "moments"], seeds=2, rounds=10)
+        pages += [read(tmp_path / name)[0], read(tmp_path / name)[0]]
+    assert len(set(pages)) == 1
+
+
+def test_every_method_and_unknown_ones(tmp_path: Path) -> None:
+    names = [*METHODS, "moments", "a $x$ <i>", "sampled-with-a-rather-long-name"]
+    fake_comparison(tmp_path, names[:-2], rounds=10)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for i, name in enumerate(names[-2:]):
+        summary.append(fake_run(tmp_path / f"x{i}", name, rounds=10) | {"folder": f"x{i}"})
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    html, page = read(tmp_path)
+    assert [c for c in page.cells if c in names] == [*names[:6], *names[7:], "central"]
+    assert "<i>" not in html
+
+
+def test_escapes_names(tmp_path: Path) -> None:
+    single(tmp_path, rounds=10, class_name="<script>alert({})</script>")
+    html, page = read(tmp_path)
+    assert "script" not in page.tags
+    assert "<script" not in html
+    assert any(alt.startswith("Query: <script>alert(") for alt in page.alts)
+
+
+def test_single_run(tmp_path: Path) -> None:
+    entry = single(tmp_path, rounds=30)
+    html, page = read(tmp_path)
+    assert (
+        f"fedss reaches MAP@10 {entry['map_at_10']:.3f} after 30 rounds, moving 452 kB per client "
+        "and round." in page.words
+    )
+    assert "÷" not in page.words
+    assert "Not finished" not in page.words
+    assert "fedss train --method fedss --data omniglot --rounds 30 " in re.sub(
+        r"\s+", " ", page.words
+    )
+    marks = [alt.split(":")[0] for alt in page.alts]
+    assert marks.count("Query") * 5 == marks.count("Right") + marks.count("Wrong")
+    assert html.count('href="#right"') == marks.count("Right")
+    assert html.count('href="#wrong"') == marks.count("Wrong")
+
+
+@pytest.mark.parametrize("stop", [1, 40])
+def test_unfinished_run(tmp_path: Path, stop: int) -> None:
+    fake_run(tmp_path, stop=stop)
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"round": 41, "lo')  # is being written
+    _, page = read(tmp_path)
+    assert f"fedss, seed 0: round {stop} of 120" in page.words
+    assert "Not finished" in page.words
+    assert ("has not been evaluated yet" in page.words) == (stop == 1)
+    assert "moving 452 kB per client and round" in page.words
+
+
+def test_run_still_under_way_in_a_comparison(tmp_path: Path) -> None:
+    fake_comparison(tmp_path, ["full", "fedss"], rounds=20)
+    fake_run(tmp_path / "fedss-1", seed=1, rounds=20, stop=7)
+    fake_run(tmp_path / "pos-only-0", "pos-only", rounds=20, stop=10)
+    _, page = read(tmp_path)
+    assert "fedss, seed 1: round 7 of 20" in page.words
+    assert "pos-only, seed 0: round 10 of 20" in page.words
+    at = page.cells.index("pos-onlyround 10 of 20")
+    assert page.cells[at + 2] == ""  # no ratio between a finished and an unfinished run
+
+
+def test_without_neighbours(tmp_path: Path) -> None:
+    single(tmp_path, rounds=10)
+    (tmp_path / "retrieval.npz").unlink()
+    _, page = read(tmp_path)
+    assert "img" not in page.tags
+    assert "What is found" not in page.words
+
+
+def test_comparison_shows_the_same_queries(comparison: tuple[Path, Any]) -> None:
+    _, page = read(comparison[0])
+    queries = [i for i, alt in enumerate(page.alts) if alt.startswith("Query: ")]
+    assert len(queries) >= 4
+    assert np.diff([*queries, len(page.alts)]).tolist() == [1 + 4 * 5] * len(queries)
+    assert "Where the methods differ" in page.words
+
+
+def test_large_colour_pictures_stay_small(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 4, 3, 160, 120), dtype=np.uint8)
+    for method in ("full", "fedss", "pos-only", "central"):
+        fake_run(tmp_path / method, method, rounds=5, pixels=pixels)
+    html, _ = read(tmp_path)
+    assert "data:image/jpeg" in html
+    assert len(html) < 2_000_000
+
+
+def test_only_central(tmp_path: Path) -> None:
+    entry = single(tmp_path, method="central", rounds=10)
+    html, page = read(tmp_path)
+    assert f"central reaches MAP@10 {entry['map_at_10']:.3f} after 10 rounds." in page.words
+    assert html.count('<svg class="chart"') == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("records.jsonl", None, "records.jsonl: cannot be read"),
+        ("records.jsonl", '{"round": 1, \n', "records.jsonl, line 1: damaged JSON"),
+        ("records.jsonl", '{"round": 1}\n', "records.jsonl, line 1: 'bytes_down' is missing"),
+        ("records.jsonl", "[]\n", "records.jsonl, line 1: expected an object"),
+        ("config.json", None, "config.json: cannot be read"),
+        ("config.json", "{", "config.json: damaged JSON"),
+        ("config.json", "{}", "config.json: 'config' is missing"),
+        ("summary.json", "[", "summary.json: damaged JSON"),
+        ("summary.json", "{}", "summary.json: expected a list"),
+        ("summary.json", '[{"folder": "."}]', "summary.json: 'class_rows_per_client' is missing"),
+        ("retrieval.npz", "no archive", "retrieval.npz: cannot be read"),
+    ],
+)
+def test_damaged_records(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    single(tmp_path, rounds=5)
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RunFolderError, match=re.escape(message)):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"summary\.json and config\.json and records\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_neighbours_of_wrong_shape(tmp_path: Path) -> None:
+    single(tmp_path, rounds=5)
+    with np.load(tmp_path / "retrieval.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "retrieval.npz", **(arrays | {"scores": arrays["scores"][:, :4]}))
+    with pytest.raises(RunFolderError, match=r"retrieval\.npz: shapes do not fit"):
+        write_report(tmp_path)
+
+
+def test_two_runs_of_one_method_and_seed(tmp_path: Path) -> None:
+    summary = fake_comparison(tmp_path, ["fedss"], rounds=5)
+    again = fake_run(tmp_path / "again", rounds=5) | {"folder": "again"}
+    (tmp_path / "summary.json").write_text(json.dumps([*summary, again]))
+    with pytest.raises(RunFolderError, match="two runs of fedss with seed 0"):
+        write_report(tmp_path)

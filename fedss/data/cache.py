@@ -58,7 +58,7 @@ def decode(picture: Path | BinaryIO, image_size: int, channels: int) -> np.ndarr
     with Image.open(picture) as opened:
         # A JPEG decodes at a fraction of its size for much less work; twice the target is left
         # for the filter below.
-        opened.draft(mode, (2 * image_size, 2 * image_size))
+        opened.draft(None, (2 * image_size, 2 * image_size))
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I"):
             wide = np.clip(np.asarray(image), 0, 65535)

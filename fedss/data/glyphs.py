@@ -3,10 +3,11 @@
 Like Omniglot, and for any number of classes: a class is a motor program of 2 to 5 pen strokes, an
 alphabet is a group of classes with a common look, a client is a drawer with a handwriting, and
 each picture adds the hand's own jitter. Each number is a hash of (seed, part, purpose, id), so a
-class looks the same whatever the number of classes, and no two processes can disagree.
+class looks the same whatever the number of classes. (On another kind of machine a pixel may differ
+by one level, by the rounding of its exp and log.)
 
 Shape suffixes: N pictures (or classes, or drawers), S strokes, K control points of a stroke,
-P pen positions of a whole glyph, H = W the picture's side, 2 = (x, y).
+H = W the picture's side, 2 = (x, y).
 """
 
 from collections.abc import Iterator
@@ -212,22 +213,29 @@ def _write_glyphs(
     return points, 0.044 * np.exp(0.16 * np.tanh(hand[:, 8]))
 
 
-def _ink(points: np.ndarray, radius: np.ndarray, basis: np.ndarray, side: int) -> np.ndarray:
+def _ink(points: np.ndarray, radius: np.ndarray, side: int) -> np.ndarray:
     """Pictures, uint8 [N, 1, H, W]: a soft round pen drawn along each stroke."""
-    pen = basis.astype(np.float32) @ np.nan_to_num(points, nan=0.0).astype(np.float32)
-    path = np.diff(pen, axis=2, prepend=pen[:, :, :1], append=pen[:, :, -1:])
-    lengths = np.sqrt((path**2).sum(axis=3))
-    # Ink by length, so that neither slow nor fast stretches are darker; none for absent strokes.
-    weight = (lengths[:, :, 1:] + lengths[:, :, :-1]) / 2.0
-    weight /= (radius * np.sqrt(2.0 * np.pi)).astype(np.float32)[:, None, None]
+    # The pen's mark is a product of a profile across and one down, so a piece of a stroke is a
+    # matrix product. Pieces this small stay below the size where OpenBLAS wakes its threads.
+    piece = max(1, min(40, 2**18 // side**2))
+    pieces = -(-(10 * side // 7) // piece)
+    drawn, stroke = np.nonzero(~np.isnan(points[:, :, 0, 0]))
+    pen = _spline(piece * pieces).astype(np.float32) @ points[drawn, stroke].astype(np.float32)
+    moves = np.sqrt((np.diff(pen, axis=1) ** 2).sum(axis=2))
+    # Ink by length, so that neither slow nor fast stretches are darker.
+    weight = np.zeros(pen.shape[:2], np.float32)
+    weight[:, 1:] += moves / 2.0
+    weight[:, :-1] += moves / 2.0
+    thin = radius[drawn].astype(np.float32)[:, None, None]
+    weight /= thin[:, :, 0] * np.float32(np.sqrt(2.0 * np.pi))
 
-    count = len(points)
-    pen = pen.reshape(count, -1, 2)
     grid = (2.0 * np.arange(side, dtype=np.float32) + 1.0) / side - 1.0
-    narrow = (np.sqrt(0.5) / radius).astype(np.float32)[:, None, None]
-    across = np.exp(-(((grid - pen[:, :, :1]) * narrow) ** 2))
-    down = np.exp(-(((grid - pen[:, :, 1:]) * narrow) ** 2)) * weight.reshape(count, -1, 1)
-    ink = np.matmul(down.transpose(0, 2, 1), across)
+    sharp = np.float32(np.sqrt(0.5)) / thin
+    across = np.exp(-(((grid - pen[:, :, :1]) * sharp) ** 2)).reshape(-1, piece, side)
+    down = np.exp(-(((grid - pen[:, :, 1:]) * sharp) ** 2)) * weight[:, :, None]
+    marks = np.matmul(down.reshape(-1, piece, side).transpose(0, 2, 1), across)
+    starts = pieces * np.searchsorted(drawn, np.arange(len(points)))
+    ink = np.add.reduceat(marks, starts, axis=0)
     return np.asarray(255.0 * (1.0 - np.exp(-1.6 * ink)) + 0.5).astype(np.uint8)[:, None]
 
 
@@ -297,15 +305,13 @@ def glyphs(
     order = np.lexsort((copy, labels, clients))
     labels, clients, copy = labels[order], clients[order], copy[order]
 
-    basis = _spline(max(40, round(40 * image_size / 28)))
-
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(labels), _BATCH):
             rows = slice(start, start + _BATCH)
             classes, which = np.unique(labels[rows], return_inverse=True)
             programs = _programs(classes, alphabet_of[classes], world)[which]
             writing = _write_glyphs(programs, clients[rows], labels[rows], copy[rows], world)
-            yield _ink(*writing, basis, image_size)
+            yield _ink(*writing, image_size)
 
     shape = (len(labels), 1, image_size, image_size)
     if np.prod(shape, dtype=np.int64) > _KEEP_IN_MEMORY:

@@ -9,6 +9,8 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -51,13 +53,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Bar:
-    """Bytes of one method, or of one direction, in two parts; ``share`` stands beside the total."""
+    """Bytes of one method, or of one direction, in two parts; ``text`` stands at its end."""
 
     label: str
     slot: str
     backbone: float
     class_rows: float
-    share: str = ""
+    text: str
 
 
 def slots_of(methods: Sequence[str]) -> list[str]:
@@ -68,7 +70,7 @@ def slots_of(methods: Sequence[str]) -> list[str]:
 
 
 def rounds_chart(name: str, lines: Sequence[Line], last_round: int, alt: str) -> Markup:
-    """Curves over rounds, each labelled at its end."""
+    """Curves over rounds up to ``last_round``, each labelled at its end."""
     figure, ax = _figure()
     for line in lines:
         _draw(ax, line)
@@ -76,9 +78,10 @@ def rounds_chart(name: str, lines: Sequence[Line], last_round: int, alt: str) ->
     ax.set_ylim(bottom=min(0.0, *(float(line.low.min()) for line in lines)))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("round", loc="right")
-    right = 8 + max(_text_width(_wrapped(line.label)) for line in lines) + 12
-    _place(ax, right=right)
-    _label_ends(ax, lines)
+    complete = all(line.x[-1] >= 0.95 * last_round for line in lines)
+    margin = max(_text_width(_wrapped(line.label)) for line in lines)
+    _place(ax, right=14 + margin if complete else 14)
+    (_label_margin if complete else _label_beside)(ax, lines)
     return _svg(figure, name, alt)
 
 
@@ -88,13 +91,14 @@ def bytes_chart(
     """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes."""
     figure, ax = _figure()
     ax.set_xscale("log")
+    few = len(lines) <= 4
     for line in lines:
         _draw(ax, line, end=True)
     first = min(float(line.x[0]) for line in lines)
     last = max(float(line.x[-1]) for line in lines)
     if last <= first:
         first, last = first / 2, last * 2
-    ax.set_xlim(first / (last / first) ** 0.02, last * (last / first) ** 0.06)
+    ax.set_xlim(first / (last / first) ** 0.02, last * (last / first) ** (0.06 if few else 0.0))
     top = max(float(line.high.max()) for line in lines)
     if level is not None:
         label, slot, value = level
@@ -108,7 +112,7 @@ def bytes_chart(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_ticks(value)))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("bytes moved, all clients, both ways (log)", loc="right")
-    _place(ax, right=14)
+    _place(ax, right=14 if few else 14 + max(_text_width(_wrapped(line.label)) for line in lines))
     if level is not None:
         ax.annotate(
             label,
@@ -120,7 +124,7 @@ def bytes_chart(
             fontsize=FONT,
             parse_math=False,
         )
-    _label_points(ax, lines)
+    (_label_beside if few else _label_margin)(ax, lines)
     return _svg(figure, name, alt)
 
 
@@ -147,7 +151,7 @@ def bars_chart(name: str, bars: Sequence[Bar], alt: str) -> Markup:
             parse_math=False,
         )
         ax.annotate(
-            f"{human_bytes(total)} · {bar.share}" if bar.share else human_bytes(total),
+            bar.text,
             (total, y + 26),
             (6, 0),
             textcoords="offset points",
@@ -215,7 +219,15 @@ def _draw(ax: Axes, line: Line, end: bool = False) -> None:
         zorder=3 if line.slot == "fedss" else 2,
     )
     if end or len(line.x) == 1:
-        ax.plot(line.x[-1:], line.mean[-1:], "o", color=color, markersize=6, markeredgewidth=0)
+        ax.plot(
+            line.x[-1:],
+            line.mean[-1:],
+            "o",
+            color=color,
+            markersize=6,
+            markeredgewidth=0,
+            clip_on=False,
+        )
 
 
 def _wrapped(label: str) -> str:
@@ -230,43 +242,42 @@ def _text_height(text: str) -> float:
     return (text.count("\n") + 1) * FONT * 1.15
 
 
-def _label_ends(ax: Axes, lines: Sequence[Line]) -> None:
-    """Labels right of the axes, moved apart where they would touch."""
-    to_pixels = ax.transData.transform
-    ends = [to_pixels((line.x[-1], line.mean[-1])) for line in lines]
+def _label_margin(ax: Axes, lines: Sequence[Line]) -> None:
+    """Labels right of the axes, moved apart where they would touch, tied to their ends."""
+    ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
     texts = [_wrapped(line.label) for line in lines]
     heights = [_text_height(text) + 3 for text in texts]
-    place = _apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
+    places = _apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
     x = ax.bbox.x1 + 12
-    for line, text, (end_x, end_y), y in zip(lines, texts, ends, place, strict=True):
+    for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
         color = _STAND_IN[line.slot]
         if abs(y - end_y) > 4 or end_x < x - 20:
+            tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
             ax.annotate(
                 "",
                 (end_x + 2, end_y),
                 (x - 2, y),
                 xycoords="figure pixels",
                 textcoords="figure pixels",
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": color,
-                    "linewidth": 0.8,
-                    "shrinkA": 0,
-                    "shrinkB": 0,
-                    "alpha": 0.6,
-                },
+                arrowprops={**tie, "shrinkA": 0, "shrinkB": 0},
             )
-        ax.annotate(
-            text,
-            (x, y),
-            xycoords="figure pixels",
-            color=color,
-            va="center",
-            annotation_clip=False,
-            linespacing=1.1,
-            fontsize=FONT,
-            parse_math=False,
-        )
+        _label(ax, text, (x, y), line.slot, va="center")
+
+
+def _label(
+    ax: Axes, text: str, place: tuple[float, float], slot: str, va: Literal["center", "bottom"]
+) -> None:
+    ax.annotate(
+        text,
+        place,
+        xycoords="figure pixels",
+        color=_STAND_IN[slot],
+        va=va,
+        annotation_clip=False,
+        linespacing=1.1,
+        fontsize=FONT,
+        parse_math=False,
+    )
 
 
 def _apart(
@@ -276,7 +287,7 @@ def _apart(
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
     place = {i: wanted[i] for i in order}
     for _ in range(200):
-        for below, above in zip(order, order[1:], strict=False):
+        for below, above in pairwise(order):
             overlap = (heights[below] + heights[above]) / 2 - (place[above] - place[below])
             if overlap > 0:
                 place[below] -= overlap / 2
@@ -286,52 +297,36 @@ def _apart(
     return [place[i] for i in range(len(wanted))]
 
 
-def _label_points(ax: Axes, lines: Sequence[Line]) -> None:
+def _label_beside(ax: Axes, lines: Sequence[Line]) -> None:
     """Labels beside the ends of the lines, each where it hides least of lines and labels."""
-    to_pixels = ax.transData.transform
-    curves = []
-    for line in lines:
-        points = to_pixels(np.column_stack([line.x, line.mean]))
-        steps = np.linspace(0, len(points) - 1, 400)
-        index = np.arange(len(points))
-        curves.append(
-            np.column_stack(
-                [np.interp(steps, index, points[:, 0]), np.interp(steps, index, points[:, 1])]
-            )
+    curves = [ax.transData.transform(np.column_stack([line.x, line.mean])) for line in lines]
+    steps = [np.linspace(0, len(curve) - 1, 400) for curve in curves]
+    ink_x, ink_y = (
+        np.concatenate(
+            [np.interp(s, range(len(c)), c[:, axis]) for s, c in zip(steps, curves, strict=True)]
         )
-    ink = np.concatenate(curves)
+        for axis in (0, 1)
+    )
     boxes: list[tuple[float, float, float, float]] = []
+
+    def cost(box: tuple[float, float, float, float]) -> float:
+        x0, y0, x1, y1 = box
+        hidden = (ink_x > x0) & (ink_x < x1) & (ink_y > y0) & (ink_y < y1)
+        touched = sum(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in boxes)
+        outside = max(0.0, ax.bbox.x0 - x0, x1 - WIDTH + 2, ax.bbox.y0 - y0, y1 - ax.bbox.y1 - 10)
+        return float(hidden.sum() + 200 * touched + 50 * outside)
+
     for line, curve in zip(lines, curves, strict=True):
         text = _wrapped(line.label)
         width, height = _text_width(text), _text_height(text)
-        x, y = curve[-1]
-        spots = [
-            (x + dx - share * width, y + dy + below * height)
-            for dy, below in ((8, 0.0), (0, -0.5), (-8, -1.0), (24, 0.0), (-24, -1.0))
-            for dx, share in ((9, 0.0), (0, 0.5), (-9, 1.0))
+        corners = [
+            (curve[-1, 0] + dx - share * width, curve[-1, 1] + dy + below * height)
+            for dy, below in ((0, -0.5), (8, 0.0), (-8, -1.0), (24, 0.0), (-24, -1.0))
+            for dx, share in ((10, 0.0), (0, 0.5), (-10, 1.0))
         ]
-
-        def cost(spot: tuple[float, float], width: float = width, height: float = height) -> float:
-            x0, y0, x1, y1 = spot[0], spot[1], spot[0] + width, spot[1] + height
-            hidden = (ink[:, 0] > x0) & (ink[:, 0] < x1) & (ink[:, 1] > y0) & (ink[:, 1] < y1)
-            touched = sum(x0 < b[2] and b[0] < x1 and y0 < b[3] and b[1] < y1 for b in boxes)
-            outside = max(0.0, ax.bbox.x0 - x0) + max(0.0, x1 - WIDTH + 2)
-            outside += max(0.0, ax.bbox.y0 - y0) + max(0.0, y1 - ax.bbox.y1 - 10)
-            return float(hidden.sum()) + 200 * touched + 50 * outside
-
-        best = min(spots, key=cost)
-        boxes.append((best[0], best[1], best[0] + width, best[1] + height))
-        ax.annotate(
-            text,
-            best,
-            xycoords="figure pixels",
-            color=_STAND_IN[line.slot],
-            va="bottom",
-            annotation_clip=False,
-            linespacing=1.1,
-            fontsize=FONT,
-            parse_math=False,
-        )
+        box = min(((x, y, x + width, y + height) for x, y in corners), key=cost)
+        boxes.append(box)
+        _label(ax, text, box[:2], line.slot, va="bottom")
 
 
 def _svg(figure: Figure, name: str, alt: str) -> Markup:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fedss.errors import RunFolderError
 from fedss.report import charts, words
@@ -87,7 +88,11 @@ def _render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"decimals": words.decimals, "percent": words.percent}
+    environment.filters |= {
+        "decimals": words.decimals,
+        "percent": words.percent,
+        "breakable": lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name)))),
+    }
     return environment.get_template("report.html").render(
         title=_title(groups),
         finding=words.finding(groups),
@@ -146,6 +151,7 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     """(number, what it counts, addition) for the strip under the headline."""
     run = groups[0].runs[0]
     data, config = run.data, run.settings
+    split = config.get("eval_split", "test")
     facts = []
     for key, name in (
         ("train_images", "training pictures"),
@@ -162,9 +168,9 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         against = (
             "each against all others" if gallery is None else f"against {words.count(gallery)}"
         )
-        facts.append((words.count(data["test_queries"]), "test queries", against))
+        facts.append((words.count(data["test_queries"]), f"{split} queries", against))
     if data.get("test_classes") is not None:
-        facts.append((words.count(data["test_classes"]), "test classes", ""))
+        facts.append((words.count(data["test_classes"]), f"{split} classes", ""))
     if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
@@ -250,25 +256,25 @@ def _cumulative(rounds: Sequence[Round]) -> dict[int, float]:
 
 
 def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
-    bars = []
-    if len(paired) == 1:
-        group, slot = paired[0]
-        for way in ("down", "up"):
-            backbone = group.mean(f"backbone_bytes_{way}_per_client_round")
-            class_rows = group.mean(f"class_row_bytes_{way}_per_client_round")
-            if backbone is not None and class_rows is not None:
-                bars.append(charts.Bar(way, slot, backbone, class_rows))
-        return bars
+    """A bar per method, or one per direction if there is one method only."""
     full = words.full_softmax([group for group, _ in paired])
     reference = None if full is None else words.both_ways(full)
+    bars = []
     for group, slot in paired:
-        total = words.both_ways(group)
-        share = (
-            words.percent(total / reference) if total and reference and group is not full else ""
-        )
-        backbone, class_rows = (words.both_ways(group, p) for p in ("backbone_", "class_row_"))
-        if backbone is not None and class_rows is not None:
-            bars.append(charts.Bar(group.label, slot, backbone, class_rows, share))
+        for way in ("both",) if len(paired) > 1 else ("down", "up"):
+            total, backbone, class_rows = (
+                words.both_ways(group, part)
+                if way == "both"
+                else group.mean(f"{part}bytes_{way}_per_client_round")
+                for part in ("", "backbone_", "class_row_")
+            )
+            if total is None or backbone is None or class_rows is None:
+                continue
+            text = words.human_bytes(total)
+            if way == "both" and reference and group is not full:
+                text += f" · {words.percent(total / reference)}"
+            label = group.label if way == "both" else way
+            bars.append(charts.Bar(label, slot, backbone, class_rows, text))
     return bars
 
 
@@ -309,7 +315,7 @@ def _settings(groups: Sequence[Group]) -> dict[str, Any]:
         values = [_shown(settings.get(key)) for settings in of_group.values()]
         if all(a == b for a, b in pairwise(values)):
             shared.append((key, values[0]))
-        else:
+        elif key != "method":
             differing.append((key, values))
     return {"shared": shared, "differing": differing, "labels": list(of_group)}
 
@@ -320,15 +326,22 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _commands(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """(method, command) per method: the recorded one, or one put together from the settings."""
-    return [
-        (group.label, group.runs[0].command or _command(group.runs[0].settings)) for group in groups
+def _commands(groups: Sequence[Group]) -> list[str]:
+    """One command for the run or the comparison; one per method if other settings differ too."""
+    settings = [
+        {k: v for k, v in group.runs[0].settings.items() if k not in ("method", "seed")}
+        for group in groups
     ]
+    if len(groups) > 1 and all(a == b for a, b in pairwise(settings)):
+        seeds = sorted({run.seed for group in groups for run in group.runs})
+        chosen = {"methods": [group.method for group in groups], "seeds": seeds}
+        return [_command("compare", {**chosen, **settings[0]})]
+    first = [group.runs[0] for group in groups]
+    return [run.command or _command("train", run.settings) for run in first]
 
 
-def _command(settings: Mapping[str, Any]) -> str:
-    parts = ["fedss", "run"]
+def _command(name: str, settings: Mapping[str, Any]) -> str:
+    parts = ["fedss", name]
     for key, value in settings.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
@@ -336,7 +349,7 @@ def _command(settings: Mapping[str, Any]) -> str:
         elif value is not None:
             several = value if isinstance(value, list) else [value]
             parts += [f"--{flag}", *(str(item) for item in several)]
-    return shlex.join(parts)
+    return shlex.join([*parts, "--out", "again"])
 
 
 def _versions(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -109,12 +109,15 @@ def _choose(right_MQ5: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
     best, worst = quality_MQ.max(axis=0), quality_MQ.min(axis=0)
     if len(right_MQ5) == 1:
         half = min(4, most // 2)
-        plans = [("Found", half, best > 5, -best), ("Missed", half, best < 5, best)]
+        plans = [
+            ("Nearest neighbour right", half, best > 5, -best),
+            ("Nearest neighbour wrong", half, best < 5, best),
+        ]
     else:
         plans = [
             ("Where the methods differ", min(4, most), best > worst, worst - best),
-            ("Found by all", min(2, most), worst > 5, -worst),
-            ("Missed by all", min(2, most), best < 5, best),
+            ("Nearest neighbour right for all methods", min(2, most), worst > 5, -worst),
+            ("Nearest neighbour wrong for all methods", min(2, most), best < 5, best),
         ]
     taken: list[int] = []
     chosen = []

@@ -19,6 +19,11 @@ BYTES = tuple(
     for part in ("", "class_row_", "backbone_")
     for way in ("down", "up")
 )
+# A count in a record -> its mean per client and round. Records may lack the parts of the bytes.
+_COUNTED = {
+    "class_rows": "class_rows_per_client",
+    **{name.removesuffix("_per_client_round"): name for name in BYTES},
+}
 # The order of the methods in every table and chart; unknown names come before `central`.
 KNOWN_METHODS = ("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only", "fedaws")
 
@@ -159,9 +164,9 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     settings = _get(config, "config", path)
     method = str(_get(settings, "method", path))
     seed = _integer(settings, "seed", path)
-    rounds, totals = _rounds(folder / "records.jsonl")
+    rounds, means = _rounds(folder / "records.jsonl", finished=entry is not None)
     if entry is None:
-        results = _results_so_far(rounds, totals)
+        results = _results_so_far(rounds, means)
     else:
         keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
         nullable = ("class_rows_per_client", *BYTES)
@@ -186,19 +191,22 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     )
 
 
-def _rounds(path: Path) -> tuple[tuple[Round, ...], Mapping[str, float | None]]:
-    """Read records.jsonl; also the totals over all rounds of what the rounds count."""
+def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str, float | None]]:
+    """Read records.jsonl; also what summary.json would say of its sums per client and round."""
+    text = _text(path)
+    if not finished and not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]  # a line that is still being written
     rounds: list[Round] = []
-    down = up = clients = seconds = 0.0
-    pooled = False
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    clients = seconds = 0.0
+    sums: dict[str, float | None] = dict.fromkeys(_COUNTED.values(), 0.0)
+    for number, line in enumerate(text.splitlines(), start=1):
         where = f"{path}, line {number}"
         record = _parse(line, where)
-        this_down, this_up = (
-            _number(record, f"bytes_{way}", where, True) for way in ("down", "up")
-        )
-        pooled = pooled or this_down is None or this_up is None
-        down, up = down + (this_down or 0), up + (this_up or 0)
+        down, up = (_number(record, f"bytes_{way}", where, True) for way in ("down", "up"))
+        for name, key in _COUNTED.items():
+            total = sums[key]
+            value = _number(record, name, where, True) if name in record else None
+            sums[key] = None if total is None or value is None else total + value
         clients += _number(record, "clients", where)
         timing = _get(record, "seconds", where)
         seconds += sum(_number(timing, phase, where) for phase in _mapping(timing, where))
@@ -208,7 +216,7 @@ def _rounds(path: Path) -> tuple[tuple[Round, ...], Mapping[str, float | None]]:
         this_round = Round(
             number=_integer(record, "round", where),
             loss=_number(record, "loss", where),
-            bytes_moved=None if this_down is None or this_up is None else this_down + this_up,
+            bytes_moved=None if down is None or up is None else down + up,
             metrics=metrics,
         )
         if rounds and this_round.number <= rounds[-1].number:
@@ -217,18 +225,15 @@ def _rounds(path: Path) -> tuple[tuple[Round, ...], Mapping[str, float | None]]:
                 "rounds must go up"
             )
         rounds.append(this_round)
-    totals: dict[str, float | None] = {"seconds": seconds}
-    for way, total in (("down", down), ("up", up)):
-        totals[f"bytes_{way}_per_client_round"] = None if pooled or not clients else total / clients
-    return tuple(rounds), totals
+    means = {k: None if v is None or not clients else v / clients for k, v in sums.items()}
+    return tuple(rounds), {"seconds": seconds, **means}
 
 
 def _results_so_far(
-    rounds: Sequence[Round], totals: Mapping[str, float | None]
+    rounds: Sequence[Round], means: Mapping[str, float | None]
 ) -> dict[str, float | None]:
     evaluated = [r.metrics for r in rounds if r.metrics is not None]
-    nothing = dict.fromkeys(("class_rows_per_client", *METRICS, *BYTES))
-    return {**nothing, **(evaluated[-1] if evaluated else {}), **totals}
+    return {**dict.fromkeys(METRICS), **(evaluated[-1] if evaluated else {}), **means}
 
 
 def _neighbours(path: Path) -> Neighbours | None:

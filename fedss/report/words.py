@@ -62,11 +62,11 @@ def listed(names: Sequence[str]) -> str:
 
 
 def numbers(values: Sequence[int]) -> str:
-    """``0–2`` for consecutive numbers, otherwise ``0, 2, 5``."""
+    """``0–2`` for consecutive numbers, otherwise ``0, 2 and 5``."""
     values = sorted(set(values))
     if len(values) > 2 and values[-1] - values[0] == len(values) - 1:
-        return f"{values[0]}–{values[-1]}"
-    return ", ".join(str(value) for value in values)
+        return f"{values[0]}\u2060–\u2060{values[-1]}"
+    return listed([str(value) for value in values])
 
 
 def progress(run: Run) -> str:

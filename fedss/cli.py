@@ -1,0 +1,362 @@
+"""The command line: arguments and printing only."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.errors import ConfigError, FedssError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 0 done, 2 a mistake to mend, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except FedssError as error:
+        print(f"fedss {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedss",
+        description="Federated Sampled Softmax: image embeddings from pictures that stay where "
+        "they are, with very many classes.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        name = run.__name__.strip("_")
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command(_train, "train one model, or go on with an interrupted run")
+    _add_config(train)
+    _add_out(train)
+
+    compare = command(_compare, "train several methods with several seeds and report on them")
+    compare.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="methods to compare (default: full fedss fedss-uncorrected pos-only)",
+    )
+    compare.add_argument(
+        "--seeds", nargs="+", type=int, metavar="INT", help="seeds of each method (default: 0)"
+    )
+    _add_config(compare, without=("method", "seed"))
+    _add_out(compare)
+
+    evaluate = command(_evaluate, "retrieval with a trained model")
+    evaluate.add_argument("folder", metavar="RUN", help="a run folder")
+    _add_config(evaluate, groups=("data",), config=False)
+
+    embed = command(_embed, "embeddings of pictures, with their file names")
+    embed.add_argument("folder", metavar="RUN", help="a run folder")
+    embed.add_argument("pictures", metavar="PICTURES", help="a folder, or a CSV with 'image'")
+    embed.add_argument(
+        "--out", required=True, metavar="FILE", help="FILE.npy (names in FILE.txt) or FILE.parquet"
+    )
+    embed.add_argument(
+        "--skip-broken", action="store_true", help="leave out and count unreadable pictures"
+    )
+
+    report = command(_report, "write report.html for a run or a comparison")
+    report.add_argument("folder", metavar="OUT", help="the folder of a run or a comparison")
+
+    info = command(_info, "what is in a data set, and what each method would move")
+    _add_config(info)
+    return parser
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for the results; holds one experiment"
+    )
+
+
+def _add_config(
+    parser: argparse.ArgumentParser,
+    without: Sequence[str] = (),
+    groups: Sequence[str] | None = None,
+    config: bool = True,
+) -> None:
+    if config:
+        parser.add_argument(
+            "--config",
+            metavar="FILE",
+            help="start from the config.json of a run; other options override it",
+        )
+    sections: dict[str, Any] = {}
+    for option in OPTIONS:
+        if option.name in without or (groups and option.group not in groups):
+            continue
+        if option.group not in sections:
+            sections[option.group] = parser.add_argument_group(option.group)
+        _add_option(sections[option.group], option)
+
+
+def _add_option(parser: Any, option: Option) -> None:
+    flag = "--" + option.name.replace("_", "-")
+    text = option.help.replace("%", "%%")
+    if option.default is not None:
+        text += f" (default: {_shown(option.default)})"
+    if option.type is bool:
+        action = argparse.BooleanOptionalAction
+        parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+        return
+    metavar = {int: "INT", float: "NUMBER", str: "TEXT"}[option.type]
+    if option.choices:
+        metavar = "{" + ",".join(option.choices) + "}"
+    parser.add_argument(
+        flag, type=option.type, metavar=metavar, default=argparse.SUPPRESS, help=text
+    )
+
+
+def _shown(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    names = {option.name for option in OPTIONS}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def _config(options: argparse.Namespace, stored: Mapping[str, Any] | None = None) -> Config:
+    return config_from_dict({**(stored or {}), **_given(options)})
+
+
+def _stored(options: argparse.Namespace) -> dict[str, Any]:
+    """The content of ``--config FILE``, or nothing."""
+    from fedss.checkpoint import read_json
+
+    if options.config is None:
+        return {}
+    content = read_json(Path(options.config))
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ConfigError(
+            f"--config {options.config}: expected the config.json of a run, with a 'config' object"
+        )
+    return content
+
+
+def _train(options: argparse.Namespace) -> None:
+    from fedss.experiment import load_data, train
+
+    config = _config(options, _stored(options).get("config"))
+    data = load_data(config)
+    _print_skipped(data.skipped)
+    with _progress() as watch:
+        run = train(
+            config,
+            options.out,
+            data=data,
+            on_round=watch(f"{config.method} seed {config.seed}", config.rounds),
+        )
+    if run.already_done:
+        print(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
+    _print_results([run.summary])
+    print(f"model   {run.folder / 'model'}\nreport  {run.folder / 'report.html'}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from fedss.experiment import compare, load_data
+
+    stored = _stored(options)
+    config = _config(options, stored.get("config"))
+    methods = options.methods or stored.get("methods")
+    methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
+    seeds = options.seeds or stored.get("seeds") or [0]
+    data = load_data(config)
+    _print_skipped(data.skipped)
+    with _progress() as watch:
+        summaries = compare(
+            config,
+            methods,
+            seeds,
+            options.out,
+            data=data,
+            on_run=lambda run: watch(f"{run.method} seed {run.seed}", run.rounds),
+        )
+    _print_results(summaries)
+    print(f"summary  {Path(options.out) / 'summary.json'}")
+    print(f"report   {Path(options.out) / 'report.html'}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from fedss.checkpoint import read_json
+    from fedss.experiment import evaluate, evaluation_task, load, load_data
+
+    embedder = load(options.folder)
+    stored = read_json(Path(options.folder) / "config.json")["config"]
+    shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
+    config = _config(options, {**stored, **shape})
+    metrics = evaluate(embedder, evaluation_task(config, load_data(config)))
+    print(json.dumps(dataclasses.asdict(metrics), indent=2))
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from fedss.embedding import embed_files, list_pictures, write_embeddings
+    from fedss.experiment import load
+
+    embedder = load(options.folder)
+    paths, names = list_pictures(Path(options.pictures))
+    result = embed_files(embedder, paths, names=names, skip_broken=options.skip_broken)
+    _print_skipped(result.skipped)
+    written = write_embeddings(Path(options.out), result)
+    print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
+    print("\n".join(str(path) for path in written))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from fedss.report import write_report
+
+    print(write_report(Path(options.folder)))
+
+
+def _info(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from fedss.experiment import costs, describe, load_data
+
+    config = _config(options, _stored(options).get("config"))
+    data = load_data(config)
+    _print_skipped(data.skipped)
+    console = Console()
+    table = Table(title=f"data set {data.name}", show_header=False, title_justify="left")
+    for name, value in describe(config, data).items():
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+    table = Table(
+        title=f"per client and round, {config.backbone}, d = {config.embedding_size}",
+        title_justify="left",
+    )
+    for heading in ("method", "class rows", "share of W", "class-row bytes", "bytes each way"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for cost in costs(config, data):
+        table.add_row(
+            cost.method,
+            f"{cost.class_rows:,.1f}",
+            f"{cost.share:.1%}",
+            _bytes(cost.class_row_bytes),
+            _bytes(cost.bytes),
+        )
+    console.print(table)
+
+
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "–"
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def _print_skipped(skipped: Sequence[str]) -> None:
+    if skipped:
+        first = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
+        print(f"left out {len(skipped)} unreadable pictures: {first}", file=sys.stderr)
+
+
+def _print_results(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """One row per method: means over seeds; bytes per client and round."""
+    from rich.table import Table
+
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for summary in summaries:
+        by_method.setdefault(summary["method"], []).append(summary)
+    rounds = summaries[0]["rounds"]
+    table = Table(
+        title=f"unseen classes after {rounds} rounds; bytes per client and round",
+        title_justify="left",
+    )
+    table.add_column("method")
+    for heading in ("seeds", "MAP@10", "R@1", "rows of W"):
+        table.add_column(heading, justify="right")
+    for way in ("down", "up"):
+        for part in ("", "backbone ", "class rows "):
+            table.add_column(f"{part}{way}" if part else f"bytes {way}", justify="right")
+    table.add_column("seconds", justify="right")
+
+    def mean(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
+        values = [run[name] for run in runs]
+        return None if None in values else sum(values) / len(values)
+
+    for method, runs in by_method.items():
+        rows = mean(runs, "class_rows_per_client")
+        sizes = [
+            _bytes(mean(runs, f"{part}bytes_{way}_per_client_round"))
+            for way in ("down", "up")
+            for part in ("", "backbone_", "class_row_")
+        ]
+        table.add_row(
+            method,
+            str(len(runs)),
+            f"{mean(runs, 'map_at_10'):.3f}",
+            f"{mean(runs, 'recall_at_1'):.3f}",
+            "–" if rows is None else f"{rows:.0f}",
+            *sizes,
+            f"{mean(runs, 'seconds'):.0f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int], Callable[[Mapping[str, Any]], None]]]:
+    """``watch(label, rounds)`` starts a bar, or lines where there is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rounds  loss {task.fields[loss]}  MAP@10 {task.fields[map]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+    def watch(label: str, rounds: int) -> Callable[[Mapping[str, Any]], None]:
+        task = progress.add_task(label, total=rounds, loss="–", map="–")
+
+        def on_round(record: Mapping[str, Any]) -> None:
+            fields: dict[str, Any] = {"loss": f"{record['loss']:.3f}"}
+            if record["metrics"]:
+                fields["map"] = f"{record['metrics']['map_at_10']:.3f}"
+                if not console.is_terminal:
+                    print(
+                        f"{label}  round {record['round']}/{rounds}  loss {fields['loss']}"
+                        f"  MAP@10 {fields['map']}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            progress.update(task, completed=record["round"], **fields)
+
+        return on_round
+
+    with progress:
+        yield watch

@@ -1,0 +1,157 @@
+"""A trained model used on picture files: from files to embeddings with names."""
+
+import csv
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedss.checkpoint import write_file, writing
+from fedss.data.cache import decode
+from fedss.data.folder import EXTENSIONS
+from fedss.errors import ConfigError, DataError
+from fedss.models import Embedder, embed_pixels
+
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of picture files.
+
+    Attributes:
+        names: one per row, as given or the file's path.
+        embeddings_ND: float32 [N, D], rows of length 1.
+        skipped: files that could not be read, where that was asked for.
+    """
+
+    names: tuple[str, ...]
+    embeddings_ND: np.ndarray
+    skipped: tuple[str, ...] = ()
+
+
+def embed_files(
+    embedder: Embedder,
+    paths: Sequence[str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> Embeddings:
+    """Embed picture files: decoded as in training, a block at a time.
+
+    Args:
+        embedder: e.g. from ``fedss.load``.
+        paths: picture files.
+        names: a name per picture; None: its path.
+        skip_broken: leave out files that cannot be read, and list them in ``skipped``.
+
+    Raises:
+        DataError: a file that cannot be read (named), or none at all.
+    """
+    names = [str(path) for path in paths] if names is None else names
+    kept: list[str] = []
+    skipped: list[str] = []
+    blocks: list[np.ndarray] = []
+
+    def attempt(path: str | Path) -> np.ndarray | Exception:
+        try:
+            return decode(Path(path), embedder.spec.image_size, embedder.spec.channels)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), _BLOCK):
+            block = paths[start : start + _BLOCK]
+            pixels = []
+            for path, name, result in zip(
+                block, names[start : start + _BLOCK], pool.map(attempt, block), strict=True
+            ):
+                if isinstance(result, np.ndarray):
+                    kept.append(name)
+                    pixels.append(result)
+                elif skip_broken:
+                    skipped.append(name)
+                else:
+                    raise DataError(
+                        f"cannot read picture {path}: {result}; mend or remove it, or leave such "
+                        "pictures out with skip_broken (--skip-broken)"
+                    ) from result
+            if pixels:
+                blocks.append(embed_pixels(embedder, np.stack(pixels)).numpy())
+    if not blocks:
+        raise DataError(f"no readable picture among the {len(paths)} given")
+    return Embeddings(tuple(kept), np.concatenate(blocks), tuple(skipped))
+
+
+def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
+    """Picture files in a folder (and below it), or in the ``image`` column of a CSV.
+
+    Returns:
+        Paths, and their names relative to the folder or as written in the CSV.
+
+    Raises:
+        DataError: no such place, no picture in it, or a CSV without the column.
+    """
+    if path.is_dir():
+        found = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+        )
+        names = [file.relative_to(path).as_posix() for file in found]
+    elif path.is_file():
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if "image" not in (reader.fieldnames or []):
+                raise DataError(
+                    f"{path}: expected a CSV with a column 'image', found {reader.fieldnames}"
+                )
+            names = [row["image"] for row in reader]
+        found = [path.parent / name for name in names]
+    else:
+        raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
+    if not found:
+        raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))})")
+    return found, names
+
+
+def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
+    """Write ``.npy`` with the names in a ``.txt`` of the same name, or one ``.parquet``.
+
+    The parquet file has the columns ``name`` and ``embedding`` (a list of float32).
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: another ending, or pyarrow is not installed.
+        RunFolderError: the place cannot be written.
+    """
+    buffer = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(buffer, result.embeddings_ND)
+        names = path.with_suffix(".txt")
+        files = {path: buffer.getvalue(), names: "".join(f"{n}\n" for n in result.names).encode()}
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ConfigError(
+                f'{path}: parquet needs pyarrow: pip install "fedss[parquet]", or write .npy'
+            ) from error
+        size = result.embeddings_ND.shape[1]
+        rows = pyarrow.FixedSizeListArray.from_arrays(result.embeddings_ND.ravel(), size)
+        table = pyarrow.table({"name": list(result.names), "embedding": rows})
+        pyarrow.parquet.write_table(table, buffer)
+        files = {path: buffer.getvalue()}
+    else:
+        raise ConfigError(f"{path}: expected a name that ends in .npy or .parquet")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            write_file(file, content)
+    return list(files)

@@ -1,0 +1,310 @@
+"""The laws of Algorithm 1, on the plain path: a loop over clients in this thread."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fedss.algorithm import (
+    ClientUpdate,
+    LocalTraining,
+    RoundPlan,
+    ServerState,
+    Submodel,
+    aggregate,
+    apply_update,
+    batches,
+    choose_classes,
+    draw_cohort,
+    run_round,
+    select,
+    spread_rows_out,
+    train_client,
+)
+from fedss.class_rows import create_class_rows
+from fedss.data import ClientIndex, index_clients
+from fedss.errors import DivergedError
+from fedss.methods import METHODS
+from fedss.models import build_embedder, flatten_
+from fedss.optimizers import ServerOptimizer, read_rows
+from fedss.seeds import generator
+from fedss.softmax import ClassSample, Scoring
+from tests import reference
+
+DATA = reference.tiny_dataset()
+N = len(DATA.train.class_names)
+SGD = ServerOptimizer("sgd", 1.0)
+MOMENTUM = ServerOptimizer("momentum", 1.0, 0.9)
+
+
+class Model:
+    """A trainable copy of the tiny backbone in float32."""
+
+    def __init__(self) -> None:
+        self.embedder = build_embedder(
+            reference.tiny_backbone(), channels=1, image_size=8, embedding_size=6, seed=0
+        )
+        flat = flatten_(self.embedder)
+        self.theta_P, self.grad_P = flat.theta_P, flat.grad_P
+
+    def embed(self, example_B: np.ndarray) -> torch.Tensor:
+        return self.embedder(torch.from_numpy(DATA.train.pixels[example_B]))
+
+
+@dataclass(frozen=True)
+class PlainEngine:
+    clients: ClientIndex
+    optimizer: ServerOptimizer
+    model: Model
+    reverse: bool = False
+
+    def train(
+        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
+    ) -> Iterator[ClientUpdate]:
+        labels_N = self.clients.images.labels
+        for client in reversed(cohort.tolist()) if self.reverse else cohort.tolist():
+            example_N = self.clients.examples(client)
+            sample, example_N = choose_classes(plan, client, example_N, labels_N[example_N])
+            submodel = select(self.optimizer, state, sample.ids_S)
+            yield train_client(
+                plan, client, self.model, submodel, sample, example_N, labels_N[example_N]
+            )
+
+
+def engine(optimizer: ServerOptimizer = SGD, reverse: bool = False) -> PlainEngine:
+    return PlainEngine(index_clients(DATA.train), optimizer, Model(), reverse)
+
+
+def start(optimizer: ServerOptimizer = SGD) -> ServerState:
+    theta_P = Model().theta_P
+    rows = create_class_rows(N, 6, optimizer.slots, generator(0, "class rows"))
+    slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
+    return ServerState(theta_P.clone(), slots, rows, 0)
+
+
+def plan(method: str = "fedss", size: int = 7, **local: object) -> RoundPlan:
+    settings = {"epochs": 1, "steps": None, "batch_size": 3, "lr": 0.1, "row_lr": 0.5, **local}
+    return RoundPlan(0, 3, METHODS[method], N, size, Scoring(8.0), LocalTraining(**settings))
+
+
+def run(method: str, size: int, rounds: int, optimizer: ServerOptimizer = MOMENTUM, **kw: bool):
+    state, where = start(optimizer), engine(optimizer, **kw)
+    for round in range(rounds):
+        cohort = draw_cohort(6, 3, 3, round)
+        state, _ = run_round(
+            where, optimizer, state, cohort, replace(plan(method, size), round=round), "cohort"
+        )
+    return state
+
+
+def same(a: ServerState, b: ServerState) -> bool:
+    return torch.equal(a.backbone_P, b.backbone_P) and torch.equal(
+        a.class_rows.weight_ND, b.class_rows.weight_ND
+    )
+
+
+def test_full_is_the_limit_bit_for_bit():
+    assert same(run("fedss", N, 4), run("full", 7, 4))
+    assert not same(run("fedss", 7, 4), run("full", 7, 4))
+
+
+def test_order_of_arrival_does_not_change_a_bit():
+    assert same(run("fedss", 7, 4), run("fedss", 7, 4, reverse=True))
+
+
+def test_one_client_one_step_all_classes_is_central_sgd():
+    state, where = start(), engine()
+    client, lr, row_lr = 2, 0.1, 0.5
+    one_step = plan("full", batch_size=1000)
+    after, _ = run_round(where, SGD, state, np.array([client]), one_step, "cohort")
+
+    fresh = start()
+    model = Model().embedder
+    rows = fresh.class_rows.weight_ND.clone().requires_grad_()
+    examples = where.clients.examples(client)
+    h = model(torch.from_numpy(DATA.train.pixels[examples]))
+    labels = torch.from_numpy(DATA.train.labels[examples])
+    F.cross_entropy(8.0 * h @ F.normalize(rows, dim=1).T, labels).backward()
+    torch.optim.SGD(
+        [{"params": model.parameters(), "lr": lr}, {"params": [rows], "lr": row_lr}]
+    ).step()
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    assert (after.backbone_P - theta).abs().max() < 1e-6
+    assert (after.class_rows.weight_ND - rows).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ServerOptimizer("adam", 0.01)], ids=str)
+def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
+    state, where = start(optimizer), engine(optimizer)
+    for round in range(5):
+        before = state.class_rows.weight_ND.clone()
+        cohort = draw_cohort(6, 2, 0, round)
+        told = replace(plan("fedss", 5), round=round)
+        state, updates = run_round(where, optimizer, state, cohort, told, "cohort")
+        touched = torch.cat([u.ids_S for u in updates]).unique()
+        untouched = torch.ones(N, dtype=torch.bool)
+        untouched[touched] = False
+        assert untouched.any()
+        assert torch.equal(state.class_rows.weight_ND[untouched], before[untouched])
+        assert not torch.equal(state.class_rows.weight_ND[touched], before[touched])
+
+
+def test_a_client_gets_the_rows_it_asked_for_and_nothing_else():
+    state = start()
+    submodel = select(SGD, state, torch.tensor([1, 4, 9]))
+    assert torch.equal(submodel.rows_SD, state.class_rows.weight_ND[[1, 4, 9]])
+    assert submodel.backbone_P is state.backbone_P
+    # No view into W travels: what a client does to its rows cannot reach the server.
+    submodel.rows_SD.zero_()
+    assert state.class_rows.weight_ND[1].any()
+
+
+def test_training_a_client_leaves_what_it_was_given():
+    state, where = start(), engine()
+    theta, rows = state.backbone_P.clone(), state.class_rows.weight_ND.clone()
+    list(where.train(state, np.arange(6), plan()))
+    assert torch.equal(state.backbone_P, theta)
+    assert torch.equal(state.class_rows.weight_ND, rows)
+
+
+def test_renaming_classes_permutes_w_and_changes_nothing_else():
+    """The same client, its classes under other numbers: the same update, its rows permuted."""
+    state, where, told = start(), engine(), plan()
+    permutation = generator(1, "rename").permutation(N)  # class i becomes permutation[i]
+    example_N = where.clients.examples(1)
+    label_N = DATA.train.labels[example_N]
+    sample, example_N = choose_classes(told, 1, example_N, label_N)
+    label_N = DATA.train.labels[example_N]
+    before = train_client(
+        told, 1, where.model, select(SGD, state, sample.ids_S), sample, example_N, label_N
+    )
+    new_ids = torch.from_numpy(permutation[sample.ids_S.numpy()])
+    order = torch.argsort(new_ids)
+    renamed = ClassSample(new_ids[order], sample.log_q_S[order], sample.own_S[order])
+    weight = torch.empty_like(state.class_rows.weight_ND)
+    weight[torch.from_numpy(permutation)] = state.class_rows.weight_ND
+    submodel = Submodel(state.backbone_P, renamed.ids_S, weight[renamed.ids_S])
+    after = train_client(told, 1, where.model, submodel, renamed, example_N, permutation[label_N])
+    assert (after.backbone_delta_P - before.backbone_delta_P).abs().max() < 1e-6
+    assert (after.rows_delta_SD - before.rows_delta_SD[order]).abs().max() < 1e-6
+
+
+@st.composite
+def cohorts(draw: st.DrawFn) -> list[ClientUpdate]:
+    number = st.floats(-5, 5, width=32)
+    updates = []
+    for client in draw(st.lists(st.integers(0, 30), min_size=1, max_size=5, unique=True)):
+        ids = sorted(draw(st.sets(st.integers(0, 9), min_size=1, max_size=6)))
+        rows = [[draw(number), draw(number)] for _ in ids]
+        updates.append(
+            ClientUpdate(
+                client,
+                torch.tensor([draw(number) for _ in range(3)]),
+                torch.tensor(ids),
+                torch.tensor(rows),
+                draw(st.integers(1, 50)),
+                0.0,
+            )
+        )
+    return updates
+
+
+@given(cohorts(), st.sampled_from(["cohort", "holders"]))
+def test_aggregate_against_the_loop(updates, row_mean):
+    means = aggregate(updates, row_mean)
+    backbone, rows = reference.weighted_means(updates, 10, row_mean)
+    assert means.backbone_delta_P.tolist() == pytest.approx(backbone, abs=1e-6)
+    assert means.ids_U.tolist() == sorted(rows)
+    for i, row in zip(means.ids_U.tolist(), means.rows_delta_UD.tolist(), strict=True):
+        assert row == pytest.approx(rows[i], abs=1e-6)
+
+
+@given(cohorts(), st.randoms())
+def test_aggregate_does_not_depend_on_the_order_of_arrival(updates, random):
+    shuffled = copy.copy(updates)
+    random.shuffle(shuffled)
+    one, other = aggregate(updates, "cohort"), aggregate(shuffled, "cohort")
+    assert torch.equal(one.backbone_delta_P, other.backbone_delta_P)
+    assert torch.equal(one.rows_delta_UD, other.rows_delta_UD)
+
+
+def test_the_expected_row_update_is_the_full_softmaxs():
+    """Dividing by the cohort: over all samples, a row's mean update is q times its update."""
+    updates = [
+        ClientUpdate(0, torch.zeros(1), torch.tensor([0, 3]), torch.ones(2, 1), 2, 0.0),
+        ClientUpdate(1, torch.zeros(1), torch.tensor([1, 3]), torch.ones(2, 1), 6, 0.0),
+    ]
+    assert aggregate(updates, "cohort").rows_delta_UD[:, 0].tolist() == [0.25, 0.75, 1.0]
+    assert aggregate(updates, "holders").rows_delta_UD[:, 0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_client_with_too_many_classes_uses_only_the_kept_ones_pictures():
+    told = plan("fedss", 4)
+    labels = np.repeat(np.arange(8), 2)
+    sample, used = choose_classes(told, 0, np.arange(16), labels)
+    assert len(sample.ids_S) == 4
+    assert sample.own_S.sum() == 3
+    assert set(labels[used]) == set(sample.ids_S[sample.own_S].tolist())
+    assert len(used) == 6
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 4))
+def test_epochs_cover_every_example_once(examples, batch, epochs):
+    local = LocalTraining(epochs, None, batch, 0.1, 0.1)
+    found = list(batches(examples, local, np.random.default_rng(0)))
+    assert sorted(np.concatenate(found).tolist()) == sorted(list(range(examples)) * epochs)
+    assert max(map(len, found)) <= batch
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 30))
+def test_local_steps_are_exactly_that_many(examples, batch, steps):
+    local = LocalTraining(9, steps, batch, 0.1, 0.1)
+    assert len(list(batches(examples, local, np.random.default_rng(0)))) == steps
+
+
+def test_a_cohort_has_no_client_twice_and_is_keyed_by_seed_and_round():
+    cohort = draw_cohort(1_000_000, 100, 0, 5)
+    assert len(np.unique(cohort)) == 100
+    assert np.array_equal(cohort, draw_cohort(1_000_000, 100, 0, 5))
+    assert not np.array_equal(cohort, draw_cohort(1_000_000, 100, 0, 6))
+    assert not np.array_equal(cohort, draw_cohort(1_000_000, 100, 1, 5))
+    assert draw_cohort(4, 100, 0, 0).tolist() == [0, 1, 2, 3]
+
+
+def test_divergence_names_round_and_client_and_applies_nothing():
+    state, where = start(), engine()
+    state.class_rows.weight_ND[DATA.train.labels[where.clients.examples(4)[0]]] = float("nan")
+    before = state.backbone_P.clone()
+    with pytest.raises(DivergedError, match="round 1, client 4"):
+        run_round(where, SGD, state, np.array([4]), plan("full"), "cohort")
+    assert torch.equal(state.backbone_P, before)
+
+
+def test_fedaws_spreads_the_rows_and_keeps_what_momentum_owes():
+    state, where = start(MOMENTUM), engine(MOMENTUM)
+    state, _ = run_round(where, MOMENTUM, state, np.arange(2), plan("fedaws"), "cohort")
+    rows, slots = read_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
+    spread_rows_out(MOMENTUM, state, weight=0.1, margin=0.7, neighbours=3)
+    moved, kept = read_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
+    assert torch.equal(slots["momentum"], kept["momentum"])
+
+    def nearest(w: torch.Tensor) -> float:
+        cos = F.normalize(w, dim=1) @ F.normalize(w, dim=1).T
+        return cos.fill_diagonal_(-1).max().item()
+
+    assert nearest(moved) < nearest(rows)
+
+
+def test_apply_update_returns_a_new_state():
+    state = start(MOMENTUM)
+    mean = aggregate(list(engine(MOMENTUM).train(state, np.arange(3), plan())), "cohort")
+    theta = state.backbone_P.clone()
+    after = apply_update(MOMENTUM, state, mean)
+    assert torch.equal(state.backbone_P, theta)
+    assert (state.round, after.round) == (0, 1)
