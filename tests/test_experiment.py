@@ -1,0 +1,328 @@
+import dataclasses
+import hashlib
+import json
+import random
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fedss
+import fedss.cli
+from fedss import Config, ConfigError, DivergedError, RunFolderError
+from fedss.algorithm import draw_cohort
+from fedss.checkpoint import load_checkpoint
+from fedss.experiment import pool_pictures, round_plan
+from fedss.methods import METHODS
+from tests import reference
+
+DATA = reference.tiny_dataset()
+SMALL = Config(
+    data="tiny",
+    sample_size=6,
+    embedding_size=6,
+    rounds=6,
+    clients_per_round=3,
+    batch_size=4,
+    eval_every=2,
+    checkpoint_every=2,
+    workers=1,
+)
+
+
+def train(out: Path, config: Config = SMALL, **kwargs: object) -> fedss.Run:
+    return fedss.train(config, out, data=DATA, backbone=reference.tiny_backbone(), **kwargs)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def lines(folder: Path) -> list[dict]:
+    text = (folder / "records.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    run = train(tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "records.jsonl",
+        "tensorboard",
+        "checkpoint",
+        "model",
+        "retrieval.npz",
+        "summary.json",
+        "report.html",
+    }
+    records = lines(folder)
+    assert [r["round"] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["round"] for r in records if r["metrics"]] == [2, 4, 6]
+    assert json.loads((folder / "summary.json").read_text()) == [run.summary]
+    assert run.summary["map_at_10"] == records[-1]["metrics"]["map_at_10"]
+    assert run.summary["class_rows_per_client"] == 6
+    assert run.summary["class_row_bytes_down_per_client_round"] == 6 * 6 * 4
+    again = fedss.load(folder, backbone=reference.tiny_backbone())
+    pixels = DATA.test.query.pixels
+    with torch.no_grad():
+        one, other = (m(torch.from_numpy(pixels)) for m in (run.embedder.eval(), again.eval()))
+    assert torch.equal(one, other)
+    metrics = dataclasses.asdict(fedss.evaluate(again, DATA.test))
+    assert metrics["map_at_10"] == pytest.approx(run.summary["map_at_10"])
+
+
+def test_training_learns(tmp_path):
+    config = dataclasses.replace(SMALL, rounds=60, client_lr=0.1, class_row_lr=1.0, eval_every=60)
+    losses = [r["loss"] for r in lines(train(tmp_path / "run", config).folder)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, tmp_path):
+    config = dataclasses.replace(SMALL, method=method, rounds=2)
+    summary = train(tmp_path / "run", config).summary
+    assert 0 <= summary["map_at_10"] <= 1
+    bytes_down = summary["bytes_down_per_client_round"]
+    assert bytes_down is None if method == "central" else bytes_down > 0
+
+
+def test_sampling_all_classes_is_full_training_bit_for_bit(tmp_path):
+    n = len(DATA.train.class_names)
+    train(tmp_path / "full", dataclasses.replace(SMALL, method="full"))
+    train(tmp_path / "all", dataclasses.replace(SMALL, method="fedss", sample_size=n))
+    assert digest(tmp_path / "full") == digest(tmp_path / "all")
+
+
+def test_the_number_of_workers_does_not_change_a_bit(tmp_path):
+    for workers in (1, 2, 5):
+        train(tmp_path / str(workers), dataclasses.replace(SMALL, workers=workers))
+    assert len({digest(tmp_path / str(workers)) for workers in (1, 2, 5)}) == 1
+
+
+def test_seeds_matter_and_global_state_does_not(tmp_path):
+    train(tmp_path / "a")
+    torch.manual_seed(99)
+    train(tmp_path / "b")
+    train(tmp_path / "c", dataclasses.replace(SMALL, seed=1))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = train(tmp_path / "run")
+    before = (tmp_path / "run" / "records.jsonl").read_bytes()
+    second = train(tmp_path / "run", on_round=lambda record: pytest.fail("trained again"))
+    assert second.already_done
+    assert not first.already_done
+    assert second.summary == first.summary
+    assert (tmp_path / "run" / "records.jsonl").read_bytes() == before
+
+
+class StopError(Exception):
+    pass
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
+    train(tmp_path / "whole")
+
+    def stop(record: dict) -> None:
+        if record["round"] == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(tmp_path / "stopped", on_round=stop)
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    seen: list[int] = []
+    train(tmp_path / "stopped", on_round=lambda record: seen.append(record["round"]))
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert digest(tmp_path / "whole") == digest(tmp_path / "stopped")
+    assert lines(tmp_path / "whole") == lines(tmp_path / "stopped")
+
+
+GLYPHS = """
+    --data glyphs --glyphs-classes 40 --glyphs-clients 8 --image-size 12 --backbone conv4-4
+    --embedding-size 4 --sample-size 8 --rounds 9 --clients-per-round 2 --checkpoint-every 1
+    --eval-every 3 --workers 2
+""".split()  # noqa: SIM905
+
+
+def test_kill_9_at_random_moments_and_go_on(tmp_path):
+    """Every death is at a change to the run folder, so also in the middle of a checkpoint."""
+    assert fedss.cli.main(["train", *GLYPHS, "--out", str(tmp_path / "whole")]) == 0
+    chance, deaths, code = random.Random(0), 0, -9
+    while code == -9:
+        assert deaths < 40, "no progress"
+        change = str(chance.randint(4, 45))
+        command = [sys.executable, "-m", "tests.killed_run", change, str(tmp_path / "run"), *GLYPHS]
+        code = subprocess.run(command, capture_output=True).returncode
+        deaths += code == -9
+    assert code == 0
+    assert deaths >= 3
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    for name in ("run", "whole"):
+        assert not (tmp_path / name / "checkpoint" / ".unfinished").exists()
+    (one, other) = (
+        load_file(tmp_path / name / "checkpoint" / "round-000009" / "state.safetensors")
+        for name in ("run", "whole")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """No file may grow beyond a limit that a checkpoint passes: writes fail as on a full disk."""
+    config = dataclasses.replace(SMALL, checkpoint_every=1)
+
+    def shrink(record: dict) -> None:
+        if record["round"] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(RunFolderError, match=r"cannot write .*make room"):
+            train(tmp_path / "run", config, on_round=shrink)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    state = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert state is not None
+    assert state.round == 2
+    train(tmp_path / "run", config)
+    train(tmp_path / "whole", config)
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    train(tmp_path / "run")
+    with pytest.raises(RunFolderError, match=r"client_lr: 0\.05 there, 0\.1 now"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, client_lr=0.1))
+    other = reference.tiny_dataset(seed=1)
+    with pytest.raises(RunFolderError, match="fingerprint"):
+        fedss.train(SMALL, tmp_path / "run", data=other, backbone=reference.tiny_backbone())
+    train(tmp_path / "run", dataclasses.replace(SMALL, workers=2))
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path, file, damage):
+    def stop(record: dict) -> None:
+        if record["round"] == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(tmp_path / "run", on_round=stop)
+    newest = tmp_path / "run" / "checkpoint" / "round-000004"
+    content = (newest / file).read_bytes()
+    if damage == "gone":
+        (newest / file).unlink()
+    elif damage == "cut":
+        (newest / file).write_bytes(content[: len(content) // 2])
+    else:
+        (newest / file).write_bytes(content[:-40] + b"?" + content[-39:])
+    with pytest.raises(RunFolderError, match=r"round-000004 is damaged.*go on from round-000002"):
+        train(tmp_path / "run")
+    for leftover in newest.iterdir():
+        leftover.unlink()
+    newest.rmdir()
+    train(tmp_path / "run")
+    train(tmp_path / "whole")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    config = dataclasses.replace(SMALL, client_lr=1e38, server_lr=1e10, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"round \d+, client \d+"):
+        train(tmp_path / "run", config)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_sample_size_above_n_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"2 to n = 12.*got 13"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, sample_size=13))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_validation_pictures(tmp_path):
+    with pytest.raises(ConfigError, match="no validation pictures"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, eval_split="validation"))
+
+
+def test_compare_trains_each_and_reports(tmp_path):
+    config = dataclasses.replace(SMALL, rounds=2)
+    backbone = reference.tiny_backbone()
+    kwargs = {"data": DATA, "backbone": backbone}
+    found = fedss.compare(config, ["full", "fedss"], [0, 1], tmp_path / "out", **kwargs)
+    assert [(s["method"], s["seed"]) for s in found] == [
+        ("full", 0),
+        ("full", 1),
+        ("fedss", 0),
+        ("fedss", 1),
+    ]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
+    assert set(found[0]) >= {
+        "method",
+        "seed",
+        "rounds",
+        "sample_size",
+        "map_at_10",
+        "recall_at_1",
+        "bytes_down_per_client_round",
+        "bytes_up_per_client_round",
+        "class_row_bytes_down_per_client_round",
+        "seconds",
+    }
+    assert "fedss" in (tmp_path / "out" / "report.html").read_text()
+    alone = train(tmp_path / "alone", dataclasses.replace(config, method="fedss", seed=1))
+    assert digest(tmp_path / "out" / "fedss-seed1") == digest(tmp_path / "alone")
+    assert fedss.compare(config, ["fedss"], [1], tmp_path / "out", **kwargs)[0] == found[3]
+    assert alone.summary["bytes_down_per_client_round"] < found[0]["bytes_down_per_client_round"]
+
+
+def test_methods_of_one_seed_see_the_same_cohorts(tmp_path):
+    config = dataclasses.replace(SMALL, rounds=3)
+    kwargs = {"data": DATA, "backbone": reference.tiny_backbone()}
+    fedss.compare(config, ["full", "pos-only"], [0], tmp_path, **kwargs)
+    full, own = (lines(tmp_path / f"{m}-seed0") for m in ("full", "pos-only"))
+    assert [r["examples"] for r in full] == [r["examples"] for r in own]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 1, 1, 0.5]),
+        ("cosine", [1, 1, 1, 0.5]),
+    ],
+)
+def test_learning_rates_decay_over_rounds(schedule, expected):
+    config = dataclasses.replace(SMALL, rounds=4, lr_schedule=schedule, lr_decay_start=0.5)
+    for round, factor in enumerate(expected):
+        local = round_plan(config, 12, round).local
+        assert local.lr == pytest.approx(config.client_lr * factor)
+        assert local.row_lr == pytest.approx(config.class_row_lr * factor)
+
+
+def test_pooling_deals_every_picture_once():
+    pooled = pool_pictures(DATA.train, cohort_size=3, seed=0)
+    assert len(pooled.client_names) == 2
+    counts = np.bincount(pooled.clients)
+    assert counts.sum() == len(DATA.train)
+    assert counts.max() - counts.min() <= 1
+    assert draw_cohort(2, 1, 0, 0).shape == (1,)
+
+
+def test_query_and_gallery_match_by_class_name(tmp_path):
+    """The gallery numbers its classes its own way."""
+    query = DATA.test.query
+    reversed_names = list(reversed(query.class_names))
+    labels = len(query.class_names) - 1 - query.labels
+    gallery = dataclasses.replace(query, class_names=reversed_names, labels=labels)
+    embedder = train(tmp_path / "run").embedder
+    metrics = fedss.evaluate(embedder, fedss.RetrievalTask(query, gallery))
+    assert metrics.recall_at_1 == 1.0
