@@ -1,0 +1,212 @@
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedss.cli import main
+from fedss.config import OPTIONS
+from tests.test_config import PINNED
+
+TINY = """
+    --image-size 12 --backbone conv4-4 --embedding-size 8 --rounds 2 --clients-per-round 2
+    --workers 1
+""".split()  # noqa: SIM905
+GLYPHS = [
+    *TINY,
+    *["--data", "glyphs", "--glyphs-classes", "40", "--glyphs-clients", "8", "--sample-size", "8"],
+]
+
+COMMANDS = {"train", "compare", "evaluate", "embed", "report", "info"}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """12 classes of 4 pictures at 3 clients, colour and mixed sizes and kinds, with a manifest."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for label in range(12):
+        colour = rng.integers(0, 256, 3)
+        for copy in range(4):
+            name = f"{label}-{copy}.{['png', 'jpg', 'webp'][copy % 3]}"
+            size = tuple(rng.integers(14, 40, 2)[::-1])
+            noise = rng.normal(0, 12, (*size, 3))
+            picture = np.clip(colour + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / name)
+            rows.append((name, f"class {label}", f"site {(label + copy) % 3}"))
+    with (tmp_path / "photos.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "label", "client"), *rows])
+    return tmp_path
+
+
+def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[set[str], str]:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    return set(re.findall(r"--[a-z][a-z-]*", text)), text
+
+
+def flags(names: list[str]) -> set[str]:
+    return {"--" + name.replace("_", "-") for name in names}
+
+
+def test_commands_and_options_are_pinned(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert set(re.findall(r"^    ([a-z]+) ", text, re.M)) == COMMANDS
+    own = {"--help", "--config", "--out"}
+    booleans = {"--no-skip-broken", "--no-pretrained"}
+    config = flags(PINNED) | booleans
+    data = flags([o.name for o in OPTIONS if o.group == "data"])
+    assert options_of("train", capsys)[0] == config | own
+    assert options_of("info", capsys)[0] == (config | own) - {"--out"}
+    assert options_of("compare", capsys)[0] == (
+        (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
+    )
+    assert options_of("evaluate", capsys)[0] == data | {"--help", "--no-skip-broken"}
+    assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
+    assert options_of("report", capsys)[0] == {"--help"}
+
+
+def test_help_gives_each_default(capsys):
+    text = " ".join(options_of("train", capsys)[1].split())
+    for option in OPTIONS:
+        if option.default is not None and option.type is not bool:
+            assert f"(default: {option.default})" in text, option.name
+
+
+def test_train_then_everything_else(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *GLYPHS, "--method", "fedss", "--seed", "1", "--out", str(out)]) == 0
+    assert list((out / "model").glob("*.safetensors"))
+    assert "MAP@10" in capsys.readouterr().out
+    assert main(["train", "--config", str(out / "config.json"), "--out", str(out)]) == 0
+    assert "is done: 2 rounds" in capsys.readouterr().out
+    assert main(["evaluate", str(out)]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    (summary,) = json.loads((out / "summary.json").read_text())
+    assert metrics["map_at_10"] == pytest.approx(summary["map_at_10"], abs=1e-6)
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").exists()
+    again = tmp_path / "again"
+    stored = ["--config", str(out / "config.json"), "--rounds", "1", "--out", str(again)]
+    assert main(["train", *stored]) == 0
+    found = json.loads((again / "config.json").read_text())["config"]
+    before = json.loads((out / "config.json").read_text())["config"]
+    assert found == {**before, "rounds": 1}
+
+
+def test_compare_on_a_csv_of_pictures(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    data = ["--data", "csv", "--data-path", str(photos / "photos.csv"), "--sample-size", "6"]
+    words = ["compare", *TINY, *data, "--methods", "full", "fedss", "--seeds", "0", "1"]
+    assert main([*words, "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert [(s["method"], s["seed"]) for s in summary] == [
+        ("full", 0),
+        ("full", 1),
+        ("fedss", 0),
+        ("fedss", 1),
+    ]
+    assert {s["sample_size"] for s in summary} == {6}
+    printed = capsys.readouterr().out
+    assert "full" in printed
+    assert str(out / "report.html") in printed
+
+
+@pytest.mark.parametrize("ending", [".npy", ".parquet"])
+def test_embed_a_folder_and_a_csv(photos, tmp_path, capsys, ending):
+    out = tmp_path / "run"
+    data = ["--data", "csv", "--data-path", str(photos / "photos.csv"), "--sample-size", "6"]
+    assert main(["train", *TINY, *data, "--out", str(out)]) == 0
+    results = {}
+    for source in (photos, photos / "photos.csv"):
+        target = tmp_path / f"embeddings{ending}"
+        assert main(["embed", str(out), str(source), "--out", str(target)]) == 0
+        if ending == ".npy":
+            rows = np.load(target)
+            names = target.with_suffix(".txt").read_text().splitlines()
+        else:
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(target).to_pydict()
+            names, rows = table["name"], np.array(table["embedding"], dtype=np.float32)
+        assert rows.dtype == np.float32
+        assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+        results[source] = dict(zip(names, rows, strict=True))
+    folder, manifest = results.values()
+    assert folder.keys() == manifest.keys()
+    assert len(folder) == 48
+    assert all(np.allclose(folder[name], manifest[name], atol=1e-6) for name in folder)
+
+
+def test_info_says_what_each_method_would_move(capsys):
+    assert main(["info", *GLYPHS]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"train classes\s+│\s+32", text)
+    assert re.search(r"full\s+│\s+32\.0\s+│\s+100\.0%", text)
+    assert re.search(r"fedss\s+│\s+8\.0\s+│\s+25\.0%", text)
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a command that must end with code 2 and one line, no traceback."""
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert len(message.strip().splitlines()[-1]) > 20
+    return message
+
+
+def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
+    manifest, out = photos / "photos.csv", tmp_path / "out"
+    csv_words = ["train", *TINY, "--data", "csv", "--sample-size", "6", "--out", str(out)]
+    path = ["--data-path", str(manifest)]
+    assert "did you mean fedss" in refused([*csv_words, *path, "--method", "fedsss"], capsys)
+    assert "needs a path" in refused(csv_words, capsys)
+    assert "2 to n = " in refused([*csv_words, *path, "--sample-size", "99"], capsys)
+    assert "at least 2" in refused([*csv_words, *path, "--sample-size", "1"], capsys)
+    missing = refused([*csv_words, "--data-path", str(tmp_path / "no.csv")], capsys)
+    assert "no.csv" in missing
+    assert "is missing" in refused(["train", "--config", "no.json", "--out", str(out)], capsys)
+    assert "expected a finished run" in refused(["evaluate", str(tmp_path)], capsys)
+    assert str(tmp_path) in refused(["report", str(tmp_path / "nothing")], capsys)
+    refused(["train", "--rounds", "many", "--out", str(out)], capsys)
+    refused(["compare", *GLYPHS, "--methods", "full", "fedsss", "--out", str(out)], capsys)
+    assert not (out / "summary.json").exists()
+
+    (photos / "3-1.jpg").write_bytes(b"not a picture")
+    assert "3-1.jpg" in refused([*csv_words, *path], capsys)
+    assert main([*csv_words, *path, "--skip-broken"]) == 0
+    assert "left out 1 unreadable" in capsys.readouterr().err
+    found = json.loads((out / "config.json").read_text())
+    assert found["data"]["skipped_pictures"] == 1
+    broken = ["embed", str(out), str(photos), "--out", str(tmp_path / "e.npy")]
+    assert "3-1.jpg" in refused(broken, capsys)
+    assert main([*broken, "--skip-broken"]) == 0
+    assert "npy or .parquet" in refused([*broken[:3], "--skip-broken", "--out", "e.txt"], capsys)
+
+    different = refused([*csv_words, *path, "--skip-broken", "--rounds", "3"], capsys)
+    assert "rounds: 2 there, 3 now" in different
+
+
+def test_a_diverging_run_ends_with_code_2(tmp_path, capsys):
+    words = ["train", *GLYPHS, "--client-lr", "1e38", "--server-lr", "1e10"]
+    message = refused([*words, "--out", str(tmp_path / "run")], capsys)
+    assert re.search(r"round \d+, client \d+: expected a finite loss", message)
+
+
+def test_python_m_fedss_works():
+    done = subprocess.run([sys.executable, "-m", "fedss", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "compare" in done.stdout

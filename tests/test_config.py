@@ -1,0 +1,92 @@
+import dataclasses
+import json
+
+import pytest
+
+from fedss import Config, ConfigError
+from fedss.config import OPTIONS, config_from_dict
+
+PINNED = [
+    "data",
+    "data_path",
+    "image_size",
+    "channels",
+    "test_classes",
+    "skip_broken",
+    "data_seed",
+    "glyphs_classes",
+    "glyphs_clients",
+    "eval_split",
+    "method",
+    "sample_size",
+    "scale",
+    "margin_kind",
+    "margin",
+    "row_mean",
+    "spread_out_weight",
+    "spread_out_margin",
+    "spread_out_neighbours",
+    "backbone",
+    "pretrained",
+    "embedding_size",
+    "rounds",
+    "clients_per_round",
+    "local_epochs",
+    "local_steps",
+    "batch_size",
+    "client_lr",
+    "class_row_lr",
+    "lr_schedule",
+    "lr_decay_start",
+    "server_optimizer",
+    "server_lr",
+    "server_momentum",
+    "server_second_momentum",
+    "server_epsilon",
+    "seed",
+    "eval_every",
+    "checkpoint_every",
+    "workers",
+]
+
+
+def test_the_options_are_pinned():
+    assert [option.name for option in OPTIONS] == PINNED
+
+
+def test_json_round_trip():
+    config = Config(method="pos-only", local_steps=3, margin_kind="cosface", client_lr=1)
+    assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "fedsss"}, "'fedsss' is unknown; did you mean fedss"),
+        ({"method": "zebra"}, "choose from full, fedss"),
+        ({"sample_size": 1}, "sample_size: expected at least 2 classes.*got 1"),
+        ({"sample_size": 6.5}, r"sample_size: expected int, got 6.5 \(float\)"),
+        ({"rounds": 0}, "rounds: expected at least 1, got 0"),
+        ({"rounds": True}, "rounds: expected int"),
+        ({"client_lr": -1.0}, "client_lr: expected a number above 0"),
+        ({"client_lr": float("nan")}, "client_lr: expected a number above 0"),
+        ({"client_lr": "fast"}, "client_lr: expected float"),
+        ({"margin_kind": "cosfacce"}, "did you mean cosface"),
+        ({"row_mean": "all"}, "row_mean: 'all' is unknown; choose from cohort, holders"),
+        ({"channels": 2}, "channels: expected 1 or 3, got 2"),
+        ({"server_momentum": 1.0}, "below 1"),
+    ],
+)
+def test_values_that_cannot_be(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**values)
+
+
+def test_an_unknown_field_offers_the_nearest():
+    with pytest.raises(ConfigError, match="'clients_lr' is unknown; did you mean client_lr"):
+        config_from_dict({"clients_lr": 0.1})
+
+
+def test_every_option_has_a_line_of_help():
+    for option in OPTIONS:
+        assert 10 < len(option.help) < 80, option.name
