@@ -109,6 +109,23 @@ def local_engine(
         model = copy.deepcopy(embedder).train()
         flat = flatten_(model)
         replicas.put(Replica(model, flat.theta_P, flat.grad_P, clients.images.pixels))
-    # Intra-op threads would fight over the cores that the workers already use.
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        intra_op_threads(1),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         yield LocalEngine(clients, optimizer, workers, pool, replicas)
+
+
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads inside an operation, in this thread, for a ``with`` block.
+
+    More than one only pays where nothing else runs: each operation waits for its slowest thread,
+    which may have to wait for a core that a worker or another process holds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
