@@ -2,11 +2,13 @@
 
 from importlib.metadata import version
 
+from fedss.build import load_data
 from fedss.config import Config
 from fedss.data import Dataset, Images, RetrievalTask, load_dataset
 from fedss.embedding import Embeddings, embed_files
 from fedss.errors import ConfigError, DataError, DivergedError, FedssError, RunFolderError
-from fedss.experiment import Run, compare, evaluate, load, load_data, train
+from fedss.evaluation import evaluate
+from fedss.experiment import Run, compare, load, train
 from fedss.methods import METHODS
 from fedss.models import Embedder
 from fedss.report import write_report

@@ -154,7 +154,8 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from fedss.experiment import load_data, train
+    from fedss.build import load_data
+    from fedss.experiment import train
 
     config = _config(options, _stored(options).get("config"))
     data = load_data(config)
@@ -173,7 +174,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from fedss.experiment import compare, load_data
+    from fedss.build import load_data
+    from fedss.experiment import compare
 
     stored = _stored(options)
     config = _config(options, stored.get("config"))
@@ -197,8 +199,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from fedss.build import evaluation_task, load_data
     from fedss.checkpoint import read_json
-    from fedss.experiment import evaluate, evaluation_task, load, load_data
+    from fedss.evaluation import evaluate
+    from fedss.experiment import load
 
     embedder = load(options.folder)
     stored = read_json(Path(options.folder) / "config.json")["config"]
@@ -230,7 +234,8 @@ def _report(options: argparse.Namespace) -> None:
 def _info(options: argparse.Namespace) -> None:
     from rich.table import Table
 
-    from fedss.experiment import costs, describe, load_data
+    from fedss.build import load_data
+    from fedss.describe import costs, describe
 
     config = _config(options, _stored(options).get("config"))
     data = load_data(config)

@@ -16,8 +16,8 @@ import fedss
 import fedss.cli
 from fedss import Config, ConfigError, DivergedError, RunFolderError
 from fedss.algorithm import draw_cohort
+from fedss.build import pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
-from fedss.experiment import pool_pictures, round_plan
 from fedss.methods import METHODS
 from tests import reference
 

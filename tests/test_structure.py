@@ -40,9 +40,9 @@ LAYERS = [
     {"softmax", "class_rows", "retrieval", "models", "data", "report"},
     {"optimizers", "methods"},
     {"algorithm"},
-    {"config", "wire"},
-    {"checkpoint", "records", "engines"},
-    {"embedding"},
+    {"config", "wire", "checkpoint", "engines"},
+    {"build", "records", "embedding", "evaluation"},
+    {"describe"},
     {"experiment"},
     {"cli"},
 ]

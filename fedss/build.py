@@ -1,0 +1,133 @@
+"""From a configuration to the things it names: data, model, optimizer, plan of a round."""
+
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from fedss.algorithm import LocalTraining, RoundPlan
+from fedss.config import Config
+from fedss.data import Dataset, Images, RetrievalTask, load_dataset
+from fedss.errors import ConfigError
+from fedss.methods import METHODS
+from fedss.models import Embedder, build_embedder
+from fedss.optimizers import ServerOptimizer
+from fedss.seeds import generator
+from fedss.softmax import Scoring
+
+
+def load_data(config: Config) -> Dataset:
+    """The data set that a configuration names.
+
+    Raises:
+        DataError: it cannot be found or read, or does not fit together.
+    """
+    return load_dataset(
+        config.data,
+        config.data_path,
+        image_size=config.image_size,
+        channels=config.channels,
+        test_classes=config.test_classes,
+        skip_broken=config.skip_broken,
+        seed=config.data_seed,
+        glyphs_classes=config.glyphs_classes,
+        glyphs_clients=config.glyphs_clients,
+    )
+
+
+def num_training_classes(config: Config, data: Dataset) -> int:
+    """n; a ConfigError if ``sample_size`` is above it."""
+    num_classes = len(data.train.class_names)
+    if config.sample_size > num_classes:
+        raise ConfigError(
+            f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
+            f"(n means full), got {config.sample_size}"
+        )
+    return num_classes
+
+
+def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
+    """The model for these pictures; ``backbone``, if given, in place of ``config.backbone``."""
+    _, channels, image_size, _ = data.train.pixels.shape
+    return build_embedder(
+        backbone if backbone is not None else config.backbone,
+        channels=channels,
+        image_size=image_size,
+        embedding_size=config.embedding_size,
+        seed=config.seed,
+        pretrained=config.pretrained,
+    )
+
+
+def server_optimizer(config: Config) -> ServerOptimizer:
+    """The configuration's server optimizer; pooled training is its one client's SGD alone."""
+    if METHODS[config.method].pooled:
+        return ServerOptimizer("sgd", lr=1.0)
+    return ServerOptimizer(
+        config.server_optimizer,
+        config.server_lr,
+        config.server_momentum,
+        config.server_second_momentum,
+        config.server_epsilon,
+    )
+
+
+def round_plan(config: Config, num_classes: int, round: int) -> RoundPlan:
+    """What the clients of a round (0-based) are told; learning rates decay over the rounds.
+
+    Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
+    rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
+    """
+    start = config.lr_decay_start * config.rounds
+    x = max(0.0, (round - start) / max(config.rounds - start, 1))
+    factor = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}
+    decay = factor[config.lr_schedule]
+    return RoundPlan(
+        round,
+        config.seed,
+        METHODS[config.method],
+        num_classes,
+        config.sample_size,
+        Scoring(config.scale, config.margin_kind, config.margin),
+        LocalTraining(
+            config.local_epochs,
+            config.local_steps,
+            config.batch_size,
+            decay * config.client_lr,
+            decay * config.class_row_lr,
+        ),
+    )
+
+
+def pool_pictures(images: Images, cohort_size: int, seed: int) -> Images:
+    """Pictures dealt at random to as few clients as there are cohorts.
+
+    One of them a round, trained from the last one's weights, is central SGD, with as many
+    pictures a round as a cohort holds on average.
+    """
+    shards = max(1, len(images.client_names) // cohort_size)
+    order = generator(seed, "pool").permutation(len(images))
+    return replace(
+        images, clients=order % shards, client_names=[f"pool {k}" for k in range(shards)]
+    )
+
+
+def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
+    """The retrieval task that ``config.eval_split`` names.
+
+    Raises:
+        ConfigError: the data set has no validation task.
+    """
+    if config.eval_split == "test":
+        return data.test
+    if data.validation is None:
+        raise ConfigError(
+            f"eval_split: data set {data.name!r} has no validation pictures; use test, or give "
+            "rows of the manifest the split 'validation'"
+        )
+    return data.validation
+
+
+def num_trainable(embedder: Embedder) -> int:
+    """Number of parameters that are trained and sent."""
+    return sum(p.numel() for p in embedder.parameters() if p.requires_grad)

@@ -1,0 +1,74 @@
+"""Retrieval with an embedding: figures, and pictures to look at."""
+
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedss.checkpoint import write_file
+from fedss.data import RetrievalTask
+from fedss.models import Embedder, embed_pixels
+from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
+from fedss.seeds import generator
+
+_PANEL_QUERIES, _PANEL_NEIGHBOURS = 48, 5
+
+
+def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
+    """Retrieval with a trained model; see :func:`fedss.evaluate_retrieval`."""
+    return evaluate_embedding(partial(embed_pixels, embedder), task)
+
+
+Embed = Callable[[np.ndarray], Tensor]
+
+
+def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
+    """Retrieval under any function from uint8 pixels to embeddings."""
+    query, gallery = task.query, task.gallery
+    if gallery is None:
+        return evaluate_retrieval(embed(query.pixels), torch.from_numpy(query.labels))
+    # Labels are numbers within each set; names hold across both.
+    number = {name: i for i, name in enumerate(gallery.class_names)}
+    renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
+    return evaluate_retrieval(
+        embed(query.pixels),
+        torch.from_numpy(renumbered[query.labels]),
+        embed(gallery.pixels),
+        torch.from_numpy(gallery.labels),
+    )
+
+
+def save_panels(embed: Embed, task: RetrievalTask, path: Path, seed: int) -> None:
+    """Some queries and their nearest pictures, for the report; the same queries for every run."""
+    query, gallery = task.query, task.gallery or task.query
+    among_queries = task.gallery is None
+    count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
+    chosen = generator(seed, "panels").permutation(len(query))[:_PANEL_QUERIES]
+    gallery_GD = embed(gallery.pixels)
+    query_QD = gallery_GD[chosen] if among_queries else embed(query.pixels[chosen])
+    scores_QK, index_QK = (t.numpy() for t in nearest(query_QD, gallery_GD, count + among_queries))
+    # A query in the gallery is among its own neighbours, or as many others are just as near.
+    other_QK = index_QK != chosen[:, None] if among_queries else np.ones_like(index_QK, bool)
+    others = [np.flatnonzero(other_K)[:count] for other_K in other_QK]
+    found = np.stack([index_K[k] for index_K, k in zip(index_QK, others, strict=True)])
+    scores = np.stack([scores_K[k] for scores_K, k in zip(scores_QK, others, strict=True)])
+    pixels = np.concatenate([query.pixels[chosen][:, None], gallery.pixels[found]], axis=1)
+    query_names = [query.class_names[i] for i in query.labels[chosen]]
+    found_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[found]]
+    names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
+    # Labels are numbers within each set; the report compares them, so they are numbered by name.
+    labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        pixels=pixels,
+        labels=labels,
+        class_names=names,
+        scores=scores,
+        query_index=chosen,
+    )
+    write_file(path, buffer.getvalue())
