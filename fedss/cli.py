@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +159,7 @@ def _train(options: argparse.Namespace) -> None:
     config = _config(options, _stored(options).get("config"))
     data = load_data(config)
     _print_skipped(data.skipped)
-    with _progress() as watch:
-        run = train(
-            config,
-            options.out,
-            data=data,
-            on_round=watch(f"{config.method} seed {config.seed}", config.rounds),
-        )
+    run = train(config, options.out, data=data)
     if run.already_done:
         print(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
     _print_results([run.summary])
@@ -184,15 +177,7 @@ def _compare(options: argparse.Namespace) -> None:
     seeds = options.seeds or stored.get("seeds") or [0]
     data = load_data(config)
     _print_skipped(data.skipped)
-    with _progress() as watch:
-        summaries = compare(
-            config,
-            methods,
-            seeds,
-            options.out,
-            data=data,
-            on_run=lambda run: watch(f"{run.method} seed {run.seed}", run.rounds),
-        )
+    summaries = compare(config, methods, seeds, options.out, data=data)
     _print_results(summaries)
     print(f"summary  {Path(options.out) / 'summary.json'}")
     print(f"report   {Path(options.out) / 'report.html'}")
@@ -319,49 +304,3 @@ def _print_results(summaries: Sequence[Mapping[str, Any]]) -> None:
             f"{mean(runs, 'seconds'):.0f}",
         )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int], Callable[[Mapping[str, Any]], None]]]:
-    """``watch(label, rounds)`` starts a bar, or lines where there is no terminal."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("{task.description:<26}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rounds  loss {task.fields[loss]}  MAP@10 {task.fields[map]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-
-    def watch(label: str, rounds: int) -> Callable[[Mapping[str, Any]], None]:
-        task = progress.add_task(label, total=rounds, loss="–", map="–")
-
-        def on_round(record: Mapping[str, Any]) -> None:
-            fields: dict[str, Any] = {"loss": f"{record['loss']:.3f}"}
-            if record["metrics"]:
-                fields["map"] = f"{record['metrics']['map_at_10']:.3f}"
-                if not console.is_terminal:
-                    print(
-                        f"{label}  round {record['round']}/{rounds}  loss {fields['loss']}"
-                        f"  MAP@10 {fields['map']}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            progress.update(task, completed=record["round"], **fields)
-
-        return on_round
-
-    with progress:
-        yield watch

@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from fedss.errors import RunFolderError
 from fedss.evaluation import evaluate_embedding, save_panels
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
+from fedss.progress import show_progress
 from fedss.records import Record, open_records, read_records, summarise, traffic
 from fedss.report import write_report
 from fedss.seeds import generator
@@ -79,7 +81,8 @@ def train(
         backbone: a module of your own, [B, C, H, W] float pixels to [B, features] vectors, in
             place of ``config.backbone``. Where its output is not of size ``embedding_size``, a
             linear layer is added.
-        on_round: called with each round's record, those of an interrupted run first.
+        on_round: called with each round's record, those of an interrupted run first;
+            None: progress is shown on stderr.
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
@@ -96,7 +99,9 @@ def train(
         if summary_file.exists():
             (summary,) = read_json(summary_file)
             return Run(folder, load_embedder(folder / "model", backbone), summary, True)
-        records = _train_rounds(config, data, embedder, folder, on_round or (lambda _: None))
+        label = f"{config.method} seed {config.seed}"
+        with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as watch:
+            records = _train_rounds(config, data, embedder, folder, watch)
         save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
         run = {name: getattr(config, name) for name in ("method", "seed", "rounds", "sample_size")}
         summary = summarise({**run, "folder": "."}, records)
@@ -113,7 +118,7 @@ def compare(
     *,
     data: Dataset | None = None,
     backbone: nn.Module | None = None,
-    on_run: Callable[[Config], OnRound] | None = None,
+    on_round: OnRound | None = None,
 ) -> list[dict[str, Any]]:
     """Train each method with each seed under the same settings, and report on all.
 
@@ -127,7 +132,7 @@ def compare(
         out: the folder; gets ``summary.json`` and ``report.html``.
         data: pictures; None: those that ``config`` names.
         backbone: as in :func:`train`.
-        on_run: called before each run, gives the ``on_round`` for it.
+        on_round: as in :func:`train`.
 
     Returns:
         The summaries, in the order of methods and seeds.
@@ -145,7 +150,6 @@ def compare(
         )
         for run in runs:
             name = f"{run.method}-seed{run.seed}"
-            on_round = on_run(run) if on_run else None
             done = train(run, folder / name, data=data, backbone=backbone, on_round=on_round)
             summaries.append({**done.summary, "folder": name})
         write_json(folder / "summary.json", summaries)

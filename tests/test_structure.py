@@ -42,7 +42,7 @@ LAYERS = [
     {"algorithm"},
     {"config", "wire", "checkpoint", "engines"},
     {"build", "records", "embedding", "evaluation"},
-    {"describe"},
+    {"describe", "progress"},
     {"experiment"},
     {"cli"},
 ]
