@@ -36,17 +36,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        name = run.__name__.strip("_")
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(
+        run: Callable[[argparse.Namespace], None], usage: str, help: str
+    ) -> argparse.ArgumentParser:
+        name, usage = run.__name__.strip("_"), f"fedss {run.__name__.strip('_')} {usage}"
+        sub = commands.add_parser(
+            name, help=help, description=help, usage=usage, formatter_class=_help_formatter
+        )
         sub.set_defaults(run=run)
         return sub
 
-    train = command(_train, "train one model, or go on with an interrupted run")
+    train = command(
+        _train, "[OPTIONS] --out DIR", "train one model, or go on with an interrupted run"
+    )
     _add_config(train)
     _add_out(train)
 
-    compare = command(_compare, "train several methods with several seeds and report on them")
+    compare = command(
+        _compare,
+        "[OPTIONS] --methods METHOD ... --seeds INT ... --out DIR",
+        "train several methods with several seeds and report on them",
+    )
     compare.add_argument(
         "--methods",
         nargs="+",
@@ -59,11 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(compare, without=("method", "seed"))
     _add_out(compare)
 
-    evaluate = command(_evaluate, "retrieval with a trained model")
+    evaluate = command(_evaluate, "RUN [OPTIONS]", "retrieval with a trained model")
     evaluate.add_argument("folder", metavar="RUN", help="a run folder")
     _add_config(evaluate, groups=("data",), config=False)
 
-    embed = command(_embed, "embeddings of pictures, with their file names")
+    embed = command(
+        _embed, "RUN PICTURES --out FILE", "embeddings of pictures, with their file names"
+    )
     embed.add_argument("folder", metavar="RUN", help="a run folder")
     embed.add_argument("pictures", metavar="PICTURES", help="a folder, or a CSV with 'image'")
     embed.add_argument(
@@ -73,12 +85,17 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-broken", action="store_true", help="leave out and count unreadable pictures"
     )
 
-    report = command(_report, "write report.html for a run or a comparison")
+    report = command(_report, "OUT", "write report.html for a run or a comparison")
     report.add_argument("folder", metavar="OUT", help="the folder of a run or a comparison")
 
-    info = command(_info, "what is in a data set, and what each method would move")
+    info = command(_info, "[OPTIONS]", "what is in a data set, and what each method would move")
     _add_config(info)
     return parser
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    """One line per option, also where the terminal is narrower and breaks it."""
+    return argparse.HelpFormatter(prog, max_help_position=36, width=130)
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +128,8 @@ def _add_config(
 def _add_option(parser: Any, option: Option) -> None:
     flag = "--" + option.name.replace("_", "-")
     text = option.help.replace("%", "%%")
+    if option.choices:
+        text += f": {', '.join(option.choices)}"
     if option.default is not None:
         text += f" (default: {_shown(option.default)})"
     if option.type is bool:
@@ -118,8 +137,6 @@ def _add_option(parser: Any, option: Option) -> None:
         parser.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
         return
     metavar = {int: "INT", float: "NUMBER", str: "TEXT"}[option.type]
-    if option.choices:
-        metavar = "{" + ",".join(option.choices) + "}"
     parser.add_argument(
         flag, type=option.type, metavar=metavar, default=argparse.SUPPRESS, help=text
     )

@@ -74,6 +74,18 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("report", capsys)[0] == {"--help"}
 
 
+def test_help_gives_each_option_a_line_with_its_default(capsys):
+    lines = options_of("train", capsys)[1].splitlines()
+    for option in OPTIONS:
+        flag = "--" + option.name.replace("_", "-")
+        (line,) = (
+            line for line in lines if line.strip().startswith(flag + " ") or f"{flag}," in line
+        )
+        assert option.help[:20] in line
+        if option.default is not None:
+            assert "(default: " in line, option.name
+
+
 def test_help_gives_each_default(capsys):
     text = " ".join(options_of("train", capsys)[1].split())
     for option in OPTIONS:
