@@ -35,15 +35,23 @@ def load_data(config: Config) -> Dataset:
     )
 
 
-def num_training_classes(config: Config, data: Dataset) -> int:
-    """n; a ConfigError if ``sample_size`` is above it."""
+DEFAULT_SAMPLE_SIZE = 64
+
+
+def class_counts(config: Config, data: Dataset) -> tuple[int, int]:
+    """n and |S|, which is 64 (or n, if that is less) unless ``config`` says otherwise.
+
+    Raises:
+        ConfigError: ``sample_size`` is above n.
+    """
     num_classes = len(data.train.class_names)
-    if config.sample_size > num_classes:
+    sample_size = config.sample_size or min(DEFAULT_SAMPLE_SIZE, num_classes)
+    if sample_size > num_classes:
         raise ConfigError(
             f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
-            f"(n means full), got {config.sample_size}"
+            f"(n means full), got {sample_size}"
         )
-    return num_classes
+    return num_classes, sample_size
 
 
 def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
@@ -72,7 +80,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
     )
 
 
-def round_plan(config: Config, num_classes: int, round: int) -> RoundPlan:
+def round_plan(config: Config, num_classes: int, sample_size: int, round: int) -> RoundPlan:
     """What the clients of a round (0-based) are told; learning rates decay over the rounds.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
@@ -87,7 +95,7 @@ def round_plan(config: Config, num_classes: int, round: int) -> RoundPlan:
         config.seed,
         METHODS[config.method],
         num_classes,
-        config.sample_size,
+        sample_size,
         Scoring(config.scale, config.margin_kind, config.margin),
         LocalTraining(
             config.local_epochs,

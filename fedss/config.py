@@ -46,7 +46,9 @@ class Config:
     eval_split: EvalSplit = _option("test", "retrieval task that is evaluated", "data")
 
     method: str = _option("fedss", f"one of {', '.join(METHODS)}", "method")
-    sample_size: int = _option(64, "|S|, class rows per client and round; n means full", "method")
+    sample_size: int | None = _option(
+        None, "|S|, class rows per client and round, 2 to n; n means full; default 64", "method"
+    )
     scale: float = _option(10.0, "s, inverse temperature of the softmax", "method")
     margin_kind: MarginKind = _option("none", "margin of the softmax", "method")
     margin: float = _option(0.2, "margin m: cosface in cosine, arcface in radians", "method")

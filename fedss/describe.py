@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fedss.build import build_model, evaluation_task, num_trainable, num_training_classes
+from fedss.build import build_model, class_counts, evaluation_task, num_trainable
 from fedss.config import Config
 from fedss.data import Dataset, fingerprint, own_classes
 from fedss.methods import METHODS
@@ -51,14 +51,14 @@ def costs(config: Config, data: Dataset) -> list[Cost]:
     Raises:
         ConfigError: ``sample_size`` is above the number of classes, or no such backbone.
     """
-    num_classes = num_training_classes(config, data)
+    num_classes, sample_size = class_counts(config, data)
     backbone = 4 * num_trainable(build_model(config, data, None))
     own, clients = np.unique(own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
         rng = generator(config.seed, "costs")
         sizes = [
-            len(method.sampler(np.arange(count), num_classes, config.sample_size, rng).ids_S)
+            len(method.sampler(np.arange(count), num_classes, sample_size, rng).ids_S)
             for count in own
         ]
         rows = float(np.average(sizes, weights=clients))

@@ -18,10 +18,10 @@ from torch import nn
 from fedss.algorithm import ServerState, draw_cohort, run_round, spread_rows_out
 from fedss.build import (
     build_model,
+    class_counts,
     evaluation_task,
     load_data,
     num_trainable,
-    num_training_classes,
     pool_pictures,
     round_plan,
     server_optimizer,
@@ -91,7 +91,7 @@ def train(
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
     """
     data, folder = data or load_data(config), Path(out)
-    num_training_classes(config, data)
+    _, sample_size = class_counts(config, data)
     embedder = build_model(config, data, backbone)
     summary_file = folder / "summary.json"
     with writing(folder):
@@ -103,8 +103,8 @@ def train(
         with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as watch:
             records = _train_rounds(config, data, embedder, folder, watch)
         save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
-        run = {name: getattr(config, name) for name in ("method", "seed", "rounds", "sample_size")}
-        summary = summarise({**run, "folder": "."}, records)
+        run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
+        summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
         write_json(summary_file, [summary])
         write_report(folder)
     return Run(folder, embedder, summary, False)
@@ -185,7 +185,8 @@ def _train_rounds(
     optimizer = server_optimizer(config)
     if method.pooled:
         images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
-    clients, num_classes = index_clients(images), num_training_classes(config, data)
+    clients = index_clients(images)
+    num_classes, sample_size = class_counts(config, data)
     task = evaluation_task(config, data)
     theta_P = flatten_(embedder).theta_P
     state = load_checkpoint(folder / "checkpoint") or ServerState(
@@ -208,7 +209,7 @@ def _train_rounds(
     ):
         while state.round < config.rounds:
             clock = _Clock()
-            plan = round_plan(config, num_classes, state.round)
+            plan = round_plan(config, num_classes, sample_size, state.round)
             cohort = draw_cohort(clients.num_clients, cohort_size, config.seed, state.round)
             state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
             if method.spread_out:

@@ -248,6 +248,11 @@ def test_sample_size_above_n_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_default_sample_size_fits_few_classes(tmp_path):
+    run = train(tmp_path / "run", dataclasses.replace(SMALL, sample_size=None, rounds=1))
+    assert run.summary["sample_size"] == 12
+
+
 def test_no_validation_pictures(tmp_path):
     with pytest.raises(ConfigError, match="no validation pictures"):
         train(tmp_path / "run", dataclasses.replace(SMALL, eval_split="validation"))
@@ -303,7 +308,7 @@ def test_methods_of_one_seed_see_the_same_cohorts(tmp_path):
 def test_learning_rates_decay_over_rounds(schedule, expected):
     config = dataclasses.replace(SMALL, rounds=4, lr_schedule=schedule, lr_decay_start=0.5)
     for round, factor in enumerate(expected):
-        local = round_plan(config, 12, round).local
+        local = round_plan(config, 12, 6, round).local
         assert local.lr == pytest.approx(config.client_lr * factor)
         assert local.row_lr == pytest.approx(config.class_row_lr * factor)
 
