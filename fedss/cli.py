@@ -157,7 +157,7 @@ def _config(options: argparse.Namespace, stored: Mapping[str, Any] | None = None
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
     """The content of ``--config FILE``, or nothing."""
-    from fedss.checkpoint import read_json
+    from fedss.files import read_json
 
     if options.config is None:
         return {}
@@ -202,9 +202,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from fedss.build import evaluation_task, load_data
-    from fedss.checkpoint import read_json
     from fedss.evaluation import evaluate
     from fedss.experiment import load
+    from fedss.files import read_json
 
     embedder = load(options.folder)
     stored = read_json(Path(options.folder) / "config.json")["config"]
@@ -242,17 +242,28 @@ def _info(options: argparse.Namespace) -> None:
     config = _config(options, _stored(options).get("config"))
     data = load_data(config)
     _print_skipped(data.skipped)
-    console = Console()
+    console = _console()
+    facts = describe(config, data)
+    low, median, high = facts["own_classes"]
+    searched = f"{facts['test_gallery']:,} gallery pictures" if data.test.gallery else "each other"
     table = Table(title=f"data set {data.name}", show_header=False, title_justify="left")
-    for name, value in describe(config, data).items():
-        table.add_row(name.replace("_", " "), str(value))
+    for name, value in (
+        ("training pictures", f"{facts['train_images']:,}"),
+        ("training classes n", f"{facts['train_classes']:,}"),
+        ("clients", f"{facts['train_clients']:,}"),
+        ("own classes per client", f"{low} to {high}, median {median:g}"),
+        ("test queries", f"{facts['test_queries']:,}, searched among {searched}"),
+        ("test classes", f"{facts['test_classes']:,}"),
+        ("pictures", "{} x {} x {} (channels, height, width)".format(*facts["image_shape"])),
+    ):
+        table.add_row(name, value)
     console.print(table)
     table = Table(
         title=f"per client and round, {config.backbone}, d = {config.embedding_size}",
         title_justify="left",
     )
     for heading in ("method", "class rows", "share of W", "class-row bytes", "bytes each way"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for cost in costs(config, data):
         table.add_row(
             cost.method,
@@ -262,6 +273,11 @@ def _info(options: argparse.Namespace) -> None:
             _bytes(cost.bytes),
         )
     console.print(table)
+
+
+def _console() -> Console:
+    """Stdout; wide enough for the tables where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _bytes(count: float | None) -> str:
@@ -320,4 +336,4 @@ def _print_results(summaries: Sequence[Mapping[str, Any]]) -> None:
             *sizes,
             f"{mean(runs, 'seconds'):.0f}",
         )
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    _console().print(table)

@@ -162,7 +162,7 @@ def test_embed_a_folder_and_a_csv(photos, tmp_path, capsys, ending):
 def test_info_says_what_each_method_would_move(capsys):
     assert main(["info", *GLYPHS]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"train classes\s+│\s+32", text)
+    assert re.search(r"training classes n\s+│\s+32", text)
     assert re.search(r"full\s+│\s+32\.0\s+│\s+100\.0%", text)
     assert re.search(r"fedss\s+│\s+8\.0\s+│\s+25\.0%", text)
 
