@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +16,10 @@ from safetensors.torch import load, save
 from fedss.algorithm import ServerState
 from fedss.class_rows import ClassRows
 from fedss.errors import RunFolderError
+from fedss.files import write_file, write_json
 
 KEPT = 2
 _STATE, _RECORD = "state.safetensors", "checkpoint.json"
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, a read-only place) into a RunFolderError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; make room or "
-            "mend the place, then start the same command again: it goes on from the last checkpoint"
-        ) from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """:func:`write_file` of a value as indented JSON."""
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        RunFolderError: the file is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise RunFolderError(f"{path} is missing: is {path.parent} a run folder?") from error
-    except ValueError as error:
-        raise RunFolderError(
-            f"{path} is damaged ({error}); restore it from a backup, or delete {path.parent} "
-            "and start again"
-        ) from error
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:

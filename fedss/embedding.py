@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.checkpoint import write_file, writing
 from fedss.data.cache import decode
 from fedss.data.folder import EXTENSIONS
 from fedss.errors import ConfigError, DataError
+from fedss.files import write_file, writing
 from fedss.models import Embedder, embed_pixels
 
 _BLOCK = 512

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.checkpoint import write_file
 from fedss.data import RetrievalTask
+from fedss.files import write_file
 from fedss.models import Embedder, embed_pixels
 from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
 from fedss.seeds import generator

@@ -26,7 +26,7 @@ from fedss.build import (
     round_plan,
     server_optimizer,
 )
-from fedss.checkpoint import load_checkpoint, read_json, save_checkpoint, write_json, writing
+from fedss.checkpoint import load_checkpoint, save_checkpoint
 from fedss.class_rows import create_class_rows
 from fedss.config import Config
 from fedss.data import Dataset, index_clients
@@ -34,6 +34,7 @@ from fedss.describe import describe
 from fedss.engines.local import intra_op_threads, local_engine
 from fedss.errors import RunFolderError
 from fedss.evaluation import evaluate_embedding, save_panels
+from fedss.files import read_json, write_json, writing
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
 from fedss.progress import show_progress

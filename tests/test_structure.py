@@ -1,6 +1,8 @@
 """What holds the library's shape: public names, imports that run one way."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import fedss
@@ -37,6 +39,7 @@ PUBLIC = {
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
     {"errors", "seeds"},
+    {"files"},
     {"softmax", "class_rows", "retrieval", "models", "data", "report"},
     {"optimizers", "methods"},
     {"algorithm"},
@@ -79,6 +82,12 @@ def test_imports_run_one_way():
             if module.startswith("fedss.") and part(module) != name:
                 assert level[part(module)] < level[name], f"{path.name} imports {module}"
     assert seen == set(level)
+
+
+def test_charts_and_boards_are_loaded_where_they_are_drawn():
+    code = "import sys, fedss, fedss.cli; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    assert not set(loaded.decode().split()) & {"matplotlib", "tensorboard", "jinja2", "pandas"}
 
 
 def test_heavy_extras_are_imported_where_they_are_used():

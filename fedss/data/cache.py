@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fedss.errors import DataError
+from fedss.files import atomic
 
 # Part of every key: raise it when the same files would give other pixels.
 _VERSION = 1
@@ -208,26 +208,10 @@ def _file(kind: str, cache: Path | None, key: Iterable[object], suffix: str) -> 
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name only when it is whole and on disk; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
-@contextmanager
 def _cache_file(path: Path) -> Iterator[BinaryIO]:
     try:
-        with whole_file(path) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
             yield file
     except OSError as error:
         raise DataError(

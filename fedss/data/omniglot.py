@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import cache_folder, cached_array, decode, whole_file
+from fedss.data.cache import cache_folder, cached_array, decode
 from fedss.data.images import Dataset, Images, RetrievalTask
 from fedss.errors import DataError
+from fedss.files import write_file
 
 _URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/"
 # MD5 of the original archives, as torchvision publishes them.
@@ -162,8 +163,8 @@ def _fetch(name: str, packed: Path) -> None:
         digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if digest != _MD5[name]:
             raise OSError(f"expected MD5 {_MD5[name]}, got {digest}")
-        with whole_file(packed) as file:
-            file.write(content)
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        write_file(packed, content)
     except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"Omniglot: expected {name}.zip or the folder {name}/ in {packed.parent}, found "

@@ -1,5 +1,35 @@
 """Records of a run or of a comparison -> one self-contained HTML page."""
 
-from fedss.report.page import write_report
+from pathlib import Path
+
+from fedss.errors import RunFolderError
+from fedss.files import write_file
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``folder/report.html`` from the records of a run or a comparison.
+
+    Args:
+        folder: a run folder (``config.json``, ``records.jsonl``), finished or not, or the folder
+            of a comparison (``summary.json`` that names run folders).
+
+    Returns:
+        The path of the page: one file that refers to nothing outside itself. The same records
+        give the same bytes.
+
+    Raises:
+        RunFolderError: records are missing or damaged, or the page cannot be written.
+    """
+    # Here, since drawing takes a large library, which most uses of this one need not load.
+    from fedss.report.page import render
+
+    folder = Path(folder)
+    html, path = render(folder), folder / "report.html"
+    try:
+        write_file(path, html.encode())
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error})") from error
+    return path
+
 
 __all__ = ["write_report"]

@@ -1,7 +1,6 @@
-"""Everything the page says, put together, and the page written."""
+"""Everything the page says, put together."""
 
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from fedss.errors import RunFolderError
 from fedss.report import charts, words
 from fedss.report.panels import retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
@@ -50,35 +48,14 @@ class Chart:
     svg: Markup
 
 
-def write_report(folder: Path) -> Path:
-    """Write ``folder/report.html`` from the records of a run or a comparison.
-
-    Args:
-        folder: a run folder (``config.json``, ``records.jsonl``), finished or not, or the folder
-            of a comparison (``summary.json`` that names run folders).
-
-    Returns:
-        The path of the page: one file that refers to nothing outside itself. The same records
-        give the same bytes.
+def render(folder: Path) -> str:
+    """The page of a run's or a comparison's folder.
 
     Raises:
-        RunFolderError: records are missing or damaged, or the page cannot be written.
+        RunFolderError: records are missing or damaged.
     """
-    folder = Path(folder)
     runs = read_runs(folder)
-    html = _render(runs, group_runs(runs, folder))
-    path = folder / "report.html"
-    temporary = folder / f".report.html.{os.getpid()}"
-    try:
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"{path}: cannot be written ({error})") from error
-    return path
-
-
-def _render(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    groups = group_runs(runs, folder)
     slots = charts.slots_of([group.method for group in groups])
     full = words.full_softmax(groups)
     environment = jinja2.Environment(

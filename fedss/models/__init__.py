@@ -1,0 +1,28 @@
+"""Embedding models: backbones by name or of your own, projection, unit norm, flat parameters.
+
+An `Embedder` maps pixels to h = f_θ(x)/‖f_θ(x)‖. `build_embedder` makes one from a name or from a
+module of your own and sees to what federated training needs of it: no running statistics, no
+randomness in the forward pass, a known output size. `flatten_` then gives θ as one vector.
+"""
+
+from fedss.models.backbones import build_backbone, conv4
+from fedss.models.embedder import Embedder, EmbedderSpec, build_embedder, embed_pixels
+from fedss.models.flat import FlatParameters, flatten_
+from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
+from fedss.models.saving import load_embedder, save_embedder
+
+__all__ = [
+    "Embedder",
+    "EmbedderSpec",
+    "FlatParameters",
+    "FrozenBatchNorm",
+    "build_backbone",
+    "build_embedder",
+    "conv4",
+    "embed_pixels",
+    "flatten_",
+    "freeze_batch_norm",
+    "load_embedder",
+    "replace_batch_norm",
+    "save_embedder",
+]

@@ -1,0 +1,157 @@
+"""Backbones by name: a network of this library's own, and timm's."""
+
+import difflib
+import importlib
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedss.errors import ConfigError
+from fedss.models.checks import check_image
+from fedss.models.norms import largest_groups
+
+_LEAST_VALUES = 8
+
+
+def build_backbone(
+    name: str, *, channels: int, image_size: int, seed: int, pretrained: bool = False
+) -> nn.Module:
+    """A backbone by name, as it comes: float32 [B, C, H, W] to [B, features].
+
+    Names: "conv4", "conv4-<width>" (see `conv4`) and "timm:<model>", any image model of timm
+    (`pip install "fedss[timm]"`) without its classifier. `build_embedder` is what prepares one
+    for training.
+
+    The initial weights are set by `seed` alone and the global random state is left as it was. (It
+    is set and put back, so build in one thread; copies are cheap.)
+
+    Raises:
+        ConfigError: an unknown name or model; timm missing or unusable; no pretrained weights;
+            channels < 1 or image_size < 8.
+    """
+    check_image(channels, image_size)
+    with own_random_state(seed):
+        return named_backbone(name, channels, image_size, pretrained)
+
+
+def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequential:
+    """Four blocks of 3 x 3 convolution (padding 1, no bias), group norm, ReLU, max-pool 2.
+
+    The usual small network of few-shot learning (Vinyals et al. 2016, arXiv 1606.04080), changed
+    in what federated training and small pictures ask for:
+
+    - group norm instead of batch norm, since running statistics do not average over clients; one
+      group per channel, or as many channels as make 8 values where `width` allows: a norm over
+      one value is constant 0, whatever the picture;
+    - a first convolution of stride 2 takes the place of the first pool; no pool where the map is
+      down to 1 pixel;
+    - no ReLU in the last block: its output meets a linear layer, and half of it would be gone
+      (with default initialisation too, such a network was seen to collapse);
+    - Kaiming initialisation (He et al. 2015, arXiv 1502.01852).
+
+    Drawn from torch's global generator, as torch's own layers are; `build_backbone` gives the same
+    network from a seed.
+
+    Args:
+        channels: of the pictures.
+        image_size: H and W, 8 or more.
+        width: channels of each block.
+
+    Returns:
+        A module from [B, channels, image_size, image_size] to [B, width * s * s], s the last map's
+        side (28 gives s = 1, 105 gives 6).
+
+    Raises:
+        ConfigError: a size or number out of range.
+    """
+    check_image(channels, image_size)
+    if width < 1:
+        raise ConfigError(f"conv4: width must be 1 or more, not {width}")
+    blocks: dict[str, nn.Module] = {}
+    inputs, side = channels, image_size
+    for number in range(1, 5):
+        stride = 2 if number == 1 else 1
+        side = -(-side // stride)
+        convolution = nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=False)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        groups = largest_groups(width, width, -(-_LEAST_VALUES // side**2))
+        layers: dict[str, nn.Module] = {"conv": convolution, "norm": nn.GroupNorm(groups, width)}
+        if number < 4:
+            layers["relu"] = nn.ReLU(inplace=True)
+        if number > 1 and side > 1:
+            layers["pool"] = nn.MaxPool2d(2)
+            side //= 2
+        blocks[f"block{number}"] = nn.Sequential(OrderedDict(layers))
+        inputs = width
+    blocks["flatten"] = nn.Flatten()
+    return nn.Sequential(OrderedDict(blocks))
+
+
+@contextmanager
+def own_random_state(seed: int) -> Iterator[None]:
+    """Torch's CPU generator seeded for a while. (torch.manual_seed would seed GPUs for good.)"""
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed must lie between 0 and 2^64 - 1, not {seed}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
+    """`build_backbone` from the global generator, without its checks."""
+    own = re.fullmatch(r"conv4(?:-([1-9]\d{0,4}))?", name)
+    if own is not None:
+        if pretrained:
+            raise ConfigError(f'there are no pretrained weights for "{name}": only for timm models')
+        return conv4(channels, image_size, width=int(own[1] or 64))
+    if name.startswith("timm:"):
+        return _timm_model(name.removeprefix("timm:"), channels, image_size, pretrained)
+    near = difflib.get_close_matches(name, ["conv4", "conv4-32", "conv4-64"], n=1)
+    hint = f'did you mean "{near[0]}"' if near else f'a timm model is written "timm:{name}"'
+    raise ConfigError(
+        f'unknown backbone "{name}": names are "conv4" (64 channels), "conv4-<width>" or '
+        f'"timm:<model>"; {hint}'
+    )
+
+
+def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
+    timm = _import_timm()
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
+        raise ConfigError(f'timm has no model "{name}"; {hint}')
+    settings: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained}
+    published = timm.get_pretrained_cfg(name)
+    if published is not None and published.fixed_input_size:
+        settings["img_size"] = image_size
+    try:
+        model: nn.Module = timm.create_model(name, **settings)
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
+        what = "with its pretrained weights " if pretrained else ""
+        raise ConfigError(
+            f'timm cannot build "{name}" {what}for {channels} channels at {image_size} px: '
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return model
+
+
+def _import_timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'timm models need {error.name}: pip install "fedss[timm]"') from error
+    except (RuntimeError, ImportError, AttributeError) as error:
+        # A torchvision of another build fails with "operator torchvision::nms does not exist";
+        # a second attempt in the same process with errors of a half imported package.
+        if "torchvision" not in str(error):
+            raise
+        raise ConfigError(
+            "timm cannot be imported because torchvision does not fit torch "
+            f"{torch.__version__}: install both from the same build, from one index "
+            f"(CPU or the same CUDA version; see pytorch.org/get-started). Python said: {error}"
+        ) from error

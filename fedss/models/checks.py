@@ -1,0 +1,115 @@
+"""What a backbone must be for federated training; every refusal says what to do instead."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedss.errors import ConfigError
+from fedss.models.norms import BatchNorm, FrozenBatchNorm
+
+_ADVICE = (
+    "Dropout draws from torch's global generator, so that results would depend on the number and "
+    "order of workers: set its probability to 0 (a timm model: build it yourself with "
+    "drop_rate=0, drop_path_rate=0 and pass the module)"
+)
+
+
+def check_image(channels: int, image_size: int) -> None:
+    """Refuse pictures without channels, or below 8 pixels, where four halvings leave nothing."""
+    if channels < 1:
+        raise ConfigError(f"channels must be 1 or more, not {channels}")
+    if image_size < 8:
+        raise ConfigError(f"image_size must be 8 or more, not {image_size}")
+
+
+def refuse_lazy_layers(body: nn.Module) -> None:
+    """Weights that are not there yet can be neither seeded nor sent."""
+    lazy = [n for n, p in body.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ConfigError(f"the backbone has lazy layers: run it once on a picture ({few(lazy)})")
+
+
+def refuse_batch_statistics(body: nn.Module) -> None:
+    """Norms that are left once batch norms have been replaced or frozen."""
+
+    def keeps_statistics(part: nn.Module) -> bool:
+        if isinstance(part, FrozenBatchNorm):
+            return False
+        # By the buffer and not by the class alone: timm has batch norms that inherit from none.
+        buffers = {name for name, _ in part.named_buffers(recurse=False)}
+        return "running_var" in buffers or isinstance(part, BatchNorm)
+
+    bad = _parts(body, keeps_statistics)
+    if bad:
+        raise ConfigError(
+            f"the backbone keeps statistics of its batches: {few(bad)}. They do not average over "
+            "clients, and only BatchNorm2d can be replaced by itself: use LayerNorm or GroupNorm "
+            "there"
+        )
+
+
+def refuse_dropout(body: nn.Module) -> None:
+    """Dropout that a layer's class gives away, by name."""
+
+    def active(part: nn.Module) -> bool:
+        values = (getattr(part, n, 0) for n in ("p", "prob", "drop", "drop_prob", "drop_rate"))
+        return "drop" in type(part).__name__.lower() and any(
+            isinstance(v, int | float) and v > 0 for v in values
+        )
+
+    bad = _parts(body, active)
+    if bad:
+        raise ConfigError(f"the backbone has active dropout: {few(bad)}. {_ADVICE}")
+
+
+def refuse_randomness(body: nn.Module, channels: int, image_size: int) -> None:
+    """What no name gives away (functional dropout, attention dropout) moves the generator."""
+    images_BCHW = torch.zeros(2, channels, image_size, image_size)
+    before = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            copy.deepcopy(body).train()(images_BCHW)
+    except Exception as error:
+        raise ConfigError(
+            f"the backbone fails in training mode on zeros {list(images_BCHW.shape)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ConfigError(f"the backbone draws random numbers when it trains. {_ADVICE}")
+
+
+def output_size(body: nn.Module, channels: int, image_size: int) -> int:
+    """The number of features that the backbone gives for a picture."""
+    images_BCHW = torch.zeros(1, channels, image_size, image_size)
+    takes = f"must map float32 {list(images_BCHW.shape)} to [1, features]"
+    try:
+        with torch.no_grad():
+            features_BF = copy.deepcopy(body).eval()(images_BCHW)
+    except Exception as error:
+        raise ConfigError(
+            f"the backbone {takes}, but fails: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(features_BF, Tensor):
+        raise ConfigError(f"the backbone {takes}, but gives a {type(features_BF).__name__}")
+    if features_BF.ndim != 2 or len(features_BF) != 1 or features_BF.shape[1] < 1:
+        pool = ": end it with pooling and Flatten" if features_BF.ndim > 2 else ""
+        raise ConfigError(f"the backbone {takes}, but gives {list(features_BF.shape)}{pool}")
+    if features_BF.dtype != torch.float32:
+        raise ConfigError(f"the backbone {takes} in float32, but gives {features_BF.dtype}")
+    return int(features_BF.shape[1])
+
+
+def few(items: Sequence[str], most: int = 8) -> str:
+    """The first items of a list, and how many more there are."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def _parts(body: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[str]:
+    return [
+        f"{path or 'the backbone'} ({type(part).__name__})"
+        for path, part in body.named_modules()
+        if chosen(part)
+    ]

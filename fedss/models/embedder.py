@@ -1,0 +1,235 @@
+"""Pixels to unit vectors.
+
+Shape suffixes: B pictures of a batch, N pictures in all, C channels, H height, W width,
+F features of the backbone, D embedding size.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedss.errors import ConfigError, DataError
+from fedss.models.backbones import named_backbone, own_random_state
+from fedss.models.checks import (
+    check_image,
+    output_size,
+    refuse_batch_statistics,
+    refuse_dropout,
+    refuse_lazy_layers,
+    refuse_randomness,
+)
+from fedss.models.norms import freeze_batch_norm, replace_batch_norm
+
+
+@dataclass(frozen=True)
+class EmbedderSpec:
+    """What it takes to build an `Embedder` of the same structure again.
+
+    `backbone` is the name given to `build_embedder`, or None for a module of the user's own.
+    `pretrained` says that batch norms were frozen rather than replaced; rebuilding downloads
+    nothing.
+    """
+
+    backbone: str | None
+    channels: int
+    image_size: int
+    embedding_size: int
+    pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        if self.embedding_size < 1:
+            raise ConfigError(f"embedding_size must be 1 or more, not {self.embedding_size}")
+        check_image(self.channels, self.image_size)
+
+
+class Embedder(nn.Module):
+    """Pixels to unit vectors: h = g / ‖g‖, g = A f_θ((x - mean) / std).
+
+    f is the backbone, A the projection without bias (a bias would move all embeddings towards one
+    common direction), or nothing where the backbone's own size is wanted. `mean` and `std` [C] are
+    buffers: saved with the model, not trained, not sent.
+
+    Made by `build_embedder`, which checks what this class takes for granted.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projection: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        spec: EmbedderSpec,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = backbone
+        self.projection = projection
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Unit embeddings.
+
+        Args:
+            pixels_BCHW: uint8 [B, C, H, W] in 0 … 255, or floating point in 0 … 1; H = W = the
+                image size the model was built for.
+
+        Returns:
+            float32 [B, D], rows of length 1 (a row that is exactly zero before normalising stays
+            zero).
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        expected = (self.spec.channels, self.spec.image_size, self.spec.image_size)
+        if pixels_BCHW.ndim != 4 or tuple(pixels_BCHW.shape[1:]) != expected:
+            raise ValueError(
+                f"pixels must be [B, {', '.join(map(str, expected))}], "
+                f"not {list(pixels_BCHW.shape)}"
+            )
+        if pixels_BCHW.dtype == torch.uint8:
+            pixels_BCHW = pixels_BCHW / 255
+        elif pixels_BCHW.is_floating_point():
+            pixels_BCHW = pixels_BCHW.to(torch.float32)
+        else:
+            raise ValueError(f"pixels must be uint8 or floating point, not {pixels_BCHW.dtype}")
+        scaled_BCHW = (pixels_BCHW - self.mean[:, None, None]) / self.std[:, None, None]
+        return nn.functional.normalize(self.projection(self.backbone(scaled_BCHW)), dim=1)
+
+
+def build_embedder(
+    backbone: str | nn.Module,
+    *,
+    channels: int,
+    image_size: int,
+    embedding_size: int,
+    seed: int,
+    pretrained: bool = False,
+) -> Embedder:
+    """An embedder fit for federated training.
+
+    Batch norms are replaced by group norms (`replace_batch_norm`), or frozen if `pretrained`
+    (`freeze_batch_norm`). A projection to `embedding_size` follows every named backbone, and a
+    module of your own unless its output has that size already.
+
+    Args:
+        backbone: a name as in `build_backbone`, or a module of your own that maps float32
+            [B, C, H, W] to [B, features]. Yours is copied to the CPU, never changed.
+        channels: C of the pictures.
+        image_size: H and W of the pictures.
+        embedding_size: D.
+        seed: of the initial weights; the same seed gives the same bits, and the global random
+            state is left as it was.
+        pretrained: download weights for a timm model, and scale pixels as they expect (otherwise
+            to -1 … 1); for a module of your own: it holds trained weights, so keep its batch
+            norms' statistics.
+
+    Raises:
+        ConfigError: an unknown name; no weights to be had; a module whose output is not
+            [B, features], that draws random numbers (dropout) or keeps batch statistics which
+            cannot be replaced; a size or number out of range.
+    """
+    spec = EmbedderSpec(
+        backbone=backbone if isinstance(backbone, str) else None,
+        channels=channels,
+        image_size=image_size,
+        embedding_size=embedding_size,
+        pretrained=pretrained,
+    )
+    return assemble(backbone, spec, seed, pretrained)
+
+
+def assemble(backbone: str | nn.Module, spec: EmbedderSpec, seed: int, download: bool) -> Embedder:
+    """`build_embedder` from a description; timm's weights are downloaded or drawn."""
+    with own_random_state(seed):
+        if isinstance(backbone, nn.Module):
+            body = copy.deepcopy(backbone).cpu()
+        else:
+            body = named_backbone(backbone, spec.channels, spec.image_size, download)
+        mean, std = _pixel_statistics(body, spec)
+        refuse_lazy_layers(body)
+        body = freeze_batch_norm(body) if spec.pretrained else replace_batch_norm(body)
+        refuse_batch_statistics(body)
+        refuse_dropout(body)
+        features = output_size(body, spec.channels, spec.image_size)
+        refuse_randomness(body, spec.channels, spec.image_size)
+        projection: nn.Module = nn.Identity()
+        if spec.backbone is not None or features != spec.embedding_size:
+            projection = nn.Linear(features, spec.embedding_size, bias=False)
+            nn.init.kaiming_normal_(projection.weight, nonlinearity="linear")
+        return Embedder(body, projection, mean=mean, std=std, spec=spec)
+
+
+def _pixel_statistics(body: nn.Module, spec: EmbedderSpec) -> tuple[list[float], list[float]]:
+    """Mean and std the weights were trained with, as timm keeps them on its models; else 0.5."""
+    published = getattr(body, "pretrained_cfg", None) if spec.pretrained else None
+
+    def per_channel(name: str) -> list[float]:
+        values = published.get(name, [0.5]) if isinstance(published, Mapping) else [0.5]
+        # timm sums the first layer's weights for grey pictures: their common statistics are the
+        # average of the colours'.
+        average = sum(values) / len(values)
+        return list(values) if len(values) == spec.channels else [average] * spec.channels
+
+    return per_channel("mean"), per_channel("std")
+
+
+def embed_pixels(
+    embedder: Embedder, pixels_NCHW: NDArray[np.uint8], batch_size: int = 256
+) -> Tensor:
+    """Embeddings of many pictures, in eval mode and without gradients.
+
+    Reads `pixels_NCHW` (a memory map is fine) one batch at a time and runs on the embedder's
+    device. The batch size changes results by rounding alone (below 1e-6).
+
+    Args:
+        embedder: left in the mode, training or not, it came in.
+        pixels_NCHW: uint8 [N, C, H, W]; N may be 0.
+        batch_size: pictures at a time, 1 or more.
+
+    Returns:
+        float32 [N, D] on the CPU.
+
+    Raises:
+        DataError: pixels of another shape or dtype.
+        ConfigError: batch_size below 1.
+    """
+    spec = embedder.spec
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    if pixels_NCHW.dtype != np.uint8 or pixels_NCHW.shape[1:] != shape:
+        raise DataError(
+            f"pixels must be uint8 [N, {', '.join(map(str, shape))}], "
+            f"not {pixels_NCHW.dtype} {list(pixels_NCHW.shape)}"
+        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be 1 or more, not {batch_size}")
+    embeddings_ND = torch.empty(len(pixels_NCHW), spec.embedding_size)
+    with _eval_mode(embedder), torch.no_grad():
+        for start in range(0, len(pixels_NCHW), batch_size):
+            # A copy: torch warns of read-only memory, and a memory map is best read in one go.
+            block = np.array(pixels_NCHW[start : start + batch_size], order="C")
+            pixels_BCHW = torch.from_numpy(block).to(embedder.mean.device)
+            embeddings_ND[start : start + len(block)] = embedder(pixels_BCHW).cpu()
+    return embeddings_ND
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every part gets back its own mode, not that of the whole."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
