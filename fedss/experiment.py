@@ -97,18 +97,19 @@ def train(
     summary_file = folder / "summary.json"
     with writing(folder):
         _claim(folder, config, data, embedder)
-        if summary_file.exists():
-            (summary,) = read_json(summary_file)
-            return Run(folder, load_embedder(folder / "model", backbone), summary, True)
-        label = f"{config.method} seed {config.seed}"
-        with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as watch:
-            records = _train_rounds(config, data, embedder, folder, watch)
-        save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
-        run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-        summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
-        write_json(summary_file, [summary])
-        write_report(folder)
-    return Run(folder, embedder, summary, False)
+        already_done = summary_file.exists()
+        if not already_done:
+            label = f"{config.method} seed {config.seed}"
+            with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as see:
+                records = _train_rounds(config, data, embedder, folder, see)
+            save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
+            run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
+            summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
+            write_json(summary_file, [summary])
+        if not (folder / "report.html").exists():
+            write_report(folder)
+    (summary,) = read_json(summary_file)
+    return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
 
 
 def compare(
