@@ -70,13 +70,14 @@ def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Em
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The configuration's server optimizer; pooled training is its one client's SGD alone."""
     if METHODS[config.method].pooled:
-        return ServerOptimizer("sgd", lr=1.0)
+        return ServerOptimizer("sgd", lr=1.0, normalize_rows=config.normalize_rows)
     return ServerOptimizer(
         config.server_optimizer,
         config.server_lr,
         config.server_momentum,
         config.server_second_momentum,
         config.server_epsilon,
+        config.normalize_rows,
     )
 
 

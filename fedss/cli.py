@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _help_formatter(prog: str) -> argparse.HelpFormatter:
     """One line per option, also where the terminal is narrower and breaks it."""
-    return argparse.HelpFormatter(prog, max_help_position=36, width=130)
+    return argparse.HelpFormatter(prog, max_help_position=42, width=136)
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:

@@ -53,6 +53,9 @@ class Config:
     margin_kind: MarginKind = _option("none", "margin of the softmax", "method")
     margin: float = _option(0.2, "margin m: cosface in cosine, arcface in radians", "method")
     row_mean: RowMean = _option("cohort", "whose weight divides a row's sum", "method")
+    normalize_rows: bool = _option(
+        True, "class rows get length 1 in the rounds that touch them", "method"
+    )
     spread_out_weight: float = _option(0.1, "fedaws: weight of the spread-out step", "method")
     spread_out_margin: float = _option(0.7, "fedaws: cosine distance to keep", "method")
     spread_out_neighbours: int = _option(10, "fedaws: nearest rows kept apart", "method")

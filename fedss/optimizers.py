@@ -8,6 +8,11 @@ What happens to an untouched row:
   result is the dense optimizer's (to rounding), at O(touched rows) per round.
 - ``adam``: nothing, as in ``torch.optim.SparseAdam``: neither the row nor its moments move.
 
+Class rows are put back on the unit sphere in the rounds that touch them (``normalize_rows``).
+Logits use cosines, so this changes no prediction; but rows grow as they train, and a longer row
+turns less per step. For momentum the law is then: equal to the dense optimizer that normalises the
+touched rows, and no others, after its step.
+
 Shape suffixes: P backbone parameters, U touched classes, S requested classes, D embedding size.
 """
 
@@ -18,6 +23,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedss.class_rows import ClassRows
 
@@ -36,6 +42,8 @@ class ServerOptimizer:
     - ``adam`` (FedAdam): ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``,
       ``w += lr m' / (sqrt(v') + epsilon)``; ``m'``, ``v'`` are bias-corrected as in
       ``torch.optim.Adam`` (Reddi et al. leave that out), b1 is ``momentum``.
+
+    ``normalize_rows``: touched class rows get length 1 after their step.
     """
 
     kind: ServerOptimizerKind = "momentum"
@@ -43,6 +51,7 @@ class ServerOptimizer:
     momentum: float = 0.9
     second_momentum: float = 0.99
     epsilon: float = 1e-3
+    normalize_rows: bool = True
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -117,7 +126,7 @@ def step_rows_(
     """
     rows_UD, slots = read_rows(optimizer, rows, ids_U, round)
     rows_UD, slots = step(optimizer, rows_UD, slots, update_UD, round)
-    rows.weight_ND[ids_U] = rows_UD
+    rows.weight_ND[ids_U] = F.normalize(rows_UD, dim=1) if optimizer.normalize_rows else rows_UD
     for name, slot_UD in slots.items():
         rows.slots[name][ids_U] = slot_UD
     rows.updated_N[ids_U] = round + 1

@@ -39,7 +39,7 @@ from tests import reference
 
 DATA = reference.tiny_dataset()
 N = len(DATA.train.class_names)
-SGD = ServerOptimizer("sgd", 1.0)
+SGD = ServerOptimizer("sgd", 1.0, normalize_rows=False)
 MOMENTUM = ServerOptimizer("momentum", 1.0, 0.9)
 
 
@@ -137,6 +137,10 @@ def test_one_client_one_step_all_classes_is_central_sgd():
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert (after.backbone_P - theta).abs().max() < 1e-6
     assert (after.class_rows.weight_ND - rows).abs().max() < 1e-6
+
+    on_the_sphere = replace(SGD, normalize_rows=True)
+    after, _ = run_round(where, on_the_sphere, start(), np.array([client]), one_step, "cohort")
+    assert (after.class_rows.weight_ND - F.normalize(rows, dim=1)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ServerOptimizer("adam", 0.01)], ids=str)

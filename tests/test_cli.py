@@ -61,7 +61,7 @@ def test_commands_and_options_are_pinned(capsys):
     text = capsys.readouterr().out
     assert set(re.findall(r"^    ([a-z]+) ", text, re.M)) == COMMANDS
     own = {"--help", "--config", "--out"}
-    booleans = {"--no-skip-broken", "--no-pretrained"}
+    booleans = {"--no-skip-broken", "--no-pretrained", "--no-normalize-rows"}
     config = flags(PINNED) | booleans
     data = flags([o.name for o in OPTIONS if o.group == "data"])
     assert options_of("train", capsys)[0] == config | own

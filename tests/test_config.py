@@ -23,6 +23,7 @@ PINNED = [
     "margin_kind",
     "margin",
     "row_mean",
+    "normalize_rows",
     "spread_out_weight",
     "spread_out_margin",
     "spread_out_neighbours",

@@ -48,8 +48,8 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
     - group norm instead of batch norm, since running statistics do not average over clients; one
       group per channel, or as many channels as make 8 values where `width` allows: a norm over
       one value is constant 0, whatever the picture;
-    - a first convolution of stride 2 takes the place of the first pool; no pool where the map is
-      down to 1 pixel;
+    - a first convolution of stride 2 takes the place of the first pool; no pool where the map has
+      4 pixels a side or less: what is left of where strokes are is worth its parameters;
     - no ReLU in the last block: its output meets a linear layer, and half of it would be gone
       (with default initialisation too, such a network was seen to collapse);
     - Kaiming initialisation (He et al. 2015, arXiv 1502.01852).
@@ -64,7 +64,7 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
 
     Returns:
         A module from [B, channels, image_size, image_size] to [B, width * s * s], s the last map's
-        side (28 gives s = 1, 105 gives 6).
+        side (28 gives s = 3, 64 gives 4, 105 gives 6).
 
     Raises:
         ConfigError: a size or number out of range.
@@ -83,7 +83,7 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
         layers: dict[str, nn.Module] = {"conv": convolution, "norm": nn.GroupNorm(groups, width)}
         if number < 4:
             layers["relu"] = nn.ReLU(inplace=True)
-        if number > 1 and side > 1:
+        if number > 1 and side > 4:
             layers["pool"] = nn.MaxPool2d(2)
             side //= 2
         blocks[f"block{number}"] = nn.Sequential(OrderedDict(layers))
