@@ -1,8 +1,11 @@
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fedss.class_rows import create_class_rows
+from fedss.class_rows import ClassRows, create_class_rows
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from fedss.seeds import generator
 
@@ -101,3 +104,24 @@ def test_untouched_rows_do_not_change_by_one_bit(optimizer):
         for old, new in zip(before, after, strict=True):
             assert torch.equal(old[untouched], new[untouched])
         assert not torch.equal(before[0][ids], rows.weight_ND[ids])
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read there")
+def test_a_step_touches_no_memory_of_size_n():
+    """W and its momentum are 1 GB that no page stands behind until it is written."""
+    n, d = 2_000_000, 64
+    optimizer = ServerOptimizer("momentum")
+    rows = ClassRows(torch.empty(n, d), {"momentum": torch.empty(n, d)}, torch.empty(n).long())
+    ids = torch.arange(0, n, n // 50)
+    rows.weight_ND[ids], rows.slots["momentum"][ids], rows.updated_N[ids] = 1.0, 0.0, 0
+    before = resident_bytes()
+    for round in range(3):
+        read_rows(optimizer, rows, ids, round)
+        step_rows_(optimizer, rows, ids, torch.ones(len(ids), d), round)
+    assert resident_bytes() - before < 20e6
+    rows.weight_ND.zero_()
+    assert resident_bytes() - before > 400e6, "the measurement sees nothing"
