@@ -54,7 +54,7 @@ def grid(method: str) -> list[Settings]:
         return [{"client_lr": lr, "class_row_lr": 1.0} for lr in (0.1, 0.2, 0.4)]
     return [
         {"client_lr": lr, "class_row_lr": row_lr}
-        for lr, row_lr in itertools.product((0.05, 0.1), (0.5, 1.0, 2.0))
+        for lr, row_lr in itertools.product((0.05, 0.1), (1.0, 2.0, 4.0))
     ]
 
 
