@@ -45,7 +45,12 @@ def grid(method: str) -> list[Settings]:
     if method == "fedaws":
         # Its loss is in cosines, not in logits: gradients are smaller, learning rates larger.
         return [
-            {"client_lr": lr, "spread_out_weight": weight, "spread_out_margin": margin}
+            {
+                "client_lr": lr,
+                "class_row_lr": 0.5,
+                "spread_out_weight": weight,
+                "spread_out_margin": margin,
+            }
             for lr in (0.1, 0.5)
             for weight, margin in ((0.05, 0.7), (0.5, 1.0))
         ]

@@ -72,7 +72,7 @@ class Config:
     )
     batch_size: int = _option(8, "pictures per local step", "training")
     client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
-    class_row_lr: float = _option(0.5, "learning rate of the class rows at clients", "training")
+    class_row_lr: float = _option(2.0, "learning rate of the class rows at clients", "training")
     lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
     lr_decay_start: float = _option(0.5, "share of rounds before the decay starts", "training")
     server_optimizer: ServerOptimizerKind = _option("momentum", "server optimizer", "training")
