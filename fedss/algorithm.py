@@ -4,9 +4,9 @@ Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone
 S requested classes, U classes touched in a round.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring, spread_out
 
 RowMean = Literal["cohort", "holders"]
-ROW_MEANS: tuple[str, ...] = get_args(RowMean)
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,9 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
 
     ``delta_theta = sum_k p_k delta_theta_k`` and ``delta_W_i = sum_{k: i in S_k} p_k delta_W_ki``
     with ``p_k = n_k / sum_j n_j`` over the whole cohort: a client that did not hold row i counts
-    as zero, so that the expected row update is the full softmax's. With ``row_mean="holders"``
-    row i is divided by the weight of its holders alone. Sums run in float64 in client order, so
+    as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
+    to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
+    is divided by the weight of its holders alone. Sums run in float64 in client order, so
     the order of arrival does not change a bit.
     """
     updates = sorted(updates, key=lambda update: update.client)
@@ -255,10 +255,14 @@ def run_round(
     """Algorithm 1: the cohort trains, its updates are averaged, the server takes a step.
 
     Raises:
-        DivergedError: an update is not finite; ``state`` is as it was.
+        DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
+            and ``state`` must not be used again.
     """
     updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
-    return apply_update(optimizer, state, aggregate(updates, row_mean)), updates
+    mean = aggregate(updates, row_mean)
+    state = apply_update(optimizer, state, mean)
+    check_finite_state(state, mean.ids_U)
+    return state, updates
 
 
 def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
@@ -268,10 +272,29 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
         DivergedError: they are not; names round and client.
     """
     numbers = (torch.tensor(update.loss), update.backbone_delta_P, update.rows_delta_SD)
-    if not all(bool(tensor.isfinite().all()) for tensor in numbers):
+    if not _all_finite(numbers):
         raise DivergedError(
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "
-            f"got a loss of {update.loss}; nothing of this round was applied. Lower client_lr "
-            f"({plan.local.lr:g} here) or class_row_lr ({plan.local.row_lr:g}) and start anew"
+            f"got a loss of {update.loss}; the last checkpoint is kept. Start in another folder "
+            f"with a lower client_lr ({plan.local.lr:g} in this round), class_row_lr "
+            f"({plan.local.row_lr:g}) or server_lr",
+            update.client,
         )
     return update
+
+
+def check_finite_state(state: ServerState, ids_U: Tensor) -> None:
+    """Whether the backbone and the touched rows are finite after the server's step.
+
+    Raises:
+        DivergedError: they are not; the state must not be kept.
+    """
+    if not _all_finite((state.backbone_P, state.class_rows.weight_ND[ids_U])):
+        raise DivergedError(
+            f"round {state.round}: the server's step gave weights that are not finite; the last "
+            "checkpoint is kept. Start in another folder with a lower server_lr"
+        )
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -61,7 +61,7 @@ def load_checkpoint(folder: Path) -> ServerState | None:
         content = (newest / _STATE).read_bytes()
         if hashlib.sha256(content).hexdigest() != record["sha256"]:
             raise ValueError(f"{_STATE} differs from its checksum")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         back_to = f"go on from {found[-2].name}" if len(found) > 1 else "start again from round 0"
         raise RunFolderError(
             f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"

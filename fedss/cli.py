@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.errors import ConfigError, FedssError
+from fedss.methods import METHODS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         name, usage = run.__name__.strip("_"), f"fedss {run.__name__.strip('_')} {usage}"
         sub = commands.add_parser(
-            name, help=help, description=help, usage=usage, formatter_class=_help_formatter
+            name,
+            help=help,
+            description=help,
+            usage=usage,
+            epilog=_METHODS if name in ("train", "compare") else None,
+            formatter_class=_help_formatter,
         )
         sub.set_defaults(run=run)
         return sub
@@ -79,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("folder", metavar="RUN", help="a run folder")
     embed.add_argument("pictures", metavar="PICTURES", help="a folder, or a CSV with 'image'")
     embed.add_argument(
-        "--out", required=True, metavar="FILE", help="FILE.npy (names in FILE.txt) or FILE.parquet"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="FILE.npy (and FILE.names.json) or FILE.parquet",
     )
     embed.add_argument(
         "--skip-broken", action="store_true", help="leave out and count unreadable pictures"
@@ -95,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _help_formatter(prog: str) -> argparse.HelpFormatter:
     """One line per option, also where the terminal is narrower and breaks it."""
-    return argparse.HelpFormatter(prog, max_help_position=42, width=136)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=42, width=136)
+
+
+_METHODS = "methods:\n" + "\n".join(
+    f"  {method.name:<18} {method.summary}" for method in METHODS.values()
+)
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -157,11 +173,13 @@ def _config(options: argparse.Namespace, stored: Mapping[str, Any] | None = None
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
     """The content of ``--config FILE``, or nothing."""
-    from fedss.files import read_json
 
     if options.config is None:
         return {}
-    content = read_json(Path(options.config))
+    try:
+        content = json.loads(Path(options.config).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {options.config}: cannot read it as JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(
             f"--config {options.config}: expected the config.json of a run, with a 'config' object"
@@ -171,6 +189,7 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> None:
     from fedss.build import load_data
+    from fedss.data import seen_classes
     from fedss.experiment import train
 
     config = _config(options, _stored(options).get("config"))
@@ -179,12 +198,13 @@ def _train(options: argparse.Namespace) -> None:
     run = train(config, options.out, data=data)
     if run.already_done:
         print(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
-    _print_results([run.summary])
+    _print_results([run.summary], seen_classes(data))
     print(f"model   {run.folder / 'model'}\nreport  {run.folder / 'report.html'}")
 
 
 def _compare(options: argparse.Namespace) -> None:
     from fedss.build import load_data
+    from fedss.data import seen_classes
     from fedss.experiment import compare
 
     stored = _stored(options)
@@ -195,7 +215,7 @@ def _compare(options: argparse.Namespace) -> None:
     data = load_data(config)
     _print_skipped(data.skipped)
     summaries = compare(config, methods, seeds, options.out, data=data)
-    _print_results(summaries)
+    _print_results(summaries, seen_classes(data))
     print(f"summary  {Path(options.out) / 'summary.json'}")
     print(f"report   {Path(options.out) / 'report.html'}")
 
@@ -234,8 +254,6 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from rich.table import Table
-
     from fedss.build import load_data
     from fedss.describe import costs, describe
 
@@ -246,22 +264,25 @@ def _info(options: argparse.Namespace) -> None:
     facts = describe(config, data)
     low, median, high = facts["own_classes"]
     searched = f"{facts['test_gallery']:,} gallery pictures" if data.test.gallery else "each other"
-    table = Table(title=f"data set {data.name}", show_header=False, title_justify="left")
+    table = _table(f"data set {data.name}")
+    table.show_header = False
+    table.add_column()
+    table.add_column()
     for name, value in (
         ("training pictures", f"{facts['train_images']:,}"),
         ("training classes n", f"{facts['train_classes']:,}"),
         ("clients", f"{facts['train_clients']:,}"),
         ("own classes per client", f"{low} to {high}, median {median:g}"),
         ("test queries", f"{facts['test_queries']:,}, searched among {searched}"),
-        ("test classes", f"{facts['test_classes']:,}"),
+        (
+            "test classes",
+            f"{facts['test_classes']:,}, {facts['test_classes_seen']:,} of them seen in training",
+        ),
         ("pictures", "{} x {} x {} (channels, height, width)".format(*facts["image_shape"])),
     ):
         table.add_row(name, value)
     console.print(table)
-    table = Table(
-        title=f"per client and round, {config.backbone}, d = {config.embedding_size}",
-        title_justify="left",
-    )
+    table = _table(f"per client and round, {config.backbone}, d = {config.embedding_size}")
     for heading in ("method", "class rows", "share of W", "class-row bytes", "bytes each way"):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for cost in costs(config, data):
@@ -296,44 +317,56 @@ def _print_skipped(skipped: Sequence[str]) -> None:
         print(f"left out {len(skipped)} unreadable pictures: {first}", file=sys.stderr)
 
 
-def _print_results(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """One row per method: means over seeds; bytes per client and round."""
-    from rich.table import Table
-
+def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
+    """What was retrieved and what was moved: means over seeds, one row per method."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for summary in summaries:
         by_method.setdefault(summary["method"], []).append(summary)
-    rounds = summaries[0]["rounds"]
-    table = Table(
-        title=f"unseen classes after {rounds} rounds; bytes per client and round",
-        title_justify="left",
-    )
-    table.add_column("method")
-    for heading in ("seeds", "MAP@10", "R@1", "rows of W"):
-        table.add_column(heading, justify="right")
-    for way in ("down", "up"):
-        for part in ("", "backbone ", "class rows "):
-            table.add_column(f"{part}{way}" if part else f"bytes {way}", justify="right")
-    table.add_column("seconds", justify="right")
 
     def mean(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
         values = [run[name] for run in runs]
         return None if None in values else sum(values) / len(values)
 
+    classes = "unseen classes" if not seen else f"test classes ({seen} of them seen in training)"
+    found = _table(f"{classes} after {summaries[0]['rounds']} rounds")
+    moved = _table("kB per client and round, as serialised; ids and headers are in the sums")
+    full = mean(by_method["full"], "map_at_10") if "full" in by_method else None
+    for heading in ("method", "MAP@10", *(("/ full",) if full else ()), "R@1", "seeds", "seconds"):
+        found.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for heading in ("method", "rows", "down", "backbone", "rows", "up", "backbone", "rows"):
+        moved.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for method, runs in by_method.items():
-        rows = mean(runs, "class_rows_per_client")
-        sizes = [
-            _bytes(mean(runs, f"{part}bytes_{way}_per_client_round"))
-            for way in ("down", "up")
-            for part in ("", "backbone_", "class_row_")
-        ]
-        table.add_row(
+        map_at_10 = mean(runs, "map_at_10") or 0.0
+        found.add_row(
             method,
-            str(len(runs)),
-            f"{mean(runs, 'map_at_10'):.3f}",
+            f"{map_at_10:.3f}",
+            *((f"{map_at_10 / full:.3f}",) if full else ()),
             f"{mean(runs, 'recall_at_1'):.3f}",
-            "–" if rows is None else f"{rows:.0f}",
-            *sizes,
+            str(len(runs)),
             f"{mean(runs, 'seconds'):.0f}",
         )
-    _console().print(table)
+        rows = mean(runs, "class_rows_per_client")
+        sizes = (
+            mean(runs, f"{part}bytes_{way}_per_client_round")
+            for way in ("down", "up")
+            for part in ("", "backbone_", "class_row_")
+        )
+        moved.add_row(
+            method,
+            "–" if rows is None else f"{rows:.0f}",
+            *("–" if size is None else f"{size / 1000:.1f}" for size in sizes),
+        )
+    console = _console()
+    console.print(found)
+    console.print(moved)
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )

@@ -140,8 +140,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("eval_every spread_out_neighbours data_seed seed", lambda v: v >= 0, "0 or more"),
     (
         "scale client_lr class_row_lr server_lr server_epsilon",
-        lambda v: 0 < v < float("inf"),
-        "a number above 0",
+        lambda v: 0 < v <= 1e30,
+        "a number above 0 and at most 1e30",
     ),
     ("margin spread_out_weight spread_out_margin", lambda v: 0 <= v <= 2, "0 to 2"),
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),

@@ -1,5 +1,6 @@
 """What is in a data set, and what each method would move: before any training."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +8,9 @@ import numpy as np
 
 from fedss.build import build_model, class_counts, evaluation_task, num_trainable
 from fedss.config import Config
-from fedss.data import Dataset, fingerprint, own_classes
+from fedss.data import Dataset, fingerprint, own_classes, seen_classes
 from fedss.methods import METHODS
+from fedss.models import Embedder
 from fedss.seeds import generator
 
 
@@ -17,7 +19,7 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
     images, task, own_K = data.train, evaluation_task(config, data), own_classes(data.train)
     return {
         "name": data.name,
-        "fingerprint": fingerprint(images),
+        "fingerprint": fingerprint(data),
         "train_images": len(images),
         "train_classes": len(images.class_names),
         "train_clients": len(images.client_names),
@@ -25,8 +27,19 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
         "test_queries": len(task.query),
         "test_gallery": None if task.gallery is None else len(task.gallery),
         "test_classes": len(np.unique(task.query.labels)),
+        "test_classes_seen": seen_classes(data),
         "image_shape": list(images.pixels.shape[1:]),
         "skipped_pictures": len(data.skipped),
+    }
+
+
+def describe_model(embedder: Embedder) -> dict[str, Any]:
+    """What a run writes down of its model's structure: a module of your own has no name."""
+    shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
+    return {
+        "backbone": type(embedder.backbone).__name__,
+        "parameters": num_trainable(embedder),
+        "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
     }
 
 

@@ -1,7 +1,7 @@
 """A trained model used on picture files: from files to embeddings with names."""
 
-import csv
 import io
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,11 +11,13 @@ import numpy as np
 
 from fedss.data.cache import decode
 from fedss.data.folder import EXTENSIONS
+from fedss.data.manifest import read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
 from fedss.models import Embedder, embed_pixels
 
 _BLOCK = 512
+_ADVICE = "make room or mend the place, or choose another one (--out)"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
         Paths, and their names relative to the folder or as written in the CSV.
 
     Raises:
-        DataError: no such place, no picture in it, or a CSV without the column.
+        DataError: no such place, no picture in it, or anything amiss with the CSV.
     """
     if path.is_dir():
         found = sorted(
@@ -103,13 +105,7 @@ def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
         )
         names = [file.relative_to(path).as_posix() for file in found]
     elif path.is_file():
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if "image" not in (reader.fieldnames or []):
-                raise DataError(
-                    f"{path}: expected a CSV with a column 'image', found {reader.fieldnames}"
-                )
-            names = [row["image"] for row in reader]
+        names = [values["image"] for _, values in read_table(path, ("image",))]
         found = [path.parent / name for name in names]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
@@ -119,7 +115,7 @@ def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
-    """Write ``.npy`` with the names in a ``.txt`` of the same name, or one ``.parquet``.
+    """Write ``X.npy`` with the names, a JSON list, in ``X.names.json``; or one ``X.parquet``.
 
     The parquet file has the columns ``name`` and ``embedding`` (a list of float32).
 
@@ -133,8 +129,8 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
     buffer = io.BytesIO()
     if path.suffix == ".npy":
         np.save(buffer, result.embeddings_ND)
-        names = path.with_suffix(".txt")
-        files = {path: buffer.getvalue(), names: "".join(f"{n}\n" for n in result.names).encode()}
+        names = (json.dumps(result.names, indent=0) + "\n").encode()
+        files = {path: buffer.getvalue(), path.with_suffix(".names.json"): names}
     elif path.suffix == ".parquet":
         try:
             import pyarrow
@@ -150,7 +146,7 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
         files = {path: buffer.getvalue()}
     else:
         raise ConfigError(f"{path}: expected a name that ends in .npy or .parquet")
-    with writing(path):
+    with writing(path.parent, _ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
             write_file(file, content)

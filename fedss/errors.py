@@ -18,4 +18,11 @@ class RunFolderError(FedssError, RuntimeError):
 
 
 class DivergedError(FedssError, ArithmeticError):
-    """A loss or an update became NaN or infinite; names round and client."""
+    """A loss, an update or the server's weights became NaN or infinite.
+
+    ``client`` is the client whose update it was, None for the server's own step.
+    """
+
+    def __init__(self, message: str, client: int | None = None) -> None:
+        super().__init__(message)
+        self.client = client

@@ -1,8 +1,6 @@
 """The loop over rounds: cohort, engine, checks, aggregate, evaluate, checkpoint, records."""
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,17 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from fedss.algorithm import ServerState, draw_cohort, run_round, spread_rows_out
+from fedss.algorithm import (
+    ServerState,
+    check_finite_state,
+    draw_cohort,
+    run_round,
+    spread_rows_out,
+)
 from fedss.build import (
     build_model,
     class_counts,
     evaluation_task,
     load_data,
-    num_trainable,
     pool_pictures,
     round_plan,
     server_optimizer,
@@ -30,22 +32,20 @@ from fedss.checkpoint import load_checkpoint, save_checkpoint
 from fedss.class_rows import create_class_rows
 from fedss.config import Config
 from fedss.data import Dataset, index_clients
-from fedss.describe import describe
+from fedss.describe import describe, describe_model
 from fedss.engines.local import intra_op_threads, local_engine
-from fedss.errors import RunFolderError
+from fedss.errors import ConfigError, DivergedError, RunFolderError
 from fedss.evaluation import evaluate_embedding, save_panels
-from fedss.files import read_json, write_json, writing
+from fedss.files import write_json, writing
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
 from fedss.progress import show_progress
 from fedss.records import Record, open_records, read_records, summarise, traffic
 from fedss.report import write_report
+from fedss.run_folder import claim_comparison, claim_run, hold, read_summaries
 from fedss.seeds import generator
 
 OnRound = Callable[[Record], None]
-
-# What may differ between a run and its continuation: nothing that decides the weights.
-_FREE_FIELDS = ("workers", "checkpoint_every", "data_path", "skip_broken")
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,9 @@ def train(
     data, folder = data or load_data(config), Path(out)
     _, sample_size = class_counts(config, data)
     embedder = build_model(config, data, backbone)
-    summary_file = folder / "summary.json"
-    with writing(folder):
-        _claim(folder, config, data, embedder)
-        already_done = summary_file.exists()
+    with hold(folder), writing(folder):
+        claim_run(folder, config, describe(config, data), describe_model(embedder))
+        already_done = bool(read_summaries(folder))
         if not already_done:
             label = f"{config.method} seed {config.seed}"
             with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as see:
@@ -105,11 +104,11 @@ def train(
             save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
             run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
             summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
-            write_json(summary_file, [summary])
+            write_json(folder / "summary.json", [summary])
         if not (folder / "report.html").exists():
             write_report(folder)
-    (summary,) = read_json(summary_file)
-    return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
+        (summary,) = read_summaries(folder)
+        return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
 
 
 def compare(
@@ -124,7 +123,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Train each method with each seed under the same settings, and report on all.
 
-    Each run has a folder ``<method>-seed<seed>`` in ``out``; finished ones are not run again.
+    Each run has a folder ``<method>-seed<seed>`` in ``out``; finished ones are not run again, and
+    those of an earlier comparison with the same settings stay in the summary and the report.
     Cohorts depend on the seed alone, so the methods of one seed see the same clients.
 
     Args:
@@ -142,19 +142,21 @@ def compare(
     Raises:
         ConfigError, DataError, RunFolderError, DivergedError: as :func:`train`.
     """
+    for name, values in (("methods", methods), ("seeds", seeds)):
+        if len(set(values)) < len(values) or not values:
+            raise ConfigError(f"{name}: expected one or more, each once, got {list(values)}")
     runs = [replace(config, method=method, seed=seed) for method in methods for seed in seeds]
     data, folder, summaries = data or load_data(config), Path(out), []
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            folder / "config.json",
-            {"config": dataclasses.asdict(config), "methods": list(methods), "seeds": list(seeds)},
-        )
+    class_counts(config, data)
+    with hold(folder), writing(folder):
+        claim_comparison(folder, config, list(methods), list(seeds))
         for run in runs:
             name = f"{run.method}-seed{run.seed}"
             done = train(run, folder / name, data=data, backbone=backbone, on_round=on_round)
             summaries.append({**done.summary, "folder": name})
-        write_json(folder / "summary.json", summaries)
+        now = {(summary["method"], summary["seed"]) for summary in summaries}
+        earlier = [s for s in read_summaries(folder) if (s["method"], s["seed"]) not in now]
+        write_json(folder / "summary.json", earlier + summaries)
         write_report(folder)
     return summaries
 
@@ -173,9 +175,11 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> Embedder:
     for place in (Path(folder), Path(folder) / "model"):
         if (place / "model.safetensors").exists():
             return load_embedder(place, backbone)
+    done = (Path(folder) / "summary.json").exists()
     raise RunFolderError(
         f"{folder}: expected a finished run with model/model.safetensors, found none; "
-        "start its fedss train command again to finish it"
+        + ("delete its summary.json and " if done else "")
+        + "start its fedss train command again: it goes on from the last checkpoint"
     )
 
 
@@ -213,7 +217,13 @@ def _train_rounds(
             clock = _Clock()
             plan = round_plan(config, num_classes, sample_size, state.round)
             cohort = draw_cohort(clients.num_clients, cohort_size, config.seed, state.round)
-            state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
+            try:
+                state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
+            except DivergedError as error:
+                if error.client is None:
+                    raise
+                name = images.client_names[error.client]
+                raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
             if method.spread_out:
                 spread_rows_out(
                     optimizer,
@@ -222,6 +232,7 @@ def _train_rounds(
                     config.spread_out_margin,
                     config.spread_out_neighbours,
                 )
+                check_finite_state(state, torch.arange(num_classes))
             clock.lap("train")
             metrics = None
             if _due(state.round, config.eval_every, config.rounds):
@@ -240,10 +251,11 @@ def _train_rounds(
                 "seconds": clock.seconds,
                 "metrics": metrics,
             }
+            due = _due(state.round, config.checkpoint_every, config.rounds)
             records.append(record)
-            add_record(record)
+            add_record(record, due)
             on_round(record)
-            if _due(state.round, config.checkpoint_every, config.rounds):
+            if due:
                 save_checkpoint(folder / "checkpoint", state)
         theta_P.copy_(state.backbone_P)
         embed = partial(engine.embed, state.backbone_P)
@@ -265,41 +277,3 @@ class _Clock:
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.seconds[phase], self._last = now - self._last, now
-
-
-def _claim(folder: Path, config: Config, data: Dataset, embedder: Embedder) -> None:
-    """Write the run's configuration, or check that the folder was made with the same one.
-
-    Raises:
-        RunFolderError: it was made with another; names the fields that differ.
-    """
-    path = folder / "config.json"
-    content: dict[str, Any] = {
-        "config": dataclasses.asdict(config),
-        "data": describe(config, data),
-        "model": {
-            "backbone": type(embedder.backbone).__name__,
-            "parameters": num_trainable(embedder),
-        },
-        "fedss": importlib.metadata.version("fedss"),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
-        return
-    found = read_json(path)
-    different = [
-        f"{name}: {found.get(part, {}).get(name)!r} there, {value!r} now"
-        for part in ("config", "data", "model")
-        for name, value in content[part].items()
-        if name not in _FREE_FIELDS and found.get(part, {}).get(name) != value
-    ]
-    if different:
-        raise RunFolderError(
-            f"{folder} holds a run made with other settings ({'; '.join(different)}); choose "
-            "another folder, or the settings of its config.json (--config)"
-        )

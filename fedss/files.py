@@ -1,9 +1,10 @@
 """Files that are whole or not there at all."""
 
-import glob
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,32 +12,44 @@ from typing import Any, BinaryIO
 
 from fedss.errors import RunFolderError
 
+_LITTER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name only when it is whole and on the disk."""
-    # Random, since two processes may write the same file at once (the shared cache, a report).
-    # Whoever finishes first removes all attempts begun before: those that kill -9 left behind,
-    # and those of others still at it, whose file then counts as replaced by this one.
+    """A file to write that gets its name only when it is whole and on the disk.
+
+    Of several writers at once each puts its own whole file in place; the last one stays.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        attempts = list(path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"))
-        try:
-            os.replace(temporary, path)
-        except FileNotFoundError:
-            if not path.exists():
-                raise
-    except BaseException:
+        os.replace(temporary, path)
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None
         raise
-    for attempt in attempts:
-        with suppress(OSError):
-            attempt.unlink()
+
+
+def remove_litter(folder: Path, older_than: float = 0.0) -> None:
+    """Delete what :func:`atomic` left in a folder (not below it) when its process was killed.
+
+    Args:
+        folder: where to look; it may be missing.
+        older_than: seconds since the last write. 0 takes all, those of writers still at work
+            too, so it is for a folder that no other process writes to.
+    """
+    with suppress(OSError):
+        for file in list(folder.iterdir()):
+            if _LITTER.fullmatch(file.name):
+                with suppress(OSError):
+                    if not older_than or time.time() - file.stat().st_mtime > older_than:
+                        file.unlink()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -67,13 +80,30 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+RUN_FOLDER_ADVICE = (
+    "make room or mend the place, then start the same command again: it goes on from the last "
+    "checkpoint, if there is one"
+)
+
+
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failed write (a full disk, a read-only place) into a RunFolderError."""
+def writing(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
+    """Turn a failed write (a full disk, a read-only place) into a RunFolderError.
+
+    Args:
+        folder: what is written, or the folder that files are written into.
+        advice: what the message tells the user to do about it.
+    """
     try:
         yield
     except OSError as error:
+        for place in (folder, *folder.parents):
+            if place.is_file():
+                raise RunFolderError(
+                    f"cannot write into {folder}: expected a folder, found a file: {place}; "
+                    "choose another place"
+                ) from error
+        place = error.filename2 or error.filename or folder
         raise RunFolderError(
-            f"cannot write {error.filename or folder}: {error.strerror or error}; make room or "
-            "mend the place, then start the same command again: it goes on from the last checkpoint"
+            f"cannot write {place}: {error.strerror or error}; {advice}"
         ) from error

@@ -25,7 +25,7 @@ class Method:
         sampler: which classes a client asks for.
         objective: the loss it trains on.
         spread_out: the server pushes near class rows apart after each round (FedAwS).
-        pooled: pictures are pooled first: an upper bound, not federated learning.
+        pooled: pictures are pooled first: a reference, not federated learning.
     """
 
     name: str
@@ -68,7 +68,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "central",
-            "pictures pooled, full softmax: the upper bound",
+            "pictures pooled, full softmax, plain SGD: a reference",
             sample_all,
             sampled_softmax,
             pooled=True,

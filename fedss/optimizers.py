@@ -19,7 +19,7 @@ Shape suffixes: P backbone parameters, U touched classes, S requested classes, D
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from fedss.class_rows import ClassRows
 
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
-SERVER_OPTIMIZERS: tuple[str, ...] = get_args(ServerOptimizerKind)
 
 
 @dataclass(frozen=True)

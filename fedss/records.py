@@ -1,6 +1,7 @@
 """What a run writes down: a line of JSON per round, TensorBoard events, a summary."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,11 +50,12 @@ def read_records(path: Path, rounds: int) -> list[Record]:
     lines = path.read_bytes().splitlines() if path.exists() else []
     try:
         records = [json.loads(line) for line in lines[:rounds]]
-    except ValueError as error:
+        numbers = [record["round"] for record in records]
+    except (ValueError, TypeError, KeyError) as error:
         raise RunFolderError(
             f"{path} is damaged ({error}); start again in another folder"
         ) from error
-    if [record["round"] for record in records] != list(range(1, rounds + 1)):
+    if numbers != list(range(1, rounds + 1)):
         raise RunFolderError(
             f"{path}: expected a line for each of the {rounds} rounds in the checkpoint, got "
             f"{len(records)}; start again in another folder"
@@ -62,8 +64,10 @@ def read_records(path: Path, rounds: int) -> list[Record]:
 
 
 @contextmanager
-def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Record], None]]:
-    """Open ``records.jsonl`` and TensorBoard behind the ``past`` rounds; gives ``add(record)``.
+def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Record, bool], None]]:
+    """Open ``records.jsonl`` and TensorBoard behind the ``past`` rounds.
+
+    Gives ``add(record, to_disk)``; ``to_disk`` before a checkpoint, which needs its records.
 
     Lines of rounds after the checkpoint are dropped: these rounds are run again.
     """
@@ -81,9 +85,11 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
         SummaryWriter(str(folder / "tensorboard"), purge_step=len(past) + 1) as board,
     ):
 
-        def add(record: Record) -> None:
+        def add(record: Record, to_disk: bool) -> None:
             file.write(json.dumps(record) + "\n")
             file.flush()
+            if to_disk:
+                os.fsync(file.fileno())
             scalars = {
                 "train/loss": record["loss"],
                 **{f"seconds/{k}": v for k, v in record["seconds"].items()},

@@ -7,7 +7,7 @@ S classes of a class sample (S = P + M).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MarginKind = Literal["none", "cosface", "arcface"]
-MARGIN_KINDS: tuple[str, ...] = get_args(MarginKind)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def own_budget(sample_size: int, num_classes: int) -> int:
     """
     if sample_size >= num_classes:
         return num_classes
-    return sample_size - max(1, sample_size // 8)
+    return sample_size - math.ceil(sample_size / 8)
 
 
 def sample_uniform(

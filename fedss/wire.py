@@ -1,8 +1,8 @@
 """The messages between server and client, and how many bytes they are.
 
 A message is a safetensors buffer: names, dtypes and shapes in a short JSON header, then the
-tensors' bytes. Class ids travel as int64, everything else as float32. A message about all n rows
-carries no ids.
+tensors' bytes. Class ids and counts travel as int64, backbone and rows as float32. A message about
+all n rows carries no ids.
 """
 
 from collections.abc import Mapping

@@ -238,8 +238,8 @@ def test_aggregate_does_not_depend_on_the_order_of_arrival(updates, random):
     assert torch.equal(one.rows_delta_UD, other.rows_delta_UD)
 
 
-def test_the_expected_row_update_is_the_full_softmaxs():
-    """Dividing by the cohort: over all samples, a row's mean update is q times its update."""
+def test_what_a_row_is_divided_by():
+    """The cohort: who does not hold the row counts as zero. The holders: nobody else counts."""
     updates = [
         ClientUpdate(0, torch.zeros(1), torch.tensor([0, 3]), torch.ones(2, 1), 2, 0.0),
         ClientUpdate(1, torch.zeros(1), torch.tensor([1, 3]), torch.ones(2, 1), 6, 0.0),

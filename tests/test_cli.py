@@ -144,7 +144,7 @@ def test_embed_a_folder_and_a_csv(photos, tmp_path, capsys, ending):
         assert main(["embed", str(out), str(source), "--out", str(target)]) == 0
         if ending == ".npy":
             rows = np.load(target)
-            names = target.with_suffix(".txt").read_text().splitlines()
+            names = json.loads(target.with_suffix(".names.json").read_text())
         else:
             import pyarrow.parquet
 
@@ -162,9 +162,9 @@ def test_embed_a_folder_and_a_csv(photos, tmp_path, capsys, ending):
 def test_info_says_what_each_method_would_move(capsys):
     assert main(["info", *GLYPHS]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"training classes n\s+│\s+32", text)
-    assert re.search(r"full\s+│\s+32\.0\s+│\s+100\.0%", text)
-    assert re.search(r"fedss\s+│\s+8\.0\s+│\s+25\.0%", text)
+    assert re.search(r"training classes n\s+32", text)
+    assert re.search(r"full\s+32\.0\s+100\.0%", text)
+    assert re.search(r"fedss\s+8\.0\s+25\.0%", text)
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -190,7 +190,7 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
     assert "at least 2" in refused([*csv_words, *path, "--sample-size", "1"], capsys)
     missing = refused([*csv_words, "--data-path", str(tmp_path / "no.csv")], capsys)
     assert "no.csv" in missing
-    assert "is missing" in refused(["train", "--config", "no.json", "--out", str(out)], capsys)
+    assert "no.json" in refused(["train", "--config", "no.json", "--out", str(out)], capsys)
     assert "expected a finished run" in refused(["evaluate", str(tmp_path)], capsys)
     assert str(tmp_path) in refused(["report", str(tmp_path / "nothing")], capsys)
     refused(["train", "--rounds", "many", "--out", str(out)], capsys)
@@ -213,9 +213,11 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
 
 
 def test_a_diverging_run_ends_with_code_2(tmp_path, capsys):
-    words = ["train", *GLYPHS, "--client-lr", "1e38", "--server-lr", "1e10"]
+    words = ["train", *GLYPHS, "--client-lr", "1e30", "--server-lr", "1e30"]
     message = refused([*words, "--out", str(tmp_path / "run")], capsys)
-    assert re.search(r"round \d+, client \d+: expected a finite loss", message)
+    assert re.search(
+        r"round \d+(, client \d+: expected a finite|: the server's step gave)", message
+    )
 
 
 def test_python_m_fedss_works():

@@ -1,10 +1,12 @@
 """Pictures from files: they equal what Pillow decodes, and each mistake has its message."""
 
+import dataclasses
 import os
 import random
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,14 +18,19 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from fedss.data import (
+    Dataset,
+    Images,
+    RetrievalTask,
     csv_dataset,
     fingerprint,
     folder_dataset,
     load_dataset,
     omniglot_dataset,
+    seen_classes,
 )
 from fedss.data.cache import cache_folder, cached_array, decode
 from fedss.errors import DataError
+from tests import reference
 
 
 def picture(seed, size=(20, 20), mode="RGB"):
@@ -69,7 +76,7 @@ def load(path, **options):
 def same(left, right):
     for a, b in ((left.train, right.train), (left.test.query, right.test.query)):
         assert np.array_equal(a.pixels, b.pixels)
-        assert fingerprint(a) == fingerprint(b)
+    assert fingerprint(left) == fingerprint(right)
     return True
 
 
@@ -180,14 +187,15 @@ def test_only_train_and_validation_rows_still_hold_out_a_test(root):
         (None, ["p0.png,cat,ann,train", "", "./p0.png,dog,bob,train"],
          "line 4: p0.png is listed already in line 2"),
         (None, ["q.png,cat,ann,train", *GOOD], r"line 2: no such picture file: .*q\.png \(1 of 8"),
-        (None, [*GOOD, "p7.png,elk,ann,test"], "line 9: class 'elk' has a single picture in .*"
-         "test split.*add a second"),
-        (None, [*GOOD, "p7.png,elk,ann,validation"], "'elk' has a single .* validation split"),
+        (None, [*GOOD, "p7.png,elk,ann,test"], "line 9, split 'test': class 'elk' has a single "
+         "picture .*add a second"),
+        (None, [*GOOD, "p7.png,elk,ann,validation"],
+         "line 9, split 'validation': class 'elk' has a single"),
         (None, [*GOOD, "p7.png,elk,ann,query"], "both 'test' and 'query' rows"),
         (None, ["p0.png,a,x,train", "p1.png,b,x,query"], "'query' rows but no 'gallery' rows"),
         (None, ["p0.png,a,x,train", "p1.png,b,x,gallery"], "'gallery' rows but no 'query' rows"),
         (None, ["p0.png,a,x,train", "p1.png,b,x,gallery", "p2.png,c,x,query"],
-         "line 4: class 'c' is in the query split but not in the gallery split"),
+         "line 4, split 'query': class 'c' is not in the gallery"),
         (None, ["p0.png,a,x,test", "p1.png,a,x,test"], "no training pictures"),
         ("image,label,client", ["p0.png,a,x", "p1.png,a,x"], "cannot hold out .*got 1 classes"),
         ("image,label,client", ["p0.png,a,x", "p1.png,b,x"], "cannot hold out .*0 of them"),
@@ -422,6 +430,16 @@ def test_two_writers_at_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_litter_of_kills_is_removed_after_a_day(tmp_path):
+    old, young = tmp_path / ".a.npy.0123abcd.tmp", tmp_path / ".b.npy.0123abcd.tmp"
+    for file in (old, young):
+        file.write_bytes(b"")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    cached_array(("k",), (4, 2), rows(4), cache=tmp_path, title="")
+    assert not old.exists()
+    assert young.exists()
+
+
 def test_an_error_midway_leaves_no_file(tmp_path):
     def batches():
         yield np.zeros((2, 2), np.uint8)
@@ -632,15 +650,141 @@ def test_mistakes_in_the_name_and_its_settings(arguments, options, message):
         load_dataset(*arguments, **options)
 
 
-def test_the_fingerprint_tells_data_apart(root):
+def test_the_fingerprint_tells_files_apart(root):
     path = write_csv(root, GOOD)
-    images = load(path).train
-    assert fingerprint(images) == fingerprint(load(path).train)
-    assert len(fingerprint(images)) == 64
-    others = [line.replace("dog", "elk") for line in GOOD]
-    assert fingerprint(load(write_csv(root, others)).train) != fingerprint(images)
-    others = [line.replace("bob", "rob") for line in GOOD]
-    assert fingerprint(load(write_csv(root, others)).train) != fingerprint(images)
-    assert fingerprint(load(path, channels=1).train) != fingerprint(images)
-    save(root / "p1.png", picture(77))
-    assert fingerprint(load(write_csv(root, GOOD)).train) != fingerprint(images)
+    first = fingerprint(load(path))
+    assert first == fingerprint(load(path))
+    assert len(first) == 64
+    for old, new in (("dog", "elk"), ("fox", "elk"), ("bob", "rob"), ("test", "validation")):
+        lines = [line.replace(old, new) for line in GOOD]
+        assert fingerprint(load(write_csv(root, lines))) != first
+    write_csv(root, GOOD)
+    assert fingerprint(load(path, channels=1)) != first
+    for name in ("p1.png", "p3.png"):
+        before = fingerprint(load(path))
+        save(root / name, picture(77))
+        assert fingerprint(load(path)) != before
+
+
+# In memory
+
+
+def in_memory(labels, names=None, /, **changes):
+    """Pictures with these labels, for class names c0, c1 and so on; each at its own client."""
+    count = len(labels)
+    names = names or [f"c{i}" for i in range(max(labels, default=0) + 1)]
+    fields = {
+        "pixels": np.random.default_rng(count).integers(0, 256, (count, 1, 4, 4), np.uint8),
+        "labels": np.array(labels, np.int64),
+        "clients": np.arange(count),
+        "class_names": names,
+        "client_names": [f"client{i}" for i in range(count)],
+        "names": [f"{i}.png" for i in range(count)],
+    }
+    return Images(**{**fields, **changes})
+
+
+def whole():
+    tasks = [RetrievalTask(in_memory([0, 0, 1, 1]), in_memory([1, 0, 1])) for _ in range(2)]
+    return Dataset("mine", in_memory([0, 1]), *tasks)
+
+
+@pytest.mark.parametrize("part", ["train", "test.query", "test.gallery", "validation.gallery"])
+@pytest.mark.parametrize(
+    "field", ["pixels", "labels", "clients", "class_names", "client_names", "names"]
+)
+def test_the_fingerprint_covers_every_part(part, field):
+    data = whole()
+    assert fingerprint(data) == fingerprint(whole())
+    outer, _, inner = part.partition(".")
+    images = getattr(getattr(data, outer), inner) if inner else data.train
+    value = getattr(images, field)
+    if field in ("labels", "clients"):
+        changed = value.copy()
+        changed[-1] = 0
+    elif field == "pixels":
+        changed = 255 - value
+    else:
+        changed = [f"other {name}" for name in value]
+    other = dataclasses.replace(images, **{field: changed})
+    if field == "class_names" and outer != "train":
+        # Queries are matched by name, so both change theirs.
+        task = getattr(data, outer)
+        pair = [dataclasses.replace(i, class_names=changed) for i in (task.query, task.gallery)]
+        other = RetrievalTask(*pair)
+    elif inner:
+        other = dataclasses.replace(getattr(data, outer), **{inner: other})
+    assert fingerprint(dataclasses.replace(data, **{outer: other})) != fingerprint(data)
+
+
+def test_the_fingerprint_tells_which_part_is_missing():
+    data = whole()
+    alone = dataclasses.replace(data, validation=None)
+    task = RetrievalTask(data.test.query)
+    found = [data, alone, dataclasses.replace(alone, test=task)]
+    found.append(dataclasses.replace(found[-1], validation=task))
+    assert len({fingerprint(d) for d in found}) == 4
+    assert fingerprint(dataclasses.replace(data, name="else")) == fingerprint(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixels": np.zeros((2, 1, 4, 4), np.float32)}, r"got float32 \[2, 1, 4, 4\]"),
+        ({"pixels": np.zeros((2, 4, 4), np.uint8)}, r"uint8 \[N, C, H, W\], got uint8 \[2, 4, 4\]"),
+        ({"pixels": [[0]]}, "expected a numpy array, .* got a list"),
+        ({"pixels": np.zeros((2, 4, 4, 3), np.uint8)}, r"1 or 3 channels.* got \[2, 4, 4, 3\]"),
+        ({"pixels": np.zeros((2, 1, 4, 5), np.uint8)}, "square pictures"),
+        ({"labels": np.array([0, 2])}, "labels: expected numbers from 0 to 1, got 0 to 2"),
+        ({"labels": np.array([-1, 0])}, "labels: expected numbers from 0 to 1, got -1 to 0"),
+        (
+            {"labels": np.array([0.0, 1.0])},
+            r"labels: expected .*int64 \[N\], got float64 \[2\]; conv",
+        ),
+        ({"labels": [0, 1]}, "labels: expected a numpy array, .*got a list"),
+        ({"labels": np.array([[0], [1]])}, r"got int64 \[2, 1\]"),
+        ({"labels": np.array([0])}, "labels: expected 2 values, one per picture, got 1"),
+        ({"clients": np.array([0, 9])}, "clients: expected numbers from 0 to 1"),
+        ({"clients": np.array([0, 1], np.int32)}, "clients: .*got int32"),
+        ({"names": ["a"]}, "names: expected 2 values"),
+        ({"class_names": ["a", "a"]}, "class_names: 'a' stands there 2 times"),
+    ],
+)
+def test_pictures_that_do_not_fit_together_are_refused(changes, message):
+    with pytest.raises(DataError, match=message):
+        in_memory([0, 1], **changes)
+
+
+def test_queries_that_nothing_could_match_are_refused():
+    with pytest.raises(
+        DataError, match=r"'2\.png': class 'c1' has a single picture .*add a second"
+    ):
+        RetrievalTask(in_memory([0, 0, 1]))
+    with pytest.raises(DataError, match=r"'0\.png': class 'a' is not in the gallery"):
+        RetrievalTask(in_memory([0, 1], ["a", "b"]), in_memory([0, 1], ["b", "c"]))
+    with pytest.raises(DataError, match="without query pictures"):
+        RetrievalTask(in_memory([]))
+    # By name, not by number; and names that no picture has do not count.
+    RetrievalTask(in_memory([0, 0], ["a", "b"]), in_memory([1], ["b", "a"]))
+    with pytest.raises(DataError, match="not in the gallery"):
+        RetrievalTask(in_memory([0, 0], ["a", "b"]), in_memory([0], ["b", "a"]))
+
+
+def test_parts_of_different_shapes_or_without_training_pictures_are_refused():
+    data, wide = whole(), np.zeros((2, 3, 4, 4), np.uint8)
+    with pytest.raises(DataError, match="'mine' has no training pictures"):
+        dataclasses.replace(data, train=in_memory([]))
+    message = r"one shape .* train \[3, 4, 4\], test \[1, 4, 4\], validation \[1, 4, 4\]"
+    with pytest.raises(DataError, match=message):
+        dataclasses.replace(data, train=in_memory([0, 1], pixels=wide))
+    with pytest.raises(DataError, match=r"query \[1, 4, 4\], gallery \[3, 4, 4\]"):
+        RetrievalTask(in_memory([0, 1]), in_memory([0, 1], pixels=wide))
+
+
+def test_seen_classes_are_counted_by_name():
+    query = RetrievalTask(in_memory([0, 0, 1, 1], ["b", "c", "d"]))
+    for names, seen in ((["a", "b"], 1), (["x", "y"], 0), (["c", "b"], 2), (["a", "d"], 0)):
+        assert seen_classes(Dataset("mine", in_memory([0, 1], names), query)) == seen
+    # Names that no picture has do not count.
+    assert seen_classes(Dataset("mine", in_memory([0], ["a", "b"]), query)) == 0
+    assert seen_classes(reference.tiny_dataset()) == 0

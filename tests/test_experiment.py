@@ -53,6 +53,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     run = train(tmp_path / "run")
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
+        ".lock",
         "config.json",
         "records.jsonl",
         "tensorboard",
@@ -104,6 +105,7 @@ def test_the_number_of_workers_does_not_change_a_bit(tmp_path):
     for workers in (1, 2, 5):
         train(tmp_path / str(workers), dataclasses.replace(SMALL, workers=workers))
     assert len({digest(tmp_path / str(workers)) for workers in (1, 2, 5)}) == 1
+    assert lines(tmp_path / "1") == lines(tmp_path / "2") == lines(tmp_path / "5")
 
 
 def test_seeds_matter_and_global_state_does_not(tmp_path):
@@ -235,11 +237,101 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
 
 
-def test_divergence_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    config = dataclasses.replace(SMALL, client_lr=1e38, server_lr=1e10, checkpoint_every=1)
-    with pytest.raises(DivergedError, match=r"round \d+, client \d+"):
-        train(tmp_path / "run", config)
+def test_a_diverging_client_stops_the_run(tmp_path):
+    broken = reference.tiny_backbone()
+    broken[1].weight.data.fill_(float("inf"))
+    with pytest.raises(DivergedError, match=r"round 1, client (\d): .*is 'client \1'"):
+        fedss.train(SMALL, tmp_path / "run", data=DATA, backbone=broken)
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_diverging_server_stops_the_run_and_keeps_finite_checkpoints(tmp_path):
+    config = dataclasses.replace(SMALL, server_lr=1e30, client_lr=1e10, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"round \d+: the server's step"):
+        train(tmp_path / "run", config)
+    kept = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert kept is None or kept.backbone_P.isfinite().all()
+
+
+def test_one_process_at_a_time(tmp_path):
+    (tmp_path / "run").mkdir()
+    code = (
+        "import sys; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(RunFolderError, match="in use by another fedss process"):
+            train(tmp_path / "run")
+        other.kill()
+    train(tmp_path / "run")
+
+
+def test_runs_and_comparisons_do_not_overwrite_each_other(tmp_path):
+    config = dataclasses.replace(SMALL, rounds=1)
+    kwargs = {"data": DATA, "backbone": reference.tiny_backbone()}
+    train(tmp_path / "run", config)
+    fedss.compare(config, ["fedss"], [0], tmp_path / "both", **kwargs)
+    before = {p: p.read_bytes() for p in tmp_path.glob("*/*.json")}
+    with pytest.raises(RunFolderError, match="holds a single run"):
+        fedss.compare(config, ["full"], [0], tmp_path / "run", **kwargs)
+    with pytest.raises(RunFolderError, match="holds a comparison"):
+        train(tmp_path / "both", config)
+    two = dataclasses.replace(config, rounds=2)
+    with pytest.raises(RunFolderError, match="rounds: 1 there, 2 now"):
+        fedss.compare(two, ["fedss"], [0], tmp_path / "both", **kwargs)
+    assert before == {p: p.read_bytes() for p in tmp_path.glob("*/*.json")}
+    fedss.compare(config, ["full"], [0], tmp_path / "both", **kwargs)
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert [s["method"] for s in summary] == ["fedss", "full"]
+
+
+def test_a_run_without_its_configuration_is_refused(tmp_path):
+    train(tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(RunFolderError, match=r"no config\.json"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, method="full"))
+
+
+@pytest.mark.parametrize("file", ["config.json", "summary.json"])
+@pytest.mark.parametrize("content", ["[]", "[{}]", "{", "5"])
+def test_damaged_json_is_refused(tmp_path, file, content):
+    train(tmp_path / "run", dataclasses.replace(SMALL, rounds=1))
+    (tmp_path / "run" / file).write_text(content)
+    if (file, content) == ("summary.json", "[]"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, rounds=1))
+        return
+    with pytest.raises(RunFolderError, match=rf"{file}.*is damaged"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, rounds=1))
+
+
+@pytest.mark.parametrize("line", ["5", '{"round": 7}', "{"])
+def test_damaged_records_are_refused(tmp_path, line):
+    def stop(record: dict) -> None:
+        if record["round"] == 5:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(tmp_path / "run", on_round=stop)
+    path = tmp_path / "run" / "records.jsonl"
+    path.write_text("\n".join([line, *path.read_text().splitlines()[1:]]))
+    with pytest.raises(RunFolderError, match=r"records\.jsonl"):
+        train(tmp_path / "run")
+
+
+def test_a_module_of_another_structure_is_refused(tmp_path):
+    train(tmp_path / "run")
+    other = reference.tiny_backbone()
+    other[2] = torch.nn.ReLU()
+    with pytest.raises(RunFolderError, match="structure"):
+        fedss.train(SMALL, tmp_path / "run", data=DATA, backbone=other)
+
+
+@pytest.mark.parametrize(("methods", "seeds"), [(["full", "full"], [0]), (["full"], [0, 0])])
+def test_nothing_is_compared_twice(tmp_path, methods, seeds):
+    with pytest.raises(ConfigError, match="each once"):
+        fedss.compare(SMALL, methods, seeds, tmp_path, data=DATA)
 
 
 def test_sample_size_above_n_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from fedss.data import seen_classes
 from fedss.data.glyphs import _alphabet_sizes, _normal, _spline, _uniform, glyphs, glyphs_dataset
 from fedss.errors import DataError
 
@@ -41,6 +42,15 @@ def test_many_pictures_go_to_the_cache(tmp_path, monkeypatch):
 def test_parts_share_nothing():
     train, test = (glyphs(30, 8, part=part) for part in ("train", "test"))
     assert not set(pictures(train).values()) & set(pictures(test).values())
+
+
+def test_names_are_unique_over_all_parts():
+    data = glyphs_dataset(100, 20)
+    parts = (data.train, data.test.query, data.validation.query)
+    for field in ("class_names", "client_names", "names"):
+        names = [name for part in parts for name in getattr(part, field)]
+        assert len(set(names)) == len(names)
+    assert seen_classes(data) == 0
 
 
 def test_every_client_draws_whole_alphabets_and_every_alphabet_has_its_drawers():

@@ -17,7 +17,6 @@ from fedss.errors import ConfigError, DataError
 from fedss.models import (
     Embedder,
     FrozenBatchNorm,
-    build_backbone,
     build_embedder,
     conv4,
     embed_pixels,
@@ -74,7 +73,7 @@ def test_conv4_as_described() -> None:
 
 def test_named_widths() -> None:
     for name, width in (("conv4", 64), ("conv4-32", 32), ("conv4-5", 5)):
-        net = build_backbone(name, channels=1, image_size=28, seed=0)
+        net = small(name).backbone
         assert net(torch.rand(2, 1, 28, 28)).shape == (2, width * 3 * 3)
 
 
@@ -252,6 +251,34 @@ class DropPath(nn.Module):
     drop_prob = 0.1
 
 
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + self.training
+        return x
+
+
+class RunningMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average.lerp_(x.mean(), 0.1)
+        return x - self.average
+
+
+class FromFirstBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "start"):
+            self.register_buffer("start", x.detach().mean() + 1)
+        return x / self.start
+
+
 class Two(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
@@ -264,6 +291,9 @@ class Two(nn.Module):
         (own_module(DropPath()), "active dropout"),
         (Functional(), "draws random numbers"),
         (nn.Sequential(own_module(), nn.BatchNorm1d(6)), r"1 \(BatchNorm1d\)"),
+        (own_module(Counter()), r"changes buffers when it trains: 1\.calls\. .*leave them"),
+        (own_module(RunningMean()), r"changes buffers when it trains: 1\.average"),
+        (own_module(FromFirstBatch()), r"changes buffers when it trains: 1\.start"),
         (own_module(nn.InstanceNorm2d(6, track_running_stats=True)), "InstanceNorm2d"),
         (nn.Conv2d(1, 4, 3), r"\[1, features\], but gives \[1, 4, 26, 26\].*pooling"),
         (nn.Flatten(0), r"but gives \[784\]"),
@@ -276,6 +306,14 @@ class Two(nn.Module):
 def test_modules_that_do_not_fit_are_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small(module)
+
+
+def test_buffers_that_stay_are_welcome() -> None:
+    module = own_module(Counter(), RunningMean())
+    module[1].forward = module[2].forward = lambda x: x
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    before = copy.deepcopy(module.state_dict())
+    assert same_bits(small(module).backbone.state_dict(), before)
 
 
 def test_pretrained_module_keeps_its_statistics() -> None:
@@ -487,7 +525,9 @@ def test_a_failed_write_leaves_the_old_files(
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read .*config.json"):
+    with pytest.raises(
+        ConfigError, match=r"config.json is missing.*delete .*summary.json and start"
+    ):
         load_embedder(tmp_path)
     with pytest.raises(ConfigError, match="cannot be written as JSON"):
         save_embedder(small(), tmp_path, {"x": object()})
@@ -502,7 +542,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"block1.conv.weight is .*\[16, 1.*expected.*\[8, 1"):
         load_embedder(tmp_path)
     config.write_text(text.replace('"conv4-16"', "null"))
-    with pytest.raises(ConfigError, match="pass one of the same structure"):
+    with pytest.raises(ConfigError, match=r"pass one of the same structure, fedss\.load\(f"):
         load_embedder(tmp_path)
     with pytest.raises(ConfigError, match=r"missing backbone.0.weight.*left over backbone.block1"):
         load_embedder(tmp_path, own_module())
@@ -515,5 +555,10 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_embedder(tmp_path)
     config.write_text(text)
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"cannot read .*model.safetensors"):
+    with pytest.raises(ConfigError, match=r"cannot read .*model.safetensors.*summary.json"):
+        load_embedder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(
+        ConfigError, match=r"model.safetensors is missing.*same fedss train command"
+    ):
         load_embedder(tmp_path)

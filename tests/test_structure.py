@@ -44,7 +44,7 @@ LAYERS = [
     {"optimizers", "methods"},
     {"algorithm"},
     {"config", "wire", "checkpoint", "engines"},
-    {"build", "records", "embedding", "evaluation"},
+    {"build", "run_folder", "records", "embedding", "evaluation"},
     {"describe", "progress"},
     {"experiment"},
     {"cli"},

@@ -16,6 +16,7 @@ from fedss.data.images import (
     RetrievalTask,
     index_clients,
     own_classes,
+    seen_classes,
 )
 from fedss.data.manifest import csv_dataset
 from fedss.data.omniglot import omniglot_dataset
@@ -36,9 +37,12 @@ __all__ = [
     "load_dataset",
     "omniglot_dataset",
     "own_classes",
+    "seen_classes",
 ]
 
 DATASETS = ("glyphs", "omniglot", "csv", "folder")
+
+_SAMPLE = 256
 
 
 def load_dataset(
@@ -53,8 +57,6 @@ def load_dataset(
     seed: int = 0,
     glyphs_classes: int = 1280,
     glyphs_clients: int = 256,
-    glyphs_drawers: int = 8,
-    glyphs_copies: int = 2,
 ) -> Dataset:
     """A data set by name.
 
@@ -72,8 +74,6 @@ def load_dataset(
         seed: The data's seed (which glyphs, which classes are held out), not the training's.
         glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
         glyphs_clients: Training clients.
-        glyphs_drawers: Clients per alphabet, at least.
-        glyphs_copies: Pictures of a class by one client.
 
     Returns:
         Dataset of uint8 [N, channels, image_size, image_size].
@@ -101,8 +101,6 @@ def load_dataset(
             glyphs_classes,
             glyphs_clients,
             test_classes=test_classes,
-            drawers=glyphs_drawers,
-            copies=glyphs_copies,
             image_size=side,
             seed=seed,
             cache=cache,
@@ -122,19 +120,28 @@ def load_dataset(
     )
 
 
-def fingerprint(images: Images) -> str:
-    """SHA-256, in hex, of the labels, clients, all names, the shape, and up to 64 pictures.
+def fingerprint(data: Dataset) -> str:
+    """SHA-256, in hex, of training, test (queries and gallery) and validation pictures.
 
-    Equal for equal data, wherever it is stored; a run is resumed on equal data only.
+    Covers, of each of these parts: whether it is there, all labels, all clients, the names of all
+    classes, clients and pictures in order, the pixels' shape, and the pixels of up to 256 pictures
+    spread evenly. Does not cover: the pixels of other pictures (names stand for them), the data
+    set's own name, the names of skipped pictures, and where anything is stored.
     """
-    digest = hashlib.sha256(repr(images.pixels.shape).encode())
-    for numbers in (images.labels, images.clients):
-        digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())
-    for names in (images.class_names, images.client_names, images.names):
-        digest.update(f"{len(names)}\n".encode())
-        for name in names:
-            digest.update(f"{len(name)}:{name}\n".encode("utf-8", "surrogateescape"))
-    if len(images):
-        sample = np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64))
-        digest.update(np.ascontiguousarray(images.pixels[sample]).tobytes())
+    digest = hashlib.sha256()
+    tasks = [(t.query, t.gallery) if t else (None, None) for t in (data.test, data.validation)]
+    for images in (data.train, *tasks[0], *tasks[1]):
+        if images is None:
+            digest.update(b"none\n")
+            continue
+        digest.update(f"{images.pixels.shape}\n".encode())
+        for numbers in (images.labels, images.clients):
+            digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())
+        for names in (images.class_names, images.client_names, images.names):
+            digest.update(f"{len(names)}\n".encode())
+            for name in names:
+                digest.update(f"{len(name)}:{name}\n".encode("utf-8", "surrogateescape"))
+        if len(images):
+            sample = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(np.int64))
+            digest.update(np.ascontiguousarray(images.pixels[sample]).tobytes())
     return digest.hexdigest()

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.progress import track
 
 from fedss.errors import DataError
-from fedss.files import atomic
+from fedss.files import atomic, remove_litter
 
 # Part of every key: raise it when the same files would give other pixels.
 _VERSION = 1
 _BATCH = 256
+_DAY = 24 * 3600.0
 _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -211,6 +212,8 @@ def _file(kind: str, cache: Path | None, key: Iterable[object], suffix: str) -> 
 def _cache_file(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Other processes may be writing here now; what nobody has written to for a day is litter.
+        remove_litter(path.parent, older_than=_DAY)
         with atomic(path) as file:
             yield file
     except OSError as error:

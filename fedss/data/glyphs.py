@@ -322,10 +322,12 @@ def glyphs(
         for start, batch in zip(range(0, len(labels), _BATCH), batches(), strict=True):
             pixels[start : start + _BATCH] = batch
 
-    class_names = [f"{a:05d}/{i:02d}" for a, size in enumerate(sizes) for i in range(size)]
-    client_names = [f"drawer{k:05d}" for k in range(num_clients)]
+    # The parts have scripts and drawers of their own, so names of their own too.
+    characters = [f"{a:05d}/{i:02d}" for a, size in enumerate(sizes) for i in range(size)]
+    class_names = [f"{part}/{character}" for character in characters]
+    client_names = [f"{part}/drawer{k:05d}" for k in range(num_clients)]
     names = [
-        f"{client_names[k]}/{class_names[y]}_{c}"
+        f"{client_names[k]}/{characters[y]}_{c}"
         for k, y, c in zip(clients.tolist(), labels.tolist(), copy.tolist(), strict=True)
     ]
     return Images(pixels, labels, clients, class_names, client_names, names)

@@ -3,7 +3,8 @@
 Shape suffixes: N pictures, C channels, H height, W width.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +17,17 @@ class Images:
     """Labelled pictures, each held by one client.
 
     Attributes:
-        pixels: uint8 [N, C, H, W], C = 1 or 3; an array in memory or a read-only memory map.
+        pixels: uint8 [N, C, H, W], C = 1 or 3, H = W; in memory or a read-only memory map.
             Read by fancy indexing only, so that it never has to sit in memory as a whole.
         labels: int64 [N], index into ``class_names``.
         clients: int64 [N], index into ``client_names``.
-        class_names: one name per class.
+        class_names: one name per class, no two the same. Classes of different ``Images`` are the
+            same where their names are.
         client_names: one name per client.
         names: one name per picture: its file name relative to the data set's root.
+
+    Raises:
+        DataError: Any of these is otherwise.
     """
 
     pixels: np.ndarray
@@ -33,24 +38,42 @@ class Images:
     names: Sequence[str]
 
     def __post_init__(self) -> None:
-        count = len(self.pixels)
-        if self.pixels.ndim != 4 or self.pixels.dtype != np.uint8:
-            raise ValueError(
-                f"pixels: expected uint8 [N, C, H, W], got {self.pixels.dtype} {self.pixels.shape}"
+        pixels = self.pixels
+        if not (isinstance(pixels, np.ndarray) and pixels.ndim == 4 and pixels.dtype == np.uint8):
+            raise DataError(
+                f"pixels: expected a numpy array, uint8 [N, C, H, W], got {_kind(pixels)}"
             )
-        for field in ("labels", "clients", "names"):
-            if len(getattr(self, field)) != count:
-                raise ValueError(
-                    f"{field}: expected {count} values, one per picture, "
-                    f"got {len(getattr(self, field))}"
-                )
+        if pixels.shape[1] not in (1, 3) or pixels.shape[2] != pixels.shape[3]:
+            raise DataError(
+                "pixels: expected square pictures of 1 or 3 channels, [N, C, H, W] with C = 1 or "
+                f"3 and H = W, got {list(pixels.shape)}"
+            )
         for field, limit in (("labels", self.class_names), ("clients", self.client_names)):
             values = getattr(self, field)
-            if count and (values.min() < 0 or values.max() >= len(limit)):
-                raise ValueError(
+            if not (
+                isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype == np.int64
+            ):
+                raise DataError(
+                    f"{field}: expected a numpy array, int64 [N], got {_kind(values)}; convert it "
+                    "with np.asarray(values, np.int64)"
+                )
+            if len(values) and (values.min() < 0 or values.max() >= len(limit)):
+                raise DataError(
                     f"{field}: expected numbers from 0 to {len(limit) - 1}, "
                     f"got {values.min()} to {values.max()}"
                 )
+        for field in ("labels", "clients", "names"):
+            if len(getattr(self, field)) != len(pixels):
+                raise DataError(
+                    f"{field}: expected {len(pixels)} values, one per picture, "
+                    f"got {len(getattr(self, field))}"
+                )
+        if len(set(self.class_names)) < len(self.class_names):
+            (name, times), *_ = Counter(self.class_names).most_common(1)
+            raise DataError(
+                f"class_names: {name!r} stands there {times} times; give each class a name of its "
+                "own"
+            )
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -61,10 +84,49 @@ class RetrievalTask:
     """Pictures to search with, and pictures to search in.
 
     ``gallery=None``: each query is searched among all the other queries.
+
+    Raises:
+        DataError: No queries, a query for which no picture could be right, or pictures of
+            different shapes.
     """
 
     query: Images
     gallery: Images | None = None
+
+    def __post_init__(self) -> None:
+        query, gallery = self.query, self.gallery
+        if not len(query):
+            raise DataError("a retrieval task without query pictures: give at least two of a class")
+        if gallery is not None:
+            _check_same_shape({"query": query, "gallery": gallery})
+        names = (_labels(query), None if gallery is None else _labels(gallery))
+        for position, reason in unanswerable(*names):
+            raise DataError(f"retrieval query {query.names[position]!r}: {reason}")
+
+
+def unanswerable(
+    query: Sequence[str], gallery: Sequence[str] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Queries for which no picture could be right: their position and the reason.
+
+    Args:
+        query: the class name of each query picture.
+        gallery: the class name of each gallery picture; None: the other queries are the gallery.
+    """
+    count, findable = Counter(query), set(gallery or ())
+    for position, name in enumerate(query):
+        if gallery is None and count[name] == 1:
+            yield (
+                position,
+                f"class {name!r} has a single picture to test with, so no other picture could be "
+                "right; add a second one or remove this one",
+            )
+        elif gallery is not None and name not in findable:
+            yield (
+                position,
+                f"class {name!r} is not in the gallery, so nothing could be right; add a gallery "
+                "picture or remove this query",
+            )
 
 
 @dataclass(frozen=True)
@@ -73,6 +135,9 @@ class Dataset:
 
     ``test`` is reported; ``validation``, where a data set has one, is for choosing settings.
     ``skipped`` names the pictures left out because they could not be read (``skip_broken``).
+
+    Raises:
+        DataError: No training pictures, or parts with pictures of different shapes.
     """
 
     name: str
@@ -80,6 +145,14 @@ class Dataset:
     test: RetrievalTask
     validation: RetrievalTask | None = None
     skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.train):
+            raise DataError(f"data set {self.name!r} has no training pictures")
+        parts = {"train": self.train, "test": self.test.query}
+        if self.validation is not None:
+            parts["validation"] = self.validation.query
+        _check_same_shape(parts)
 
 
 @dataclass(frozen=True)
@@ -107,6 +180,14 @@ def own_classes(images: Images) -> np.ndarray:
     return np.bincount(pairs // n, minlength=len(images.client_names))
 
 
+def seen_classes(data: Dataset) -> int:
+    """How many classes of the test queries are in training too; 0: all are unseen.
+
+    Compared by name, since each part numbers its classes in its own way.
+    """
+    return len(set(_labels(data.test.query)) & set(_labels(data.train)))
+
+
 def index_clients(images: Images) -> ClientIndex:
     """Index pictures by client.
 
@@ -122,3 +203,20 @@ def index_clients(images: Images) -> ClientIndex:
         )
     order_N = np.argsort(images.clients, kind="stable")
     return ClientIndex(images, order_N, np.concatenate([[0], np.cumsum(count_K)]))
+
+
+def _labels(images: Images) -> list[str]:
+    return [images.class_names[label] for label in images.labels.tolist()]
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def _check_same_shape(parts: Mapping[str, Images]) -> None:
+    shapes = {name: list(images.pixels.shape[1:]) for name, images in parts.items()}
+    if len({str(shape) for shape in shapes.values()}) > 1:
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise DataError(f"pixels: expected one shape [C, H, W] in all parts, got {found}")

@@ -6,14 +6,14 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fedss.data.cache import BrokenPicturesError, all_colourless, decode_files
-from fedss.data.images import Dataset, Images, RetrievalTask
+from fedss.data.images import Dataset, Images, RetrievalTask, unanswerable
 from fedss.errors import DataError
 
 COLUMNS = ("image", "label", "client")
@@ -92,6 +92,33 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: See ``csv_dataset``.
     """
+    rows: list[Row] = []
+    seen: dict[str, int] = {}
+    for line, values in read_table(path, COLUMNS, optional="split"):
+        row = _row(path, f"{path}, line {line}", values)
+        earlier = seen.setdefault(os.path.normcase(row.file), line)
+        if earlier != line:
+            raise DataError(
+                f"{row.where}: {row.name} is listed already in line {earlier}; "
+                "each picture has one class and one client: remove one of the lines"
+            )
+        rows.append(row)
+    return rows
+
+
+def read_table(
+    path: Path, columns: Sequence[str], optional: str | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """A CSV's lines that are not blank: line number, and cells by column, without outer spaces.
+
+    Args:
+        path: The CSV, in UTF-8, with a header line.
+        columns: Those that must be there, with no cell empty. Others may be there too.
+        optional: A column to mention in messages about the header.
+
+    Raises:
+        DataError: Anything amiss with the file, its header or a line; or no line at all.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -101,38 +128,36 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
     except OSError as error:
         raise DataError(
-            f"{path}: expected a CSV file with the columns {', '.join(COLUMNS)}; "
-            f"cannot open it: {error.strerror}"
+            f"{path}: expected a CSV file with {_listed(columns)}; cannot open it: {error.strerror}"
         ) from error
 
     lines = csv.reader(io.StringIO(text, newline=""))
-    rows: list[Row] = []
-    seen: dict[str, int] = {}
+    empty = True
     try:
         header = [cell.strip() for cell in next(lines, [])]
         if not any(header):
-            raise DataError(f"{path}: empty; expected a header line image,label,client[,split]")
-        _check_header(path, header)
+            also = f"[,{optional}]" if optional else ""
+            raise DataError(f"{path}: empty; expected a header line {','.join(columns)}{also}")
+        _check_header(path, header, columns, optional)
         for cells in lines:
-            if not any(cell.strip() for cell in cells):
-                continue
-            row = _row(path, lines.line_num, header, cells)
-            earlier = seen.setdefault(os.path.normcase(row.file), lines.line_num)
-            if earlier != lines.line_num:
-                raise DataError(
-                    f"{row.where}: {row.name} is listed already in line {earlier}; "
-                    "each picture has one class and one client: remove one of the lines"
-                )
-            rows.append(row)
+            if any(cell.strip() for cell in cells):
+                empty = False
+                where = f"{path}, line {lines.line_num}"
+                yield lines.line_num, _cells(where, header, cells, columns)
     except csv.Error as error:
         raise DataError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
-    if not rows:
+    if empty:
         raise DataError(f"{path}: no pictures: there is a header line and nothing below it")
-    return rows
 
 
-def _check_header(path: Path, header: Sequence[str]) -> None:
-    missing = [column for column in COLUMNS if column not in header]
+def _listed(columns: Sequence[str]) -> str:
+    return f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
+
+
+def _check_header(
+    path: Path, header: Sequence[str], columns: Sequence[str], optional: str | None
+) -> None:
+    missing = [column for column in columns if column not in header]
     if not missing:
         return
     hints = []
@@ -144,24 +169,31 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
     if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
         hints.append("separate the columns with commas")
     raise DataError(
-        f"{path}, line 1: expected the columns {', '.join(COLUMNS)} and perhaps split; "
-        f"missing: {', '.join(missing)}; found: {', '.join(header)}"
+        f"{path}, line 1: expected {_listed(columns)}"
+        + (f" and perhaps {optional}" if optional else "")
+        + f"; missing: {', '.join(missing)}; found: {', '.join(header)}"
         + "".join(f"; {hint}" for hint in hints)
     )
 
 
-def _row(path: Path, line: int, header: Sequence[str], cells: Sequence[str]) -> Row:
-    where = f"{path}, line {line}"
+def _cells(
+    where: str, header: Sequence[str], cells: Sequence[str], columns: Sequence[str]
+) -> dict[str, str]:
     if len(cells) > len(header):
         raise DataError(
             f"{where}: expected {len(header)} cells, got {len(cells)}; "
             'put a value with a comma in it between double quotes: "a,b"'
         )
-    values = dict(zip(header, (cell.strip() for cell in cells), strict=False))
-    for column in COLUMNS:
-        if not values.get(column):
+    values = dict.fromkeys(header, "")
+    values |= zip(header, (cell.strip() for cell in cells), strict=False)
+    for column in columns:
+        if not values[column]:
             raise DataError(f"{where}: empty {column}; fill it in or remove the line")
-    split = values.get("split", "") if "split" in header else None
+    return values
+
+
+def _row(path: Path, where: str, values: Mapping[str, str]) -> Row:
+    split = values.get("split")
     if split is not None and split not in SPLITS:
         near = difflib.get_close_matches(split.lower(), SPLITS, 1)
         raise DataError(
@@ -282,23 +314,12 @@ def arrange(rows: Sequence[Row], test_classes: float, seed: int) -> dict[str, li
         splits["test"] = [row for row in splits["train"] if row.label in held_out]
         splits["train"] = [row for row in splits["train"] if row.label not in held_out]
 
-    for split in ("test", "validation"):
-        count = Counter(row.label for row in splits[split])
-        for row in splits[split]:
-            if count[row.label] == 1:
-                raise DataError(
-                    f"{row.where or row.name}: class {row.label!r} has a single picture in the "
-                    f"{split} split, so no other picture could be right; "
-                    "add a second one or remove this one"
-                )
-    findable = {row.label for row in splits["gallery"]}
-    for row in splits["query"]:
-        if row.label not in findable:
-            raise DataError(
-                f"{row.where or row.name}: class {row.label!r} is in the query split but not in "
-                "the gallery split, so nothing could be right; "
-                "add a gallery picture or remove this query"
-            )
+    # RetrievalTask checks this too, but only once all pictures are decoded, and knows no lines.
+    gallery = [row.label for row in splits["gallery"]]
+    for split, others in (("test", None), ("validation", None), ("query", gallery)):
+        for position, reason in unanswerable([row.label for row in splits[split]], others):
+            row = splits[split][position]
+            raise DataError(f"{row.where or row.name}, split {split!r}: {reason}")
     return {split: members for split, members in splits.items() if members}
 
 

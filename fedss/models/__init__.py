@@ -5,7 +5,7 @@ module of your own and sees to what federated training needs of it: no running s
 randomness in the forward pass, a known output size. `flatten_` then gives θ as one vector.
 """
 
-from fedss.models.backbones import build_backbone, conv4
+from fedss.models.backbones import conv4
 from fedss.models.embedder import Embedder, EmbedderSpec, build_embedder, embed_pixels
 from fedss.models.flat import FlatParameters, flatten_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
@@ -16,7 +16,6 @@ __all__ = [
     "EmbedderSpec",
     "FlatParameters",
     "FrozenBatchNorm",
-    "build_backbone",
     "build_embedder",
     "conv4",
     "embed_pixels",

@@ -18,27 +18,6 @@ from fedss.models.norms import largest_groups
 _LEAST_VALUES = 8
 
 
-def build_backbone(
-    name: str, *, channels: int, image_size: int, seed: int, pretrained: bool = False
-) -> nn.Module:
-    """A backbone by name, as it comes: float32 [B, C, H, W] to [B, features].
-
-    Names: "conv4", "conv4-<width>" (see `conv4`) and "timm:<model>", any image model of timm
-    (`pip install "fedss[timm]"`) without its classifier. `build_embedder` is what prepares one
-    for training.
-
-    The initial weights are set by `seed` alone and the global random state is left as it was. (It
-    is set and put back, so build in one thread; copies are cheap.)
-
-    Raises:
-        ConfigError: an unknown name or model; timm missing or unusable; no pretrained weights;
-            channels < 1 or image_size < 8.
-    """
-    check_image(channels, image_size)
-    with own_random_state(seed):
-        return named_backbone(name, channels, image_size, pretrained)
-
-
 def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequential:
     """Four blocks of 3 x 3 convolution (padding 1, no bias), group norm, ReLU, max-pool 2.
 
@@ -54,7 +33,7 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
       (with default initialisation too, such a network was seen to collapse);
     - Kaiming initialisation (He et al. 2015, arXiv 1502.01852).
 
-    Drawn from torch's global generator, as torch's own layers are; `build_backbone` gives the same
+    Drawn from torch's global generator, as torch's own layers are; `build_embedder` draws the same
     network from a seed.
 
     Args:
@@ -103,7 +82,15 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 
 def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
-    """`build_backbone` from the global generator, without its checks."""
+    """A backbone by name, as it comes: float32 [B, C, H, W] to [B, features].
+
+    Names: "conv4", "conv4-<width>" (see `conv4`) and "timm:<model>", any image model of timm
+    (`pip install "fedss[timm]"`) without its classifier. Weights are drawn from torch's global
+    generator; `build_embedder` is what prepares a backbone for training.
+
+    Raises:
+        ConfigError: an unknown name or model; timm missing or unusable; no pretrained weights.
+    """
     own = re.fullmatch(r"conv4(?:-([1-9]\d{0,4}))?", name)
     if own is not None:
         if pretrained:

@@ -64,20 +64,38 @@ def refuse_dropout(body: nn.Module) -> None:
         raise ConfigError(f"the backbone has active dropout: {few(bad)}. {_ADVICE}")
 
 
-def refuse_randomness(body: nn.Module, channels: int, image_size: int) -> None:
-    """What no name gives away (functional dropout, attention dropout) moves the generator."""
-    images_BCHW = torch.zeros(2, channels, image_size, image_size)
+def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None:
+    """What no name gives away: random numbers drawn, or buffers changed, by a training step.
+
+    Functional and attention dropout move the generator. A counter or running mean of a module's own
+    is in no message: each worker's copy would go its own way.
+    """
+    images_BCHW = torch.linspace(-1, 1, 2 * channels * image_size**2)
+    images_BCHW = images_BCHW.reshape(2, channels, image_size, image_size)
+    body = copy.deepcopy(body).train()
+    buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
     before = torch.get_rng_state()
     try:
         with torch.no_grad():
-            copy.deepcopy(body).train()(images_BCHW)
+            body(images_BCHW)
     except Exception as error:
         raise ConfigError(
-            f"the backbone fails in training mode on zeros {list(images_BCHW.shape)}: "
+            f"the backbone fails in training mode on pictures {list(images_BCHW.shape)}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not torch.equal(before, torch.get_rng_state()):
         raise ConfigError(f"the backbone draws random numbers when it trains. {_ADVICE}")
+    changed = [
+        name
+        for name, buffer in body.named_buffers()
+        if name not in buffers or not torch.equal(buffer, buffers[name])
+    ]
+    if changed:
+        raise ConfigError(
+            f"the backbone changes buffers when it trains: {few(changed)}. Buffers are not sent to "
+            "the server, so that results would depend on which worker saw which pictures: leave "
+            "them as they are in forward, or set them once before training"
+        )
 
 
 def output_size(body: nn.Module, channels: int, image_size: int) -> int:

@@ -21,8 +21,8 @@ from fedss.models.checks import (
     output_size,
     refuse_batch_statistics,
     refuse_dropout,
+    refuse_hidden_state,
     refuse_lazy_layers,
-    refuse_randomness,
 )
 from fedss.models.norms import freeze_batch_norm, replace_batch_norm
 
@@ -123,8 +123,9 @@ def build_embedder(
     module of your own unless its output has that size already.
 
     Args:
-        backbone: a name as in `build_backbone`, or a module of your own that maps float32
-            [B, C, H, W] to [B, features]. Yours is copied to the CPU, never changed.
+        backbone: "conv4", "conv4-<width>" (see `conv4`), "timm:<model>" (any image model of timm:
+            `pip install "fedss[timm]"`), or a module of your own that maps float32 [B, C, H, W] to
+            [B, features]. Yours is copied to the CPU, never changed.
         channels: C of the pictures.
         image_size: H and W of the pictures.
         embedding_size: D.
@@ -136,8 +137,8 @@ def build_embedder(
 
     Raises:
         ConfigError: an unknown name; no weights to be had; a module whose output is not
-            [B, features], that draws random numbers (dropout) or keeps batch statistics which
-            cannot be replaced; a size or number out of range.
+            [B, features], that draws random numbers (dropout), changes its buffers in training or
+            keeps batch statistics which cannot be replaced; a size or number out of range.
     """
     spec = EmbedderSpec(
         backbone=backbone if isinstance(backbone, str) else None,
@@ -162,7 +163,7 @@ def assemble(backbone: str | nn.Module, spec: EmbedderSpec, seed: int, download:
         refuse_batch_statistics(body)
         refuse_dropout(body)
         features = output_size(body, spec.channels, spec.image_size)
-        refuse_randomness(body, spec.channels, spec.image_size)
+        refuse_hidden_state(body, spec.channels, spec.image_size)
         projection: nn.Module = nn.Identity()
         if spec.backbone is not None or features != spec.embedding_size:
             projection = nn.Linear(features, spec.embedding_size, bias=False)

@@ -67,7 +67,7 @@ def load_embedder(folder: str | Path, backbone: nn.Module | None = None) -> Embe
     if source is None:
         raise ConfigError(
             f"the model in {folder} was built around a module of its owner's, which no file can "
-            "hold: pass one of the same structure, load_embedder(folder, backbone=...)"
+            "hold: pass one of the same structure, fedss.load(folder, backbone=...)"
         )
     if spec.backbone is not None and backbone is not None:
         raise ConfigError(
@@ -76,7 +76,7 @@ def load_embedder(folder: str | Path, backbone: nn.Module | None = None) -> Embe
     try:
         state = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot read {folder / _WEIGHTS}: {error}") from error
+        raise _unreadable(folder / _WEIGHTS, error) from error
     embedder = assemble(source, spec, seed=0, download=False)
     expected = embedder.state_dict()
     problems = [f"missing {n}" for n in expected if n not in state]
@@ -96,10 +96,20 @@ def _read_spec(path: Path) -> EmbedderSpec:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        raise _unreadable(path, error) from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ConfigError(f'{path} does not describe a model: its "format" must be "{_FORMAT}"')
     try:
         return EmbedderSpec(**description["embedder"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f'{path}: "embedder" does not describe a model: {error}') from error
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    what = f"{path} is missing" if isinstance(error, FileNotFoundError) else f"cannot read {path}"
+    why = "" if isinstance(error, FileNotFoundError) else f": {error}"
+    return ConfigError(
+        f"{what}{why}. Restore it; or, in a run folder, delete {path.parent.parent}/summary.json "
+        "and start the same fedss train command again: it makes the model anew from the last "
+        "checkpoint"
+    )

@@ -1,0 +1,164 @@
+"""Who may write into a run folder: one process at a time, one configuration for good."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from fedss.config import Config
+from fedss.errors import RunFolderError
+from fedss.files import read_json, remove_litter, write_json, writing
+
+# What may differ between a run and its continuation: nothing that decides the weights.
+_FREE_FIELDS = ("workers", "checkpoint_every", "data_path", "skip_broken")
+_LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it for a ``with`` block.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunFolderError(
+                f"{folder} is in use by another fedss process; wait for it, or choose another "
+                "folder"
+            ) from error
+        try:
+            for place in (folder, folder / "model"):
+                remove_litter(place)
+            yield
+        finally:
+            lock.release()
+
+
+def claim_run(
+    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any]
+) -> None:
+    """Write a run's ``config.json``, or check that the folder was made with the same one.
+
+    Args:
+        folder: the run folder.
+        config: the run's configuration; a data path is stored as an absolute one.
+        data: what :func:`fedss.describe.describe` says of the data.
+        model: what is known of the model's structure.
+
+    Raises:
+        RunFolderError: the folder holds another run (names the fields that differ), a
+            comparison, or a run whose configuration is gone.
+    """
+    content = {"config": _stored(config), "data": dict(data), "model": dict(model)} | _versions()
+    found = _claimed(folder)
+    if found is None:
+        write_json(folder / "config.json", content)
+        return
+    if "methods" in found:
+        raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
+    _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+
+
+def claim_comparison(folder: Path, config: Config, methods: list[str], seeds: list[int]) -> None:
+    """Write a comparison's ``config.json``, or check that only methods and seeds differ.
+
+    Raises:
+        RunFolderError: the folder holds a single run, or a comparison with other settings.
+    """
+    content = {"config": _stored(config), "methods": methods, "seeds": seeds} | _versions()
+    found = _claimed(folder)
+    if found is not None:
+        if "methods" not in found:
+            raise RunFolderError(f"{folder} holds a single run; choose another folder to compare")
+        _check_same(folder, content, found, ("config",), (*_FREE_FIELDS, "method", "seed"))
+        content["methods"] = list(dict.fromkeys([*found["methods"], *methods]))
+        content["seeds"] = list(dict.fromkeys([*found["seeds"], *seeds]))
+    write_json(folder / "config.json", content)
+
+
+def read_summaries(folder: Path) -> list[dict[str, Any]]:
+    """The objects of ``summary.json``; none if there is no such file.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        return []
+    found = read_json(path)
+    if not isinstance(found, list) or not all(
+        isinstance(item, dict) and {"method", "seed"} <= item.keys() for item in found
+    ):
+        raise RunFolderError(
+            f"{path} is damaged: expected a list with an object for each run; delete the file and "
+            "start the same command again, which writes it anew"
+        )
+    return found
+
+
+def _stored(config: Config) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    if config.data_path is not None:
+        values["data_path"] = str(Path(config.data_path).resolve())
+    return values
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fedss": importlib.metadata.version("fedss"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _claimed(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.exists():
+        left = [name for name in _LEFT_BY_A_RUN if (folder / name).exists()]
+        if left:
+            raise RunFolderError(
+                f"{folder} has {', '.join(left)} but no config.json, so nobody can tell what made "
+                "them; put config.json back, or choose another folder"
+            )
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise RunFolderError(
+            f"{path} is damaged: expected an object with 'config'; restore it, or choose another "
+            "folder"
+        )
+    return found
+
+
+def _check_same(
+    folder: Path,
+    content: Mapping[str, Any],
+    found: Mapping[str, Any],
+    parts: tuple[str, ...],
+    free: tuple[str, ...],
+) -> None:
+    different = [
+        f"{name}: {found.get(part, {}).get(name)!r} there, {value!r} now"
+        for part in parts
+        for name, value in content[part].items()
+        if name not in free and found.get(part, {}).get(name) != value
+    ]
+    if different:
+        raise RunFolderError(
+            f"{folder} was made with other settings ({'; '.join(different)}); choose another "
+            "folder, or the settings of its config.json (--config)"
+        )

@@ -1,0 +1,106 @@
+"""Picture files in, embeddings with names out."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedss.data.cache import decode
+from fedss.embedding import Embeddings, embed_files, list_pictures, write_embeddings
+from fedss.errors import ConfigError, DataError, RunFolderError
+from fedss.models import build_embedder, embed_pixels
+
+MODEL = build_embedder("conv4-4", channels=1, image_size=12, embedding_size=5, seed=0)
+RESULT = Embeddings(("a.png", "b.png"), np.eye(2, 3, dtype=np.float32))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures p0.png to p2.png."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 20), np.uint8)).save(tmp_path / f"p{i}.png")
+    return tmp_path
+
+
+def write_csv(root, content):
+    path = root / "pictures.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_files_are_decoded_as_in_training(pictures):
+    paths, names = list_pictures(pictures)
+    result = embed_files(MODEL, paths, names=names)
+    assert result.names == ("p0.png", "p1.png", "p2.png")
+    expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in paths]))
+    assert np.array_equal(result.embeddings_ND, expected)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "image\np1.png\np0.png\n",
+        "\ufeffimage,label\np1.png,\n\np0.png,cat\n",
+        'label, image \r\n"a\nb", p1.png \r\n,p0.png\r\n',
+    ],
+)
+def test_a_csv_needs_no_column_but_image(pictures, content):
+    paths, names = list_pictures(write_csv(pictures, content))
+    assert names == ["p1.png", "p0.png"]
+    assert paths == [pictures / "p1.png", pictures / "p0.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("image\ncafé.png\n".encode("latin-1"), "expected text in UTF-8, got byte 0xe9"),
+        (b"", "empty; expected a header line image$"),
+        ("file,label\nx.png,y\n", "line 1: expected the column image; missing: image; found: file"),
+        ("Image\nx.png\n", "is 'Image' meant as 'image'"),
+        ("image,label\np0.png,a\n,b\n", "line 3: empty image"),
+        ("image,label\np0.png,a,b\n", "line 2: expected 2 cells, got 3"),
+        ("image\n", "no pictures"),
+    ],
+)
+def test_each_mistake_in_a_csv_is_named_as_in_training(pictures, content, message):
+    path = write_csv(pictures, content)
+    with pytest.raises(DataError, match=message) as caught:
+        list_pictures(path)
+    assert str(path) in str(caught.value)
+
+
+def test_places_without_pictures_are_named(tmp_path):
+    with pytest.raises(DataError, match="no picture found"):
+        list_pictures(tmp_path)
+    with pytest.raises(DataError, match="expected a folder of pictures or a CSV"):
+        list_pictures(tmp_path / "none")
+
+
+def test_any_name_is_read_back_and_no_other_file_is_touched(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    names = ("a\nb.png", 'caf\udce9,"x".png')
+    written = write_embeddings(tmp_path / "notes.npy", Embeddings(names, RESULT.embeddings_ND))
+    assert written == [tmp_path / "notes.npy", tmp_path / "notes.names.json"]
+    assert tuple(json.loads(written[1].read_bytes())) == names
+    assert np.array_equal(np.load(written[0]), RESULT.embeddings_ND)
+    assert {path.name for path in tmp_path.iterdir()} == {*(p.name for p in written), "notes.txt"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"ends in \.npy or \.parquet"):
+        write_embeddings(tmp_path / "e.txt", RESULT)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match=r"found a file: .*/file; choose another place"):
+        write_embeddings(tmp_path / "file" / "e.npy", RESULT)
+    (tmp_path / "folder.npy").mkdir()
+    message = rf"cannot write {tmp_path}/folder\.npy: Is a directory; .*another one \(--out\)$"
+    with pytest.raises(RunFolderError, match=message):
+        write_embeddings(tmp_path / "folder.npy", RESULT)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(RunFolderError, match="No space left") as caught:
+        write_embeddings(tmp_path / "e.npy", RESULT)
+    assert "checkpoint" not in str(caught.value)
+    assert len(list(tmp_path.iterdir())) == 2
