@@ -8,7 +8,7 @@ INPUTS := pyproject.toml constraints.txt
 
 demo: $(VENV)/.core
 	$(BIN)/fedss compare --data glyphs --methods full fedss fedss-uncorrected pos-only \
-		--rounds 60 --seeds 0 --out runs/demo
+		--rounds 110 --seeds 0 --out runs/demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2

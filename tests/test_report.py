@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedss.errors import RunFolderError
-from fedss.report import write_report
+from fedss.report import bytes_picture, write_report
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
@@ -260,7 +260,7 @@ def test_table_has_the_numbers_of_every_method(comparison: tuple[Path, Any]) -> 
             values = [e[key] for e in entries]
             assert cell == f"{np.mean(values):.3f}± {np.std(values, ddof=1):.3f}"
         if method != "full":
-            assert cells[2] == f"{np.mean([e['map_at_10'] for e in entries]) / full:.2f}"
+            assert cells[2] == f"{np.mean([e['map_at_10'] for e in entries]) / full:.3f}"
         if method == "central":
             assert cells[4:9] == ["–"] * 5
         else:
@@ -283,7 +283,7 @@ def test_finding_is_computed(comparison: tuple[Path, Any]) -> None:
     }
     share = (BACKBONE + SIZE * (ROW + 8)) / (BACKBONE + N_CLASSES * (ROW + 8))
     assert (
-        f"fedss reaches {mean['fedss'] / mean['full']:.2f} of full softmax’s MAP@10 "
+        f"fedss reaches {mean['fedss'] / mean['full']:.3f} of full softmax’s MAP@10 "
         f"({mean['fedss']:.3f} against {mean['full']:.3f}) and moves "
         f"{100 * SIZE / N_CLASSES:.0f}\u00a0% of its class-row bytes, "
         f"{100 * share:.0f}\u00a0% of all bytes." in page.words
@@ -451,3 +451,44 @@ def test_two_runs_of_one_method_and_seed(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps([*summary, again]))
     with pytest.raises(RunFolderError, match="two runs of fedss with seed 0"):
         write_report(tmp_path)
+
+
+def test_fewer_neighbours_than_five(tmp_path: Path) -> None:
+    """A small test set has fewer others to find; the panels show those."""
+    folder = tmp_path / "few"
+    fake_comparison(folder, ["full", "fedss"])
+    for path in folder.glob("*/retrieval.npz"):
+        panels = dict(np.load(path))
+        for name, keep in (("pixels", 3), ("labels", 3), ("class_names", 3), ("scores", 2)):
+            panels[name] = panels[name][:, :keep]
+        np.savez_compressed(path, **panels)
+    text = write_report(folder).read_text()
+    assert "of 2 right" in text
+    assert "of 5 right" not in text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("summary.json", "[{}]"),
+        ("summary.json", "5"),
+        ("config.json", "[]"),
+        ("records.jsonl", "5\n"),
+        ("records.jsonl", '{"round": 2}\n'),
+    ],
+)
+def test_damage_is_named_and_no_traceback(tmp_path: Path, file: str, content: str) -> None:
+    folder = tmp_path / "bad"
+    fake_comparison(folder, ["full", "fedss"])
+    place = folder if file == "summary.json" else next(iter(sorted(folder.glob("fedss*"))))
+    (place / file).write_text(content)
+    with pytest.raises(RunFolderError, match=file.replace(".", r"\.")):
+        write_report(folder)
+
+
+def test_the_picture_is_a_png_and_the_same_each_time(tmp_path: Path) -> None:
+    folder = tmp_path / "four"
+    fake_comparison(folder, ["full", "fedss", "pos-only", "central"])
+    picture = bytes_picture(folder)
+    assert picture.startswith(b"\x89PNG")
+    assert picture == bytes_picture(folder)

@@ -1,4 +1,4 @@
-"""Records of a run or of a comparison -> one self-contained HTML page."""
+"""Records of a run or of a comparison -> one self-contained HTML page, or a picture."""
 
 from pathlib import Path
 
@@ -32,4 +32,21 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-__all__ = ["write_report"]
+def bytes_picture(folder: Path) -> bytes:
+    """The report's chart of MAP@10 against bytes moved, as a PNG for a README or a talk.
+
+    Args:
+        folder: as for :func:`write_report`.
+
+    Returns:
+        A PNG of 6.4 x 4 inches at 200 dpi on white. The same records give the same bytes.
+
+    Raises:
+        RunFolderError: records are missing or damaged, or no round has both score and bytes.
+    """
+    from fedss.report.page import render_bytes_picture
+
+    return render_bytes_picture(Path(folder))
+
+
+__all__ = ["bytes_picture", "write_report"]

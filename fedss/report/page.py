@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from fedss.errors import RunFolderError
 from fedss.report import charts, words
 from fedss.report.panels import retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
@@ -97,10 +98,27 @@ def render(folder: Path) -> str:
         versions=_versions(runs),
         single=len(groups) == 1,
         methods={group.method for group in groups},
+        nearest=words.nearest,
         human_bytes=words.human_bytes,
         human_seconds=words.human_seconds,
         count=words.count,
     )
+
+
+def render_bytes_picture(folder: Path) -> bytes:
+    """MAP@10 against bytes moved, as PNG in the colours of the page's light theme.
+
+    Raises:
+        RunFolderError: records are missing or damaged, or no round has both score and bytes.
+    """
+    groups = group_runs(read_runs(folder), folder)
+    slots = charts.slots_of([group.method for group in groups])
+    lines, level = _over_bytes(list(zip(groups, slots, strict=True)))
+    if not lines:
+        raise RunFolderError(f"{folder}: expected an evaluated round with its bytes, found none")
+    page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    light, _, _ = page.partition("@media")
+    return charts.bytes_png(lines, level, dict(re.findall(r"--([\w-]+): (#\w+);", light)))
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -113,12 +131,11 @@ def _title(groups: Sequence[Group]) -> str:
 def _setup(groups: Sequence[Group]) -> str:
     """What was compared, in a sentence or two."""
     run = groups[0].runs[0]
-    config = run.settings
     seeds = [r.seed for g in groups for r in g.runs]
     times = "Trained" if len(groups) == 1 else f"{words.listed([g.label for g in groups])}, trained"
     parts = [f"{times} for {words.count(run.planned_rounds)} rounds"]
-    if config.get("clients_per_round") is not None:
-        parts.append(f"of {config['clients_per_round']} clients")
+    if clients := words.cohort(groups):
+        parts.append(f"of {clients}")
     plural = "s" if len(set(seeds)) > 1 else ""
     parts.append(f"with seed{plural} {words.numbers(seeds)}.")
     return " ".join(parts)
@@ -147,7 +164,10 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         )
         facts.append((words.count(data["test_queries"]), f"{split} queries", against))
     if data.get("test_classes") is not None:
-        facts.append((words.count(data["test_classes"]), f"{split} classes", ""))
+        seen = data.get("test_classes_seen")  # older records do not say
+        trained = "" if seen is None else f"{words.count(seen)} of them trained on"
+        addition = "never trained on" if seen == 0 else trained
+        facts.append((words.count(data["test_classes"]), f"{split} classes", addition))
     if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
@@ -170,14 +190,11 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
     if scores:
         svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}")
         made.append(Chart("MAP@10 over rounds", f"The higher, the better.{band}", svg))
-    moved = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"], True)
+    moved, level = _over_bytes(paired)
     if moved:
-        pooled = next((pair for pair in paired if pair[0].method == "central"), None)
-        level = None
         caption = "Further left: fewer bytes for the same accuracy."
-        if pooled is not None and (score := pooled[0].mean("map_at_10")) is not None:
-            level = (pooled[0].label, pooled[1], score)
-            caption += " central moves pictures instead: only its final height is shown."
+        if level is not None:
+            caption += " central, the pooled reference, moves pictures: only its end is shown."
         alt = f"MAP@10 against bytes moved for {names}"
         svg = charts.bytes_chart("bytes", moved, level, alt)
         made.append(Chart("MAP@10 against bytes moved", caption, svg))
@@ -193,6 +210,17 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
         svg = charts.rounds_chart("loss", losses, last, f"Training loss over rounds for {names}")
         made.append(Chart("Training loss", caption, svg))
     return made
+
+
+def _over_bytes(
+    paired: Sequence[tuple[Group, str]],
+) -> tuple[list[charts.Line], tuple[str, str, float] | None]:
+    """MAP@10 over the bytes moved, and the (label, slot, score) of pooled training."""
+    lines = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"], True)
+    pooled = next((pair for pair in paired if pair[0].method == "central"), None)
+    if pooled is None or (score := pooled[0].mean("map_at_10")) is None:
+        return lines, None
+    return lines, (pooled[0].label, pooled[1], score)
 
 
 def _lines(
@@ -258,7 +286,7 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
 def _row(group: Group, slot: str, full: Group | None) -> Row:
     share = words.ratio(group, full)
     note = "" if group.finished else words.progress(group.runs[0])
-    relative = "" if share is None or group.method == "full" else f"{share:.2f}"
+    relative = "" if share is None or group.method == "full" else f"{share:.3f}"
     cells = [_score(group, "map_at_10"), Cell(relative), _score(group, "recall_at_1")]
     rows = group.mean("class_rows_per_client")
     cells.append(Cell(words.count(rows), exact="" if rows is None else f"{rows:.2f}"))

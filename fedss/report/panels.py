@@ -34,7 +34,7 @@ class Answer:
 
     @property
     def right(self) -> int:
-        """How many of the five have the query's class."""
+        """How many of the pictures have the query's class."""
         return sum(bool(picture.right) for picture in self.pictures)
 
 
@@ -60,6 +60,7 @@ class Retrieval:
 
     chapters: list[Chapter]
     queries: int
+    depth: int
     shares: list[tuple[str, str, float]]
     small: bool
 
@@ -79,10 +80,13 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None
         return None
     queries = np.array(sorted(shared))
     rows = [np.array([f.query_index.tolist().index(q) for q in queries]) for _, _, f in shown]
-    right_MQ5 = np.stack([found.right[row] for (_, _, found), row in zip(shown, rows, strict=True)])
+    depth = min(found.right.shape[1] for _, _, found in shown)
+    right_MQK = np.stack(
+        [found.right[row, :depth] for (_, _, found), row in zip(shown, rows, strict=True)]
+    )
     classes = shown[0][2].labels[rows[0], 0]
-    per_query = 1 + 5 * len(shown)
-    chosen = _choose(right_MQ5, classes, most=max(2, MOST_PICTURES // per_query))
+    per_query = 1 + depth * len(shown)
+    chosen = _choose(right_MQK, classes, most=max(2, MOST_PICTURES // per_query))
     chapters = []
     for title, positions in chosen:
         panels = []
@@ -90,34 +94,37 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None
             first, first_row = shown[0][2], rows[0][position]
             query = Picture(_uri(first.pixels[first_row, 0]), str(first.class_names[first_row, 0]))
             answers = [
-                Answer(group.label, slot, _pictures(found, row[position]))
+                Answer(group.label, slot, _pictures(found, row[position], depth))
                 for (group, slot, found), row in zip(shown, rows, strict=True)
             ]
             panels.append(Panel(query, answers))
         chapters.append(Chapter(title, panels))
     shares = [
         (group.label, slot, float(right.mean()))
-        for (group, slot, _), right in zip(shown, right_MQ5, strict=True)
+        for (group, slot, _), right in zip(shown, right_MQK, strict=True)
     ]
     small = max(shown[0][2].pixels.shape[-2:]) <= SMALL_SIDE
-    return Retrieval(chapters, len(queries), shares, small)
+    return Retrieval(chapters, len(queries), depth, shares, small)
 
 
-def _choose(right_MQ5: np.ndarray, classes: np.ndarray, most: int) -> list[tuple[str, list[int]]]:
+def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple[str, list[int]]]:
     """Pick positions of queries per chapter, of as many different classes as possible."""
-    quality_MQ = right_MQ5.sum(axis=2) + 5 * right_MQ5[:, :, 0]  # above 5: the first one is right
+    depth = right_MQK.shape[2]
+    quality_MQ = (
+        right_MQK.sum(axis=2) + depth * right_MQK[:, :, 0]
+    )  # above depth: the first is right
     best, worst = quality_MQ.max(axis=0), quality_MQ.min(axis=0)
-    if len(right_MQ5) == 1:
+    if len(right_MQK) == 1:
         half = min(4, most // 2)
         plans = [
-            ("Nearest neighbour right", half, best > 5, -best),
-            ("Nearest neighbour wrong", half, best < 5, best),
+            ("Nearest neighbour right", half, best > depth, -best),
+            ("Nearest neighbour wrong", half, best < depth, best),
         ]
     else:
         plans = [
             ("Where the methods differ", min(4, most), best > worst, worst - best),
-            ("Nearest neighbour right for all methods", min(2, most), worst > 5, -worst),
-            ("Nearest neighbour wrong for all methods", min(2, most), best < 5, best),
+            ("Nearest neighbour right for all methods", min(2, most), worst > depth, -worst),
+            ("Nearest neighbour wrong for all methods", min(2, most), best < depth, best),
         ]
     taken: list[int] = []
     chosen = []
@@ -125,7 +132,7 @@ def _choose(right_MQ5: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
         picked: list[int] = []
         for _ in range(number):
             seen = np.isin(classes, classes[taken])
-            order = np.lexsort((cost, seen))  # unseen classes first, then by cost, then by position
+            order = np.lexsort((cost, seen))  # new classes first, then by cost, then by position
             left = [int(q) for q in order if fits[q] and q not in taken]
             picked += left[:1]
             taken += left[:1]
@@ -134,7 +141,7 @@ def _choose(right_MQ5: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
     return chosen
 
 
-def _pictures(found: Neighbours, row: int) -> list[Picture]:
+def _pictures(found: Neighbours, row: int, depth: int) -> list[Picture]:
     return [
         Picture(
             _uri(found.pixels[row, k]),
@@ -142,7 +149,7 @@ def _pictures(found: Neighbours, row: int) -> list[Picture]:
             bool(found.labels[row, k] == found.labels[row, 0]),
             float(found.scores[row, k - 1]),
         )
-        for k in range(1, 6)
+        for k in range(1, depth + 1)
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,21 @@ _COUNTED = {
 }
 # The order of the methods in every table and chart; unknown names come before `central`.
 KNOWN_METHODS = ("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only", "fedaws")
+# What to do about a damaged file; for all others `_AGAIN`.
+_ADVICE = {
+    "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
+    "retrieval.npz": "delete it: the report is then written without pictures",
+}
+_AGAIN = "restore it from a copy, or run again in another folder"
+_COUNTS = (
+    "train_images",
+    "train_classes",
+    "train_clients",
+    "test_queries",
+    "test_gallery",
+    "test_classes",
+    "test_classes_seen",
+)
 
 
 @dataclass(frozen=True)
@@ -34,19 +50,20 @@ class Round:
 
     number: int
     loss: float
+    clients: float
     bytes_moved: float | None
     metrics: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Queries and what a run found for them: Q queries, each followed by its top 5.
+    """Queries and what a run found for them: Q queries, each followed by its top K.
 
     Attributes:
-        pixels: uint8 [Q, 6, C, H, W], query first.
-        labels: int64 [Q, 6].
-        class_names: str [Q, 6].
-        scores: float32 [Q, 5].
+        pixels: uint8 [Q, 1 + K, C, H, W], query first.
+        labels: int64 [Q, 1 + K].
+        class_names: str [Q, 1 + K].
+        scores: float32 [Q, K].
         query_index: int64 [Q], the same for all runs on one data set.
     """
 
@@ -58,7 +75,7 @@ class Neighbours:
 
     @property
     def right(self) -> np.ndarray:
-        """bool [Q, 5]: whether a neighbour has the query's class."""
+        """bool [Q, K]: whether a neighbour has the query's class."""
         return np.asarray(self.labels[:, 1:] == self.labels[:, :1])
 
 
@@ -114,9 +131,12 @@ class Group:
 def read_runs(folder: Path) -> list[Run]:
     """Read every run that ``folder/summary.json`` names, and those beside it still under way."""
     summary = folder / "summary.json"
-    entries = _json(summary) if summary.is_file() else []
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise RunFolderError(f"{summary}: expected a list with one object per run")
+    exists = summary.is_file()
+    entries = _json(summary) if exists else []
+    is_list = isinstance(entries, list) and all(isinstance(e, dict) for e in entries)
+    if not is_list or (exists and not entries):
+        got = reprlib.repr(entries)
+        raise _damaged(summary, f"expected a list with one object per run, got {got}")
     runs = [_run(folder / str(_get(entry, "folder", summary)), entry, summary) for entry in entries]
     seen = {(folder / str(entry["folder"])).resolve() for entry in entries}
     for candidate in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
@@ -134,9 +154,9 @@ def read_runs(folder: Path) -> list[Run]:
 
 def group_runs(runs: Sequence[Run], folder: Path) -> list[Group]:
     """Put the seeds of one method together, in the order of all tables and charts."""
-    by_key: dict[tuple[str, object], list[Run]] = {}
+    by_key: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        members = by_key.setdefault((run.method, run.settings.get("sample_size")), [])
+        members = by_key.setdefault((run.method, str(run.settings.get("sample_size"))), [])
         if run.seed in [other.seed for other in members]:
             raise RunFolderError(
                 f"{folder}: two runs of {run.method} with seed {run.seed}; "
@@ -162,6 +182,8 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     path = folder / "config.json"
     config = _json(path)
     settings = _get(config, "config", path)
+    if settings is not None and _mapping(settings, path).get("clients_per_round") is not None:
+        _integer(settings, "clients_per_round", path)
     method = str(_get(settings, "method", path))
     seed = _integer(settings, "seed", path)
     rounds, means = _rounds(folder / "records.jsonl", finished=entry is not None)
@@ -179,7 +201,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         finished=entry is not None,
         planned_rounds=_integer(settings, "rounds", path),
         settings=settings,
-        data=_get(config, "data", path),
+        data=_data(config, path),
         parameters=_integer(_get(config, "model", path), "parameters", path),
         versions={
             k: str(config[k]) for k in ("fedss", "torch", "python", "platform") if k in config
@@ -207,7 +229,8 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
             total = sums[key]
             value = _number(record, name, where, True) if name in record else None
             sums[key] = None if total is None or value is None else total + value
-        clients += _number(record, "clients", where)
+        cohort = _number(record, "clients", where)
+        clients += cohort
         timing = _get(record, "seconds", where)
         seconds += sum(_number(timing, phase, where) for phase in _mapping(timing, where))
         metrics = _get(record, "metrics", where)
@@ -216,13 +239,14 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
         this_round = Round(
             number=_integer(record, "round", where),
             loss=_number(record, "loss", where),
+            clients=cohort,
             bytes_moved=None if down is None or up is None else down + up,
             metrics=metrics,
         )
         if rounds and this_round.number <= rounds[-1].number:
-            raise RunFolderError(
-                f"{where}: round {this_round.number} after round {rounds[-1].number}; "
-                "rounds must go up"
+            raise _damaged(
+                where,
+                f"round {this_round.number} after round {rounds[-1].number}, expected a later",
             )
         rounds.append(this_round)
     means = {k: None if v is None or not clients else v / clients for k, v in sums.items()}
@@ -243,30 +267,57 @@ def _neighbours(path: Path) -> Neighbours | None:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in Neighbours.__dataclass_fields__}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error})") from error
-    count = len(arrays["query_index"])
-    expected = {"labels": (count, 6), "class_names": (count, 6), "scores": (count, 5)}
+        raise _damaged(path, f"cannot be read ({error})") from error
+    scores, pixels = arrays["scores"], arrays["pixels"]
+    if scores.ndim != 2 or scores.shape[1] < 1:
+        raise _damaged(path, f"scores: expected [queries, neighbours], got {scores.shape}")
+    count, depth = scores.shape
+    with_query = (count, 1 + depth)
+    expected = {"labels": with_query, "class_names": with_query, "query_index": (count,)}
     shapes_fit = all(arrays[name].shape == shape for name, shape in expected.items())
-    pixels = arrays["pixels"]
-    if not shapes_fit or pixels.shape[:2] != (count, 6) or pixels.dtype != np.uint8:
-        raise RunFolderError(f"{path}: shapes do not fit {count} queries with 5 neighbours each")
-    if pixels.ndim != 5 or pixels.shape[2] not in (1, 3):
-        raise RunFolderError(f"{path}: pixels: expected [Q, 6, 1 or 3, H, W], got {pixels.shape}")
+    if not shapes_fit or pixels.shape[:2] != with_query:
+        raise _damaged(path, f"shapes do not fit {count} queries with {depth} neighbours each")
+    if pixels.ndim != 5 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape[3:]:
+        raise _damaged(path, f"pixels: expected [Q, 1 + K, 1 or 3, H, W], got {pixels.shape}")
+    for name, kinds in (("pixels", "u"), ("labels", "iu"), ("query_index", "iu"), ("scores", "f")):
+        if arrays[name].dtype.kind not in kinds or (name == "pixels" and pixels.itemsize > 1):
+            raise _damaged(path, f"{name}: unexpected type {arrays[name].dtype}")
     return Neighbours(**arrays)
+
+
+def _data(config: Any, path: Path) -> Mapping[str, Any]:
+    """What config.json says of the data; all of it may be missing, none of it damaged."""
+    data = _mapping(_get(config, "data", path), path)
+    for key in _COUNTS:
+        if data.get(key) is not None:
+            _integer(data, key, path)
+    for key in ("own_classes", "image_shape"):
+        values = data.get(key)
+        if values is not None and not (
+            isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+        ):
+            raise _damaged(path, f"{key!r}: expected a list of numbers, got {reprlib.repr(values)}")
+    return data
+
+
+def _damaged(where: Path | str, what: str) -> RunFolderError:
+    """The error that says what is wrong ``where`` (a file, or a line of it) and what to do."""
+    advice = _ADVICE.get(Path(str(where)).name.partition(",")[0], _AGAIN)
+    return RunFolderError(f"{where}: {what}; {advice}")
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error})") from error
+        raise _damaged(path, f"cannot be read ({error})") from error
 
 
 def _parse(text: str, where: Path | str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise RunFolderError(f"{where}: damaged JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, f"damaged JSON ({error})") from error
 
 
 def _json(path: Path) -> Any:
@@ -275,14 +326,14 @@ def _json(path: Path) -> Any:
 
 def _mapping(value: Any, where: Path | str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise RunFolderError(f"{where}: expected an object, got {value!r}")
+        raise _damaged(where, f"expected an object, got {reprlib.repr(value)}")
     return value
 
 
 def _get(value: Any, key: str, where: Path | str) -> Any:
     mapping = _mapping(value, where)
     if key not in mapping:
-        raise RunFolderError(f"{where}: {key!r} is missing")
+        raise _damaged(where, f"{key!r} is missing")
     return mapping[key]
 
 
@@ -292,12 +343,12 @@ def _number(value: Any, key: str, where: Path | str, nullable: bool = False) -> 
     if number is None and nullable:
         return None
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise RunFolderError(f"{where}: {key!r}: expected a number, got {number!r}")
+        raise _damaged(where, f"{key!r}: expected a number, got {reprlib.repr(number)}")
     return float(number) if math.isfinite(number) else math.nan
 
 
 def _integer(value: Any, key: str, where: Path | str) -> int:
     number = _get(value, key, where)
     if isinstance(number, bool) or not isinstance(number, int):
-        raise RunFolderError(f"{where}: {key!r}: expected an integer, got {number!r}")
+        raise _damaged(where, f"{key!r}: expected an integer, got {reprlib.repr(number)}")
     return number

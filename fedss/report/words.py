@@ -69,6 +69,27 @@ def numbers(values: Sequence[int]) -> str:
     return listed([str(value) for value in values])
 
 
+def nearest(number: int) -> str:
+    """``nearest neighbour``, ``five nearest neighbours``."""
+    if number == 1:
+        return "nearest neighbour"
+    spelled = {2: "two", 3: "three", 4: "four", 5: "five"}.get(number, number)
+    return f"{spelled} nearest neighbours"
+
+
+def cohort(groups: Sequence[Group]) -> str:
+    """How many clients took part in a round, as recorded: ``20 clients``; empty if not known."""
+    # Pooled pictures have no clients.
+    runs = [run for group in groups if group.method != "central" for run in group.runs]
+    sizes = [r.clients for run in runs for r in run.rounds]
+    if sizes:
+        low, high = min(sizes), max(sizes)
+        many = count(low) if low == high else f"{count(low)}\u2060–\u2060{count(high)}"
+        return f"{many} client{'' if high == 1 else 's'}"
+    known = [run.settings.get("clients_per_round") for run in runs]
+    return f"up to {count(known[0])} clients" if known and known[0] is not None else ""
+
+
 def progress(run: Run) -> str:
     """``round 40 of 120``."""
     return f"round {run.last_round} of {run.planned_rounds}"
@@ -122,7 +143,7 @@ def _against_full(group: Group, full: Group) -> str:
     share = ratio(group, full) or 0.0
     scores = f"{decimals(group.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
     verb = "reaches" if share >= 0.95 else "falls short: it reaches only"
-    sentence = f"{group.label} {verb} {share:.2f} of full softmax’s MAP@10 ({scores})"
+    sentence = f"{group.label} {verb} {share:.3f} of full softmax’s MAP@10 ({scores})"
     costs = []
     for part, name in (("class_row_", "its class-row bytes"), ("", "all bytes")):
         mine, theirs = both_ways(group, part), both_ways(full, part)
