@@ -329,7 +329,7 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
 
     classes = "unseen classes" if not seen else f"test classes ({seen} of them seen in training)"
     found = _table(f"{classes} after {summaries[0]['rounds']} rounds")
-    moved = _table("kB per client and round, as serialised; ids and headers are in the sums")
+    moved = _table("kB per client and round; sums with ids and headers")
     full = mean(by_method["full"], "map_at_10") if "full" in by_method else None
     for heading in ("method", "MAP@10", *(("/ full",) if full else ()), "R@1", "seeds", "seconds"):
         found.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
