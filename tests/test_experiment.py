@@ -79,6 +79,16 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert metrics["map_at_10"] == pytest.approx(run.summary["map_at_10"])
 
 
+def test_tensorboard_reads_the_events(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(tmp_path / "run")
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    found = events.Scalars("test/map_at_10")[-1]
+    assert (found.step, found.value) == (6, pytest.approx(run.summary["map_at_10"]))
+
+
 def test_training_learns(tmp_path):
     config = dataclasses.replace(SMALL, rounds=60, client_lr=0.1, class_row_lr=1.0, eval_every=60)
     losses = [r["loss"] for r in lines(train(tmp_path / "run", config).folder)]
