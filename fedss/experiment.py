@@ -36,7 +36,7 @@ from fedss.describe import describe, describe_model
 from fedss.engines.local import intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, RunFolderError
 from fedss.evaluation import evaluate_embedding, save_panels
-from fedss.files import write_json, writing
+from fedss.files import write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
 from fedss.progress import show_progress
@@ -94,7 +94,7 @@ def train(
     data, folder = data or load_data(config), Path(out)
     _, sample_size = class_counts(config, data)
     embedder = build_model(config, data, backbone)
-    with hold(folder), writing(folder):
+    with hold(folder):
         claim_run(folder, config, describe(config, data), describe_model(embedder))
         already_done = bool(read_summaries(folder))
         if not already_done:
@@ -148,7 +148,7 @@ def compare(
     runs = [replace(config, method=method, seed=seed) for method in methods for seed in seeds]
     data, folder, summaries = data or load_data(config), Path(out), []
     class_counts(config, data)
-    with hold(folder), writing(folder):
+    with hold(folder):
         claim_comparison(folder, config, list(methods), list(seeds))
         for run in runs:
             name = f"{run.method}-seed{run.seed}"

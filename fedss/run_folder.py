@@ -23,7 +23,7 @@ _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes out of it for a ``with`` block.
+    """Make the folder and keep other processes out of it; failed writes become RunFolderErrors.
 
     Raises:
         RunFolderError: another process holds it, or it cannot be written.

@@ -263,15 +263,16 @@ def _text_height(text: str) -> float:
 
 
 def _label_ends(ax: Axes, lines: Sequence[Line], colors: Mapping[str, str] = _STAND_IN) -> None:
-    """Labels right of the axes in the order of the lines' ends, tied to them, none touching."""
+    """Labels right of all lines in the order of their ends, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
     texts = [_wrapped(line.label) for line in lines]
     heights = [_text_height(text) + 3 for text in texts]
     places = _apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
-    x = ax.bbox.x1 + LABEL_GAP
+    last_x = max(float(end_x) for end_x, _ in ends)
+    x = last_x + LABEL_GAP
     for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
         color = colors[line.slot]
-        if abs(y - end_y) > 4 or end_x < ax.bbox.x1 - 8:
+        if abs(y - end_y) > 4 or end_x < last_x - 12:
             tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
             ax.annotate(
                 "",

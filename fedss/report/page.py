@@ -133,7 +133,11 @@ def _setup(groups: Sequence[Group]) -> str:
     run = groups[0].runs[0]
     seeds = [r.seed for g in groups for r in g.runs]
     times = "Trained" if len(groups) == 1 else f"{words.listed([g.label for g in groups])}, trained"
-    parts = [f"{times} for {words.count(run.planned_rounds)} rounds"]
+    rounds = words.count(run.planned_rounds)
+    if not all(r.finished for g in groups for r in g.runs):
+        single = len(groups) == 1 and len(seeds) == 1
+        rounds = f"{words.count(run.last_round)} of {rounds}" if single else f"up to {rounds}"
+    parts = [f"{times} for {rounds} rounds"]
     if clients := words.cohort(groups):
         parts.append(f"of {clients}")
     plural = "s" if len(set(seeds)) > 1 else ""
