@@ -1,16 +1,19 @@
 """The report, from fake records with plausible curves."""
 
+import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedss.errors import RunFolderError
-from fedss.report import bytes_picture, write_report
+from fedss.report import bytes_picture, charts, write_report
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
@@ -34,6 +37,9 @@ def fake_run(
     level: float | None = None,
     pixels: np.ndarray | None = None,
     class_name: str = "character {}",
+    clients: int = 20,
+    depth: int = 5,
+    seen: int | None = None,
 ) -> dict[str, Any]:
     """Write a run folder; return its line of summary.json. pixels: [class, drawing, C, H, W]."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,7 @@ def fake_run(
     final = (level or final) + rng.normal(0, 0.006)
     class_bytes = None if rows is None else rows * (ROW + 8)
     each = None if class_bytes is None else BACKBONE + class_bytes
-    config = {
+    config: dict[str, Any] = {
         "fedss": "0.1.0",
         "torch": "2.13.0",
         "python": "3.11.7",
@@ -69,7 +75,7 @@ def fake_run(
             "name": "omniglot",
             "train_images": 19280,
             "train_classes": N_CLASSES,
-            "train_clients": 600,
+            "train_clients": 600 if clients == 20 else clients,
             "own_classes": [14, 30, 55],
             "test_queries": 10180,
             "test_gallery": None,
@@ -78,6 +84,8 @@ def fake_run(
         },
         "model": {"parameters": 52_336},
     }
+    if seen is not None:
+        config["data"] |= {"test_classes_seen": seen}
     (folder / "config.json").write_text(json.dumps(config))
     lines = []
     for r in range(1, (stop or rounds) + 1):
@@ -90,16 +98,16 @@ def fake_run(
         line = {
             "round": r,
             "loss": 1 + len(method) / 20 + 4 * np.exp(-4 * r / rounds) + float(rng.normal(0, 0.04)),
-            "clients": 20,
+            "clients": clients,
             "examples": 640,
-            "bytes_down": None if each is None else 20 * each,
-            "bytes_up": None if each is None else 20 * each,
+            "bytes_down": None if each is None else clients * each,
+            "bytes_up": None if each is None else clients * each,
             "seconds": {"train": 1.2, "aggregate": 0.1, "evaluate": 0.5, "checkpoint": 0.02},
             "metrics": metrics,
         }
         lines.append(json.dumps(line))
     (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    write_neighbours(folder / "retrieval.npz", final, rng, pixels, class_name)
+    write_neighbours(folder / "retrieval.npz", final, rng, pixels, class_name, depth)
     return {
         "method": method,
         "seed": seed,
@@ -130,6 +138,7 @@ def write_neighbours(
     rng: np.random.Generator,
     pixels: np.ndarray | None,
     class_name: str,
+    depth: int = 5,
     queries: int = 12,
 ) -> None:
     if pixels is None:
@@ -137,18 +146,18 @@ def write_neighbours(
     fixed = np.random.default_rng(7)
     hardness = fixed.random(queries)
     own = fixed.permutation(len(pixels))[:queries]
-    labels = np.empty((queries, 6), dtype=np.int64)
+    labels = np.empty((queries, 1 + depth), dtype=np.int64)
     labels[:, 0] = own
-    right = rng.random((queries, 5)) < (quality * 2.6 * (1.3 - hardness))[:, None]
-    labels[:, 1:] = np.where(right, own[:, None], rng.integers(0, len(pixels), (queries, 5)))
-    drawing = rng.integers(1, pixels.shape[1], (queries, 6))
+    right = rng.random((queries, depth)) < (quality * 2.6 * (1.3 - hardness))[:, None]
+    labels[:, 1:] = np.where(right, own[:, None], rng.integers(0, len(pixels), (queries, depth)))
+    drawing = rng.integers(1, pixels.shape[1], (queries, 1 + depth))
     drawing[:, 0] = 0
     np.savez_compressed(
         path,
         pixels=pixels[labels, drawing],
         labels=labels,
         class_names=np.array([[class_name.format(c) for c in row] for row in labels]),
-        scores=-np.sort(-rng.uniform(0.55, 0.98, (queries, 5)), axis=1).astype(np.float32),
+        scores=-np.sort(-rng.uniform(0.55, 0.98, (queries, depth)), axis=1).astype(np.float32),
         query_index=np.arange(queries, dtype=np.int64) * 100,
     )
 
@@ -356,6 +365,7 @@ def test_unfinished_run(tmp_path: Path, stop: int) -> None:
         file.write('{"round": 41, "lo')  # is being written
     _, page = read(tmp_path)
     assert f"fedss, seed 0: round {stop} of 120" in page.words
+    assert f"Trained for {stop} of 120 rounds of 20 clients" in page.words
     assert "Not finished" in page.words
     assert ("has not been evaluated yet" in page.words) == (stop == 1)
     assert "moving 452 kB per client and round" in page.words
@@ -404,31 +414,57 @@ def test_only_central(tmp_path: Path) -> None:
     assert html.count('<svg class="chart"') == 2
 
 
+AGAIN = "; restore it from a copy, or run again in another folder"
+ANEW = "; delete it and start this folder's fedss command again, which writes it anew"
+NO_PICTURES = "; delete it: the report is then written without pictures"
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "text", "message", "advice"),
     [
-        ("records.jsonl", None, "records.jsonl: cannot be read"),
-        ("records.jsonl", '{"round": 1, \n', "records.jsonl, line 1: damaged JSON"),
-        ("records.jsonl", '{"round": 1}\n', "records.jsonl, line 1: 'bytes_down' is missing"),
-        ("records.jsonl", "[]\n", "records.jsonl, line 1: expected an object"),
-        ("config.json", None, "config.json: cannot be read"),
-        ("config.json", "{", "config.json: damaged JSON"),
-        ("config.json", "{}", "config.json: 'config' is missing"),
-        ("summary.json", "[", "summary.json: damaged JSON"),
-        ("summary.json", "{}", "summary.json: expected a list"),
-        ("summary.json", '[{"folder": "."}]', "summary.json: 'class_rows_per_client' is missing"),
-        ("retrieval.npz", "no archive", "retrieval.npz: cannot be read"),
+        ("records.jsonl", None, "records.jsonl: cannot be read", AGAIN),
+        ("records.jsonl", '{"round": 1, \n', "records.jsonl, line 1: damaged JSON", AGAIN),
+        ("records.jsonl", '{"round": 2}', "records.jsonl, line 1: 'bytes_down' is missing", AGAIN),
+        ("records.jsonl", "[]\n", "records.jsonl, line 1: expected an object, got []", AGAIN),
+        ("records.jsonl", "5\n", "records.jsonl, line 1: expected an object, got 5", AGAIN),
+        ("config.json", None, "config.json: cannot be read", AGAIN),
+        ("config.json", "{", "config.json: damaged JSON", AGAIN),
+        ("config.json", "{}", "config.json: 'config' is missing", AGAIN),
+        ("config.json", "[]", "config.json: expected an object, got []", AGAIN),
+        ("config.json", '{"config": []}', "config.json: expected an object, got []", AGAIN),
+        ("summary.json", "[", "summary.json: damaged JSON", ANEW),
+        ("summary.json", "{}", "summary.json: expected a list", ANEW),
+        ("summary.json", "[]", "summary.json: expected a list with one object per run", ANEW),
+        ("summary.json", "[{}]", "summary.json: 'folder' is missing", ANEW),
+        ("summary.json", '[{"folder": "."}]', "'class_rows_per_client' is missing", ANEW),
+        ("retrieval.npz", "no archive", "retrieval.npz: cannot be read", NO_PICTURES),
+        ("retrieval.npz", "", "retrieval.npz: cannot be read", NO_PICTURES),
     ],
 )
-def test_damaged_records(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+def test_damaged_records(
+    tmp_path: Path, name: str, text: str | None, message: str, advice: str
+) -> None:
     single(tmp_path, rounds=5)
     if text is None:
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_text(text)
-    with pytest.raises(RunFolderError, match=re.escape(message)):
+    with pytest.raises(RunFolderError, match=re.escape(message) + ".*" + re.escape(advice)):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_images", "many"), ("own_classes", 3), ("image_shape", ["a", 1, 2])],
+)
+def test_damaged_facts(tmp_path: Path, key: str, value: object) -> None:
+    single(tmp_path, rounds=5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunFolderError, match=rf"config\.json: '{key}': expected "):
+        write_report(tmp_path)
 
 
 def test_empty_folder(tmp_path: Path) -> None:
@@ -436,13 +472,138 @@ def test_empty_folder(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_neighbours_of_wrong_shape(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("scores", lambda a: a[:, :4], "shapes do not fit 12 queries with 4 neighbours each"),
+        ("scores", lambda a: a[:, :0], r"scores: expected \[queries, neighbours\], got \(12, 0\)"),
+        ("scores", lambda a: a.astype(str), "scores: unexpected type"),
+        ("query_index", lambda a: a[0], "shapes do not fit"),
+        ("pixels", lambda a: a.astype(float), "pixels: unexpected type float64"),
+        ("pixels", lambda a: a[..., 0], "pixels: expected"),
+    ],
+)
+def test_damaged_neighbours(
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
     single(tmp_path, rounds=5)
     with np.load(tmp_path / "retrieval.npz") as file:
         arrays = dict(file)
-    np.savez(tmp_path / "retrieval.npz", **(arrays | {"scores": arrays["scores"][:, :4]}))
-    with pytest.raises(RunFolderError, match=r"retrieval\.npz: shapes do not fit"):
+    np.savez(tmp_path / "retrieval.npz", **(arrays | {name: change(arrays[name])}))
+    with pytest.raises(RunFolderError, match=rf"retrieval\.npz: {message}.*{NO_PICTURES}"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"),
+    [
+        (1, "its nearest neighbour, with its cosine"),
+        (3, "its three nearest neighbours, with their cosine"),
+        (7, "its 7 nearest neighbours, with their cosine"),
+    ],
+)
+def test_any_number_of_neighbours(tmp_path: Path, depth: int, words: str) -> None:
+    fake_comparison(tmp_path, ["full", "fedss"], rounds=5, depth=depth)
+    _, page = read(tmp_path)
+    assert words in page.words
+    queries = [i for i, alt in enumerate(page.alts) if alt.startswith("Query: ")]
+    assert queries
+    assert set(np.diff([*queries, len(page.alts)])) == {1 + 2 * depth}
+    counts = [int(n) for n in re.findall(rf"(\d+) of {depth} right", page.words)]
+    assert len(counts) == 2 * len(queries)
+    assert sum(counts) == sum(alt.startswith("Right: ") for alt in page.alts)
+
+
+def test_methods_with_different_numbers_of_neighbours(tmp_path: Path) -> None:
+    fake_run(tmp_path / "full", "full", rounds=5, depth=5)
+    fake_run(tmp_path / "fedss", "fedss", rounds=5, depth=2)
+    assert "its two nearest neighbours" in read(tmp_path)[1].words
+
+
+def test_clients_of_a_round_are_those_recorded(tmp_path: Path) -> None:
+    fake_comparison(tmp_path, ["fedss", "central"], rounds=60, clients=6)
+    _, page = read(tmp_path)
+    assert "trained for 60 rounds of 6 clients with seed 0." in page.words
+    lines = (tmp_path / "fedss-0" / "records.jsonl").read_text().splitlines()
+    lines[0] = lines[0].replace('"clients": 6', '"clients": 4')
+    (tmp_path / "fedss-0" / "records.jsonl").write_text("\n".join([*lines, ""]))
+    assert "60 rounds of 4\u2060–\u20606 clients" in read(tmp_path)[1].words
+
+
+@pytest.mark.parametrize(
+    ("seen", "words"), [(None, ""), (0, "never trained on"), (12, "12 of them trained on")]
+)
+def test_says_which_test_classes_were_trained_on(
+    tmp_path: Path, seen: int | None, words: str
+) -> None:
+    single(tmp_path, rounds=5, seen=seen)
+    _, page = read(tmp_path)
+    assert f"test classes{words}509" in page.words
+    assert ("trained on" in page.words) == (seen is not None)
+    assert "unseen" not in page.words
+
+
+def test_pooled_training_is_a_reference(comparison: tuple[Path, Any]) -> None:
+    _, page = read(comparison[0])
+    assert "central, the pooled reference, moves pictures" in page.words
+    assert "upper bound" not in page.words
+
+
+def test_hovering_is_offered_only_where_it_works(comparison: tuple[Path, Any]) -> None:
+    html, _ = read(comparison[0])
+    assert '<span class="hover">Exact values on hovering.</span>' in html
+    assert "@media (hover: none) { .hover { display: none; } }" in html
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        [0.350, 0.352, 0.345, 0.339, 0.36],
+        [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1],
+        [0.4, 0.0, 0.39, 0.38, 0.01, 0.2, 0.41, 0.37, 0.3, 0.02],
+    ],
+)
+def test_labels_keep_the_order_of_the_ends_and_do_not_touch(ends: list[float]) -> None:
+    low, high, height = 46.0, 298.0, 18.0
+    wanted = [46 + 600 * end for end in ends]
+    places = charts._apart(wanted, [height] * len(ends), low, high)
+    order = sorted(range(len(ends)), key=lambda i: (ends[i], i))
+    assert np.all(np.diff([places[i] for i in order]) > height - 0.5)
+    assert min(places) >= low + height / 2 - 0.5
+    assert max(places) <= high - height / 2 + 0.5
+
+
+def test_every_line_of_the_bytes_chart_is_labelled_in_order(tmp_path: Path) -> None:
+    methods = list(METHODS)
+    summary = fake_comparison(tmp_path, methods, rounds=20)
+    html, _ = read(tmp_path)
+    chart = html[html.index("MAP@10 against bytes moved for") :].partition("</svg>")[0]
+    place: dict[str, float] = {}  # the last line of a wrapped label stands for it
+    for slot, x, y in re.findall(r'fill: var\(--([\w-]+)\)".*?\((?:-0 )?(\S+) (\S+)\)">', chart):
+        if slot in methods:
+            place[slot] = float(y)
+            assert float(x) > 300
+    ends = sorted((entry["map_at_10"], entry["method"]) for entry in summary)
+    heights = [place[method] for _, method in ends]
+    assert np.all(np.diff(heights) < -13)  # downwards in SVG
+
+
+def test_picture_has_size_and_colours(comparison: tuple[Path, Any]) -> None:
+    picture = bytes_picture(comparison[0])
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.format == "PNG"
+        assert image.size == (1280, 800)
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == 255).all(axis=1).mean() > 0.8
+    for color in ((0x1B, 0x1F, 0x24), (0x0B, 0x5F, 0xD0), (0x00, 0x79, 0x5C), (0x6A, 0x73, 0x7D)):
+        assert (pixels == color).all(axis=1).sum() > 100
+
+
+def test_picture_needs_bytes(tmp_path: Path) -> None:
+    single(tmp_path, method="central", rounds=5)
+    with pytest.raises(RunFolderError, match="expected an evaluated round with its bytes"):
+        bytes_picture(tmp_path)
 
 
 def test_two_runs_of_one_method_and_seed(tmp_path: Path) -> None:
