@@ -4,9 +4,9 @@ Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone
 S requested classes, U classes touched in a round.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 from fedss.class_rows import ClassRows
 from fedss.errors import DivergedError
 from fedss.methods import Method
+from fedss.moments import Moments, RowMap, absent_classes, absent_step, moments_now, without_map
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
+from fedss.samplers import Sampler, ServerRows, class_sample, limit, own_budget
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring, spread_out
 
@@ -24,26 +26,42 @@ RowMean = Literal["cohort", "holders"]
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server keeps between rounds. ``class_rows`` is written in place."""
+    """All that the server keeps between rounds.
+
+    ``class_rows`` is written in place, and so is ``sampler_index``, what the sampler keeps of them.
+    """
 
     backbone_P: Tensor
     backbone_slots: dict[str, Tensor]
     class_rows: ClassRows
     round: int
+    sampler_index: Any = None
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What every client of a round receives: the backbone and, for ``moments``, W's moments."""
+
+    backbone_P: Tensor
+    moments: Moments | None
 
 
 @dataclass(frozen=True)
 class Submodel:
-    """What a client receives: the backbone and the class rows it asked for, nothing else of W."""
+    """What a client works on: the broadcast, and its class rows; nothing else of W."""
 
-    backbone_P: Tensor
+    broadcast: Broadcast
     ids_S: Tensor
     rows_SD: Tensor
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client returns: its changes, and how many examples they stand for."""
+    """What a client returns: its changes, and how many examples they stand for.
+
+    With moments, ``row_map`` is its step of every row, and the deltas of its own rows come on top.
+    ``traffic`` is filled in by the engine: bytes of its messages, by direction and part.
+    """
 
     client: int
     backbone_delta_P: Tensor
@@ -51,6 +69,8 @@ class ClientUpdate:
     rows_delta_SD: Tensor
     num_examples: int
     loss: float
+    row_map: RowMap | None = None
+    traffic: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,13 +89,19 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What every client of a round is told."""
+    """What every client of a round is told.
+
+    ``sample_size`` is |S| where negatives are sampled, ``cover`` their number where the method
+    does not need them.
+    """
 
     round: int
     seed: int
     method: Method
+    sampler: Sampler
     num_classes: int
     sample_size: int
+    cover: int
     scoring: Scoring
     local: LocalTraining
 
@@ -101,30 +127,71 @@ def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np
     return np.sort(rng.choice(num_clients, min(cohort_size, num_clients), replace=False))
 
 
+def own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
+    """Line 2, at the client: the classes of its pictures, or a random part that fits the sample."""
+    rng = generator(plan.seed, "own classes", plan.round, client)
+    budget = {
+        "all": plan.num_classes,
+        "sampled": own_budget(plan.sample_size, plan.num_classes),
+        "cover": plan.sample_size,
+        "none": plan.sample_size,
+    }[plan.method.negatives]
+    return limit(np.unique(label_N), budget, rng)
+
+
+def num_negatives(plan: RoundPlan, num_own: int) -> int:
+    """Line 2: how many negatives a client with that many own classes gets, at most."""
+    others = plan.num_classes - num_own
+    wanted = {
+        "all": others,
+        "sampled": plan.sample_size - num_own,
+        "cover": plan.cover,
+        "none": 0,
+    }[plan.method.negatives]
+    return min(wanted, others)
+
+
+def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample:
+    """Line 2, at the client: its class sample, if it draws for itself. It asks for ``ids_S``."""
+    draw, count = plan.sampler.draw, num_negatives(plan, len(own_P))
+    assert draw is not None
+    round = 0 if plan.sampler.fixed else plan.round
+    rng = generator(plan.seed, "classes", round, client)
+    return class_sample(own_P, *draw(own_P, plan.num_classes, count, rng))
+
+
+def deal_classes(
+    plan: RoundPlan, state: ServerState, own_K: Sequence[np.ndarray]
+) -> list[ClassSample]:
+    """Line 2, at the server: the class samples of a cohort that asked for its own classes."""
+    deal, counts = plan.sampler.deal, [num_negatives(plan, len(own_P)) for own_P in own_K]
+    assert deal is not None
+    rows = ServerRows(state.class_rows.weight_ND, state.sampler_index)
+    hands = deal(own_K, counts, rows, generator(plan.seed, "deal", plan.round))
+    return [class_sample(own_P, *hand) for own_P, hand in zip(own_K, hands, strict=True)]
+
+
 def choose_classes(
-    plan: RoundPlan, client: int, example_N: np.ndarray, label_N: np.ndarray
-) -> tuple[ClassSample, np.ndarray]:
-    """Line 2, at the client: its class sample, and which of its pictures take part.
-
-    Args:
-        plan: the round's plan.
-        client: number of the client.
-        example_N: int64, numbers of its pictures.
-        label_N: int64, their class ids.
-
-    Returns:
-        The class sample, and the numbers of the pictures whose class is own in it.
-    """
-    rng = generator(plan.seed, "classes", plan.round, client)
-    own_P = np.unique(label_N)
-    sample = plan.method.sampler(own_P, plan.num_classes, plan.sample_size, rng)
-    return sample, example_N[np.isin(label_N, sample.ids_S[sample.own_S].numpy())]
+    plan: RoundPlan, state: ServerState, cohort: np.ndarray, own_K: Sequence[np.ndarray]
+) -> list[ClassSample]:
+    """Line 2: the class samples of a cohort, whoever draws them."""
+    if plan.sampler.deal is not None:
+        return deal_classes(plan, state, own_K)
+    return [draw_classes(plan, k, own_P) for k, own_P in zip(cohort.tolist(), own_K, strict=True)]
 
 
-def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Submodel:
-    """Line 2, at the server: the answer to a class request. O(S D), whatever n is."""
-    rows_SD, _ = read_rows(optimizer, state.class_rows, ids_S, state.round)
-    return Submodel(state.backbone_P, ids_S, rows_SD)
+def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
+    """Line 2, at the server: what all clients get. O(P + D^2), whatever n is."""
+    rows, moments = state.class_rows, None
+    if plan.method.moments:
+        assert rows.history is not None
+        moments = moments_now(rows.history, rows.num_classes, rows.weight_ND.shape[1])
+    return Broadcast(state.backbone_P, moments)
+
+
+def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Tensor:
+    """Line 2, at the server: the rows of a class sample, [S, D]. O(S D), whatever n is."""
+    return read_rows(optimizer, state.class_rows, ids_S, state.round)[0]
 
 
 def batches(
@@ -150,9 +217,24 @@ def train_client(
     example_N: np.ndarray,
     label_N: np.ndarray,
 ) -> ClientUpdate:
-    """Lines 3 and 4: local SGD on the submodel, and the changes it made."""
-    model.theta_P.copy_(submodel.backbone_P)
-    rows_SD = submodel.rows_SD.clone().requires_grad_()
+    """Lines 3 and 4: local SGD on the submodel, and the changes it made.
+
+    Args:
+        plan: the round's plan.
+        client: number of the client.
+        model: where the backbone is trained.
+        submodel: what the server sent.
+        sample: the class sample of which ``submodel`` has the rows.
+        example_N: int64, numbers of the client's pictures; those of own classes are used.
+        label_N: int64, their class ids.
+    """
+    used_N = np.isin(label_N, sample.ids_S[sample.own_S].numpy())
+    example_N, label_N = example_N[used_N], label_N[used_N]
+    backbone_P, moments = submodel.broadcast.backbone_P, submodel.broadcast.moments
+    model.theta_P.copy_(backbone_P)
+    rows_SD, absent = submodel.rows_SD.clone().requires_grad_(), None
+    if moments is not None:
+        absent = absent_classes(moments, plan.num_classes, submodel.rows_SD)
     target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
     rng = generator(plan.seed, "batches", plan.round, client)
     losses = []
@@ -160,20 +242,26 @@ def train_client(
         model.grad_P.zero_()
         h_BD = model.embed(example_N[batch_B])
         target_B = torch.from_numpy(target_N[batch_B])
-        loss = plan.method.objective(h_BD, rows_SD, target_B, sample, plan.scoring).mean()
+        loss_B = plan.method.objective(h_BD, rows_SD, target_B, sample, plan.scoring, absent)
+        loss = loss_B.mean()
         loss.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
             rows_SD.sub_(rows_SD.grad, alpha=plan.local.row_lr)  # type: ignore[arg-type]
         rows_SD.grad = None
         losses.append(loss.detach())
+    rows_delta_SD, row_map = rows_SD.detach() - submodel.rows_SD, None
+    if moments is not None:
+        row_map = absent_step(absent, rows_SD.shape[1], plan.local.row_lr)
+        rows_delta_SD = without_map(rows_delta_SD, submodel.rows_SD, row_map)
     return ClientUpdate(
         client,
-        model.theta_P - submodel.backbone_P,
+        model.theta_P - backbone_P,
         submodel.ids_S,
-        rows_SD.detach() - submodel.rows_SD,
+        rows_delta_SD,
         len(example_N),
         float(torch.stack(losses).mean()),
+        row_map,
     )
 
 
@@ -184,6 +272,7 @@ class MeanUpdate:
     backbone_delta_P: Tensor
     ids_U: Tensor
     rows_delta_UD: Tensor
+    row_map: RowMap | None = None
 
 
 def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
@@ -193,8 +282,8 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
     with ``p_k = n_k / sum_j n_j`` over the whole cohort: a client that did not hold row i counts
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
-    is divided by the weight of its holders alone. Sums run in float64 in client order, so
-    the order of arrival does not change a bit.
+    is divided by the weight of its holders alone. Steps of all rows are averaged over the cohort.
+    Sums run in float64 in client order, so the order of arrival does not change a bit.
     """
     updates = sorted(updates, key=lambda update: update.client)
     total = sum(update.num_examples for update in updates)
@@ -208,7 +297,16 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
         rows_UD[position_S] += update.num_examples * update.rows_delta_SD.double()
         holders_U[position_S] += update.num_examples
     rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
-    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float())
+    row_map = None
+    if updates[0].row_map is not None:
+        row_map = _mean_map([(u.row_map, u.num_examples / total) for u in updates if u.row_map])
+    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)
+
+
+def _mean_map(weighted: Sequence[tuple[RowMap, float]]) -> RowMap:
+    shift_D = sum(p * row_map.shift_D.double() for row_map, p in weighted)
+    matrix_DD = sum(p * row_map.matrix_DD.double() for row_map, p in weighted)
+    return RowMap(torch.as_tensor(shift_D).float(), torch.as_tensor(matrix_DD).float())
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:
@@ -216,7 +314,8 @@ def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpd
     backbone_P, backbone_slots = step(
         optimizer, state.backbone_P, state.backbone_slots, update.backbone_delta_P, state.round
     )
-    step_rows_(optimizer, state.class_rows, update.ids_U, update.rows_delta_UD, state.round)
+    rows, ids_U = state.class_rows, update.ids_U
+    step_rows_(optimizer, rows, ids_U, update.rows_delta_UD, state.round, update.row_map)
     return replace(
         state, backbone_P=backbone_P, backbone_slots=backbone_slots, round=state.round + 1
     )
@@ -262,6 +361,9 @@ def run_round(
     mean = aggregate(updates, row_mean)
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
+    if plan.sampler.index is not None:
+        rows_UD = state.class_rows.weight_ND[mean.ids_U]
+        plan.sampler.index.update(state.sampler_index, mean.ids_U, rows_UD)
     return state, updates
 
 
@@ -271,7 +373,9 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
     Raises:
         DivergedError: they are not; names round and client.
     """
-    numbers = (torch.tensor(update.loss), update.backbone_delta_P, update.rows_delta_SD)
+    numbers = [torch.tensor(update.loss), update.backbone_delta_P, update.rows_delta_SD]
+    if update.row_map is not None:
+        numbers += [update.row_map.shift_D, update.row_map.matrix_DD]
     if not _all_finite(numbers):
         raise DivergedError(
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "

@@ -7,13 +7,22 @@ from torch import nn
 
 from fedss.algorithm import LocalTraining, RoundPlan
 from fedss.config import Config
-from fedss.data import Dataset, Images, RetrievalTask, load_dataset
+from fedss.data import (
+    Dataset,
+    Images,
+    RetrievalTask,
+    load_dataset,
+    rotate_classes,
+    split_clients,
+)
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
+from fedss.samplers import SAMPLERS, Sampler
 from fedss.seeds import generator
 from fedss.softmax import Scoring
+from fedss.wire import WireFormat
 
 
 def load_data(config: Config) -> Dataset:
@@ -22,7 +31,7 @@ def load_data(config: Config) -> Dataset:
     Raises:
         DataError: it cannot be found or read, or does not fit together.
     """
-    return load_dataset(
+    data = load_dataset(
         config.data,
         config.data_path,
         image_size=config.image_size,
@@ -33,6 +42,12 @@ def load_data(config: Config) -> Dataset:
         glyphs_classes=config.glyphs_classes,
         glyphs_clients=config.glyphs_clients,
     )
+    if config.rotations:
+        data = replace(data, train=rotate_classes(data.train))
+    if config.client_classes is not None:
+        train = split_clients(data.train, config.client_classes, config.data_seed)
+        data = replace(data, train=train)
+    return data
 
 
 DEFAULT_SAMPLE_SIZE = 64
@@ -81,8 +96,29 @@ def server_optimizer(config: Config) -> ServerOptimizer:
     )
 
 
-def round_plan(config: Config, num_classes: int, sample_size: int, round: int) -> RoundPlan:
+def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFormat:
+    """How messages travel. Pooled training sends none."""
+    layout = tuple(p.shape for p in embedder.parameters() if p.requires_grad)
+    if METHODS[config.method].pooled:
+        return WireFormat(layout, config.embedding_size, num_classes)
+    return WireFormat(
+        layout,
+        config.embedding_size,
+        num_classes,
+        config.rows_down,
+        config.rows_up,
+        config.backbone_down,
+        config.backbone_up,
+        config.moments_rank,
+    )
+
+
+def round_plan(
+    config: Config, num_classes: int, sample_size: int, round: int, sampler: Sampler | None = None
+) -> RoundPlan:
     """What the clients of a round (0-based) are told; learning rates decay over the rounds.
+
+    ``sampler``, if given, in place of the one that ``config`` names.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
@@ -95,9 +131,11 @@ def round_plan(config: Config, num_classes: int, sample_size: int, round: int) -
         round,
         config.seed,
         METHODS[config.method],
+        sampler or SAMPLERS[config.sampler],
         num_classes,
         sample_size,
-        Scoring(config.scale, config.margin_kind, config.margin),
+        config.cover,
+        Scoring(config.scale, config.margin_kind, config.margin, config.correction),
         LocalTraining(
             config.local_epochs,
             config.local_steps,

@@ -17,6 +17,7 @@ from fedss.algorithm import ServerState
 from fedss.class_rows import ClassRows
 from fedss.errors import RunFolderError
 from fedss.files import write_file, write_json
+from fedss.moments import RowHistory
 
 KEPT = 2
 _STATE, _RECORD = "state.safetensors", "checkpoint.json"
@@ -32,6 +33,10 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     tensors["rows_updated"] = state.class_rows.updated_N
     tensors |= {f"backbone.{name}": slot for name, slot in state.backbone_slots.items()}
     tensors |= {f"rows.{name}": slot for name, slot in state.class_rows.slots.items()}
+    history = state.class_rows.history
+    if history is not None:
+        tensors["history.second"] = history.second_ZZ
+        tensors |= {f"history.map.{round}": map_DE for round, map_DE in history.maps.items()}
     content = save(tensors)
     temporary, final = folder / ".unfinished", folder / f"round-{state.round:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,10 +72,17 @@ def load_checkpoint(folder: Path) -> ServerState | None:
             f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
         ) from error
     tensors = load(content)
+    history = None
+    if "history.second" in tensors:
+        maps = {
+            int(round): map_DE for round, map_DE in _with_prefix(tensors, "history.map.").items()
+        }
+        history = RowHistory(tensors["history.second"], maps)
+    slots, updated_N = _with_prefix(tensors, "rows."), tensors["rows_updated"]
     return ServerState(
         tensors["backbone"],
         _with_prefix(tensors, "backbone."),
-        ClassRows(tensors["rows"], _with_prefix(tensors, "rows."), tensors["rows_updated"]),
+        ClassRows(tensors["rows"], slots, updated_N, history),
         record["round"],
     )
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedss.moments import RowHistory
+
 
 @dataclass(frozen=True)
 class ClassRows:
@@ -20,11 +22,13 @@ class ClassRows:
         weight_ND: float32, one class row per class.
         slots: the optimizer's own values per row, e.g. ``{"momentum": [N, D]}``.
         updated_N: int64, number of rounds that were complete when the row was last written.
+        history: steps that rounds took on every row, if the method takes such steps.
     """
 
     weight_ND: Tensor
     slots: Mapping[str, Tensor]
     updated_N: Tensor
+    history: RowHistory | None = None
 
     @property
     def num_classes(self) -> int:

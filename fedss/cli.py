@@ -283,15 +283,23 @@ def _info(options: argparse.Namespace) -> None:
         table.add_row(name, value)
     console.print(table)
     table = _table(f"per client and round, {config.backbone}, d = {config.embedding_size}")
-    for heading in ("method", "class rows", "share of W", "class-row bytes", "bytes each way"):
+    for heading in (
+        "method",
+        "class rows",
+        "share of W",
+        "class-row bytes",
+        "bytes down",
+        "bytes up",
+    ):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for cost in costs(config, data):
         table.add_row(
             cost.method,
             f"{cost.class_rows:,.1f}",
             f"{cost.share:.1%}",
-            _bytes(cost.class_row_bytes),
-            _bytes(cost.bytes),
+            _bytes(cost.row_bytes),
+            _bytes(cost.bytes_down),
+            _bytes(cost.bytes_up),
         )
     console.print(table)
 

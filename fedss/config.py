@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.algorithm import RowMean
+from fedss.codec import Precision
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
 from fedss.optimizers import ServerOptimizerKind
+from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -43,12 +45,19 @@ class Config:
     data_seed: int = _option(0, "draws the glyphs and the held-out classes", "data")
     glyphs_classes: int = _option(1280, "glyphs: number of classes, test classes included", "data")
     glyphs_clients: int = _option(256, "glyphs: number of training clients", "data")
+    client_classes: int | None = _option(
+        None, "split clients so that none holds more classes; default: as they are", "data"
+    )
+    rotations: bool = _option(False, "quarter turns are classes and clients of their own", "data")
     eval_split: EvalSplit = _option("test", "retrieval task that is evaluated", "data")
 
-    method: str = _option("fedss", f"one of {', '.join(METHODS)}", "method")
+    method: str = _option("fedss", "training method, one of those listed below", "method")
     sample_size: int | None = _option(
         None, "|S|, class rows per client and round, 2 to n; n means full; default 64", "method"
     )
+    sampler: str = _option("uniform", f"draws negatives: {', '.join(SAMPLERS)}", "method")
+    correction: float = _option(1.0, "a in -a log q of negatives; below 1: tempered", "method")
+    cover: int = _option(0, "moments: negatives that only hide own classes", "method")
     scale: float = _option(10.0, "s, inverse temperature of the softmax", "method")
     margin_kind: MarginKind = _option("none", "margin of the softmax", "method")
     margin: float = _option(0.2, "margin m: cosface in cosine, arcface in radians", "method")
@@ -81,6 +90,14 @@ class Config:
     server_second_momentum: float = _option(0.99, "adam: beta2 of the server", "training")
     server_epsilon: float = _option(1e-3, "adam: epsilon of the server", "training")
 
+    rows_down: Precision = _option("float32", "how class rows and moments are sent", "wire")
+    rows_up: Precision = _option("float32", "how their changes come back", "wire")
+    backbone_down: Precision = _option("float32", "how the backbone is sent", "wire")
+    backbone_up: Precision = _option("float32", "how its change comes back", "wire")
+    moments_rank: int | None = _option(
+        None, "moments: eigenvectors sent of a matrix; default: all of it", "wire"
+    )
+
     seed: int = _option(0, "every random draw of the run is keyed by it", "run")
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
     checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
@@ -88,6 +105,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        check_choice("sampler", self.sampler, SAMPLERS)
         for option in OPTIONS:
             _check_type(option, getattr(self, option.name))
         for names, valid, expected in _RANGES:
@@ -95,6 +113,22 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
+        if METHODS[self.method].moments:
+            self._check_moments()
+
+    def _check_moments(self) -> None:
+        if self.server_optimizer == "adam":
+            raise ConfigError(
+                "server_optimizer: method moments steps all class rows at once, which adam can't; "
+                "expected sgd or momentum, got adam"
+            )
+        if self.row_mean != "cohort":
+            raise ConfigError(f"row_mean: method moments needs cohort, got {self.row_mean}")
+        if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
+            raise ConfigError(
+                f"moments_rank: expected below embedding_size = {self.embedding_size} (or leave it "
+                f"out to send whole matrices), got {self.moments_rank}"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,19 +164,20 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample_size", lambda v: v >= 2, "at least 2 classes: an own one and a negative"),
     (
         "rounds clients_per_round local_epochs local_steps batch_size embedding_size workers"
-        " checkpoint_every",
+        " checkpoint_every moments_rank client_classes",
         lambda v: v >= 1,
         "at least 1",
     ),
     ("glyphs_classes glyphs_clients", lambda v: v >= 2, "at least 2"),
     ("image_size", lambda v: v >= 8, "at least 8 pixels"),
     ("channels", lambda v: v in (1, 3), "1 or 3"),
-    ("eval_every spread_out_neighbours data_seed seed", lambda v: v >= 0, "0 or more"),
+    ("eval_every spread_out_neighbours data_seed seed cover", lambda v: v >= 0, "0 or more"),
     (
         "scale client_lr class_row_lr server_lr server_epsilon",
         lambda v: 0 < v <= 1e30,
         "a number above 0 and at most 1e30",
     ),
+    ("correction", lambda v: 0 <= v <= 1, "0 (none) to 1 (full)"),
     ("margin spread_out_weight spread_out_margin", lambda v: 0 <= v <= 2, "0 to 2"),
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
     ("lr_decay_start", lambda v: 0 <= v <= 1, "0 to 1"),

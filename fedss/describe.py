@@ -1,17 +1,38 @@
 """What is in a data set, and what each method would move: before any training."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from fedss.build import build_model, class_counts, evaluation_task, num_trainable
+from fedss.algorithm import Broadcast, ClientUpdate, RoundPlan, num_negatives
+from fedss.algorithm import own_classes as own_classes_of
+from fedss.build import (
+    build_model,
+    class_counts,
+    evaluation_task,
+    num_trainable,
+    round_plan,
+    wire_format,
+)
 from fedss.config import Config
 from fedss.data import Dataset, fingerprint, own_classes, seen_classes
 from fedss.methods import METHODS
 from fedss.models import Embedder
+from fedss.moments import Moments, RowMap
+from fedss.samplers import Sampler
 from fedss.seeds import generator
+from fedss.softmax import ClassSample
+from fedss.wire import (
+    WireFormat,
+    encode_answer,
+    encode_broadcast,
+    encode_request,
+    encode_update,
+    traffic,
+)
 
 
 def describe(config: Config, data: Dataset) -> dict[str, Any]:
@@ -33,13 +54,14 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
     }
 
 
-def describe_model(embedder: Embedder) -> dict[str, Any]:
-    """What a run writes down of its model's structure: a module of your own has no name."""
+def describe_model(embedder: Embedder, sampler: Sampler) -> dict[str, Any]:
+    """What a run writes down of what code may bring along: a model's structure, a sampler."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
         "parameters": num_trainable(embedder),
         "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
+        "sampler": sampler.name,
     }
 
 
@@ -47,36 +69,64 @@ def describe_model(embedder: Embedder) -> dict[str, Any]:
 class Cost:
     """What a method moves each way per client and round, on average over clients.
 
-    ``bytes`` and ``class_row_bytes`` are the tensors' bytes (class ids in the former) without
-    headers; None where pictures are pooled.
+    ``bytes_down`` and ``bytes_up`` are whole messages as serialised, ``row_bytes`` the class rows
+    and moments going down; None where pictures are pooled.
     """
 
     method: str
     class_rows: float
     share: float
-    class_row_bytes: float | None
-    bytes: float | None
+    row_bytes: float | None
+    bytes_down: float | None
+    bytes_up: float | None
 
 
 def costs(config: Config, data: Dataset) -> list[Cost]:
-    """What each method would move, worked out from class counts, before any training.
+    """What each method would move, worked out on messages of zeros, before any training.
 
     Raises:
         ConfigError: ``sample_size`` is above the number of classes, or no such backbone.
     """
     num_classes, sample_size = class_counts(config, data)
-    backbone = 4 * num_trainable(build_model(config, data, None))
+    embedder = build_model(config, data, None)
     own, clients = np.unique(own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
-        rng = generator(config.seed, "costs")
-        sizes = [
-            len(method.sampler(np.arange(count), num_classes, sample_size, rng).ids_S)
-            for count in own
-        ]
-        rows = float(np.average(sizes, weights=clients))
-        row_bytes = 4 * config.embedding_size * rows
-        ids = 0 if rows == num_classes else 8 * rows
-        moved = (None, None) if method.pooled else (row_bytes, backbone + row_bytes + ids)
-        result.append(Cost(method.name, rows, rows / num_classes, *moved))
+        of_method = replace(config, method=method.name)
+        plan = round_plan(of_method, num_classes, sample_size, 0)
+        wire = wire_format(of_method, embedder, num_classes)
+        moved = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
+        mean = {
+            name: float(np.average([m[name] for m in moved], weights=clients)) for name in moved[0]
+        }
+        rows = mean["class_rows"]
+        if method.pooled:
+            result.append(Cost(method.name, rows, rows / num_classes, None, None, None))
+            continue
+        row_bytes = mean["class_row_bytes_down"] + mean["moment_bytes_down"]
+        sizes = (row_bytes, mean["bytes_down"], mean["bytes_up"])
+        result.append(Cost(method.name, rows, rows / num_classes, *sizes))
     return result
+
+
+def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) -> dict[str, int]:
+    """Bytes of the messages of a client with that many own classes, and its class rows."""
+    own_P = own_classes_of(plan, 0, np.arange(num_own))
+    count = len(own_P) + num_negatives(plan, len(own_P))
+    ids_S, dim = torch.arange(count), wire.dim
+    zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
+    moments, row_map = None, None
+    if plan.method.moments:
+        moments = Moments(torch.zeros(dim), torch.zeros(dim, dim))
+        row_map = RowMap(moments.mean_D, moments.covariance_DD)
+    dealt, asked = None, ids_S
+    if plan.sampler.deal is not None:
+        own_S = ids_S < len(own_P)
+        dealt, asked = ClassSample(ids_S, torch.zeros(count), own_S), ids_S[own_S]
+    down = {
+        **encode_broadcast(wire, Broadcast(backbone_P, moments)),
+        **encode_answer(wire, ids_S, zeros_SD, dealt),
+    }
+    update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0, row_map)
+    up = encode_update(wire, update, generator(0, "costs"))
+    return {**traffic(down, encode_request(wire, asked), up), "class_rows": count}

@@ -27,6 +27,7 @@ from fedss.build import (
     pool_pictures,
     round_plan,
     server_optimizer,
+    wire_format,
 )
 from fedss.checkpoint import load_checkpoint, save_checkpoint
 from fedss.class_rows import create_class_rows
@@ -39,10 +40,13 @@ from fedss.evaluation import evaluate_embedding, save_panels
 from fedss.files import write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
+from fedss.moments import RowHistory, second_moment
+from fedss.optimizers import join_states
 from fedss.progress import show_progress
-from fedss.records import Record, open_records, read_records, summarise, traffic
+from fedss.records import Record, open_records, read_records, round_traffic, summarise
 from fedss.report import write_report
 from fedss.run_folder import claim_comparison, claim_run, hold, read_summaries
+from fedss.samplers import SAMPLERS, Sampler
 from fedss.seeds import generator
 
 OnRound = Callable[[Record], None]
@@ -71,6 +75,7 @@ def train(
     *,
     data: Dataset | None = None,
     backbone: nn.Module | None = None,
+    sampler: Sampler | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
@@ -82,6 +87,7 @@ def train(
         backbone: a module of your own, [B, C, H, W] float pixels to [B, features] vectors, in
             place of ``config.backbone``. Where its output is not of size ``embedding_size``, a
             linear layer is added.
+        sampler: a way to draw negatives of your own, in place of ``config.sampler``.
         on_round: called with each round's record, those of an interrupted run first;
             None: progress is shown on stderr.
 
@@ -95,12 +101,13 @@ def train(
     _, sample_size = class_counts(config, data)
     embedder = build_model(config, data, backbone)
     with hold(folder):
-        claim_run(folder, config, describe(config, data), describe_model(embedder))
+        facts = describe_model(embedder, sampler or SAMPLERS[config.sampler])
+        claim_run(folder, config, describe(config, data), facts)
         already_done = bool(read_summaries(folder))
         if not already_done:
             label = f"{config.method} seed {config.seed}"
             with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as see:
-                records = _train_rounds(config, data, embedder, folder, see)
+                records = _train_rounds(config, data, embedder, sampler, folder, see)
             save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
             run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
             summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
@@ -119,6 +126,7 @@ def compare(
     *,
     data: Dataset | None = None,
     backbone: nn.Module | None = None,
+    sampler: Sampler | None = None,
     on_round: OnRound | None = None,
 ) -> list[dict[str, Any]]:
     """Train each method with each seed under the same settings, and report on all.
@@ -134,6 +142,7 @@ def compare(
         out: the folder; gets ``summary.json`` and ``report.html``.
         data: pictures; None: those that ``config`` names.
         backbone: as in :func:`train`.
+        sampler: as in :func:`train`.
         on_round: as in :func:`train`.
 
     Returns:
@@ -152,7 +161,9 @@ def compare(
         claim_comparison(folder, config, list(methods), list(seeds))
         for run in runs:
             name = f"{run.method}-seed{run.seed}"
-            done = train(run, folder / name, data=data, backbone=backbone, on_round=on_round)
+            done = train(
+                run, folder / name, data=data, backbone=backbone, sampler=sampler, on_round=on_round
+            )
             summaries.append({**done.summary, "folder": name})
         now = {(summary["method"], summary["seed"]) for summary in summaries}
         earlier = [s for s in read_summaries(folder) if (s["method"], s["seed"]) not in now]
@@ -184,7 +195,12 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> Embedder:
 
 
 def _train_rounds(
-    config: Config, data: Dataset, embedder: Embedder, folder: Path, on_round: OnRound
+    config: Config,
+    data: Dataset,
+    embedder: Embedder,
+    sampler: Sampler | None,
+    folder: Path,
+    on_round: OnRound,
 ) -> list[Record]:
     """Train from the last checkpoint to the end; leaves the weights in ``embedder``."""
     method, images, cohort_size = METHODS[config.method], data.train, config.clients_per_round
@@ -195,27 +211,23 @@ def _train_rounds(
     num_classes, sample_size = class_counts(config, data)
     task = evaluation_task(config, data)
     theta_P = flatten_(embedder).theta_P
-    state = load_checkpoint(folder / "checkpoint") or ServerState(
-        theta_P.clone(),
-        {name: torch.zeros_like(theta_P) for name in optimizer.slots},
-        create_class_rows(
-            num_classes,
-            config.embedding_size,
-            optimizer.slots,
-            generator(config.seed, "class rows"),
-        ),
-        round=0,
-    )
+    state = load_checkpoint(folder / "checkpoint") or _start(config, theta_P, num_classes)
+    plan = round_plan(config, num_classes, sample_size, state.round, sampler)
+    if plan.sampler.index is not None:
+        rng = generator(config.seed, "sampler index")
+        index = plan.sampler.index.build(state.class_rows.weight_ND, rng)
+        state = replace(state, sampler_index=index)
+    wire = wire_format(config, embedder, num_classes)
     records = read_records(folder / "records.jsonl", state.round)
     for record in records:
         on_round(record)
     with (
-        local_engine(embedder, clients, optimizer, config.workers) as engine,
+        local_engine(embedder, clients, optimizer, wire, config.workers) as engine,
         open_records(folder, records) as add_record,
     ):
         while state.round < config.rounds:
             clock = _Clock()
-            plan = round_plan(config, num_classes, sample_size, state.round)
+            plan = round_plan(config, num_classes, sample_size, state.round, sampler)
             cohort = draw_cohort(clients.num_clients, cohort_size, config.seed, state.round)
             try:
                 state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
@@ -241,7 +253,7 @@ def _train_rounds(
                     embed = partial(engine.embed, state.backbone_P)
                     metrics = dataclasses.asdict(evaluate_embedding(embed, task))
                 clock.lap("evaluate")
-            moved = traffic(state, updates, num_classes)
+            moved = round_traffic(updates)
             record = {
                 "round": state.round,
                 "loss": sum(update.loss for update in updates) / len(updates),
@@ -261,6 +273,17 @@ def _train_rounds(
         embed = partial(engine.embed, state.backbone_P)
         save_panels(embed, task, folder / "retrieval.npz", config.data_seed)
     return records
+
+
+def _start(config: Config, theta_P: torch.Tensor, num_classes: int) -> ServerState:
+    optimizer, dim = server_optimizer(config), config.embedding_size
+    rng = generator(config.seed, "class rows")
+    rows = create_class_rows(num_classes, dim, optimizer.slots, rng)
+    if METHODS[config.method].moments:
+        history = RowHistory(second_moment(join_states(rows.weight_ND, rows.slots)))
+        rows = replace(rows, history=history)
+    slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
+    return ServerState(theta_P.clone(), slots, rows, round=0)
 
 
 def _due(round: int, every: int, rounds: int) -> bool:

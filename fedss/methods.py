@@ -1,15 +1,13 @@
 """The methods as values: which classes are asked for, which loss, what the server adds."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedss.softmax import (
     Objective,
-    Sampler,
+    moments_softmax,
     negatives_only_softmax,
     positive_hinge,
-    sample_all,
-    sample_own,
-    sample_uniform,
     sampled_softmax,
     uncorrected_softmax,
 )
@@ -22,16 +20,21 @@ class Method:
     Attributes:
         name: its name in configurations, tables and plots.
         summary: one line for people.
-        sampler: which classes a client asks for.
+        negatives: beside own classes a client gets ``"all"`` the others; ``"sampled"`` ones, up
+            to the sample size; a ``"cover"``, of any number, that its loss does not need; or
+            ``"none"``. Which ones, a sampler says.
         objective: the loss it trains on.
+        moments: the mean and covariance of all class rows go to the client, and what its loss
+            makes of them comes back.
         spread_out: the server pushes near class rows apart after each round (FedAwS).
         pooled: pictures are pooled first: a reference, not federated learning.
     """
 
     name: str
     summary: str
-    sampler: Sampler
+    negatives: Literal["all", "sampled", "cover", "none"]
     objective: Objective
+    moments: bool = False
     spread_out: bool = False
     pooled: bool = False
 
@@ -39,37 +42,44 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("full", "all class rows, softmax", sample_all, sampled_softmax),
+        Method("full", "all class rows, softmax", "all", sampled_softmax),
         Method(
             "fedss",
-            "own classes and uniform negatives, corrected sampled softmax",
-            sample_uniform,
+            "own classes and negatives, corrected sampled softmax",
+            "sampled",
             sampled_softmax,
+        ),
+        Method(
+            "moments",
+            "own classes; all others by their mean and covariance",
+            "cover",
+            moments_softmax,
+            moments=True,
         ),
         Method(
             "fedss-uncorrected",
             "as fedss, without the correction",
-            sample_uniform,
+            "sampled",
             uncorrected_softmax,
         ),
-        Method("pos-only", "own classes alone, softmax over them", sample_own, sampled_softmax),
+        Method("pos-only", "own classes alone, softmax over them", "none", sampled_softmax),
         Method(
             "neg-only",
             "each label against the sampled negatives alone",
-            sample_uniform,
+            "sampled",
             negatives_only_softmax,
         ),
         Method(
             "fedaws",
             "own classes alone, squared hinge; the server spreads class rows out",
-            sample_own,
+            "none",
             positive_hinge,
             spread_out=True,
         ),
         Method(
             "central",
             "pictures pooled, full softmax, plain SGD: a reference",
-            sample_all,
+            "all",
             sampled_softmax,
             pooled=True,
         ),

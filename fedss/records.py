@@ -7,38 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedss.algorithm import ClientUpdate, ServerState, Submodel
+from fedss.algorithm import ClientUpdate
 from fedss.errors import RunFolderError
-from fedss.wire import encoded_size, request_message, submodel_message, update_message
+from fedss.wire import PARTS
 
 Record = dict[str, Any]
 """One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``class_rows`` (sum of
 |S_k|), bytes over the cohort as serialised (``bytes_down``, ``bytes_up`` and their parts
-``backbone_bytes_*``, ``class_row_bytes_*``), ``seconds`` by phase, ``metrics`` or None."""
+``backbone_bytes_*``, ``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase,
+``metrics`` or None."""
 
 
-def traffic(
-    state: ServerState, updates: Sequence[ClientUpdate], num_classes: int
-) -> dict[str, int]:
-    """Bytes of all messages of a round, as serialised: class requests, submodels, updates."""
-    down = up = rows = 0
-    for update in updates:
-        # Rows and their deltas are of one shape, and so are theta and its delta.
-        submodel = Submodel(state.backbone_P, update.ids_S, update.rows_delta_SD)
-        down += encoded_size(submodel_message(submodel, num_classes))
-        up += encoded_size(request_message(update.ids_S, num_classes))
-        up += encoded_size(update_message(update, num_classes))
-        rows += update.rows_delta_SD.nbytes
-    backbone = len(updates) * state.backbone_P.nbytes
-    return {
-        "bytes_down": down,
-        "bytes_up": up,
-        "backbone_bytes_down": backbone,
-        "backbone_bytes_up": backbone,
-        "class_row_bytes_down": rows,
-        "class_row_bytes_up": rows,
-        "class_rows": sum(len(update.ids_S) for update in updates),
-    }
+def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
+    """Bytes of all messages of a round, as the engine counted them, and |S_k| summed up."""
+    counted = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
+    return {**counted, "class_rows": sum(len(update.ids_S) for update in updates)}
 
 
 def read_records(path: Path, rounds: int) -> list[Record]:
@@ -107,10 +90,7 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
 _PER_CLIENT = (
     "bytes_down",
     "bytes_up",
-    "class_row_bytes_down",
-    "class_row_bytes_up",
-    "backbone_bytes_down",
-    "backbone_bytes_up",
+    *(f"{part}_bytes_{way}" for part in PARTS for way in ("down", "up")),
 )
 
 

@@ -1,4 +1,4 @@
-"""The maths of sampled softmax: class samples, inclusion probabilities, objectives, margins.
+"""The maths of sampled softmax: class samples, corrected logits, objectives, margins.
 
 Shape suffixes: B pictures of a batch, D embedding size, P own classes, M negatives,
 S classes of a class sample (S = P + M).
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,83 +32,6 @@ class ClassSample:
     own_S: Tensor
 
 
-Sampler = Callable[[np.ndarray, int, int, np.random.Generator], ClassSample]
-"""``sampler(own_P, num_classes, sample_size, rng)``: the classes a client owns (int64, sorted,
-unique) to its class sample. It may draw at the client or at the server. If the client owns more
-classes than the sample may hold, a random part of them counts as own in this round."""
-
-
-def own_budget(sample_size: int, num_classes: int) -> int:
-    """How many own classes a client may bring to a class sample of ``sample_size``.
-
-    At least an eighth of the sample, and at least one class, is left for negatives: with fewer,
-    the few negatives stand for all other classes and their weight 1/q makes the estimate of the
-    partition function very noisy. A sample of all classes has no such limit. (Ours.)
-    """
-    if sample_size >= num_classes:
-        return num_classes
-    return sample_size - math.ceil(sample_size / 8)
-
-
-def sample_uniform(
-    own_P: np.ndarray, num_classes: int, sample_size: int, rng: np.random.Generator
-) -> ClassSample:
-    """Own classes, and negatives drawn uniformly without replacement from all the others.
-
-    ``q_i = m / (n - |P|)`` for each of the ``m = min(sample_size, n) - |P|`` negatives
-    (Waghmare et al. 2022, arXiv 2203.04888, section 3). With more own classes than
-    :func:`own_budget`, a random part of them is own and all others may be negatives.
-    O(S log S) time and O(S) memory, whatever n is.
-
-    Args:
-        own_P: int64, sorted, unique class ids.
-        num_classes: n.
-        sample_size: |S|, at least 2.
-        rng: generator of this draw.
-    """
-    own_P = _limit(own_P, own_budget(sample_size, num_classes), rng)
-    return _with_negatives(own_P, num_classes, min(sample_size, num_classes) - len(own_P), rng)
-
-
-def sample_all(
-    own_P: np.ndarray, num_classes: int, sample_size: int, rng: np.random.Generator
-) -> ClassSample:
-    """All n classes: the full softmax. ``sample_size`` and ``rng`` do not matter."""
-    return _with_negatives(own_P, num_classes, num_classes - len(own_P), rng)
-
-
-def sample_own(
-    own_P: np.ndarray, num_classes: int, sample_size: int, rng: np.random.Generator
-) -> ClassSample:
-    """Own classes alone, at most ``sample_size`` of them, and no negatives."""
-    return _with_negatives(_limit(own_P, sample_size, rng), num_classes, 0, rng)
-
-
-def _limit(own_P: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    if len(own_P) <= budget:
-        return own_P
-    return np.sort(rng.choice(own_P, budget, replace=False))
-
-
-def _with_negatives(
-    own_P: np.ndarray, num_classes: int, num_negatives: int, rng: np.random.Generator
-) -> ClassSample:
-    num_others = num_classes - len(own_P)
-    rank_M = np.sort(rng.choice(num_others, num_negatives, replace=False, shuffle=False))
-    # own_P[j] - j other classes lie below own class j, so a rank passes exactly the own classes
-    # with no more others below them than the rank.
-    negative_M = rank_M + np.searchsorted(own_P - np.arange(len(own_P)), rank_M, side="right")
-    log_q = math.log(num_negatives / num_others) if num_negatives else 0.0
-    ids = np.concatenate([own_P, negative_M])
-    order = np.argsort(ids)
-    own_S = order < len(own_P)
-    return ClassSample(
-        torch.from_numpy(ids[order]),
-        torch.from_numpy(np.where(own_S, 0.0, log_q).astype(np.float32)),
-        torch.from_numpy(own_S),
-    )
-
-
 @dataclass(frozen=True)
 class Scoring:
     """How cosines become logits: ``o_i = scale * cos(h, w_i)``, with a margin on the label.
@@ -121,7 +43,8 @@ class Scoring:
             ``o_y = s cos(a + m)``, and beyond ``a = pi - m``, where that would rise again,
             ``s (cos a - m sin m)`` as in its authors' code; ``"none"``.
         margin: m, in cosine for CosFace, in radians for ArcFace.
-        correction: a in ``o_i - a log q_i`` for negatives: 1 corrects for sampling, 0 does not.
+        correction: a in ``o_i - a log q_i`` for negatives: 1 corrects for sampling, 0 does not,
+            between them a tempered correction (ours) weighs negatives by ``q^-a``.
     """
 
     scale: float = 10.0
@@ -157,12 +80,33 @@ def logits(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, scoring: Scoring) ->
     return scoring.scale * cos_BS
 
 
-Objective = Callable[[Tensor, Tensor, Tensor, ClassSample, Scoring], Tensor]
-"""``objective(h_BD, rows_SD, target_B, sample, scoring)``: one loss per picture, [B]."""
+@dataclass(frozen=True)
+class AbsentClasses:
+    """What is known to a client of the class rows that it does not hold.
+
+    Attributes:
+        count: n - |S|, how many there are.
+        mean_D: float32 [D], their mean.
+        covariance_DD: float32 [D, D], their covariance (divided by ``count``).
+    """
+
+    count: int
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+
+Objective = Callable[[Tensor, Tensor, Tensor, ClassSample, Scoring, AbsentClasses | None], Tensor]
+"""``objective(h_BD, rows_SD, target_B, sample, scoring, absent)``: one loss per picture, [B].
+``absent`` is None for methods that do not use it, and where no class is absent."""
 
 
 def sampled_softmax(
-    h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, sample: ClassSample, scoring: Scoring
+    h_BD: Tensor,
+    rows_SD: Tensor,
+    target_B: Tensor,
+    sample: ClassSample,
+    scoring: Scoring,
+    absent: AbsentClasses | None = None,
 ) -> Tensor:
     """Softmax cross-entropy over a class sample, corrected for how its negatives were drawn.
 
@@ -178,12 +122,14 @@ def sampled_softmax(
         target_B: int64, position of each label in the sample; labels are own classes.
         sample: the class sample.
         scoring: scale, margin, and ``correction`` (0 leaves ``log q`` out).
+        absent: not used.
 
     Returns:
         The loss of each picture, [B].
 
     Example:
-        >>> everything = sample_all(np.array([1]), 3, 3, np.random.default_rng(0))
+        >>> own_S = torch.tensor([False, True, False])
+        >>> everything = ClassSample(torch.arange(3), torch.zeros(3), own_S)
         >>> h, W = F.normalize(torch.randn(2, 4), dim=1), torch.eye(3, 4)
         >>> loss = sampled_softmax(h, W, torch.tensor([1, 1]), everything, Scoring(scale=10.0))
         >>> torch.equal(loss, F.cross_entropy(10 * h @ W.T, torch.tensor([1, 1]), reduction="none"))
@@ -194,14 +140,24 @@ def sampled_softmax(
 
 
 def uncorrected_softmax(
-    h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, sample: ClassSample, scoring: Scoring
+    h_BD: Tensor,
+    rows_SD: Tensor,
+    target_B: Tensor,
+    sample: ClassSample,
+    scoring: Scoring,
+    absent: AbsentClasses | None = None,
 ) -> Tensor:
     """:func:`sampled_softmax` without ``-log q``: what the correction is worth (ablation)."""
     return sampled_softmax(h_BD, rows_SD, target_B, sample, replace(scoring, correction=0.0))
 
 
 def negatives_only_softmax(
-    h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, sample: ClassSample, scoring: Scoring
+    h_BD: Tensor,
+    rows_SD: Tensor,
+    target_B: Tensor,
+    sample: ClassSample,
+    scoring: Scoring,
+    absent: AbsentClasses | None = None,
 ) -> Tensor:
     """Each label against the negatives alone: the other own classes are left out of the sum.
 
@@ -215,12 +171,45 @@ def negatives_only_softmax(
     )
 
 
+def moments_softmax(
+    h_BD: Tensor,
+    rows_SD: Tensor,
+    target_B: Tensor,
+    sample: ClassSample,
+    scoring: Scoring,
+    absent: AbsentClasses | None = None,
+) -> Tensor:
+    """Softmax cross-entropy where one virtual logit stands for all absent classes.
+
+    ``L = -o_y + log(sum_{i in S} exp(o_i) + exp(v))``,
+    ``v = log(count) + s mean'h + s^2/2 h' covariance h``: for rows ``w ~ N(mean, covariance)``
+    the mean of ``exp(s w'h)`` is ``exp(s mean'h + s^2/2 h' covariance h)`` (the moment generating
+    function of a Gaussian), so ``exp(v)`` is what absent classes add to the partition function if
+    their rows are Gaussian. All classes of the sample count in full, own or not: ``log q`` is not
+    used. With no absent class it is the full softmax. (Ours.)
+
+    Args and result as for :func:`sampled_softmax`; ``absent`` carries gradients.
+    """
+    o_BS = logits(h_BD, rows_SD, target_B, scoring)
+    if absent is not None:
+        s, mean_B = scoring.scale, h_BD @ absent.mean_D
+        variance_B = ((h_BD @ absent.covariance_DD) * h_BD).sum(dim=1)
+        v_B = math.log(absent.count) + s * mean_B + s**2 / 2 * variance_B
+        o_BS = torch.cat([o_BS, v_B[:, None]], dim=1)
+    return F.cross_entropy(o_BS, target_B, reduction="none")
+
+
 POSITIVE_HINGE = 0.9
 """Cosine from which the positive-only loss is satisfied (Yu et al. 2020)."""
 
 
 def positive_hinge(
-    h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, sample: ClassSample, scoring: Scoring
+    h_BD: Tensor,
+    rows_SD: Tensor,
+    target_B: Tensor,
+    sample: ClassSample,
+    scoring: Scoring,
+    absent: AbsentClasses | None = None,
 ) -> Tensor:
     """Squared hinge on the label's cosine alone: ``L = max(0, 0.9 - cos(h, w_y))^2``.
 

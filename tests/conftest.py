@@ -11,6 +11,10 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("fedss", deadline=None)  # a timing is never a test
+settings.load_profile("fedss")
 
 _declared: list[torch.library.Library] = []  # a declaration lives as long as its Library
 

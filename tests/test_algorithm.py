@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fedss.algorithm import (
+    Broadcast,
     ClientUpdate,
     LocalTraining,
     RoundPlan,
@@ -20,8 +21,11 @@ from fedss.algorithm import (
     aggregate,
     apply_update,
     batches,
+    broadcast,
     choose_classes,
+    draw_classes,
     draw_cohort,
+    own_classes,
     run_round,
     select,
     spread_rows_out,
@@ -32,7 +36,9 @@ from fedss.data import ClientIndex, index_clients
 from fedss.errors import DivergedError
 from fedss.methods import METHODS
 from fedss.models import build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer, read_rows
+from fedss.moments import RowHistory, second_moment
+from fedss.optimizers import ServerOptimizer, join_states, read_rows
+from fedss.samplers import SAMPLERS
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring
 from tests import reference
@@ -68,10 +74,12 @@ class PlainEngine:
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
         labels_N = self.clients.images.labels
-        for client in reversed(cohort.tolist()) if self.reverse else cohort.tolist():
+        own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
+        chosen = zip(cohort.tolist(), choose_classes(plan, state, cohort, own_K), strict=True)
+        for client, sample in reversed(list(chosen)) if self.reverse else chosen:
             example_N = self.clients.examples(client)
-            sample, example_N = choose_classes(plan, client, example_N, labels_N[example_N])
-            submodel = select(self.optimizer, state, sample.ids_S)
+            rows_SD = select(self.optimizer, state, sample.ids_S)
+            submodel = Submodel(broadcast(state, plan), sample.ids_S, rows_SD)
             yield train_client(
                 plan, client, self.model, submodel, sample, example_N, labels_N[example_N]
             )
@@ -81,25 +89,48 @@ def engine(optimizer: ServerOptimizer = SGD, reverse: bool = False) -> PlainEngi
     return PlainEngine(index_clients(DATA.train), optimizer, Model(), reverse)
 
 
-def start(optimizer: ServerOptimizer = SGD) -> ServerState:
-    theta_P = Model().theta_P
+def start(optimizer: ServerOptimizer = SGD, told: RoundPlan | None = None) -> ServerState:
+    """A server's first state, with what the method and the sampler of ``told`` keep."""
+    theta_P, told = Model().theta_P, told or plan()
     rows = create_class_rows(N, 6, optimizer.slots, generator(0, "class rows"))
+    if told.method.moments:
+        history = RowHistory(second_moment(join_states(rows.weight_ND, rows.slots)))
+        rows = replace(rows, history=history)
+    index = told.sampler.index and told.sampler.index.build(rows.weight_ND, generator(0, "index"))
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
-    return ServerState(theta_P.clone(), slots, rows, 0)
+    return ServerState(theta_P.clone(), slots, rows, 0, index)
 
 
-def plan(method: str = "fedss", size: int = 7, **local: object) -> RoundPlan:
+def plan(
+    method: str = "fedss", size: int = 7, sampler: str = "uniform", cover: int = 0, **local: object
+) -> RoundPlan:
     settings = {"epochs": 1, "steps": None, "batch_size": 3, "lr": 0.1, "row_lr": 0.5, **local}
-    return RoundPlan(0, 3, METHODS[method], N, size, Scoring(8.0), LocalTraining(**settings))
+    return RoundPlan(
+        0,
+        3,
+        METHODS[method],
+        SAMPLERS[sampler],
+        N,
+        size,
+        cover,
+        Scoring(8.0),
+        LocalTraining(**settings),
+    )
 
 
-def run(method: str, size: int, rounds: int, optimizer: ServerOptimizer = MOMENTUM, **kw: bool):
-    state, where = start(optimizer), engine(optimizer, **kw)
+def run(
+    method: str,
+    size: int,
+    rounds: int,
+    optimizer: ServerOptimizer = MOMENTUM,
+    sampler: str = "uniform",
+    **kw: bool,
+) -> ServerState:
+    told = plan(method, size, sampler)
+    state, where = start(optimizer, told), engine(optimizer, **kw)
     for round in range(rounds):
         cohort = draw_cohort(6, 3, 3, round)
-        state, _ = run_round(
-            where, optimizer, state, cohort, replace(plan(method, size), round=round), "cohort"
-        )
+        state, _ = run_round(where, optimizer, state, cohort, replace(told, round=round), "cohort")
     return state
 
 
@@ -109,13 +140,17 @@ def same(a: ServerState, b: ServerState) -> bool:
     )
 
 
-def test_full_is_the_limit_bit_for_bit():
-    assert same(run("fedss", N, 4), run("full", 7, 4))
-    assert not same(run("fedss", 7, 4), run("full", 7, 4))
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_full_is_the_limit_bit_for_bit(sampler):
+    assert same(run("fedss", N, 4, sampler=sampler), run("full", 7, 4))
+    assert not same(run("fedss", 7, 4, sampler=sampler), run("full", 7, 4))
 
 
-def test_order_of_arrival_does_not_change_a_bit():
-    assert same(run("fedss", 7, 4), run("fedss", 7, 4, reverse=True))
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_order_of_arrival_does_not_change_a_bit(sampler):
+    assert same(
+        run("fedss", 7, 4, sampler=sampler), run("fedss", 7, 4, sampler=sampler, reverse=True)
+    )
 
 
 def test_one_client_one_step_all_classes_is_central_sgd():
@@ -161,11 +196,11 @@ def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
 
 def test_a_client_gets_the_rows_it_asked_for_and_nothing_else():
     state = start()
-    submodel = select(SGD, state, torch.tensor([1, 4, 9]))
-    assert torch.equal(submodel.rows_SD, state.class_rows.weight_ND[[1, 4, 9]])
-    assert submodel.backbone_P is state.backbone_P
+    rows_SD = select(SGD, state, torch.tensor([1, 4, 9]))
+    assert torch.equal(rows_SD, state.class_rows.weight_ND[[1, 4, 9]])
+    assert broadcast(state, plan()).backbone_P is state.backbone_P
     # No view into W travels: what a client does to its rows cannot reach the server.
-    submodel.rows_SD.zero_()
+    rows_SD.zero_()
     assert state.class_rows.weight_ND[1].any()
 
 
@@ -183,17 +218,15 @@ def test_renaming_classes_permutes_w_and_changes_nothing_else():
     permutation = generator(1, "rename").permutation(N)  # class i becomes permutation[i]
     example_N = where.clients.examples(1)
     label_N = DATA.train.labels[example_N]
-    sample, example_N = choose_classes(told, 1, example_N, label_N)
-    label_N = DATA.train.labels[example_N]
-    before = train_client(
-        told, 1, where.model, select(SGD, state, sample.ids_S), sample, example_N, label_N
-    )
+    sample, sent = draw_classes(told, 1, np.unique(label_N)), Broadcast(state.backbone_P, None)
+    submodel = Submodel(sent, sample.ids_S, select(SGD, state, sample.ids_S))
+    before = train_client(told, 1, where.model, submodel, sample, example_N, label_N)
     new_ids = torch.from_numpy(permutation[sample.ids_S.numpy()])
     order = torch.argsort(new_ids)
     renamed = ClassSample(new_ids[order], sample.log_q_S[order], sample.own_S[order])
     weight = torch.empty_like(state.class_rows.weight_ND)
     weight[torch.from_numpy(permutation)] = state.class_rows.weight_ND
-    submodel = Submodel(state.backbone_P, renamed.ids_S, weight[renamed.ids_S])
+    submodel = Submodel(sent, renamed.ids_S, weight[renamed.ids_S])
     after = train_client(told, 1, where.model, submodel, renamed, example_N, permutation[label_N])
     assert (after.backbone_delta_P - before.backbone_delta_P).abs().max() < 1e-6
     assert (after.rows_delta_SD - before.rows_delta_SD[order]).abs().max() < 1e-6
@@ -249,13 +282,17 @@ def test_what_a_row_is_divided_by():
 
 
 def test_a_client_with_too_many_classes_uses_only_the_kept_ones_pictures():
-    told = plan("fedss", 4)
-    labels = np.repeat(np.arange(8), 2)
-    sample, used = choose_classes(told, 0, np.arange(16), labels)
+    told, state = plan("fedss", 4), start()
+    own = own_classes(told, 0, np.repeat(np.arange(8), 2))
+    sample = draw_classes(told, 0, own)
+    assert len(own) == 3
     assert len(sample.ids_S) == 4
     assert sample.own_S.sum() == 3
-    assert set(labels[used]) == set(sample.ids_S[sample.own_S].tolist())
-    assert len(used) == 6
+    examples = np.array([int(np.flatnonzero(DATA.train.labels == i)[0]) for i in range(8)])
+    rows_SD = select(SGD, state, sample.ids_S)
+    submodel = Submodel(broadcast(state, told), sample.ids_S, rows_SD)
+    update = train_client(told, 0, Model(), submodel, sample, examples, np.arange(8))
+    assert update.num_examples == 3
 
 
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 4))

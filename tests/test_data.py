@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -26,11 +27,15 @@ from fedss.data import (
     folder_dataset,
     load_dataset,
     omniglot_dataset,
+    own_classes,
+    rotate_classes,
     seen_classes,
+    split_clients,
 )
 from fedss.data.cache import cache_folder, cached_array, decode
 from fedss.errors import DataError
 from tests import reference
+from tests.reference import tiny_dataset
 
 
 def picture(seed, size=(20, 20), mode="RGB"):
@@ -133,7 +138,6 @@ def test_absolute_paths_byte_order_mark_blank_lines_and_spaces(root):
 
 @settings(
     max_examples=20,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(order=st.permutations(range(9)))
@@ -788,3 +792,37 @@ def test_seen_classes_are_counted_by_name():
     # Names that no picture has do not count.
     assert seen_classes(Dataset("mine", in_memory([0], ["a", "b"]), query)) == 0
     assert seen_classes(reference.tiny_dataset()) == 0
+
+
+def test_split_clients_keeps_pictures_and_bounds_classes():
+    images = tiny_dataset(num_classes=12, num_clients=6).train
+    split = split_clients(images, 2, seed=0)
+    assert own_classes(split).max() == 2
+    assert own_classes(split).min() >= 1
+    assert split.pixels is images.pixels
+    assert np.array_equal(split.labels, images.labels)
+    parents = [split.client_names[c].split(" part ")[0] for c in split.clients]
+    assert parents == [images.client_names[c] for c in images.clients]
+    # A class of a client stays whole, and parts are even.
+    before = {(c, label) for c, label in zip(images.clients, images.labels, strict=True)}
+    after = {(c, label) for c, label in zip(split.clients, split.labels, strict=True)}
+    assert len(before) == len(after)
+    assert np.array_equal(split_clients(images, 2, seed=0).clients, split.clients)
+    assert not np.array_equal(split_clients(images, 2, seed=1).clients, split.clients)
+    same = split_clients(images, 99, seed=0)
+    assert np.array_equal(same.clients, images.clients)
+    assert list(same.client_names) == list(images.client_names)
+
+
+def test_rotations_are_classes_and_clients_of_their_own():
+    images = tiny_dataset().train
+    turned = rotate_classes(images)
+    n, k, count = len(images.class_names), len(images.client_names), len(images)
+    assert [len(turned.class_names), len(turned.client_names)] == [4 * n, 4 * k]
+    assert len(turned) == 4 * count
+    for turns in range(4):
+        part = slice(turns * count, (turns + 1) * count)
+        assert np.array_equal(turned.labels[part], images.labels + turns * n)
+        assert np.array_equal(turned.clients[part], images.clients + turns * k)
+        expected = torch.rot90(torch.from_numpy(images.pixels[5]), turns, (1, 2))
+        assert np.array_equal(turned.pixels[turns * count + 5], expected.numpy())

@@ -89,7 +89,7 @@ def pictures(draw: st.DrawFn, least: int) -> tuple[list[list[int]], list[int]]:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(query=pictures(2), gallery=st.none() | pictures(1), scale=st.integers(-30, 30))
 def test_equals_the_definition_also_among_ties(
     query: tuple[list[list[int]], list[int]],

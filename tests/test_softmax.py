@@ -1,6 +1,4 @@
-import itertools
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,15 +8,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fedss.methods import METHODS
+from fedss.samplers import class_sample, draw_uniform
 from fedss.softmax import (
     ClassSample,
     Scoring,
     negatives_only_softmax,
-    own_budget,
     positive_hinge,
-    sample_all,
-    sample_own,
-    sample_uniform,
     sampled_softmax,
     spread_out,
     uncorrected_softmax,
@@ -28,96 +23,6 @@ from tests import reference
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
-
-
-@st.composite
-def requests(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
-    n = draw(st.integers(2, 60))
-    own = draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n))
-    return np.array(sorted(own)), n, draw(st.integers(2, n))
-
-
-@given(requests(), st.integers(0, 1000))
-def test_a_uniform_sample_keeps_its_promises(request_, seed):
-    own, n, size = request_
-    sample = sample_uniform(own, n, size, rng(seed))
-    ids = sample.ids_S.numpy()
-    assert len(ids) == size
-    assert (np.diff(ids) > 0).all()
-    assert 0 <= ids[0] <= ids[-1] < n
-    kept = ids[sample.own_S.numpy()]
-    assert set(kept) <= set(own)
-    assert len(kept) == min(len(own), own_budget(size, n))
-    num_negatives = size - len(kept)
-    for log_q, is_own in zip(sample.log_q_S.tolist(), sample.own_S.tolist(), strict=True):
-        expected = 1.0 if is_own else num_negatives / (n - len(kept))
-        assert math.exp(log_q) == pytest.approx(expected, rel=1e-6)
-
-
-@given(requests(), st.integers(0, 1000))
-def test_all_and_own(request_, seed):
-    own, n, size = request_
-    everything = sample_all(own, n, size, rng(seed))
-    assert everything.ids_S.tolist() == list(range(n))
-    assert not everything.log_q_S.any()
-    alone = sample_own(own, n, size, rng(seed))
-    assert alone.own_S.all()
-    assert set(alone.ids_S.tolist()) <= set(own.tolist())
-    assert len(alone.ids_S) == min(len(own), size)
-
-
-def test_negatives_are_uniform_over_the_other_classes():
-    own, n, size, draws = np.array([1, 4, 5]), 9, 5, 6000
-    counts = Counter()
-    for seed in range(draws):
-        sample = sample_uniform(own, n, size, rng(seed))
-        counts.update(sample.ids_S[~sample.own_S].tolist())
-    assert set(counts) == {0, 2, 3, 6, 7, 8}
-    expected = draws * 2 / 6
-    # Six standard deviations of a binomial count.
-    assert all(
-        abs(c - expected) < 6 * math.sqrt(draws * (1 / 3) * (2 / 3)) for c in counts.values()
-    )
-
-
-def test_sampling_does_not_touch_n_things(monkeypatch):
-    """10^12 classes: any array of size n would need terabytes."""
-    sample = sample_uniform(np.array([3, 10**11]), 10**12, 256, rng())
-    assert len(sample.ids_S) == 256
-
-
-@pytest.mark.parametrize(("n", "own", "m"), [(7, (2, 5), 3), (6, (0,), 2), (6, (1, 2, 3, 4), 1)])
-def test_the_partition_estimate_is_unbiased(n, own, m):
-    """Exhaustive enumeration of all samples, each as likely as any other: E[Z^] = Z."""
-    logits = rng(n).normal(size=n) * 3
-    negative_sets = list(reference.all_negative_sets(own, n, m))
-    # The q that the sampler states, and that every set of negatives can be drawn.
-    drawn = set()
-    for seed in range(400):
-        sample = sample_uniform(np.array(own), n, len(own) + m, rng(seed))
-        assert sample.own_S.sum() == len(own)
-        drawn.add(tuple(sample.ids_S[~sample.own_S].tolist()))
-        q = math.exp(sample.log_q_S[~sample.own_S][0])
-    assert drawn == set(negative_sets)
-    estimates = [
-        sum(math.exp(logits[i]) for i in own) + sum(math.exp(logits[i]) / q for i in negatives)
-        for negatives in negative_sets
-    ]
-    assert np.mean(estimates) == pytest.approx(np.exp(logits).sum(), rel=1e-6)
-    # The logarithm is not unbiased: Jensen. Nobody may claim otherwise.
-    assert np.mean(np.log(estimates)) < math.log(np.exp(logits).sum())
-
-
-def test_unbiased_for_the_examples_used_when_own_classes_are_cut():
-    """Given which own classes were kept, all the others (cut ones too) may be negatives."""
-    own, n, size = np.arange(6), 8, 4
-    seen = {}
-    for seed in range(3000):
-        sample = sample_uniform(own, n, size, rng(seed))
-        kept = tuple(sample.ids_S[sample.own_S].tolist())
-        seen.setdefault(kept, set()).update(sample.ids_S[~sample.own_S].tolist())
-    assert set(seen) == set(itertools.combinations(range(6), 3))
-    assert all(negatives == set(range(8)) - set(kept) for kept, negatives in seen.items())
 
 
 def problem(seed: int, batch: int = 5, size: int = 7, dim: int = 4, dtype=torch.float64):
@@ -196,7 +101,7 @@ def test_positive_hinge_against_the_loop():
 def test_full_is_the_limit_in_loss_and_gradients():
     h, rows, target, _ = problem(4)
     own = np.array([0, 2, 3])
-    everything = sample_uniform(own, 7, 7, rng())
+    everything = class_sample(own, *draw_uniform(own, 7, 4, rng()))
     grads = []
     for loss_of in (
         lambda h, w: sampled_softmax(h, w, target, everything, Scoring(10.0)).sum(),
@@ -228,7 +133,7 @@ def test_gradients(objective, scoring):
 def test_arcface_has_finite_gradients_at_the_ends(cos):
     h = torch.tensor([[1.0, 0.0]], requires_grad=True)
     rows = torch.tensor([[cos, 0.0], [0.0, 1.0]], requires_grad=True)
-    sample = sample_all(np.array([0]), 2, 2, rng())
+    sample = class_sample(np.array([0]), np.array([1]), np.ones(1))
     sampled_softmax(
         h, rows, torch.tensor([0]), sample, Scoring(8.0, "arcface", 0.5)
     ).sum().backward()
@@ -240,7 +145,7 @@ def test_margins_against_pytorch_metric_learning():
     from pytorch_metric_learning import losses
 
     h, rows, target, _ = problem(6, dtype=torch.float32)
-    everything = sample_all(np.array([0, 2, 3]), 7, 7, rng())
+    everything = class_sample(np.array([0, 2, 3]), np.array([1, 4, 5, 6]), np.ones(4))
     for kind, peer in (
         ("cosface", losses.CosFaceLoss(7, 4, margin=0.35, scale=16)),
         ("arcface", losses.ArcFaceLoss(7, 4, margin=math.degrees(0.5), scale=16)),

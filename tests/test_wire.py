@@ -1,47 +1,154 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedss.algorithm import ClientUpdate, Submodel
-from fedss.wire import encoded_size, request_message, submodel_message, update_message
+from fedss.algorithm import Broadcast, ClientUpdate
+from fedss.moments import Moments, RowMap
+from fedss.samplers import class_sample
+from fedss.seeds import generator
+from fedss.wire import (
+    WireFormat,
+    decode_answer,
+    decode_broadcast,
+    decode_update,
+    encode_answer,
+    encode_broadcast,
+    encode_request,
+    encode_update,
+    encoded_size,
+    traffic,
+)
+
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 
 
-@given(st.integers(0, 3000), st.integers(1, 100), st.integers(1, 32), st.booleans())
-def test_sizes_are_those_of_the_bytes(parameters, requested, dim, everything):
+def wire(parameters: int, dim: int, n: int, precision: str = "float32", rank: int | None = None):
+    shapes = (torch.Size([4, parameters // 4]), torch.Size([parameters % 4]))
+    return WireFormat(shapes, dim, n, precision, precision, precision, precision, rank)
+
+
+def symmetric(dim: int) -> torch.Tensor:
+    matrix = torch.rand(dim, dim)
+    return matrix + matrix.T
+
+
+@given(
+    st.integers(40, 3000),
+    st.integers(1, 100),
+    st.integers(3, 32),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(PRECISIONS),
+    st.sampled_from([None, 2]),
+)
+def test_every_message_is_as_long_as_its_bytes_and_comes_back(
+    parameters, requested, dim, everything, moments, precision, rank
+):
     n = requested if everything else requested + 5
-    ids, rows = torch.arange(requested), torch.rand(requested, dim)
-    backbone = torch.rand(parameters)
-    update = ClientUpdate(3, backbone, ids, rows, 17, 0.5)
-    for message in (
-        request_message(ids, n),
-        submodel_message(Submodel(backbone, ids, rows), n),
-        update_message(update, n),
-    ):
+    format_ = wire(parameters, dim, n, precision, rank)
+    ids, rows, backbone = (
+        torch.arange(requested),
+        torch.rand(requested, dim),
+        torch.rand(parameters),
+    )
+    matrix = symmetric(dim)
+    sent = Broadcast(backbone, Moments(rows.mean(dim=0), matrix) if moments else None)
+    row_map = RowMap(rows.mean(dim=0), matrix) if moments else None
+    update = ClientUpdate(3, backbone, ids, rows, 17, 0.5, row_map)
+    to_all = encode_broadcast(format_, sent)
+    answer = encode_answer(format_, ids, rows, None)
+    up = encode_update(format_, update, generator(0, "test"))
+    request = encode_request(format_, ids)
+    received = []
+    for message in (to_all, answer, up, request):
         encoded = save(dict(message))
         assert encoded_size(message) == len(encoded)
-        decoded = load(encoded)
-        assert decoded.keys() == message.keys()
-        assert all(torch.equal(decoded[name], message[name]) for name in message)
+        received.append(load(encoded))
+    got, got_rows = decode_broadcast(format_, received[0]), decode_answer(format_, received[1])
+    got_update = decode_update(format_, received[2], 3)
+    assert (got.moments is None, got_update.row_map is None) == (not moments, not moments)
+    assert torch.equal(got_update.ids_S, ids)
+    assert (got_update.num_examples, got_update.loss, got_update.client) == (17, 0.5, 3)
+    step = {"float32": 0.0, "bfloat16": 1 / 128, "int8": 1 / 60, "int4": 0.3}[precision]
+    pairs = [
+        (got.backbone_P, backbone),
+        (got_rows, rows),
+        (got_update.backbone_delta_P, backbone),
+        (got_update.rows_delta_SD, rows),
+    ]
+    if moments and rank is None:
+        pairs += [(got.moments.covariance_DD, matrix), (got_update.row_map.matrix_DD, matrix)]
+    for ours, theirs in pairs:
+        assert (ours - theirs).abs().max() <= step * theirs.abs().max()
+    counted = traffic({**to_all, **answer}, request, up)
+    assert counted["bytes_up"] == len(save(dict(up))) + len(save(dict(request)))
+    assert counted["bytes_down"] == len(save({**to_all, **answer}))
+    assert (counted["moment_bytes_down"] > 0) == moments
 
 
 @pytest.mark.parametrize(("requested", "n"), [(64, 964), (256, 100_000), (964, 964)])
 def test_bytes_are_the_arithmetic_within_two_percent(requested, n):
     d, parameters = 64, 30_240
+    format_ = wire(parameters, d, n)
     ids, rows, backbone = (
         torch.arange(requested),
         torch.zeros(requested, d),
         torch.zeros(parameters),
     )
-    ids_bytes = 0 if requested == n else 8 * requested
+    ids_bytes = 0 if requested == n else 4 * requested
     arithmetic = requested * d * 4 + ids_bytes + parameters * 4
-    down = encoded_size(submodel_message(Submodel(backbone, ids, rows), n))
-    up = encoded_size(update_message(ClientUpdate(0, backbone, ids, rows, 1, 0.0), n))
-    assert down == pytest.approx(arithmetic, rel=0.02)
-    assert up == pytest.approx(arithmetic, rel=0.02)
+    down = {
+        **encode_broadcast(format_, Broadcast(backbone, None)),
+        **encode_answer(format_, ids, rows, None),
+    }
+    update = ClientUpdate(0, backbone, ids, rows, 1, 0.0)
+    up = encode_update(format_, update, generator(0, "test"))
+    assert encoded_size(down) == pytest.approx(arithmetic, rel=0.02)
+    assert encoded_size(up) == pytest.approx(arithmetic, rel=0.02)
+
+
+def test_what_goes_up_is_rounded_at_random_and_right_on_average():
+    format_ = wire(64, 8, 20, "int4")
+    g = torch.Generator().manual_seed(0)
+    update = ClientUpdate(
+        0,
+        torch.randn(64, generator=g),
+        torch.arange(5),
+        torch.randn(5, 8, generator=g),
+        3,
+        1.0,
+        RowMap(torch.randn(8, generator=g), symmetric(8)),
+    )
+    decoded = [
+        decode_update(format_, encode_update(format_, update, generator(i, "test")), 0)
+        for i in range(2000)
+    ]
+    for of in (
+        lambda u: u.backbone_delta_P,
+        lambda u: u.rows_delta_SD,
+        lambda u: u.row_map.shift_D,
+        lambda u: u.row_map.matrix_DD,
+    ):
+        found = torch.stack([of(u) for u in decoded]).double()
+        error = found.std(dim=0) / 2000**0.5
+        assert ((found.mean(dim=0) - of(update)).abs() <= 6 * error + 1e-6).all()
 
 
 def test_a_request_tells_ids_and_nothing_else():
-    assert list(request_message(torch.tensor([1, 5]), 9)) == ["ids"]
-    assert list(request_message(torch.arange(9), 9)) == []
+    format_ = wire(8, 2, 9)
+    assert list(encode_request(format_, torch.tensor([1, 5]))) == ["ids"]
+    assert list(encode_request(format_, torch.arange(9))) == []
+    assert encode_request(wire(8, 2, 2**33), torch.tensor([2**32]))["ids"].tolist() == [2**32]
+
+
+def test_a_dealt_answer_tells_q_once_where_it_is_the_same_for_all():
+    format_, own = wire(8, 2, 9), np.array([2])
+    rows = torch.zeros(3, 2)
+    for q, numbers in (([0.5, 0.5], 1), ([0.5, 0.25], 2)):
+        sample = class_sample(own, np.array([4, 7]), np.array(q))
+        answer = encode_answer(format_, sample.ids_S, rows, sample)
+        assert answer["log_q"].exp().tolist() == q[:numbers]
+        assert answer["ids"].tolist() == [2, 4, 7]

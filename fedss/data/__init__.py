@@ -20,6 +20,7 @@ from fedss.data.images import (
 )
 from fedss.data.manifest import csv_dataset
 from fedss.data.omniglot import omniglot_dataset
+from fedss.data.partition import rotate_classes, split_clients
 from fedss.errors import DataError
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "load_dataset",
     "omniglot_dataset",
     "own_classes",
+    "rotate_classes",
     "seen_classes",
+    "split_clients",
 ]
 
 DATASETS = ("glyphs", "omniglot", "csv", "folder")

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -20,13 +20,29 @@ from fedss.algorithm import (
     ClientUpdate,
     RoundPlan,
     ServerState,
+    Submodel,
+    broadcast,
     choose_classes,
+    own_classes,
     select,
     train_client,
 )
 from fedss.data import ClientIndex
 from fedss.models import Embedder, embed_pixels, flatten_
 from fedss.optimizers import ServerOptimizer
+from fedss.seeds import generator
+from fedss.softmax import ClassSample
+from fedss.wire import (
+    WireFormat,
+    decode_answer,
+    decode_broadcast,
+    decode_update,
+    encode_answer,
+    encode_broadcast,
+    encode_request,
+    encode_update,
+    traffic,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class LocalEngine:
 
     clients: ClientIndex
     optimizer: ServerOptimizer
+    wire: WireFormat
     workers: int
     pool: ThreadPoolExecutor
     replicas: "SimpleQueue[Replica]"
@@ -57,19 +74,37 @@ class LocalEngine:
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of the cohort; updates come in the cohort's order."""
+        """Train each client of the cohort; updates come in the cohort's order.
 
-        def train_one(client: int) -> ClientUpdate:
-            labels_N = self.clients.images.labels
+        What is sent is encoded and decoded as it would be on a network, so that a client works
+        with the numbers that it would get there; only the step to bytes is left out.
+        """
+        labels_N = self.clients.images.labels
+        own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
+        samples = choose_classes(plan, state, cohort, own_K)
+        to_all = encode_broadcast(self.wire, broadcast(state, plan))
+        received = decode_broadcast(self.wire, to_all)
+
+        def train_one(client: int, own_P: np.ndarray, sample: ClassSample) -> ClientUpdate:
             example_N = self.clients.examples(client)
-            sample, example_N = choose_classes(plan, client, example_N, labels_N[example_N])
-            submodel = select(self.optimizer, state, sample.ids_S)
+            dealt = sample if plan.sampler.deal else None
+            request = encode_request(
+                self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_P)
+            )
+            rows_SD = select(self.optimizer, state, sample.ids_S)
+            answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
+            submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
             with self.replica() as model:
-                return train_client(
+                update = train_client(
                     plan, client, model, submodel, sample, example_N, labels_N[example_N]
                 )
+            reply = encode_update(
+                self.wire, update, generator(plan.seed, "wire", plan.round, client)
+            )
+            counted = traffic({**to_all, **answer}, request, reply)
+            return replace(decode_update(self.wire, reply, client), traffic=counted)
 
-        return self.pool.map(train_one, cohort.tolist())
+        return self.pool.map(train_one, cohort.tolist(), own_K, samples)
 
     def embed(self, backbone_P: Tensor, pixels: np.ndarray, block: int = 512) -> Tensor:
         """Embeddings [N, D] of any pictures under the given backbone."""
@@ -93,7 +128,11 @@ class LocalEngine:
 
 @contextmanager
 def local_engine(
-    embedder: Embedder, clients: ClientIndex, optimizer: ServerOptimizer, workers: int | None
+    embedder: Embedder,
+    clients: ClientIndex,
+    optimizer: ServerOptimizer,
+    wire: WireFormat,
+    workers: int | None,
 ) -> Iterator[LocalEngine]:
     """A local engine for the length of a ``with`` block.
 
@@ -101,6 +140,7 @@ def local_engine(
         embedder: the model; copied for each worker, not changed.
         clients: the training pictures by client.
         optimizer: the server optimizer, which knows how rows are read.
+        wire: how messages are encoded.
         workers: number of threads; None: as many as torch would use.
     """
     workers = workers or torch.get_num_threads()
@@ -113,7 +153,7 @@ def local_engine(
         intra_op_threads(1),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        yield LocalEngine(clients, optimizer, workers, pool, replicas)
+        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas)
 
 
 @contextmanager
