@@ -15,7 +15,7 @@ from torch import Tensor
 from fedss.class_rows import ClassRows
 from fedss.errors import DivergedError
 from fedss.methods import Method
-from fedss.moments import Moments, RowMap, absent_classes, absent_step, moments_now, without_map
+from fedss.moments import Moments, RowMap, absent_classes, absent_step, moments_now
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from fedss.samplers import Sampler, ServerRows, class_sample, limit, own_budget
 from fedss.seeds import generator
@@ -59,7 +59,7 @@ class Submodel:
 class ClientUpdate:
     """What a client returns: its changes, and how many examples they stand for.
 
-    With moments, ``row_map`` is its step of every row, and the deltas of its own rows come on top.
+    With moments, ``row_map`` is its step of the rows that it did not hold.
     ``traffic`` is filled in by the engine: bytes of its messages, by direction and part.
     """
 
@@ -250,19 +250,39 @@ def train_client(
             rows_SD.sub_(rows_SD.grad, alpha=plan.local.row_lr)  # type: ignore[arg-type]
         rows_SD.grad = None
         losses.append(loss.detach())
-    rows_delta_SD, row_map = rows_SD.detach() - submodel.rows_SD, None
+    row_map = None
     if moments is not None:
         row_map = absent_step(absent, rows_SD.shape[1], plan.local.row_lr)
-        rows_delta_SD = without_map(rows_delta_SD, submodel.rows_SD, row_map)
     return ClientUpdate(
         client,
         model.theta_P - backbone_P,
         submodel.ids_S,
-        rows_delta_SD,
+        rows_SD.detach() - submodel.rows_SD,
         len(example_N),
         float(torch.stack(losses).mean()),
         row_map,
     )
+
+
+def on_top_of_map(
+    optimizer: ServerOptimizer, state: ServerState, updates: Sequence[ClientUpdate]
+) -> list[ClientUpdate]:
+    """Line 5, for moments: each client's row deltas less what its map does to these rows.
+
+    The server will apply the mean map to all rows, and a client's own map is only meant for those
+    that it did not hold.
+    """
+    if updates[0].row_map is None:
+        return list(updates)
+    ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
+    rows_UD = select(optimizer, state, ids_U)
+    taken_off = []
+    for update in updates:
+        assert update.row_map is not None
+        rows_SD = rows_UD[torch.searchsorted(ids_U, update.ids_S)]
+        mapped_SD = update.row_map.shift_D + rows_SD @ update.row_map.matrix_DD
+        taken_off.append(replace(update, rows_delta_SD=update.rows_delta_SD - mapped_SD))
+    return taken_off
 
 
 @dataclass(frozen=True)
@@ -358,7 +378,7 @@ def run_round(
             and ``state`` must not be used again.
     """
     updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
-    mean = aggregate(updates, row_mean)
+    mean = aggregate(on_top_of_map(optimizer, state, updates), row_mean)
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:

@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help="methods to compare (default: full fedss fedss-uncorrected pos-only)",
+        help="methods to compare, or variants such as fedss:sampler=uniform,rows_up=int8 "
+        "(default: full fedss fedss-uncorrected pos-only)",
     )
     compare.add_argument(
         "--seeds", nargs="+", type=int, metavar="INT", help="seeds of each method (default: 0)"
@@ -329,7 +330,7 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
     """What was retrieved and what was moved: means over seeds, one row per method."""
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for summary in summaries:
-        by_method.setdefault(summary["method"], []).append(summary)
+        by_method.setdefault(summary.get("label", summary["method"]), []).append(summary)
 
     def mean(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
         values = [run[name] for run in runs]

@@ -122,6 +122,10 @@ class Config:
                 "server_optimizer: method moments steps all class rows at once, which adam can't; "
                 "expected sgd or momentum, got adam"
             )
+        if not self.normalize_rows:
+            raise ConfigError(
+                "normalize_rows: method moments takes rows for unit vectors; leave it on"
+            )
         if self.row_mean != "cohort":
             raise ConfigError(f"row_mean: method moments needs cohort, got {self.row_mean}")
         if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
@@ -218,3 +222,40 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     for name in values:
         check_choice("configuration field", name, [option.name for option in OPTIONS])
     return Config(**values)
+
+
+def variant(config: Config, text: str) -> Config:
+    """``config`` as ``method`` or ``method:option=value,option=value`` says, e.g. as
+    ``fedss:sampler=uniform,rows_up=int8``.
+
+    Raises:
+        ConfigError: an unknown method or option, or a value that cannot be.
+    """
+    method, _, settings = text.partition(":")
+    values: dict[str, Any] = {"method": method}
+    by_name = {option.name: option for option in OPTIONS}
+    for setting in settings.split(",") if settings else []:
+        name, equals, value = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        check_choice(f"option in {text!r}", name, by_name)
+        if not equals or name in ("method", "seed") or by_name[name].group == "data":
+            raise ConfigError(
+                f"{text!r}: expected method:option=value,... with options of training, not of "
+                f"data, method or seed; got {setting!r}"
+            )
+        values[name] = _value(by_name[name], value, text)
+    return dataclasses.replace(config, **values)
+
+
+def _value(option: Option, value: str, text: str) -> Any:
+    if option.type is bool:
+        check_choice(f"{option.name} in {text!r}", value, ("yes", "no"))
+        return value == "yes"
+    if option.optional and value == "none":
+        return None
+    try:
+        return option.type(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{option.name} in {text!r}: expected {option.type.__name__}, got {value!r}"
+        ) from error

@@ -1,6 +1,7 @@
 """The loop over rounds: cohort, engine, checks, aggregate, evaluate, checkpoint, records."""
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ from fedss.build import (
 )
 from fedss.checkpoint import load_checkpoint, save_checkpoint
 from fedss.class_rows import create_class_rows
-from fedss.config import Config
+from fedss.config import Config, variant
 from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import intra_op_threads, local_engine
@@ -137,7 +138,8 @@ def compare(
 
     Args:
         config: settings of all runs; its ``method`` and ``seed`` are not used.
-        methods: names in ``METHODS``.
+        methods: names in ``METHODS``, or variants of them with settings of their own, such as
+            ``"fedss:sampler=uniform,rows_up=int8"``.
         seeds: seeds of each method.
         out: the folder; gets ``summary.json`` and ``report.html``.
         data: pictures; None: those that ``config`` names.
@@ -154,19 +156,27 @@ def compare(
     for name, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values) or not values:
             raise ConfigError(f"{name}: expected one or more, each once, got {list(values)}")
-    runs = [replace(config, method=method, seed=seed) for method in methods for seed in seeds]
+    runs = [
+        (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
+    ]
     data, folder, summaries = data or load_data(config), Path(out), []
-    class_counts(config, data)
+    for _, run in runs:
+        class_counts(run, data)
     with hold(folder):
         claim_comparison(folder, config, list(methods), list(seeds))
-        for run in runs:
-            name = f"{run.method}-seed{run.seed}"
+        for label, run in runs:
+            name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
             done = train(
-                run, folder / name, data=data, backbone=backbone, sampler=sampler, on_round=on_round
+                run,
+                folder / name,
+                data=data,
+                backbone=backbone,
+                sampler=sampler,
+                on_round=on_round,
             )
-            summaries.append({**done.summary, "folder": name})
-        now = {(summary["method"], summary["seed"]) for summary in summaries}
-        earlier = [s for s in read_summaries(folder) if (s["method"], s["seed"]) not in now]
+            summaries.append({**done.summary, "label": label, "folder": name})
+        now = {summary["folder"] for summary in summaries}
+        earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
         write_json(folder / "summary.json", earlier + summaries)
         write_report(folder)
     return summaries

@@ -1,4 +1,4 @@
-"""Moments: the softmax without negatives, at the client and at the server. (Ours.)
+"""Moments: the softmax without negatives, at the client and at the server.
 
 The server sends every client the mean and covariance of all class rows. The client takes the rows
 that it holds out of them, trains on :func:`fedss.softmax.moments_softmax`, and returns with its
@@ -10,7 +10,8 @@ the same for all of them: with ``mu = 1/c sum_j w_j`` and
 
 (The part of dSigma that comes through mu is ``sum_j (w_j - mu) = 0``.) So a client of any number of
 classes moves all n rows for D + D(D+1)/2 numbers, and the server keeps the maps until a row is next
-read: no cost of a round grows with n.
+read: neither time nor bytes of a round grow with n. (Ours; ``docs/methods.md`` has what came
+before.)
 
 Shape suffixes: N all classes, S held classes, U touched classes, D embedding size, Z numbers of a
 row's whole state: the row, what a linear server optimizer keeps for it, and a 1.
@@ -80,11 +81,6 @@ def absent_step(absent: AbsentClasses | None, dim: int, row_lr: float) -> RowMap
     matrix_DD = -row_lr / absent.count * (gradient_DD + gradient_DD.T)
     shift_D = -row_lr / absent.count * absent.mean_D.grad
     return RowMap(shift_D - matrix_DD @ absent.mean_D.detach(), matrix_DD)
-
-
-def without_map(rows_delta_SD: Tensor, rows_SD: Tensor, row_map: RowMap) -> Tensor:
-    """Deltas of held rows, less what the server will give every row by this client's map."""
-    return rows_delta_SD - row_map.shift_D - rows_SD @ row_map.matrix_DD
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,9 @@ def draw_first(
     """The first m classes that are not own, of a random order of all: ``q_i = m / (n - |P|)``.
 
     With the same generator in every round (:attr:`Sampler.fixed`) this is a client's fixed cover:
-    the server, which sees every request, can never tell own classes from it by what they have in
-    common, and pays for it with negatives that never change. (Ours.)
+    a client that asks for all its own classes asks for the same rows every time, so that requests
+    of many rounds tell no more than one. It pays with negatives that never change. (Ours;
+    ``docs/methods.md`` has what it does not hide.)
     """
     num_cards = num_negatives + len(own_P)
     order = rng.choice(num_classes, num_cards, replace=False, shuffle=True)
@@ -197,6 +198,9 @@ def deal_hard(
     unit_ND = F.normalize(rows.weight_ND, dim=1)
     hands = []
     for own_P, m in zip(own_K, num_negatives_K, strict=True):
+        if m in (0, rows.num_classes - len(own_P)):
+            hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
+            continue
         cos_N = (unit_ND[own_P] @ unit_ND.T).max(dim=0).values
         cos_N[own_P] = -2.0
         hard = np.sort(cos_N.topk(round(HARD_SHARE * m)).indices.numpy())
@@ -221,11 +225,8 @@ def deal_rff(
     """
     hands = []
     for own_P, m in zip(own_K, num_negatives_K, strict=True):
-        if m == rows.num_classes - len(own_P):
+        if m in (0, rows.num_classes - len(own_P)):
             hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
-            continue
-        if m == 0:
-            hands.append((np.zeros(0, np.int64), np.zeros(0)))
             continue
         ids_M, q_M = rff.draw(rows.index, rows.weight_ND[own_P], m, rng)
         other_M = ~np.isin(ids_M, own_P)

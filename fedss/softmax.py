@@ -186,7 +186,8 @@ def moments_softmax(
     the mean of ``exp(s w'h)`` is ``exp(s mean'h + s^2/2 h' covariance h)`` (the moment generating
     function of a Gaussian), so ``exp(v)`` is what absent classes add to the partition function if
     their rows are Gaussian. All classes of the sample count in full, own or not: ``log q`` is not
-    used. With no absent class it is the full softmax. (Ours.)
+    used. With no absent class it is the full softmax. (Ours; ``docs/methods.md`` has what came
+    before.)
 
     Args and result as for :func:`sampled_softmax`; ``absent`` carries gradients.
     """

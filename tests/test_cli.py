@@ -61,7 +61,7 @@ def test_commands_and_options_are_pinned(capsys):
     text = capsys.readouterr().out
     assert set(re.findall(r"^    ([a-z]+) ", text, re.M)) == COMMANDS
     own = {"--help", "--config", "--out"}
-    booleans = {"--no-skip-broken", "--no-pretrained", "--no-normalize-rows"}
+    booleans = flags([f"no-{o.name}" for o in OPTIONS if o.type is bool])
     config = flags(PINNED) | booleans
     data = flags([o.name for o in OPTIONS if o.group == "data"])
     assert options_of("train", capsys)[0] == config | own
@@ -69,7 +69,11 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("compare", capsys)[0] == (
         (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
     )
-    assert options_of("evaluate", capsys)[0] == data | {"--help", "--no-skip-broken"}
+    assert options_of("evaluate", capsys)[0] == data | {
+        "--help",
+        "--no-skip-broken",
+        "--no-rotations",
+    }
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("report", capsys)[0] == {"--help"}
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fedss import Config, ConfigError
-from fedss.config import OPTIONS, config_from_dict
+from fedss.config import OPTIONS, config_from_dict, variant
 
 PINNED = [
     "data",
@@ -91,6 +91,7 @@ def test_json_round_trip():
         ({"cover": -1}, "cover: expected 0 or more"),
         ({"rows_up": "int2"}, "rows_up: 'int2' is unknown; did you mean int"),
         ({"method": "moments", "server_optimizer": "adam"}, "expected sgd or momentum, got adam"),
+        ({"method": "moments", "normalize_rows": False}, "takes rows for unit vectors"),
         ({"method": "moments", "row_mean": "holders"}, "moments needs cohort, got holders"),
         ({"method": "moments", "moments_rank": 64}, "expected below embedding_size = 64"),
     ],
@@ -108,3 +109,36 @@ def test_an_unknown_field_offers_the_nearest():
 def test_every_option_has_a_line_of_help():
     for option in OPTIONS:
         assert 10 < len(option.help) < 80, option.name
+
+
+def test_variants_of_a_method():
+    base = Config(rounds=7, sample_size=9)
+    assert variant(base, "full") == dataclasses.replace(base, method="full")
+    text = "fedss:sampler=deck,rows-up=int8,sample_size=none,client_lr=0.5,normalize_rows=no"
+    assert variant(base, text) == dataclasses.replace(
+        base,
+        method="fedss",
+        sampler="deck",
+        rows_up="int8",
+        sample_size=None,
+        client_lr=0.5,
+        normalize_rows=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fedsss:sampler=deck", "'fedsss' is unknown; did you mean fedss"),
+        ("fedss:sampla=deck", "'sampla' is unknown; did you mean sampler"),
+        ("fedss:sampler=dek", "'dek' is unknown; did you mean deck"),
+        ("fedss:sampler", "expected method:option=value"),
+        ("fedss:seed=3", "not of data, method or seed"),
+        ("fedss:data=omniglot", "not of data, method or seed"),
+        ("fedss:rounds=many", "rounds in .*: expected int, got 'many'"),
+        ("fedss:normalize_rows=maybe", "choose from yes, no"),
+    ],
+)
+def test_variants_that_cannot_be(text, message):
+    with pytest.raises(ConfigError, match=message):
+        variant(Config(), text)

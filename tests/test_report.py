@@ -12,8 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.errors import RunFolderError
-from fedss.report import bytes_picture, charts, write_report
+from fedss.errors import ConfigError, RunFolderError
+from fedss.report import (
+    bytes_picture,
+    charts,
+    frontier,
+    frontier_picture,
+    labels,
+    page,
+    records,
+    words,
+    write_report,
+)
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
@@ -251,7 +261,7 @@ def test_references_within_the_page_resolve(comparison: tuple[Path, Any]) -> Non
     wanted |= set(re.findall(r"url\(#([^)]+)\)", html))
     assert wanted <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert html.count('<svg class="chart"') == 4
+    assert html.count('<svg class="chart"') == 5
     assert "#fe01" not in html
     used = set(re.findall(r"var\(--([\w-]+)\)", html))
     assert used <= set(re.findall(r"--([\w-]+): #", html)) | {"slot"}
@@ -328,7 +338,8 @@ def test_every_method_and_unknown_ones(tmp_path: Path) -> None:
         summary.append(fake_run(tmp_path / f"x{i}", name, rounds=10) | {"folder": f"x{i}"})
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     html, page = read(tmp_path)
-    assert [c for c in page.cells if c in names] == [*names[:6], *names[7:], "central"]
+    order = ["full", "fedss", "moments", *names[2:6], *names[-2:], "central"]
+    assert [c for c in page.cells if c in names] == order
     assert "<i>" not in html
 
 
@@ -566,7 +577,7 @@ def test_hovering_is_offered_only_where_it_works(comparison: tuple[Path, Any]) -
 def test_labels_keep_the_order_of_the_ends_and_do_not_touch(ends: list[float]) -> None:
     low, high, height = 46.0, 298.0, 18.0
     wanted = [46 + 600 * end for end in ends]
-    places = charts._apart(wanted, [height] * len(ends), low, high)
+    places = labels.apart(wanted, [height] * len(ends), low, high)
     order = sorted(range(len(ends)), key=lambda i: (ends[i], i))
     assert np.all(np.diff([places[i] for i in order]) > height - 0.5)
     assert min(places) >= low + height / 2 - 0.5
@@ -653,3 +664,383 @@ def test_the_picture_is_a_png_and_the_same_each_time(tmp_path: Path) -> None:
     picture = bytes_picture(folder)
     assert picture.startswith(b"\x89PNG")
     assert picture == bytes_picture(folder)
+
+
+# label -> (method, MAP@10, bytes both ways, of these moments)
+VARIANTS: dict[str, tuple[str, float, float | None, float]] = {
+    "full": ("full", 0.350, 866e3, 0),
+    "fedss uniform": ("fedss", 0.340, 407e3, 0),
+    "fedss deck": ("fedss", 0.347, 407e3, 0),
+    "moments": ("moments", 0.348, 408e3, 16.6e3),
+    "moments rank 16": ("moments", 0.340, 400e3, 8.6e3),
+    "fedss deck int8": ("fedss", 0.346, 112e3, 0),
+    "fedss deck int4": ("fedss", 0.335, 54e3, 0),
+    "moments int4": ("moments", 0.334, 54e3, 2e3),
+    "pos-only": ("pos-only", 0.270, 391e3, 0),
+    "central": ("central", 0.460, None, 0),
+}
+
+
+def fake_variants(
+    folder: Path, names: list[str] | None = None, seeds: int = 2, **changed: Any
+) -> list[dict[str, Any]]:
+    """A comparison of variants whose means are those of `VARIANTS`; ``changed``: other scores."""
+    summary = []
+    for label in names or list(VARIANTS):
+        method, score, moved, moments = VARIANTS[label]
+        score = changed.get(label, score)
+        for seed in range(seeds):
+            name = f"{label.replace(' ', '-')}-seed{seed}"
+            entry = fake_run(folder / name, method, seed, rounds=10, level=score)
+            entry |= {"folder": name, "label": label}
+            entry["map_at_10"] = score + 0.004 * (seed - (seeds - 1) / 2)
+            if moved is not None:
+                backbone = 0.45 * moved
+                for way in ("down", "up"):
+                    entry |= {
+                        f"bytes_{way}_per_client_round": moved / 2,
+                        f"backbone_bytes_{way}_per_client_round": backbone,
+                        f"class_row_bytes_{way}_per_client_round": moved / 2 - backbone - moments,
+                        f"moment_bytes_{way}_per_client_round": moments,
+                    }
+            summary.append(entry)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("variants")
+    fake_variants(folder)
+    return folder
+
+
+def groups_of(folder: Path) -> list[records.Group]:
+    return records.group_runs(records.read_runs(folder), folder)
+
+
+def test_runs_are_grouped_by_label(variants: Path) -> None:
+    _, page = read(variants)
+    assert [c for c in page.cells if c in VARIANTS][: len(VARIANTS)] == [
+        *("full", "fedss uniform", "fedss deck", "fedss deck int8", "fedss deck int4"),
+        *("moments", "moments rank 16", "moments int4", "pos-only", "central"),
+    ]
+    assert "10 variants on omniglot" in page.words
+    assert "Variants in figures" in page.words
+    assert all(len(group.runs) == 2 for group in groups_of(variants))
+
+
+def test_two_runs_of_one_label_and_seed(tmp_path: Path) -> None:
+    summary = fake_variants(tmp_path, ["full", "fedss deck", "fedss uniform"], seeds=1)
+    summary[2]["label"] = "fedss deck"
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(RunFolderError, match="two runs of fedss deck with seed 0; "):
+        write_report(tmp_path)
+
+
+def test_label_must_be_text(tmp_path: Path) -> None:
+    entry = single(tmp_path, rounds=5)
+    (tmp_path / "summary.json").write_text(json.dumps([entry | {"label": 3}]))
+    with pytest.raises(RunFolderError, match=r"summary\.json: 'label': expected a string, got 3"):
+        write_report(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps([entry | {"label": None}]))
+    assert [group.label for group in groups_of(tmp_path)] == ["fedss"]
+
+
+def test_without_labels_sample_sizes_tell_runs_apart(tmp_path: Path) -> None:
+    fake_comparison(tmp_path, ["full", "fedss"], rounds=5)
+    other = fake_run(tmp_path / "other", rounds=5) | {"folder": "other"}
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["config"]["sample_size"] = 32
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").write_text(json.dumps([*summary, other]))
+    assert [group.label for group in groups_of(tmp_path)] == ["full", "fedss 64", "fedss 32"]
+
+
+def test_unfinished_variants_are_named_by_their_folders(tmp_path: Path) -> None:
+    summary = fake_variants(tmp_path, ["full", "fedss deck"])
+    for entry in summary[2:]:
+        entry["label"] = "fedss:sampler=deck,rows_up=int8"
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for name, seed in (("fedss-sampler=deck-rows_up=int8", 2), ("fedss-sampler=hard", 0)):
+        fake_run(tmp_path / f"{name}-seed{seed}", seed=seed, rounds=10, stop=4)
+    _, page = read(tmp_path)
+    for line in ("fedss:sampler=deck,rows_up=int8, seed 2", "fedss-sampler=hard, seed 0"):
+        assert f"{line}: round 4 of 10" in page.words
+
+
+def test_moments_are_counted_with_the_class_rows(variants: Path, tmp_path: Path) -> None:
+    html, page = read(variants)
+    at = page.cells.index("moments")
+    rows = 408e3 / 2 - 0.45 * 408e3
+    assert page.cells[at + 6] == page.cells[at + 8] == words.human_bytes(rows)
+    assert "class rows and moments</text>" in html
+    assert "class rows with moments, where a method sends these" in page.words
+    fake_comparison(tmp_path, ["full", "fedss", "pos-only"], rounds=5)  # older: no moments at all
+    html, page = read(tmp_path)
+    assert "moments" not in page.words
+    assert "class rows</text>" in html
+
+
+def test_moments_of_a_run_still_under_way(tmp_path: Path) -> None:
+    fake_run(tmp_path, "moments", stop=10)
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        for way in ("down", "up"):
+            line |= {f"class_row_bytes_{way}": 20 * 100, f"moment_bytes_{way}": 20 * 11}
+            line |= {f"backbone_bytes_{way}": 20 * 1000}
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = groups_of(tmp_path)
+    assert words.both_ways(group, "row_") == 222
+    assert words.has_moments([group])
+
+
+@pytest.mark.parametrize(
+    ("changed", "first", "second"),
+    [
+        (
+            {},
+            "moments comes closest to full softmax: 0.994 of its MAP@10 (0.348 against 0.350) with "
+            "47\u00a0% of all bytes; the cheapest at 0.96 or more is fedss deck int8: 0.989 with "
+            "13\u00a0% of all bytes.",
+            "Below 0.96 of full: fedss deck int4 (0.957), moments int4 (0.954) and pos-only (0.771",
+        ),
+        (
+            {"moments": 0.36, "fedss deck int4": 0.336},
+            "moments does better than full softmax, with 1.029 of its MAP@10 (0.360 against 0.350) "
+            "with 47\u00a0% of all bytes; the cheapest at 0.96 or more is fedss deck int4: 0.960 "
+            "with 6\u00a0% of all bytes.",
+            "Below 0.96 of full: moments int4 (0.954) and pos-only (0.771).",
+        ),
+        (
+            {"fedss deck int4": 0.349},
+            "fedss deck int4 comes closest to full softmax: 0.997 of its MAP@10 (0.349 against "
+            "0.350) with 6\u00a0% of all bytes; no variant at 0.96 or more moves fewer.",
+            "Below 0.96 of full: moments int4 (0.954) and pos-only (0.771).",
+        ),
+        (
+            {"full": 0.40},
+            "No variant reaches 0.96 of full softmax’s MAP@10: the best, moments, reaches only "
+            "0.870 (0.348 against 0.400) with 47\u00a0% of all bytes.",
+            "Below 0.96 of full: fedss uniform (0.850), ",
+        ),
+    ],
+)
+def test_finding_among_variants(
+    tmp_path: Path, changed: dict[str, float], first: str, second: str
+) -> None:
+    fake_variants(tmp_path, **changed)
+    _, page = read(tmp_path)
+    assert first in page.words
+    assert second in page.words
+
+
+def test_finding_without_full(tmp_path: Path) -> None:
+    fake_variants(tmp_path, ["fedss deck", "moments", "pos-only", "fedss uniform"])
+    assert "MAP@10 goes from 0.270 (pos-only) to 0.348 (moments)." in read(tmp_path)[1].words
+
+
+def test_finding_among_plain_methods_names_better_moments(tmp_path: Path) -> None:
+    summary = fake_comparison(tmp_path, ["full", "fedss", "moments"], rounds=5)
+    summary[2]["map_at_10"] = 0.4
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert "moments (0.400) retrieves better than fedss here." in read(tmp_path)[1].words
+
+
+def point(label: str, moved: float, score: float) -> frontier.Point:
+    return frontier.Point(label, "fedss", moved, score, score - 0.004, score + 0.004)
+
+
+def test_frontier_is_what_nothing_beats() -> None:
+    points = [
+        *(point("a", 10, 0.30), point("b", 20, 0.35), point("c", 20, 0.34), point("d", 30, 0.35)),
+        *(point("e", 40, 0.36), point("f", 5, 0.1), point("twin of b", 20, 0.35)),
+    ]
+    assert frontier.on_frontier(points) == [True, True, False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["full", "fedss deck"], ["MAP@10 against bytes moved"]),
+        (["full", "fedss deck", "central"], ["MAP@10 against bytes moved"]),
+        (["full", "fedss deck", "moments"], ["MAP@10 against bytes moved", "The frontier"]),
+        (list(VARIANTS), ["The frontier"]),
+    ],
+)
+def test_frontier_stands_where_it_says_something(
+    tmp_path: Path, names: list[str], shown: list[str]
+) -> None:
+    fake_variants(tmp_path, names)
+    html, _ = read(tmp_path)
+    titles = re.findall(r"<figcaption><h3>(.*?)</h3>", html)
+    assert titles == ["MAP@10 over rounds", *shown, "Bytes per client and round", "Training loss"]
+
+
+def test_frontier_names_every_variant(variants: Path) -> None:
+    html, page = read(variants)
+    chart = html[html.index("MAP@10 against bytes per round for") :].partition("</svg>")[0]
+    texts = re.findall(r">([^<>\n]+)</text>", chart)
+    for label in set(VARIANTS) - {"pos-only", "central"}:
+        assert label in texts
+    # Far from all others: their values are named at the edges.
+    assert "pos-only 0.270↓" in texts
+    assert "central 0.460↑" in texts
+    assert "hollow marks are beaten; uprights span the seeds." in page.words
+
+
+def test_unfinished_runs_are_not_on_the_frontier(tmp_path: Path) -> None:
+    fake_variants(tmp_path, ["full", "fedss deck"])
+    fake_run(tmp_path / "moments-seed0", "moments", rounds=10, stop=5)
+    assert "The frontier" not in read(tmp_path)[1].words
+
+
+@pytest.mark.parametrize("width", [420, 460])
+@pytest.mark.parametrize("count", [1, 3, 9, 12])
+def test_names_beside_marks_do_not_touch(width: int, count: int) -> None:
+    rng = np.random.default_rng(count)
+    marks = np.stack(
+        [rng.choice([90.0, 150.0, 290.0, 291.0], count), rng.uniform(80, 330, count)], axis=1
+    )
+    sizes = np.stack([rng.uniform(40, 120, count), np.full(count, 15.0)], axis=1)
+    area = np.array([44.0, 50.0, width - 4.0, 364.0])
+    places, tied = labels.beside(marks, sizes, np.empty((0, 4)), np.array([]), area)
+    low, high = places - sizes / 2, places + sizes / 2
+    for i in range(count):
+        for j in range(i):
+            assert np.any(low[i] >= high[j]) or np.any(low[j] >= high[i])
+    inside = (marks[None] > low[:, None]) & (marks[None] < high[:, None])
+    assert not inside.all(axis=2).any()
+    assert np.all(low >= area[:2])
+    assert np.all(high <= area[2:])
+    assert len(tied) == count
+
+
+def test_marks_that_would_hide_each_other_stand_side_by_side() -> None:
+    marks = np.array([[100.0, 50.0], [100.0, 52.0], [101.0, 90.0], [200.0, 50.0]])
+    moved = labels.side_by_side(marks)
+    assert abs(moved[0, 0] - moved[1, 0]) == pytest.approx(9)
+    assert np.array_equal(moved[2:], marks[2:])
+    assert np.array_equal(moved[:, 1], marks[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("label", "width", "most", "text"),
+    [
+        ("fedss deck int4", 12, 2, "fedss deck\nint4"),
+        ("moments rank 16", 22, 2, "moments rank 16"),
+        ("fedss-uncorrected", 12, 2, "fedss-\nuncorrected"),
+        ("fedss:sampler=uniform", 15, 2, "fedss:\nsampler=uniform"),
+        (
+            "fedss:sampler=deck,rows_down=int4,rows_up=int8",
+            22,
+            2,
+            "fedss:sampler=deck,…\nrows_up=int8",
+        ),
+        ("x" * 40, 12, 2, "x" * 12 + "…"),
+        ("", 12, 2, ""),
+    ],
+)
+def test_long_names_keep_both_ends(label: str, width: int, most: int, text: str) -> None:
+    assert labels.wrap(label, width, most) == text
+
+
+def test_names_at_line_ends_are_shown_in_full() -> None:
+    names = list(VARIANTS)
+    texts = labels.wrapped(names, 200)
+    assert [text.replace("\n", " ") for text in texts] == names
+    assert labels.stacked(texts) <= 200
+
+
+def test_twelve_variants_look_different() -> None:
+    slots = charts.slots_of([f"variant {i}" for i in range(12)])
+    assert len(set(slots)) == 12
+    assert len({(charts.DASHES[s], charts.MARKERS[s]) for s in slots}) == 12
+    assert charts.slots_of(["fedss", "moments", "fedss deck"]) == ["fedss", "moments", "extra-1"]
+    assert charts.DASHES["moments"]
+
+
+# Machado et al. 2009: normal, protanopia, deuteranopia, tritanopia, on linear RGB.
+SEEN_AS = np.array(
+    [
+        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+        [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+    ]
+)
+
+
+def linear(color: str) -> np.ndarray:
+    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_colours_can_be_read_and_told_apart(theme: int) -> None:
+    style = (Path(page.__file__).parent / "report.html").read_text()
+    block = style.split(":root {")[1 + theme].split("}")[0]
+    colors = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+    luminance = {name: float(linear(c) @ [0.2126, 0.7152, 0.0722]) for name, c in colors.items()}
+    for slot in (*charts.SLOTS, *charts.EXTRA_SLOTS):
+        low, high = sorted((luminance[slot], luminance["paper"]))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+    assert len({colors[slot] for slot in charts.EXTRA_SLOTS}) == 12
+    for other in ("full", "fedss"):
+        seen = [np.cbrt((SEEN_AS @ linear(c)).clip(0)) for c in (colors["moments"], colors[other])]
+        assert np.linalg.norm(seen[0] - seen[1], axis=1).min() > 0.3
+
+
+def test_frontier_picture_of_one_comparison(variants: Path) -> None:
+    picture = frontier_picture({"Omniglot": variants})
+    assert picture == frontier_picture({"Omniglot": variants})
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.format == "PNG"
+        assert image.size == (1280, 800)
+        assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert (pixels == 255).all(axis=1).mean() > 0.8
+    for color in ((0x1B, 0x1F, 0x24), (0xD0, 0x10, 0x4C)):
+        assert (pixels == color).all(axis=1).sum() > 100
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, (2320, 880)), (3, (2320, 1760))])
+def test_frontier_picture_of_several(
+    variants: Path, tmp_path: Path, count: int, size: tuple[int, int]
+) -> None:
+    fake_variants(tmp_path, ["full", "fedss deck", "pos-only"])
+    folders = {"one": variants, "two": tmp_path, "three": variants}
+    picture = frontier_picture(dict(list(folders.items())[:count]))
+    with Image.open(io.BytesIO(picture)) as image:
+        assert image.size == size
+
+
+def test_frontier_picture_is_relative_where_every_comparison_has_full(
+    variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_variants(tmp_path, ["fedss deck", "pos-only"])
+    drawn: list[frontier.Panel] = []
+    monkeypatch.setattr(page, "frontier_png", lambda panels, _: drawn.extend(panels) or b"")
+    frontier_picture({"with full": variants})
+    frontier_picture({"with full": variants, "without": tmp_path})
+    scores = [{p.label: p.mean for p in panel.points} for panel in drawn]
+    assert [panel.relative for panel in drawn] == [True, False, False]
+    assert scores[0]["full"] == 1
+    assert scores[0]["fedss deck"] == pytest.approx(0.347 / 0.35)
+    assert scores[1]["fedss deck"] == scores[2]["fedss deck"] == pytest.approx(0.347)
+    assert drawn[0].level is not None
+    assert drawn[0].level[2] == pytest.approx(0.46 / 0.35)
+    slots = [{p.label: p.slot for p in panel.points} for panel in drawn]
+    assert slots[1]["fedss deck"] == slots[2]["fedss deck"]
+
+
+def test_frontier_picture_needs_one_to_four_comparisons_with_bytes(
+    variants: Path, tmp_path: Path
+) -> None:
+    for folders in ({}, {str(i): variants for i in range(5)}):
+        with pytest.raises(ConfigError, match="folders: expected 1 to 4 of them, got"):
+            frontier_picture(folders)
+    single(tmp_path, method="central", rounds=5)
+    with pytest.raises(RunFolderError, match="expected a finished run with its score and bytes"):
+        frontier_picture({"pooled": tmp_path})

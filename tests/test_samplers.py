@@ -79,7 +79,7 @@ def test_a_hand_keeps_its_promises(name, request_, seed):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_q_is_the_probability_of_being_drawn(name):
     """Horvitz and Thompson: each class counts 1 on average, and so the partition is unbiased."""
-    own, n, m, draws = np.array([1, 4, 5]), 12, 5, 3000
+    own, n, m, draws = np.array([1, 4, 5]), 12, 5, 1200
     logits = rng(7).normal(size=n) * 2
     logits[own] = -math.inf
     weight, square, estimates = np.zeros(n), np.zeros(n), []

@@ -134,7 +134,9 @@ def test_what_goes_up_is_rounded_at_random_and_right_on_average():
     ):
         found = torch.stack([of(u) for u in decoded]).double()
         error = found.std(dim=0) / 2000**0.5
-        assert ((found.mean(dim=0) - of(update)).abs() <= 6 * error + 1e-6).all()
+        # What is rounded away once in a thousand draws may not have come up.
+        unseen = 1e-4 * of(update).abs().max()
+        assert ((found.mean(dim=0) - of(update)).abs() <= 6 * error + unseen).all()
 
 
 def test_a_request_tells_ids_and_nothing_else():

@@ -84,6 +84,8 @@ class LocalEngine:
         samples = choose_classes(plan, state, cohort, own_K)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
         received = decode_broadcast(self.wire, to_all)
+        ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))
+        rows_UD = select(self.optimizer, state, ids_U)
 
         def train_one(client: int, own_P: np.ndarray, sample: ClassSample) -> ClientUpdate:
             example_N = self.clients.examples(client)
@@ -91,7 +93,7 @@ class LocalEngine:
             request = encode_request(
                 self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_P)
             )
-            rows_SD = select(self.optimizer, state, sample.ids_S)
+            rows_SD = rows_UD[torch.searchsorted(ids_U, sample.ids_S)]
             answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
             submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
             with self.replica() as model:

@@ -1,5 +1,6 @@
 """Records of a run or of a comparison -> one self-contained HTML page, or a picture."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedss.errors import RunFolderError
@@ -49,4 +50,29 @@ def bytes_picture(folder: Path) -> bytes:
     return render_bytes_picture(Path(folder))
 
 
-__all__ = ["bytes_picture", "write_report"]
+def frontier_picture(folders: Mapping[str, Path]) -> bytes:
+    """The report's chart of the frontier, of one or several comparisons, as a PNG for a README.
+
+    Each variant's final MAP@10 (mean over seeds; a line from the lowest to the highest) against
+    the bytes it moves per client and round, both ways. Where every comparison has a finished
+    ``full``, scores are relative to it, and all panels share one axis.
+
+    Args:
+        folders: one to four: title -> folder of a comparison, as for :func:`write_report`. Runs
+            not yet finished are left out. The pictures of several stand in two columns.
+
+    Returns:
+        A PNG at 200 dpi on white: 6.4 x 4 inches for one comparison, 5.8 x 4.4 inches for each
+        of several. The same records give the same bytes.
+
+    Raises:
+        ConfigError: no folder, or more than four.
+        RunFolderError: records are missing or damaged, or a comparison has no finished run with
+            both score and bytes.
+    """
+    from fedss.report.page import render_frontier_picture
+
+    return render_frontier_picture({title: Path(folder) for title, folder in folders.items()})
+
+
+__all__ = ["bytes_picture", "frontier_picture", "write_report"]

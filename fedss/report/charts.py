@@ -7,10 +7,8 @@ the same code with real colours in their place.
 
 import io
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -18,26 +16,40 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from fedss.report.labels import FONT, apart, text_height, text_width, wrap, wrapped
 from fedss.report.words import human_bytes
 
-WIDTH, HEIGHT, FONT = 420, 300, 13
+WIDTH, HEIGHT, TALL = 420, 300, 390
+FEW = 6  # more lines or marks need a taller chart
+PICTURE = 6.4 * 72, 4 * 72
 LABEL_GAP = 16
-# Known methods have a colour of their own, all others take turns at the rest.
-SLOTS = ("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only", "fedaws", "central")
-EXTRA_SLOTS = ("extra-1", "extra-2", "extra-3")
-DASHES: Mapping[str, tuple[float, ...]] = {
+# Known methods have a slot of their own, all other names take turns at the rest.
+SLOTS = (
+    *("full", "fedss", "moments", "fedss-uncorrected"),
+    *("pos-only", "neg-only", "fedaws", "central"),
+)
+EXTRA_SLOTS = tuple(f"extra-{number}" for number in range(1, 13))
+_PATTERNS: tuple[tuple[float, ...] | None, ...] = (None, (5, 2), (2, 1.5))
+DASHES: Mapping[str, tuple[float, ...] | None] = {
+    "moments": (9, 2.5),
     "fedss-uncorrected": (5, 2),
     "pos-only": (2, 1.5),
     "neg-only": (7, 2, 2, 2),
     "fedaws": (4, 1.5, 1, 1.5),
     "central": (1, 2),
-    "extra-2": (5, 2),
-    "extra-3": (2, 1.5),
+    **{slot: _PATTERNS[i % 3] for i, slot in enumerate(EXTRA_SLOTS)},
+}
+# Four shapes and three patterns: no two of the twelve extra slots share both.
+MARKERS: Mapping[str, str] = {
+    "moments": "D",
+    **{slot: "s^vP"[i % 4] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 _NAMES = ("ink", "muted", "rule", "paper", "neutral", *SLOTS, *EXTRA_SLOTS)
-_STAND_IN = {name: f"#fe01{number:02x}" for number, name in enumerate(_NAMES)}
+STAND_IN = {name: f"#fe01{number:02x}" for number, name in enumerate(_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -63,53 +75,50 @@ class Bar:
     text: str
 
 
-def slots_of(methods: Sequence[str]) -> list[str]:
-    """The colour slot of each method: its own if it is known."""
-    unknown = sorted(set(methods) - set(SLOTS))
+def slots_of(labels: Sequence[str]) -> list[str]:
+    """The slot (colour, dash, marker) of each label: its own if that is the name of a method."""
+    unknown = sorted(set(labels) - set(SLOTS))
     extra = {name: EXTRA_SLOTS[i % len(EXTRA_SLOTS)] for i, name in enumerate(unknown)}
-    return [extra.get(method, method) for method in methods]
+    return [extra.get(label, label) for label in labels]
 
 
 def rounds_chart(name: str, lines: Sequence[Line], last_round: int, alt: str) -> Markup:
     """Curves over rounds up to ``last_round``, each labelled at its end."""
-    figure, ax = _figure()
+    figure, ax = new_figure((WIDTH, tall(len(lines))))
     for line in lines:
-        _draw(ax, line)
+        _draw(ax, line, band=len(lines) <= FEW)
     ax.set_xlim(0, max(last_round, 1))
     ax.set_ylim(bottom=min(0.0, *(float(line.low.min()) for line in lines)))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("round", loc="right")
-    _place(ax, lines)
-    _label_ends(ax, lines)
-    return _svg(figure, name, alt)
+    _label_ends(ax, lines, _place(ax, lines))
+    return as_svg(figure, name, alt)
 
 
 def bytes_chart(
     name: str, lines: Sequence[Line], level: tuple[str, str, float] | None, alt: str
 ) -> Markup:
     """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes."""
-    return _svg(_bytes_figure(lines, level, _STAND_IN), name, alt)
+    size = WIDTH, tall(len(lines))
+    return as_svg(_bytes_figure(lines, level, STAND_IN, size), name, alt)
 
 
 def bytes_png(
     lines: Sequence[Line], level: tuple[str, str, float] | None, colors: Mapping[str, str]
 ) -> bytes:
     """The chart of `bytes_chart` on its own: 6.4 x 4 inches at 200 dpi, with a title."""
-    figure = _bytes_figure(lines, level, colors, (6.4 * 72, 4 * 72), "MAP@10 against bytes moved")
-    figure.patch.set(alpha=1, facecolor=colors["paper"])
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=200, metadata={"Software": None})
-    return out.getvalue()
+    figure = _bytes_figure(lines, level, colors, PICTURE, "MAP@10 against bytes moved")
+    return as_png(figure, colors)
 
 
 def _bytes_figure(
     lines: Sequence[Line],
     level: tuple[str, str, float] | None,
     colors: Mapping[str, str],
-    size: tuple[float, float] = (WIDTH, HEIGHT),
+    size: tuple[float, float],
     title: str = "",
 ) -> Figure:
-    figure, ax = _figure(size, colors)
+    figure, ax = new_figure(size, colors)
     labelled = list(lines)
     ax.set_xscale("log")
     for line in lines:
@@ -123,42 +132,36 @@ def _bytes_figure(
     if level is not None:
         label, slot, value = level
         top = max(top, value)
-        ax.axhline(value, color=colors[slot], linewidth=1.6, dashes=DASHES[slot])
+        ax.axhline(value, color=colors[slot], linewidth=1.6, dashes=dashes(slot))
         ends = np.array([ax.get_xlim()[1]]), np.array([value])
         labelled = [*lines, Line(label, slot, *ends, ends[1], ends[1])]
     ax.set_ylim(0, top * 1.06 if top > 0 else 1)
-    decades = np.log10(last / first)
-    subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 5.0)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_ticks(value)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    bytes_ticks(ax, last / first)
     ax.set_xlabel("bytes moved, all clients, both ways (log)", loc="right")
     if title:
         ax.set_title(title, loc="left", color=colors["ink"], fontsize=FONT, pad=10)
-    _place(ax, labelled, top=34 if title else 10)
-    _label_ends(ax, labelled, colors)
+    _label_ends(ax, labelled, _place(ax, labelled, top=34 if title else 10), colors)
     return figure
 
 
-def bars_chart(name: str, bars: Sequence[Bar], alt: str) -> Markup:
-    """Bytes as stacked bars: backbone, then class rows."""
+def bars_chart(name: str, bars: Sequence[Bar], rows: str, alt: str) -> Markup:
+    """Bytes as stacked bars: backbone, then what is called ``rows``."""
     pitch, top = 40, 30
     height = top + pitch * len(bars) + 4
-    figure, ax = _figure((WIDTH, height))
+    figure, ax = new_figure((WIDTH, height))
     longest = max(bar.backbone + bar.class_rows for bar in bars)
     for row, bar in enumerate(bars):
         y = top + pitch * row
-        ax.barh(y + 26, bar.backbone, 13, color=_STAND_IN["neutral"], linewidth=0)
+        ax.barh(y + 26, bar.backbone, 13, color=STAND_IN["neutral"], linewidth=0)
         ax.barh(
-            y + 26, bar.class_rows, 13, left=bar.backbone, color=_STAND_IN[bar.slot], linewidth=0
+            y + 26, bar.class_rows, 13, left=bar.backbone, color=STAND_IN[bar.slot], linewidth=0
         )
         total = bar.backbone + bar.class_rows
         ax.text(
             0,
             y + 9,
-            bar.label,
-            color=_STAND_IN["ink"],
+            wrap(bar.label, 52, 1),
+            color=STAND_IN["ink"],
             va="center",
             fontsize=FONT,
             parse_math=False,
@@ -169,19 +172,32 @@ def bars_chart(name: str, bars: Sequence[Bar], alt: str) -> Markup:
             (6, 0),
             textcoords="offset points",
             va="center",
-            color=_STAND_IN["muted"],
+            color=STAND_IN["muted"],
             fontsize=FONT,
         )
-    for x, slot, text in ((0.0, "neutral", "backbone"), (0.29, bars[0].slot, "class rows")):
-        ax.barh(9, longest * 0.028, 11, left=longest * x, color=_STAND_IN[slot], linewidth=0)
-        ax.text(
-            longest * (x + 0.045), 9, text, color=_STAND_IN["muted"], va="center", fontsize=FONT
-        )
+    for x, slot, text in ((0.0, "neutral", "backbone"), (0.29, bars[0].slot, rows)):
+        ax.barh(9, longest * 0.028, 11, left=longest * x, color=STAND_IN[slot], linewidth=0)
+        ax.text(longest * (x + 0.045), 9, text, color=STAND_IN["muted"], va="center", fontsize=FONT)
     ax.set_xlim(0, longest * 1.0)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
     ax.set_position((2 / WIDTH, 0, (WIDTH - 90) / WIDTH, 1))
-    return _svg(figure, name, alt)
+    return as_svg(figure, name, alt)
+
+
+def tall(count: int) -> float:
+    """The height of a chart that names ``count`` things."""
+    return HEIGHT if count <= FEW else TALL
+
+
+def bytes_ticks(ax: Axes, span: float) -> None:
+    """Few and round ticks of a logarithmic axis of bytes whose last value is ``span`` firsts."""
+    decades = np.log10(span)
+    subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_ticks(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def human_ticks(value: float) -> str:
@@ -190,13 +206,18 @@ def human_ticks(value: float) -> str:
     return f"{float(number):g} {unit}" if unit else number
 
 
-def _figure(
-    size: tuple[float, float] = (WIDTH, HEIGHT), colors: Mapping[str, str] = _STAND_IN
+def new_figure(
+    size: tuple[float, float], colors: Mapping[str, str] = STAND_IN
 ) -> tuple[Figure, Axes]:
+    """An empty figure of that width and height, with axes in the look of all charts."""
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
     FigureCanvasSVG(figure)
-    ax = figure.add_subplot()
     figure.patch.set_alpha(0)
+    return figure, style(figure.add_subplot(), colors)
+
+
+def style(ax: Axes, colors: Mapping[str, str]) -> Axes:
+    """Give axes the look of all charts: rules for values, a line for the bottom, no frame."""
     ax.patch.set_alpha(0)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
@@ -209,23 +230,37 @@ def _figure(
     ax.tick_params(axis="both", labelcolor=colors["muted"], labelsize=FONT - 1, pad=5)
     ax.tick_params(axis="y", length=0)
     ax.tick_params(axis="x", length=4, color=colors["muted"])
-    return figure, ax
+    return ax
 
 
-def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> None:
-    """Set the axes' place in the figure, with a margin on the right for the labels of lines."""
+def dashes(slot: str) -> tuple[float, ...] | tuple[None, None]:
+    """The dash pattern of a slot, as matplotlib takes it."""
+    return DASHES.get(slot) or (None, None)
+
+
+def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> list[str]:
+    """Set the axes' place, with a margin on the right for the labels; return these wrapped."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     width, height = (72 * side for side in figure.get_size_inches())
     left, bottom = 38, 46
-    right = LABEL_GAP + 2 + max(_text_width(_wrapped(line.label)) for line in lines)
+    # Names that take up most of the height are hard to follow to their lines.
+    texts = wrapped([line.label for line in lines], 0.6 * (height - top - bottom))
+    right = LABEL_GAP + 2 + max(text_width(text) for text in texts)
     size = ((width - left - right) / width, (height - top - bottom) / height)
     ax.set_position((left / width, bottom / height, *size))
+    return texts
 
 
-def _draw(ax: Axes, line: Line, colors: Mapping[str, str] = _STAND_IN, end: bool = False) -> None:
+def _draw(
+    ax: Axes,
+    line: Line,
+    colors: Mapping[str, str] = STAND_IN,
+    end: bool = False,
+    band: bool = True,
+) -> None:
     color = colors[line.slot]
-    if np.any(line.high > line.low):
+    if band and np.any(line.high > line.low):
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
     width = 2.6 if line.slot == "fedss" else 2.0
     ax.plot(
@@ -233,7 +268,7 @@ def _draw(ax: Axes, line: Line, colors: Mapping[str, str] = _STAND_IN, end: bool
         line.mean,
         color=color,
         linewidth=width,
-        dashes=DASHES.get(line.slot, (None, None)),
+        dashes=dashes(line.slot),
         solid_capstyle="round",
         zorder=3 if line.slot == "fedss" else 2,
     )
@@ -241,7 +276,7 @@ def _draw(ax: Axes, line: Line, colors: Mapping[str, str] = _STAND_IN, end: bool
         ax.plot(
             line.x[-1:],
             line.mean[-1:],
-            "o",
+            MARKERS.get(line.slot, "o"),
             color=color,
             markersize=6,
             markeredgewidth=0,
@@ -250,24 +285,13 @@ def _draw(ax: Axes, line: Line, colors: Mapping[str, str] = _STAND_IN, end: bool
         )
 
 
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, 12, max_lines=2, placeholder="…")) or label
-
-
-def _text_width(text: str) -> float:
-    return max(len(part) for part in text.split("\n")) * FONT * 0.58
-
-
-def _text_height(text: str) -> float:
-    return (text.count("\n") + 1) * FONT * 1.15
-
-
-def _label_ends(ax: Axes, lines: Sequence[Line], colors: Mapping[str, str] = _STAND_IN) -> None:
+def _label_ends(
+    ax: Axes, lines: Sequence[Line], texts: Sequence[str], colors: Mapping[str, str] = STAND_IN
+) -> None:
     """Labels right of all lines in the order of their ends, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
-    texts = [_wrapped(line.label) for line in lines]
-    heights = [_text_height(text) + 3 for text in texts]
-    places = _apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
+    heights = [text_height(text) + 3 for text in texts]
+    places = apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
     last_x = max(float(end_x) for end_x, _ in ends)
     x = last_x + LABEL_GAP
     for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
@@ -295,24 +319,17 @@ def _label_ends(ax: Axes, lines: Sequence[Line], colors: Mapping[str, str] = _ST
         )
 
 
-def _apart(
-    wanted: Sequence[float], heights: Sequence[float], low: float, high: float
-) -> list[float]:
-    """Centres as near to ``wanted`` as room allows, in the same order, without overlap."""
-    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
-    place = {i: wanted[i] for i in order}
-    for _ in range(200):
-        for below, above in pairwise(order):
-            overlap = (heights[below] + heights[above]) / 2 - (place[above] - place[below])
-            if overlap > 0:
-                place[below] -= overlap / 2
-                place[above] += overlap / 2
-        for i in order:
-            place[i] = min(max(place[i], low + heights[i] / 2), high - heights[i] / 2)
-    return [place[i] for i in range(len(wanted))]
+def as_png(figure: Figure, colors: Mapping[str, str]) -> bytes:
+    """The figure at 200 dpi on paper, with the halo that the page gives to texts."""
+    for text in figure.findobj(Text):
+        text.set_path_effects([withStroke(linewidth=3, foreground=colors["paper"])])
+    figure.patch.set(alpha=1, facecolor=colors["paper"])
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=200, metadata={"Software": None})
+    return out.getvalue()
 
 
-def _svg(figure: Figure, name: str, alt: str) -> Markup:
+def as_svg(figure: Figure, name: str, alt: str) -> Markup:
     """The figure as an inline element: no ids but those in use, no namespaces, no fixed size."""
     out = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": FONT}):
@@ -323,7 +340,7 @@ def _svg(figure: Figure, name: str, alt: str) -> Markup:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r"<[^>]+>", lambda tag: _plain_tag(tag.group()), body)
-    for slot, color in _STAND_IN.items():
+    for slot, color in STAND_IN.items():
         body = body.replace(color, f"var(--{slot})")
     body = re.sub(r"\n\s*", "\n", body)
     shape = box.group(1) if box else f"0 0 {WIDTH} {HEIGHT}"

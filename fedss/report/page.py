@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,16 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from fedss.errors import RunFolderError
+from fedss.errors import ConfigError, RunFolderError
 from fedss.report import charts, words
+from fedss.report.frontier import (
+    MOST_PANELS,
+    Panel,
+    Point,
+    frontier_chart,
+    frontier_png,
+    on_frontier,
+)
 from fedss.report.panels import retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
 
@@ -57,7 +65,7 @@ def render(folder: Path) -> str:
     """
     runs = read_runs(folder)
     groups = group_runs(runs, folder)
-    slots = charts.slots_of([group.method for group in groups])
+    slots = charts.slots_of([group.label for group in groups])
     full = words.full_softmax(groups)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -69,7 +77,8 @@ def render(folder: Path) -> str:
     environment.filters |= {
         "decimals": words.decimals,
         "percent": words.percent,
-        "breakable": lambda name: Markup(re.sub("([/_])", r"\1<wbr>", str(escape(name)))),
+        "breakable": lambda name: _breakable(name, "/_"),
+        "foldable": lambda text: _breakable(text, ":,"),
     }
     return environment.get_template("report.html").render(
         title=_title(groups),
@@ -78,7 +87,7 @@ def render(folder: Path) -> str:
         setup=_setup(groups),
         facts=_facts(groups),
         unfinished=[
-            f"{run.method}, seed {run.seed}: {words.progress(run)}"
+            f"{run.label}, seed {run.seed}: {words.progress(run)}"
             for run in runs
             if not run.finished
         ],
@@ -97,12 +106,19 @@ def render(folder: Path) -> str:
         commands=_commands(groups),
         versions=_versions(runs),
         single=len(groups) == 1,
+        things=_things(groups),
+        has_moments=words.has_moments(groups),
         methods={group.method for group in groups},
         nearest=words.nearest,
         human_bytes=words.human_bytes,
         human_seconds=words.human_seconds,
         count=words.count,
     )
+
+
+def _breakable(text: str, after: str) -> Markup:
+    """The text with leave to break lines after some signs."""
+    return Markup(re.sub(f"([{after}])", r"\1<wbr>", str(escape(text))))
 
 
 def render_bytes_picture(folder: Path) -> bytes:
@@ -112,27 +128,68 @@ def render_bytes_picture(folder: Path) -> bytes:
         RunFolderError: records are missing or damaged, or no round has both score and bytes.
     """
     groups = group_runs(read_runs(folder), folder)
-    slots = charts.slots_of([group.method for group in groups])
+    slots = charts.slots_of([group.label for group in groups])
     lines, level = _over_bytes(list(zip(groups, slots, strict=True)))
     if not lines:
         raise RunFolderError(f"{folder}: expected an evaluated round with its bytes, found none")
+    return charts.bytes_png(lines, level, _light())
+
+
+def render_frontier_picture(folders: Mapping[str, Path]) -> bytes:
+    """The frontiers of the comparisons in ``folders``, by their titles, as PNG.
+
+    Raises:
+        ConfigError: no folder, or more than four.
+        RunFolderError: records are missing or damaged, or a comparison has no finished run with
+            both score and bytes.
+    """
+    if not 1 <= len(folders) <= MOST_PANELS:
+        raise ConfigError(f"folders: expected 1 to {MOST_PANELS} of them, got {len(folders)}")
+    of_folder = {}
+    for title, folder in folders.items():
+        of_folder[title] = group_runs(read_runs(folder), folder)
+        if not _points([(group, "") for group in of_folder[title]]):
+            raise RunFolderError(
+                f"{folder}: expected a finished run with its score and bytes, found none"
+            )
+    labels = list(dict.fromkeys(g.label for groups in of_folder.values() for g in groups))
+    slots = dict(zip(labels, charts.slots_of(labels), strict=True))
+    fulls = [words.full_softmax(groups) for groups in of_folder.values()]
+    means = [None if g is None or not g.finished else g.mean("map_at_10") for g in fulls]
+    relative = all(means)
+    panels = []
+    for (title, groups), mean in zip(of_folder.items(), means, strict=True):
+        paired = [(group, slots[group.label]) for group in groups]
+        panels.append(_panel(paired, title, mean if relative else None))
+    return frontier_png(panels, _light())
+
+
+def _light() -> dict[str, str]:
+    """The colours of the page's light theme."""
     page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     light, _, _ = page.partition("@media")
-    return charts.bytes_png(lines, level, dict(re.findall(r"--([\w-]+): (#\w+);", light)))
+    return dict(re.findall(r"--([\w-]+): (#\w+);", light))
+
+
+def _things(groups: Sequence[Group]) -> str:
+    return "variants" if words.has_variants(groups) else "methods"
 
 
 def _title(groups: Sequence[Group]) -> str:
     data = groups[0].runs[0].data.get("name", "unnamed data")
     if len(groups) == 1:
         return f"{groups[0].label} on {data}"
-    return f"{len(groups)} methods on {data}"
+    return f"{len(groups)} {_things(groups)} on {data}"
 
 
 def _setup(groups: Sequence[Group]) -> str:
     """What was compared, in a sentence or two."""
     run = groups[0].runs[0]
     seeds = [r.seed for g in groups for r in g.runs]
-    times = "Trained" if len(groups) == 1 else f"{words.listed([g.label for g in groups])}, trained"
+    what = words.listed([g.label for g in groups])
+    if len(groups) > charts.FEW and words.has_variants(groups):
+        what = f"{len(groups)} variants"
+    times = "Trained" if len(groups) == 1 else f"{what}, trained"
     rounds = words.count(run.planned_rounds)
     if not all(r.finished for g in groups for r in g.runs):
         single = len(groups) == 1 and len(seeds) == 1
@@ -187,6 +244,8 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
     paired = list(zip(groups, slots, strict=True))
     several = any(len(group.runs) > 1 for group in groups)
     band = " Lines: mean over seeds; bands: lowest to highest." if several else ""
+    if several and len(groups) > charts.FEW:
+        band = " Means over seeds."
     names = words.listed([group.label for group in groups])
     last = max(run.planned_rounds for group in groups for run in group.runs)
     made = []
@@ -195,17 +254,22 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
         svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}")
         made.append(Chart("MAP@10 over rounds", f"The higher, the better.{band}", svg))
     moved, level = _over_bytes(paired)
-    if moved:
+    if 0 < len(moved) <= charts.FEW:
         caption = "Further left: fewer bytes for the same accuracy."
         if level is not None:
             caption += " central, the pooled reference, moves pictures: only its end is shown."
         alt = f"MAP@10 against bytes moved for {names}"
         svg = charts.bytes_chart("bytes", moved, level, alt)
         made.append(Chart("MAP@10 against bytes moved", caption, svg))
+    if len(_points(paired)) >= 3:
+        panel = _panel(paired)
+        svg = frontier_chart("frontier", panel, f"MAP@10 against bytes per round for {names}")
+        made.append(Chart("The frontier", _frontier_caption(panel), svg))
     if bars := _bars(paired):
-        alt = f"Bytes per client and round, backbone and class rows, for {names}"
-        caption = "Download and upload together." if len(groups) > 1 else "Backbone and class rows."
-        svg = charts.bars_chart("bars", bars, alt)
+        rows = words.rows_sent(groups)
+        alt = f"Bytes per client and round, backbone and {rows}, for {names}"
+        caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
+        svg = charts.bars_chart("bars", bars, rows, alt)
         made.append(Chart("Bytes per client and round", f"{caption} As serialised.", svg))
     losses = _lines(paired, lambda r: r.loss)
     if losses:
@@ -221,10 +285,51 @@ def _over_bytes(
 ) -> tuple[list[charts.Line], tuple[str, str, float] | None]:
     """MAP@10 over the bytes moved, and the (label, slot, score) of pooled training."""
     lines = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"], True)
+    return lines, _level(paired)
+
+
+def _level(paired: Sequence[tuple[Group, str]]) -> tuple[str, str, float] | None:
+    """The (label, slot, score) of pooled training."""
     pooled = next((pair for pair in paired if pair[0].method == "central"), None)
-    if pooled is None or (score := pooled[0].mean("map_at_10")) is None:
-        return lines, None
-    return lines, (pooled[0].label, pooled[1], score)
+    score = None if pooled is None else pooled[0].mean("map_at_10")
+    if pooled is None or score is None or not np.isfinite(score):
+        return None
+    return pooled[0].label, pooled[1], score
+
+
+def _points(paired: Sequence[tuple[Group, str]]) -> list[Point]:
+    """What each finished group reaches in the end, and what it moves."""
+    points = []
+    for group, slot in paired:
+        mean, moved = group.mean("map_at_10"), words.both_ways(group)
+        known = [value for value in (mean, moved) if value is not None and np.isfinite(value)]
+        if group.finished and len(known) == 2 and known[1] > 0:
+            values = group.values("map_at_10")
+            points.append(Point(group.label, slot, known[1], known[0], min(values), max(values)))
+    return points
+
+
+def _panel(
+    paired: Sequence[tuple[Group, str]], title: str = "", reference: float | None = None
+) -> Panel:
+    """The variants for the frontier; all scores relative to the ``reference`` if there is one."""
+    unit, level = reference or 1.0, _level(paired)
+    points = [
+        replace(p, mean=p.mean / unit, low=p.low / unit, high=p.high / unit)
+        for p in _points(paired)
+    ]
+    level = None if level is None else (level[0], level[1], level[2] / unit)
+    return Panel(title, tuple(points), level, relative=reference is not None)
+
+
+def _frontier_caption(panel: Panel) -> str:
+    """What to see: what nothing else beats, and what is beaten."""
+    upright = any(point.high > point.low for point in panel.points)
+    beaten = not all(on_frontier(panel.points))
+    parts = ["Up and left is better: along the line nothing is both cheaper and better"]
+    parts += ["hollow marks are beaten"] if beaten else []
+    parts += ["uprights span the seeds"] if upright else []
+    return f"{'; '.join(parts)}."
 
 
 def _lines(
@@ -275,7 +380,7 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
                 words.both_ways(group, part)
                 if way == "both"
                 else group.mean(f"{part}bytes_{way}_per_client_round")
-                for part in ("", "backbone_", "class_row_")
+                for part in ("", "backbone_", "row_")
             )
             if total is None or backbone is None or class_rows is None:
                 continue
@@ -290,12 +395,12 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
 def _row(group: Group, slot: str, full: Group | None) -> Row:
     share = words.ratio(group, full)
     note = "" if group.finished else words.progress(group.runs[0])
-    relative = "" if share is None or group.method == "full" else f"{share:.3f}"
+    relative = "" if share is None or group is full else f"{share:.3f}"
     cells = [_score(group, "map_at_10"), Cell(relative), _score(group, "recall_at_1")]
     rows = group.mean("class_rows_per_client")
     cells.append(Cell(words.count(rows), exact="" if rows is None else f"{rows:.2f}"))
     for way in ("down", "up"):
-        for part in ("backbone_", "class_row_"):
+        for part in ("backbone_", "row_"):
             mean = group.mean(f"{part}bytes_{way}_per_client_round")
             exact = "" if mean is None else f"{words.count(mean)} bytes"
             cells.append(Cell(words.human_bytes(mean), exact=exact))
@@ -324,7 +429,7 @@ def _settings(groups: Sequence[Group]) -> dict[str, Any]:
         values = [_shown(settings.get(key)) for settings in of_group.values()]
         if all(a == b for a, b in pairwise(values)):
             shared.append((key, values[0]))
-        elif key != "method":
+        elif key != "method" or words.has_variants(groups):
             differing.append((key, values))
     return {"shared": shared, "differing": differing, "labels": list(of_group)}
 
@@ -343,7 +448,8 @@ def _commands(groups: Sequence[Group]) -> list[str]:
     ]
     if len(groups) > 1 and all(a == b for a, b in pairwise(settings)):
         seeds = sorted({run.seed for group in groups for run in group.runs})
-        chosen = {"methods": [group.method for group in groups], "seeds": seeds}
+        methods = list(dict.fromkeys(group.method for group in groups))
+        chosen = {"methods": methods, "seeds": seeds}
         return [_command("compare", {**chosen, **settings[0]})]
     first = [group.runs[0] for group in groups]
     return [run.command or _command("train", run.settings) for run in first]

@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 import reprlib
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ BYTES = tuple(
     for part in ("", "class_row_", "backbone_")
     for way in ("down", "up")
 )
+MOMENTS = tuple(f"moment_bytes_{way}_per_client_round" for way in ("down", "up"))
 # A count in a record -> its mean per client and round. Records may lack the parts of the bytes.
 _COUNTED = {
     "class_rows": "class_rows_per_client",
-    **{name.removesuffix("_per_client_round"): name for name in BYTES},
+    **{name.removesuffix("_per_client_round"): name for name in (*BYTES, *MOMENTS)},
 }
 # The order of the methods in every table and chart; unknown names come before `central`.
-KNOWN_METHODS = ("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only", "fedaws")
+KNOWN_METHODS = (
+    *("full", "fedss", "moments", "fedss-uncorrected"),
+    *("pos-only", "neg-only", "fedaws"),
+)
 # What to do about a damaged file; for all others `_AGAIN`.
 _ADVICE = {
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
@@ -81,12 +86,15 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Run:
-    """One method with one seed; ``results`` has the keys of a line of summary.json.
+    """One variant of a method with one seed.
 
-    The results of an unfinished run are those of its last evaluated round.
+    ``results`` has the keys of a line of summary.json, and ``row_bytes_*``: class rows and moments
+    together. Those of an unfinished run are those of its last evaluated round. ``label`` names the
+    variant wherever it is shown.
     """
 
     method: str
+    label: str
     seed: int
     finished: bool
     planned_rounds: int
@@ -107,7 +115,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method, over seeds: finished ones, or all of them while none is."""
+    """The runs of one label, over seeds: finished ones, or all of them while none is."""
 
     method: str
     label: str
@@ -138,38 +146,62 @@ def read_runs(folder: Path) -> list[Run]:
         got = reprlib.repr(entries)
         raise _damaged(summary, f"expected a list with one object per run, got {got}")
     runs = [_run(folder / str(_get(entry, "folder", summary)), entry, summary) for entry in entries]
+    # A run's folder is named after it: the label, with some signs replaced, and the seed.
+    names = {_plain(run.label): run.label for run in runs if run.label}
     seen = {(folder / str(entry["folder"])).resolve() for entry in entries}
     for candidate in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         is_run = (candidate / "config.json").is_file() and (candidate / "records.jsonl").is_file()
         if is_run and candidate.resolve() not in seen:
-            runs.append(_run(candidate, None, summary))
+            run = _run(candidate, None, summary)
+            name, dash, _ = candidate.name.rpartition(f"-seed{run.seed}")
+            label = names.get(_plain(name), name) if dash and candidate != folder else ""
+            runs.append(replace(run, label=label))
     if not runs:
         missing = [n for n in ("config.json", "records.jsonl") if not (folder / n).is_file()]
         raise RunFolderError(
             f"{folder}: expected the records of a run (config.json and records.jsonl) or of a "
             f"comparison (summary.json); {' and '.join(['summary.json', *missing])} not found"
         )
-    return runs
+    return _label(runs)
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-zA-Z0-9_.=-]+", "-", name)
 
 
 def group_runs(runs: Sequence[Run], folder: Path) -> list[Group]:
-    """Put the seeds of one method together, in the order of all tables and charts."""
-    by_key: dict[tuple[str, str], list[Run]] = {}
+    """Put the seeds of one label together, in the order of all tables and charts."""
+    by_label: dict[str, list[Run]] = {}
     for run in runs:
-        members = by_key.setdefault((run.method, str(run.settings.get("sample_size"))), [])
+        members = by_label.setdefault(run.label, [])
         if run.seed in [other.seed for other in members]:
             raise RunFolderError(
-                f"{folder}: two runs of {run.method} with seed {run.seed}; "
+                f"{folder}: two runs of {run.label} with seed {run.seed}; "
                 "a comparison has one run per method and seed"
             )
         members.append(run)
-    methods = [method for method, _ in by_key]
     groups = []
-    for (method, size), members in by_key.items():
-        label = method if methods.count(method) == 1 else f"{method} {size}"
+    for label, members in by_label.items():
         shown = [run for run in members if run.finished] or members
-        groups.append(Group(method, label, tuple(sorted(shown, key=lambda run: run.seed))))
+        seeds = tuple(sorted(shown, key=lambda run: run.seed))
+        groups.append(Group(members[0].method, label, seeds))
     return sorted(groups, key=lambda group: _rank(group.method))
+
+
+def _label(runs: Sequence[Run]) -> list[Run]:
+    """Name the runs that have no label: by the method, and by sample size if there are several."""
+    sizes: dict[str, set[str]] = {}
+    for run in runs:
+        if not run.label:
+            sizes.setdefault(run.method, set()).add(str(run.settings.get("sample_size")))
+    return [
+        run
+        if run.label
+        else replace(run, label=run.method)
+        if len(sizes[run.method]) == 1
+        else replace(run, label=f"{run.method} {run.settings.get('sample_size')}")
+        for run in runs
+    ]
 
 
 def _rank(method: str) -> int:
@@ -193,10 +225,17 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
         nullable = ("class_rows_per_client", *BYTES)
         results = {key: _number(entry, key, summary, key in nullable) for key in keys}
+        for key in MOMENTS:  # older records lack them
+            results[key] = _number(entry, key, summary, True) if key in entry else 0.0
         method, seed = str(_get(entry, "method", summary)), _integer(entry, "seed", summary)
     command = config.get("command")
+    for way, moments in zip(("down", "up"), MOMENTS, strict=True):
+        rows, more = results[f"class_row_bytes_{way}_per_client_round"], results[moments]
+        together = None if rows is None or more is None else rows + more
+        results[f"row_bytes_{way}_per_client_round"] = together
     return Run(
         method=method,
+        label=_given_label(entry, summary),
         seed=seed,
         finished=entry is not None,
         planned_rounds=_integer(settings, "rounds", path),
@@ -213,6 +252,13 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     )
 
 
+def _given_label(entry: Mapping[str, Any] | None, summary: Path) -> str:
+    label = None if entry is None else entry.get("label")
+    if label is not None and not isinstance(label, str):
+        raise _damaged(summary, f"'label': expected a string, got {reprlib.repr(label)}")
+    return " ".join((label or "").split())
+
+
 def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str, float | None]]:
     """Read records.jsonl; also what summary.json would say of its sums per client and round."""
     text = _text(path)
@@ -227,7 +273,8 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
         down, up = (_number(record, f"bytes_{way}", where, True) for way in ("down", "up"))
         for name, key in _COUNTED.items():
             total = sums[key]
-            value = _number(record, name, where, True) if name in record else None
+            lacking = 0.0 if key in MOMENTS else None  # older records have no moments
+            value = _number(record, name, where, True) if name in record else lacking
             sums[key] = None if total is None or value is None else total + value
         cohort = _number(record, "clients", where)
         clients += cohort

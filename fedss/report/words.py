@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from fedss.report.records import Group, Run
+from fedss.report.records import MOMENTS, Group, Run
 
 NOTHING = "–"
+ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recommended for its bytes
 
 
 def human_bytes(count: float | None) -> str:
@@ -96,7 +97,7 @@ def progress(run: Run) -> str:
 
 
 def both_ways(group: Group, part: str = "") -> float | None:
-    """Bytes down and up per client and round; ``part`` is "", "class_row_" or "backbone_"."""
+    """Bytes down and up per client and round; ``part`` is "", "row_" or "backbone_"."""
     ways = [group.mean(f"{part}bytes_{way}_per_client_round") for way in ("down", "up")]
     return None if ways[0] is None or ways[1] is None else ways[0] + ways[1]
 
@@ -106,28 +107,55 @@ def ratio(group: Group, full: Group | None, key: str = "map_at_10") -> float | N
     if full is None or not (group.finished and full.finished):
         return None
     value, reference = group.mean(key), full.mean(key)
-    return value / reference if value is not None and reference else None
+    # Rounded as it is shown: a sentence must not call 0.960 less than 0.96.
+    return round(value / reference, 3) if value is not None and reference else None
 
 
 def full_softmax(groups: Sequence[Group]) -> Group | None:
     """The group all others are measured against."""
-    return next((group for group in groups if group.method == "full"), None)
+    of_full = [group for group in groups if group.method == "full"]
+    return next((group for group in of_full if group.label == "full"), next(iter(of_full), None))
+
+
+def has_variants(groups: Sequence[Group]) -> bool:
+    """Whether some name says more than the method's."""
+    return any(group.label != group.method for group in groups)
+
+
+def has_moments(groups: Sequence[Group]) -> bool:
+    """Whether any message holds moments next to class rows."""
+    return any((run.results[key] or 0) > 0 for g in groups for run in g.runs for key in MOMENTS)
+
+
+def rows_sent(groups: Sequence[Group]) -> str:
+    """What a message holds besides the backbone."""
+    return "class rows and moments" if has_moments(groups) else "class rows"
 
 
 def finding(groups: Sequence[Group]) -> str:
     """Say in one sentence, computed from the records, how the method did, also when it lost."""
     full = full_softmax(groups)
-    others = [g for g in groups if g.method not in ("full", "central") and ratio(g, full)]
+    others = _measured(groups, full)
+    if full is not None and len(others) > 1 and has_variants(others):
+        return _best_of(others, full)
     if full is not None and others:
         return _against_full(next((g for g in others if g.method == "fedss"), others[0]), full)
+    scored = [group for group in groups if group.mean("map_at_10") is not None]
+    if len(scored) > 3:
+        return _from_to(scored)
     sentences = [_alone(group) for group in groups]
     return f"{listed(sentences)}."
 
 
 def second_finding(groups: Sequence[Group]) -> str:
-    """What the first sentence must not hide: methods that did better than the one it is about."""
+    """What the first sentence must not hide: what did better than what it is about, or lost."""
     full = full_softmax(groups)
-    others = [g for g in groups if g.method not in ("full", "central") and ratio(g, full)]
+    others = _measured(groups, full)
+    if len(others) > 1 and has_variants(others):
+        lost = [g for g in others if (ratio(g, full) or 0.0) < ENOUGH]
+        if not lost:
+            return ""
+        return f"Below {ENOUGH} of full: {listed([_with_ratio(g, full) for g in lost])}."
     fedss = next((g for g in others if g.method == "fedss"), None)
     if full is None or fedss is None:
         return ""
@@ -139,13 +167,59 @@ def second_finding(groups: Sequence[Group]) -> str:
     return f"{names} {'retrieves' if len(better) == 1 else 'retrieve'} better than fedss here."
 
 
+def _measured(groups: Sequence[Group], full: Group | None) -> list[Group]:
+    """The finished groups that can be compared with the full softmax, but for pooled training."""
+    return [
+        g for g in groups if g is not full and g.method != "central" and ratio(g, full) is not None
+    ]
+
+
+def _with_ratio(group: Group, full: Group | None) -> str:
+    return f"{group.label} ({decimals(ratio(group, full))})"
+
+
+def _best_of(groups: Sequence[Group], full: Group) -> str:
+    """Which variant retrieves best, and which good one moves fewest bytes."""
+    best = max(groups, key=lambda group: group.mean("map_at_10") or 0.0)
+    share = ratio(best, full) or 0.0
+    scores = f"{decimals(best.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
+    if share < ENOUGH:
+        start = f"No variant reaches {ENOUGH} of full softmax’s MAP@10: the best, {best.label}, "
+        return f"{start}reaches only {share:.3f} ({scores}){_price(best, full)}."
+    verb = "does better than full softmax, with" if share > 1 else "comes closest to full softmax:"
+    sentence = f"{best.label} {verb} {share:.3f} of its MAP@10 ({scores}){_price(best, full)}"
+    good = [g for g in groups if (ratio(g, full) or 0.0) >= ENOUGH and both_ways(g) is not None]
+    if not good:
+        return f"{sentence}."
+    cheapest = min(good, key=lambda group: both_ways(group) or 0.0)
+    if cheapest is best:
+        return f"{sentence}; no variant at {ENOUGH} or more moves fewer."
+    price = f"{decimals(ratio(cheapest, full))}{_price(cheapest, full)}"
+    return f"{sentence}; the cheapest at {ENOUGH} or more is {cheapest.label}: {price}."
+
+
+def _price(group: Group, full: Group) -> str:
+    mine, theirs = both_ways(group), both_ways(full)
+    return "" if mine is None or not theirs else f" with {percent(mine / theirs)} of all bytes"
+
+
+def _from_to(groups: Sequence[Group]) -> str:
+    low, high = (
+        f"{decimals(group.mean('map_at_10'))} ({group.label})"
+        for group in (pick(groups, key=lambda g: g.mean("map_at_10") or 0.0) for pick in (min, max))
+    )
+    so_far = "" if all(group.finished for group in groups) else " so far"
+    return f"MAP@10 goes from {low} to {high}{so_far}."
+
+
 def _against_full(group: Group, full: Group) -> str:
     share = ratio(group, full) or 0.0
     scores = f"{decimals(group.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
     verb = "reaches" if share >= 0.95 else "falls short: it reaches only"
     sentence = f"{group.label} {verb} {share:.3f} of full softmax’s MAP@10 ({scores})"
     costs = []
-    for part, name in (("class_row_", "its class-row bytes"), ("", "all bytes")):
+    rows = "class-row and moment" if has_moments([group]) else "class-row"
+    for part, name in (("row_", f"its {rows} bytes"), ("", "all bytes")):
         mine, theirs = both_ways(group, part), both_ways(full, part)
         if mine is not None and theirs:
             costs.append(f"{percent(mine / theirs)} of {name}")

@@ -1,0 +1,343 @@
+"""Accuracy against bytes: samplers, moments and wire formats beside the full softmax.
+
+    python benchmarks/frontier.py --data-path DIR      (DIR holds the two Omniglot archives)
+
+Settings were chosen with seeds 0 to 2, 100 and 101 (see ``benchmarks/results/omniglot.txt`` for
+learning rates); here seeds 10 to 14 are used, once. Cohorts depend on the seed alone, so that the
+variants of one seed see the same clients. All variants of a stage have the same settings, those
+of `fedss train`, but for what their label says. Each run is a ``fedss train`` in a folder of its
+own, so that the command goes on where it was interrupted; ``--stages`` picks some of the stages.
+
+Writes ``benchmarks/results/frontier.txt`` and ``.json``, a report page for each stage, and the
+picture of the README. Takes about 100 minutes on two cores.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fedss
+from fedss.report import frontier_picture
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "frontier"
+PICTURE = HERE.parent / "docs" / "images" / "frontier.png"
+FRESH = (10, 11, 12, 13, 14)
+# glibc gives freed memory back and faults it in again at every step: keeping it saves a third of
+# the time and changes no bit.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+Settings = Mapping[str, Any]
+
+FULL: Settings = {"method": "full"}
+UNIFORM: Settings = {"method": "fedss", "sampler": "uniform"}
+DECK: Settings = {"method": "fedss", "sampler": "deck"}
+MOMENTS: Settings = {"method": "moments"}
+
+
+def wire(rows: str, backbone: str) -> dict[str, str]:
+    return {
+        "rows_down": rows,
+        "rows_up": rows,
+        "backbone_down": backbone,
+        "backbone_up": backbone,
+    }
+
+
+SMALL = wire("int8", "int4")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One table: variants by label, under settings that they share."""
+
+    title: str
+    shared: Settings
+    variants: Mapping[str, Settings]
+    seeds: tuple[int, ...] = FRESH
+
+
+STEP10 = {"local_steps": 10, "client_lr": 0.05, "class_row_lr": 2.0}
+STEP50 = {
+    "local_steps": 50,
+    "client_lr": 0.05,
+    "class_row_lr": 2.0,
+    "rounds": 60,
+    "clients_per_round": 10,
+}
+SEQUENTIAL = {
+    "clients_per_round": 2,
+    "rounds": 1200,
+    "server_momentum": 0.0,
+    "batch_size": 4,
+    "client_lr": 0.1,
+    "class_row_lr": 0.7,
+}
+
+STAGES = {
+    "standard": Stage(
+        "Omniglot, n = 964, about 32 own classes, 20 clients a round, 120 rounds",
+        {"rounds": 120},
+        {
+            "full": FULL,
+            "fedss uniform": UNIFORM,
+            "fedss deck": DECK,
+            "moments": MOMENTS,
+            "deck int8/int4": {**DECK, **SMALL},
+            "moments int8/int4": {**MOMENTS, **SMALL},
+        },
+    ),
+    "small-clients": Stage(
+        "Omniglot, n = 964, clients of 8 classes, 80 clients a round, 120 rounds",
+        {"rounds": 120, "client_classes": 8, "clients_per_round": 80},
+        {
+            "full": FULL,
+            "uniform 32": {**UNIFORM, "sample_size": 32},
+            "deck 32": {**DECK, "sample_size": 32},
+            "moments": MOMENTS,
+            "moments rank 28": {**MOMENTS, "moments_rank": 28},
+            "rank 28 int8/int4": {**MOMENTS, "moments_rank": 28, **SMALL},
+        },
+    ),
+    "rotations": Stage(
+        "Omniglot, quarter turns as classes, n = 3,856, 20 clients a round, 120 rounds",
+        {"rounds": 120, "rotations": True, "sample_size": 77},
+        {"full": FULL, "uniform 77": UNIFORM, "deck 77": DECK, "moments": MOMENTS},
+    ),
+    "300-rounds": Stage(
+        "Omniglot, n = 964, 20 clients a round, 300 rounds",
+        {"rounds": 300},
+        {"full": FULL, "fedss deck": DECK, "moments": MOMENTS},
+    ),
+    "pooled": Stage(
+        "Omniglot, n = 964, 2 clients a round for 1,200 rounds: as many image passes as pooled "
+        "training",
+        SEQUENTIAL,
+        {
+            "full": FULL,
+            "fedss deck": DECK,
+            "moments": MOMENTS,
+            "central": {
+                "method": "central",
+                "rounds": 120,
+                "clients_per_round": 20,
+                "client_lr": 0.07,
+                "class_row_lr": 0.35,
+            },
+        },
+    ),
+    "glyphs": Stage(
+        "glyphs, n = 20,000 classes at 5,000 clients, 20 clients a round, 120 rounds",
+        {
+            "data": "glyphs",
+            "glyphs_classes": 20_512,
+            "glyphs_clients": 5_000,
+            "test_classes": 0.02496,
+            "rounds": 120,
+        },
+        {"full": FULL, "fedss uniform": UNIFORM, "fedss deck": DECK, "moments": MOMENTS},
+    ),
+    "10-steps": Stage(
+        "Omniglot, n = 964, 10 local steps a client, 20 clients a round, 120 rounds",
+        {"rounds": 120, **STEP10},
+        {"full": FULL, "fedss deck": DECK, "moments": MOMENTS},
+        FRESH[:2],
+    ),
+    "50-steps": Stage(
+        "Omniglot, n = 964, 50 local steps a client, 10 clients a round, 60 rounds",
+        STEP50,
+        {"full": FULL, "fedss deck": DECK, "moments": MOMENTS},
+        FRESH[:2],
+    ),
+    "1000-rounds": Stage(
+        "Omniglot, n = 964, 20 clients a round, 1,000 rounds",
+        {"rounds": 1000},
+        {"full": FULL, "fedss deck": DECK, "moments": MOMENTS},
+        FRESH[:1],
+    ),
+    "all-choices": Stage(
+        "Omniglot, n = 964, 20 clients a round, 120 rounds: every sampler and format",
+        {"rounds": 120},
+        {
+            "full": FULL,
+            "pos-only": {"method": "pos-only"},
+            "fedss sticky": {**DECK, "sampler": "sticky"},
+            "fedss hard": {**DECK, "sampler": "hard"},
+            "fedss rff": {**DECK, "sampler": "rff"},
+            "deck tempered 0.5": {**DECK, "correction": 0.5},
+            "moments rank 16": {**MOMENTS, "moments_rank": 16},
+            "deck int8": {**DECK, **wire("int8", "int8")},
+            "deck int4": {**DECK, **wire("int4", "int4")},
+            "full int8": {**FULL, **wire("int8", "int8")},
+            "full int4": {**FULL, **wire("int4", "int4")},
+        },
+    ),
+}
+PICTURED = {
+    "n = 964": "standard",
+    "clients of 8 classes": "small-clients",
+    "n = 3,856": "rotations",
+    "glyphs, n = 20,000": "glyphs",
+}
+
+
+def train(folder: Path, settings: Settings) -> dict[str, Any]:
+    """One ``fedss train``; its summary."""
+    words = [sys.executable, "-m", "fedss", "train", "--out", str(folder)]
+    for name, value in {"workers": 1, "eval_every": 20, **settings}.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    environment = {**os.environ, **KEEP_MEMORY}
+    done = subprocess.run(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+    (summary,) = json.loads((folder / "summary.json").read_text())
+    print(f"{folder.parent.name}/{folder.name:<40} MAP@10 {summary['map_at_10']:.3f}", flush=True)
+    return dict(summary)
+
+
+def run_stage(
+    pool: ThreadPoolExecutor, name: str, data_path: str, out: Path
+) -> list[dict[str, Any]]:
+    """All runs of a stage, and its report page."""
+    stage = STAGES[name]
+    jobs = [(label, seed) for seed in stage.seeds for label in stage.variants]
+
+    def run(job: tuple[str, int]) -> dict[str, Any]:
+        label, seed = job
+        data = {"data": "omniglot", "data_path": data_path}
+        if stage.shared.get("data") == "glyphs":
+            data = {}
+        settings = {**data, "seed": seed, **stage.shared, **stage.variants[label]}
+        folder = f"{label.replace(' ', '-').replace('/', '+')}-seed{seed}"
+        return {**train(out / name / folder, settings), "label": label, "folder": folder}
+
+    found = list(pool.map(run, jobs))
+    (out / name / "summary.json").write_text(json.dumps(found, indent=2))
+    print(f"report  {fedss.write_report(out / name)}", flush=True)
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
+    """A line per variant: score and its ratio to full of the same seed, bytes, rows."""
+    stage = STAGES[name]
+    full = {run["seed"]: run for run in runs if run["label"] == "full"}
+    central = [run["map_at_10"] for run in runs if run["label"] == "central"]
+    row_bytes = mean([r["class_row_bytes_down_per_client_round"] for r in full.values()])
+    total = mean([both_ways(r) for r in full.values()])
+    lines = [
+        "",
+        stage.title,
+        f"seeds {', '.join(map(str, stage.seeds))}",
+        f"{'variant':<18} {'MAP@10':>7} {'per seed':<30} {'/ full':>6} {'worst':>6} {'best':>6}"
+        + (f" {'/ pooled':>8}" if central else "")
+        + f" {'rows':>5} {'% of W':>6} {'kB down':>8} {'kB up':>7} {'less':>6} {'seconds':>7}",
+    ]
+    for label in stage.variants:
+        found = [run for run in runs if run["label"] == label]
+        maps = [run["map_at_10"] for run in found]
+        ratios = [run["map_at_10"] / full[run["seed"]]["map_at_10"] for run in found]
+        line = (
+            f"{label:<18} {mean(maps):>7.3f} {' '.join(f'{m:.3f}' for m in maps):<30}"
+            f" {mean(maps) / mean([r['map_at_10'] for r in full.values()]):>6.3f}"
+            f" {min(ratios):>6.3f} {max(ratios):>6.3f}"
+        )
+        if central:
+            line += f" {mean(maps) / mean(central):>8.3f}"
+        if found[0]["bytes_down_per_client_round"] is not None:
+            summed = [
+                r["class_row_bytes_down_per_client_round"] + r["moment_bytes_down_per_client_round"]
+                for r in found
+            ]
+            line += (
+                f" {mean([r['class_rows_per_client'] for r in found]):>5.0f}"
+                f" {mean(summed) / row_bytes:>6.1%}"
+                f" {mean([r['bytes_down_per_client_round'] for r in found]) / 1000:>8.1f}"
+                f" {mean([r['bytes_up_per_client_round'] for r in found]) / 1000:>7.1f}"
+                f" {total / mean([both_ways(r) for r in found]):>6.1f}"
+            )
+        else:
+            line += " " * 37
+        lines.append(line + f" {mean([r['seconds'] for r in found]):>7.0f}")
+    return lines
+
+
+def both_ways(run: Mapping[str, Any]) -> float:
+    return float(run["bytes_down_per_client_round"] + run["bytes_up_per_client_round"])
+
+
+def text(results: Mapping[str, list[dict[str, Any]]]) -> str:
+    lines = [
+        "The frontier of accuracy against bytes",
+        "command   python benchmarks/frontier.py --data-path DIR",
+        f"date      {datetime.date.today().isoformat()}",
+        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
+        f"software  fedss {version('fedss')}, torch {version('torch')}, "
+        f"numpy {version('numpy')}, Python {platform.python_version()}",
+        "",
+        "MAP@10 on classes that neither training nor tuning saw. '/ full' is the ratio of the",
+        "means, 'worst' and 'best' that of one seed; '% of W': class rows and moments down, as",
+        "bytes; 'less': how many times fewer bytes than full, both ways, backbone included.",
+        "|S| = 64 unless the label says otherwise; 'int8/int4': class rows in int8, backbone in",
+        "int4, both ways.",
+    ]
+    for name in STAGES:
+        if name in results:
+            lines += table(name, results[name])
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="run folders")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    options = parser.parse_args()
+    stored = RESULTS.with_suffix(".json")
+    results = json.loads(stored.read_text()) if stored.exists() else {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for name in options.stages:
+            results[name] = run_stage(pool, name, options.data_path, options.out)
+            RESULTS.parent.mkdir(exist_ok=True)
+            stored.write_text(json.dumps(results, indent=1) + "\n")
+            RESULTS.with_suffix(".txt").write_text(text(results))
+    shown = {title: options.out / name for title, name in PICTURED.items()}
+    if all((folder / "summary.json").exists() for folder in shown.values()):
+        PICTURE.write_bytes(frontier_picture(shown))
+    print(f"\n{RESULTS.with_suffix('.txt').read_text()}")
+
+
+if __name__ == "__main__":
+    main()
