@@ -15,9 +15,16 @@ from torch import Tensor
 from fedss.class_rows import ClassRows
 from fedss.errors import DivergedError
 from fedss.methods import Method
-from fedss.moments import Moments, RowMap, absent_classes, absent_step, moments_now
+from fedss.moments import Moments, RowMap, absent_classes, absent_step, mean_map, moments_now
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
-from fedss.samplers import Sampler, ServerRows, class_sample, limit, own_budget
+from fedss.samplers import (
+    Sampler,
+    ServerRows,
+    check_negatives,
+    class_sample,
+    limit,
+    own_budget,
+)
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring, spread_out
 
@@ -157,7 +164,9 @@ def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample
     assert draw is not None
     round = 0 if plan.sampler.fixed else plan.round
     rng = generator(plan.seed, "classes", round, client)
-    return class_sample(own_P, *draw(own_P, plan.num_classes, count, rng))
+    drawn = draw(own_P, plan.num_classes, count, rng)
+    name = plan.sampler.name
+    return class_sample(own_P, *check_negatives(name, own_P, plan.num_classes, count, drawn))
 
 
 def deal_classes(
@@ -168,14 +177,18 @@ def deal_classes(
     assert deal is not None
     rows = ServerRows(state.class_rows.weight_ND, state.sampler_index)
     hands = deal(own_K, counts, rows, generator(plan.seed, "deal", plan.round))
-    return [class_sample(own_P, *hand) for own_P, hand in zip(own_K, hands, strict=True)]
+    name, n = plan.sampler.name, plan.num_classes
+    return [
+        class_sample(own_P, *check_negatives(name, own_P, n, count, hand))
+        for own_P, count, hand in zip(own_K, counts, hands, strict=True)
+    ]
 
 
 def choose_classes(
     plan: RoundPlan, state: ServerState, cohort: np.ndarray, own_K: Sequence[np.ndarray]
 ) -> list[ClassSample]:
     """Line 2: the class samples of a cohort, whoever draws them."""
-    if plan.sampler.deal is not None:
+    if plan.sampler.drawn_by == "server":
         return deal_classes(plan, state, own_K)
     return [draw_classes(plan, k, own_P) for k, own_P in zip(cohort.tolist(), own_K, strict=True)]
 
@@ -317,16 +330,9 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
         rows_UD[position_S] += update.num_examples * update.rows_delta_SD.double()
         holders_U[position_S] += update.num_examples
     rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
-    row_map = None
-    if updates[0].row_map is not None:
-        row_map = _mean_map([(u.row_map, u.num_examples / total) for u in updates if u.row_map])
+    maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
+    row_map = mean_map(maps) if maps else None
     return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)
-
-
-def _mean_map(weighted: Sequence[tuple[RowMap, float]]) -> RowMap:
-    shift_D = sum(p * row_map.shift_D.double() for row_map, p in weighted)
-    matrix_DD = sum(p * row_map.matrix_DD.double() for row_map, p in weighted)
-    return RowMap(torch.as_tensor(shift_D).float(), torch.as_tensor(matrix_DD).float())
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:

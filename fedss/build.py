@@ -118,7 +118,8 @@ def round_plan(
 ) -> RoundPlan:
     """What the clients of a round (0-based) are told; learning rates decay over the rounds.
 
-    ``sampler``, if given, in place of the one that ``config`` names.
+    ``sampler``, if given, in place of the one that ``config`` names. Where there is nothing to
+    choose, the client draws: no server need be told its own classes.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
@@ -127,11 +128,15 @@ def round_plan(
     x = max(0.0, (round - start) / max(config.rounds - start, 1))
     factor = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}
     decay = factor[config.lr_schedule]
+    method = METHODS[config.method]
+    chosen = SAMPLERS["uniform"]
+    if method.negatives == "sampled" or (method.negatives == "cover" and config.cover):
+        chosen = sampler or SAMPLERS[config.sampler]
     return RoundPlan(
         round,
         config.seed,
-        METHODS[config.method],
-        sampler or SAMPLERS[config.sampler],
+        method,
+        chosen,
         num_classes,
         sample_size,
         config.cover,

@@ -340,14 +340,16 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
     found = _table(f"{classes} after {summaries[0]['rounds']} rounds")
     moved = _table("kB per client and round; sums with ids and headers")
     full = mean(by_method["full"], "map_at_10") if "full" in by_method else None
-    for heading in ("method", "MAP@10", *(("/ full",) if full else ()), "R@1", "seeds", "seconds"):
-        found.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for heading in ("method", "rows", "down", "backbone", "rows", "up", "backbone", "rows"):
-        moved.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    found.add_column("method", overflow="fold")
+    moved.add_column("method", overflow="fold")
+    for heading in ("MAP@10", *(("/ full",) if full else ()), "R@1", "seeds", "seconds"):
+        found.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("rows", "down", "backbone", "rows", "up", "backbone", "rows"):
+        moved.add_column(heading, justify="right", no_wrap=True)
     for method, runs in by_method.items():
-        map_at_10 = mean(runs, "map_at_10") or 0.0
+        map_at_10, name = mean(runs, "map_at_10") or 0.0, method.replace(",", ", ")
         found.add_row(
-            method,
+            name,
             f"{map_at_10:.3f}",
             *((f"{map_at_10 / full:.3f}",) if full else ()),
             f"{mean(runs, 'recall_at_1'):.3f}",
@@ -355,13 +357,15 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
             f"{mean(runs, 'seconds'):.0f}",
         )
         rows = mean(runs, "class_rows_per_client")
-        sizes = (
-            mean(runs, f"{part}bytes_{way}_per_client_round")
-            for way in ("down", "up")
-            for part in ("", "backbone_", "class_row_")
-        )
+        sizes = []
+        for way in ("down", "up"):
+            total, backbone, of_rows, moments = (
+                mean(runs, f"{part}bytes_{way}_per_client_round")
+                for part in ("", "backbone_", "class_row_", "moment_")
+            )
+            sizes += [total, backbone, None if of_rows is None else of_rows + (moments or 0.0)]
         moved.add_row(
-            method,
+            name,
             "–" if rows is None else f"{rows:.0f}",
             *("–" if size is None else f"{size / 1000:.1f}" for size in sizes),
         )

@@ -53,7 +53,9 @@ class Config:
 
     method: str = _option("fedss", "training method, one of those listed below", "method")
     sample_size: int | None = _option(
-        None, "|S|, class rows per client and round, 2 to n; n means full; default 64", "method"
+        None,
+        "|S|, class rows per client (moments: own ones at most); default 64",
+        "method",
     )
     sampler: str = _option("uniform", f"draws negatives: {', '.join(SAMPLERS)}", "method")
     correction: float = _option(1.0, "a in -a log q of negatives; below 1: tempered", "method")
@@ -231,17 +233,17 @@ def variant(config: Config, text: str) -> Config:
     Raises:
         ConfigError: an unknown method or option, or a value that cannot be.
     """
-    method, _, settings = text.partition(":")
+    method, colon, settings = text.partition(":")
     values: dict[str, Any] = {"method": method}
-    by_name = {option.name: option for option in OPTIONS}
-    for setting in settings.split(",") if settings else []:
+    # What all variants of a comparison have in common stays out of them.
+    shared = ("method", "seed", "rounds", "eval_every")
+    by_name = {o.name: o for o in OPTIONS if o.group != "data" and o.name not in shared}
+    for setting in settings.split(",") if colon else []:
         name, equals, value = setting.partition("=")
-        name = name.strip().replace("-", "_")
         check_choice(f"option in {text!r}", name, by_name)
-        if not equals or name in ("method", "seed") or by_name[name].group == "data":
+        if not equals or name in values:
             raise ConfigError(
-                f"{text!r}: expected method:option=value,... with options of training, not of "
-                f"data, method or seed; got {setting!r}"
+                f"{text!r}: expected method:option=value,..., each option once; got {setting!r}"
             )
         values[name] = _value(by_name[name], value, text)
     return dataclasses.replace(config, **values)

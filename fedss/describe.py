@@ -54,14 +54,14 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
     }
 
 
-def describe_model(embedder: Embedder, sampler: Sampler) -> dict[str, Any]:
+def describe_model(embedder: Embedder, sampler: Sampler | None) -> dict[str, Any]:
     """What a run writes down of what code may bring along: a model's structure, a sampler."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
         "parameters": num_trainable(embedder),
         "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
-        "sampler": sampler.name,
+        "sampler": sampler and sampler.name,
     }
 
 
@@ -120,9 +120,12 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
         moments = Moments(torch.zeros(dim), torch.zeros(dim, dim))
         row_map = RowMap(moments.mean_D, moments.covariance_DD)
     dealt, asked = None, ids_S
-    if plan.sampler.deal is not None:
+    if plan.sampler.drawn_by == "server":
         own_S = ids_S < len(own_P)
-        dealt, asked = ClassSample(ids_S, torch.zeros(count), own_S), ids_S[own_S]
+        # Dummies: one q for all, or one each.
+        each = plan.sampler.name in ("hard", "rff")
+        log_q_S = -torch.arange(count).float() if each else -torch.ones(count)
+        dealt, asked = ClassSample(ids_S, log_q_S, own_S), ids_S[own_S]
     down = {
         **encode_broadcast(wire, Broadcast(backbone_P, moments)),
         **encode_answer(wire, ids_S, zeros_SD, dealt),

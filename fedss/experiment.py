@@ -47,7 +47,7 @@ from fedss.progress import show_progress
 from fedss.records import Record, open_records, read_records, round_traffic, summarise
 from fedss.report import write_report
 from fedss.run_folder import claim_comparison, claim_run, hold, read_summaries
-from fedss.samplers import SAMPLERS, Sampler
+from fedss.samplers import Sampler
 from fedss.seeds import generator
 
 OnRound = Callable[[Record], None]
@@ -98,15 +98,27 @@ def train(
         RunFolderError: ``out`` belongs to another configuration, is damaged or cannot be written.
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
     """
-    data, folder = data or load_data(config), Path(out)
+    label = f"{config.method} seed {config.seed}"
+    return _train(config, Path(out), label, data, backbone, sampler, on_round)
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    label: str,
+    data: Dataset | None,
+    backbone: nn.Module | None,
+    sampler: Sampler | None,
+    on_round: OnRound | None,
+) -> Run:
+    data = data or load_data(config)
     _, sample_size = class_counts(config, data)
     embedder = build_model(config, data, backbone)
     with hold(folder):
-        facts = describe_model(embedder, sampler or SAMPLERS[config.sampler])
+        facts = describe_model(embedder, sampler)
         claim_run(folder, config, describe(config, data), facts)
         already_done = bool(read_summaries(folder))
         if not already_done:
-            label = f"{config.method} seed {config.seed}"
             with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as see:
                 records = _train_rounds(config, data, embedder, sampler, folder, see)
             save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
@@ -166,14 +178,8 @@ def compare(
         claim_comparison(folder, config, list(methods), list(seeds))
         for label, run in runs:
             name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
-            done = train(
-                run,
-                folder / name,
-                data=data,
-                backbone=backbone,
-                sampler=sampler,
-                on_round=on_round,
-            )
+            title = f"{label} seed {run.seed}"
+            done = _train(run, folder / name, title, data, backbone, sampler, on_round)
             summaries.append({**done.summary, "label": label, "folder": name})
         now = {summary["folder"] for summary in summaries}
         earlier = [s for s in read_summaries(folder) if s["folder"] not in now]

@@ -17,7 +17,7 @@ Shape suffixes: N all classes, S held classes, U touched classes, D embedding si
 row's whole state: the row, what a linear server optimizer keeps for it, and a 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +81,13 @@ def absent_step(absent: AbsentClasses | None, dim: int, row_lr: float) -> RowMap
     matrix_DD = -row_lr / absent.count * (gradient_DD + gradient_DD.T)
     shift_D = -row_lr / absent.count * absent.mean_D.grad
     return RowMap(shift_D - matrix_DD @ absent.mean_D.detach(), matrix_DD)
+
+
+def mean_map(weighted: Sequence[tuple[RowMap, float]]) -> RowMap:
+    """``sum_k p_k map_k``, summed in float64."""
+    shift_D = torch.stack([p * row_map.shift_D.double() for row_map, p in weighted]).sum(dim=0)
+    matrix_DD = torch.stack([p * row_map.matrix_DD.double() for row_map, p in weighted]).sum(dim=0)
+    return RowMap(shift_D.float(), matrix_DD.float())
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def step_rows_(
             when they are next read.
     """
     history = rows.history
+    assert (row_map is None) == (history is None), "a step of all rows needs their history"
     if row_map is not None and history is not None:
         before_UZ = _whole_state(optimizer, rows, ids_U, round)
         rows_UD, slots = _split(optimizer, before_UZ)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from fedss.config import Config
+from fedss.config import OPTIONS, Config
 from fedss.errors import RunFolderError
 from fedss.files import read_json, remove_litter, write_json, writing
 
@@ -151,11 +151,14 @@ def _check_same(
     parts: tuple[str, ...],
     free: tuple[str, ...],
 ) -> None:
+    # What an older version did not know had what is the default now.
+    defaults = {"config": {option.name: option.default for option in OPTIONS}}
+    there = {part: {**defaults.get(part, {}), **found.get(part, {})} for part in parts}
     different = [
-        f"{name}: {found.get(part, {}).get(name)!r} there, {value!r} now"
+        f"{name}: {there[part].get(name)!r} there, {value!r} now"
         for part in parts
         for name, value in content[part].items()
-        if name not in free and found.get(part, {}).get(name) != value
+        if name not in free and there[part].get(name) != value
     ]
     if different:
         raise RunFolderError(

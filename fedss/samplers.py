@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedss import rff
+from fedss.errors import ConfigError
 from fedss.softmax import ClassSample
 
 Negatives = tuple[np.ndarray, np.ndarray]
@@ -83,6 +84,10 @@ class Sampler:
     fixed: bool = False
     index: RowIndex | None = None
 
+    def __post_init__(self) -> None:
+        if (self.draw is None) == (self.deal is None):
+            raise ConfigError(f"sampler {self.name!r}: expected one of draw and deal")
+
     @property
     def drawn_by(self) -> Literal["client", "server"]:
         """Who draws."""
@@ -106,6 +111,31 @@ def limit(own_P: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarra
     if len(own_P) <= budget:
         return own_P
     return np.sort(rng.choice(own_P, budget, replace=False))
+
+
+def check_negatives(
+    name: str, own_P: np.ndarray, num_classes: int, most: int, found: Negatives
+) -> Negatives:
+    """The negatives themselves, if they are what a sampler may return. O(S log S).
+
+    Raises:
+        ConfigError: they are not; names the sampler, and what is wrong. (Whether q is true, nobody
+            can see from one draw.)
+    """
+    ids_M, q_M = (np.asarray(values) for values in found)
+    faults = {
+        f"ids of int64, got {ids_M.dtype}": ids_M.dtype != np.int64,
+        f"as many q as ids, got {q_M.shape} and {ids_M.shape}": q_M.shape != ids_M.shape,
+        f"at most {most} negatives, got {len(ids_M)}": len(ids_M) > most,
+        "sorted ids, each once": bool((np.diff(ids_M) <= 0).any()),
+        f"ids from 0 to {num_classes - 1}": bool(((ids_M < 0) | (ids_M >= num_classes)).any()),
+        "no own class": bool(np.isin(ids_M, own_P).any()),
+        "q above 0 and at most 1": not bool(((q_M > 0) & (q_M <= 1)).all()),
+    }
+    for expected, fault in faults.items():
+        if fault:
+            raise ConfigError(f"sampler {name!r}: expected {expected}")
+    return ids_M, q_M
 
 
 def class_sample(own_P: np.ndarray, negative_M: np.ndarray, q_M: np.ndarray) -> ClassSample:

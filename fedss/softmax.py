@@ -227,8 +227,7 @@ def spread_out(rows_ND: Tensor, *, margin: float, neighbours: int, block: int = 
 
     ``R(W) = sum_i sum_{j in the k nearest of i} max(0, margin - d_ij)^2``,
     ``d_ij = 1 - cos(w_i, w_j)``, over each row's ``neighbours`` nearest others (their stochastic
-    negative mining, taken over all rows). O(n^2 D) time, O(block n) memory: this is the one
-    server step whose cost grows with n.
+    negative mining, taken over all rows). O(n^2 D) time, O(block n) memory.
 
     Returns:
         dR/dW, [N, D].

@@ -114,7 +114,7 @@ def test_every_option_has_a_line_of_help():
 def test_variants_of_a_method():
     base = Config(rounds=7, sample_size=9)
     assert variant(base, "full") == dataclasses.replace(base, method="full")
-    text = "fedss:sampler=deck,rows-up=int8,sample_size=none,client_lr=0.5,normalize_rows=no"
+    text = "fedss:sampler=deck,rows_up=int8,sample_size=none,client_lr=0.5,normalize_rows=no"
     assert variant(base, text) == dataclasses.replace(
         base,
         method="fedss",
@@ -133,9 +133,12 @@ def test_variants_of_a_method():
         ("fedss:sampla=deck", "'sampla' is unknown; did you mean sampler"),
         ("fedss:sampler=dek", "'dek' is unknown; did you mean deck"),
         ("fedss:sampler", "expected method:option=value"),
-        ("fedss:seed=3", "not of data, method or seed"),
-        ("fedss:data=omniglot", "not of data, method or seed"),
-        ("fedss:rounds=many", "rounds in .*: expected int, got 'many'"),
+        ("fedss:", "option in 'fedss:': '' is unknown"),
+        ("fedss: sampler=deck", "' sampler' is unknown; did you mean sampler"),
+        ("fedss:sampler=deck,sampler=rff", "each option once; got 'sampler=rff'"),
+        ("fedss:seed=3", "'seed' is unknown"),
+        ("fedss:data=omniglot", "'data' is unknown"),
+        ("fedss:batch_size=many", "batch_size in .*: expected int, got 'many'"),
         ("fedss:normalize_rows=maybe", "choose from yes, no"),
     ],
 )

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from fedss.algorithm import broadcast, run_round, train_client
+from fedss.codec import decode_rows, encode_rows
 from fedss.data import index_clients
 from fedss.engines.local import intra_op_threads, local_engine
 from fedss.models import embed_pixels
 from fedss.samplers import SAMPLERS
-from fedss.wire import WireFormat
+from fedss.wire import WireFormat, decode_broadcast, encode_broadcast, encode_request
 from tests.test_algorithm import DATA, MOMENTUM, Model, N, engine, plan, start
 
 
@@ -41,6 +45,99 @@ def test_threads_give_the_bits_of_the_plain_loop(workers, method, sampler):
         if method == "moments":
             assert torch.equal(one.row_map.matrix_DD, other.row_map.matrix_DD)
             assert torch.equal(one.row_map.shift_D, other.row_map.shift_D)
+
+
+def near(value: torch.Tensor, step: float) -> bool:
+    return bool(((value / step - (value / step).round()).abs() < 1e-3).all())
+
+
+def test_a_client_works_with_what_it_decodes(monkeypatch):
+    """Rows, backbone and moments that reach a client are those of the wire, and so is its reply."""
+    seen, sent = {}, {}
+
+    def spy(plan, client, model, submodel, *rest):
+        seen[client] = submodel
+        sent[client] = train_client(plan, client, model, submodel, *rest)
+        return sent[client]
+
+    monkeypatch.setattr("fedss.engines.local.train_client", spy)
+    int4 = dict.fromkeys(("rows_down", "rows_up", "backbone_down", "backbone_up"), "int4")
+    told = plan("moments")
+    state = start(MOMENTUM, told)
+    with local(1, **int4) as threads:
+        format_ = threads.wire
+        updates = list(threads.train(state, np.arange(6), told))
+    for update in updates:
+        submodel, exact = seen[update.client], sent[update.client]
+        rows = state.class_rows.weight_ND[submodel.ids_S]
+        assert torch.equal(
+            submodel.rows_SD, decode_rows(encode_rows(rows, "int4", None), rows.shape[1])
+        )
+        assert not torch.equal(submodel.rows_SD, rows)
+        to_all = decode_broadcast(format_, encode_broadcast(format_, broadcast(state, told)))
+        assert torch.equal(submodel.broadcast.backbone_P, to_all.backbone_P)
+        assert not torch.equal(to_all.backbone_P, state.backbone_P)
+        assert torch.equal(submodel.broadcast.moments.covariance_DD, to_all.moments.covariance_DD)
+        for row, original in zip(update.rows_delta_SD, exact.rows_delta_SD, strict=True):
+            scale = encode_rows(original[None], "int4", None)["scale"].item()
+            assert near(row, scale)
+            assert (row - original).abs().max() <= scale * 1.001
+        assert not torch.equal(update.backbone_delta_P, exact.backbone_delta_P)
+        assert not torch.equal(update.row_map.matrix_DD, exact.row_map.matrix_DD)
+
+
+def test_each_client_and_round_rounds_for_itself(monkeypatch):
+    """Were the noise shared, it would not average out over clients."""
+
+    def same_delta(plan, client, model, submodel, *rest):
+        return replace(
+            train_client(plan, client, model, submodel, *rest),
+            backbone_delta_P=torch.linspace(-1, 1, len(submodel.broadcast.backbone_P)),
+        )
+
+    monkeypatch.setattr("fedss.engines.local.train_client", same_delta)
+    told, state = plan(), start(MOMENTUM)
+    with local(1, backbone_up="int4") as threads:
+        found = [
+            update.backbone_delta_P
+            for round in range(2)
+            for update in threads.train(state, np.arange(3), replace(told, round=round))
+        ]
+    for i, one in enumerate(found):
+        assert not any(torch.equal(one, other) for other in found[i + 1 :])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_a_client_asks_for(monkeypatch, sampler):
+    """Own classes alone where the server draws; all of its sample where it draws for itself."""
+    asked = []
+
+    def spy(wire, ids_S):
+        asked.append(ids_S.tolist())
+        return encode_request(wire, ids_S)
+
+    monkeypatch.setattr("fedss.engines.local.encode_request", spy)
+    told = plan("fedss", sampler=sampler)
+    state = start(MOMENTUM, told)
+    with local(1) as threads:
+        samples = [
+            [update.ids_S.tolist() for update in threads.train(state, np.arange(6), now)]
+            for now in (told, replace(told, round=1))
+        ]
+        labels = DATA.train.labels
+        own = [np.unique(labels[threads.clients.examples(k)]).tolist() for k in range(6)]
+    if SAMPLERS[sampler].drawn_by == "server":
+        assert asked == own * 2
+    else:
+        assert asked == samples[0] + samples[1]
+    assert (samples[0] == samples[1]) == (sampler == "sticky")
+
+
+def test_the_index_of_a_sampler_follows_the_rows():
+    told = plan("fedss", sampler="rff")
+    state = start(MOMENTUM, told)
+    state, _ = run_round(engine(MOMENTUM), MOMENTUM, state, np.arange(3), told, "cohort")
+    assert torch.equal(state.sampler_index.rows_ND, state.class_rows.weight_ND)
 
 
 def test_embedding_in_blocks_is_embedding_at_once():

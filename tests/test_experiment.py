@@ -19,6 +19,7 @@ from fedss.algorithm import draw_cohort
 from fedss.build import pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
 from fedss.methods import METHODS
+from fedss.samplers import Sampler
 from tests import reference
 
 DATA = reference.tiny_dataset()
@@ -140,18 +141,33 @@ class StopError(Exception):
     pass
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(tmp_path):
-    train(tmp_path / "whole")
+INT4 = dict.fromkeys(("rows_down", "rows_up", "backbone_down", "backbone_up"), "int4")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "moments"},
+        {"method": "moments", "moments_rank": 2, "cover": 2, "sampler": "deck", **INT4},
+        {"sampler": "rff"},
+        {"sampler": "sticky", **INT4},
+    ],
+    ids=["fedss", "moments", "moments-int4", "rff", "sticky-int4"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, settings):
+    config = dataclasses.replace(SMALL, **settings)
+    train(tmp_path / "whole", config)
 
     def stop(record: dict) -> None:
         if record["round"] == 5:
             raise StopError
 
     with pytest.raises(StopError):
-        train(tmp_path / "stopped", on_round=stop)
+        train(tmp_path / "stopped", config, on_round=stop)
     assert not (tmp_path / "stopped" / "summary.json").exists()
     seen: list[int] = []
-    train(tmp_path / "stopped", on_round=lambda record: seen.append(record["round"]))
+    train(tmp_path / "stopped", config, on_round=lambda record: seen.append(record["round"]))
     assert seen == [1, 2, 3, 4, 5, 6]
     assert digest(tmp_path / "whole") == digest(tmp_path / "stopped")
     assert lines(tmp_path / "whole") == lines(tmp_path / "stopped")
@@ -433,3 +449,38 @@ def test_query_and_gallery_match_by_class_name(tmp_path):
     embedder = train(tmp_path / "run").embedder
     metrics = fedss.evaluate(embedder, fedss.RetrievalTask(query, gallery))
     assert metrics.recall_at_1 == 1.0
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its config.json lacks the options that came later: they had what is the default now."""
+    run = train(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    content = json.loads(path.read_text())
+    for name in ("sampler", "rows_up", "rotations", "cover"):
+        del content["config"][name]
+    del content["model"]["sampler"]
+    path.write_text(json.dumps(content))
+    again = train(tmp_path / "run")
+    assert again.already_done
+    assert again.summary == run.summary
+    with pytest.raises(RunFolderError, match="sampler: 'uniform' there, 'deck' now"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, sampler="deck"))
+
+
+def test_full_moves_the_same_bytes_whatever_the_sampler(tmp_path):
+    plans = [
+        round_plan(dataclasses.replace(SMALL, method="full", sampler=name), 12, 6, 0)
+        for name in ("uniform", "deck", "rff")
+    ]
+    assert {plan.sampler.name for plan in plans} == {"uniform"}
+    covered = dataclasses.replace(SMALL, method="moments", sampler="deck", cover=2)
+    assert round_plan(covered, 12, 6, 0).sampler.name == "deck"
+
+
+def test_a_sampler_that_breaks_its_promise_is_named(tmp_path):
+    def draw(own_P, num_classes, num_negatives, rng):
+        return own_P[:1], np.ones(1)
+
+    own = Sampler("mine", "own classes as negatives", draw=draw)
+    with pytest.raises(ConfigError, match="sampler 'mine': expected no own class"):
+        train(tmp_path / "run", sampler=own)

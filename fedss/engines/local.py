@@ -89,7 +89,7 @@ class LocalEngine:
 
         def train_one(client: int, own_P: np.ndarray, sample: ClassSample) -> ClientUpdate:
             example_N = self.clients.examples(client)
-            dealt = sample if plan.sampler.deal else None
+            dealt = sample if plan.sampler.drawn_by == "server" else None
             request = encode_request(
                 self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_P)
             )
