@@ -7,7 +7,7 @@ INPUTS := pyproject.toml constraints.txt
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.core
-	$(BIN)/fedss compare --data glyphs --methods full fedss fedss-uncorrected pos-only \
+	$(BIN)/fedss compare --data glyphs --methods full fedss moments pos-only \
 		--rounds 110 --seeds 0 --out runs/demo
 
 test: $(VENV)/.test
