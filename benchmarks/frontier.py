@@ -83,12 +83,12 @@ STEP50 = {
     "clients_per_round": 10,
 }
 SEQUENTIAL = {
-    "clients_per_round": 2,
-    "rounds": 1200,
+    "clients_per_round": 1,
+    "rounds": 2400,
     "server_momentum": 0.0,
     "batch_size": 4,
-    "client_lr": 0.1,
-    "class_row_lr": 0.7,
+    "client_lr": 0.07,
+    "class_row_lr": 0.35,
 }
 
 STAGES = {
@@ -138,7 +138,7 @@ STAGES = {
         {"full": FULL, "fedss deck": DECK, "moments": MOMENTS},
     ),
     "pooled": Stage(
-        "Omniglot, n = 964, 2 clients a round for 1,200 rounds: as many image passes as pooled "
+        "Omniglot, n = 964, 1 client a round for 2,400 rounds: as many image passes as pooled "
         "training",
         SEQUENTIAL,
         {
