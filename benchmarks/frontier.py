@@ -29,6 +29,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from omniglot import mean, processor
+
 import fedss
 from fedss.report import frontier_picture
 
@@ -36,8 +38,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "frontier"
 PICTURE = HERE.parent / "docs" / "images" / "frontier.png"
 FRESH = (10, 11, 12, 13, 14)
-# glibc gives freed memory back and faults it in again at every step: keeping it saves a third of
-# the time and changes no bit.
+# glibc gives freed memory back and faults it in again at every step: keeping it is faster and
+# changes no bit.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
@@ -249,10 +251,6 @@ def run_stage(
     return found
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
     """A line per variant: score and its ratio to full of the same seed, bytes, rows."""
     stage = STAGES[name]
@@ -320,17 +318,6 @@ def text(results: Mapping[str, list[dict[str, Any]]]) -> str:
         if name in results:
             lines += table(name, results[name])
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -68,7 +68,12 @@ def grid(method: str) -> list[Settings]:
 def train(folder: Path, **settings: Any) -> dict[str, Any]:
     """One ``fedss train``; its summary."""
     words = [sys.executable, "-m", "fedss", "train", "--data", "omniglot", "--out", str(folder)]
-    for name, value in {"sample_size": SAMPLE_SIZE, "workers": 1, **settings}.items():
+    for name, value in {
+        "sampler": "uniform",
+        "sample_size": SAMPLE_SIZE,
+        "workers": 1,
+        **settings,
+    }.items():
         flag = "--" + name.replace("_", "-")
         words += [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
     done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
