@@ -54,6 +54,8 @@ PINNED = [
     "backbone_down",
     "backbone_up",
     "moments_rank",
+    "row_dtype",
+    "row_store",
     "seed",
     "eval_every",
     "checkpoint_every",
