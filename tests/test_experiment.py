@@ -193,6 +193,7 @@ def test_kill_9_at_random_moments_and_go_on(tmp_path):
         assert deaths < 40, "no progress"
         change = str(chance.randint(4, 45))
         command = [sys.executable, "-m", "tests.killed_run", change, str(tmp_path / "run"), *GLYPHS]
+        command += ["--row-store", chance.choice(["memory", "file"])]
         code = subprocess.run(command, capture_output=True).returncode
         deaths += code == -9
     assert code == 0
