@@ -265,6 +265,8 @@ def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
     ]
     for label in stage.variants:
         found = [run for run in runs if run["label"] == label]
+        if not found:  # a variant that is newer than the results at hand
+            continue
         maps = [run["map_at_10"] for run in found]
         ratios = [run["map_at_10"] / full[run["seed"]]["map_at_10"] for run in found]
         line = (
