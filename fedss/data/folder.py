@@ -1,9 +1,10 @@
 """Pictures in folders: root/client/class/picture."""
 
+import os
 from pathlib import Path
 
 from fedss.data.images import Dataset
-from fedss.data.manifest import Row, build_dataset
+from fedss.data.manifest import Listing, Row, build_dataset
 from fedss.errors import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -40,7 +41,7 @@ def folder_dataset(
     )
 
 
-def read_folder(root: Path) -> list[Row]:
+def read_folder(root: Path) -> Listing:
     """A row for each picture below ``root``; opens none.
 
     Raises:
@@ -59,7 +60,7 @@ def read_folder(root: Path) -> list[Row]:
                 continue
             if len(parts) != 3:
                 raise DataError(f"{file}: a picture at the wrong depth; {layout}")
-            rows.append(Row(parts[0], parts[1], "/".join(parts), None, file, ""))
+            rows.append(Row(parts[0], parts[1], "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no pictures found; {layout}")
     clients = {row.client for row in rows}
@@ -68,4 +69,4 @@ def read_folder(root: Path) -> list[Row]:
             raise DataError(
                 f"{folder}: a client without pictures; {layout}. Add pictures or remove the folder"
             )
-    return rows
+    return Listing(root, os.path.abspath(root), rows)

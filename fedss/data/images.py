@@ -4,12 +4,38 @@ Shape suffixes: N pictures, C channels, H height, W width.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from fedss.errors import DataError
+
+
+@dataclass(frozen=True)
+class LazyNames(Sequence[str]):
+    """``length`` names, made by ``make`` from their numbers each time that they are asked for.
+
+    For names by the million: ``LazyNames(1_000_000, "client {}".format)``.
+    """
+
+    length: int
+    make: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.make, range(self.length))
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        where = range(self.length)[index]
+        return self.make(where) if isinstance(where, int) else [self.make(i) for i in where]
 
 
 @dataclass(frozen=True)
