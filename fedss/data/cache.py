@@ -78,8 +78,9 @@ def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np
         if image.mode != mode:
             image = image.convert(mode)
         square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(square)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    # Faster than np.asarray, which shows in small pictures.
+    pixels = np.frombuffer(square.tobytes(), np.uint8)
+    return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
 
 
 def stamp_files(paths: Iterable[str]) -> str:
@@ -130,7 +131,7 @@ def decode_files(
 
     def batches() -> Iterator[np.ndarray]:
         broken: dict[int, Exception] = {}
-        for pixels, broken_here in _in_threads(decode_some, len(paths)):
+        for pixels, broken_here in in_threads(decode_some, len(paths)):
             broken |= broken_here
             if not broken:
                 yield pixels
@@ -164,13 +165,13 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
                     return False
         return True
 
-    answer = all(_in_threads(colourless, len(paths)))
+    answer = all(in_threads(colourless, len(paths)))
     with _cache_file(note) as file:
         file.write(json.dumps(answer).encode())
     return answer
 
 
-def _in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
+def in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
     """``work`` on the numbers below ``count``, some at a time, on all cores; results in order.
 
     Workers go on while a result is used, but not far: few results wait in memory.

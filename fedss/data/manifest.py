@@ -15,7 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from fedss.data.cache import BrokenPicturesError, all_colourless, decode_files, stamp_files
-from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask, unanswerable
+from fedss.data.images import (
+    Dataset,
+    Images,
+    LazyNames,
+    RetrievalTask,
+    repeated,
+    unanswerable,
+)
 from fedss.errors import DataError
 
 COLUMNS = ("image", "label", "client")
@@ -112,16 +119,9 @@ def read_rows(path: Path) -> Listing:
     root = os.path.abspath(path.parent)
     below = os.path.join(root, "")
     rows: list[Row] = []
-    seen: dict[str, int] = {}
     for line, (image, label, client, *rest) in read_table(path, COLUMNS, optional="split"):
         file = os.path.normpath(os.path.join(root, image))
         name = file.removeprefix(below).replace(os.sep, "/")
-        earlier = seen.setdefault(os.path.normcase(name), line)
-        if earlier != line:
-            raise DataError(
-                f"{path}, line {line}: {name} is listed already in line {earlier}; "
-                "each picture has one class and one client: remove one of the lines"
-            )
         split = sys.intern(rest[0]) if rest else None
         if split is not None and split not in SPLITS:
             near = difflib.get_close_matches(split.lower(), SPLITS, 1)
@@ -131,6 +131,13 @@ def read_rows(path: Path) -> Listing:
             )
         # Of millions of lines, each name is kept once.
         rows.append(Row(sys.intern(client), sys.intern(label), name, split, line))
+    twice = repeated(LazyNames(len(rows), lambda i: os.path.normcase(rows[i].name)))
+    if twice is not None:
+        first, second, *_ = (row for row in rows if os.path.normcase(row.name) == twice)
+        raise DataError(
+            f"{path}, line {second.line}: {second.name} is listed already in line {first.line}; "
+            "each picture has one class and one client: remove one of the lines"
+        )
     return Listing(path, root, rows)
 
 
