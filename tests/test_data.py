@@ -552,6 +552,16 @@ def test_folders_are_the_csv_that_lists_them(folders, tmp_path):
     assert data.train.pixels.shape[1:] == (3, 8, 8)
 
 
+def test_folders_may_be_links_even_in_circles(folders, tmp_path):
+    expected = folder_dataset(folders, image_size=8, cache=tmp_path / "cache")
+    (tmp_path / "elsewhere").mkdir()
+    (folders / "bob").rename(tmp_path / "elsewhere" / "bob")
+    (folders / "bob").symlink_to(tmp_path / "elsewhere" / "bob")
+    (folders / "ann" / "cat" / "loop").symlink_to(folders)
+    (folders / "ann" / "cat" / "nowhere.png").symlink_to(folders / "none.png")
+    assert same(folder_dataset(folders, image_size=8, cache=tmp_path / "cache"), expected)
+
+
 def test_mistakes_in_folders(folders, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         folder_dataset(tmp_path / "none")
