@@ -109,6 +109,9 @@ class Config:
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
     checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
     workers: int | None = _option(None, "threads that train clients; default: all cores", "run")
+    keep_memory: bool = _option(
+        True, "keep freed memory for the next step: faster (Linux, glibc)", "run"
+    )
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)

@@ -20,6 +20,7 @@ from fedss.algorithm import (
     run_round,
     spread_rows_out,
 )
+from fedss.allocator import keep_freed_memory
 from fedss.build import (
     build_model,
     class_counts,
@@ -110,6 +111,8 @@ def _train(
     sampler: Sampler | None,
     on_round: OnRound | None,
 ) -> Run:
+    if config.keep_memory:
+        keep_freed_memory()
     data = data or load_data(config)
     _, sample_size = class_counts(config, data)
     embedder = build_model(config, data, backbone)

@@ -28,7 +28,7 @@ from fedss.algorithm import (
     train_client,
 )
 from fedss.data import ClientIndex
-from fedss.models import Embedder, embed_pixels, flatten_
+from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
 from fedss.optimizers import ServerOptimizer
 from fedss.seeds import generator
 from fedss.softmax import ClassSample
@@ -147,8 +147,10 @@ def local_engine(
     """
     workers = workers or torch.get_num_threads()
     replicas: SimpleQueue[Replica] = SimpleQueue()
+    embedder = copy.deepcopy(embedder).train()
+    pool_before_relu_(embedder, torch.from_numpy(clients.images.pixels[:2]))
     for _ in range(workers):
-        model = copy.deepcopy(embedder).train()
+        model = copy.deepcopy(embedder)
         flat = flatten_(model)
         replicas.put(Replica(model, flat.theta_P, flat.grad_P, clients.images.pixels))
     with (
