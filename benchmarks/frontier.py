@@ -177,7 +177,7 @@ STAGES = {
         "Omniglot, n = 964, 50 local steps a client, 10 clients a round, 60 rounds",
         STEP50,
         {"full": FULL, "fedss deck": DECK, "moments": MOMENTS},
-        FRESH[:2],
+        FRESH[:1],
     ),
     "1000-rounds": Stage(
         "Omniglot, n = 964, 20 clients a round, 1,000 rounds",
