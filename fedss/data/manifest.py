@@ -258,7 +258,8 @@ def build_dataset(
     rows, file = sorted(listing.rows), listing.file
     kept = [row for row in rows if os.path.isfile(file(row))]
     if len(kept) < len(rows) and not skip_broken:
-        first = next(row for row in rows if not os.path.isfile(file(row)))
+        present = set(kept)
+        first = next(row for row in rows if row not in present)
         raise DataError(
             f"{listing.where(first)}: no such picture file: {file(first)} "
             f"({len(rows) - len(kept)} of {len(rows)} are missing). Paths are relative to the CSV; "
