@@ -60,6 +60,7 @@ PINNED = [
     "eval_every",
     "checkpoint_every",
     "workers",
+    "keep_memory",
 ]
 
 
