@@ -374,12 +374,16 @@ class Made(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method", ["fedss", "pos-only", "neg-only", "moments"])
-@pytest.mark.parametrize("sampler", ["uniform", "deck", "sticky"])
+@pytest.mark.parametrize(
+    ("method", "sampler"),
+    [("fedss", "uniform"), ("fedss", "deck"), ("pos-only", "uniform"), ("moments", "uniform")],
+)
 def test_what_a_round_makes_does_not_depend_on_the_number_of_classes(method, sampler):
     """Bytes of all tensors, and numpy's at their peak, at client and server, from 10^5 to 10^7."""
     found = {}
-    for n in (10**5, 10**5, 10**7):  # the first one imports what torch imports late
+    with Made():
+        run("fedss", 7, 1)  # imports what torch imports late
+    for n in (10**5, 10**7):
         told = replace(plan(method, 64, sampler, cover=8), num_classes=n)
         rows = create_class_rows(n, 6, MOMENTUM.slots, 0)
         if method == "moments":
