@@ -57,8 +57,9 @@ def to_device(sent: Broadcast, device: torch.device) -> Broadcast:
     """The same on a device."""
     moments = sent.moments
     if moments is not None:
-        moments = Moments(moments.mean_D.to(device), moments.covariance_DD.to(device))
-    return Broadcast(sent.backbone_P.to(device), moments)
+        parts = moments.mean_D, moments.covariance_DD
+        moments = Moments(*(part.to(device, non_blocking=True) for part in parts))
+    return Broadcast(sent.backbone_P.to(device, non_blocking=True), moments)
 
 
 @dataclass(frozen=True)
@@ -271,16 +272,20 @@ def prepare(
     target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
     rng = generator(plan.seed, "batches", plan.round, client)
     order = list(batches(len(example_N), plan.local, rng))
-    target = torch.from_numpy(target_N[np.concatenate(order)]).to(device)
-    targets = torch.split(target, [*map(len, order)])
     sent = to_device(submodel.broadcast, device)
-    rows_SD, absent = submodel.rows_SD.to(device), None
+    target = torch.from_numpy(target_N[np.concatenate(order)])
+    target, rows_SD, *of_sample = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (target, submodel.rows_SD, sample.ids_S, sample.log_q_S, sample.own_S)
+    )
+    targets = torch.split(target, [*map(len, order)])
+    absent = None
     if sent.moments is not None:
         absent = absent_classes(sent.moments, plan.num_classes, rows_SD)
     return Learner(
         client,
         Submodel(sent, submodel.ids_S, rows_SD),
-        ClassSample(*(part.to(device) for part in (sample.ids_S, sample.log_q_S, sample.own_S))),
+        ClassSample(*of_sample),
         len(example_N),
         [*zip((example_N[batch_B] for batch_B in order), targets, strict=True)],
         rows_SD.clone().requires_grad_(),

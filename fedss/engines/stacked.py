@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.utils.rnn import pad_sequence
 
 from fedss.algorithm import (
     ClientUpdate,
@@ -25,6 +26,7 @@ from fedss.algorithm import (
     step_own_rows_,
 )
 from fedss.errors import ConfigError
+from fedss.softmax import ClassSample
 
 
 class Stackable(Protocol):
@@ -52,11 +54,7 @@ def train_clients(
         # The weights of those still active: a leaf of autograd that shares memory with all.
         active_KP = theta_KP[: len(active)].requires_grad_()
         h_KBD = model.embed_stacked(active_KP, np.stack([np.resize(e, widest) for e in examples]))
-        losses = [
-            batch_loss(plan, learner, h_BD[: len(target_B)], target_B)
-            for learner, h_BD, target_B in zip(active, h_KBD, targets, strict=True)
-        ]
-        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        batch_losses(plan, active, h_KBD, targets).sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             active_KP.sub_(active_KP.grad, alpha=plan.local.lr)  # type: ignore[arg-type]
         for learner in active:
@@ -65,6 +63,44 @@ def train_clients(
         client_update(plan, learner, theta_P)
         for learner, theta_P in zip(learners, theta_KP, strict=True)
     ]
+
+
+def batch_losses(
+    plan: RoundPlan, learners: Sequence[Learner], h_KBD: Tensor, targets: Sequence[Tensor]
+) -> Tensor:
+    """The mean loss of each client's batch, [K]: :func:`fedss.algorithm.batch_loss` of each.
+
+    One call does for all of them if their class samples are of one size, as where negatives are
+    sampled: the objective is many small operations.
+
+    Args:
+        plan: the round's plan.
+        learners: the clients.
+        h_KBD: embeddings of their batches; what fills up a smaller batch comes last.
+        targets: for each, int64, as many as there are pictures in its batch.
+    """
+    sizes = {len(learner.rows_SD) for learner in learners}
+    if len(sizes) > 1 or any(learner.absent is not None for learner in learners):
+        each = zip(learners, h_KBD, targets, strict=True)
+        return torch.stack([batch_loss(plan, one, h[: len(t)], t) for one, h, t in each])
+
+    def losses(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, *sample: Tensor) -> Tensor:
+        of_one = ClassSample(*sample)
+        return plan.method.objective(h_BD, rows_SD, target_B, of_one, plan.scoring, None)
+
+    samples = [(s.ids_S, s.log_q_S, s.own_S) for s in (learner.sample for learner in learners)]
+    target_KB = pad_sequence(list(targets), batch_first=True, padding_value=-1.0)
+    loss_KB = vmap(losses)(
+        h_KBD,
+        torch.stack([learner.rows_SD for learner in learners]),
+        target_KB.clamp_min(0),
+        *map(torch.stack, zip(*samples, strict=True)),
+    )
+    counts_KB = target_KB >= 0
+    loss_K = (loss_KB * counts_KB).sum(dim=1) / counts_KB.sum(dim=1)
+    for learner, loss in zip(learners, loss_K.detach(), strict=True):
+        learner.losses.append(loss)
+    return loss_K
 
 
 def embed_stacked(embedder: nn.Module, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
