@@ -114,7 +114,7 @@ class Config:
     device: str = _option("cpu", "where clients train and embed: cpu, cuda, cuda:1, ...", "run")
     stack: int = _option(1, "clients that share each call of the network; for GPUs", "run")
     workers: int | None = _option(
-        None, "threads that train clients; default: all cores, on a GPU 2", "run"
+        None, "threads that train clients; default: all cores; on a GPU 1", "run"
     )
     keep_memory: bool = _option(
         True, "keep freed memory for the next step: faster (Linux, glibc)", "run"

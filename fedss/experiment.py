@@ -179,6 +179,7 @@ def compare(
     data, folder, summaries = data or load_data(config), Path(out), []
     for _, run in runs:
         class_counts(run, data)
+        compute_device(run)
     with hold(folder):
         claim_comparison(folder, config, list(methods), list(seeds))
         for label, run in runs:

@@ -196,8 +196,7 @@ def local_engine(
         clients: the training pictures by client.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded.
-        workers: number of threads; None: as many as torch would use, and two for a GPU, where one
-            trains while the other encodes.
+        workers: number of threads; None: as many as torch would use, and one for a GPU.
         device: where clients train and embed.
         precision: of the network's forward pass.
         stack: how many clients share each call of the network.
@@ -205,7 +204,7 @@ def local_engine(
     Raises:
         ConfigError: a network that cannot be stacked.
     """
-    workers = workers or (torch.get_num_threads() if device.type == "cpu" else 2)
+    workers = workers or (torch.get_num_threads() if device.type == "cpu" else 1)
     replicas: SimpleQueue[Replica] = SimpleQueue()
     embedder = copy.deepcopy(embedder).train()
     few_BCHW = torch.from_numpy(np.array(clients.images.pixels[:2]))
