@@ -44,15 +44,26 @@ def pictures(channels: int, size: int) -> Images:
     return replace(DATA.train, pixels=pixels)
 
 
+class TwoNames(nn.Module):
+    """One parameter under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = self.shift = nn.Parameter(torch.ones(20))
+
+    def forward(self, x_BF: torch.Tensor) -> torch.Tensor:
+        return x_BF * self.scale + self.shift
+
+
 def own_network() -> nn.Module:
-    """A frozen layer, a frozen batch norm, a layer that occurs twice, a weight that two share."""
+    """A frozen layer, a frozen batch norm, and weights that are shared in every way."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         twice, other = nn.Linear(20, 20), nn.Linear(20, 20)
         other.weight = twice.weight
         first = nn.Conv2d(1, 5, 3, stride=2).requires_grad_(False)
         layers = [first, nn.BatchNorm2d(5), nn.GELU(), nn.Flatten(), nn.Linear(45, 20)]
-        return nn.Sequential(*layers, twice, nn.Tanh(), twice, nn.Tanh(), other)
+        return nn.Sequential(*layers, twice, nn.Tanh(), twice, nn.Tanh(), other, TwoNames())
 
 
 def network(name: str) -> tuple[Embedder, Images]:
@@ -199,6 +210,8 @@ def test_who_has_no_batch_left_is_not_computed():
     class Spy:
         def embed_stacked(self, theta_KP: torch.Tensor, example_KB: np.ndarray) -> torch.Tensor:
             seen.append(example_KB.shape)
+            # What fills up a batch is the client's own.
+            assert all(len(np.unique(images.clients[example_B])) == 1 for example_B in example_KB)
             return model.embed_stacked(theta_KP, example_KB)
 
     learners = [prepare(told, *of_one, torch.device("cpu")) for of_one in work(images, told)]
