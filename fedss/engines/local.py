@@ -151,7 +151,7 @@ class LocalEngine:
         return chain.from_iterable(self.pool.map(train_some, self._parts(cohort)))
 
     def _parts(self, cohort: np.ndarray) -> list[list[int]]:
-        """Positions in the cohort, those that train together together: clients of like size."""
+        """Positions in the cohort, by who trains side by side: clients of like size."""
         order = list(range(len(cohort)))
         if self.stack > 1:
             order.sort(key=lambda i: -len(self.clients.examples(int(cohort[i]))))
