@@ -26,7 +26,7 @@ from fedss.samplers import (
     own_budget,
 )
 from fedss.seeds import generator
-from fedss.softmax import ClassSample, Scoring, spread_out
+from fedss.softmax import AbsentClasses, ClassSample, Scoring, spread_out
 
 RowMean = Literal["cohort", "holders"]
 
@@ -51,6 +51,15 @@ class Broadcast:
 
     backbone_P: Tensor
     moments: Moments | None
+
+
+def to_device(sent: Broadcast, device: torch.device) -> Broadcast:
+    """The same on a device."""
+    moments = sent.moments
+    if moments is not None:
+        parts = moments.mean_D, moments.covariance_DD
+        moments = Moments(*(part.to(device, non_blocking=True) for part in parts))
+    return Broadcast(sent.backbone_P.to(device, non_blocking=True), moments)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,10 @@ class RoundPlan:
 
 
 class Trainable(Protocol):
-    """One trainable copy of the backbone; its parameters and gradients are flat vectors."""
+    """One trainable copy of the backbone; its parameters and gradients are flat vectors.
+
+    All of it lies on one device.
+    """
 
     @property
     def theta_P(self) -> Tensor:
@@ -227,6 +239,93 @@ def batches(
             yield order[start : start + local.batch_size]
 
 
+@dataclass(frozen=True)
+class Learner:
+    """A client at work: what it trains on, and what it trains beside the backbone.
+
+    Its tensors lie where the backbone is trained. ``batches`` has, for each local step, the numbers
+    of the pictures and the positions of their labels in S. ``rows_SD`` and ``losses`` change.
+    """
+
+    client: int
+    submodel: Submodel
+    sample: ClassSample
+    num_examples: int
+    batches: Sequence[tuple[np.ndarray, Tensor]]
+    rows_SD: Tensor
+    absent: AbsentClasses | None
+    losses: list[Tensor]
+
+
+def prepare(
+    plan: RoundPlan,
+    client: int,
+    submodel: Submodel,
+    sample: ClassSample,
+    example_N: np.ndarray,
+    label_N: np.ndarray,
+    device: torch.device,
+) -> Learner:
+    """Line 3, before the first step; arguments as for :func:`train_client`."""
+    used_N = np.isin(label_N, sample.ids_S[sample.own_S].numpy())
+    example_N, label_N = example_N[used_N], label_N[used_N]
+    target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
+    rng = generator(plan.seed, "batches", plan.round, client)
+    order = list(batches(len(example_N), plan.local, rng))
+    sent = to_device(submodel.broadcast, device)
+    target = torch.from_numpy(target_N[np.concatenate(order)])
+    target, rows_SD, *of_sample = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (target, submodel.rows_SD, sample.ids_S, sample.log_q_S, sample.own_S)
+    )
+    targets = torch.split(target, [*map(len, order)])
+    absent = None
+    if sent.moments is not None:
+        absent = absent_classes(sent.moments, plan.num_classes, rows_SD)
+    return Learner(
+        client,
+        Submodel(sent, submodel.ids_S, rows_SD),
+        ClassSample(*of_sample),
+        len(example_N),
+        [*zip((example_N[batch_B] for batch_B in order), targets, strict=True)],
+        rows_SD.clone().requires_grad_(),
+        absent,
+        [],
+    )
+
+
+def batch_loss(plan: RoundPlan, learner: Learner, h_BD: Tensor, target_B: Tensor) -> Tensor:
+    """Line 3: the mean loss of a batch, to be differentiated."""
+    rows_SD, sample, absent = learner.rows_SD, learner.sample, learner.absent
+    loss = plan.method.objective(h_BD, rows_SD, target_B, sample, plan.scoring, absent).mean()
+    learner.losses.append(loss.detach())
+    return loss
+
+
+@torch.no_grad()
+def step_own_rows_(plan: RoundPlan, learner: Learner) -> None:
+    """Line 3: a step of SGD on the client's class rows."""
+    learner.rows_SD.sub_(learner.rows_SD.grad, alpha=plan.local.row_lr)  # type: ignore[arg-type]
+    learner.rows_SD.grad = None
+
+
+def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientUpdate:
+    """Line 4: what local training changed, on the CPU."""
+    submodel, row_map = learner.submodel, None
+    if submodel.broadcast.moments is not None:
+        row_map = absent_step(learner.absent, learner.rows_SD.shape[1], plan.local.row_lr)
+        row_map = RowMap(row_map.shift_D.cpu(), row_map.matrix_DD.cpu())
+    return ClientUpdate(
+        learner.client,
+        (theta_P - submodel.broadcast.backbone_P).cpu(),
+        submodel.ids_S,
+        (learner.rows_SD.detach() - submodel.rows_SD).cpu(),
+        learner.num_examples,
+        float(torch.stack(learner.losses).mean().cpu()),
+        row_map,
+    )
+
+
 def train_client(
     plan: RoundPlan,
     client: int,
@@ -247,40 +346,15 @@ def train_client(
         example_N: int64, numbers of the client's pictures; those of own classes are used.
         label_N: int64, their class ids.
     """
-    used_N = np.isin(label_N, sample.ids_S[sample.own_S].numpy())
-    example_N, label_N = example_N[used_N], label_N[used_N]
-    backbone_P, moments = submodel.broadcast.backbone_P, submodel.broadcast.moments
-    model.theta_P.copy_(backbone_P)
-    rows_SD, absent = submodel.rows_SD.clone().requires_grad_(), None
-    if moments is not None:
-        absent = absent_classes(moments, plan.num_classes, submodel.rows_SD)
-    target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
-    rng = generator(plan.seed, "batches", plan.round, client)
-    losses = []
-    for batch_B in batches(len(example_N), plan.local, rng):
+    device = model.theta_P.device
+    learner = prepare(plan, client, submodel, sample, example_N, label_N, device)
+    model.theta_P.copy_(learner.submodel.broadcast.backbone_P)
+    for example_B, target_B in learner.batches:
         model.grad_P.zero_()
-        h_BD = model.embed(example_N[batch_B])
-        target_B = torch.from_numpy(target_N[batch_B])
-        loss_B = plan.method.objective(h_BD, rows_SD, target_B, sample, plan.scoring, absent)
-        loss = loss_B.mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
-            rows_SD.sub_(rows_SD.grad, alpha=plan.local.row_lr)  # type: ignore[arg-type]
-        rows_SD.grad = None
-        losses.append(loss.detach())
-    row_map = None
-    if moments is not None:
-        row_map = absent_step(absent, rows_SD.shape[1], plan.local.row_lr)
-    return ClientUpdate(
-        client,
-        model.theta_P - backbone_P,
-        submodel.ids_S,
-        rows_SD.detach() - submodel.rows_SD,
-        len(example_N),
-        float(torch.stack(losses).mean()),
-        row_map,
-    )
+        batch_loss(plan, learner, model.embed(example_B), target_B).backward()  # type: ignore[no-untyped-call]
+        model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
+        step_own_rows_(plan, learner)
+    return client_update(plan, learner, model.theta_P)
 
 
 def on_top_of_map(

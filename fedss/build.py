@@ -1,8 +1,10 @@
 """From a configuration to the things it names: data, model, optimizer, plan of a round."""
 
 import math
+import os
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from fedss.algorithm import LocalTraining, RoundPlan
@@ -80,6 +82,25 @@ def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Em
         seed=config.seed,
         pretrained=config.pretrained,
     )
+
+
+def compute_device(config: Config) -> torch.device:
+    """Where clients train; ``cuda`` is the GPU of this process's number where torchrun started it.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        device, there = torch.device("cuda", number), torch.cuda.device_count()
+        if number >= there:
+            raise ConfigError(
+                f"device: {config.device} means GPU {number} of this machine, where torch "
+                f"{torch.__version__} finds {there}; use cpu, "
+                + (f"or up to cuda:{there - 1}" if there else "or install a CUDA build of torch")
+            )
+    return device
 
 
 def server_optimizer(config: Config) -> ServerOptimizer:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -11,6 +12,7 @@ from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
+from fedss.models import ForwardPrecision
 from fedss.optimizers import ServerOptimizerKind
 from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
@@ -86,6 +88,7 @@ class Config:
     batch_size: int = _option(8, "pictures per local step", "training")
     client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
     class_row_lr: float = _option(2.0, "learning rate of the class rows at clients", "training")
+    precision: ForwardPrecision = _option("float32", "of the network's forward pass", "training")
     lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
     lr_decay_start: float = _option(0.5, "share of rounds before the decay starts", "training")
     server_optimizer: ServerOptimizerKind = _option("momentum", "server optimizer", "training")
@@ -108,7 +111,11 @@ class Config:
     seed: int = _option(0, "every random draw of the run is keyed by it", "run")
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
     checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
-    workers: int | None = _option(None, "threads that train clients; default: all cores", "run")
+    device: str = _option("cpu", "where clients train and embed: cpu, cuda, cuda:1, ...", "run")
+    stack: int = _option(1, "clients that share each call of the network; for GPUs", "run")
+    workers: int | None = _option(
+        None, "threads that train clients; default: all cores; on a GPU 1", "run"
+    )
     keep_memory: bool = _option(
         True, "keep freed memory for the next step: faster (Linux, glibc)", "run"
     )
@@ -178,13 +185,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample_size", lambda v: v >= 2, "at least 2 classes: an own one and a negative"),
     (
         "rounds clients_per_round local_epochs local_steps batch_size embedding_size workers"
-        " checkpoint_every moments_rank client_classes",
+        " checkpoint_every moments_rank client_classes stack",
         lambda v: v >= 1,
         "at least 1",
     ),
     ("glyphs_classes glyphs_clients", lambda v: v >= 2, "at least 2"),
     ("image_size", lambda v: v >= 8, "at least 8 pixels"),
     ("channels", lambda v: v in (1, 3), "1 or 3"),
+    ("device", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d+)?", v)), "cpu, cuda or cuda:<number>"),
     ("eval_every spread_out_neighbours data_seed seed cover", lambda v: v >= 0, "0 or more"),
     (
         "scale client_lr class_row_lr server_lr server_epsilon",

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from fedss.allocator import keep_freed_memory
 from fedss.build import (
     build_model,
     class_counts,
+    compute_device,
     evaluation_task,
     load_data,
     pool_pictures,
@@ -36,7 +38,7 @@ from fedss.class_rows import ClassRows, create_class_rows, read
 from fedss.config import Config, variant
 from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
-from fedss.engines.local import intra_op_threads, local_engine
+from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, RunFolderError
 from fedss.evaluation import evaluate_embedding, save_panels
 from fedss.files import write_json
@@ -115,6 +117,7 @@ def _train(
         keep_freed_memory()
     data = data or load_data(config)
     _, sample_size = class_counts(config, data)
+    compute_device(config)
     embedder = build_model(config, data, backbone)
     with hold(folder):
         facts = describe_model(embedder, sampler)
@@ -176,6 +179,7 @@ def compare(
     data, folder, summaries = data or load_data(config), Path(out), []
     for _, run in runs:
         class_counts(run, data)
+        compute_device(run)
     with hold(folder):
         claim_comparison(folder, config, list(methods), list(seeds))
         for label, run in runs:
@@ -248,7 +252,16 @@ def _train_rounds(
     for record in records:
         on_round(record)
     with (
-        local_engine(embedder, clients, optimizer, wire, config.workers) as engine,
+        local_engine(
+            embedder,
+            clients,
+            optimizer,
+            wire,
+            config.workers,
+            device=compute_device(config),
+            precision=config.precision,
+            stack=config.stack,
+        ) as engine,
         open_records(folder, records) as add_record,
     ):
         while state.round < config.rounds:
@@ -276,7 +289,7 @@ def _train_rounds(
             if _due(state.round, config.eval_every, config.rounds):
                 # Between rounds the workers are idle and their cores free.
                 with intra_op_threads(engine.workers):
-                    embed = partial(engine.embed, state.backbone_P)
+                    embed = partial(_embed_there, engine, state.backbone_P)
                     metrics = dataclasses.asdict(evaluate_embedding(embed, task))
                 clock.lap("evaluate")
             moved = round_traffic(updates)
@@ -307,6 +320,11 @@ def _start(config: Config, theta_P: torch.Tensor, rows: ClassRows) -> ServerStat
         rows = with_history(rows)
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     return ServerState(theta_P.clone(), slots, rows, round=0)
+
+
+def _embed_there(engine: LocalEngine, backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
+    """Embeddings on the device where clients train, so that retrieval is computed there too."""
+    return engine.embed(backbone_P, pixels).to(engine.device)
 
 
 def _due(round: int, every: int, rounds: int) -> bool:

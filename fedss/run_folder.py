@@ -16,8 +16,11 @@ from fedss.config import OPTIONS, Config
 from fedss.errors import RunFolderError
 from fedss.files import read_json, remove_litter, write_json, writing
 
-# What may differ between a run and its continuation: nothing that decides the weights.
+# What may differ between a run and its continuation: nothing that decides the weights (a device
+# and a stack decide their rounding).
 _FREE_FIELDS = (
+    "device",
+    "stack",
     "workers",
     "keep_memory",
     "checkpoint_every",

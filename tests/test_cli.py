@@ -55,6 +55,14 @@ def flags(names: list[str]) -> set[str]:
     return {"--" + name.replace("_", "-") for name in names}
 
 
+def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", *GLYPHS, "--device", "cuda:99", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedss train: device: cuda:99 means GPU 99 of this machine, where torch")
+    assert not out.exists()
+
+
 def test_commands_and_options_are_pinned(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

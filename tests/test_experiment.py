@@ -2,6 +2,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import fedss
 import fedss.cli
 from fedss import Config, ConfigError, DivergedError, RunFolderError
 from fedss.algorithm import draw_cohort
-from fedss.build import pool_pictures, round_plan
+from fedss.build import compute_device, pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
 from fedss.class_rows import ClassRows, create_class_rows
 from fedss.methods import METHODS
@@ -124,6 +125,46 @@ def test_the_number_of_workers_does_not_change_a_bit(tmp_path):
     assert lines(tmp_path / "1") == lines(tmp_path / "2") == lines(tmp_path / "5")
 
 
+def weights(folder: Path) -> torch.Tensor:
+    state = load_file(folder / "model" / "model.safetensors")
+    return torch.cat([tensor.reshape(-1).double() for tensor in state.values()])
+
+
+@pytest.mark.parametrize("method", ["fedss", "moments"])
+def test_a_stack_changes_rounding_alone(method, tmp_path):
+    gentle = dataclasses.replace(SMALL, class_row_lr=0.1, workers=2)
+    for stack in (1, 2, 3):
+        config = dataclasses.replace(gentle, method=method, stack=stack)
+        train(tmp_path / str(stack), config)
+    plain = weights(tmp_path / "1")
+    for stack in (2, 3):
+        assert (weights(tmp_path / str(stack)) - plain).norm() < 1e-4 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "there", "expected"),
+    [
+        ("cpu", "1", 0, "cpu"),
+        ("cuda", None, 1, "cuda:0"),
+        ("cuda", "1", 2, "cuda:1"),
+        ("cuda:0", "1", 2, "cuda:0"),
+        ("cuda", "1", 1, "cuda means GPU 1 of this machine.* finds 1; use cpu, or up to cuda:0"),
+        ("cuda:2", None, 2, "cuda:2 means GPU 2 of this machine.* finds 2; .* up to cuda:1"),
+        ("cuda", None, 0, "finds 0; use cpu, or install a CUDA build of torch"),
+    ],
+)
+def test_which_device_is_meant(name, rank, there, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    if re.fullmatch(r"cpu|cuda:\d", expected):
+        assert compute_device(Config(device=name)) == torch.device(expected)
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            compute_device(Config(device=name))
+
+
 def test_seeds_matter_and_global_state_does_not(tmp_path):
     train(tmp_path / "a")
     torch.manual_seed(99)
@@ -176,6 +217,21 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, settings):
     assert seen == [1, 2, 3, 4, 5, 6]
     assert digest(tmp_path / "whole") == digest(tmp_path / "stopped")
     assert lines(tmp_path / "whole") == lines(tmp_path / "stopped")
+
+
+def test_a_run_goes_on_stacked_but_not_in_another_precision(tmp_path):
+    def stop(record: dict) -> None:
+        if record["round"] == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(tmp_path / "run", on_round=stop)
+    with pytest.raises(RunFolderError, match="precision: 'float32' there, 'bfloat16' now"):
+        train(tmp_path / "run", dataclasses.replace(SMALL, precision="bfloat16"))
+    train(tmp_path / "run", dataclasses.replace(SMALL, stack=3))
+    train(tmp_path / "whole")
+    difference = weights(tmp_path / "run") - weights(tmp_path / "whole")
+    assert difference.norm() < 1e-4 * weights(tmp_path / "whole").norm()
 
 
 GLYPHS = """

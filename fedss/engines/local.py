@@ -3,13 +3,16 @@
 Threads share the pictures and the server's state; each has one model of its own, loaded anew for
 every client. Every client's update depends on its own inputs alone, so the number of workers does
 not change a bit of the result.
+
+Models may lie on a GPU. Pictures, the server's state and all messages stay on the CPU.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from queue import SimpleQueue
 
 import numpy as np
@@ -24,15 +27,24 @@ from fedss.algorithm import (
     broadcast,
     choose_classes,
     own_classes,
+    prepare,
     select,
+    to_device,
     train_client,
 )
 from fedss.data import ClientIndex
-from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
+from fedss.engines.stacked import check_stackable, embed_stacked, train_clients
+from fedss.models import (
+    Embedder,
+    ForwardPrecision,
+    embed_pixels,
+    flatten_,
+    pool_before_relu_,
+)
 from fedss.optimizers import ServerOptimizer
 from fedss.seeds import generator
-from fedss.softmax import ClassSample
 from fedss.wire import (
+    Message,
     WireFormat,
     decode_answer,
     decode_broadcast,
@@ -43,6 +55,8 @@ from fedss.wire import (
     encode_update,
     traffic,
 )
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,19 @@ class Replica:
 
     def embed(self, example_B: np.ndarray) -> Tensor:
         """Unit-norm embeddings [B, D] of training pictures, by their numbers."""
-        h_BD: Tensor = self.embedder(torch.from_numpy(self.pixels[example_B]))
+        h_BD: Tensor = self.embedder(self._pictures(example_B))
         return h_BD
+
+    def embed_stacked(self, theta_KP: Tensor, example_KB: np.ndarray) -> Tensor:
+        """Unit-norm embeddings [K, B, D] of training pictures, those of row k under weights k."""
+        return embed_stacked(self.embedder, theta_KP, self._pictures(example_KB))
+
+    def _pictures(self, example: np.ndarray) -> Tensor:
+        pixels = torch.from_numpy(self.pixels[example])
+        if self.theta_P.is_cuda:
+            # Out of pinned memory they travel while the GPU still works on what came before.
+            pixels = pixels.pin_memory()
+        return pixels.to(self.theta_P.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -70,11 +95,13 @@ class LocalEngine:
     workers: int
     pool: ThreadPoolExecutor
     replicas: "SimpleQueue[Replica]"
+    device: torch.device
+    stack: int
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of the cohort; updates come in the cohort's order.
+        """Train each client of the cohort; updates come in the cohort's order, or stack by stack.
 
         What is sent is encoded and decoded as it would be on a network, so that a client works
         with the numbers that it would get there; only the step to bytes is left out.
@@ -83,30 +110,52 @@ class LocalEngine:
         own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
         samples = choose_classes(plan, state, cohort, own_K)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
-        received = decode_broadcast(self.wire, to_all)
+        received = to_device(decode_broadcast(self.wire, to_all), self.device)
         ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))
         rows_UD = select(self.optimizer, state, ids_U)
 
-        def train_one(client: int, own_P: np.ndarray, sample: ClassSample) -> ClientUpdate:
-            example_N = self.clients.examples(client)
+        def send(i: int) -> tuple[Message, Message, Submodel]:
+            sample = samples[i]
             dealt = sample if plan.sampler.drawn_by == "server" else None
             request = encode_request(
-                self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_P)
+                self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_K[i])
             )
             rows_SD = rows_UD.index_select(0, torch.searchsorted(ids_U, sample.ids_S))
             answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
             submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
-            with self.replica() as model:
-                update = train_client(
-                    plan, client, model, submodel, sample, example_N, labels_N[example_N]
-                )
-            reply = encode_update(
+            return request, answer, submodel
+
+        def reply(update: ClientUpdate, request: Message, answer: Message) -> ClientUpdate:
+            client = update.client
+            message = encode_update(
                 self.wire, update, generator(plan.seed, "wire", plan.round, client)
             )
-            counted = traffic({**to_all, **answer}, request, reply)
-            return replace(decode_update(self.wire, reply, client), traffic=counted)
+            counted = traffic({**to_all, **answer}, request, message)
+            return replace(decode_update(self.wire, message, client), traffic=counted)
 
-        return self.pool.map(train_one, cohort.tolist(), own_K, samples)
+        def train_some(part: Sequence[int]) -> list[ClientUpdate]:
+            messages, work = {}, []
+            for i in part:
+                client = int(cohort[i])
+                *messages[client], submodel = send(i)
+                example_N = self.clients.examples(client)
+                work.append((client, submodel, samples[i], example_N, labels_N[example_N]))
+            with self.replica() as model:
+                if self.stack == 1:
+                    updates = [train_client(plan, c, model, *rest) for c, *rest in work]
+                else:
+                    learners = [prepare(plan, *of_one, self.device) for of_one in work]
+                    updates = train_clients(plan, model, learners)
+            return [reply(update, *messages[update.client]) for update in updates]
+
+        return chain.from_iterable(self.pool.map(train_some, self._parts(cohort)))
+
+    def _parts(self, cohort: np.ndarray) -> list[list[int]]:
+        """Positions in the cohort, by who trains side by side: clients of like size."""
+        order = list(range(len(cohort)))
+        if self.stack > 1:
+            order.sort(key=lambda i: -len(self.clients.examples(int(cohort[i]))))
+        return [order[i : i + self.stack] for i in range(0, len(order), self.stack)]
 
     def embed(self, backbone_P: Tensor, pixels: np.ndarray, block: int = 512) -> Tensor:
         """Embeddings [N, D] of any pictures under the given backbone."""
@@ -135,6 +184,10 @@ def local_engine(
     optimizer: ServerOptimizer,
     wire: WireFormat,
     workers: int | None,
+    *,
+    device: torch.device = _CPU,
+    precision: ForwardPrecision = "float32",
+    stack: int = 1,
 ) -> Iterator[LocalEngine]:
     """A local engine for the length of a ``with`` block.
 
@@ -143,21 +196,37 @@ def local_engine(
         clients: the training pictures by client.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded.
-        workers: number of threads; None: as many as torch would use.
+        workers: number of threads; None: as many as torch would use, and one for a GPU.
+        device: where clients train and embed.
+        precision: of the network's forward pass.
+        stack: how many clients share each call of the network.
+
+    Raises:
+        ConfigError: a network that cannot be stacked.
     """
-    workers = workers or torch.get_num_threads()
+    workers = workers or (torch.get_num_threads() if device.type == "cpu" else 1)
     replicas: SimpleQueue[Replica] = SimpleQueue()
     embedder = copy.deepcopy(embedder).train()
-    pool_before_relu_(embedder, torch.from_numpy(np.array(clients.images.pixels[:2])))
+    few_BCHW = torch.from_numpy(np.array(clients.images.pixels[:2]))
+    pool_before_relu_(embedder, few_BCHW)
+    embedder.precision = precision
+    if stack > 1:
+        # vmap has no such layout: it makes one grouped convolution of many.
+        embedder.channels_last = False
     for _ in range(workers):
-        model = copy.deepcopy(embedder)
+        model = copy.deepcopy(embedder).to(device)
         flat = flatten_(model)
         replicas.put(Replica(model, flat.theta_P, flat.grad_P, clients.images.pixels))
-    with (
-        intra_op_threads(1),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas)
+    if stack > 1:
+        check_stackable(model, flat.theta_P, few_BCHW.to(device))
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    with intra_op_threads(1), ThreadPoolExecutor(workers, initializer=start) as pool:
+        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas, device, stack)
 
 
 @contextmanager

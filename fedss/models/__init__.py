@@ -6,7 +6,13 @@ randomness in the forward pass, a known output size. `flatten_` then gives θ as
 """
 
 from fedss.models.backbones import conv4
-from fedss.models.embedder import Embedder, EmbedderSpec, build_embedder, embed_pixels
+from fedss.models.embedder import (
+    Embedder,
+    EmbedderSpec,
+    ForwardPrecision,
+    build_embedder,
+    embed_pixels,
+)
 from fedss.models.flat import FlatParameters, flatten_
 from fedss.models.layout import pool_before_relu_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
@@ -16,6 +22,7 @@ __all__ = [
     "Embedder",
     "EmbedderSpec",
     "FlatParameters",
+    "ForwardPrecision",
     "FrozenBatchNorm",
     "build_embedder",
     "conv4",

@@ -6,8 +6,9 @@ F features of the backbone, D embedding size.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from fedss.models.checks import (
 )
 from fedss.models.layout import channels_last, channels_last_pays
 from fedss.models.norms import freeze_batch_norm, replace_batch_norm
+
+ForwardPrecision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Embedder(nn.Module):
     f is the backbone, A the projection without bias (a bias would move all embeddings towards one
     common direction), or nothing where the backbone's own size is wanted. `mean` and `std` [C] are
     buffers: saved with the model, not trained, not sent. With `channels_last` the backbone gets its
-    pictures in that layout, which changes results by rounding alone.
+    pictures in that layout, which changes results by rounding alone. Where ``precision`` is set to
+    ``"bfloat16"``, backbone and projection run under torch's autocast; weights, their gradients
+    and the division by ‖g‖ stay in float32.
 
     Made by `build_embedder`, which checks what this class takes for granted.
     """
@@ -76,6 +81,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.spec = spec
         self.channels_last = channels_last
+        self.precision: ForwardPrecision = "float32"
         self.backbone = backbone
         self.projection = projection
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
@@ -110,7 +116,10 @@ class Embedder(nn.Module):
         scaled_BCHW = (pixels_BCHW - self.mean[:, None, None]) / self.std[:, None, None]
         if self.channels_last:
             scaled_BCHW = channels_last(scaled_BCHW)
-        return nn.functional.normalize(self.projection(self.backbone(scaled_BCHW)), dim=1)
+        device, low = scaled_BCHW.device.type, self.precision == "bfloat16"
+        with torch.autocast(device, torch.bfloat16) if low else nullcontext():
+            g_BD = self.projection(self.backbone(scaled_BCHW))
+        return nn.functional.normalize(g_BD.float(), dim=1)
 
 
 def build_embedder(

@@ -1,0 +1,394 @@
+"""The engine on a GPU: against a plain loop, against one big batch, and a run of the paper's size.
+
+    python benchmarks/gpu.py                        (--parts: some; --append: to the results)
+    python benchmarks/gpu.py --device cpu --short   (a tiny version of every part; writes nothing)
+
+``throughput``: pictures per second of ``LocalEngine`` for several ``--stack`` and ``--precision``,
+of a plain loop over clients written by hand, and of central SGD of the same network on one big
+batch that lies in the GPU's memory, which is the ceiling. They take turns, a round each.
+
+``paper-96`` and ``paper-224``: seconds a round where 64 of 1,262 clients train MobileNetV3-Large on
+164,172 pictures of 2,028 classes, at 96 and 224 pixels a side, as in Waghmare et al. 2022. Pictures
+are made up and read from memory, so neither disk nor decoding is in it; nor are evaluation and
+checkpoints. Each setting does two rounds first, and the quickest goes on.
+
+Writes ``benchmarks/results/gpu.txt``. Needs ``pip install "fedss[timm]"``.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omniglot import processor
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedss.algorithm import LocalTraining, RoundPlan, ServerState, draw_cohort, run_round
+from fedss.build import compute_device
+from fedss.class_rows import create_class_rows
+from fedss.config import Config
+from fedss.data import ClientIndex
+from fedss.engines.local import LocalEngine, local_engine
+from fedss.errors import FedssError
+from fedss.methods import METHODS
+from fedss.models import Embedder, build_embedder, flatten_
+from fedss.optimizers import ServerOptimizer
+from fedss.samplers import SAMPLERS
+from fedss.softmax import Scoring
+from fedss.wire import WireFormat
+
+RESULTS = Path(__file__).parent / "results" / "gpu.txt"
+DIM, SAMPLE, BATCH, LR, ROW_LR, SCALE = 64, 256, 32, 0.01, 0.1, 10.0
+SETTINGS = [(stack, name) for name in ("float32", "bfloat16") for stack in (1, 8, 32)]
+OPTIMIZER = ServerOptimizer("momentum")
+ROUNDS_IN_ALL = 5000
+
+
+@dataclass(frozen=True)
+class Job:
+    """Made-up clients and the network that they train."""
+
+    backbone: str
+    channels: int
+    side: int
+    num_clients: int
+    pictures: int
+    classes: int
+    cohort: int
+    rounds: int
+    ragged: bool
+
+
+MOBILENET = "timm:mobilenetv3_large_100"
+THROUGHPUT = [
+    Job("conv4", 1, 28, 64, 64 * 64, 2028, 64, 5, False),
+    Job(MOBILENET, 3, 96, 64, 64 * 64, 2028, 64, 5, False),
+    Job(MOBILENET, 3, 224, 64, 64 * 64, 2028, 64, 5, False),
+]
+PAPER = {
+    f"paper-{side}": Job(MOBILENET, 3, side, 1262, 164_172, 2028, 64, 50, True)
+    for side in (96, 224)
+}
+SHORT = Job("conv4-8", 1, 16, 12, 12 * 40, 300, 6, 2, True)
+
+
+class Repeated:
+    """As many pictures as one likes, of which only some thousands differ: they fit into memory."""
+
+    def __init__(self, count: int, channels: int, side: int) -> None:
+        shape = (min(count, 4096), channels, side, side)
+        self.pool = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.pool[index if isinstance(index, slice) else index % len(self.pool)]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """As much of ``fedss.Images`` as an engine reads."""
+
+    pixels: Repeated
+    labels: np.ndarray
+
+
+def clients_of(job: Job) -> ClientIndex:
+    """Clients of equal size; ragged ones of at least 30 pictures, log-normal beyond.
+
+    A client has a class for every five of its pictures, 200 at most.
+    """
+    rng = np.random.default_rng(0)
+    weight = rng.lognormal(0, 1, job.num_clients) if job.ragged else np.ones(job.num_clients)
+    least = 30 if job.ragged else 0
+    bounds = np.cumsum(weight) / weight.sum() * (job.pictures - least * job.num_clients)
+    bounds = np.round(bounds).astype(int) + least * np.arange(1, job.num_clients + 1)
+    starts = np.concatenate([[0], bounds])
+    labels = np.concatenate(
+        [
+            rng.choice(rng.choice(job.classes, min(1 + size // 5, 200), replace=False), size)
+            for size in np.diff(starts)
+        ]
+    )
+    pictures = Pictures(Repeated(job.pictures, job.channels, job.side), labels)
+    return ClientIndex(pictures, np.arange(job.pictures), starts)  # type: ignore[arg-type]
+
+
+def plan_of(job: Job, round: int) -> RoundPlan:
+    local = LocalTraining(1, None, BATCH, LR, ROW_LR)
+    sample = min(SAMPLE, job.classes)
+    fedss, uniform, scoring = METHODS["fedss"], SAMPLERS["uniform"], Scoring(SCALE)
+    return RoundPlan(round, 0, fedss, uniform, job.classes, sample, 0, scoring, local)
+
+
+def embedder_of(job: Job) -> Embedder:
+    return build_embedder(
+        job.backbone, channels=job.channels, image_size=job.side, embedding_size=DIM, seed=0
+    )
+
+
+def first_state(job: Job, embedder: Embedder) -> ServerState:
+    theta_P = flatten_(embedder).theta_P.clone()
+    rows = create_class_rows(job.classes, DIM, OPTIMIZER.slots, 0)
+    return ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
+
+
+@contextmanager
+def engine_of(
+    job: Job, clients: ClientIndex, device: torch.device, stack: int, precision: Any
+) -> Iterator[LocalEngine]:
+    embedder = embedder_of(job)
+    wire = WireFormat(tuple(p.shape for p in embedder.parameters()), DIM, job.classes)
+    with local_engine(
+        embedder, clients, OPTIMIZER, wire, None, device=device, precision=precision, stack=stack
+    ) as engine:
+        yield engine
+
+
+def on(device: torch.device, precision: Any, job: Job) -> Embedder:
+    embedder = embedder_of(job).train().to(device)
+    embedder.precision = precision
+    return embedder
+
+
+def loss_of(embedder: Embedder, pixels: Tensor, rows_SD: Tensor, target_B: Tensor) -> Tensor:
+    return F.cross_entropy(SCALE * embedder(pixels) @ F.normalize(rows_SD, dim=1).T, target_B)
+
+
+def plain_loop(
+    job: Job, clients: ClientIndex, device: torch.device, precision: Any
+) -> Callable[[], int]:
+    """A round as one would write it: a module, torch.optim.SGD, a loop over clients and batches."""
+    embedder, rng = on(device, precision, job), np.random.default_rng(0)
+    start = [p.detach().clone() for p in embedder.parameters()]
+    rows_ND = torch.nn.functional.normalize(torch.randn(job.classes, DIM), dim=1)
+
+    def round() -> int:
+        used = 0
+        for client in range(job.cohort):
+            with torch.no_grad():
+                for p, first in zip(embedder.parameters(), start, strict=True):
+                    p.copy_(first)
+            rows_SD = rows_ND[: min(SAMPLE, job.classes)].to(device).requires_grad_()
+            sgd = torch.optim.SGD([{"params": embedder.parameters()}, {"params": [rows_SD]}], lr=LR)
+            order = rng.permutation(clients.examples(client))
+            target_N = torch.arange(len(order)) % len(rows_SD)
+            for b in range(0, len(order), BATCH):
+                pixels = torch.from_numpy(clients.images.pixels[order[b : b + BATCH]]).to(device)
+                loss = loss_of(embedder, pixels, rows_SD, target_N[b : b + BATCH].to(device))
+                sgd.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                sgd.step()
+            for p, first in zip(embedder.parameters(), start, strict=True):
+                (p.detach() - first).cpu()
+            used += len(order)
+        return used
+
+    return round
+
+
+def one_batch(
+    job: Job, clients: ClientIndex, device: torch.device, precision: Any, batch: int
+) -> Callable[[], int]:
+    """Central SGD: two steps on one big batch that lies on the device."""
+    embedder = on(device, precision, job)
+    pixels = torch.from_numpy(clients.images.pixels[np.arange(batch)]).to(device)
+    rows_SD = torch.randn(min(SAMPLE, job.classes), DIM, device=device, requires_grad=True)
+    target_B = torch.arange(batch, device=device) % len(rows_SD)
+    sgd = torch.optim.SGD([*embedder.parameters(), rows_SD], lr=LR)
+
+    def round() -> int:
+        for _ in range(2):
+            loss = loss_of(embedder, pixels, rows_SD, target_B)
+            sgd.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            sgd.step()
+        return 2 * batch
+
+    return round
+
+
+def fits(round: Callable[[], int], device: torch.device) -> bool:
+    """Whether a round runs; not if the device has too little memory for it."""
+    try:
+        round()
+        return True
+    except torch.OutOfMemoryError:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+
+def seconds(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    begin = time.perf_counter()
+    result = work()
+    wait()
+    return time.perf_counter() - begin, result
+
+
+def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> list[str]:
+    """Pictures per second of everyone on one job, interleaved."""
+    clients, cohort = clients_of(job), np.arange(job.cohort)
+    state, plan = first_state(job, embedder_of(job)), plan_of(job, 0)
+    rounds: dict[str, Callable[[], int]] = {}
+    with ExitStack() as engines:
+        for stack, precision in settings:
+            engine = engines.enter_context(engine_of(job, clients, device, stack, precision))
+            rounds[f"engine, stack {stack:>2}, {precision}"] = lambda engine=engine: sum(  # type: ignore[misc]
+                update.num_examples for update in engine.train(state, cohort, plan)
+            )
+        for precision in dict.fromkeys(precision for _, precision in settings):
+            rounds[f"plain loop, {precision}"] = plain_loop(job, clients, device, precision)
+            for batch in (b for b in (4096, 2048, 1024, 512, 256) if b <= job.pictures):
+                central = one_batch(job, clients, device, precision, batch)
+                if fits(central, device):
+                    rounds[f"one batch of {batch}, {precision}"] = central
+                    break
+        runs = {name: round for name, round in rounds.items() if fits(round, device)}
+        speeds: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(job.rounds):
+            for name, round in runs.items():
+                took, count = seconds(round, device)
+                speeds[name].append(count / took)
+    lines = [
+        "",
+        f"{job.backbone}, {job.side} px, {job.cohort} clients a round, batches of {BATCH}, "
+        f"|S| = {min(SAMPLE, job.classes)}: pictures/s, median of {job.rounds}",
+    ]
+    best = max(statistics.median(found) for found in speeds.values())
+    for name in rounds:
+        if name in speeds:
+            speed = statistics.median(speeds[name])
+            lines.append(f"  {name:<30} {speed:>10,.0f}  {speed / best:>5.2f} of the fastest")
+        else:
+            lines.append(f"  {name:<30} out of memory")
+    return lines
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An engine, and how long its clients' training took in each round."""
+
+    engine: LocalEngine
+    laps: list[float] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def train(self, state: ServerState, cohort: np.ndarray, plan: RoundPlan) -> Iterator[Any]:
+        """The engine's updates, all of them waited for."""
+        begin = time.perf_counter()
+        updates = list(self.engine.train(state, cohort, plan))
+        self.laps.append(time.perf_counter() - begin)
+        return iter(updates)
+
+
+def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> list[str]:
+    """Seconds a round of a whole federation: cohorts, clients, messages, server."""
+    clients = clients_of(job)
+
+    def rounds_of(stack: int, precision: str, count: int) -> tuple[list[float], list[float]]:
+        state, laps = first_state(job, embedder_of(job)), []
+        with engine_of(job, clients, device, stack, precision) as engine:
+            watched = Watched(engine)
+            for round in range(count):
+                cohort = draw_cohort(job.num_clients, job.cohort, 0, round)
+                begin = time.perf_counter()
+                state, _ = run_round(
+                    watched, OPTIMIZER, state, cohort, plan_of(job, round), "cohort"
+                )
+                laps.append(time.perf_counter() - begin)
+        return laps, watched.laps
+
+    lines = [
+        "",
+        f"{job.backbone}, {job.side} px: {job.num_clients:,} clients, {job.pictures:,} pictures, "
+        f"{job.classes:,} classes, {job.cohort} clients a round, batches of {BATCH}",
+    ]
+    tried: dict[tuple[int, str], float] = {}
+    for stack, precision in settings:
+        name = f"  stack {stack:>2}, {precision:<9}"
+        try:
+            tried[stack, precision] = rounds_of(stack, precision, 2)[0][-1]
+            lines.append(f"{name} {tried[stack, precision]:>8.2f} s for its second round")
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            lines.append(f"{name} out of memory")
+    stack, precision = min(tried, key=tried.__getitem__)
+    laps, training = rounds_of(stack, precision, job.rounds)
+    mean = statistics.mean(laps)
+    return [
+        *lines,
+        f"  {job.rounds} rounds with stack {stack}, {precision}: {mean:.2f} s a round on average "
+        f"(clients {statistics.mean(training):.2f} s), median {statistics.median(laps):.2f} s",
+        f"  EXTRAPOLATED, not run: {ROUNDS_IN_ALL:,} such rounds would take "
+        f"{mean * ROUNDS_IN_ALL / 3600:.1f} hours",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
+    parser.add_argument("--short", action="store_true", help="tiny jobs, to see that all works")
+    parts = ("throughput", *PAPER)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
+    parser.add_argument("--append", action="store_true", help="keep what is in the results file")
+    options = parser.parse_args()
+    try:
+        device = compute_device(Config(device=options.device))
+    except FedssError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
+    on_gpu = device.type == "cuda"
+    if not (on_gpu or options.short):
+        print("gpu.py: on a CPU there is only --short, which measures nothing", file=sys.stderr)
+        return 2
+    settings = SETTINGS[::2] if options.short else SETTINGS
+    jobs: Mapping[str, Job] = dict.fromkeys(PAPER, SHORT) if options.short else PAPER
+    hardware = [f"{processor()}, {os.cpu_count()} cores"]
+    if on_gpu:
+        hardware.append(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
+    lines = [
+        "The engine on a GPU",
+        f"command   python {' '.join(['benchmarks/gpu.py', *sys.argv[1:]])}",
+        f"date      {datetime.date.today().isoformat()}",
+        f"hardware  {', '.join(hardware)}",
+        f"software  fedss {version('fedss')}, torch {torch.__version__}, "
+        f"numpy {np.__version__}, Python {platform.python_version()}",
+        "",
+        f"d = {DIM}, one local epoch, FedAvgM; made-up pictures in memory, no evaluation.",
+        "float32: convolutions may round to TF32, which is torch's default.",
+    ]
+    for part in options.parts:
+        if part == "throughput":
+            for job in [SHORT] if options.short else THROUGHPUT:
+                lines += throughput(job, device, settings)
+        else:
+            lines += paper(jobs[part], device, settings)
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device) / 1e9
+            lines.append(f"  most GPU memory in this part: {peak:.1f} GB")
+            torch.cuda.reset_peak_memory_stats(device)
+        print("\n".join(lines[-3:]), flush=True)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if on_gpu and not options.short:
+        before = RESULTS.read_text() + "\n" if options.append and RESULTS.exists() else ""
+        RESULTS.write_text(before + text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
