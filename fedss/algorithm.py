@@ -4,6 +4,7 @@ Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone
 S requested classes, U classes touched in a round.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ from fedss.errors import DivergedError
 from fedss.methods import Method
 from fedss.moments import Moments, RowMap, absent_classes, absent_step, mean_map, moments_now
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
+from fedss.ranks import ALONE, Ranks
 from fedss.samplers import (
     Sampler,
     ServerRows,
@@ -185,12 +187,18 @@ def deal_classes(
 
 
 def choose_classes(
-    plan: RoundPlan, state: ServerState, cohort: np.ndarray, own_K: Sequence[np.ndarray]
+    plan: RoundPlan,
+    state: ServerState,
+    cohort: np.ndarray,
+    own_K: Sequence[np.ndarray],
+    share: Sequence[int] | None = None,
 ) -> list[ClassSample]:
-    """Line 2: the class samples of a cohort, whoever draws them."""
+    """Line 2: the class samples of a cohort, or of these positions in it, whoever draws them."""
+    share = range(len(cohort)) if share is None else share
     if plan.sampler.drawn_by == "server":
-        return deal_classes(plan, state, own_K)
-    return [draw_classes(plan, k, own_P) for k, own_P in zip(cohort.tolist(), own_K, strict=True)]
+        dealt = deal_classes(plan, state, own_K)
+        return [dealt[i] for i in share]
+    return [draw_classes(plan, int(cohort[i]), own_K[i]) for i in share]
 
 
 def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
@@ -299,6 +307,71 @@ def on_top_of_map(
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What a round's updates are beside their numbers; tallies of several ranks add up.
+
+    Attributes:
+        clients: how many there are.
+        num_examples: examples of all of them.
+        loss: sum of their mean losses.
+        class_rows: sum of |S_k|.
+        ids_U: int64, sorted: the classes that any of them held.
+        traffic: bytes of all messages, by direction and part.
+    """
+
+    clients: int
+    num_examples: int
+    loss: float
+    class_rows: int
+    ids_U: Tensor
+    traffic: Counter[str]
+
+
+def tally(updates: Sequence[ClientUpdate]) -> Tally:
+    """What these updates are beside their numbers."""
+    traffic: Counter[str] = Counter()
+    for update in updates:
+        traffic.update(update.traffic)
+    return Tally(
+        len(updates),
+        sum(update.num_examples for update in updates),
+        sum(update.loss for update in updates),
+        sum(len(update.ids_S) for update in updates),
+        torch.unique(torch.cat([_NO_IDS, *(update.ids_S for update in updates)])),
+        traffic,
+    )
+
+
+def add_tallies(tallies: Sequence[Tally]) -> Tally:
+    """The tally of all their updates."""
+    if len(tallies) == 1:
+        return tallies[0]
+    traffic: Counter[str] = Counter()
+    for part in tallies:
+        traffic.update(part.traffic)
+    return Tally(
+        sum(part.clients for part in tallies),
+        sum(part.num_examples for part in tallies),
+        sum(part.loss for part in tallies),
+        sum(part.class_rows for part in tallies),
+        torch.unique(torch.cat([part.ids_U for part in tallies])),
+        traffic,
+    )
+
+
+_NO_IDS = torch.zeros(0, dtype=torch.int64)
+
+
+def no_update(state: ServerState, plan: RoundPlan) -> ClientUpdate:
+    """An update that weighs nothing: that of a rank without a client in this round."""
+    dim, row_map = state.class_rows.weight_ND.shape[1], None
+    if plan.method.moments:
+        row_map = RowMap(torch.zeros(dim), torch.zeros(dim, dim))
+    zeros_P, zeros_SD = torch.zeros_like(state.backbone_P), torch.zeros(0, dim)
+    return ClientUpdate(-1, zeros_P, _NO_IDS, zeros_SD, 0, 0.0, row_map)
+
+
+@dataclass(frozen=True)
 class MeanUpdate:
     """A round's weighted mean update: the pseudo-gradient of the server optimizer."""
 
@@ -308,7 +381,9 @@ class MeanUpdate:
     row_map: RowMap | None = None
 
 
-def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
+def aggregate(
+    updates: Sequence[ClientUpdate], whole: Tally, row_mean: RowMean, ranks: Ranks = ALONE
+) -> MeanUpdate:
     """Line 5: weighted means, row by row by class id. O(sum of S D), whatever n is.
 
     ``delta_theta = sum_k p_k delta_theta_k`` and ``delta_W_i = sum_{k: i in S_k} p_k delta_W_ki``
@@ -316,22 +391,31 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
     is divided by the weight of its holders alone. Steps of all rows are averaged over the cohort.
-    Sums run in float64 in client order, so the order of arrival does not change a bit.
+    Sums run in float64 in client order, so the order of arrival does not change a bit; then they
+    are added up over the ranks.
+
+    Args:
+        updates: those of this rank, at least one.
+        whole: the tally of all ranks' updates.
+        row_mean: what a row's sum is divided by.
+        ranks: among whom the round is shared out.
     """
     updates = sorted(updates, key=lambda update: update.client)
-    total = sum(update.num_examples for update in updates)
-    ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
-    backbone_P = torch.zeros_like(updates[0].backbone_delta_P, dtype=torch.float64)
-    rows_UD = torch.zeros(len(ids_U), updates[0].rows_delta_SD.shape[1], dtype=torch.float64)
-    holders_U = torch.zeros(len(ids_U), dtype=torch.float64)
+    total, ids_U = whole.num_examples, whole.ids_U
+    num_parameters, dim = len(updates[0].backbone_delta_P), updates[0].rows_delta_SD.shape[1]
+    sizes = [num_parameters, len(ids_U) * dim, len(ids_U)]
+    sums = torch.zeros(sum(sizes), dtype=torch.float64)
+    backbone_P, rows, holders_U = torch.split(sums, sizes)
+    rows_UD = rows.view(len(ids_U), dim)
     for update in updates:
         position_S = torch.searchsorted(ids_U, update.ids_S)
         backbone_P.add_(update.backbone_delta_P, alpha=update.num_examples)
         rows_UD[position_S] += update.num_examples * update.rows_delta_SD.double()
         holders_U[position_S] += update.num_examples
+    ranks.add_up(sums)
     rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
     maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
-    row_map = mean_map(maps) if maps else None
+    row_map = mean_map(maps, ranks) if maps else None
     return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)
 
 
@@ -363,10 +447,14 @@ def spread_rows_out(
 class Engine(Protocol):
     """Where clients train. The driver in ``experiment.py`` owns everything else."""
 
+    @property
+    def ranks(self) -> Ranks:
+        """Among whom a cohort is shared out."""
+
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Lines 2 to 4 for each client of the cohort, in any order."""
+        """Lines 2 to 4 for this rank's clients of the cohort, in any order."""
 
 
 def run_round(
@@ -376,21 +464,25 @@ def run_round(
     cohort: np.ndarray,
     plan: RoundPlan,
     row_mean: RowMean,
-) -> tuple[ServerState, list[ClientUpdate]]:
+) -> tuple[ServerState, Tally]:
     """Algorithm 1: the cohort trains, its updates are averaged, the server takes a step.
 
     Raises:
         DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
             and ``state`` must not be used again.
     """
-    updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
-    mean = aggregate(on_top_of_map(optimizer, state, updates), row_mean)
+    with engine.ranks.together() as tallies:
+        updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
+        tallies.append(tally(updates))
+    whole = add_tallies(tallies)
+    updates = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
+    mean = aggregate(updates, whole, row_mean, engine.ranks)
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:
         rows_UD = state.class_rows.weight_ND[mean.ids_U]
         plan.sampler.index.update(state.sampler_index, mean.ids_U, rows_UD)
-    return state, updates
+    return state, whole
 
 
 def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,16 +37,24 @@ from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, RunFolderError
-from fedss.evaluation import evaluate_embedding, save_panels
-from fedss.files import write_json
+from fedss.evaluation import embed_task, panels, score
+from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
 from fedss.moments import RowHistory, second_moment
 from fedss.optimizers import join_states
 from fedss.progress import show_progress
-from fedss.records import Record, open_records, read_records, round_traffic, summarise
+from fedss.ranks import Ranks, join
+from fedss.records import Record, open_records, read_records, summarise
 from fedss.report import write_report
-from fedss.run_folder import claim_comparison, claim_run, hold, read_summaries
+from fedss.run_folder import (
+    check_same_round,
+    check_shared,
+    claim_comparison,
+    claim_run,
+    hold,
+    read_summaries,
+)
 from fedss.samplers import Sampler
 from fedss.seeds import generator
 
@@ -81,6 +89,9 @@ def train(
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
 
+    Started by torchrun, its processes train the model together (:mod:`fedss.ranks`): ``out`` and
+    the pictures must be there on every host, and any number of them may go on.
+
     Args:
         config: what to do.
         out: the run folder; made if it is not there.
@@ -89,8 +100,8 @@ def train(
             place of ``config.backbone``. Where its output is not of size ``embedding_size``, a
             linear layer is added.
         sampler: a way to draw negatives of your own, in place of ``config.sampler``.
-        on_round: called with each round's record, those of an interrupted run first;
-            None: progress is shown on stderr.
+        on_round: called with each round's record, those of an interrupted run first, at the first
+            rank alone; None: progress is shown on stderr.
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
@@ -99,7 +110,8 @@ def train(
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
     """
     label = f"{config.method} seed {config.seed}"
-    return _train(config, Path(out), label, data, backbone, sampler, on_round)
+    with join() as ranks:
+        return _train(config, Path(out), label, data, backbone, sampler, on_round, ranks)
 
 
 def _train(
@@ -110,25 +122,65 @@ def _train(
     backbone: nn.Module | None,
     sampler: Sampler | None,
     on_round: OnRound | None,
+    ranks: Ranks,
 ) -> Run:
-    data = data or load_data(config)
-    _, sample_size = class_counts(config, data)
-    embedder = build_model(config, data, backbone)
-    with hold(folder):
-        facts = describe_model(embedder, sampler)
-        claim_run(folder, config, describe(config, data), facts)
-        already_done = bool(read_summaries(folder))
-        if not already_done:
-            with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as see:
-                records = _train_rounds(config, data, embedder, sampler, folder, see)
-            save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
-            run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-            summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
-            write_json(folder / "summary.json", [summary])
-        if not (folder / "report.html").exists():
-            write_report(folder)
-        (summary,) = read_summaries(folder)
-        return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
+    data = data or load_together(config)
+    with ranks.together():
+        _, sample_size = class_counts(config, data)
+        embedder = build_model(config, data, backbone)
+        facts = describe(config, data), describe_model(embedder, sampler)
+    with ExitStack() as held:
+        with ranks.together() as done:
+            if ranks.first:
+                held.enter_context(hold(folder))
+                claim_run(folder, config, *facts)
+                done.append(bool(read_summaries(folder)))
+        with ranks.together():
+            if not ranks.first:
+                check_shared(folder)
+                claim_run(folder, config, *facts)
+        if not done[0]:
+            with _observer(label, config.rounds, on_round, ranks) as see:
+                records = _train_rounds(config, data, embedder, sampler, folder, see, ranks)
+        with ranks.together() as summaries:
+            if ranks.first:
+                if not done[0]:
+                    about = {"method": config.method, "data": data.name}
+                    save_embedder(embedder, folder / "model", about)
+                    run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
+                    summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
+                    write_json(folder / "summary.json", [summary])
+                if not (folder / "report.html").exists():
+                    write_report(folder)
+                summaries += read_summaries(folder)
+        with ranks.together():
+            embedder = load_embedder(folder / "model", backbone)
+        (summary,) = summaries
+        return Run(folder, embedder, summary, done[0])
+
+
+def load_together(config: Config) -> Dataset:
+    """The data set that ``config`` names, at every rank.
+
+    On each host one rank goes first and makes the cache of decoded pictures, which others read.
+
+    Raises:
+        DataError: it cannot be found or read, or does not fit together.
+    """
+    with join() as ranks:
+        for turn in (ranks.local_rank == 0, ranks.local_rank > 0):
+            with ranks.together():
+                if turn:
+                    data = load_data(config)
+    return data
+
+
+def _observer(
+    label: str, rounds: int, on_round: OnRound | None, ranks: Ranks
+) -> AbstractContextManager[OnRound]:
+    if on_round or not ranks.first:
+        return nullcontext(on_round or (lambda record: None))
+    return show_progress(label, rounds)
 
 
 def compare(
@@ -171,20 +223,26 @@ def compare(
     runs = [
         (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
     ]
-    data, folder, summaries = data or load_data(config), Path(out), []
-    for _, run in runs:
-        class_counts(run, data)
-    with hold(folder):
-        claim_comparison(folder, config, list(methods), list(seeds))
+    folder, summaries = Path(out), []
+    with join() as ranks, ExitStack() as held:
+        data = data or load_together(config)
+        with ranks.together():
+            for _, run in runs:
+                class_counts(run, data)
+            if ranks.first:
+                held.enter_context(hold(folder))
+                claim_comparison(folder, config, list(methods), list(seeds))
         for label, run in runs:
             name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
             title = f"{label} seed {run.seed}"
-            done = _train(run, folder / name, title, data, backbone, sampler, on_round)
+            done = _train(run, folder / name, title, data, backbone, sampler, on_round, ranks)
             summaries.append({**done.summary, "label": label, "folder": name})
-        now = {summary["folder"] for summary in summaries}
-        earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
-        write_json(folder / "summary.json", earlier + summaries)
-        write_report(folder)
+        with ranks.together():
+            if ranks.first:
+                now = {summary["folder"] for summary in summaries}
+                earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
+                write_json(folder / "summary.json", earlier + summaries)
+                write_report(folder)
     return summaries
 
 
@@ -217,36 +275,46 @@ def _train_rounds(
     sampler: Sampler | None,
     folder: Path,
     on_round: OnRound,
+    ranks: Ranks,
 ) -> list[Record]:
-    """Train from the last checkpoint to the end; leaves the weights in ``embedder``."""
+    """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
+
+    Every rank has the same state throughout; only the first has the records, and writes.
+    """
     method, images, cohort_size = METHODS[config.method], data.train, config.clients_per_round
     optimizer = server_optimizer(config)
     if method.pooled:
         images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
-    clients = index_clients(images)
-    num_classes, sample_size = class_counts(config, data)
-    task = evaluation_task(config, data)
-    theta_P = flatten_(embedder).theta_P
-    state = load_checkpoint(folder / "checkpoint") or _start(config, theta_P, num_classes)
-    plan = round_plan(config, num_classes, sample_size, state.round, sampler)
-    if plan.sampler.index is not None:
-        rng = generator(config.seed, "sampler index")
-        index = plan.sampler.index.build(state.class_rows.weight_ND, rng)
-        state = replace(state, sampler_index=index)
-    wire = wire_format(config, embedder, num_classes)
-    records = read_records(folder / "records.jsonl", state.round)
-    for record in records:
-        on_round(record)
-    with (
-        local_engine(embedder, clients, optimizer, wire, config.workers) as engine,
-        open_records(folder, records) as add_record,
-    ):
+    with ExitStack() as opened:
+        with ranks.together() as rounds:
+            clients = index_clients(images)
+            num_classes, sample_size = class_counts(config, data)
+            task = evaluation_task(config, data)
+            theta_P = flatten_(embedder).theta_P
+            state = load_checkpoint(folder / "checkpoint") or _start(config, theta_P, num_classes)
+            plan = round_plan(config, num_classes, sample_size, state.round, sampler)
+            if plan.sampler.index is not None:
+                rng = generator(config.seed, "sampler index")
+                index = plan.sampler.index.build(state.class_rows.weight_ND, rng)
+                state = replace(state, sampler_index=index)
+            wire, workers = wire_format(config, embedder, num_classes), config.workers
+            engine = opened.enter_context(
+                local_engine(embedder, clients, optimizer, wire, workers, ranks)
+            )
+            records: list[Record] = []
+            if ranks.first:
+                records += read_records(folder / "records.jsonl", state.round)
+                add_record = opened.enter_context(open_records(folder, records))
+            for record in records:
+                on_round(record)
+            rounds.append(state.round)
+        check_same_round(folder, rounds)
         while state.round < config.rounds:
             clock = _Clock()
             plan = round_plan(config, num_classes, sample_size, state.round, sampler)
             cohort = draw_cohort(clients.num_clients, cohort_size, config.seed, state.round)
             try:
-                state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
+                state, whole = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
             except DivergedError as error:
                 if error.client is None:
                     raise
@@ -264,30 +332,36 @@ def _train_rounds(
             clock.lap("train")
             metrics = None
             if _due(state.round, config.eval_every, config.rounds):
-                # Between rounds the workers are idle and their cores free.
-                with intra_op_threads(engine.workers):
-                    embed = partial(engine.embed, state.backbone_P)
-                    metrics = dataclasses.asdict(evaluate_embedding(embed, task))
+                embedded = embed_task(partial(engine.embed, state.backbone_P), task)
+                with ranks.together():
+                    if ranks.first:
+                        # Between rounds all ranks' workers are idle and their cores free.
+                        with intra_op_threads(engine.workers * ranks.local_size):
+                            metrics = dataclasses.asdict(score(task, *embedded))
                 clock.lap("evaluate")
-            moved = round_traffic(updates)
-            record = {
-                "round": state.round,
-                "loss": sum(update.loss for update in updates) / len(updates),
-                "clients": len(updates),
-                "examples": sum(update.num_examples for update in updates),
-                **(dict.fromkeys(moved) if method.pooled else moved),
-                "seconds": clock.seconds,
-                "metrics": metrics,
-            }
-            due = _due(state.round, config.checkpoint_every, config.rounds)
-            records.append(record)
-            add_record(record, due)
-            on_round(record)
-            if due:
-                save_checkpoint(folder / "checkpoint", state)
+            with ranks.together():
+                if ranks.first:
+                    moved = {**whole.traffic, "class_rows": whole.class_rows}
+                    record = {
+                        "round": state.round,
+                        "loss": whole.loss / whole.clients,
+                        "clients": whole.clients,
+                        "examples": whole.num_examples,
+                        **(dict.fromkeys(moved) if method.pooled else moved),
+                        "seconds": clock.seconds,
+                        "metrics": metrics,
+                    }
+                    due = _due(state.round, config.checkpoint_every, config.rounds)
+                    records.append(record)
+                    add_record(record, due)
+                    on_round(record)
+                    if due:
+                        save_checkpoint(folder / "checkpoint", state)
         theta_P.copy_(state.backbone_P)
-        embed = partial(engine.embed, state.backbone_P)
-        save_panels(embed, task, folder / "retrieval.npz", config.data_seed)
+        shown = panels(partial(engine.embed, state.backbone_P), task, config.data_seed)
+        with ranks.together():
+            if ranks.first:
+                write_file(folder / "retrieval.npz", shown)
     return records
 
 

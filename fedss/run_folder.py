@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,33 @@ def claim_run(
     if "methods" in found:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
     _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+
+
+def check_shared(folder: Path) -> None:
+    """Whether a rank sees the run folder that the first rank has claimed.
+
+    Raises:
+        RunFolderError: it does not.
+    """
+    if not (folder / "config.json").exists():
+        raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
+
+
+def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
+    """Whether all ranks go on from the same round.
+
+    Raises:
+        RunFolderError: they do not.
+    """
+    if len(set(rounds)) > 1:
+        found = ", ".join(f"rank {rank} of round {round}" for rank, round in enumerate(rounds))
+        raise RunFolderError(
+            f"{folder}: the ranks found different checkpoints ({found}); {_SHARE}. If it is one, "
+            "it lags behind: start again in a minute"
+        )
+
+
+_SHARE = "ranks on several hosts need an --out that all of them see, such as a network drive"
 
 
 def claim_comparison(folder: Path, config: Config, methods: list[str], seeds: list[int]) -> None:

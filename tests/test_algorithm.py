@@ -29,6 +29,7 @@ from fedss.algorithm import (
     run_round,
     select,
     spread_rows_out,
+    tally,
     train_client,
 )
 from fedss.class_rows import create_class_rows
@@ -38,6 +39,7 @@ from fedss.methods import METHODS
 from fedss.models import build_embedder, flatten_
 from fedss.moments import RowHistory, second_moment
 from fedss.optimizers import ServerOptimizer, join_states, read_rows
+from fedss.ranks import ALONE, Ranks
 from fedss.samplers import SAMPLERS
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring
@@ -69,6 +71,7 @@ class PlainEngine:
     optimizer: ServerOptimizer
     model: Model
     reverse: bool = False
+    ranks: Ranks = ALONE
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
@@ -185,8 +188,8 @@ def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
         before = state.class_rows.weight_ND.clone()
         cohort = draw_cohort(6, 2, 0, round)
         told = replace(plan("fedss", 5), round=round)
-        state, updates = run_round(where, optimizer, state, cohort, told, "cohort")
-        touched = torch.cat([u.ids_S for u in updates]).unique()
+        touched = torch.cat([u.ids_S for u in where.train(state, cohort, told)]).unique()
+        state, _ = run_round(where, optimizer, state, cohort, told, "cohort")
         untouched = torch.ones(N, dtype=torch.bool)
         untouched[touched] = False
         assert untouched.any()
@@ -254,7 +257,7 @@ def cohorts(draw: st.DrawFn) -> list[ClientUpdate]:
 
 @given(cohorts(), st.sampled_from(["cohort", "holders"]))
 def test_aggregate_against_the_loop(updates, row_mean):
-    means = aggregate(updates, row_mean)
+    means = aggregate(updates, tally(updates), row_mean)
     backbone, rows = reference.weighted_means(updates, 10, row_mean)
     assert means.backbone_delta_P.tolist() == pytest.approx(backbone, abs=1e-6)
     assert means.ids_U.tolist() == sorted(rows)
@@ -266,7 +269,7 @@ def test_aggregate_against_the_loop(updates, row_mean):
 def test_aggregate_does_not_depend_on_the_order_of_arrival(updates, random):
     shuffled = copy.copy(updates)
     random.shuffle(shuffled)
-    one, other = aggregate(updates, "cohort"), aggregate(shuffled, "cohort")
+    one, other = (aggregate(some, tally(some), "cohort") for some in (updates, shuffled))
     assert torch.equal(one.backbone_delta_P, other.backbone_delta_P)
     assert torch.equal(one.rows_delta_UD, other.rows_delta_UD)
 
@@ -277,8 +280,9 @@ def test_what_a_row_is_divided_by():
         ClientUpdate(0, torch.zeros(1), torch.tensor([0, 3]), torch.ones(2, 1), 2, 0.0),
         ClientUpdate(1, torch.zeros(1), torch.tensor([1, 3]), torch.ones(2, 1), 6, 0.0),
     ]
-    assert aggregate(updates, "cohort").rows_delta_UD[:, 0].tolist() == [0.25, 0.75, 1.0]
-    assert aggregate(updates, "holders").rows_delta_UD[:, 0].tolist() == [1.0, 1.0, 1.0]
+    whole = tally(updates)
+    assert aggregate(updates, whole, "cohort").rows_delta_UD[:, 0].tolist() == [0.25, 0.75, 1.0]
+    assert aggregate(updates, whole, "holders").rows_delta_UD[:, 0].tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_client_with_too_many_classes_uses_only_the_kept_ones_pictures():
@@ -344,7 +348,8 @@ def test_fedaws_spreads_the_rows_and_keeps_what_momentum_owes():
 
 def test_apply_update_returns_a_new_state():
     state = start(MOMENTUM)
-    mean = aggregate(list(engine(MOMENTUM).train(state, np.arange(3), plan())), "cohort")
+    updates = list(engine(MOMENTUM).train(state, np.arange(3), plan()))
+    mean = aggregate(updates, tally(updates), "cohort")
     theta = state.backbone_P.clone()
     after = apply_update(MOMENTUM, state, mean)
     assert torch.equal(state.backbone_P, theta)

@@ -240,10 +240,10 @@ def test_rounds_with_moments_of_one_client_with_all_classes_are_full():
         where = replace(engine(MOMENTUM), clients=replace_index(data))
         state = start(MOMENTUM, one)
         for round in range(3):
-            state, updates = run_round(
+            state, whole = run_round(
                 where, MOMENTUM, state, np.array([0]), replace(one, round=round), "cohort"
             )
-        assert len(updates[0].ids_S) == N
+        assert len(whole.ids_U) == N
         after.append(state)
     gap = after[0].class_rows.weight_ND - after[1].class_rows.weight_ND
     assert gap.abs().max() < 1e-6
@@ -264,9 +264,9 @@ def test_rounds_against_dense_rows(cover):
     dense = Dense(MOMENTUM, state.class_rows.weight_ND)
     for round in range(6):
         now = replace(told, round=round)
-        state, updates = run_round(
-            where, MOMENTUM, state, draw_cohort(6, 2, 3, round), now, "cohort"
-        )
+        cohort = draw_cohort(6, 2, 3, round)
+        updates = list(where.train(state, cohort, now))
+        state, _ = run_round(where, MOMENTUM, state, cohort, now, "cohort")
         total = sum(u.num_examples for u in updates)
         ids = torch.cat([u.ids_S for u in updates]).unique()
         delta, shift, matrix = torch.zeros(N, 6), torch.zeros(6), torch.zeros(6, 6)

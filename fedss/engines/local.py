@@ -6,7 +6,7 @@ not change a bit of the result.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedss.algorithm import (
     ClientUpdate,
+    LocalTraining,
     RoundPlan,
     ServerState,
     Submodel,
@@ -30,6 +31,7 @@ from fedss.algorithm import (
 from fedss.data import ClientIndex
 from fedss.models import Embedder, embed_pixels, flatten_
 from fedss.optimizers import ServerOptimizer
+from fedss.ranks import ALONE, Ranks, share_out
 from fedss.seeds import generator
 from fedss.softmax import ClassSample
 from fedss.wire import (
@@ -70,18 +72,22 @@ class LocalEngine:
     workers: int
     pool: ThreadPoolExecutor
     replicas: "SimpleQueue[Replica]"
+    ranks: Ranks = ALONE
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of the cohort; updates come in the cohort's order.
+        """Train this rank's clients of the cohort; updates come in the cohort's order.
 
         What is sent is encoded and decoded as it would be on a network, so that a client works
         with the numbers that it would get there; only the step to bytes is left out.
         """
         labels_N = self.clients.images.labels
         own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
-        samples = choose_classes(plan, state, cohort, own_K)
+        share = self._share(cohort, own_K, plan.local)
+        if not share:
+            return iter(())
+        samples = choose_classes(plan, state, cohort, own_K, share)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
         received = decode_broadcast(self.wire, to_all)
         ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))
@@ -106,17 +112,39 @@ class LocalEngine:
             counted = traffic({**to_all, **answer}, request, reply)
             return replace(decode_update(self.wire, reply, client), traffic=counted)
 
-        return self.pool.map(train_one, cohort.tolist(), own_K, samples)
+        return self.pool.map(train_one, cohort[share].tolist(), [own_K[i] for i in share], samples)
+
+    def _share(
+        self, cohort: np.ndarray, own_K: Sequence[np.ndarray], local: LocalTraining
+    ) -> list[int]:
+        """Positions in the cohort of this rank's clients: shares are as equal in work as is easy.
+
+        Every rank knows every client's pictures of own classes, so all come to the same shares.
+        """
+        if self.ranks.size == 1:
+            return list(range(len(cohort)))
+        labels_N = self.clients.images.labels
+        work_K = []
+        for client, own_P in zip(cohort.tolist(), own_K, strict=True):
+            used = int(np.isin(labels_N[self.clients.examples(client)], own_P).sum())
+            # Where each client takes so many steps, they cost the same whatever it holds.
+            work_K.append(local.steps * min(used, local.batch_size) if local.steps else used)
+        return share_out(work_K, self.ranks.size)[self.ranks.rank]
 
     def embed(self, backbone_P: Tensor, pixels: np.ndarray, block: int = 512) -> Tensor:
-        """Embeddings [N, D] of any pictures under the given backbone."""
+        """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""
+        h_ND = torch.zeros(len(pixels), self.wire.dim)
 
-        def embed_block(start: int) -> Tensor:
+        def embed_block(start: int) -> None:
             with self.replica() as model:
                 model.theta_P.copy_(backbone_P)
-                return embed_pixels(model.embedder, pixels[start : start + block])
+                h_BD = embed_pixels(model.embedder, pixels[start : start + block])
+                h_ND[start : start + block] = h_BD
 
-        return torch.cat(list(self.pool.map(embed_block, range(0, len(pixels), block))))
+        with self.ranks.together():
+            first, step = self.ranks.rank * block, self.ranks.size * block
+            list(self.pool.map(embed_block, range(first, len(pixels), step)))
+        return self.ranks.add_up(h_ND)
 
     @contextmanager
     def replica(self) -> Iterator[Replica]:
@@ -135,6 +163,7 @@ def local_engine(
     optimizer: ServerOptimizer,
     wire: WireFormat,
     workers: int | None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[LocalEngine]:
     """A local engine for the length of a ``with`` block.
 
@@ -143,9 +172,10 @@ def local_engine(
         clients: the training pictures by client.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded.
-        workers: number of threads; None: as many as torch would use.
+        workers: number of threads; None: a thread for each core that this rank may use.
+        ranks: among whom cohorts are shared out, by the pictures that clients will train on.
     """
-    workers = workers or torch.get_num_threads()
+    workers = workers or ranks.cores
     replicas: SimpleQueue[Replica] = SimpleQueue()
     for _ in range(workers):
         model = copy.deepcopy(embedder).train()
@@ -155,7 +185,7 @@ def local_engine(
         intra_op_threads(1),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas)
+        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas, ranks)
 
 
 @contextmanager
