@@ -17,7 +17,7 @@ from rich.table import Table
 from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.errors import ConfigError, FedssError
 from fedss.methods import METHODS
-from fedss.ranks import join
+from fedss.ranks import join, speaks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Where torchrun has started several of it, the first speaks for all.
     """
-    with _silence() if os.environ.get("RANK", "0") != "0" else nullcontext():
+    with nullcontext() if speaks() else _silence():
         try:
             with join():
                 # What is told is told in here: torchrun ends all ranks as soon as one has left.

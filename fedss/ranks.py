@@ -34,6 +34,8 @@ from fedss.errors import ConfigError, FedssError
 # Seconds between two signs of life; and how many a rank must miss to count as gone once something
 # is amiss, and to end the run by its silence alone.
 _BEAT, _GONE, _SILENT = 0.5, 8, 120
+# Seconds until all ranks must have started.
+_PATIENCE = 600
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -103,6 +105,8 @@ class Ranks:
         return sums
 
     def _meet(self, collective: Callable[[], object]) -> None:
+        if _ending.locked():
+            _end(self, "")
         try:
             collective()
         except RuntimeError as error:
@@ -126,6 +130,11 @@ def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
         heapq.heapreplace(loads, (load + weights[position], rank))
         shares[rank].append(position)
     return [sorted(share) for share in shares]
+
+
+def speaks() -> bool:
+    """Whether this process has torchrun's environment for the first rank, or none."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 _joined: list[Ranks] = []
@@ -152,7 +161,7 @@ def join() -> Iterator[Ranks]:
     nothing interrupts. Ranks of a host that is still up are missed at once, others after a minute.
 
     Raises:
-        ConfigError: only a part of the environment is there.
+        ConfigError: only a part of the environment is there, or of the ranks.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if _joined or size == 1:
@@ -167,6 +176,13 @@ def join() -> Iterator[Ranks]:
     meeting, rank, size = _rendezvous()
     store = PrefixStore(f"fedss/{next(_meetings)}", meeting)
     store.set(_sign(rank), "0")
+    try:
+        store.wait([_sign(other) for other in range(size)], timedelta(seconds=_PATIENCE))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"not all of {size} ranks have come to {os.environ['MASTER_ADDR']} within "
+            f"{_PATIENCE // 60} minutes: start as many as WORLD_SIZE says, all at once"
+        ) from error
     # Who is gone is found out by listening; who is there may take any time.
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(days=365)
@@ -271,9 +287,9 @@ _ending = threading.Lock()
 
 
 def _end(ranks: Ranks, cause: str) -> None:
-    """End this process; the first of those left says why. Never returns in the main thread."""
+    """End this process; the first of those left says why."""
     if not _ending.acquire(blocking=False):
-        time.sleep(_SILENT * _BEAT)
+        time.sleep(_SILENT * _BEAT)  # another thread is at it
     time.sleep((_GONE + 2) * _BEAT)
     lost = [rank for rank, missed in enumerate(ranks.missed) if missed >= _GONE]
     left = [rank for rank in range(ranks.size) if rank not in lost]
