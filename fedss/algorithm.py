@@ -308,14 +308,14 @@ def on_top_of_map(
 
 @dataclass(frozen=True)
 class Tally:
-    """What a round's updates are beside their numbers; tallies of several ranks add up.
+    """What updates are beside their numbers; tallies of clients, and of ranks, add up.
 
     Attributes:
-        clients: how many there are.
-        num_examples: examples of all of them.
+        clients: how many updates there are.
+        num_examples: sum of their examples.
         loss: sum of their mean losses.
         class_rows: sum of |S_k|.
-        ids_U: int64, sorted: the classes that any of them held.
+        ids_U: int64, sorted, unique: the classes that any of them held.
         traffic: bytes of all messages, by direction and part.
     """
 
@@ -324,26 +324,17 @@ class Tally:
     loss: float
     class_rows: int
     ids_U: Tensor
-    traffic: Counter[str]
+    traffic: Mapping[str, int]
 
 
-def tally(updates: Sequence[ClientUpdate]) -> Tally:
-    """What these updates are beside their numbers."""
-    traffic: Counter[str] = Counter()
-    for update in updates:
-        traffic.update(update.traffic)
-    return Tally(
-        len(updates),
-        sum(update.num_examples for update in updates),
-        sum(update.loss for update in updates),
-        sum(len(update.ids_S) for update in updates),
-        torch.unique(torch.cat([_NO_IDS, *(update.ids_S for update in updates)])),
-        traffic,
-    )
+def tally(update: ClientUpdate) -> Tally:
+    """The tally of one client."""
+    ids_S = update.ids_S
+    return Tally(1, update.num_examples, update.loss, len(ids_S), ids_S, update.traffic)
 
 
 def add_tallies(tallies: Sequence[Tally]) -> Tally:
-    """The tally of all their updates."""
+    """The tally of all their clients, of whom there may be none."""
     if len(tallies) == 1:
         return tallies[0]
     traffic: Counter[str] = Counter()
@@ -354,7 +345,7 @@ def add_tallies(tallies: Sequence[Tally]) -> Tally:
         sum(part.num_examples for part in tallies),
         sum(part.loss for part in tallies),
         sum(part.class_rows for part in tallies),
-        torch.unique(torch.cat([part.ids_U for part in tallies])),
+        torch.unique(torch.cat([_NO_IDS, *(part.ids_U for part in tallies)])),
         traffic,
     )
 
@@ -473,7 +464,7 @@ def run_round(
     """
     with engine.ranks.together() as tallies:
         updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
-        tallies.append(tally(updates))
+        tallies.append(add_tallies([tally(update) for update in updates]))
     whole = add_tallies(tallies)
     updates = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
     mean = aggregate(updates, whole, row_mean, engine.ranks)

@@ -21,15 +21,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from fedss.errors import ConfigError, FedssError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 # Seconds between two signs of life; and how many a rank must miss to count as gone once something
 # is amiss, and to end the run by its silence alone.
@@ -142,8 +143,10 @@ _meetings = itertools.count()
 
 
 @lru_cache(maxsize=1)
-def _rendezvous() -> tuple[Store, int, int]:
+def _rendezvous() -> "tuple[Store, int, int]":
     """Where ranks find each other, this rank, and their number: once in the life of a process."""
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, size = next(rendezvous("env://"))
     return store, rank, size
 
@@ -173,6 +176,9 @@ def join() -> Iterator[Ranks]:
             f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the command with "
             "torchrun, or unset WORLD_SIZE"
         )
+    # Here, since not every build of torch has them.
+    from torch.distributed.distributed_c10d import PrefixStore
+
     meeting, rank, size = _rendezvous()
     store = PrefixStore(f"fedss/{next(_meetings)}", meeting)
     store.set(_sign(rank), "0")
@@ -231,7 +237,7 @@ def _copy(error: Exception, name: str) -> FedssError:
     return FedssError(f"{name} failed with {type(error).__name__}: {error}")
 
 
-def _listen(ranks: Ranks, missed: list[int], store: Store, over: threading.Event) -> None:
+def _listen(ranks: Ranks, missed: list[int], store: "Store", over: threading.Event) -> None:
     """Give signs of life and listen for those of the others, until ``over``.
 
     Silence is counted in this rank's own beats: where all were halted and go on, nobody is lost.

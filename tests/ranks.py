@@ -104,13 +104,14 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
     run_round, tally = experiment.run_round, algorithm.tally
 
     def watched_round(*arguments: Any) -> Any:
+        found[name]["examples"].append([])
         state, whole = run_round(*arguments)
         found[name]["digests"].append(digest(state))
         return state, whole
 
-    def watched_tally(updates: Any) -> Any:
-        found[name]["examples"].append([update.num_examples for update in updates])
-        return tally(updates)
+    def watched_tally(update: Any) -> Any:
+        found[name]["examples"][-1].append(update.num_examples)
+        return tally(update)
 
     experiment.run_round, algorithm.tally = watched_round, watched_tally
     for name, config in configs.items():

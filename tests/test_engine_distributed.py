@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import fedss
 from fedss import ConfigError, RunFolderError
 from fedss.cli import main
-from fedss.ranks import ALONE, Ranks, join, share_out
+from fedss.ranks import ALONE, Ranks, join, share_out, speaks
 from fedss.run_folder import check_same_round
 from tests.ranks import command, die, fail_in_every_way, launch, tiny, train
 from tests.test_experiment import SMALL, lines
@@ -212,10 +212,14 @@ def test_a_rank_is_missed_without_torchrun(victim, number, undisturbed, tmp_path
 def test_environment_of_ranks(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")  # some clusters set it for purposes of their own
     with join() as ranks:
         assert ranks is ALONE
+        assert speaks()
     monkeypatch.setenv("WORLD_SIZE", "4")
+    assert not speaks()
     monkeypatch.setenv("RANK", "0")
+    assert speaks()
     with pytest.raises(ConfigError, match="WORLD_SIZE is 4, but MASTER_ADDR, MASTER_PORT is not"):
         join().__enter__()
 
