@@ -4,7 +4,6 @@ Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone
 S requested classes, U classes touched in a round.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.class_rows import ClassRows
+from fedss.class_rows import ClassRows, read, write_
 from fedss.errors import DivergedError
 from fedss.methods import Method
 from fedss.moments import Moments, RowMap, absent_classes, absent_step, mean_map, moments_now
@@ -80,6 +79,12 @@ class ClientUpdate:
     loss: float
     row_map: RowMap | None = None
     traffic: Mapping[str, int] = field(default_factory=dict)
+
+
+def without_deltas(update: ClientUpdate) -> ClientUpdate:
+    """An update as other ranks hear of it: what it is, not what it changes."""
+    nothing = torch.zeros(0)
+    return replace(update, backbone_delta_P=nothing, rows_delta_SD=nothing, row_map=None)
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,19 @@ def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample
     return class_sample(own_P, *check_negatives(name, own_P, plan.num_classes, count, drawn))
 
 
+def server_rows(state: ServerState) -> ServerRows:
+    """What a sampler at the server may look at."""
+    rows = state.class_rows
+    return ServerRows(rows.num_classes, lambda ids_S: read(rows, ids_S)[0], state.sampler_index)
+
+
 def deal_classes(
     plan: RoundPlan, state: ServerState, own_K: Sequence[np.ndarray]
 ) -> list[ClassSample]:
     """Line 2, at the server: the class samples of a cohort that asked for its own classes."""
     deal, counts = plan.sampler.deal, [num_negatives(plan, len(own_P)) for own_P in own_K]
     assert deal is not None
-    rows = ServerRows(state.class_rows.weight_ND, state.sampler_index)
+    rows = server_rows(state)
     hands = deal(own_K, counts, rows, generator(plan.seed, "deal", plan.round))
     name, n = plan.sampler.name, plan.num_classes
     return [
@@ -187,18 +198,12 @@ def deal_classes(
 
 
 def choose_classes(
-    plan: RoundPlan,
-    state: ServerState,
-    cohort: np.ndarray,
-    own_K: Sequence[np.ndarray],
-    share: Sequence[int] | None = None,
+    plan: RoundPlan, state: ServerState, cohort: np.ndarray, own_K: Sequence[np.ndarray]
 ) -> list[ClassSample]:
-    """Line 2: the class samples of a cohort, or of these positions in it, whoever draws them."""
-    share = range(len(cohort)) if share is None else share
+    """Line 2: the class samples of a cohort, whoever draws them."""
     if plan.sampler.drawn_by == "server":
-        dealt = deal_classes(plan, state, own_K)
-        return [dealt[i] for i in share]
-    return [draw_classes(plan, int(cohort[i]), own_K[i]) for i in share]
+        return deal_classes(plan, state, own_K)
+    return [draw_classes(plan, k, own_P) for k, own_P in zip(cohort.tolist(), own_K, strict=True)]
 
 
 def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
@@ -206,7 +211,7 @@ def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
     rows, moments = state.class_rows, None
     if plan.method.moments:
         assert rows.history is not None
-        moments = moments_now(rows.history, rows.num_classes, rows.weight_ND.shape[1])
+        moments = moments_now(rows.history, rows.num_classes, rows.dim)
     return Broadcast(state.backbone_P, moments)
 
 
@@ -307,62 +312,6 @@ def on_top_of_map(
 
 
 @dataclass(frozen=True)
-class Tally:
-    """What updates are beside their numbers; tallies of clients, and of ranks, add up.
-
-    Attributes:
-        clients: how many updates there are.
-        num_examples: sum of their examples.
-        loss: sum of their mean losses.
-        class_rows: sum of |S_k|.
-        ids_U: int64, sorted, unique: the classes that any of them held.
-        traffic: bytes of all messages, by direction and part.
-    """
-
-    clients: int
-    num_examples: int
-    loss: float
-    class_rows: int
-    ids_U: Tensor
-    traffic: Mapping[str, int]
-
-
-def tally(update: ClientUpdate) -> Tally:
-    """The tally of one client."""
-    ids_S = update.ids_S
-    return Tally(1, update.num_examples, update.loss, len(ids_S), ids_S, update.traffic)
-
-
-def add_tallies(tallies: Sequence[Tally]) -> Tally:
-    """The tally of all their clients, of whom there may be none."""
-    if len(tallies) == 1:
-        return tallies[0]
-    traffic: Counter[str] = Counter()
-    for part in tallies:
-        traffic.update(part.traffic)
-    return Tally(
-        sum(part.clients for part in tallies),
-        sum(part.num_examples for part in tallies),
-        sum(part.loss for part in tallies),
-        sum(part.class_rows for part in tallies),
-        torch.unique(torch.cat([_NO_IDS, *(part.ids_U for part in tallies)])),
-        traffic,
-    )
-
-
-_NO_IDS = torch.zeros(0, dtype=torch.int64)
-
-
-def no_update(state: ServerState, plan: RoundPlan) -> ClientUpdate:
-    """An update that weighs nothing: that of a rank without a client in this round."""
-    dim, row_map = state.class_rows.weight_ND.shape[1], None
-    if plan.method.moments:
-        row_map = RowMap(torch.zeros(dim), torch.zeros(dim, dim))
-    zeros_P, zeros_SD = torch.zeros_like(state.backbone_P), torch.zeros(0, dim)
-    return ClientUpdate(-1, zeros_P, _NO_IDS, zeros_SD, 0, 0.0, row_map)
-
-
-@dataclass(frozen=True)
 class MeanUpdate:
     """A round's weighted mean update: the pseudo-gradient of the server optimizer."""
 
@@ -372,8 +321,16 @@ class MeanUpdate:
     row_map: RowMap | None = None
 
 
+def no_update(state: ServerState, plan: RoundPlan) -> ClientUpdate:
+    """An update that weighs nothing: that of a rank without a client in this round."""
+    dim, ids_S = state.class_rows.dim, torch.zeros(0, dtype=torch.int64)
+    row_map = RowMap(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
+    zeros_P = torch.zeros_like(state.backbone_P)
+    return ClientUpdate(-1, zeros_P, ids_S, torch.zeros(0, dim), 0, 0.0, row_map)
+
+
 def aggregate(
-    updates: Sequence[ClientUpdate], whole: Tally, row_mean: RowMean, ranks: Ranks = ALONE
+    updates: Sequence[ClientUpdate], row_mean: RowMean, ranks: Ranks = ALONE
 ) -> MeanUpdate:
     """Line 5: weighted means, row by row by class id. O(sum of S D), whatever n is.
 
@@ -382,22 +339,19 @@ def aggregate(
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
     is divided by the weight of its holders alone. Steps of all rows are averaged over the cohort.
-    Sums run in float64 in client order, so the order of arrival does not change a bit; then they
-    are added up over the ranks.
-
-    Args:
-        updates: those of this rank, at least one.
-        whole: the tally of all ranks' updates.
-        row_mean: what a row's sum is divided by.
-        ranks: among whom the round is shared out.
+    Sums run in float64 in client order, so the order of arrival does not change a bit; where
+    several ``ranks`` have trained the cohort, each sums up its own, then they add up.
     """
     updates = sorted(updates, key=lambda update: update.client)
-    total, ids_U = whole.num_examples, whole.ids_U
+    ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
+    everyone = ranks.gather((sum(update.num_examples for update in updates), ids_U))
+    total = sum(num_examples for num_examples, _ in everyone)
+    ids_U = torch.unique(torch.cat([ids for _, ids in everyone]))
     num_parameters, dim = len(updates[0].backbone_delta_P), updates[0].rows_delta_SD.shape[1]
     sizes = [num_parameters, len(ids_U) * dim, len(ids_U)]
     sums = torch.zeros(sum(sizes), dtype=torch.float64)
-    backbone_P, rows, holders_U = torch.split(sums, sizes)
-    rows_UD = rows.view(len(ids_U), dim)
+    backbone_P, flat_rows, holders_U = torch.split(sums, sizes)
+    rows_UD = flat_rows.view(len(ids_U), dim)
     for update in updates:
         position_S = torch.searchsorted(ids_U, update.ids_S)
         backbone_P.add_(update.backbone_delta_P, alpha=update.num_examples)
@@ -429,10 +383,7 @@ def spread_rows_out(
     rows, ids_N = state.class_rows, torch.arange(state.class_rows.num_classes)
     weight_ND, slots = read_rows(optimizer, rows, ids_N, state.round)
     gradient_ND = spread_out(weight_ND, margin=margin, neighbours=neighbours)
-    rows.weight_ND.copy_(weight_ND - weight * gradient_ND)
-    for name, slot_ND in slots.items():
-        rows.slots[name].copy_(slot_ND)
-    rows.updated_N.fill_(state.round)
+    write_(rows, ids_N, weight_ND - weight * gradient_ND, slots, state.round)
 
 
 class Engine(Protocol):
@@ -440,12 +391,12 @@ class Engine(Protocol):
 
     @property
     def ranks(self) -> Ranks:
-        """Among whom a cohort is shared out."""
+        """The processes that a cohort is shared out among."""
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Lines 2 to 4 for this rank's clients of the cohort, in any order."""
+        """Lines 2 to 4 for each client of the cohort that is this rank's, in any order."""
 
 
 def run_round(
@@ -455,25 +406,25 @@ def run_round(
     cohort: np.ndarray,
     plan: RoundPlan,
     row_mean: RowMean,
-) -> tuple[ServerState, Tally]:
+) -> tuple[ServerState, list[ClientUpdate]]:
     """Algorithm 1: the cohort trains, its updates are averaged, the server takes a step.
+
+    Returns:
+        The new state, the same at every rank, and the updates of this rank's clients.
 
     Raises:
         DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
             and ``state`` must not be used again.
     """
-    with engine.ranks.together() as tallies:
-        updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
-        tallies.append(add_tallies([tally(update) for update in updates]))
-    whole = add_tallies(tallies)
-    updates = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
-    mean = aggregate(updates, whole, row_mean, engine.ranks)
+    updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
+    own_steps = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
+    mean = aggregate(own_steps, row_mean, engine.ranks)
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:
-        rows_UD = state.class_rows.weight_ND[mean.ids_U]
+        rows_UD = read(state.class_rows, mean.ids_U)[0]
         plan.sampler.index.update(state.sampler_index, mean.ids_U, rows_UD)
-    return state, whole
+    return state, updates
 
 
 def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
@@ -510,4 +461,5 @@ def check_finite_state(state: ServerState, ids_U: Tensor) -> None:
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    # A finite sum, which is much faster to have, has finite terms alone.
+    return all(bool(tensor.sum().isfinite() or tensor.isfinite().all()) for tensor in tensors)

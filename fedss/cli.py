@@ -15,28 +15,29 @@ from rich.console import Console
 from rich.table import Table
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
-from fedss.errors import ConfigError, FedssError
+from fedss.errors import ConfigError, FedssError, LostRankError
 from fedss.methods import METHODS
-from fedss.ranks import join, speaks
+from fedss.ranks import join, this_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 2 a mistake to mend, 130 interrupted.
+    """Run a command; the exit code: 0 done, 2 a mistake to mend, 1 a rank lost, 130 interrupted.
 
     Where torchrun has started several of it, the first speaks for all.
     """
-    with nullcontext() if speaks() else _silence():
+    command = "fedss"
+    with nullcontext() if this_rank().first else _silence():
         try:
             with join():
-                # What is told is told in here: torchrun ends all ranks as soon as one has left.
                 options = _parser().parse_args(arguments)
-                try:
-                    options.run(options)
-                except FedssError as error:
-                    print(f"fedss {options.command}: {error}", file=sys.stderr)
-                    return 2
-        except ConfigError as error:
-            print(f"fedss: {error}", file=sys.stderr)
+                command = f"fedss {options.command}"
+                options.run(options)
+        except LostRankError as error:
+            # Whoever is left says so: it may be the first that is lost.
+            print(f"{command}: {error}", file=sys.__stderr__)
+            return 1
+        except FedssError as error:
+            print(f"{command}: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.algorithm import RowMean
+from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
@@ -15,6 +16,7 @@ from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
 
 Schedule = Literal["constant", "linear", "cosine"]
+RowStore = Literal["memory", "file"]
 EvalSplit = Literal["test", "validation"]
 
 
@@ -100,10 +102,16 @@ class Config:
         None, "moments: eigenvectors sent of a matrix; default: all of it", "wire"
     )
 
+    row_dtype: RowDtype = _option("float32", "how the server keeps class rows", "server")
+    row_store: RowStore = _option("memory", "where: in memory, or in a file on disk", "server")
+
     seed: int = _option(0, "every random draw of the run is keyed by it", "run")
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
     checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
     workers: int | None = _option(None, "threads that train clients; default: all cores", "run")
+    keep_memory: bool = _option(
+        True, "keep freed memory for the next step: faster (Linux, glibc)", "run"
+    )
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)

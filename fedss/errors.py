@@ -26,3 +26,7 @@ class DivergedError(FedssError, ArithmeticError):
     def __init__(self, message: str, client: int | None = None) -> None:
         super().__init__(message)
         self.client = client
+
+
+class LostRankError(FedssError):
+    """Another process of the same run has ended, or this one was told to."""

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,9 @@ from fedss.algorithm import (
     draw_cohort,
     run_round,
     spread_rows_out,
+    without_deltas,
 )
+from fedss.allocator import keep_freed_memory
 from fedss.build import (
     build_model,
     class_counts,
@@ -31,7 +33,7 @@ from fedss.build import (
     wire_format,
 )
 from fedss.checkpoint import load_checkpoint, save_checkpoint
-from fedss.class_rows import create_class_rows
+from fedss.class_rows import ClassRows, create_class_rows, read
 from fedss.config import Config, variant
 from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
@@ -41,15 +43,13 @@ from fedss.evaluation import embed_task, panels, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
-from fedss.moments import RowHistory, second_moment
-from fedss.optimizers import join_states
+from fedss.optimizers import with_history
 from fedss.progress import show_progress
 from fedss.ranks import Ranks, join
-from fedss.records import Record, open_records, read_records, summarise
+from fedss.records import Record, open_records, read_records, round_traffic, summarise
 from fedss.report import write_report
 from fedss.run_folder import (
     check_same_round,
-    check_shared,
     claim_comparison,
     claim_run,
     hold,
@@ -90,7 +90,7 @@ def train(
     """Train one model, or go on with it where ``out`` holds a part of the same run.
 
     Started by torchrun, its processes train the model together (:mod:`fedss.ranks`): ``out`` and
-    the pictures must be there on every host, and any number of them may go on.
+    the pictures must be there on every host, and any number of processes may go on.
 
     Args:
         config: what to do.
@@ -108,6 +108,7 @@ def train(
         DataError: pictures that cannot be read or do not fit together.
         RunFolderError: ``out`` belongs to another configuration, is damaged or cannot be written.
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
+        FedssError: another process of the run failed or is gone; the last checkpoint is kept.
     """
     label = f"{config.method} seed {config.seed}"
     with join() as ranks:
@@ -124,39 +125,30 @@ def _train(
     on_round: OnRound | None,
     ranks: Ranks,
 ) -> Run:
+    if config.keep_memory:
+        keep_freed_memory()
     data = data or load_together(config)
-    with ranks.together():
-        _, sample_size = class_counts(config, data)
-        embedder = build_model(config, data, backbone)
-        facts = describe(config, data), describe_model(embedder, sampler)
-    with ExitStack() as held:
-        with ranks.together() as done:
-            if ranks.first:
-                held.enter_context(hold(folder))
-                claim_run(folder, config, *facts)
-                done.append(bool(read_summaries(folder)))
-        with ranks.together():
-            if not ranks.first:
-                check_shared(folder)
-                claim_run(folder, config, *facts)
-        if not done[0]:
+    _, sample_size = class_counts(config, data)
+    embedder = build_model(config, data, backbone)
+    with hold(folder) if ranks.first else nullcontext():
+        facts = describe_model(embedder, sampler)
+        claim_run(folder, config, describe(config, data), facts, ranks)
+        already_done = ranks.gather(bool(read_summaries(folder)))[0]
+        if not already_done:
             with _observer(label, config.rounds, on_round, ranks) as see:
                 records = _train_rounds(config, data, embedder, sampler, folder, see, ranks)
-        with ranks.together() as summaries:
-            if ranks.first:
-                if not done[0]:
-                    about = {"method": config.method, "data": data.name}
-                    save_embedder(embedder, folder / "model", about)
-                    run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-                    summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
-                    write_json(folder / "summary.json", [summary])
-                if not (folder / "report.html").exists():
-                    write_report(folder)
-                summaries += read_summaries(folder)
-        with ranks.together():
-            embedder = load_embedder(folder / "model", backbone)
-        (summary,) = summaries
-        return Run(folder, embedder, summary, done[0])
+        if ranks.first:
+            if not already_done:
+                about = {"method": config.method, "data": data.name}
+                save_embedder(embedder, folder / "model", about)
+                run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
+                summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
+                write_json(folder / "summary.json", [summary])
+            if not (folder / "report.html").exists():
+                write_report(folder)
+        ranks.gather(None)
+        (summary,) = read_summaries(folder)
+        return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
 
 
 def load_together(config: Config) -> Dataset:
@@ -169,18 +161,18 @@ def load_together(config: Config) -> Dataset:
     """
     with join() as ranks:
         for turn in (ranks.local_rank == 0, ranks.local_rank > 0):
-            with ranks.together():
-                if turn:
-                    data = load_data(config)
+            if turn:
+                data = load_data(config)
+            ranks.gather(None)
     return data
 
 
 def _observer(
     label: str, rounds: int, on_round: OnRound | None, ranks: Ranks
 ) -> AbstractContextManager[OnRound]:
-    if on_round or not ranks.first:
-        return nullcontext(on_round or (lambda record: None))
-    return show_progress(label, rounds)
+    if not ranks.first:
+        return nullcontext(lambda record: None)
+    return nullcontext(on_round) if on_round else show_progress(label, rounds)
 
 
 def compare(
@@ -224,20 +216,18 @@ def compare(
         (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
     ]
     folder, summaries = Path(out), []
-    with join() as ranks, ExitStack() as held:
+    with join() as ranks:
         data = data or load_together(config)
-        with ranks.together():
-            for _, run in runs:
-                class_counts(run, data)
+        for _, run in runs:
+            class_counts(run, data)
+        with hold(folder) if ranks.first else nullcontext():
             if ranks.first:
-                held.enter_context(hold(folder))
                 claim_comparison(folder, config, list(methods), list(seeds))
-        for label, run in runs:
-            name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
-            title = f"{label} seed {run.seed}"
-            done = _train(run, folder / name, title, data, backbone, sampler, on_round, ranks)
-            summaries.append({**done.summary, "label": label, "folder": name})
-        with ranks.together():
+            for label, run in runs:
+                name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
+                title = f"{label} seed {run.seed}"
+                done = _train(run, folder / name, title, data, backbone, sampler, on_round, ranks)
+                summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
                 now = {summary["folder"] for summary in summaries}
                 earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
@@ -279,42 +269,45 @@ def _train_rounds(
 ) -> list[Record]:
     """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
 
-    Every rank has the same state throughout; only the first has the records, and writes.
+    Every rank has the same state throughout; only the first writes.
     """
     method, images, cohort_size = METHODS[config.method], data.train, config.clients_per_round
     optimizer = server_optimizer(config)
     if method.pooled:
         images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
-    with ExitStack() as opened:
-        with ranks.together() as rounds:
-            clients = index_clients(images)
-            num_classes, sample_size = class_counts(config, data)
-            task = evaluation_task(config, data)
-            theta_P = flatten_(embedder).theta_P
-            state = load_checkpoint(folder / "checkpoint") or _start(config, theta_P, num_classes)
-            plan = round_plan(config, num_classes, sample_size, state.round, sampler)
-            if plan.sampler.index is not None:
-                rng = generator(config.seed, "sampler index")
-                index = plan.sampler.index.build(state.class_rows.weight_ND, rng)
-                state = replace(state, sampler_index=index)
-            wire, workers = wire_format(config, embedder, num_classes), config.workers
-            engine = opened.enter_context(
-                local_engine(embedder, clients, optimizer, wire, workers, ranks)
-            )
-            records: list[Record] = []
-            if ranks.first:
-                records += read_records(folder / "records.jsonl", state.round)
-                add_record = opened.enter_context(open_records(folder, records))
-            for record in records:
-                on_round(record)
-            rounds.append(state.round)
-        check_same_round(folder, rounds)
+    clients = index_clients(images)
+    num_classes, sample_size = class_counts(config, data)
+    task = evaluation_task(config, data)
+    theta_P = flatten_(embedder).theta_P
+    rows = create_class_rows(
+        num_classes,
+        config.embedding_size,
+        optimizer.slots,
+        config.seed,
+        config.row_dtype,
+        folder if config.row_store == "file" else None,
+    )
+    state = load_checkpoint(folder / "checkpoint", rows) or _start(config, theta_P, rows)
+    plan = round_plan(config, num_classes, sample_size, state.round, sampler)
+    if plan.sampler.index is not None:
+        rng = generator(config.seed, "sampler index")
+        index = plan.sampler.index.build(read(rows, torch.arange(num_classes))[0], rng)
+        state = replace(state, sampler_index=index)
+    check_same_round(folder, ranks.gather(state.round))
+    wire = wire_format(config, embedder, num_classes)
+    records = read_records(folder / "records.jsonl", state.round)
+    for record in records:
+        on_round(record)
+    with (
+        local_engine(embedder, clients, optimizer, wire, config.workers, ranks) as engine,
+        open_records(folder, records) if ranks.first else nullcontext() as add_record,
+    ):
         while state.round < config.rounds:
             clock = _Clock()
             plan = round_plan(config, num_classes, sample_size, state.round, sampler)
             cohort = draw_cohort(clients.num_clients, cohort_size, config.seed, state.round)
             try:
-                state, whole = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
+                state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
             except DivergedError as error:
                 if error.client is None:
                     raise
@@ -333,45 +326,44 @@ def _train_rounds(
             metrics = None
             if _due(state.round, config.eval_every, config.rounds):
                 embedded = embed_task(partial(engine.embed, state.backbone_P), task)
-                with ranks.together():
-                    if ranks.first:
-                        # Between rounds all ranks' workers are idle and their cores free.
-                        with intra_op_threads(engine.workers * ranks.local_size):
-                            metrics = dataclasses.asdict(score(task, *embedded))
-                clock.lap("evaluate")
-            with ranks.together():
                 if ranks.first:
-                    moved = {**whole.traffic, "class_rows": whole.class_rows}
-                    record = {
-                        "round": state.round,
-                        "loss": whole.loss / whole.clients,
-                        "clients": whole.clients,
-                        "examples": whole.num_examples,
-                        **(dict.fromkeys(moved) if method.pooled else moved),
-                        "seconds": clock.seconds,
-                        "metrics": metrics,
-                    }
-                    due = _due(state.round, config.checkpoint_every, config.rounds)
-                    records.append(record)
-                    add_record(record, due)
-                    on_round(record)
-                    if due:
-                        save_checkpoint(folder / "checkpoint", state)
+                    # Between rounds the workers of all ranks are idle and their cores free.
+                    with intra_op_threads(engine.workers * ranks.local_size):
+                        metrics = dataclasses.asdict(score(task, *embedded))
+                clock.lap("evaluate")
+            updates = [
+                u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part
+            ]
+            moved = round_traffic(updates)
+            record = {
+                "round": state.round,
+                "loss": sum(update.loss for update in updates) / len(updates),
+                "clients": len(updates),
+                "examples": sum(update.num_examples for update in updates),
+                **(dict.fromkeys(moved) if method.pooled else moved),
+                "seconds": clock.seconds,
+                "metrics": metrics,
+            }
+            due = _due(state.round, config.checkpoint_every, config.rounds)
+            records.append(record)
+            if add_record:
+                add_record(record, due)
+            on_round(record)
+            if due and ranks.first:
+                save_checkpoint(folder / "checkpoint", state)
+            elif due:
+                state.class_rows.changed.clear()
         theta_P.copy_(state.backbone_P)
         shown = panels(partial(engine.embed, state.backbone_P), task, config.data_seed)
-        with ranks.together():
-            if ranks.first:
-                write_file(folder / "retrieval.npz", shown)
+        if ranks.first:
+            write_file(folder / "retrieval.npz", shown)
     return records
 
 
-def _start(config: Config, theta_P: torch.Tensor, num_classes: int) -> ServerState:
-    optimizer, dim = server_optimizer(config), config.embedding_size
-    rng = generator(config.seed, "class rows")
-    rows = create_class_rows(num_classes, dim, optimizer.slots, rng)
+def _start(config: Config, theta_P: torch.Tensor, rows: ClassRows) -> ServerState:
+    optimizer = server_optimizer(config)
     if METHODS[config.method].moments:
-        history = RowHistory(second_moment(join_states(rows.weight_ND, rows.slots)))
-        rows = replace(rows, history=history)
+        rows = with_history(rows)
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     return ServerState(theta_P.clone(), slots, rows, round=0)
 

@@ -3,57 +3,47 @@
 Every rank runs the same program on the same server state, class rows and all, so each needs the
 memory of a whole server. A round is shared out: each rank trains a part of the cohort, the sums
 over clients are added up over the ranks, and every rank takes the same server step. Only the first
-rank writes and speaks. (Tensors meet on the CPU, by gloo.)
+rank writes and speaks.
+
+Sums are added up where they lie: by gloo on the CPU, by nccl on a GPU. All of fedss's state lies
+on the CPU today, so it is gloo that adds up.
 """
 
+import copy
 import heapq
-import itertools
 import os
-import pickle
 import signal
-import socket
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedss.errors import ConfigError, FedssError
+from fedss.errors import ConfigError, FedssError, LostRankError
 
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
+T = TypeVar("T")
 
-# Seconds between two signs of life; and how many a rank must miss to count as gone once something
-# is amiss, and to end the run by its silence alone.
-_BEAT, _GONE, _SILENT = 0.5, 8, 120
-# Seconds until all ranks must have started.
-_PATIENCE = 600
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The longest that ranks wait for one of them: pictures are decoded for the first time meanwhile,
+# or the first rank evaluates. It also bounds how long a host without power is waited for.
+_PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that train together.
 
-    ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on this host. ``names`` says
-    where each rank runs, ``missed`` how many signs of life of each have not come.
+    ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on this host.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    names: Sequence[str] = ()
-    missed: Sequence[int] = ()
 
     @property
     def first(self) -> bool:
@@ -70,51 +60,121 @@ class Ranks:
         cores = len(usable(0)) if usable else os.cpu_count() or 1
         return max(1, cores // self.local_size)
 
-    @contextmanager
-    def together(self) -> Iterator[list[Any]]:
-        """A block that ends at all ranks or at none. Nothing in it may wait for other ranks.
-
-        Gives a list: what this rank puts in comes back with what the others put in, by rank, the
-        same at all of them. It is pickled.
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives, by rank, at all of them; pickled.
 
         Raises:
-            FedssError: at every rank, if the block raised anything at one of them: there the error
-                itself, elsewhere a copy that names the rank. Of several the first rank's counts.
+            FedssError: a rank has left :func:`join` by an error; it is raised at all others too.
+            LostRankError: a rank is gone.
         """
-        told: list[Any] = []
-        mine: Exception | None = None
-        try:
-            yield told
-        except Exception as error:
-            if self.size == 1:
-                raise
-            mine = error
-        if self.size == 1:
-            return
-        found: list[Any] = [None] * self.size
-        message = (told, mine and _copy(mine, f"rank {self.rank} ({self.names[self.rank]})"))
-        self._meet(lambda: dist.all_gather_object(found, message))
-        for rank, (_, raised) in enumerate(found):
-            if raised is not None:
-                raise mine if mine is not None and rank == self.rank else raised
-        told[:] = [value for values, _ in found for value in values]
+        return [value] if self.size == 1 else self._meet(value)
 
     def add_up(self, sums: Tensor) -> Tensor:
-        """Sum over the ranks, in place: the same bits at every one (torch promises it)."""
+        """Sum over the ranks, in place: the same bits at every one. Raises as :meth:`gather`."""
         if self.size > 1:
-            self._meet(lambda: dist.all_reduce(sums))
+            self._meet(None)
+            with self._unless_lost():
+                dist.all_reduce(sums)
         return sums
 
-    def _meet(self, collective: Callable[[], object]) -> None:
-        if _ending.locked():
-            _end(self, "")
+    def _meet(self, value: Any, error: FedssError | None = None) -> list[Any]:
+        """Every meeting of the ranks starts here, so that an error is heard wherever others are."""
+        found: list[Any] = [None] * self.size
+        with self._unless_lost():
+            dist.all_gather_object(found, (value, error))
+        for _, raised in found:
+            if raised is not None:
+                dist.destroy_process_group()
+                raise raised
+        return [value for value, _ in found]
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
         try:
-            collective()
+            yield
         except RuntimeError as error:
-            _end(self, f"the ranks lost each other ({str(error).splitlines()[0]})")
+            dist.destroy_process_group()
+            raise _lost(self, f"another rank ended ({str(error).splitlines()[0]})") from error
 
 
 ALONE = Ranks()
+
+
+def this_rank() -> Ranks:
+    """What torchrun's environment says of this process; :data:`ALONE` without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
+    )
+    return ALONE if size == 1 else Ranks(rank, size, local_rank, local_size)
+
+
+@contextmanager
+def join() -> Iterator[Ranks]:
+    """Meet the other ranks, for a ``with`` block that ends at all of them or at none.
+
+    An error that ends the block at one rank ends it at all: there it is raised itself, elsewhere
+    a copy that names the rank. A rank that is lost, and SIGTERM, by which torchrun ends the others
+    when one is, become a :class:`LostRankError`. Inside another such block, nothing happens.
+
+    Raises:
+        ConfigError: a part of torchrun's environment is missing, or of the ranks.
+    """
+    ranks = this_rank()
+    if ranks.size == 1 or dist.is_initialized():
+        yield ranks
+        return
+    try:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks.size}, but these ranks do not meet ({error}): start the command "
+            "with torchrun, all ranks at once, or unset WORLD_SIZE"
+        ) from error
+    # A program may have a handler of its own, and only the main thread can set one.
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _told_to_end)
+    try:
+        yield ranks
+        ranks.gather(None)
+    except BaseException as error:
+        if ours:
+            # Other ranks may end first, and torchrun must not cut short what this one has to say.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if isinstance(error, Exception | SystemExit) and dist.is_initialized():
+            with suppress(FedssError):
+                ranks._meet(None, _as_told(error, ranks.rank))
+        raise
+    else:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _as_told(error: BaseException, rank: int) -> FedssError:
+    """The error as other ranks raise it."""
+    if not isinstance(error, FedssError):
+        return FedssError(f"rank {rank} failed with {type(error).__name__}: {error}")
+    told = copy.copy(error)
+    told.args = (f"rank {rank}: {error}",)
+    return told
+
+
+def _told_to_end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise _lost(this_rank(), "told to end (SIGTERM), as torchrun does when another rank ended")
+
+
+def _lost(ranks: Ranks, cause: str) -> LostRankError:
+    return LostRankError(
+        f"rank {ranks.rank} of {ranks.size}: {cause}; start the same command again, with any "
+        "number of ranks: it goes on from the last checkpoint, if there is one"
+    )
 
 
 def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
@@ -131,184 +191,3 @@ def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
         heapq.heapreplace(loads, (load + weights[position], rank))
         shares[rank].append(position)
     return [sorted(share) for share in shares]
-
-
-def speaks() -> bool:
-    """Whether this process has torchrun's environment for the first rank, or none."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-_joined: list[Ranks] = []
-_meetings = itertools.count()
-
-
-@lru_cache(maxsize=1)
-def _rendezvous() -> "tuple[Store, int, int]":
-    """Where ranks find each other, this rank, and their number: once in the life of a process."""
-    from torch.distributed.rendezvous import rendezvous
-
-    store, rank, size = next(rendezvous("env://"))
-    return store, rank, size
-
-
-def _sign(rank: int) -> str:
-    return f"signs of life/{rank}"
-
-
-@contextmanager
-def join() -> Iterator[Ranks]:
-    """Meet the other ranks that torchrun's environment speaks of; :data:`ALONE` without it.
-
-    Inside, the loss of any rank ends the process with status 1, and one rank says which was lost
-    and how to go on. That is no exception, since the main thread may sit in an operation that
-    nothing interrupts. Ranks of a host that is still up are missed at once, others after a minute.
-
-    Raises:
-        ConfigError: only a part of the environment is there, or of the ranks.
-    """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if _joined or size == 1:
-        yield _joined[0] if _joined else ALONE
-        return
-    missing = [name for name in _ENVIRONMENT if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set: start the command with "
-            "torchrun, or unset WORLD_SIZE"
-        )
-    # Here, since not every build of torch has them.
-    from torch.distributed.distributed_c10d import PrefixStore
-
-    meeting, rank, size = _rendezvous()
-    store = PrefixStore(f"fedss/{next(_meetings)}", meeting)
-    store.set(_sign(rank), "0")
-    try:
-        store.wait([_sign(other) for other in range(size)], timedelta(seconds=_PATIENCE))
-    except RuntimeError as error:
-        raise ConfigError(
-            f"not all of {size} ranks have come to {os.environ['MASTER_ADDR']} within "
-            f"{_PATIENCE // 60} minutes: start as many as WORLD_SIZE says, all at once"
-        ) from error
-    # Who is gone is found out by listening; who is there may take any time.
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(days=365)
-    )
-    names: list[Any] = [None] * size
-    dist.all_gather_object(names, f"process {os.getpid()} at {socket.gethostname()}")
-    missed, over = [0] * size, threading.Event()
-    ranks = Ranks(
-        rank,
-        size,
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        names,
-        missed,
-    )
-    listener = threading.Thread(target=_listen, args=(ranks, missed, store, over), daemon=True)
-    listener.start()
-    _joined.append(ranks)
-    complete = True
-    try:
-        with _sigterm(lambda: _end(ranks, "told to end (SIGTERM)")):
-            yield ranks
-    except BaseException as error:
-        complete = isinstance(error, SystemExit)
-        raise
-    finally:
-        if complete:
-            # So that nobody leaves while another still has something to say.
-            with suppress(RuntimeError):
-                dist.monitored_barrier(timeout=timedelta(seconds=_SILENT * _BEAT))
-        over.set()
-        listener.join()
-        _joined.clear()
-        dist.destroy_process_group()
-
-
-def _copy(error: Exception, name: str) -> FedssError:
-    """The error as other ranks raise it."""
-    message = f"{name}: {error}"
-    if isinstance(error, FedssError):
-        with suppress(Exception):
-            copied: FedssError = pickle.loads(pickle.dumps(error))
-            copied.args = (message,)
-            return copied
-        return FedssError(message)
-    return FedssError(f"{name} failed with {type(error).__name__}: {error}")
-
-
-def _listen(ranks: Ranks, missed: list[int], store: "Store", over: threading.Event) -> None:
-    """Give signs of life and listen for those of the others, until ``over``.
-
-    Silence is counted in this rank's own beats: where all were halted and go on, nobody is lost.
-    """
-    keys = [_sign(rank) for rank in range(ranks.size)]
-    last: list[Any] = [None] * ranks.size
-
-    def beat(number: int) -> list[Any]:
-        store.set(keys[ranks.rank], str(number))
-        return list(store.multi_get(keys))
-
-    # In a thread, since nothing else ends the wait for a store whose host has lost its power.
-    with ThreadPoolExecutor(1) as pool:
-        for number in itertools.count(1):
-            try:
-                found = pool.submit(beat, number).result(_SILENT * _BEAT)
-            except (RuntimeError, TimeoutError):
-                # At the end of a run it is no loss.
-                if not over.wait(_GONE * _BEAT):
-                    missed[:] = [_SILENT] * ranks.size
-                    _end(ranks, "")
-                return
-            for rank in range(ranks.size):
-                missed[rank] = missed[rank] + 1 if found[rank] == last[rank] else 0
-            last = found
-            if max(missed) > _SILENT:
-                _end(ranks, "")
-            if over.wait(_BEAT):
-                return
-
-
-@contextmanager
-def _sigterm(action: Callable[[], None]) -> Iterator[None]:
-    """Act on SIGTERM, by which torchrun ends the others when a rank is gone, unless the program
-    has a handler of its own or this is not its main thread."""
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if ours:
-        # In a thread: it has to wait, and the main thread may be anywhere.
-        signal.signal(
-            signal.SIGTERM, lambda *_: threading.Thread(target=action, daemon=True).start()
-        )
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-_ending = threading.Lock()
-
-
-def _end(ranks: Ranks, cause: str) -> None:
-    """End this process; the first of those left says why."""
-    if not _ending.acquire(blocking=False):
-        time.sleep(_SILENT * _BEAT)  # another thread is at it
-    time.sleep((_GONE + 2) * _BEAT)
-    lost = [rank for rank, missed in enumerate(ranks.missed) if missed >= _GONE]
-    left = [rank for rank in range(ranks.size) if rank not in lost]
-    if ranks.rank == (left or [ranks.rank])[0]:
-        if not left:
-            cause = "torchrun (or rank 0, if it was started in another way) is gone"
-        elif lost:
-            gone = ", ".join(f"rank {rank} ({ranks.names[rank]})" for rank in lost)
-            cause = f"{gone} of {ranks.size} ended, was killed or cannot be reached"
-        print(
-            f"fedss: {cause}; start the same command again, with any number of ranks: it goes on "
-            "from the last checkpoint, if there is one",
-            file=sys.__stderr__,
-            flush=True,
-        )
-    os._exit(1)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedss.algorithm import ClientUpdate
 from fedss.errors import RunFolderError
 from fedss.wire import PARTS
 
@@ -15,6 +16,12 @@ Record = dict[str, Any]
 |S_k|), bytes over the cohort as serialised (``bytes_down``, ``bytes_up`` and their parts
 ``backbone_bytes_*``, ``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase,
 ``metrics`` or None."""
+
+
+def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
+    """Bytes of all messages of a round, as the engine counted them, and |S_k| summed up."""
+    counted = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
+    return {**counted, "class_rows": sum(len(update.ids_S) for update in updates)}
 
 
 def read_records(path: Path, rounds: int) -> list[Record]:

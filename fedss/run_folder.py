@@ -15,9 +15,17 @@ from filelock import FileLock, Timeout
 from fedss.config import OPTIONS, Config
 from fedss.errors import RunFolderError
 from fedss.files import read_json, remove_litter, write_json, writing
+from fedss.ranks import Ranks
 
 # What may differ between a run and its continuation: nothing that decides the weights.
-_FREE_FIELDS = ("workers", "checkpoint_every", "data_path", "skip_broken")
+_FREE_FIELDS = (
+    "workers",
+    "keep_memory",
+    "checkpoint_every",
+    "row_store",
+    "data_path",
+    "skip_broken",
+)
 _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
 
 
@@ -47,38 +55,37 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def claim_run(
-    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any]
+    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any], ranks: Ranks
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
+
+    The first rank does so, and the others check what they find then.
 
     Args:
         folder: the run folder.
         config: the run's configuration; a data path is stored as an absolute one.
         data: what :func:`fedss.describe.describe` says of the data.
         model: what is known of the model's structure.
+        ranks: the processes of this run.
 
     Raises:
         RunFolderError: the folder holds another run (names the fields that differ), a
-            comparison, or a run whose configuration is gone.
+            comparison, or a run whose configuration is gone; or not all ranks see the folder.
     """
     content = {"config": _stored(config), "data": dict(data), "model": dict(model)} | _versions()
+    if not ranks.first:
+        ranks.gather(None)
+        if not (folder / "config.json").exists():
+            raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
     found = _claimed(folder)
     if found is None:
         write_json(folder / "config.json", content)
-        return
-    if "methods" in found:
+    elif "methods" in found:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
-    _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
-
-
-def check_shared(folder: Path) -> None:
-    """Whether a rank sees the run folder that the first rank has claimed.
-
-    Raises:
-        RunFolderError: it does not.
-    """
-    if not (folder / "config.json").exists():
-        raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
+    else:
+        _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+    if ranks.first:
+        ranks.gather(None)
 
 
 def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
@@ -88,10 +95,9 @@ def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
         RunFolderError: they do not.
     """
     if len(set(rounds)) > 1:
-        found = ", ".join(f"rank {rank} of round {round}" for rank, round in enumerate(rounds))
         raise RunFolderError(
-            f"{folder}: the ranks found different checkpoints ({found}); {_SHARE}. If it is one, "
-            "it lags behind: start again in a minute"
+            f"{folder}: the ranks found checkpoints of rounds {', '.join(map(str, rounds))}; "
+            f"{_SHARE}. If it is one, it lags behind: start again in a minute"
         )
 
 

@@ -140,7 +140,7 @@ def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpda
     if shift:
         matrix_DD = decode_symmetric(_under("moments.matrix", message), wire.dim)
         row_map = RowMap(decode_rows(shift, wire.dim)[0], matrix_DD)
-    ids = message.get("ids", torch.arange(wire.num_classes))
+    ids = message["ids"] if "ids" in message else torch.arange(wire.num_classes)
     return ClientUpdate(
         client,
         decode_backbone(_under("backbone", message), wire.layout),

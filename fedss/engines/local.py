@@ -2,7 +2,8 @@
 
 Threads share the pictures and the server's state; each has one model of its own, loaded anew for
 every client. Every client's update depends on its own inputs alone, so the number of workers does
-not change a bit of the result.
+not change a bit of the result. Where several ranks train, each has such an engine for its share of
+every cohort.
 """
 
 import copy
@@ -29,7 +30,7 @@ from fedss.algorithm import (
     train_client,
 )
 from fedss.data import ClientIndex
-from fedss.models import Embedder, embed_pixels, flatten_
+from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks, share_out
 from fedss.seeds import generator
@@ -87,7 +88,8 @@ class LocalEngine:
         share = self._share(cohort, own_K, plan.local)
         if not share:
             return iter(())
-        samples = choose_classes(plan, state, cohort, own_K, share)
+        dealt_K = choose_classes(plan, state, cohort, own_K)
+        samples = [dealt_K[i] for i in share]
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
         received = decode_broadcast(self.wire, to_all)
         ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))
@@ -117,14 +119,11 @@ class LocalEngine:
     def _share(
         self, cohort: np.ndarray, own_K: Sequence[np.ndarray], local: LocalTraining
     ) -> list[int]:
-        """Positions in the cohort of this rank's clients: shares are as equal in work as is easy.
+        """Positions in the cohort of this rank's clients, by the pictures they will train on.
 
         Every rank knows every client's pictures of own classes, so all come to the same shares.
         """
-        if self.ranks.size == 1:
-            return list(range(len(cohort)))
-        labels_N = self.clients.images.labels
-        work_K = []
+        labels_N, work_K = self.clients.images.labels, []
         for client, own_P in zip(cohort.tolist(), own_K, strict=True):
             used = int(np.isin(labels_N[self.clients.examples(client)], own_P).sum())
             # Where each client takes so many steps, they cost the same whatever it holds.
@@ -141,9 +140,8 @@ class LocalEngine:
                 h_BD = embed_pixels(model.embedder, pixels[start : start + block])
                 h_ND[start : start + block] = h_BD
 
-        with self.ranks.together():
-            first, step = self.ranks.rank * block, self.ranks.size * block
-            list(self.pool.map(embed_block, range(first, len(pixels), step)))
+        first, step = self.ranks.rank * block, self.ranks.size * block
+        list(self.pool.map(embed_block, range(first, len(pixels), step)))
         return self.ranks.add_up(h_ND)
 
     @contextmanager
@@ -172,20 +170,24 @@ def local_engine(
         clients: the training pictures by client.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded.
-        workers: number of threads; None: a thread for each core that this rank may use.
-        ranks: among whom cohorts are shared out, by the pictures that clients will train on.
+        workers: number of threads; None: as many as this rank may keep busy.
+        ranks: the processes that cohorts are shared out among.
     """
     workers = workers or ranks.cores
     replicas: SimpleQueue[Replica] = SimpleQueue()
+    embedder = copy.deepcopy(embedder).train()
+    pool_before_relu_(embedder, torch.from_numpy(np.array(clients.images.pixels[:2])))
     for _ in range(workers):
-        model = copy.deepcopy(embedder).train()
+        model = copy.deepcopy(embedder)
         flat = flatten_(model)
         replicas.put(Replica(model, flat.theta_P, flat.grad_P, clients.images.pixels))
-    with (
-        intra_op_threads(1),
-        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas, ranks)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with intra_op_threads(1):
+        try:
+            yield LocalEngine(clients, optimizer, wire, workers, pool, replicas, ranks)
+        finally:
+            # After an error, what it says must not wait for clients that still train.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ randomness in the forward pass, a known output size. `flatten_` then gives θ as
 from fedss.models.backbones import conv4
 from fedss.models.embedder import Embedder, EmbedderSpec, build_embedder, embed_pixels
 from fedss.models.flat import FlatParameters, flatten_
+from fedss.models.layout import pool_before_relu_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
 from fedss.models.saving import load_embedder, save_embedder
 
@@ -22,6 +23,7 @@ __all__ = [
     "flatten_",
     "freeze_batch_norm",
     "load_embedder",
+    "pool_before_relu_",
     "replace_batch_norm",
     "save_embedder",
 ]

@@ -1,6 +1,7 @@
 """What a backbone must be for federated training; every refusal says what to do instead."""
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -70,8 +71,7 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
     Functional and attention dropout move the generator. A counter or running mean of a module's own
     is in no message: each worker's copy would go its own way.
     """
-    images_BCHW = torch.linspace(-1, 1, 2 * channels * image_size**2)
-    images_BCHW = images_BCHW.reshape(2, channels, image_size, image_size)
+    images_BCHW = probe_pictures(channels, image_size)
     body = copy.deepcopy(body).train()
     buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
     before = torch.get_rng_state()
@@ -96,6 +96,12 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
             "the server, so that results would depend on which worker saw which pictures: leave "
             "them as they are in forward, or set them once before training"
         )
+
+
+def probe_pictures(channels: int, image_size: int) -> Tensor:
+    """Two pictures, float32 from -1 to 1, to try a backbone on."""
+    shape = (2, channels, image_size, image_size)
+    return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
 
 def output_size(body: nn.Module, channels: int, image_size: int) -> int:

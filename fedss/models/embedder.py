@@ -24,6 +24,7 @@ from fedss.models.checks import (
     refuse_hidden_state,
     refuse_lazy_layers,
 )
+from fedss.models.layout import channels_last, channels_last_pays
 from fedss.models.norms import freeze_batch_norm, replace_batch_norm
 
 
@@ -53,7 +54,8 @@ class Embedder(nn.Module):
 
     f is the backbone, A the projection without bias (a bias would move all embeddings towards one
     common direction), or nothing where the backbone's own size is wanted. `mean` and `std` [C] are
-    buffers: saved with the model, not trained, not sent.
+    buffers: saved with the model, not trained, not sent. With `channels_last` the backbone gets its
+    pictures in that layout, which changes results by rounding alone.
 
     Made by `build_embedder`, which checks what this class takes for granted.
     """
@@ -69,9 +71,11 @@ class Embedder(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         spec: EmbedderSpec,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.channels_last = channels_last
         self.backbone = backbone
         self.projection = projection
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
@@ -104,6 +108,8 @@ class Embedder(nn.Module):
         else:
             raise ValueError(f"pixels must be uint8 or floating point, not {pixels_BCHW.dtype}")
         scaled_BCHW = (pixels_BCHW - self.mean[:, None, None]) / self.std[:, None, None]
+        if self.channels_last:
+            scaled_BCHW = channels_last(scaled_BCHW)
         return nn.functional.normalize(self.projection(self.backbone(scaled_BCHW)), dim=1)
 
 
@@ -168,7 +174,8 @@ def assemble(backbone: str | nn.Module, spec: EmbedderSpec, seed: int, download:
         if spec.backbone is not None or features != spec.embedding_size:
             projection = nn.Linear(features, spec.embedding_size, bias=False)
             nn.init.kaiming_normal_(projection.weight, nonlinearity="linear")
-        return Embedder(body, projection, mean=mean, std=std, spec=spec)
+        layout = channels_last_pays(body, spec.channels, spec.image_size)
+        return Embedder(body, projection, mean=mean, std=std, spec=spec, channels_last=layout)
 
 
 def _pixel_statistics(body: nn.Module, spec: EmbedderSpec) -> tuple[list[float], list[float]]:
