@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -25,20 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Where torchrun has started several of it, the first speaks for all.
     """
-    command = "fedss"
-    with nullcontext() if this_rank().first else _silence():
+    ranks, command = this_rank(), "fedss"
+    with nullcontext() if ranks.first else _silence():
         try:
             with join():
                 options = _parser().parse_args(arguments)
                 command = f"fedss {options.command}"
                 options.run(options)
-        except LostRankError as error:
-            # Whoever is left says so: it may be the first that is lost.
-            print(f"{command}: {error}", file=sys.__stderr__)
-            return 1
         except FedssError as error:
-            print(f"{command}: {error}", file=sys.stderr)
-            return 2
+            if ranks.size > 1:
+                # torchrun tells the others to end as soon as one has: not before this is said.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            lost = isinstance(error, LostRankError)
+            # Whoever is left speaks then: it may be the first that is gone.
+            print(f"{command}: {error}", file=sys.__stderr__ if lost else sys.stderr)
+            return 1 if lost else 2
         except KeyboardInterrupt:
             print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)
             return 130

@@ -28,5 +28,9 @@ class DivergedError(FedssError, ArithmeticError):
         self.client = client
 
 
-class LostRankError(FedssError):
-    """Another process of the same run has ended, or this one was told to."""
+class RankError(FedssError):
+    """Another process of the same run has failed, and its message is this one's."""
+
+
+class LostRankError(RankError):
+    """Another process of the same run has ended without a word, or this one was told to end."""

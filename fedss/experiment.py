@@ -146,8 +146,7 @@ def _train(
                 write_json(folder / "summary.json", [summary])
             if not (folder / "report.html").exists():
                 write_report(folder)
-        ranks.gather(None)
-        (summary,) = read_summaries(folder)
+        (summary,) = ranks.gather(read_summaries(folder))[0]
         return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
 
 

@@ -1,15 +1,13 @@
 """Ranks: processes that train one model together, started by torchrun on one host or several.
 
-Every rank runs the same program on the same server state, class rows and all, so each needs the
-memory of a whole server. A round is shared out: each rank trains a part of the cohort, the sums
-over clients are added up over the ranks, and every rank takes the same server step. Only the first
-rank writes and speaks.
+Every rank runs the same program on the same server state, class rows and all. A round is shared
+out: each rank trains a part of the cohort, the sums over clients are added up over the ranks, and
+every rank takes the same server step. Only the first rank writes and speaks.
 
-Sums are added up where they lie: by gloo on the CPU, by nccl on a GPU. All of fedss's state lies
-on the CPU today, so it is gloo that adds up.
+Sums are added up where they lie, by gloo on the CPU and by nccl on a GPU. So far all of fedss's
+state lies on the CPU.
 """
 
-import copy
 import heapq
 import os
 import signal
@@ -24,21 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedss.errors import ConfigError, FedssError, LostRankError
+from fedss.errors import ConfigError, FedssError, LostRankError, RankError
 
 T = TypeVar("T")
 
-# The longest that ranks wait for one of them: pictures are decoded for the first time meanwhile,
-# or the first rank evaluates. It also bounds how long a host without power is waited for.
+# The longest that ranks wait for one of them, which may decode pictures or evaluate meanwhile;
+# and so for a host that has lost its power.
 _PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together.
-
-    ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on this host.
-    """
+    """This process: ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on its host."""
 
     rank: int = 0
     size: int = 1
@@ -52,8 +47,8 @@ class Ranks:
 
     @property
     def cores(self) -> int:
-        """How many threads this rank may keep busy: as many as torch would use; where ranks share
-        a host, its share of the cores, since torchrun then tells torch to use one thread."""
+        """Threads that this rank may keep busy. (torchrun tells torch to use one, so a rank among
+        several takes its share of the host's cores instead of torch's word.)"""
         if self.size == 1:
             return torch.get_num_threads()
         usable = getattr(os, "sched_getaffinity", None)
@@ -61,11 +56,10 @@ class Ranks:
         return max(1, cores // self.local_size)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank gives, by rank, at all of them; pickled.
+        """What each rank gives, by rank, at all of them; it is pickled.
 
         Raises:
-            FedssError: a rank has left :func:`join` by an error; it is raised at all others too.
-            LostRankError: a rank is gone.
+            RankError: another rank has left :func:`join` by an error, or is gone.
         """
         return [value] if self.size == 1 else self._meet(value)
 
@@ -73,28 +67,19 @@ class Ranks:
         """Sum over the ranks, in place: the same bits at every one. Raises as :meth:`gather`."""
         if self.size > 1:
             self._meet(None)
-            with self._unless_lost():
+            with _unless_lost():
                 dist.all_reduce(sums)
         return sums
 
-    def _meet(self, value: Any, error: FedssError | None = None) -> list[Any]:
-        """Every meeting of the ranks starts here, so that an error is heard wherever others are."""
+    def _meet(self, value: Any, failed: str | None = None) -> list[Any]:
+        # Every meeting starts here, so that a failure is heard wherever the others are.
         found: list[Any] = [None] * self.size
-        with self._unless_lost():
-            dist.all_gather_object(found, (value, error))
-        for _, raised in found:
-            if raised is not None:
-                dist.destroy_process_group()
-                raise raised
+        with _unless_lost():
+            dist.all_gather_object(found, (value, failed))
+        for rank, (_, message) in enumerate(found):
+            if message is not None:
+                raise RankError(f"rank {rank}: {message}")
         return [value for value, _ in found]
-
-    @contextmanager
-    def _unless_lost(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            dist.destroy_process_group()
-            raise _lost(self, f"another rank ended ({str(error).splitlines()[0]})") from error
 
 
 ALONE = Ranks()
@@ -102,28 +87,46 @@ ALONE = Ranks()
 
 def this_rank() -> Ranks:
     """What torchrun's environment says of this process; :data:`ALONE` without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
-    )
-    return ALONE if size == 1 else Ranks(rank, size, local_rank, local_size)
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    found = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    return ALONE if found.size == 1 else found
+
+
+_joined: list[Ranks] = []
 
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """Meet the other ranks, for a ``with`` block that ends at all of them or at none.
+    """Train together with the other ranks, for a ``with`` block that ends well at all or at none.
 
     An error that ends the block at one rank ends it at all: there it is raised itself, elsewhere
-    a copy that names the rank. A rank that is lost, and SIGTERM, by which torchrun ends the others
-    when one is, become a :class:`LostRankError`. Inside another such block, nothing happens.
+    as a :class:`RankError`. A rank that is gone, and SIGTERM, by which torchrun ends the others
+    then, become a :class:`LostRankError`. Inside another such block, nothing happens.
 
     Raises:
         ConfigError: a part of torchrun's environment is missing, or of the ranks.
     """
     ranks = this_rank()
-    if ranks.size == 1 or dist.is_initialized():
+    if ranks.size == 1 or _joined:
         yield ranks
         return
+    if not dist.is_initialized():
+        _find_each_other(ranks)
+    _joined.append(ranks)
+    try:
+        yield ranks
+        ranks.gather(None)
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, RankError):
+            kind = "" if isinstance(error, FedssError) else f"{type(error).__name__}: "
+            with suppress(RankError):
+                ranks._meet(None, f"{kind}{error}")
+        raise
+    finally:
+        _joined.clear()
+
+
+def _find_each_other(ranks: Ranks) -> None:
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)
@@ -134,43 +137,26 @@ def join() -> Iterator[Ranks]:
         ) from error
     # A program may have a handler of its own, and only the main thread can set one.
     main = threading.current_thread() is threading.main_thread()
-    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, _told_to_end)
-    try:
-        yield ranks
-        ranks.gather(None)
-    except BaseException as error:
-        if ours:
-            # Other ranks may end first, and torchrun must not cut short what this one has to say.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if isinstance(error, Exception | SystemExit) and dist.is_initialized():
-            with suppress(FedssError):
-                ranks._meet(None, _as_told(error, ranks.rank))
-        raise
-    else:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)
 
 
-def _as_told(error: BaseException, rank: int) -> FedssError:
-    """The error as other ranks raise it."""
-    if not isinstance(error, FedssError):
-        return FedssError(f"rank {rank} failed with {type(error).__name__}: {error}")
-    told = copy.copy(error)
-    told.args = (f"rank {rank}: {error}",)
-    return told
-
-
-def _told_to_end(number: int, frame: object) -> None:
+def _end(number: int, frame: object) -> None:
     signal.signal(number, signal.SIG_IGN)
-    raise _lost(this_rank(), "told to end (SIGTERM), as torchrun does when another rank ended")
+    raise _lost("told to end (SIGTERM), as torchrun does when another rank ended")
 
 
-def _lost(ranks: Ranks, cause: str) -> LostRankError:
+@contextmanager
+def _unless_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        dist.destroy_process_group()  # so that no other waits for this one
+        raise _lost(f"another rank ended ({str(error).splitlines()[0]})") from error
+
+
+def _lost(cause: str) -> LostRankError:
+    ranks = this_rank()
     return LostRankError(
         f"rank {ranks.rank} of {ranks.size}: {cause}; start the same command again, with any "
         "number of ranks: it goes on from the last checkpoint, if there is one"
@@ -181,8 +167,7 @@ def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
     """Positions for each of ``size`` ranks, sorted, with sums of weights as equal as is easy.
 
     The heaviest goes first, always to the rank with the least so far (Graham 1969: at most
-    ``4/3 - 1/(3 size)`` times the smallest possible largest sum). Nothing is drawn: every rank
-    comes to the same shares. O(K log K).
+    ``4/3 - 1/(3 size)`` times the smallest possible largest sum). O(K log K).
     """
     shares: list[list[int]] = [[] for _ in range(size)]
     loads = [(0, rank) for rank in range(size)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fedss
-from fedss import algorithm, experiment, ranks
+from fedss import algorithm, experiment
 from fedss.algorithm import ServerState
 from fedss.cli import main
 from tests import reference
@@ -35,14 +35,12 @@ class Rank:
     found: Any
 
 
-def launch(
-    size: int, job: Callable[..., Any], *arguments: Any, halted: int | None = None
-) -> list[Rank]:
-    """Run ``job(*arguments)`` at each rank until all have ended; one that halts does not."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+def launch(size: int, job: Callable[..., Any], *arguments: Any) -> list[Rank]:
+    """Run ``job(*arguments)`` at each rank until all have ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         started = []
         for rank in range(size):
             environment = {
@@ -57,16 +55,12 @@ def launch(
             process = PROCESSES.Process(target=_be, args=(environment, files, job, arguments))
             process.start()
             started.append((process, files))
-        for rank, (process, (output, _)) in enumerate(started):
-            if rank != halted:
-                process.join(600)
-                hangs = process.is_alive()
-                process.kill()
-                assert not hangs, f"rank {rank} hangs; it said: {output.read_text()}"
         ended = []
         for process, (output, found) in started:
+            process.join(60)
+            hangs = process.is_alive()
             process.kill()
-            process.join()
+            assert not hangs, f"a rank hangs; it said: {output.read_text()}"
             text = found.read_text() if found.exists() else "null"
             ended.append(Rank(process.exitcode or 0, output.read_text(), json.loads(text)))
         return ended
@@ -90,7 +84,7 @@ def digest(state: ServerState) -> str:
     """Of every number of the server's state."""
     rows, content = state.class_rows, hashlib.sha256()
     tensors = [state.backbone_P, *state.backbone_slots.values()]
-    tensors += [rows.weight_ND, *rows.slots.values(), rows.updated_N]
+    tensors += [reference.whole(rows), *rows.slots.values(), rows.updated_N]
     if rows.history is not None:
         tensors += [rows.history.second_ZZ, *rows.history.maps.values()]
     for tensor in tensors:
@@ -99,25 +93,22 @@ def digest(state: ServerState) -> str:
 
 
 def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
-    """Train each; by name: the state's digest after each round, and examples of this rank."""
+    """Train each. By name: the run's summary, and for each round the state's digest, the examples
+    of this rank's clients, and how many rows were noted as changed before it."""
     found: dict[str, Any] = {}
-    run_round, tally = experiment.run_round, algorithm.tally
+    run_round = experiment.run_round
 
-    def watched_round(*arguments: Any) -> Any:
-        found[name]["examples"].append([])
-        state, whole = run_round(*arguments)
-        found[name]["digests"].append(digest(state))
-        return state, whole
+    def watched(engine: Any, optimizer: Any, state: ServerState, *rest: Any) -> Any:
+        changed = sum(map(len, state.class_rows.changed))
+        state, updates = run_round(engine, optimizer, state, *rest)
+        examples = [update.num_examples for update in updates]
+        found[name]["rounds"].append([digest(state), examples, changed])
+        return state, updates
 
-    def watched_tally(update: Any) -> Any:
-        found[name]["examples"][-1].append(update.num_examples)
-        return tally(update)
-
-    experiment.run_round, algorithm.tally = watched_round, watched_tally
+    experiment.run_round = watched
     for name, config in configs.items():
-        found[name] = {"digests": [], "examples": []}
-        run = fedss.train(config, folder / name, **tiny())
-        found[name]["summary"] = run.summary
+        found[name] = {"rounds": []}
+        found[name]["summary"] = fedss.train(config, folder / name, **tiny()).summary
     return found
 
 
@@ -126,9 +117,15 @@ def tiny() -> dict[str, Any]:
     return {"data": reference.tiny_dataset(), "backbone": reference.tiny_backbone()}
 
 
-def command(*words: str) -> int:
-    """A ``fedss`` command; its exit code."""
-    return main(list(words))
+def commands(*commands: list[str]) -> list[int]:
+    """The exit code of each ``fedss`` command."""
+    codes = []
+    for words in commands:
+        try:
+            codes.append(main(words))
+        except SystemExit as ended:
+            codes.append(int(ended.code or 0))
+    return codes
 
 
 class StopError(Exception):
@@ -140,21 +137,21 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
     this = int(os.environ["RANK"])
     found = []
 
-    def attempt(expected: str, settings: dict[str, Any], **changed: Any) -> None:
+    def attempt(settings: dict[str, Any], **changed: Any) -> None:
         try:
             now = dataclasses.replace(config, **settings)
             fedss.train(now, folder / str(len(found)), **{**tiny(), **changed})
         except Exception as error:
-            found.append([expected, type(error).__name__, str(error)])
+            found.append([type(error).__name__, str(error)])
         else:
-            found.append([expected, "", ""])
+            found.append(["", ""])
 
     def stop(record: Any) -> None:
         raise StopError("enough")
 
-    attempt("first's own", {}, on_round=stop)
-    attempt("other data", {}, data=reference.tiny_dataset(seed=this))
-    attempt("other settings", {"client_lr": 0.05 + this})
+    attempt({}, on_round=stop)
+    attempt({}, data=reference.tiny_dataset(seed=this))
+    attempt({"client_lr": 0.05 + this})
     check_finite = algorithm.check_finite
 
     def diverge(update: Any, plan: Any) -> Any:
@@ -162,7 +159,7 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
         return check_finite(dataclasses.replace(update, loss=loss), plan)
 
     algorithm.check_finite = diverge
-    attempt("diverged", {})
+    attempt({})
 
     def break_down(update: Any, plan: Any) -> Any:
         if this == 1:
@@ -170,16 +167,15 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
         return update
 
     algorithm.check_finite = break_down
-    attempt("a bug", {})
+    attempt({})
     algorithm.check_finite = check_finite
-    attempt("nothing", {})
+    attempt({})
     return found
 
 
-def die(victim: int, round: int, number: int, words: list[str], patience: int) -> int:
-    """A ``fedss train`` in which one rank gets a signal when its first client of a round (1-based)
-    is done; others wait for ``patience`` signs of life of a silent one."""
-    ranks._SILENT = patience
+def die(victim: int, round: int, number: int, words: list[str]) -> int:
+    """A ``fedss`` command in which one rank gets a signal when its first client of a round
+    (1-based) is done."""
     if int(os.environ["RANK"]) == victim:
         check_finite = algorithm.check_finite
 
@@ -189,9 +185,8 @@ def die(victim: int, round: int, number: int, words: list[str], patience: int) -
             return check_finite(update, plan)
 
         algorithm.check_finite = check_or_die
-    return command("train", *words)
+    return main(words)
 
 
 if __name__ == "__main__":
-    victim, round, name, *options = sys.argv[1:]
-    sys.exit(die(int(victim), int(round), signal.Signals[name], options, ranks._SILENT))
+    sys.exit(die(int(sys.argv[1]), int(sys.argv[2]), signal.SIGKILL, sys.argv[3:]))
