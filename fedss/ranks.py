@@ -152,7 +152,7 @@ def _unless_lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         dist.destroy_process_group()  # so that no other waits for this one
-        raise _lost(f"another rank ended ({str(error).splitlines()[0]})") from error
+        raise _lost("another rank ended or does not answer") from error
 
 
 def _lost(cause: str) -> LostRankError:
