@@ -8,6 +8,7 @@ Sums are added up where they lie, by gloo on the CPU and by nccl on a GPU. So fa
 state lies on the CPU.
 """
 
+import atexit
 import heapq
 import os
 import signal
@@ -135,6 +136,8 @@ def _find_each_other(ranks: Ranks) -> None:
             f"WORLD_SIZE is {ranks.size}, but these ranks do not meet ({error}): start the command "
             "with torchrun, all ranks at once, or unset WORLD_SIZE"
         ) from error
+    # Its threads must end before the interpreter does, or one of them may abort the process.
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     # A program may have a handler of its own, and only the main thread can set one.
     main = threading.current_thread() is threading.main_thread()
     if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

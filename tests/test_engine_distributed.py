@@ -217,7 +217,9 @@ def test_a_rank_is_missed_without_torchrun(victim, number, undisturbed, tmp_path
             continue
         assert how.found == 1, how.output
         (told,) = (line for line in how.output.splitlines() if line.startswith("fedss train: "))
-        cause = "told to end (SIGTERM)" if rank == victim else "another rank ended or does not answer; "
+        cause = (
+            "told to end (SIGTERM)" if rank == victim else "another rank ended or does not answer; "
+        )
         assert told.startswith(f"fedss train: rank {rank} of 3: {cause}")
         assert told.endswith(GO_ON)
     assert main(words) == 0
