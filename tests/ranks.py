@@ -137,10 +137,10 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
     this = int(os.environ["RANK"])
     found = []
 
-    def attempt(settings: dict[str, Any], **changed: Any) -> None:
+    def attempt(settings: dict[str, Any], out: str | None = None, **changed: Any) -> None:
         try:
             now = dataclasses.replace(config, **settings)
-            fedss.train(now, folder / str(len(found)), **{**tiny(), **changed})
+            fedss.train(now, folder / (out or str(len(found))), **{**tiny(), **changed})
         except Exception as error:
             found.append([type(error).__name__, str(error)])
         else:
@@ -152,6 +152,7 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
     attempt({}, on_round=stop)
     attempt({}, data=reference.tiny_dataset(seed=this))
     attempt({"client_lr": 0.05 + this})
+    attempt({}, out=f"not shared {this}")
     check_finite = algorithm.check_finite
 
     def diverge(update: Any, plan: Any) -> Any:

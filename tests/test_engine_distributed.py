@@ -131,8 +131,9 @@ def test_an_error_of_one_rank_ends_all_with_the_same_message(alone, tmp_path):
         (0, 0, "StopError", "enough"),
         (1, 1, "RunFolderError", "fingerprint: "),
         (2, 1, "RunFolderError", "client_lr: "),
-        (3, 1, "DivergedError", "round 2, client"),
-        (4, 1, "IndexError", "out of range"),
+        (3, 1, "RunFolderError", "not the folder that rank 0 has made"),
+        (4, 1, "DivergedError", "round 2, client"),
+        (5, 1, "IndexError", "out of range"),
     ):
         (name, here), there = ended[owner].found[at], ended[1 - owner].found[at]
         assert name == raised
@@ -140,10 +141,10 @@ def test_an_error_of_one_rank_ends_all_with_the_same_message(alone, tmp_path):
         kind = "" if name.endswith(("FolderError", "DivergedError")) else f"{name}: "
         assert there == ["RankError", f"rank {owner}: {kind}{here}"]
     # Both name the client.
-    assert all(re.search(r"client (\d) is 'client \1'", rank.found[3][1]) for rank in ended)
+    assert all(re.search(r"client (\d) is 'client \1'", rank.found[4][1]) for rank in ended)
     # And the same processes can train on.
-    assert [rank.found[5] for rank in ended] == [["", ""]] * 2
-    assert_near(tmp_path / "5", alone / "fedss")
+    assert [rank.found[6] for rank in ended] == [["", ""]] * 2
+    assert_near(tmp_path / "6", alone / "fedss")
 
 
 def test_only_the_first_rank_speaks(tmp_path):
