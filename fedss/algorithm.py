@@ -17,6 +17,7 @@ from fedss.errors import DivergedError
 from fedss.methods import Method
 from fedss.moments import Moments, RowMap, absent_classes, absent_step, mean_map, moments_now
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
+from fedss.ranks import ALONE, Ranks
 from fedss.samplers import (
     Sampler,
     ServerRows,
@@ -87,6 +88,12 @@ class ClientUpdate:
     loss: float
     row_map: RowMap | None = None
     traffic: Mapping[str, int] = field(default_factory=dict)
+
+
+def without_deltas(update: ClientUpdate) -> ClientUpdate:
+    """An update as other ranks hear of it: what it is, not what it changes."""
+    nothing = torch.zeros(0)
+    return replace(update, backbone_delta_P=nothing, rows_delta_SD=nothing, row_map=None)
 
 
 @dataclass(frozen=True)
@@ -388,7 +395,17 @@ class MeanUpdate:
     row_map: RowMap | None = None
 
 
-def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
+def no_update(state: ServerState, plan: RoundPlan) -> ClientUpdate:
+    """An update that weighs nothing: that of a rank without a client in this round."""
+    dim, ids_S = state.class_rows.dim, torch.zeros(0, dtype=torch.int64)
+    row_map = RowMap(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
+    zeros_P = torch.zeros_like(state.backbone_P)
+    return ClientUpdate(-1, zeros_P, ids_S, torch.zeros(0, dim), 0, 0.0, row_map)
+
+
+def aggregate(
+    updates: Sequence[ClientUpdate], row_mean: RowMean, ranks: Ranks = ALONE
+) -> MeanUpdate:
     """Line 5: weighted means, row by row by class id. O(sum of S D), whatever n is.
 
     ``delta_theta = sum_k p_k delta_theta_k`` and ``delta_W_i = sum_{k: i in S_k} p_k delta_W_ki``
@@ -396,23 +413,29 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
     is divided by the weight of its holders alone. Steps of all rows are averaged over the cohort.
-    Sums run in float64 in client order, so the order of arrival does not change a bit.
+    Sums run in float64 in client order, so the order of arrival does not change a bit; where
+    several ``ranks`` have trained the cohort, each sums up its own, then they add up.
     """
     updates = sorted(updates, key=lambda update: update.client)
-    total = sum(update.num_examples for update in updates)
     ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
-    backbone_P = torch.zeros_like(updates[0].backbone_delta_P, dtype=torch.float64)
-    rows_UD = torch.zeros(len(ids_U), updates[0].rows_delta_SD.shape[1], dtype=torch.float64)
-    holders_U = torch.zeros(len(ids_U), dtype=torch.float64)
+    everyone = ranks.gather((sum(update.num_examples for update in updates), ids_U))
+    total = sum(num_examples for num_examples, _ in everyone)
+    ids_U = torch.unique(torch.cat([ids for _, ids in everyone]))
+    num_parameters, dim = len(updates[0].backbone_delta_P), updates[0].rows_delta_SD.shape[1]
+    sizes = [num_parameters, len(ids_U) * dim, len(ids_U)]
+    sums = torch.zeros(sum(sizes), dtype=torch.float64)
+    backbone_P, flat_rows, holders_U = torch.split(sums, sizes)
+    rows_UD = flat_rows.view(len(ids_U), dim)
     for update in updates:
         position_S = torch.searchsorted(ids_U, update.ids_S)
         backbone_P.add_(update.backbone_delta_P, alpha=update.num_examples)
         weighted_SD = update.num_examples * update.rows_delta_SD.double()
         rows_UD.index_add_(0, position_S, weighted_SD)
         holders_U[position_S] += update.num_examples
+    ranks.add_up(sums)
     rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
     maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
-    row_map = mean_map(maps) if maps else None
+    row_map = mean_map(maps, ranks) if maps else None
     return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)
 
 
@@ -441,10 +464,14 @@ def spread_rows_out(
 class Engine(Protocol):
     """Where clients train. The driver in ``experiment.py`` owns everything else."""
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that a cohort is shared out among."""
+
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Lines 2 to 4 for each client of the cohort, in any order."""
+        """Lines 2 to 4 for each client of the cohort that is this rank's, in any order."""
 
 
 def run_round(
@@ -457,12 +484,16 @@ def run_round(
 ) -> tuple[ServerState, list[ClientUpdate]]:
     """Algorithm 1: the cohort trains, its updates are averaged, the server takes a step.
 
+    Returns:
+        The new state, the same at every rank, and the updates of this rank's clients.
+
     Raises:
         DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
             and ``state`` must not be used again.
     """
     updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
-    mean = aggregate(on_top_of_map(optimizer, state, updates), row_mean)
+    own_steps = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
+    mean = aggregate(own_steps, row_mean, engine.ranks)
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:

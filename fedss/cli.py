@@ -3,8 +3,11 @@
 import argparse
 import dataclasses
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,41 @@ from rich.console import Console
 from rich.table import Table
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
-from fedss.errors import ConfigError, FedssError
+from fedss.errors import ConfigError, FedssError, LostRankError
 from fedss.methods import METHODS
+from fedss.ranks import join, this_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 2 a mistake to mend, 130 interrupted."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.run(options)
-    except FedssError as error:
-        print(f"fedss {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)
-        return 130
+    """Run a command; the exit code: 0 done, 2 a mistake to mend, 1 a rank lost, 130 interrupted.
+
+    Where torchrun has started several of it, the first speaks for all.
+    """
+    ranks, command = this_rank(), "fedss"
+    with nullcontext() if ranks.first else _silence():
+        try:
+            with join():
+                options = _parser().parse_args(arguments)
+                command = f"fedss {options.command}"
+                options.run(options)
+        except FedssError as error:
+            if ranks.size > 1:
+                # torchrun tells the others to end as soon as one has: not before this is said.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            lost = isinstance(error, LostRankError)
+            # Whoever is left speaks then: it may be the first that is gone.
+            print(f"{command}: {error}", file=sys.__stderr__ if lost else sys.stderr)
+            return 1 if lost else 2
+        except KeyboardInterrupt:
+            print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)
+            return 130
     return 0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -189,12 +211,11 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from fedss.build import load_data
     from fedss.data import seen_classes
-    from fedss.experiment import train
+    from fedss.experiment import load_together, train
 
     config = _config(options, _stored(options).get("config"))
-    data = load_data(config)
+    data = load_together(config)
     _print_skipped(data.skipped)
     run = train(config, options.out, data=data)
     if run.already_done:
@@ -204,16 +225,15 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from fedss.build import load_data
     from fedss.data import seen_classes
-    from fedss.experiment import compare
+    from fedss.experiment import compare, load_together
 
     stored = _stored(options)
     config = _config(options, stored.get("config"))
     methods = options.methods or stored.get("methods")
     methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
     seeds = options.seeds or stored.get("seeds") or [0]
-    data = load_data(config)
+    data = load_together(config)
     _print_skipped(data.skipped)
     summaries = compare(config, methods, seeds, options.out, data=data)
     _print_results(summaries, seen_classes(data))

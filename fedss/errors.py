@@ -26,3 +26,11 @@ class DivergedError(FedssError, ArithmeticError):
     def __init__(self, message: str, client: int | None = None) -> None:
         super().__init__(message)
         self.client = client
+
+
+class RankError(FedssError):
+    """Another process of the same run has failed, and its message is this one's."""
+
+
+class LostRankError(RankError):
+    """Another process of the same run has ended without a word, or this one was told to end."""

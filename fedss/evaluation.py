@@ -3,14 +3,12 @@
 import io
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedss.data import RetrievalTask
-from fedss.files import write_file
 from fedss.models import Embedder, embed_pixels
 from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
 from fedss.seeds import generator
@@ -28,22 +26,37 @@ Embed = Callable[[np.ndarray], Tensor]
 
 def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
     """Retrieval under any function from uint8 pixels to embeddings."""
+    return score(task, *embed_task(embed, task))
+
+
+def embed_task(embed: Embed, task: RetrievalTask) -> tuple[Tensor, Tensor | None]:
+    """Embeddings of the queries, and of the gallery where there is one."""
+    gallery = task.gallery
+    return embed(task.query.pixels), None if gallery is None else embed(gallery.pixels)
+
+
+def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
+    """Retrieval with embeddings of a task's pictures."""
     query, gallery = task.query, task.gallery
     if gallery is None:
-        return evaluate_retrieval(embed(query.pixels), torch.from_numpy(query.labels))
+        return evaluate_retrieval(query_QD, torch.from_numpy(query.labels))
     # Labels are numbers within each set; names hold across both.
     number = {name: i for i, name in enumerate(gallery.class_names)}
     renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
     return evaluate_retrieval(
-        embed(query.pixels),
+        query_QD,
         torch.from_numpy(renumbered[query.labels]),
-        embed(gallery.pixels),
+        gallery_GD,
         torch.from_numpy(gallery.labels),
     )
 
 
-def save_panels(embed: Embed, task: RetrievalTask, path: Path, seed: int) -> None:
-    """Some queries and their nearest pictures, for the report; the same queries for every run."""
+def panels(embed: Embed, task: RetrievalTask, seed: int) -> bytes:
+    """Some queries and their nearest pictures, for the report; the same queries for every run.
+
+    Returns:
+        An ``.npz`` file: pixels, labels, class_names, scores and query_index.
+    """
     query, gallery = task.query, task.gallery or task.query
     among_queries = task.gallery is None
     count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
@@ -71,4 +84,4 @@ def save_panels(embed: Embed, task: RetrievalTask, path: Path, seed: int) -> Non
         scores=scores,
         query_index=chosen,
     )
-    write_file(path, buffer.getvalue())
+    return buffer.getvalue()

@@ -4,7 +4,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedss.algorithm import (
     draw_cohort,
     run_round,
     spread_rows_out,
+    without_deltas,
 )
 from fedss.allocator import keep_freed_memory
 from fedss.build import (
@@ -40,15 +41,22 @@ from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, RunFolderError
-from fedss.evaluation import evaluate_embedding, save_panels
-from fedss.files import write_json
+from fedss.evaluation import embed_task, panels, score
+from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
 from fedss.optimizers import with_history
 from fedss.progress import show_progress
+from fedss.ranks import Ranks, join
 from fedss.records import Record, open_records, read_records, round_traffic, summarise
 from fedss.report import write_report
-from fedss.run_folder import claim_comparison, claim_run, hold, read_summaries
+from fedss.run_folder import (
+    check_same_round,
+    claim_comparison,
+    claim_run,
+    hold,
+    read_summaries,
+)
 from fedss.samplers import Sampler
 from fedss.seeds import generator
 
@@ -83,6 +91,9 @@ def train(
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
 
+    Started by torchrun, its processes train the model together (:mod:`fedss.ranks`): ``out`` and
+    the pictures must be there on every host, and any number of processes may go on.
+
     Args:
         config: what to do.
         out: the run folder; made if it is not there.
@@ -91,17 +102,19 @@ def train(
             place of ``config.backbone``. Where its output is not of size ``embedding_size``, a
             linear layer is added.
         sampler: a way to draw negatives of your own, in place of ``config.sampler``.
-        on_round: called with each round's record, those of an interrupted run first;
-            None: progress is shown on stderr.
+        on_round: called with each round's record, those of an interrupted run first, at the first
+            rank alone; None: progress is shown on stderr.
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
         DataError: pictures that cannot be read or do not fit together.
         RunFolderError: ``out`` belongs to another configuration, is damaged or cannot be written.
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
+        FedssError: another process of the run failed or is gone; the last checkpoint is kept.
     """
     label = f"{config.method} seed {config.seed}"
-    return _train(config, Path(out), label, data, backbone, sampler, on_round)
+    with join() as ranks:
+        return _train(config, Path(out), label, data, backbone, sampler, on_round, ranks)
 
 
 def _train(
@@ -112,28 +125,56 @@ def _train(
     backbone: nn.Module | None,
     sampler: Sampler | None,
     on_round: OnRound | None,
+    ranks: Ranks,
 ) -> Run:
     if config.keep_memory:
         keep_freed_memory()
-    data = data or load_data(config)
+    data = data or load_together(config)
     _, sample_size = class_counts(config, data)
     compute_device(config)
     embedder = build_model(config, data, backbone)
-    with hold(folder):
+    with hold(folder) if ranks.first else nullcontext():
         facts = describe_model(embedder, sampler)
-        claim_run(folder, config, describe(config, data), facts)
-        already_done = bool(read_summaries(folder))
+        claim_run(folder, config, describe(config, data), facts, ranks)
+        already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
-            with nullcontext(on_round) if on_round else show_progress(label, config.rounds) as see:
-                records = _train_rounds(config, data, embedder, sampler, folder, see)
-            save_embedder(embedder, folder / "model", {"method": config.method, "data": data.name})
-            run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-            summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
-            write_json(folder / "summary.json", [summary])
-        if not (folder / "report.html").exists():
-            write_report(folder)
-        (summary,) = read_summaries(folder)
+            with _observer(label, config.rounds, on_round, ranks) as see:
+                records = _train_rounds(config, data, embedder, sampler, folder, see, ranks)
+        if ranks.first:
+            if not already_done:
+                about = {"method": config.method, "data": data.name}
+                save_embedder(embedder, folder / "model", about)
+                run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
+                summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
+                write_json(folder / "summary.json", [summary])
+            if not (folder / "report.html").exists():
+                write_report(folder)
+        (summary,) = ranks.gather(read_summaries(folder))[0]
         return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
+
+
+def load_together(config: Config) -> Dataset:
+    """The data set that ``config`` names, at every rank.
+
+    On each host one rank goes first and makes the cache of decoded pictures, which others read.
+
+    Raises:
+        DataError: it cannot be found or read, or does not fit together.
+    """
+    with join() as ranks:
+        for turn in (ranks.local_rank == 0, ranks.local_rank > 0):
+            if turn:
+                data = load_data(config)
+            ranks.gather(None)
+    return data
+
+
+def _observer(
+    label: str, rounds: int, on_round: OnRound | None, ranks: Ranks
+) -> AbstractContextManager[OnRound]:
+    if not ranks.first:
+        return nullcontext(lambda record: None)
+    return nullcontext(on_round) if on_round else show_progress(label, rounds)
 
 
 def compare(
@@ -176,21 +217,25 @@ def compare(
     runs = [
         (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
     ]
-    data, folder, summaries = data or load_data(config), Path(out), []
-    for _, run in runs:
-        class_counts(run, data)
-        compute_device(run)
-    with hold(folder):
-        claim_comparison(folder, config, list(methods), list(seeds))
-        for label, run in runs:
-            name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
-            title = f"{label} seed {run.seed}"
-            done = _train(run, folder / name, title, data, backbone, sampler, on_round)
-            summaries.append({**done.summary, "label": label, "folder": name})
-        now = {summary["folder"] for summary in summaries}
-        earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
-        write_json(folder / "summary.json", earlier + summaries)
-        write_report(folder)
+    folder, summaries = Path(out), []
+    with join() as ranks:
+        data = data or load_together(config)
+        for _, run in runs:
+            class_counts(run, data)
+            compute_device(run)
+        with hold(folder) if ranks.first else nullcontext():
+            if ranks.first:
+                claim_comparison(folder, config, list(methods), list(seeds))
+            for label, run in runs:
+                name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
+                title = f"{label} seed {run.seed}"
+                done = _train(run, folder / name, title, data, backbone, sampler, on_round, ranks)
+                summaries.append({**done.summary, "label": label, "folder": name})
+            if ranks.first:
+                now = {summary["folder"] for summary in summaries}
+                earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
+                write_json(folder / "summary.json", earlier + summaries)
+                write_report(folder)
     return summaries
 
 
@@ -223,8 +268,12 @@ def _train_rounds(
     sampler: Sampler | None,
     folder: Path,
     on_round: OnRound,
+    ranks: Ranks,
 ) -> list[Record]:
-    """Train from the last checkpoint to the end; leaves the weights in ``embedder``."""
+    """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
+
+    Every rank has the same state throughout; only the first writes.
+    """
     method, images, cohort_size = METHODS[config.method], data.train, config.clients_per_round
     optimizer = server_optimizer(config)
     if method.pooled:
@@ -247,6 +296,7 @@ def _train_rounds(
         rng = generator(config.seed, "sampler index")
         index = plan.sampler.index.build(read(rows, torch.arange(num_classes))[0], rng)
         state = replace(state, sampler_index=index)
+    check_same_round(folder, ranks.gather(state.round))
     wire = wire_format(config, embedder, num_classes)
     records = read_records(folder / "records.jsonl", state.round)
     for record in records:
@@ -258,11 +308,12 @@ def _train_rounds(
             optimizer,
             wire,
             config.workers,
+            ranks,
             device=compute_device(config),
             precision=config.precision,
             stack=config.stack,
         ) as engine,
-        open_records(folder, records) as add_record,
+        open_records(folder, records) if ranks.first else nullcontext() as add_record,
     ):
         while state.round < config.rounds:
             clock = _Clock()
@@ -287,11 +338,15 @@ def _train_rounds(
             clock.lap("train")
             metrics = None
             if _due(state.round, config.eval_every, config.rounds):
-                # Between rounds the workers are idle and their cores free.
-                with intra_op_threads(engine.workers):
-                    embed = partial(_embed_there, engine, state.backbone_P)
-                    metrics = dataclasses.asdict(evaluate_embedding(embed, task))
+                embedded = embed_task(partial(_embed_there, engine, state.backbone_P), task)
+                if ranks.first:
+                    # Between rounds the workers of all ranks are idle and their cores free.
+                    with intra_op_threads(engine.workers * ranks.local_size):
+                        metrics = dataclasses.asdict(score(task, *embedded))
                 clock.lap("evaluate")
+            updates = [
+                u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part
+            ]
             moved = round_traffic(updates)
             record = {
                 "round": state.round,
@@ -304,13 +359,17 @@ def _train_rounds(
             }
             due = _due(state.round, config.checkpoint_every, config.rounds)
             records.append(record)
-            add_record(record, due)
+            if add_record:
+                add_record(record, due)
             on_round(record)
-            if due:
+            if due and ranks.first:
                 save_checkpoint(folder / "checkpoint", state)
+            elif due:
+                state.class_rows.changed.clear()
         theta_P.copy_(state.backbone_P)
-        embed = partial(engine.embed, state.backbone_P)
-        save_panels(embed, task, folder / "retrieval.npz", config.data_seed)
+        shown = panels(partial(engine.embed, state.backbone_P), task, config.data_seed)
+        if ranks.first:
+            write_file(folder / "retrieval.npz", shown)
     return records
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedss.ranks import ALONE, Ranks
 from fedss.softmax import AbsentClasses
 
 
@@ -83,11 +84,11 @@ def absent_step(absent: AbsentClasses | None, dim: int, row_lr: float) -> RowMap
     return RowMap(shift_D - matrix_DD @ absent.mean_D.detach(), matrix_DD)
 
 
-def mean_map(weighted: Sequence[tuple[RowMap, float]]) -> RowMap:
-    """``sum_k p_k map_k``, summed in float64."""
+def mean_map(weighted: Sequence[tuple[RowMap, float]], ranks: Ranks = ALONE) -> RowMap:
+    """``sum_k p_k map_k``, summed in float64, here and then over the ranks."""
     shift_D = torch.stack([p * row_map.shift_D.double() for row_map, p in weighted]).sum(dim=0)
     matrix_DD = torch.stack([p * row_map.matrix_DD.double() for row_map, p in weighted]).sum(dim=0)
-    return RowMap(shift_D.float(), matrix_DD.float())
+    return RowMap(ranks.add_up(shift_D).float(), ranks.add_up(matrix_DD).float())
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from fedss.config import OPTIONS, Config
 from fedss.errors import RunFolderError
 from fedss.files import read_json, remove_litter, write_json, writing
+from fedss.ranks import Ranks
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding).
@@ -57,28 +58,53 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def claim_run(
-    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any]
+    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any], ranks: Ranks
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
+
+    The first rank does so, and the others check what they find then.
 
     Args:
         folder: the run folder.
         config: the run's configuration; a data path is stored as an absolute one.
         data: what :func:`fedss.describe.describe` says of the data.
         model: what is known of the model's structure.
+        ranks: the processes of this run.
 
     Raises:
         RunFolderError: the folder holds another run (names the fields that differ), a
-            comparison, or a run whose configuration is gone.
+            comparison, or a run whose configuration is gone; or not all ranks see the folder.
     """
     content = {"config": _stored(config), "data": dict(data), "model": dict(model)} | _versions()
+    if not ranks.first:
+        ranks.gather(None)
+        if not (folder / "config.json").exists():
+            raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
     found = _claimed(folder)
     if found is None:
         write_json(folder / "config.json", content)
-        return
-    if "methods" in found:
+    elif "methods" in found:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
-    _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+    else:
+        _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+    if ranks.first:
+        ranks.gather(None)
+
+
+def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
+    """Whether all ranks go on from the same round.
+
+    Raises:
+        RunFolderError: they do not.
+    """
+    if len(set(rounds)) > 1:
+        raise RunFolderError(
+            f"{folder}: the ranks found checkpoints of rounds {', '.join(map(str, rounds))}; "
+            f"{_SHARE}. If it is one, it lags behind: start again in a minute"
+        )
+
+
+_SHARE = "ranks on several hosts need an --out that all of them see, such as a network drive"
 
 
 def claim_comparison(folder: Path, config: Config, methods: list[str], seeds: list[int]) -> None:

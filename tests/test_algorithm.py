@@ -40,6 +40,7 @@ from fedss.errors import DivergedError
 from fedss.methods import METHODS
 from fedss.models import build_embedder, flatten_
 from fedss.optimizers import ServerOptimizer, read_rows, with_history
+from fedss.ranks import ALONE, Ranks
 from fedss.samplers import SAMPLERS
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring
@@ -72,6 +73,7 @@ class PlainEngine:
     optimizer: ServerOptimizer
     model: Model
     reverse: bool = False
+    ranks: Ranks = ALONE
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan

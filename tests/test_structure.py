@@ -39,7 +39,7 @@ PUBLIC = {
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
     {"errors", "seeds", "allocator"},
-    {"files"},
+    {"files", "ranks"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
     {"samplers", "moments", "methods"},
     {"class_rows"},

@@ -2,7 +2,8 @@
 
 Threads share the pictures and the server's state; each has one model of its own, loaded anew for
 every client. Every client's update depends on its own inputs alone, so the number of workers does
-not change a bit of the result.
+not change a bit of the result. Where several ranks train, each has such an engine for its share of
+every cohort.
 
 Models may lie on a GPU. Pictures, the server's state and all messages stay on the CPU.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fedss.algorithm import (
     ClientUpdate,
+    LocalTraining,
     RoundPlan,
     ServerState,
     Submodel,
@@ -42,6 +44,7 @@ from fedss.models import (
     pool_before_relu_,
 )
 from fedss.optimizers import ServerOptimizer
+from fedss.ranks import ALONE, Ranks, share_out
 from fedss.seeds import generator
 from fedss.wire import (
     Message,
@@ -97,25 +100,30 @@ class LocalEngine:
     replicas: "SimpleQueue[Replica]"
     device: torch.device
     stack: int
+    ranks: Ranks = ALONE
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
-        """Train each client of the cohort; updates come in the cohort's order, or stack by stack.
+        """Train this rank's clients of the cohort; updates come in the cohort's order, or stack by
+        stack.
 
         What is sent is encoded and decoded as it would be on a network, so that a client works
         with the numbers that it would get there; only the step to bytes is left out.
         """
         labels_N = self.clients.images.labels
         own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
-        samples = choose_classes(plan, state, cohort, own_K)
+        share = self._share(cohort, own_K, plan.local)
+        if not share:
+            return iter(())
+        dealt_K = choose_classes(plan, state, cohort, own_K)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
         received = to_device(decode_broadcast(self.wire, to_all), self.device)
-        ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))
+        ids_U = torch.unique(torch.cat([dealt_K[i].ids_S for i in share]))
         rows_UD = select(self.optimizer, state, ids_U)
 
         def send(i: int) -> tuple[Message, Message, Submodel]:
-            sample = samples[i]
+            sample = dealt_K[i]
             dealt = sample if plan.sampler.drawn_by == "server" else None
             request = encode_request(
                 self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_K[i])
@@ -139,7 +147,7 @@ class LocalEngine:
                 client = int(cohort[i])
                 *messages[client], submodel = send(i)
                 example_N = self.clients.examples(client)
-                work.append((client, submodel, samples[i], example_N, labels_N[example_N]))
+                work.append((client, submodel, dealt_K[i], example_N, labels_N[example_N]))
             with self.replica() as model:
                 if self.stack == 1:
                     updates = [train_client(plan, c, model, *rest) for c, *rest in work]
@@ -148,24 +156,42 @@ class LocalEngine:
                     updates = train_clients(plan, model, learners)
             return [reply(update, *messages[update.client]) for update in updates]
 
-        return chain.from_iterable(self.pool.map(train_some, self._parts(cohort)))
+        return chain.from_iterable(self.pool.map(train_some, self._parts(cohort, share)))
 
-    def _parts(self, cohort: np.ndarray) -> list[list[int]]:
+    def _parts(self, cohort: np.ndarray, share: Sequence[int]) -> list[list[int]]:
         """Positions in the cohort, by who trains side by side: clients of like size."""
-        order = list(range(len(cohort)))
+        order = list(share)
         if self.stack > 1:
             order.sort(key=lambda i: -len(self.clients.examples(int(cohort[i]))))
         return [order[i : i + self.stack] for i in range(0, len(order), self.stack)]
 
-    def embed(self, backbone_P: Tensor, pixels: np.ndarray, block: int = 512) -> Tensor:
-        """Embeddings [N, D] of any pictures under the given backbone."""
+    def _share(
+        self, cohort: np.ndarray, own_K: Sequence[np.ndarray], local: LocalTraining
+    ) -> list[int]:
+        """Positions in the cohort of this rank's clients, by the pictures they will train on.
 
-        def embed_block(start: int) -> Tensor:
+        Every rank knows every client's pictures of own classes, so all come to the same shares.
+        """
+        labels_N, work_K = self.clients.images.labels, []
+        for client, own_P in zip(cohort.tolist(), own_K, strict=True):
+            used = int(np.isin(labels_N[self.clients.examples(client)], own_P).sum())
+            # Where each client takes so many steps, they cost the same whatever it holds.
+            work_K.append(local.steps * min(used, local.batch_size) if local.steps else used)
+        return share_out(work_K, self.ranks.size)[self.ranks.rank]
+
+    def embed(self, backbone_P: Tensor, pixels: np.ndarray, block: int = 512) -> Tensor:
+        """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""
+        h_ND = torch.zeros(len(pixels), self.wire.dim)
+
+        def embed_block(start: int) -> None:
             with self.replica() as model:
                 model.theta_P.copy_(backbone_P)
-                return embed_pixels(model.embedder, pixels[start : start + block])
+                h_BD = embed_pixels(model.embedder, pixels[start : start + block])
+                h_ND[start : start + block] = h_BD
 
-        return torch.cat(list(self.pool.map(embed_block, range(0, len(pixels), block))))
+        first, step = self.ranks.rank * block, self.ranks.size * block
+        list(self.pool.map(embed_block, range(first, len(pixels), step)))
+        return self.ranks.add_up(h_ND)
 
     @contextmanager
     def replica(self) -> Iterator[Replica]:
@@ -184,6 +210,7 @@ def local_engine(
     optimizer: ServerOptimizer,
     wire: WireFormat,
     workers: int | None,
+    ranks: Ranks = ALONE,
     *,
     device: torch.device = _CPU,
     precision: ForwardPrecision = "float32",
@@ -196,7 +223,8 @@ def local_engine(
         clients: the training pictures by client.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded.
-        workers: number of threads; None: as many as torch would use, and one for a GPU.
+        workers: number of threads; None: as many as this rank may keep busy, and one for a GPU.
+        ranks: the processes that cohorts are shared out among.
         device: where clients train and embed.
         precision: of the network's forward pass.
         stack: how many clients share each call of the network.
@@ -204,7 +232,7 @@ def local_engine(
     Raises:
         ConfigError: a network that cannot be stacked.
     """
-    workers = workers or (torch.get_num_threads() if device.type == "cpu" else 1)
+    workers = workers or (ranks.cores if device.type == "cpu" else 1)
     replicas: SimpleQueue[Replica] = SimpleQueue()
     embedder = copy.deepcopy(embedder).train()
     few_BCHW = torch.from_numpy(np.array(clients.images.pixels[:2]))
@@ -225,8 +253,15 @@ def local_engine(
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
-    with intra_op_threads(1), ThreadPoolExecutor(workers, initializer=start) as pool:
-        yield LocalEngine(clients, optimizer, wire, workers, pool, replicas, device, stack)
+    pool = ThreadPoolExecutor(workers, initializer=start)
+    with intra_op_threads(1):
+        try:
+            yield LocalEngine(
+                clients, optimizer, wire, workers, pool, replicas, device, stack, ranks
+            )
+        finally:
+            # After an error, what it says must not wait for clients that still train.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

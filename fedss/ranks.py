@@ -1,0 +1,181 @@
+"""Ranks: processes that train one model together, started by torchrun on one host or several.
+
+Every rank runs the same program on the same server state, class rows and all. A round is shared
+out: each rank trains a part of the cohort, the sums over clients are added up over the ranks, and
+every rank takes the same server step. Only the first rank writes and speaks.
+
+Sums are added up where they lie, by gloo on the CPU and by nccl on a GPU. So far all of fedss's
+state lies on the CPU.
+"""
+
+import atexit
+import heapq
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedss.errors import ConfigError, FedssError, LostRankError, RankError
+
+T = TypeVar("T")
+
+# The longest that ranks wait for one of them, which may decode pictures or evaluate meanwhile;
+# and so for a host that has lost its power.
+_PATIENCE = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process: ``rank`` of ``size`` in all, ``local_rank`` of ``local_size`` on its host."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """Threads that this rank may keep busy. (torchrun tells torch to use one, so a rank among
+        several takes its share of the host's cores instead of torch's word.)"""
+        if self.size == 1:
+            return torch.get_num_threads()
+        usable = getattr(os, "sched_getaffinity", None)
+        cores = len(usable(0)) if usable else os.cpu_count() or 1
+        return max(1, cores // self.local_size)
+
+    def gather(self, value: T) -> list[T]:
+        """What each rank gives, by rank, at all of them; it is pickled.
+
+        Raises:
+            RankError: another rank has left :func:`join` by an error, or is gone.
+        """
+        return [value] if self.size == 1 else self._meet(value)
+
+    def add_up(self, sums: Tensor) -> Tensor:
+        """Sum over the ranks, in place: the same bits at every one. Raises as :meth:`gather`."""
+        if self.size > 1:
+            self._meet(None)
+            with _unless_lost():
+                dist.all_reduce(sums)
+        return sums
+
+    def _meet(self, value: Any, failed: str | None = None) -> list[Any]:
+        # Every meeting starts here, so that a failure is heard wherever the others are.
+        found: list[Any] = [None] * self.size
+        with _unless_lost():
+            dist.all_gather_object(found, (value, failed))
+        for rank, (_, message) in enumerate(found):
+            if message is not None:
+                raise RankError(f"rank {rank}: {message}")
+        return [value for value, _ in found]
+
+
+ALONE = Ranks()
+
+
+def this_rank() -> Ranks:
+    """What torchrun's environment says of this process; :data:`ALONE` without it."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    found = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    return ALONE if found.size == 1 else found
+
+
+_joined: list[Ranks] = []
+
+
+@contextmanager
+def join() -> Iterator[Ranks]:
+    """Train together with the other ranks, for a ``with`` block that ends well at all or at none.
+
+    An error that ends the block at one rank ends it at all: there it is raised itself, elsewhere
+    as a :class:`RankError`. A rank that is gone, and SIGTERM, by which torchrun ends the others
+    then, become a :class:`LostRankError`. Inside another such block, nothing happens.
+
+    Raises:
+        ConfigError: a part of torchrun's environment is missing, or of the ranks.
+    """
+    ranks = this_rank()
+    if ranks.size == 1 or _joined:
+        yield ranks
+        return
+    if not dist.is_initialized():
+        _find_each_other(ranks)
+    _joined.append(ranks)
+    try:
+        yield ranks
+        ranks.gather(None)
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, RankError):
+            kind = "" if isinstance(error, FedssError) else f"{type(error).__name__}: "
+            with suppress(RankError):
+                ranks._meet(None, f"{kind}{error}")
+        raise
+    finally:
+        _joined.clear()
+
+
+def _find_each_other(ranks: Ranks) -> None:
+    try:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {ranks.size}, but these ranks do not meet ({error}): start the command "
+            "with torchrun, all ranks at once, or unset WORLD_SIZE"
+        ) from error
+    # Its threads must end before the interpreter does, or one of them may abort the process.
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    # A program may have a handler of its own, and only the main thread can set one.
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise _lost("told to end (SIGTERM), as torchrun does when another rank ended")
+
+
+@contextmanager
+def _unless_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        dist.destroy_process_group()  # so that no other waits for this one
+        raise _lost("another rank ended or does not answer") from error
+
+
+def _lost(cause: str) -> LostRankError:
+    ranks = this_rank()
+    return LostRankError(
+        f"rank {ranks.rank} of {ranks.size}: {cause}; start the same command again, with any "
+        "number of ranks: it goes on from the last checkpoint, if there is one"
+    )
+
+
+def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
+    """Positions for each of ``size`` ranks, sorted, with sums of weights as equal as is easy.
+
+    The heaviest goes first, always to the rank with the least so far (Graham 1969: at most
+    ``4/3 - 1/(3 size)`` times the smallest possible largest sum). O(K log K).
+    """
+    shares: list[list[int]] = [[] for _ in range(size)]
+    loads = [(0, rank) for rank in range(size)]
+    for position in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + weights[position], rank))
+        shares[rank].append(position)
+    return [sorted(share) for share in shares]
