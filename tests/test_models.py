@@ -11,6 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedss.errors import ConfigError, DataError
@@ -23,9 +25,11 @@ from fedss.models import (
     flatten_,
     freeze_batch_norm,
     load_embedder,
+    pool_before_relu_,
     replace_batch_norm,
     save_embedder,
 )
+from fedss.models.layout import channels_last
 
 
 def random_pixels(n: int = 6, channels: int = 1, size: int = 28, seed: int = 0) -> Tensor:
@@ -321,7 +325,8 @@ def test_pretrained_module_keeps_its_statistics() -> None:
     build = dict(channels=1, image_size=28, embedding_size=6, seed=0)
     embedder = build_embedder(module, pretrained=True, **build).train()
     images = torch.rand(3, 1, 28, 28)
-    assert torch.equal(embedder(images), nn.functional.normalize(module((images - 0.5) / 0.5)))
+    scaled = channels_last((images - 0.5) / 0.5)
+    assert torch.equal(embedder(images), nn.functional.normalize(module(scaled)))
     with pytest.raises(ConfigError, match="without running statistics"):
         build_embedder(
             own_module(nn.BatchNorm2d(6, track_running_stats=False)), pretrained=True, **build
@@ -388,6 +393,142 @@ def test_a_timm_that_cannot_be_imported_is_explained(
 def test_pixels_that_do_not_fit_are_refused(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="pixels must be"):
         small()(pixels)
+
+
+# --- layout
+
+
+def blocks(
+    norm: Callable[[], nn.Module] = lambda: nn.GroupNorm(2, 16), channels: int = 1
+) -> nn.Sequential:
+    """Two blocks as one would write them down."""
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 3, padding=1),
+        norm(),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1),
+        norm(),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    )
+
+
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_says_so_in_its_strides(channels: int) -> None:
+    x = torch.rand(4, channels, 6, 5)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), torch.rand(9, *x.shape)[3]):
+        laid = channels_last(given)
+        assert torch.equal(laid, given)
+        assert laid.stride() == (6 * 5 * channels, 1, 5 * channels, channels)
+        convolved = nn.Conv2d(channels, 4, 3)(laid)
+        assert convolved.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "body, pays",
+    [
+        (blocks(), True),
+        (blocks(nn.Identity), True),
+        (blocks(lambda: nn.BatchNorm2d(16)), False),  # becomes a norm over one channel
+        (blocks(lambda: nn.GroupNorm(4, 16)), False),
+        (blocks(lambda: nn.InstanceNorm2d(16)), False),
+        (nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 5)), False),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), View()), False),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), View()), True),
+        ("conv4-16", False),
+    ],
+)
+def test_the_layout_is_a_rule(body: nn.Module | str, pays: bool) -> None:
+    assert small(body).channels_last == pays
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_layout_changes_rounding_alone(channels: int) -> None:
+    embedder = build_embedder(
+        blocks(channels=channels), channels=channels, image_size=28, embedding_size=12, seed=0
+    )
+    seen: list[Tensor] = []
+    embedder.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    contiguous = copy.deepcopy(embedder)
+    contiguous.channels_last = False
+    pixels = random_pixels(5, channels)
+    torch.testing.assert_close(embedder(pixels), contiguous(pixels))
+    assert [x.stride()[1] for x in seen] == [1, 28 * 28]
+    gradients = [backward_flat(model, pixels) for model in (embedder, contiguous)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def backward_flat(embedder: Embedder, pixels: Tensor) -> Tensor:
+    flat = flatten_(embedder)
+    embedder(pixels)[:, 0].sum().backward()
+    return flat.grad_P
+
+
+@given(
+    st.lists(st.integers(-2, 2), min_size=2 * 3 * 6 * 6, max_size=2 * 3 * 6 * 6),
+    st.sampled_from([nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)]),
+    st.booleans(),
+)
+def test_pooling_before_relu_is_the_same_bits(
+    values: list[int], pool: nn.MaxPool2d, inplace: bool
+) -> None:
+    """Small integers, so that windows are full of ties, and of nothing above 0."""
+    x = torch.tensor(values).float().view(2, 3, 6, 6)
+    scale = nn.Conv2d(3, 3, 1, groups=3, bias=False)
+    nn.init.ones_(scale.weight)
+    module = nn.Sequential(scale, nn.ReLU(inplace=inplace), pool, nn.Flatten())
+    twin = copy.deepcopy(module)
+    pool_before_relu_(twin, x)
+    assert [type(layer) for layer in twin] == [nn.Conv2d, nn.MaxPool2d, nn.ReLU, nn.Flatten]
+    found = []
+    for model in (module, twin):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf)
+        weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+        found.append((out, *torch.autograd.grad(out, (leaf, model[0].weight), weight)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_pooling_first_keeps_parameters_and_their_order() -> None:
+    embedder = small("conv4-16").train()
+    twin = copy.deepcopy(embedder)
+    pool_before_relu_(twin, random_pixels())
+    layers = [name for name, _ in twin.named_modules() if "block2." in name]
+    assert [name.rpartition(".")[2] for name in layers] == ["conv", "norm", "pool", "relu"]
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in embedder.named_parameters()]
+    assert twin.state_dict().keys() == embedder.state_dict().keys()
+    assert torch.equal(backward_flat(twin, random_pixels()), backward_flat(embedder, random_pixels()))
+
+
+class LooksBetween(nn.Module):
+    """Uses what comes out of every ReLU, beside what comes out in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = blocks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        between = []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                between.append(x.mean((1, 2, 3)))
+        return torch.cat([x, torch.stack(between, dim=1)], dim=1)
+
+
+def test_a_module_that_looks_between_stays_as_it_is() -> None:
+    embedder = small(LooksBetween())
+    pixels, before = random_pixels(), copy.deepcopy(embedder)
+    pool_before_relu_(embedder, pixels)
+    assert str(embedder) == str(before)
+    assert torch.equal(embedder(pixels), before(pixels))
 
 
 # --- flat parameters

@@ -38,7 +38,7 @@ PUBLIC = {
 
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
-    {"errors", "seeds"},
+    {"errors", "seeds", "allocator"},
     {"files"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
     {"samplers", "moments", "methods"},

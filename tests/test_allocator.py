@@ -1,0 +1,68 @@
+"""Freed memory is kept where glibc can keep it, and only if it is asked to."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fedss
+from fedss import allocator
+from fedss.allocator import keep_freed_memory
+from tests.reference import tiny_backbone, tiny_dataset
+
+_FAULTS = """
+import resource, torch
+from fedss.allocator import keep_freed_memory
+print({call})
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(2**25, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+def faults(call: str, **environment: str) -> tuple[str, int]:
+    """What the call returns, and the page faults of allocating the same 32 MB twenty times."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FAULTS.format(call=call)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"MALLOC_ARENA_MAX": "1", **environment},
+    )
+    returned, count = done.stdout.split()
+    return returned, int(count)
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="the C library is not glibc")
+def test_freed_memory_is_not_faulted_in_again():
+    kept, given_back = faults("keep_freed_memory()"), faults("None")
+    assert kept[0] == "True"
+    assert kept[1] * 10 < given_back[1]
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="the C library is not glibc")
+def test_what_the_user_has_set_stays():
+    """A block of 32 MB above the user's threshold goes back to the system each time."""
+    given_back = faults("None")[1]
+    returned, count = faults("keep_freed_memory()", MALLOC_MMAP_THRESHOLD_="1000000")
+    assert returned == "True"
+    assert count * 2 > given_back
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
+    assert not keep_freed_memory()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_training_keeps_memory_unless_told_otherwise(keep, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("fedss.experiment.keep_freed_memory", lambda: called.append(True))
+    settings = {} if keep else {"keep_memory": False}
+    config = fedss.Config(rounds=1, sample_size=4, clients_per_round=2, **settings)
+    fedss.train(config, tmp_path, data=tiny_dataset(), backbone=tiny_backbone())
+    assert bool(called) == keep
