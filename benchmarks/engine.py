@@ -1,41 +1,79 @@
-"""A round of the local engine against loops written by hand, and against other simulators.
+"""A round of the local engine against loops written by hand, its floor, and other simulators.
 
-    python benchmarks/engine.py                          (all jobs, the loops alone)
-    python benchmarks/engine.py --jobs full-964 --peer pfl=PYTHON --peer fedjax=PYTHON \
-        --peer flower=PYTHON                             (PYTHON of an environment with that extra)
+    python benchmarks/engine.py                       (about 20 minutes on two cores; --jobs for less)
+    python benchmarks/engine.py --peer pfl=PYTHON --peer fedjax=PYTHON --peer flower=PYTHON
+    python benchmarks/engine.py --profile             (where a round's time goes; writes nothing)
+
+The job is described in ``peers/job.py``; ``full`` asks for all n class rows, ``fedss`` for 64.
+Participants are processes of their own that take turns, a round each: ``ours`` is ``fedss.train``,
+``loop`` the best loop we could write by hand, ``plain`` a simple one on one thread,
+``convolutions`` nothing but the network's convolutions, forward and backward. Each peer runs as its
+users run it, by the Python of an environment with ``pip install "fedss[peer-pfl]"`` (or
+``peer-fedjax``, ``peer-flower``). Before anything is timed, each trains one round alone, and must
+end at the weights of ``plain`` to 1e-4.
+
+Writes ``benchmarks/results/engine.txt``.
 """
 
 import argparse
+import datetime
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omniglot import processor
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE, shapes  # noqa: E402
+PEERS = Path(__file__).parent / "peers"
+RESULTS = Path(__file__).parent / "results" / "engine.txt"
+sys.path.insert(0, str(PEERS))
+
+from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
 from network import network  # noqa: E402
 
 from fedss.algorithm import batches, draw_classes, draw_cohort, own_classes  # noqa: E402
-from fedss.build import round_plan  # noqa: E402
+from fedss.build import DEFAULT_SAMPLE_SIZE, round_plan  # noqa: E402
 from fedss.class_rows import create_class_rows  # noqa: E402
 from fedss.config import Config  # noqa: E402
 from fedss.seeds import generator  # noqa: E402
 
-PEERS = Path(__file__).parent / "peers"
+LOOPS = ("ours", "loop", "plain", "convolutions")
+TOLERANCE = 1e-4
+# The first rounds warm up, and the last one of fedss evaluates.
+WARM, LAST = 2, 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method at a number of classes.
+
+    ``beside`` names a job that ours does as well, for ``beside_rounds`` rounds, so that the two can
+    be compared.
+    """
+
+    method: str
+    num_classes: int
+    beside: str | None = None
+    beside_rounds: int = 2
+
+
 JOBS = {
-    "full-964": ("full", 964),
-    "fedss-964": ("fedss", 964),
-    "fedss-100k": ("fedss", 100_000),
-    "fedss-1M": ("fedss", 1_000_000),
-    "full-1M": ("full", 1_000_000),
+    "full-964": Job("full", 964),
+    "fedss-964": Job("fedss", 964),
+    "fedss-100k": Job("fedss", 100_000, "full-100k"),
+    "fedss-1M": Job("fedss", 1_000_000, "full-1M"),
+    "full-100k": Job("full", 100_000),
+    "full-1M": Job("full", 1_000_000),
 }
 
 
@@ -57,95 +95,213 @@ def settings(method: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def write_job(folder: Path, method: str, num_classes: int, rounds: int) -> None:
-    rng = np.random.default_rng(0)
-    values = settings(method, rounds)
-    config = Config(**values)
+def first_rows(num_classes: int, seed: int) -> np.ndarray:
+    """The class rows that a run of this seed begins with."""
+    rows = create_class_rows(num_classes, DIM, (), generator(seed, "class rows"))
+    return rows.weight_ND.numpy()
+
+
+def write_job(folder: Path, job: Job, rounds: int) -> None:
+    """Everything that :func:`job.read_job` reads, drawn as fedss draws it."""
+    rng, values = np.random.default_rng(0), settings(job.method, rounds)
+    config, n = Config(**values), job.num_classes
     pixels = rng.integers(0, 256, (CLIENTS, PICTURES, 1, 28, 28), dtype=np.uint8)
-    own = [rng.choice(num_classes, PICTURES // 2, replace=False) for _ in range(CLIENTS)]
+    own = [rng.choice(n, PICTURES // 2, replace=False) for _ in range(CLIENTS)]
     labels = np.repeat(np.stack(own), 2, axis=1)
     torch.manual_seed(0)
-    theta = np.concatenate([p.detach().numpy().ravel() for p in network(None).parameters()])
-    rows = create_class_rows(num_classes, DIM, (), generator(config.seed, "class rows"))
+    theta = np.concatenate([p.detach().numpy().ravel() for p in network().parameters()])
     cohorts = [draw_cohort(CLIENTS, COHORT, config.seed, r) for r in range(rounds)]
-    orders, samples, log_q = [], [], []
+    orders, samples = [], []
     for r, cohort in enumerate(cohorts):
-        plan = round_plan(config, num_classes, min(64, num_classes), r)
+        plan = round_plan(config, n, DEFAULT_SAMPLE_SIZE, r)
         for k in cohort.tolist():
-            rng_k = generator(config.seed, "batches", r, k)
-            orders.append(np.concatenate(list(batches(PICTURES, plan.local, rng_k))))
-            if method != "full":
-                sample = draw_classes(plan, k, own_classes(plan, k, labels[k]))
-                samples.append(sample.ids_S.numpy())
-                log_q.append(sample.log_q_S.numpy())
-    arrays = {"pixels": pixels, "labels": labels, "theta": theta, "rows": rows.weight_ND.numpy()}
-    arrays["cohorts"], arrays["orders"] = np.stack(cohorts), np.stack(orders).reshape(rounds, COHORT, -1)
-    if samples:
-        arrays["samples"] = np.stack(samples).reshape(rounds, COHORT, -1)
-        arrays["log_q"] = np.stack(log_q).reshape(rounds, COHORT, -1)
+            order = batches(PICTURES, plan.local, generator(config.seed, "batches", r, k))
+            orders.append(np.concatenate(list(order)))
+            samples.append(draw_classes(plan, k, own_classes(plan, k, labels[k])))
+    by_slot = (rounds, COHORT, -1)
+    arrays = {
+        "pixels": pixels,
+        "labels": labels,
+        "theta": theta,
+        "rows": first_rows(n, config.seed),
+        "cohorts": np.stack(cohorts),
+        "orders": np.stack(orders).reshape(by_slot),
+    }
+    if job.method != "full":
+        arrays["samples"] = np.stack([s.ids_S.numpy() for s in samples]).reshape(by_slot)
+        arrays["log_q"] = np.stack([s.log_q_S.numpy() for s in samples]).reshape(by_slot)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     (folder / "job.json").write_text(json.dumps({"config": values}))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Participant:
+    """A process that waits for its turn."""
+
     name: str
-    process: subprocess.Popen[str]
+    folder: Path
+    rounds: int
+    process: "subprocess.Popen[str]"
 
     def turn(self) -> dict[str, float]:
-        """Let it run a round; how long it took."""
-        assert self.process.stdin and self.process.stdout
+        """Let it run a round (or, after its last one, end): seconds of the clock and of its CPU."""
+        assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.answer()
 
     def answer(self) -> dict[str, float]:
-        assert self.process.stdout
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended with {self.process.wait()}")
-        return json.loads(line)
+            raise self._failed()
+        return dict(json.loads(line))
+
+    def finish(self) -> float | None:
+        """Let it end; its peak of resident memory, MB, if it is one process."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        if self.process.wait():
+            raise self._failed()
+        return json.loads((self.folder / f"{self.name}.json").read_text())["peak_mb"]
+
+    def _failed(self) -> SystemExit:
+        said = (self.folder / f"{self.name}.log").read_text()[-2000:]
+        return SystemExit(f"{said}\n{self.name} ended with exit code {self.process.wait()}")
 
 
-def run_job(
-    folder: Path, names: list[str], pythons: Mapping[str, str], workers: int, rounds: int
-) -> dict[str, list[dict[str, float]]]:
-    participants = []
-    for name in names:
-        words = [pythons.get(name, sys.executable), str(PEERS / f"{name}.py"), str(folder), str(workers)]
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        participants.append(Participant(name, process))
-        participants[-1].answer()
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for r in range(rounds):
-        for participant in participants[r % len(names):] + participants[: r % len(names)]:
-            times[participant.name].append(participant.turn())
-    for participant in participants:
-        participant.process.stdin.write("\n")
-        participant.process.stdin.flush()
-        participant.process.wait()
-    return times
+def join(
+    name: str, folder: Path, rounds: int, pythons: Mapping[str, str], workers: int
+) -> Participant:
+    """Start a participant. ``pfl-1`` is ``pfl`` with one torch thread."""
+    peer, _, threads = name.partition("-")
+    script = PEERS / (f"with_{peer}.py" if name in pythons else f"{name}.py")
+    with open(folder / f"{name}.log", "w") as log:
+        process = subprocess.Popen(
+            [pythons.get(name, sys.executable), script, folder, str(workers), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})},
+        )
+    participant = Participant(name, folder, rounds, process)
+    participant.answer()
+    return participant
+
+
+def check(job: Job, names: Sequence[str], pythons: Mapping[str, str], workers: int) -> list[str]:
+    """One round of each: all end at the same weights. The largest difference of each."""
+    differences = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_job(folder, job, 1)
+        for name in ("plain", *(n for n in names if n not in ("plain", "convolutions"))):
+            participant = join(name, folder, 1, pythons, workers)
+            participant.turn()
+            participant.finish()
+            ends = [np.load(folder / f"{n}.npz") for n in ("plain", name)]
+            moved = np.abs(ends[0]["theta"] - np.load(folder / "theta.npy")).max()
+            differences[name] = max(np.abs(ends[0][k] - ends[1][k]).max() for k in ends[0])
+            if not differences[name] < TOLERANCE < moved:
+                raise SystemExit(f"{name} ends {differences[name]:.1e} away from plain")
+    return [f"{name} {far:.0e}" for name, far in differences.items() if name != "plain"]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of a participant: its rounds in order, and its peak of memory, MB."""
+
+    rounds: Sequence[Mapping[str, float]]
+    peak_mb: float
+
+    def median(self, clock: str) -> float:
+        return statistics.median(r[clock] for r in self.rounds)
+
+    def ratio(self, other: "Times", clock: str) -> float:
+        """Median over pairs of rounds that ran one after the other."""
+        pairs = zip(self.rounds, other.rounds, strict=False)
+        return statistics.median(a[clock] / b[clock] for a, b in pairs)
+
+
+def measure(
+    job: Job, names: Sequence[str], pythons: Mapping[str, str], workers: int, rounds: int
+) -> dict[str, Times]:
+    """Participants take turns, each time in another order."""
+    with tempfile.TemporaryDirectory() as place:
+        more, jobs = WARM + LAST, [(job, name, rounds) for name in names]
+        if job.beside is not None:
+            jobs.append((JOBS[job.beside], "ours", job.beside_rounds))
+        there: dict[str, Participant] = {}
+        for of, name, count in jobs:
+            folder = Path(place) / str(JOBS_BY_VALUE[of])
+            if not folder.exists():
+                folder.mkdir()
+                write_job(folder, of, count + more)
+            label = name if of is job else f"ours, {job.beside}"
+            there[label] = join(name, folder, count, pythons, workers)
+        found: dict[str, list[dict[str, float]]] = {label: [] for label in there}
+        for turn in range(rounds + WARM):
+            first = turn % len(there)
+            for label in [*there][first:] + [*there][:first]:
+                if turn < there[label].rounds + WARM:
+                    found[label].append(there[label].turn())
+        for participant in there.values():
+            participant.turn()
+        return {label: Times(found[label][WARM:], p.finish()) for label, p in there.items()}
+
+
+JOBS_BY_VALUE = {job: name for name, job in JOBS.items()}
+
+
+def table(times: Mapping[str, Times]) -> list[str]:
+    lines = [
+        f"  {'':<18} {'seconds':>8} {'CPU s':>8} {'/ loop':>7} {'CPU / loop':>10} {'/ ours':>7}"
+        f" {'clients/s':>10} {'peak MB':>8}"
+    ]
+    for label, found in times.items():
+        seconds = found.median("wall")
+        # A participant of several processes cannot tell its CPU time.
+        cpu = found.median("cpu")
+        lines.append(
+            f"  {label:<18} {seconds:>8.3f} {cpu:>8.3f}"
+            f" {found.ratio(times['loop'], 'wall'):>7.2f}"
+            f" {found.ratio(times['loop'], 'cpu'):>10.2f}"
+            f" {found.ratio(times['ours'], 'wall'):>7.2f}"
+            f" {COHORT / seconds:>10.1f} {found.peak_mb:>8.0f}"
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", nargs="+", default=["full-964", "fedss-964", "fedss-100k"], choices=JOBS)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--names", nargs="+", default=["ours", "loop", "plain"])
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS)[:4])
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default: 9)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of ours")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
+    pythons = dict(peer.split("=", 1) for peer in options.peer)
+    lines = [
+        "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",
+        f"command   python benchmarks/engine.py {' '.join(sys.argv[1:])}",
+        f"date      {datetime.date.today().isoformat()}",
+        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU; {options.workers} worker threads",
+        f"software  fedss {version('fedss')}, torch {version('torch')}, "
+        f"numpy {version('numpy')}, Python {platform.python_version()}",
+    ]
     for name in options.jobs:
-        with tempfile.TemporaryDirectory() as folder:
-            write_job(Path(folder), *JOBS[name], options.rounds + 3)
-            times = run_job(Path(folder), options.names, {}, options.workers, options.rounds + 3)
-            ends = {n: np.load(Path(folder) / f"{n}.npz") for n in options.names}
-            for n in options.names:
-                t = times[n][2:-1]
-                d = max(abs(ends[n][k] - ends["loop"][k]).max() for k in ("theta", "rows"))
-                r = {k: statistics.median(a[k] / b[k] for a, b in zip(t, times["loop"][2:-1])) for k in ("wall", "cpu")}
-                print(f"{name:<12}{n:<8} wall {statistics.median(x['wall'] for x in t):.3f} cpu {statistics.median(x['cpu'] for x in t):.3f}"
-                      f" / loop: wall {r['wall']:.3f} cpu {r['cpu']:.3f}  diff {d:.1e}  peak", (Path(folder) / f"{n}.json").read_text(), flush=True)
+        names = [*LOOPS, *(pythons if name == "full-964" else ())]
+        differences = check(JOBS[name], names, pythons, options.workers)
+        times = measure(JOBS[name], names, pythons, options.workers, options.rounds)
+        lines += ["", f"{name} (weights after a round, from plain: {', '.join(differences)})"]
+        lines += table(times)
+        print("\n".join(lines[-len(times) - 2 :]), flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print(f"written to {RESULTS}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def shapes() -> list[tuple[int, ...]]:
 def turns() -> Callable[[], None]:
     """What a participant calls before each round, and once after the last.
 
-    It says on stdout how long the round since the last call took, in seconds of the clock and of
+    (Its arguments are the job's folder, a number of threads or workers, and its name.) It says on stdout how long the round since the last call took, in seconds of the clock and of
     this process's threads, and waits on stdin for its next turn.
     """
     out, began = sys.stdout, [0.0, 0.0]
@@ -87,8 +87,10 @@ def turns() -> Callable[[], None]:
     return turn
 
 
-def finish(job: Job, name: str, theta: np.ndarray, rows: np.ndarray) -> None:
-    """Leave the weights and the peak of resident memory for the driver."""
+def finish(job: Job, theta: np.ndarray, rows: np.ndarray, processes: int = 1) -> None:
+    """Leave the weights for the driver; and the peak of resident memory, if that is one process."""
+    name = sys.argv[3]
     np.savez(job.folder / f"{name}.npz", theta=theta, rows=rows)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    (job.folder / f"{name}.json").write_text(json.dumps({"peak_mb": peak}))
+    answer = {"peak_mb": peak if processes == 1 else None}
+    (job.folder / f"{name}.json").write_text(json.dumps(answer))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from job import BATCH, LR, PICTURES, SCALE, finish, read_job, turns
+from job import BATCH, LR, SCALE, finish, read_job, turns
 from network import loss, network, scaled
 
 job = read_job(Path(sys.argv[1]))
@@ -37,7 +37,6 @@ for round, cohort in enumerate(job.cohorts.tolist()):
     for ids, change in changes:
         W.index_add_(0, ids, change)
 turn()
-assert job.orders.shape[2] == PICTURES
 model.load_state_dict(state)
 theta = torch.nn.utils.parameters_to_vector(model.parameters())
-finish(job, "plain", theta.detach().numpy(), W.numpy())
+finish(job, theta.detach().numpy(), W.numpy())
