@@ -1,6 +1,6 @@
 """A round of the local engine against loops written by hand, its floor, and other simulators.
 
-    python benchmarks/engine.py                       (about 20 minutes on two cores; --jobs for less)
+    python benchmarks/engine.py                       (about 15 minutes; --jobs for less)
     python benchmarks/engine.py --peer pfl=PYTHON --peer fedjax=PYTHON --peer flower=PYTHON
     python benchmarks/engine.py --profile             (where a round's time goes; writes nothing)
 
@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,7 +33,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.profiler
 from omniglot import processor
+from torch import nn
 
 PEERS = Path(__file__).parent / "peers"
 RESULTS = Path(__file__).parent / "results" / "engine.txt"
@@ -41,10 +44,27 @@ sys.path.insert(0, str(PEERS))
 from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
 from network import network  # noqa: E402
 
-from fedss.algorithm import batches, draw_classes, draw_cohort, own_classes  # noqa: E402
-from fedss.build import DEFAULT_SAMPLE_SIZE, round_plan  # noqa: E402
+from fedss.algorithm import (  # noqa: E402
+    Broadcast,
+    Submodel,
+    batches,
+    draw_classes,
+    draw_cohort,
+    own_classes,
+    train_client,
+)
+from fedss.allocator import keep_freed_memory  # noqa: E402
+from fedss.build import (  # noqa: E402
+    DEFAULT_SAMPLE_SIZE,
+    build_model,
+    round_plan,
+    server_optimizer,
+    wire_format,
+)
 from fedss.class_rows import create_class_rows  # noqa: E402
 from fedss.config import Config  # noqa: E402
+from fedss.data import Dataset, Images, RetrievalTask, index_clients  # noqa: E402
+from fedss.engines.local import local_engine  # noqa: E402
 from fedss.seeds import generator  # noqa: E402
 
 LOOPS = ("ours", "loop", "plain", "convolutions")
@@ -152,6 +172,7 @@ class Participant:
         return self.answer()
 
     def answer(self) -> dict[str, float]:
+        """What it says next; the first thing it says means nothing but that it is ready."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -215,9 +236,10 @@ class Times:
     """What was measured of a participant: its rounds in order, and its peak of memory, MB."""
 
     rounds: Sequence[Mapping[str, float]]
-    peak_mb: float
+    peak_mb: float | None
 
     def median(self, clock: str) -> float:
+        """Seconds a round."""
         return statistics.median(r[clock] for r in self.rounds)
 
     def ratio(self, other: "Times", clock: str) -> float:
@@ -236,7 +258,7 @@ def measure(
             jobs.append((JOBS[job.beside], "ours", job.beside_rounds))
         there: dict[str, Participant] = {}
         for of, name, count in jobs:
-            folder = Path(place) / str(JOBS_BY_VALUE[of])
+            folder = Path(place) / of.method
             if not folder.exists():
                 folder.mkdir()
                 write_job(folder, of, count + more)
@@ -253,26 +275,89 @@ def measure(
         return {label: Times(found[label][WARM:], p.finish()) for label, p in there.items()}
 
 
-JOBS_BY_VALUE = {job: name for name, job in JOBS.items()}
-
-
 def table(times: Mapping[str, Times]) -> list[str]:
     lines = [
-        f"  {'':<18} {'seconds':>8} {'CPU s':>8} {'/ loop':>7} {'CPU / loop':>10} {'/ ours':>7}"
+        f"  {'':<16} {'seconds':>8} {'/ loop':>7} {'/ ours':>7} {'CPU s':>7} {'/ loop':>7}"
         f" {'clients/s':>10} {'peak MB':>8}"
     ]
+    ours, loop = times["ours"], times["loop"]
     for label, found in times.items():
-        seconds = found.median("wall")
-        # A participant of several processes cannot tell its CPU time.
-        cpu = found.median("cpu")
+        seconds, peak, cpu = found.median("wall"), found.peak_mb, found.median("cpu")
+        to_loop = found.ratio(loop, "cpu")
+        # The CPU time of several processes is not known.
+        of_one = f" {cpu:>7.3f} {to_loop:>7.2f}" if peak else f" {'-':>7} {'-':>7}"
         lines.append(
-            f"  {label:<18} {seconds:>8.3f} {cpu:>8.3f}"
-            f" {found.ratio(times['loop'], 'wall'):>7.2f}"
-            f" {found.ratio(times['loop'], 'cpu'):>10.2f}"
-            f" {found.ratio(times['ours'], 'wall'):>7.2f}"
-            f" {COHORT / seconds:>10.1f} {found.peak_mb:>8.0f}"
+            f"  {label:<16} {seconds:>8.3f} {found.ratio(loop, 'wall'):>7.2f}"
+            f" {found.ratio(ours, 'wall'):>7.2f}{of_one} {COHORT / seconds:>10.1f}"
+            f" {'-' if peak is None else f'{peak:.0f}':>8}"
         )
     return lines
+
+
+KINDS = {
+    "convolutions": ("convolution",),
+    "group norms": ("group_norm",),
+    "pooling": ("max_pool2d",),
+    "ReLU": ("relu", "threshold_backward", "clamp_min"),
+    "matrix products": ("::mm", "::addmm"),
+    "gradients and SGD step": ("::add_", "::sub_", "::zero_", "::fill_", "AccumulateGrad"),
+}
+
+
+def profile(title: str, config: Config, backbone: nn.Module | None) -> list[str]:
+    """Where the time of :func:`fedss.algorithm.train_client` goes, by kind of operation."""
+    rng, num_classes, clients = np.random.default_rng(0), 964, 20
+    own = [rng.choice(num_classes, PICTURES // 2, replace=False) for _ in range(clients)]
+    images = Images(
+        rng.integers(0, 256, (clients * PICTURES, 1, 28, 28), dtype=np.uint8),
+        np.repeat(np.stack(own), 2, axis=1).ravel(),
+        np.repeat(np.arange(clients), PICTURES),
+        [str(i) for i in range(num_classes)],
+        [str(k) for k in range(clients)],
+        [str(i) for i in range(clients * PICTURES)],
+    )
+    data = Dataset(title, images, RetrievalTask(images))
+    embedder, index = build_model(config, data, backbone), index_clients(images)
+    wire, optimizer = wire_format(config, embedder, num_classes), server_optimizer(config)
+    plan = round_plan(config, num_classes, DEFAULT_SAMPLE_SIZE, 0)
+    rows_ND = torch.from_numpy(first_rows(num_classes, 0))
+    keep_freed_memory()
+    with local_engine(embedder, index, optimizer, wire, 1) as engine, engine.replica() as replica:
+        sent = Broadcast(replica.theta_P.clone(), None)
+
+        def train(client: int) -> None:
+            example_N = index.examples(client)
+            label_N = images.labels[example_N]
+            sample = draw_classes(plan, client, own_classes(plan, client, label_N))
+            submodel = Submodel(sent, sample.ids_S, rows_ND[sample.ids_S])
+            train_client(plan, client, replica, submodel, sample, example_N, label_N)
+
+        for client in range(clients):
+            train(client)
+        began = time.thread_time()
+        for client in range(clients):
+            train(client)
+        seconds = (time.thread_time() - began) / clients
+        with torch.profiler.profile() as found:
+            for client in range(clients):
+                train(client)
+    events = [e for e in found.key_averages() if e.self_cpu_time_total > 0]
+    total = sum(e.self_cpu_time_total for e in events)
+    shares, rest = dict.fromkeys(KINDS, 0.0), 0.0
+    for event in events:
+        kinds = [k for k, parts in KINDS.items() if any(part in event.key for part in parts)]
+        if kinds:
+            shares[kinds[0]] += event.self_cpu_time_total / total
+        else:
+            rest += event.self_cpu_time_total / total
+    steps = -(-PICTURES // config.batch_size)
+    calls = sum(e.count for e in events if e.key.startswith("aten::")) / clients / steps
+    return [
+        f"{title}: {1000 * seconds:.2f} ms of CPU a client, {1000 * seconds / steps:.2f} ms a step,"
+        f" {calls:.0f} operations a step",
+        *(f"  {kind:<24} {100 * share:>5.1f} %" for kind, share in shares.items()),
+        f"  {'all else':<24} {100 * rest:>5.1f} %",
+    ]
 
 
 def main() -> None:
@@ -284,11 +369,18 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     pythons = dict(peer.split("=", 1) for peer in options.peer)
+    if options.profile:
+        for method in ("full", "fedss"):
+            config = Config(**settings(method, 1))
+            print("\n".join(profile(f"common job, {method}", config, network())), flush=True)
+        print("\n".join(profile("fedss train, defaults", Config(), None)))
+        return
     lines = [
         "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",
         f"command   python benchmarks/engine.py {' '.join(sys.argv[1:])}",
         f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU; {options.workers} worker threads",
+        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
+        f"threads   {options.workers} in ours, loop and convolutions; 1 in plain; peers: their own",
         f"software  fedss {version('fedss')}, torch {version('torch')}, "
         f"numpy {version('numpy')}, Python {platform.python_version()}",
     ]

@@ -33,5 +33,9 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(
-        [mallopt(parameter, value) for parameter, value, name in _SETTINGS if name not in os.environ]
+        [
+            mallopt(parameter, value)
+            for parameter, value, name in _SETTINGS
+            if name not in os.environ
+        ]
     )

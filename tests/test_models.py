@@ -504,7 +504,9 @@ def test_pooling_first_keeps_parameters_and_their_order() -> None:
     assert [name.rpartition(".")[2] for name in layers] == ["conv", "norm", "pool", "relu"]
     assert [n for n, _ in twin.named_parameters()] == [n for n, _ in embedder.named_parameters()]
     assert twin.state_dict().keys() == embedder.state_dict().keys()
-    assert torch.equal(backward_flat(twin, random_pixels()), backward_flat(embedder, random_pixels()))
+    assert torch.equal(
+        backward_flat(twin, random_pixels()), backward_flat(embedder, random_pixels())
+    )
 
 
 class LooksBetween(nn.Module):

@@ -53,7 +53,8 @@ def read_job(folder: Path) -> Job:
 
     def array(name: str) -> Any:
         path = folder / f"{name}.npy"
-        return np.load(path) if path.exists() else None
+        # Of many class rows, a participant may need few.
+        return np.load(path, mmap_mode="c") if path.exists() else None
 
     names = ("pixels", "labels", "theta", "rows", "cohorts", "orders", "samples", "log_q")
     settings = json.loads((folder / "job.json").read_text())
@@ -71,8 +72,9 @@ def shapes() -> list[tuple[int, ...]]:
 def turns() -> Callable[[], None]:
     """What a participant calls before each round, and once after the last.
 
-    (Its arguments are the job's folder, a number of threads or workers, and its name.) It says on stdout how long the round since the last call took, in seconds of the clock and of
-    this process's threads, and waits on stdin for its next turn.
+    It says on stdout how long the round since the last call took, in seconds of the clock and of
+    this process's threads, and waits on stdin for its next turn. A participant's arguments are the
+    job's folder, a number of threads, and its name.
     """
     out, began = sys.stdout, [0.0, 0.0]
     sys.stdout = sys.stderr  # what a framework prints is no answer

@@ -71,7 +71,9 @@ def main() -> None:
         for round, cohort in enumerate(job.cohorts.tolist()):
             turn()
             numbers = range(len(cohort))
-            for changes, ids, change in list(pool.map(train, [round] * len(cohort), numbers, cohort)):
+            for changes, ids, change in list(
+                pool.map(train, [round] * len(cohort), numbers, cohort)
+            ):
                 torch._foreach_add_(theta, changes, alpha=1 / len(cohort))
                 if isinstance(ids, slice):
                     W.add_(change, alpha=1 / len(cohort))

@@ -8,7 +8,9 @@ from pathlib import Path
 for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK", "RAY_USAGE_STATS_ENABLED"):
     os.environ[name] = str(int(name == "FLWR_DISABLE_UPDATE_CHECK"))
 # Ray's workers import what they need from here.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+)
 
 import torch  # noqa: E402
 from flower_client import client  # noqa: E402
@@ -31,7 +33,10 @@ class InTurn(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         turn()
-        nodes = [m.metadata.dst_node_id for m in super().configure_train(server_round, arrays, config, grid)]
+        nodes = [
+            m.metadata.dst_node_id
+            for m in super().configure_train(server_round, arrays, config, grid)
+        ]
         for slot, node in enumerate(nodes):
             told = ConfigRecord({"round": server_round - 1, "slot": slot, "job": str(job.folder)})
             content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: told})
@@ -56,6 +61,8 @@ def main(grid: Grid, context: Context) -> None:
 
 if __name__ == "__main__":
     run_simulation(
-        server, client, num_supernodes=CLIENTS,
+        server,
+        client,
+        num_supernodes=CLIENTS,
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
     )

@@ -49,7 +49,9 @@ class Turns(TrainingProcessCallback):
 def main() -> None:
     job = read_job(Path(sys.argv[1]))
     pictures, labels = scaled(job.pixels), torch.from_numpy(job.labels)
-    slots = [(int(client), order) for c, o in zip(job.cohorts, job.orders) for client, order in zip(c, o)]
+    slots = [
+        (int(client), order) for c, o in zip(job.cohorts, job.orders) for client, order in zip(c, o)
+    ]
 
     def dataset(slot: int) -> Dataset:
         client, order = slots[slot]

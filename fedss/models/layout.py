@@ -83,4 +83,3 @@ def _order_layers_(chains: Sequence[nn.Sequential], orders: Sequence[Sequence[st
         layers = dict(chain._modules)
         chain._modules.clear()
         chain._modules.update({name: layers[name] for name in names})
-
