@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.class_rows import ClassRows
+from fedss.class_rows import ClassRows, read, write_
 from fedss.errors import DivergedError
 from fedss.methods import Method
 from fedss.moments import Moments, RowMap, absent_classes, absent_step, mean_map, moments_now
@@ -169,13 +169,19 @@ def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample
     return class_sample(own_P, *check_negatives(name, own_P, plan.num_classes, count, drawn))
 
 
+def server_rows(state: ServerState) -> ServerRows:
+    """What a sampler at the server may look at."""
+    rows = state.class_rows
+    return ServerRows(rows.num_classes, lambda ids_S: read(rows, ids_S)[0], state.sampler_index)
+
+
 def deal_classes(
     plan: RoundPlan, state: ServerState, own_K: Sequence[np.ndarray]
 ) -> list[ClassSample]:
     """Line 2, at the server: the class samples of a cohort that asked for its own classes."""
     deal, counts = plan.sampler.deal, [num_negatives(plan, len(own_P)) for own_P in own_K]
     assert deal is not None
-    rows = ServerRows(state.class_rows.weight_ND, state.sampler_index)
+    rows = server_rows(state)
     hands = deal(own_K, counts, rows, generator(plan.seed, "deal", plan.round))
     name, n = plan.sampler.name, plan.num_classes
     return [
@@ -198,7 +204,7 @@ def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
     rows, moments = state.class_rows, None
     if plan.method.moments:
         assert rows.history is not None
-        moments = moments_now(rows.history, rows.num_classes, rows.weight_ND.shape[1])
+        moments = moments_now(rows.history, rows.num_classes, rows.dim)
     return Broadcast(state.backbone_P, moments)
 
 
@@ -354,10 +360,7 @@ def spread_rows_out(
     rows, ids_N = state.class_rows, torch.arange(state.class_rows.num_classes)
     weight_ND, slots = read_rows(optimizer, rows, ids_N, state.round)
     gradient_ND = spread_out(weight_ND, margin=margin, neighbours=neighbours)
-    rows.weight_ND.copy_(weight_ND - weight * gradient_ND)
-    for name, slot_ND in slots.items():
-        rows.slots[name].copy_(slot_ND)
-    rows.updated_N.fill_(state.round)
+    write_(rows, ids_N, weight_ND - weight * gradient_ND, slots, state.round)
 
 
 class Engine(Protocol):
@@ -388,7 +391,7 @@ def run_round(
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:
-        rows_UD = state.class_rows.weight_ND[mean.ids_U]
+        rows_UD = read(state.class_rows, mean.ids_U)[0]
         plan.sampler.index.update(state.sampler_index, mean.ids_U, rows_UD)
     return state, updates
 

@@ -2,16 +2,27 @@
 
 A checkpoint is a folder ``round-000120``. It is written under another name, flushed to the disk
 and renamed, so that a process killed at any moment leaves the previous one in place.
+
+Class rows lie beside it, in files ``rows-000120.safetensors`` of the rows that were written since
+an earlier checkpoint; ``checkpoint.json`` lists those that together give the whole table, later
+ones on top, and rows in none of them are as before training. A new file takes in the last one
+before it while that has at most twice as many rows: so a row is copied O(log) times, there are
+O(log) files, and a checkpoint costs what was touched, not n. (Ours; the rule is that of a
+log-structured merge tree, O'Neil et al. 1996.)
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+import torch
+from safetensors.torch import load, load_file, save
+from torch import Tensor
 
 from fedss.algorithm import ServerState
 from fedss.class_rows import ClassRows
@@ -26,13 +37,15 @@ _STATE, _RECORD = "state.safetensors", "checkpoint.json"
 def save_checkpoint(folder: Path, state: ServerState) -> None:
     """Write ``folder/round-<round>`` and remove all but the newest two.
 
+    The rows written since the newest checkpoint there are ``state.class_rows.changed``, which is
+    emptied. O(their number), up to a logarithm, on average.
+
     Raises:
         OSError: the disk is full or the place cannot be written; earlier checkpoints are whole.
     """
-    tensors = {"backbone": state.backbone_P, "rows": state.class_rows.weight_ND}
-    tensors["rows_updated"] = state.class_rows.updated_N
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"backbone": state.backbone_P}
     tensors |= {f"backbone.{name}": slot for name, slot in state.backbone_slots.items()}
-    tensors |= {f"rows.{name}": slot for name, slot in state.class_rows.slots.items()}
     history = state.class_rows.history
     if history is not None:
         tensors["history.second"] = history.second_ZZ
@@ -40,19 +53,32 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     content = save(tensors)
     temporary, final = folder / ".unfinished", folder / f"round-{state.round:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     write_file(temporary / _STATE, content)
-    record = {"round": state.round, "sha256": hashlib.sha256(content).hexdigest()}
+    record = {
+        "round": state.round,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "rows": _save_rows(folder, state),
+    }
     write_json(temporary / _RECORD, record)
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
     _flush_folder(folder)
+    state.class_rows.changed.clear()
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
+    needed = {part["file"] for kept in _checkpoints(folder) for part in _row_files(kept)}
+    for file in folder.glob("rows-*.safetensors"):
+        if file.name not in needed:
+            file.unlink()
 
 
-def load_checkpoint(folder: Path) -> ServerState | None:
+def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
     """The newest checkpoint in ``folder``, bit for bit as it was saved; None if there is none.
+
+    Args:
+        folder: where :func:`save_checkpoint` writes.
+        rows: a new table, which gets the saved rows.
 
     Raises:
         RunFolderError: a file of the newest checkpoint is missing or damaged.
@@ -62,32 +88,70 @@ def load_checkpoint(folder: Path) -> ServerState | None:
         return None
     newest = found[-1]
     try:
-        record = json.loads((newest / _RECORD).read_bytes())
-        content = (newest / _STATE).read_bytes()
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            raise ValueError(f"{_STATE} differs from its checksum")
+        record = _record(newest)
+        if "rows" not in record:
+            raise RunFolderError(
+                f"checkpoint {newest} was written by fedss 0.1; go on with that version, or start "
+                "again in another folder"
+            )
+        tensors = load(_checked(newest / _STATE, record["sha256"]).read_bytes())
+        for part in record["rows"]:
+            saved = load_file(_checked(folder / part["file"], part["sha256"]))
+            ids_U = saved["ids"]
+            for name, table_N in _tables(rows).items():
+                table_N[ids_U] = saved[name]
     except (OSError, ValueError, KeyError, TypeError) as error:
         back_to = f"go on from {found[-2].name}" if len(found) > 1 else "start again from round 0"
         raise RunFolderError(
             f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
         ) from error
-    tensors = load(content)
-    history = None
     if "history.second" in tensors:
         maps = {
             int(round): map_DE for round, map_DE in _with_prefix(tensors, "history.map.").items()
         }
-        history = RowHistory(tensors["history.second"], maps)
-    slots, updated_N = _with_prefix(tensors, "rows."), tensors["rows_updated"]
-    return ServerState(
-        tensors["backbone"],
-        _with_prefix(tensors, "backbone."),
-        ClassRows(tensors["rows"], slots, updated_N, history),
-        record["round"],
-    )
+        rows = replace(rows, history=RowHistory(tensors["history.second"], maps))
+    backbone_slots = _with_prefix(tensors, "backbone.")
+    return ServerState(tensors["backbone"], backbone_slots, rows, record["round"])
 
 
-def _with_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _save_rows(folder: Path, state: ServerState) -> list[dict[str, Any]]:
+    """The files of the whole table, one of them new, as ``checkpoint.json`` lists them."""
+    before = _checkpoints(folder)
+    parts = _row_files(before[-1]) if before else []
+    ids_U = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *state.class_rows.changed]))
+    while parts and parts[-1]["count"] <= 2 * len(ids_U):
+        merged = load_file(folder / parts[-1]["file"])["ids"]
+        ids_U, parts = torch.unique(torch.cat([ids_U, merged])), parts[:-1]
+    if not len(ids_U):
+        return parts
+    tensors = {name: table_N[ids_U] for name, table_N in _tables(state.class_rows).items()}
+    content = save({"ids": ids_U, **tensors})
+    file = f"rows-{state.round:06d}.safetensors"
+    write_file(folder / file, content)
+    digest = hashlib.sha256(content).hexdigest()
+    return [*parts, {"file": file, "count": len(ids_U), "sha256": digest}]
+
+
+def _tables(rows: ClassRows) -> dict[str, Tensor]:
+    return {"weight": rows.weight_ND, "updated": rows.updated_N, **rows.slots}
+
+
+def _record(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / _RECORD).read_bytes()))
+
+
+def _row_files(checkpoint: Path) -> list[dict[str, Any]]:
+    return list(_record(checkpoint)["rows"])
+
+
+def _checked(path: Path, digest: str) -> Path:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise ValueError(f"{path.name} differs from its checksum")
+    return path
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,17 +1,30 @@
-"""The class matrix W at the server, read and written by rows.
+"""The class matrix W at the server, read and written by rows, in memory or in a file.
+
+A row that was never written is made from the run's seed whenever it is read, so that a table of
+any size is there at once and takes room for the rows alone that training has touched.
 
 Shape suffixes: N all classes, D embedding size, S or U some classes.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedss.codec import encode_rows
 from fedss.moments import RowHistory
+from fedss.seeds import generator, numbered_normals
+
+RowDtype = Literal["float32", "bfloat16"]
+
+_MOST_CHANGED = 64
 
 
 @dataclass(frozen=True)
@@ -19,37 +32,124 @@ class ClassRows:
     """W, and what the server optimizer keeps for each row. Written in place, row by row.
 
     Attributes:
-        weight_ND: float32, one class row per class.
-        slots: the optimizer's own values per row, e.g. ``{"momentum": [N, D]}``.
-        updated_N: int64, number of rounds that were complete when the row was last written.
+        weight_ND: float32 or bfloat16, one class row per class; of a row never written, anything.
+        slots: the optimizer's own values per row, e.g. ``{"momentum": [N, D]}``; same dtype.
+        updated_N: int32, number of rounds that were complete when the row was last written;
+            0: never.
+        seed: what rows are made from until they are written.
         history: steps that rounds took on every row, if the method takes such steps.
+        changed: ids of the rows written since the last checkpoint, round by round.
     """
 
     weight_ND: Tensor
     slots: Mapping[str, Tensor]
     updated_N: Tensor
+    seed: int
     history: RowHistory | None = None
+    changed: list[Tensor] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
         """Number of classes n."""
         return len(self.weight_ND)
 
+    @property
+    def dim(self) -> int:
+        """Embedding size d."""
+        return self.weight_ND.shape[1]
+
 
 def create_class_rows(
-    num_classes: int, embedding_size: int, slots: tuple[str, ...], rng: np.random.Generator
+    num_classes: int,
+    embedding_size: int,
+    slots: tuple[str, ...],
+    seed: int,
+    dtype: RowDtype = "float32",
+    folder: Path | None = None,
 ) -> ClassRows:
-    """Rows drawn uniformly from the unit sphere; every slot starts at zero.
+    """Rows of uniform direction and length 1; every slot is zero. O(1) time.
 
     Args:
         num_classes: n.
         embedding_size: d.
         slots: names of the values that the server optimizer keeps for each row.
-        rng: generator of this draw.
+        seed: decides each row.
+        dtype: how rows and slots are kept: bfloat16 takes half the room, rounded at random so
+            that small steps are not lost.
+        folder: where to put the tables, as sparse files without a name (they are gone when the
+            process ends, however it ends); None: in memory. Both give the same bits.
+
+    Raises:
+        OSError: the files cannot be made.
     """
+    kept = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     shape = (num_classes, embedding_size)
     return ClassRows(
-        F.normalize(torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)), dim=1),
-        {name: torch.zeros(shape) for name in slots},
-        torch.zeros(num_classes, dtype=torch.int64),
+        _zeros(shape, kept, folder),
+        {name: _zeros(shape, kept, folder) for name in slots},
+        _zeros((num_classes,), torch.int32, folder),
+        seed,
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """Zeros behind which there is no page until it is written. (torch.zeros writes them all.)"""
+    size = math.prod(shape) * dtype.itemsize
+    if folder is None:
+        pages = mmap.mmap(-1, size)
+    else:
+        with TemporaryFile(dir=folder) as file:
+            file.truncate(size)
+            pages = mmap.mmap(file.fileno(), size)
+        if hasattr(mmap, "MADV_RANDOM"):
+            # Rows are read here and there: reading ahead of each was seen to cost 400 times more.
+            pages.madvise(mmap.MADV_RANDOM)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def initial_rows(rows: ClassRows, ids_S: Tensor) -> Tensor:
+    """Rows as they are before training, float32 [S, D]: each a function of seed and id alone."""
+    return F.normalize(
+        torch.from_numpy(numbered_normals(rows.seed, "class rows", ids_S.numpy(), rows.dim)), dim=1
+    )
+
+
+def read(rows: ClassRows, ids_S: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Rows and slots as last written, float32 [S, D], and after which round, int32 [S]. O(S D)."""
+    updated_S = rows.updated_N[ids_S]
+    rows_SD = rows.weight_ND[ids_S].float()
+    slots = {name: slot_ND[ids_S].float() for name, slot_ND in rows.slots.items()}
+    new_S = updated_S == 0
+    if bool(new_S.any()):
+        rows_SD[new_S] = initial_rows(rows, ids_S[new_S])
+    return rows_SD, slots, updated_S
+
+
+def write_(
+    rows: ClassRows, ids_U: Tensor, rows_UD: Tensor, slots: Mapping[str, Tensor], completed: int
+) -> None:
+    """Replace some rows and their slots, in place. O(U D).
+
+    Args:
+        rows: the table.
+        ids_U: int64, unique.
+        rows_UD: float32, their new rows.
+        slots: float32 [U, D] each.
+        completed: number of rounds complete with this one, 1 or more.
+    """
+    rng = generator(rows.seed, "row rounding", completed)
+    parts = [(rows.weight_ND, rows_UD), *((rows.slots[name], slots[name]) for name in rows.slots)]
+    for table_ND, part_UD in parts:
+        if table_ND.dtype == torch.bfloat16:
+            part_UD = encode_rows(part_UD, "bfloat16", rng)["values"]
+        table_ND[ids_U] = part_UD
+    rows.updated_N[ids_U] = completed
+    rows.changed.append(ids_U)
+    if len(rows.changed) > _MOST_CHANGED:
+        rows.changed[:] = [torch.unique(torch.cat(rows.changed))]
+
+
+def id_blocks(num_classes: int, block: int = 65536) -> Iterator[Tensor]:
+    """All class ids, in order, block by block."""
+    for start in range(0, num_classes, block):
+        yield torch.arange(start, min(start + block, num_classes))

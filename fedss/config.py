@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.algorithm import RowMean
+from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
@@ -15,6 +16,7 @@ from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
 
 Schedule = Literal["constant", "linear", "cosine"]
+RowStore = Literal["memory", "file"]
 EvalSplit = Literal["test", "validation"]
 
 
@@ -99,6 +101,9 @@ class Config:
     moments_rank: int | None = _option(
         None, "moments: eigenvectors sent of a matrix; default: all of it", "wire"
     )
+
+    row_dtype: RowDtype = _option("float32", "how the server keeps class rows", "server")
+    row_store: RowStore = _option("memory", "where: in memory, or in a file on disk", "server")
 
     seed: int = _option(0, "every random draw of the run is keyed by it", "run")
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")

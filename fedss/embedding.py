@@ -105,7 +105,7 @@ def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
         )
         names = [file.relative_to(path).as_posix() for file in found]
     elif path.is_file():
-        names = [values["image"] for _, values in read_table(path, ("image",))]
+        names = [image for _, (image,) in read_table(path, ("image",))]
         found = [path.parent / name for name in names]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")

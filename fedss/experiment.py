@@ -32,7 +32,7 @@ from fedss.build import (
     wire_format,
 )
 from fedss.checkpoint import load_checkpoint, save_checkpoint
-from fedss.class_rows import create_class_rows
+from fedss.class_rows import ClassRows, create_class_rows, read
 from fedss.config import Config, variant
 from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
@@ -42,8 +42,7 @@ from fedss.evaluation import evaluate_embedding, save_panels
 from fedss.files import write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
-from fedss.moments import RowHistory, second_moment
-from fedss.optimizers import join_states
+from fedss.optimizers import with_history
 from fedss.progress import show_progress
 from fedss.records import Record, open_records, read_records, round_traffic, summarise
 from fedss.report import write_report
@@ -230,11 +229,19 @@ def _train_rounds(
     num_classes, sample_size = class_counts(config, data)
     task = evaluation_task(config, data)
     theta_P = flatten_(embedder).theta_P
-    state = load_checkpoint(folder / "checkpoint") or _start(config, theta_P, num_classes)
+    rows = create_class_rows(
+        num_classes,
+        config.embedding_size,
+        optimizer.slots,
+        config.seed,
+        config.row_dtype,
+        folder if config.row_store == "file" else None,
+    )
+    state = load_checkpoint(folder / "checkpoint", rows) or _start(config, theta_P, rows)
     plan = round_plan(config, num_classes, sample_size, state.round, sampler)
     if plan.sampler.index is not None:
         rng = generator(config.seed, "sampler index")
-        index = plan.sampler.index.build(state.class_rows.weight_ND, rng)
+        index = plan.sampler.index.build(read(rows, torch.arange(num_classes))[0], rng)
         state = replace(state, sampler_index=index)
     wire = wire_format(config, embedder, num_classes)
     records = read_records(folder / "records.jsonl", state.round)
@@ -294,13 +301,10 @@ def _train_rounds(
     return records
 
 
-def _start(config: Config, theta_P: torch.Tensor, num_classes: int) -> ServerState:
-    optimizer, dim = server_optimizer(config), config.embedding_size
-    rng = generator(config.seed, "class rows")
-    rows = create_class_rows(num_classes, dim, optimizer.slots, rng)
+def _start(config: Config, theta_P: torch.Tensor, rows: ClassRows) -> ServerState:
+    optimizer = server_optimizer(config)
     if METHODS[config.method].moments:
-        history = RowHistory(second_moment(join_states(rows.weight_ND, rows.slots)))
-        rows = replace(rows, history=history)
+        rows = with_history(rows)
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     return ServerState(theta_P.clone(), slots, rows, round=0)
 

@@ -114,13 +114,10 @@ Transition = Callable[[Tensor], Tensor]
 """From a round's map [D, D + 1] to its T [Z, Z], float64."""
 
 
-def second_moment(z_NZ: Tensor, block: int = 65536) -> Tensor:
+def second_moment(z_SZ: Tensor) -> Tensor:
     """``sum_j z_j z_j'``, float64 [Z, Z]."""
-    total = torch.zeros(z_NZ.shape[1], z_NZ.shape[1], dtype=torch.float64)
-    for start in range(0, len(z_NZ), block):
-        part = z_NZ[start : start + block].double()
-        total += part.T @ part
-    return total
+    z_SZ = z_SZ.double()
+    return z_SZ.T @ z_SZ
 
 
 def moments_now(history: RowHistory, num_classes: int, dim: int) -> Moments:

@@ -21,7 +21,7 @@ Shape suffixes: P backbone parameters, U touched classes, S requested classes, D
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedss.class_rows import ClassRows
-from fedss.moments import RowMap, catch_up, forget_, record_step_
+from fedss.class_rows import ClassRows, id_blocks, read, write_
+from fedss.moments import RowHistory, RowMap, catch_up, forget_, record_step_, second_moment
 
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
 
@@ -106,11 +106,10 @@ def read_rows(
     """
     if rows.history is not None:
         return _split(optimizer, _whole_state(optimizer, rows, ids_S, round))
-    rows_SD = rows.weight_ND[ids_S]
-    slots = {name: slot_ND[ids_S] for name, slot_ND in rows.slots.items()}
+    rows_SD, slots, updated_S = read(rows, ids_S)
     beta = optimizer.momentum
     if optimizer.kind == "momentum" and beta > 0:
-        missed_S1 = (round - rows.updated_N[ids_S])[:, None].double()
+        missed_S1 = (round - updated_S)[:, None].double()
         decay_S1 = torch.exp(missed_S1 * math.log(beta))
         coast_S1 = optimizer.lr * beta * (1 - decay_S1) / (1 - beta)
         velocity_SD = slots["momentum"]
@@ -148,12 +147,9 @@ def step_rows_(
         rows_UD, slots = read_rows(optimizer, rows, ids_U, round)
     rows_UD, slots = step(optimizer, rows_UD, slots, update_UD, round)
     rows_UD = F.normalize(rows_UD, dim=1) if optimizer.normalize_rows else rows_UD
-    rows.weight_ND[ids_U] = rows_UD
-    for name, slot_UD in slots.items():
-        rows.slots[name][ids_U] = slot_UD
-    rows.updated_N[ids_U] = round + 1
+    write_(rows, ids_U, rows_UD, slots, round + 1)
     if row_map is not None and history is not None:
-        after_UZ = join_states(rows_UD, slots)
+        after_UZ = _whole_state(optimizer, rows, ids_U, round + 1)
         record_step_(history, partial(transition, optimizer), row_map, round, before_UZ, after_UZ)
         if round % _FORGET_EVERY == 0:
             forget_(history, int(rows.updated_N.min()))
@@ -193,6 +189,17 @@ def join_states(rows_SD: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([rows_SD, *slots.values(), one_S1], dim=1).double()
 
 
+def with_history(rows: ClassRows) -> ClassRows:
+    """Rows that were never written, ready for steps of all of them. O(n D^2), once."""
+    total_ZZ: Tensor | None = None
+    for ids_S in id_blocks(rows.num_classes):
+        rows_SD, slots, _ = read(rows, ids_S)
+        part_ZZ = second_moment(join_states(rows_SD, slots))
+        total_ZZ = part_ZZ if total_ZZ is None else total_ZZ + part_ZZ
+    assert total_ZZ is not None
+    return replace(rows, history=RowHistory(total_ZZ))
+
+
 def _split(optimizer: ServerOptimizer, z_SZ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     rows_SD, *slots = z_SZ[:, :-1].float().chunk(1 + len(optimizer.slots), dim=1)
     return rows_SD.contiguous(), dict(zip(optimizer.slots, slots, strict=True))
@@ -200,7 +207,6 @@ def _split(optimizer: ServerOptimizer, z_SZ: Tensor) -> tuple[Tensor, dict[str, 
 
 def _whole_state(optimizer: ServerOptimizer, rows: ClassRows, ids_S: Tensor, round: int) -> Tensor:
     assert rows.history is not None
-    slots = {name: rows.slots[name][ids_S] for name in optimizer.slots}
-    z_SZ = join_states(rows.weight_ND[ids_S], slots)
-    since_S = rows.updated_N[ids_S]
+    rows_SD, slots, since_S = read(rows, ids_S)
+    z_SZ = join_states(rows_SD, slots)
     return catch_up(rows.history, partial(transition, optimizer), z_SZ, since_S, round)

@@ -17,7 +17,14 @@ from fedss.errors import RunFolderError
 from fedss.files import read_json, remove_litter, write_json, writing
 
 # What may differ between a run and its continuation: nothing that decides the weights.
-_FREE_FIELDS = ("workers", "keep_memory", "checkpoint_every", "data_path", "skip_broken")
+_FREE_FIELDS = (
+    "workers",
+    "keep_memory",
+    "checkpoint_every",
+    "row_store",
+    "data_path",
+    "skip_broken",
+)
 _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
 
 

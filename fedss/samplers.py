@@ -28,15 +28,17 @@ classes (int64, sorted, unique) and n. ``num_negatives`` is at most ``n - |P|``.
 
 @dataclass(frozen=True)
 class ServerRows:
-    """What a sampler at the server may look at: the class rows as last written, and its index."""
+    """What a sampler at the server may look at.
 
-    weight_ND: Tensor
+    Attributes:
+        num_classes: n.
+        read: class rows as last written, float32 [S, D], by their ids (int64 tensor [S]).
+        index: what the sampler keeps of them (:class:`RowIndex`).
+    """
+
+    num_classes: int
+    read: Callable[[Tensor], Tensor]
     index: Any
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes n."""
-        return len(self.weight_ND)
 
 
 Deal = Callable[
@@ -51,7 +53,7 @@ class RowIndex:
     """What a sampler keeps of the class rows between rounds: a function of the rows alone.
 
     Attributes:
-        build: ``build(weight_ND, rng)`` makes it.
+        build: ``build(rows_ND, rng)`` makes it of all class rows.
         update: ``update(index, ids_U, rows_UD)`` writes new rows into it, in place, so that it
             is bit for bit what ``build`` would make of all rows.
     """
@@ -225,7 +227,7 @@ def deal_hard(
     ``q_i = (m - H) / (n - |P| - H)`` for these. Hard negatives as in face recognition, with the
     correction that keeps the partition estimate unbiased. O(|P| n D) for each client. (Ours.)
     """
-    unit_ND = F.normalize(rows.weight_ND, dim=1)
+    unit_ND = F.normalize(rows.read(torch.arange(rows.num_classes)), dim=1)
     hands = []
     for own_P, m in zip(own_K, num_negatives_K, strict=True):
         if m in (0, rows.num_classes - len(own_P)):
@@ -258,7 +260,7 @@ def deal_rff(
         if m in (0, rows.num_classes - len(own_P)):
             hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
             continue
-        ids_M, q_M = rff.draw(rows.index, rows.weight_ND[own_P], m, rng)
+        ids_M, q_M = rff.draw(rows.index, rows.read(torch.from_numpy(own_P)), m, rng)
         other_M = ~np.isin(ids_M, own_P)
         hands.append((ids_M[other_M], q_M[other_M]))
     return hands

@@ -17,5 +17,31 @@ def generator(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.ra
         round: 0-based round number.
         client: client number.
     """
-    key = f"{seed}/{purpose}/{round}/{client}".encode()
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(key).digest()))
+    return np.random.default_rng(int.from_bytes(_digest(seed, purpose, round, client)))
+
+
+def numbered_normals(seed: int, purpose: str, number_S: np.ndarray, size: int) -> np.ndarray:
+    """Standard normals float32 [S, size]; row i depends on (seed, purpose, ``number_S[i]``) alone.
+
+    Philox (Salmon et al. 2011) is a function of a key and a counter: the key stands for seed and
+    purpose, the upper part of the counter for the number. So the numbers of any row are to be had
+    without those of the rows before it. About 4 microseconds a row.
+
+    Args:
+        seed: the run's seed, any integer.
+        purpose: what is drawn.
+        number_S: integers from 0 to 2^63 - 1.
+        size: how many for each.
+    """
+    bits = np.random.Philox(key=int.from_bytes(_digest(seed, purpose)[:16]))
+    rng, state = np.random.Generator(bits), bits.state
+    normal_SD = np.empty((len(number_S), size), np.float32)
+    for row_D, number in zip(normal_SD, number_S.tolist(), strict=True):
+        state["state"]["counter"][:] = (0, number, 0, 0)
+        bits.state = state
+        rng.standard_normal(dtype=np.float32, out=row_D)
+    return normal_SD
+
+
+def _digest(*key: object) -> bytes:
+    return hashlib.sha256("/".join(map(str, key)).encode()).digest()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedss.algorithm import ClientUpdate
+from fedss.class_rows import ClassRows, read
 from fedss.data import Dataset, Images, RetrievalTask
 
 
@@ -123,3 +124,8 @@ def tiny_backbone() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh())
+
+
+def whole(rows: ClassRows) -> torch.Tensor:
+    """W as last written, rows that were never written too."""
+    return read(rows, torch.arange(rows.num_classes))[0]

@@ -31,17 +31,17 @@ from fedss.algorithm import (
     spread_rows_out,
     train_client,
 )
-from fedss.class_rows import create_class_rows
+from fedss.class_rows import create_class_rows, write_
 from fedss.data import ClientIndex, index_clients
 from fedss.errors import DivergedError
 from fedss.methods import METHODS
 from fedss.models import build_embedder, flatten_
-from fedss.moments import RowHistory, second_moment
-from fedss.optimizers import ServerOptimizer, join_states, read_rows
+from fedss.optimizers import ServerOptimizer, read_rows, with_history
 from fedss.samplers import SAMPLERS
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Scoring
 from tests import reference
+from tests.reference import whole
 
 DATA = reference.tiny_dataset()
 N = len(DATA.train.class_names)
@@ -92,11 +92,10 @@ def engine(optimizer: ServerOptimizer = SGD, reverse: bool = False) -> PlainEngi
 def start(optimizer: ServerOptimizer = SGD, told: RoundPlan | None = None) -> ServerState:
     """A server's first state, with what the method and the sampler of ``told`` keep."""
     theta_P, told = Model().theta_P, told or plan()
-    rows = create_class_rows(N, 6, optimizer.slots, generator(0, "class rows"))
+    rows = create_class_rows(N, 6, optimizer.slots, 0)
     if told.method.moments:
-        history = RowHistory(second_moment(join_states(rows.weight_ND, rows.slots)))
-        rows = replace(rows, history=history)
-    index = told.sampler.index and told.sampler.index.build(rows.weight_ND, generator(0, "index"))
+        rows = with_history(rows)
+    index = told.sampler.index and told.sampler.index.build(whole(rows), generator(0, "index"))
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     return ServerState(theta_P.clone(), slots, rows, 0, index)
 
@@ -136,7 +135,7 @@ def run(
 
 def same(a: ServerState, b: ServerState) -> bool:
     return torch.equal(a.backbone_P, b.backbone_P) and torch.equal(
-        a.class_rows.weight_ND, b.class_rows.weight_ND
+        whole(a.class_rows), whole(b.class_rows)
     )
 
 
@@ -161,7 +160,7 @@ def test_one_client_one_step_all_classes_is_central_sgd():
 
     fresh = start()
     model = Model().embedder
-    rows = fresh.class_rows.weight_ND.clone().requires_grad_()
+    rows = whole(fresh.class_rows).clone().requires_grad_()
     examples = where.clients.examples(client)
     h = model(torch.from_numpy(DATA.train.pixels[examples]))
     labels = torch.from_numpy(DATA.train.labels[examples])
@@ -171,18 +170,18 @@ def test_one_client_one_step_all_classes_is_central_sgd():
     ).step()
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert (after.backbone_P - theta).abs().max() < 1e-6
-    assert (after.class_rows.weight_ND - rows).abs().max() < 1e-6
+    assert (whole(after.class_rows) - rows).abs().max() < 1e-6
 
     on_the_sphere = replace(SGD, normalize_rows=True)
     after, _ = run_round(where, on_the_sphere, start(), np.array([client]), one_step, "cohort")
-    assert (after.class_rows.weight_ND - F.normalize(rows, dim=1)).abs().max() < 1e-6
+    assert (whole(after.class_rows) - F.normalize(rows, dim=1)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ServerOptimizer("adam", 0.01)], ids=str)
 def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
     state, where = start(optimizer), engine(optimizer)
     for round in range(5):
-        before = state.class_rows.weight_ND.clone()
+        before = whole(state.class_rows).clone()
         cohort = draw_cohort(6, 2, 0, round)
         told = replace(plan("fedss", 5), round=round)
         state, updates = run_round(where, optimizer, state, cohort, told, "cohort")
@@ -190,26 +189,26 @@ def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
         untouched = torch.ones(N, dtype=torch.bool)
         untouched[touched] = False
         assert untouched.any()
-        assert torch.equal(state.class_rows.weight_ND[untouched], before[untouched])
-        assert not torch.equal(state.class_rows.weight_ND[touched], before[touched])
+        assert torch.equal(whole(state.class_rows)[untouched], before[untouched])
+        assert not torch.equal(whole(state.class_rows)[touched], before[touched])
 
 
 def test_a_client_gets_the_rows_it_asked_for_and_nothing_else():
     state = start()
     rows_SD = select(SGD, state, torch.tensor([1, 4, 9]))
-    assert torch.equal(rows_SD, state.class_rows.weight_ND[[1, 4, 9]])
+    assert torch.equal(rows_SD, whole(state.class_rows)[[1, 4, 9]])
     assert broadcast(state, plan()).backbone_P is state.backbone_P
     # No view into W travels: what a client does to its rows cannot reach the server.
     rows_SD.zero_()
-    assert state.class_rows.weight_ND[1].any()
+    assert whole(state.class_rows)[1].any()
 
 
 def test_training_a_client_leaves_what_it_was_given():
     state, where = start(), engine()
-    theta, rows = state.backbone_P.clone(), state.class_rows.weight_ND.clone()
+    theta, rows = state.backbone_P.clone(), whole(state.class_rows).clone()
     list(where.train(state, np.arange(6), plan()))
     assert torch.equal(state.backbone_P, theta)
-    assert torch.equal(state.class_rows.weight_ND, rows)
+    assert torch.equal(whole(state.class_rows), rows)
 
 
 def test_renaming_classes_permutes_w_and_changes_nothing_else():
@@ -224,8 +223,8 @@ def test_renaming_classes_permutes_w_and_changes_nothing_else():
     new_ids = torch.from_numpy(permutation[sample.ids_S.numpy()])
     order = torch.argsort(new_ids)
     renamed = ClassSample(new_ids[order], sample.log_q_S[order], sample.own_S[order])
-    weight = torch.empty_like(state.class_rows.weight_ND)
-    weight[torch.from_numpy(permutation)] = state.class_rows.weight_ND
+    weight = torch.empty_like(whole(state.class_rows))
+    weight[torch.from_numpy(permutation)] = whole(state.class_rows)
     submodel = Submodel(sent, renamed.ids_S, weight[renamed.ids_S])
     after = train_client(told, 1, where.model, submodel, renamed, example_N, permutation[label_N])
     assert (after.backbone_delta_P - before.backbone_delta_P).abs().max() < 1e-6
@@ -320,7 +319,8 @@ def test_a_cohort_has_no_client_twice_and_is_keyed_by_seed_and_round():
 
 def test_divergence_names_round_and_client_and_applies_nothing():
     state, where = start(), engine()
-    state.class_rows.weight_ND[DATA.train.labels[where.clients.examples(4)[0]]] = float("nan")
+    label = torch.tensor([DATA.train.labels[where.clients.examples(4)[0]]])
+    write_(state.class_rows, label, torch.full((1, 6), float("nan")), {}, 1)
     before = state.backbone_P.clone()
     with pytest.raises(DivergedError, match="round 1, client 4"):
         run_round(where, SGD, state, np.array([4]), plan("full"), "cohort")

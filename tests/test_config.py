@@ -54,10 +54,13 @@ PINNED = [
     "backbone_down",
     "backbone_up",
     "moments_rank",
+    "row_dtype",
+    "row_store",
     "seed",
     "eval_every",
     "checkpoint_every",
     "workers",
+    "keep_memory",
 ]
 
 

@@ -1,6 +1,7 @@
 """Pictures from files: they equal what Pillow decodes, and each mistake has its message."""
 
 import dataclasses
+import json
 import os
 import random
 import struct
@@ -18,9 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from fedss import Config, train
+from fedss.algorithm import draw_cohort
 from fedss.data import (
     Dataset,
     Images,
+    LazyNames,
     RetrievalTask,
     csv_dataset,
     fingerprint,
@@ -32,10 +36,10 @@ from fedss.data import (
     seen_classes,
     split_clients,
 )
-from fedss.data.cache import cache_folder, cached_array, decode
+from fedss.data.cache import cache_folder, cached_array, decode, in_threads
 from fedss.errors import DataError
 from tests import reference
-from tests.reference import tiny_dataset
+from tests.reference import tiny_backbone, tiny_dataset
 
 
 def picture(seed, size=(20, 20), mode="RGB"):
@@ -375,6 +379,56 @@ def test_channels_are_one_if_every_picture_is_gray(root):
 # The cache
 
 
+def many(root, count):
+    """A CSV of ``count`` pictures, more than a worker takes at a time."""
+    for i in range(count):
+        save(root / f"q{i:03d}.png", picture(i, (5, 5)))
+    lines = [f"q{i:03d}.png,class {i},x,train" for i in range(count)]
+    return write_csv(root, [*lines, "p0.png,t,x,test", "p1.png,t,x,test"])
+
+
+def test_pictures_keep_their_order_whoever_decodes_them(root):
+    train = load(many(root, 150)).train
+    assert [train.class_names[label] for label in train.labels] == [
+        f"class {i}" for i in sorted(range(150), key=str)
+    ]
+    for name, pixels in zip(train.names, train.pixels, strict=True):
+        assert np.array_equal(pixels, decode(root / name, 8, 3))
+
+
+def test_broken_pictures_are_found_in_every_worker_s_share(root):
+    path, broken = many(root, 150), (3, 40, 149)
+    for i in broken:
+        (root / f"q{i:03d}.png").write_text("not a picture")
+    with pytest.raises(DataError, match=r"3 of 152 .*q003\.png .*q040\.png .*q149\.png"):
+        load(path)
+    data = load(path, skip_broken=True)
+    assert set(data.skipped) == {f"q{i:03d}.png" for i in broken}
+    assert len(data.train) == 147
+
+
+def test_workers_do_not_run_ahead_of_what_is_written():
+    begun = []
+    results = in_threads(lambda some: begun.append(some) or len(some), 10_000)
+    assert next(results) == 32
+    assert len(begun) <= 2 * os.cpu_count() + 1
+    assert sum(results) == 10_000 - 32
+    assert sorted(i for some in begun for i in some) == list(range(10_000))
+
+
+def test_the_same_relative_path_elsewhere_is_another_file(tmp_path, monkeypatch):
+    found = []
+    for place, number in (("here", 1), ("there", 2)):
+        for label in ("a", "b"):
+            for i in range(2):
+                file = tmp_path / place / "root" / "x" / label / f"{i}.bmp"
+                save(file, picture(number, (8, 8)))
+                os.utime(file, (0, 0))
+        monkeypatch.chdir(tmp_path / place)
+        found.append(folder_dataset("root", image_size=8, cache=tmp_path / "cache"))
+    assert not np.array_equal(found[0].train.pixels, found[1].train.pixels)
+
+
 def test_pictures_are_decoded_once_until_they_change(root, monkeypatch):
     path = write_csv(root, GOOD)
     first = load(path)
@@ -496,6 +550,16 @@ def test_folders_are_the_csv_that_lists_them(folders, tmp_path):
     assert len(data.train) + len(data.test.query) == 5
     assert data.test.query.class_names[0] in ("cat", "dog")
     assert data.train.pixels.shape[1:] == (3, 8, 8)
+
+
+def test_folders_may_be_links_even_in_circles(folders, tmp_path):
+    expected = folder_dataset(folders, image_size=8, cache=tmp_path / "cache")
+    (tmp_path / "elsewhere").mkdir()
+    (folders / "bob").rename(tmp_path / "elsewhere" / "bob")
+    (folders / "bob").symlink_to(tmp_path / "elsewhere" / "bob")
+    (folders / "ann" / "cat" / "loop").symlink_to(folders)
+    (folders / "ann" / "cat" / "nowhere.png").symlink_to(folders / "none.png")
+    assert same(folder_dataset(folders, image_size=8, cache=tmp_path / "cache"), expected)
 
 
 def test_mistakes_in_folders(folders, tmp_path):
@@ -668,6 +732,160 @@ def test_the_fingerprint_tells_files_apart(root):
         before = fingerprint(load(path))
         save(root / name, picture(77))
         assert fingerprint(load(path)) != before
+
+
+# Names by the million
+
+
+@given(st.integers(0, 9), st.slices(9), st.integers(-12, 12))
+def test_lazy_names_are_the_list_of_them(length, part, index):
+    expected = [f"client {i}" for i in range(length)]
+    names = LazyNames(length, "client {}".format)
+    assert list(names) == expected
+    assert list(reversed(names)) == expected[::-1]
+    assert (len(names), names[part]) == (length, expected[part])
+    if -length <= index < length:
+        assert names[index] == names[np.int64(index)] == expected[index]
+        assert names[index] in names
+    else:
+        with pytest.raises(IndexError):
+            names[index]
+    assert "client -1" not in names
+
+
+def lazily(images):
+    """The same names, each made when it is asked for."""
+    fields = ("class_names", "client_names", "names")
+    made = {field: list(getattr(images, field)) for field in fields}
+    lazy = {field: LazyNames(len(held), held.__getitem__) for field, held in made.items()}
+    return dataclasses.replace(images, **lazy)
+
+
+def test_made_up_names_give_the_run_that_lists_give(tmp_path):
+    listed = tiny_dataset()
+    lazy = Dataset("tiny", lazily(listed.train), RetrievalTask(lazily(listed.test.query)))
+    assert fingerprint(lazy) == fingerprint(listed)
+    config = Config(rounds=2, clients_per_round=3, sample_size=6, embedding_size=4, workers=1)
+    runs = {}
+    for name, data in (("listed", listed), ("lazy", lazy)):
+        run = train(config, tmp_path / name, data=data, backbone=tiny_backbone())
+        described = json.loads((run.folder / "config.json").read_text())["data"]
+        runs[name] = (
+            described,
+            {key: value for key, value in run.summary.items() if key != "seconds"},
+            (run.folder / "model" / "model.safetensors").read_bytes(),
+        )
+    assert runs["lazy"] == runs["listed"]
+
+
+class Counted(np.ndarray):
+    """An array that counts how many rows are read from it, one by one or all at once."""
+
+    def __new__(cls, values, rows_read):
+        counted = values.view(cls)
+        counted.rows_read = rows_read
+        return counted
+
+    def __getitem__(self, key):
+        found = self.view(np.ndarray)[key]
+        self.rows_read.append(len(found) if found.ndim else 1)
+        return found
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        self.rows_read.append(len(self))
+        return getattr(ufunc, method)(*map(plain, inputs), **options)
+
+    def __array_function__(self, function, types, arguments, options):
+        self.rows_read.append(len(self))
+        return function(*map(plain, arguments), **options)
+
+
+def plain(value):
+    return value.view(np.ndarray) if isinstance(value, Counted) else value
+
+
+@pytest.mark.parametrize("method", ["fedss", "moments"])
+def test_a_round_reads_what_its_cohort_holds_whatever_the_number_of_clients(tmp_path, method):
+    def rows_read_by_rounds(num_clients):
+        images, read = in_memory(np.arange(3 * num_clients) % 20), []
+
+        def made(i):
+            read.append(1)
+            return f"name {i}"
+
+        counted = dataclasses.replace(
+            images,
+            pixels=Counted(np.tile(images.pixels, (1, 1, 2, 2)), read),
+            labels=Counted(images.labels, read),
+            clients=Counted(np.arange(3 * num_clients) // 3, read),
+            class_names=LazyNames(20, made),
+            client_names=LazyNames(num_clients, made),
+            names=LazyNames(3 * num_clients, made),
+        )
+        config = Config(
+            method=method,
+            rounds=4,
+            clients_per_round=5,
+            sample_size=8,
+            embedding_size=4,
+            eval_every=0,
+            workers=1,
+        )
+        at = []
+        train(
+            config,
+            tmp_path / str(num_clients),
+            data=Dataset("counted", counted, tiny_dataset().test),
+            backbone=tiny_backbone(),
+            on_round=lambda _: at.append(sum(read)),
+        )
+        assert at[0] > 3 * num_clients  # the start reads all of them
+        return np.diff(at).tolist()
+
+    few, many = rows_read_by_rounds(20), rows_read_by_rounds(2000)
+    assert few == many
+    assert 2 * 5 * 3 <= few[0] <= 4 * 5 * 3
+
+
+def test_a_cohort_is_drawn_from_any_number_of_clients():
+    # No array of so many could be made.
+    cohort = draw_cohort(10**15, 1000, seed=0, round=3)
+    assert len(np.unique(cohort)) == 1000
+    assert (np.diff(cohort) > 0).all()
+    assert cohort[0] >= 0
+    assert cohort[-1] < 10**15
+    assert 0.4 < np.median(cohort) / 10**15 < 0.6
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40),
+    st.integers(0, 3),
+)
+def test_own_classes_are_counted(held, without):
+    clients, labels = (np.array([pair[i] for pair in held], np.int64) for i in (0, 1))
+    images = in_memory(
+        labels,
+        [f"c{i}" for i in range(7)],
+        clients=clients,
+        client_names=[f"client{i}" for i in range(5 + without)],
+    )
+    expected = [len({label for k, label in held if k == client}) for client in range(5 + without)]
+    assert own_classes(images).tolist() == expected
+
+
+def test_names_whose_hashes_are_the_same_are_still_different():
+    class Name(str):
+        __slots__ = ()
+
+        def __hash__(self):
+            return 1
+
+        def __eq__(self, other):
+            return str(self) == str(other)
+
+    assert len(in_memory([0, 1], [Name("a"), Name("b")])) == 2
+    with pytest.raises(DataError, match="'a' stands there 2 times"):
+        in_memory([0, 1], [Name("b"), Name("a"), Name("a")])
 
 
 # In memory

@@ -13,6 +13,7 @@ from fedss.engines.local import Replica, intra_op_threads, local_engine
 from fedss.models import build_embedder, embed_pixels, flatten_
 from fedss.samplers import SAMPLERS
 from fedss.wire import WireFormat, decode_broadcast, encode_broadcast, encode_request
+from tests.reference import whole
 from tests.test_algorithm import DATA, MOMENTUM, Model, N, PlainEngine, engine, plan, start
 
 
@@ -85,7 +86,7 @@ def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
         for round in range(3):
             now = replace(told, round=round)
             state, _ = run_round(where, MOMENTUM, state, np.arange(6), now, "cohort")
-        return state.backbone_P, state.class_rows.weight_ND
+        return state.backbone_P, whole(state.class_rows)
 
     plain = train(PlainEngine(clients, MOMENTUM, replica))
     with local_engine(embedder, clients, MOMENTUM, wire, 2) as engine:
@@ -120,7 +121,7 @@ def test_a_client_works_with_what_it_decodes(monkeypatch):
         updates = list(threads.train(state, np.arange(6), told))
     for update in updates:
         submodel, exact = seen[update.client], sent[update.client]
-        rows = state.class_rows.weight_ND[submodel.ids_S]
+        rows = whole(state.class_rows)[submodel.ids_S]
         assert torch.equal(
             submodel.rows_SD, decode_rows(encode_rows(rows, "int4", None), rows.shape[1])
         )
@@ -188,7 +189,7 @@ def test_the_index_of_a_sampler_follows_the_rows():
     told = plan("fedss", sampler="rff")
     state = start(MOMENTUM, told)
     state, _ = run_round(engine(MOMENTUM), MOMENTUM, state, np.arange(3), told, "cohort")
-    assert torch.equal(state.sampler_index.rows_ND, state.class_rows.weight_ND)
+    assert torch.equal(state.sampler_index.rows_ND, whole(state.class_rows))
 
 
 def test_embedding_in_blocks_is_embedding_at_once():

@@ -18,6 +18,7 @@ from fedss import Config, ConfigError, DivergedError, RunFolderError
 from fedss.algorithm import draw_cohort
 from fedss.build import pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
+from fedss.class_rows import ClassRows, create_class_rows
 from fedss.methods import METHODS
 from fedss.samplers import Sampler
 from tests import reference
@@ -38,6 +39,10 @@ SMALL = Config(
 
 def train(out: Path, config: Config = SMALL, **kwargs: object) -> fedss.Run:
     return fedss.train(config, out, data=DATA, backbone=reference.tiny_backbone(), **kwargs)
+
+
+def new_rows() -> ClassRows:
+    return create_class_rows(len(DATA.train.class_names), 6, ("momentum",), SMALL.seed)
 
 
 def digest(folder: Path) -> str:
@@ -188,6 +193,7 @@ def test_kill_9_at_random_moments_and_go_on(tmp_path):
         assert deaths < 40, "no progress"
         change = str(chance.randint(4, 45))
         command = [sys.executable, "-m", "tests.killed_run", change, str(tmp_path / "run"), *GLYPHS]
+        command += ["--row-store", chance.choice(["memory", "file"])]
         code = subprocess.run(command, capture_output=True).returncode
         deaths += code == -9
     assert code == 0
@@ -196,12 +202,10 @@ def test_kill_9_at_random_moments_and_go_on(tmp_path):
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     for name in ("run", "whole"):
         assert not (tmp_path / name / "checkpoint" / ".unfinished").exists()
-    (one, other) = (
-        load_file(tmp_path / name / "checkpoint" / "round-000009" / "state.safetensors")
-        for name in ("run", "whole")
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    for file in ("round-000009/state.safetensors", "rows-000009.safetensors"):
+        one, other = (load_file(tmp_path / name / "checkpoint" / file) for name in ("run", "whole"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
@@ -218,12 +222,44 @@ def test_a_full_disk_loses_nothing(tmp_path):
             train(tmp_path / "run", config, on_round=shrink)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint")
+    state = load_checkpoint(tmp_path / "run" / "checkpoint", new_rows())
     assert state is not None
     assert state.round == 2
     train(tmp_path / "run", config)
     train(tmp_path / "whole", config)
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_in_a_file_change_nothing_and_may_be_chosen_anew(tmp_path, dtype):
+    config = dataclasses.replace(SMALL, row_dtype=dtype)
+    in_file = dataclasses.replace(config, row_store="file")
+
+    def stop(record: dict) -> None:
+        if record["round"] == 3:
+            raise StopError
+
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    train(tmp_path / "memory", config)
+    with pytest.raises(StopError):
+        train(tmp_path / "file", in_file, on_round=stop)
+    train(tmp_path / "file", config)
+    train(tmp_path / "file again", in_file)
+    assert digest(tmp_path / "file") == digest(tmp_path / "memory")
+    assert digest(tmp_path / "file again") == digest(tmp_path / "memory")
+    with pytest.raises(RunFolderError, match="row_dtype"):
+        train(tmp_path / "file", dataclasses.replace(config, row_dtype=other))
+
+
+def test_a_checkpoint_of_the_first_version_is_refused(tmp_path):
+    train(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "checkpoint" / "round-000006" / "checkpoint.json"
+    record = json.loads(path.read_text())
+    del record["rows"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(RunFolderError, match=r"written by fedss 0\.1; go on with that version"):
+        train(tmp_path / "run")
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
@@ -236,7 +272,9 @@ def test_another_configuration_is_refused_by_name(tmp_path):
     train(tmp_path / "run", dataclasses.replace(SMALL, workers=2))
 
 
-@pytest.mark.parametrize("file", ["state.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "file", ["state.safetensors", "checkpoint.json", "../rows-000004.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path, file, damage):
     def stop(record: dict) -> None:
@@ -275,7 +313,7 @@ def test_a_diverging_server_stops_the_run_and_keeps_finite_checkpoints(tmp_path)
     config = dataclasses.replace(SMALL, server_lr=1e30, client_lr=1e10, checkpoint_every=1)
     with pytest.raises(DivergedError, match=r"round \d+: the server's step"):
         train(tmp_path / "run", config)
-    kept = load_checkpoint(tmp_path / "run" / "checkpoint")
+    kept = load_checkpoint(tmp_path / "run" / "checkpoint", new_rows())
     assert kept is None or kept.backbone_P.isfinite().all()
 
 

@@ -423,9 +423,10 @@ class View(nn.Module):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_last_says_so_in_its_strides(channels: int) -> None:
     x = torch.rand(4, channels, 6, 5)
-    for given in (x, x.contiguous(memory_format=torch.channels_last), torch.rand(9, *x.shape)[3]):
-        laid = channels_last(given)
-        assert torch.equal(laid, given)
+    apart = torch.rand(9, *x.shape)[3]
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last), apart):
+        laid = channels_last(laid_out)
+        assert torch.equal(laid, laid_out)
         assert laid.stride() == (6 * 5 * channels, 1, 5 * channels, channels)
         convolved = nn.Conv2d(channels, 4, 3)(laid)
         assert convolved.is_contiguous(memory_format=torch.channels_last)

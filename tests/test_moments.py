@@ -19,7 +19,7 @@ from fedss.algorithm import (
     run_round,
     train_client,
 )
-from fedss.class_rows import ClassRows
+from fedss.class_rows import create_class_rows
 from fedss.moments import (
     Moments,
     RowHistory,
@@ -28,11 +28,11 @@ from fedss.moments import (
     absent_step,
     forget_,
     moments_now,
-    second_moment,
 )
-from fedss.optimizers import ServerOptimizer, join_states, read_rows, step_rows_
+from fedss.optimizers import ServerOptimizer, read_rows, step_rows_, with_history
 from fedss.samplers import class_sample, draw_uniform
 from fedss.softmax import AbsentClasses, ClassSample, Scoring, moments_softmax, sampled_softmax
+from tests.reference import whole
 from tests.test_algorithm import DATA, MOMENTUM, SGD, Model, N, engine, plan, same, start
 
 
@@ -136,7 +136,7 @@ def test_the_client_returns_the_sum_over_its_steps():
     example_N = where.clients.examples(client)
     own = own_classes(told, client, labels[example_N])
     sample = class_sample(own, np.zeros(0, np.int64), np.zeros(0))
-    W0 = state.class_rows.weight_ND
+    W0 = whole(state.class_rows)
     sent = Broadcast(state.backbone_P, Moments(*moments_of(W0)))
     submodel = Submodel(sent, sample.ids_S, W0[own])
     update = train_client(told, client, model, submodel, sample, example_N, labels[example_N])
@@ -193,23 +193,21 @@ class Dense:
 def test_lazy_rows_equal_the_dense_optimizer(seed, rounds, kind, normalize):
     g, n, dim = generator(seed), 12, 3
     optimizer = ServerOptimizer(kind, 0.8, 0.7, normalize_rows=normalize)
-    weight = F.normalize(torch.randn(n, dim, generator=g), dim=1)
-    slots = {name: torch.zeros(n, dim) for name in optimizer.slots}
-    history = RowHistory(second_moment(join_states(weight, slots)))
-    rows = ClassRows(weight.clone(), slots, torch.zeros(n, dtype=torch.int64), history)
+    rows = with_history(create_class_rows(n, dim, optimizer.slots, seed))
+    weight, history = whole(rows), rows.history
     dense = Dense(optimizer, weight)
     for round in range(rounds):
         ids = torch.randperm(n, generator=g)[: 1 + round % 3].sort().values
         update = 0.1 * torch.randn(len(ids), dim, generator=g)
         matrix = 0.02 * torch.randn(dim, dim, generator=g)
         row_map = RowMap(0.02 * torch.randn(dim, generator=g), matrix + matrix.T)
-        before = rows.weight_ND.clone()
+        before = whole(rows)
         step_rows_(optimizer, rows, ids, update, round, row_map)
         dense.step(ids, update, row_map)
         # What is stored of an untouched row does not change by one bit.
         untouched = torch.ones(n, dtype=torch.bool)
         untouched[ids] = False
-        assert torch.equal(rows.weight_ND[untouched], before[untouched])
+        assert torch.equal(whole(rows)[untouched], before[untouched])
         now, now_slots = read_rows(optimizer, rows, torch.arange(n), round + 1)
         assert (now - dense.weight).abs().max() < 2e-5
         if kind == "momentum":
@@ -245,7 +243,7 @@ def test_rounds_with_moments_of_one_client_with_all_classes_are_full():
             )
         assert len(updates[0].ids_S) == N
         after.append(state)
-    gap = after[0].class_rows.weight_ND - after[1].class_rows.weight_ND
+    gap = whole(after[0].class_rows) - whole(after[1].class_rows)
     assert gap.abs().max() < 1e-6
     assert torch.equal(after[0].backbone_P, after[1].backbone_P)
 
@@ -261,7 +259,7 @@ def test_rounds_against_dense_rows(cover):
     """run_round on lazy rows, and the same updates applied to rows that are all up to date."""
     told = plan("moments", cover=cover)
     state, where = start(MOMENTUM, told), engine(MOMENTUM)
-    dense = Dense(MOMENTUM, state.class_rows.weight_ND)
+    dense = Dense(MOMENTUM, whole(state.class_rows))
     for round in range(6):
         now = replace(told, round=round)
         state, updates = run_round(
@@ -295,7 +293,7 @@ def test_a_cover_changes_what_is_asked_for_and_the_loss_only_for_the_better():
         b, _ = run_round(
             engine(MOMENTUM), MOMENTUM, b, cohort, replace(plan("full"), round=round), "cohort"
         )
-    assert (a.class_rows.weight_ND - b.class_rows.weight_ND).abs().max() < 1e-6
+    assert (whole(a.class_rows) - whole(b.class_rows)).abs().max() < 1e-6
     assert not same(a, start(MOMENTUM, told))
 
 

@@ -1,13 +1,17 @@
 """Retrieval against slow loops written from the definitions and against two other libraries."""
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedss import retrieval
 from fedss.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
@@ -89,9 +93,21 @@ def pictures(draw: st.DrawFn, least: int) -> tuple[list[list[int]], list[int]]:
     )
 
 
-@settings(max_examples=100)
+@contextmanager
+def screening(*dtypes: torch.dtype, group: int = 16) -> Iterator[None]:
+    """Screens of these types, whatever pays on this machine, also for small galleries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_GROUP", group)
+        patch.setattr(retrieval, "_bfloat16_pays", lambda: torch.bfloat16 in dtypes)
+        patch.setattr(retrieval, "_float32_is_kept", lambda: torch.float32 in dtypes)
+        yield
+
+
+@pytest.mark.parametrize("dtypes", [(), (torch.bfloat16,), (torch.float32,)])
+@settings(max_examples=60)
 @given(query=pictures(2), gallery=st.none() | pictures(1), scale=st.integers(-30, 30))
 def test_equals_the_definition_also_among_ties(
+    dtypes: tuple[torch.dtype, ...],
     query: tuple[list[list[int]], list[int]],
     gallery: tuple[list[list[int]], list[int]] | None,
     scale: int,
@@ -113,9 +129,10 @@ def test_equals_the_definition_also_among_ties(
         slow_order(row, gallery_list, q if gallery is None else None)
         for q, row in enumerate(query[0])
     ]
-    for k in {1, len(orders[0]) // 2 or 1, len(orders[0])}:
-        _, index = nearest(query_rows, gallery_rows, k)
-        assert index.tolist() == [order[:k] for order in orders]
+    with screening(*dtypes, group=2):
+        for k in {1, len(orders[0]) // 2 or 1, len(orders[0])}:
+            _, index = nearest(query_rows, gallery_rows, k)
+            assert index.tolist() == [order[:k] for order in orders]
 
 
 def random_set(
@@ -145,8 +162,8 @@ def test_equals_pytorch_metric_learning() -> None:
         device=torch.device("cpu"),
         knn_func=knn,
     )
-    rows, labels = random_set()
-    other, other_labels = random_set(seed=1)
+    rows, labels = random_set(1500, 200)
+    other, other_labels = random_set(1400, 200, seed=1)
     for gallery, gallery_labels in ((None, None), (other, other_labels)):
         ours = evaluate_retrieval(rows, labels, gallery, gallery_labels)
         theirs = calculator.get_accuracy(rows, labels, gallery, gallery_labels)
@@ -199,15 +216,167 @@ def test_block_size_changes_no_bit(
     make: Callable[[int], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = make(301)
-    labels = random_set(301)[1]
+    labels = random_set(301, 60)[1]
     labels[:120] = 0
-    whole = evaluate_retrieval(rows, labels)
-    neighbours = nearest(rows, k=17)
-    for block in (1, 7, 64):
-        monkeypatch.setattr(retrieval, "block_rows", lambda gallery, k, block=block: block)
-        assert evaluate_retrieval(rows, labels) == whole
-        for got, expected in zip(nearest(rows, k=17), neighbours, strict=True):
-            assert torch.equal(got, expected)
+    with screening(torch.bfloat16, torch.float32, group=4):
+        whole = evaluate_retrieval(rows, labels)
+        neighbours = nearest(rows, k=17)
+        for block in (1, 7, 64):
+            monkeypatch.setattr(retrieval, "block_rows", lambda gallery, k, block=block: block)
+            assert evaluate_retrieval(rows, labels) == whole
+            for got, expected in zip(nearest(rows, k=17), neighbours, strict=True):
+                assert torch.equal(got, expected)
+
+
+def lookalikes(n: int, kinds: int, d: int, apart: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Queries, and gallery items that lie close together around them."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(kinds, d, generator=generator)
+    gallery = centres.repeat(-(-n // kinds), 1)[:n]
+    gallery += apart * torch.randn(gallery.shape, generator=generator)
+    return centres + 0.3 * torch.randn(centres.shape, generator=generator), gallery
+
+
+BOTH = (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtypes", [BOTH[:1], BOTH[1:], BOTH])
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(st.integers(100, 500), st.integers(1, 40), st.sampled_from([1, 3, 64, 300])),
+    digits=st.integers(0, 8),
+    zeros=st.integers(0, 10),
+    equals=st.integers(0, 10),
+    k=st.integers(1, 20),
+    block=st.integers(1, 500),
+    sign=st.sampled_from([-1, 1]),
+    alone=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_a_screen_changes_no_bit(
+    dtypes: tuple[torch.dtype, ...],
+    sizes: tuple[int, int, int],
+    digits: int,
+    zeros: int,
+    equals: int,
+    k: int,
+    block: int,
+    sign: int,
+    alone: bool,
+    seed: int,
+) -> None:
+    queries, gallery = lookalikes(*sizes, 10.0**-digits, seed)
+    gallery[::3][:zeros] = 0
+    gallery[::2][:equals] = gallery[1]
+    sides = (gallery, None) if alone else (sign * queries, gallery)
+    with screening():
+        scores, index = nearest(*sides, k)
+    with screening(*dtypes, group=4), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "_BLOCK", block)
+        patch.setattr(retrieval, "_TILE", 1000)
+        screened_scores, screened_index = nearest(*sides, k)
+    assert torch.equal(screened_index, index)
+    assert torch.equal(screened_scores, scores)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("d", [3, 64])
+@pytest.mark.parametrize("digits", range(8))
+def test_a_screen_confuses_no_lookalikes(dtype: torch.dtype, d: int, digits: int) -> None:
+    # Of 25 items the screen alone would often take the wrong one for the nearest.
+    queries, gallery = lookalikes(1000, 40, d, 10.0**-digits, seed=0)
+    for sides in ((queries, gallery), (gallery, None)):
+        for k in (1, 5):
+            with screening():
+                expected = nearest(*sides, k)
+            with screening(dtype, group=4):
+                found = nearest(*sides, k)
+            assert torch.equal(found[1], expected[1])
+            assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("d", [1, 64, 2048])
+def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> None:
+    # Coordinates that all round the same way, up or down, and sums of nothing but positive terms.
+    generator = torch.Generator().manual_seed(0)
+    spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(d**-0.5))
+    steps = torch.randint(-9, 9, (300, d), generator=generator)
+    rows = d**-0.5 + spacing * (steps + torch.linspace(-0.5, 0.5, 300)[:, None])
+    rows = retrieval._unit_rows(torch.cat([rows, torch.randn(300, d, generator=generator)]), "")
+    with screening(dtype, group=1):
+        (screen,) = retrieval._screens(rows, 1)
+    rounded = rows.to(dtype)
+    found = torch.mm(screen.rows_GD, rounded.T, out=torch.empty(600, 600, dtype=dtype)).double()
+    error = (found - rows.double() @ rows.double().T).abs() - found.abs() * torch.finfo(
+        dtype
+    ).eps / 2
+    doubt = retrieval._doubt(screen, rows, rounded)
+    assert (error <= doubt).all()
+    if dtype == torch.bfloat16 and d > 1:
+        assert (error > 0.5 * doubt).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_screen_leaves_nothing_of_rows_that_differ(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = random_set(5000, 900, 64)
+    with screening():
+        expected = evaluate_retrieval(rows, labels)
+    monkeypatch.delattr(retrieval, "_exact")
+    with screening(dtype):
+        assert evaluate_retrieval(rows, labels) == expected
+
+
+def test_what_one_screen_leaves_is_left_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spy(query: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+        found = screened(query, *args)  # type: ignore[arg-type]
+        seen.append((args[3].rows_GD.dtype, len(query), int(found[0].sum())))  # type: ignore[attr-defined]
+        return found
+
+    screened = retrieval._screened
+    seen: list[tuple[torch.dtype, int, int]] = []
+    monkeypatch.setattr(retrieval, "_screened", spy)
+    apart, alike = random_set(1000, 1000, 64)[0], 1 + 0.03 * random_set(1000, 1000, 64, 1)[0]
+    apart -= apart.mean(1, keepdim=True)  # no component along `alike`
+    with screening(torch.bfloat16, torch.float32):
+        nearest(torch.cat([apart[:20], alike[:30], torch.zeros(5, 64)]), torch.cat([apart, alike]))
+    assert seen == [(torch.bfloat16, 55, 20), (torch.float32, 35, 30)]
+
+
+def test_autocast_and_matmul_precision_change_no_bit() -> None:
+    rows, labels = random_set(2000, 300, 64)
+    expected = evaluate_retrieval(rows, labels)
+    with torch.autocast("cpu", torch.bfloat16), screening(torch.float32):
+        assert evaluate_retrieval(rows, labels) == expected
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not retrieval._float32_is_kept()
+        assert evaluate_retrieval(rows, labels) == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert retrieval._float32_is_kept()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("make", [collapsed, few_values, smooth])
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_cuda_device_gives_the_same_bits(make: Callable[[int], Tensor], precision: str) -> None:
+    rows, labels = make(3000), random_set(3000, 500)[1]
+    expected = evaluate_retrieval(rows, labels), *nearest(rows, rows[:2000], 7)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got = (
+            evaluate_retrieval(rows.cuda(), labels.cuda()),
+            *nearest(rows.cuda(), rows[:2000].cuda(), 7),
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert got[0] == expected[0]
+    for there, here in zip(got[1:], expected[1:], strict=True):
+        assert there.is_cuda
+        assert torch.equal(there.cpu(), here)
 
 
 def test_a_collapsed_model_ranks_by_position() -> None:
@@ -281,12 +450,50 @@ def test_lonely_queries_are_counted_and_left_out() -> None:
     assert (got.queries, got.skipped) == (100, 3)
 
 
-@pytest.mark.parametrize(("gallery", "k"), [(60_502, 26), (60_502, 5_000), (1_000_000, 10), (9, 8)])
-def test_a_block_stays_below_its_bytes(gallery: int, k: int) -> None:
-    rows = block_rows(gallery, k)
-    assert rows == 1 or rows * 8 * (gallery + k) < retrieval.BLOCK_BYTES / 2
-    assert retrieval.BLOCK_BYTES < 0.4e9
-    assert rows >= 1
+class Bytes(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self.held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.held:
+                storage = leaf.untyped_storage()
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata)
+        self.most = max(self.most, sum(self.held.values()))
+        return made
+
+
+@pytest.mark.parametrize("make", [collapsed, few_values, smooth])
+@pytest.mark.parametrize("dtypes", [(), (torch.bfloat16,), (torch.float32,)])
+def test_a_block_stays_below_its_bytes(
+    make: Callable[[int], Tensor],
+    dtypes: tuple[torch.dtype, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retrieval, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(retrieval, "_TILE", 2**12)
+    rows, labels = make(1001), random_set(1001, 170)[1]
+    labels[:120] = 0
+    gallery = make(5000)
+    with screening(*dtypes):
+        with Bytes() as evaluating:
+            evaluate_retrieval(rows, labels)
+        with Bytes() as searching:
+            nearest(gallery[:40], gallery, k=3)
+    # Beside a block: the rows once in float64, then in float32 and once more, and a few columns.
+    for counter, embeddings in ((evaluating, rows), (searching, gallery)):
+        beside = 3 * embeddings.nbytes + 100 * len(embeddings)
+        assert beside / 2 < counter.most < beside + 2**20
+
+
+def test_a_block_is_at_least_one_query() -> None:
+    assert block_rows(10**9, 10) == 1
 
 
 def test_the_long_lists_of_one_large_class_are_not_paid_by_all(

@@ -32,6 +32,10 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def at_server(rows_ND: torch.Tensor, index: object = None) -> ServerRows:
+    return ServerRows(len(rows_ND), rows_ND.__getitem__, index)
+
+
 def unit_rows(n: int, dim: int = 5) -> torch.Tensor:
     g = torch.Generator().manual_seed(n)
     return F.normalize(torch.randn(n, dim, generator=g), dim=1)
@@ -48,7 +52,7 @@ def negatives(name: str, own: np.ndarray, n: int, m: int, seed: int) -> Negative
     rows = unit_rows(n)
     if sampler.index and (name, n) not in INDICES:
         INDICES[name, n] = sampler.index.build(rows, rng(n))
-    return sampler.deal([own] * 3, [m] * 3, ServerRows(rows, INDICES.get((name, n))), rng(seed))[1]
+    return sampler.deal([own] * 3, [m] * 3, at_server(rows, INDICES.get((name, n))), rng(seed))[1]
 
 
 @st.composite
@@ -129,7 +133,7 @@ class Shuffled:
 def test_a_deck_is_unbiased_for_each_client_over_all_orders(counts):
     n, owns = 6, [np.array([0]), np.array([1, 2]), np.array([5])]
     e = np.exp(rng(3).normal(size=n))
-    rows, total = ServerRows(unit_rows(n), None), np.zeros(3)
+    rows, total = at_server(unit_rows(n)), np.zeros(3)
     orders = list(itertools.permutations(range(n)))
     for order in orders:
         hands = deal_deck(owns, counts, rows, Shuffled(order))
@@ -140,7 +144,7 @@ def test_a_deck_is_unbiased_for_each_client_over_all_orders(counts):
 
 
 def test_a_deck_deals_no_class_twice_before_all_were_dealt_once():
-    rows, owns = ServerRows(unit_rows(50), None), [np.array([k]) for k in range(4)]
+    rows, owns = at_server(unit_rows(50)), [np.array([k]) for k in range(4)]
     hands = deal_deck(owns, [12] * 4, rows, rng())
     dealt = np.concatenate([ids for ids, _ in hands])
     assert len(dealt) == len(np.unique(dealt)) > 40
@@ -152,7 +156,7 @@ def test_a_deck_deals_no_class_twice_before_all_were_dealt_once():
 
 def test_hard_takes_the_nearest_and_is_sure_of_them():
     rows, own = unit_rows(40), np.array([3, 17])
-    ((ids, q),) = deal_hard([own], [10], ServerRows(rows, None), rng())
+    ((ids, q),) = deal_hard([own], [10], at_server(rows), rng())
     cos = (rows[own] @ rows.T).max(dim=0).values.numpy()
     cos[own] = -2
     assert set(np.argsort(-cos)[:5]) == set(ids[q == 1])
@@ -164,7 +168,7 @@ def test_rff_draws_near_classes_more_often():
     own, index = np.array([3]), SAMPLERS["rff"].index.build(rows, rng())
     counts = np.zeros(40)
     for seed in range(600):
-        ((ids, _),) = SAMPLERS["rff"].deal([own], [4], ServerRows(rows, index), rng(seed))
+        ((ids, _),) = SAMPLERS["rff"].deal([own], [4], at_server(rows, index), rng(seed))
         counts[ids] += 1
     near = (rows @ rows[3]).argsort(descending=True)[1:].numpy()
     assert counts[near[:8]].sum() > 2 * counts[near[-8:]].sum()

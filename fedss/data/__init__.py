@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from fedss.data.images import (
     ClientIndex,
     Dataset,
     Images,
+    LazyNames,
     RetrievalTask,
     index_clients,
     own_classes,
@@ -28,6 +30,7 @@ __all__ = [
     "ClientIndex",
     "Dataset",
     "Images",
+    "LazyNames",
     "RetrievalTask",
     "cache_folder",
     "csv_dataset",
@@ -45,7 +48,7 @@ __all__ = [
 
 DATASETS = ("glyphs", "omniglot", "csv", "folder")
 
-_SAMPLE = 256
+_SAMPLE, _SOME = 256, 10_000
 
 
 def load_dataset(
@@ -139,11 +142,12 @@ def fingerprint(data: Dataset) -> str:
             continue
         digest.update(f"{images.pixels.shape}\n".encode())
         for numbers in (images.labels, images.clients):
-            digest.update(np.ascontiguousarray(numbers, "<i8").tobytes())
+            digest.update(np.ascontiguousarray(numbers, "<i8").data)
         for names in (images.class_names, images.client_names, images.names):
             digest.update(f"{len(names)}\n".encode())
-            for name in names:
-                digest.update(f"{len(name)}:{name}\n".encode("utf-8", "surrogateescape"))
+            lines = (f"{len(name)}:{name}\n" for name in names)
+            while some := "".join(islice(lines, _SOME)):
+                digest.update(some.encode("utf-8", "surrogateescape"))
         if len(images):
             sample = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(np.int64))
             digest.update(np.ascontiguousarray(images.pixels[sample]).tobytes())

@@ -4,31 +4,35 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from fedss.errors import DataError
 from fedss.files import atomic, remove_litter
 
 # Part of every key: raise it when the same files would give other pixels.
 _VERSION = 1
-_BATCH = 256
+_BATCH = 32
 _DAY = 24 * 3600.0
 _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+T = TypeVar("T")
 
 
 class BrokenPicturesError(DataError):
     """Pictures that cannot be read: ``reasons`` by file, out of ``total`` pictures."""
 
-    def __init__(self, reasons: Mapping[Path, str], total: int) -> None:
+    def __init__(self, reasons: Mapping[str, str], total: int) -> None:
         self.reasons = dict(reasons)
         first = [f"{path} ({reason})" for path, reason in sorted(reasons.items())[:5]]
         more = f", and {len(reasons) - len(first)} more" if len(reasons) > len(first) else ""
@@ -46,7 +50,7 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(named) if named else Path.home() / ".cache" / "fedss"
 
 
-def decode(picture: Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
+def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
     """One picture as uint8 [C, image_size, image_size], cut to its central square.
 
     The camera's rotation is undone and transparency laid on white; of an animation the first
@@ -56,11 +60,12 @@ def decode(picture: Path | BinaryIO, image_size: int, channels: int) -> np.ndarr
         OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
     """
     mode = "L" if channels == 1 else "RGB"
-    with Image.open(picture) as opened:
+    image: Image.Image
+    with Image.open(picture) as image:
         # A JPEG decodes at a fraction of its size for much less work; twice the target is left
         # for the filter below.
-        opened.draft(None, (2 * image_size, 2 * image_size))
-        image = ImageOps.exif_transpose(opened)
+        image.draft(None, (2 * image_size, 2 * image_size))
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):
             wide = np.clip(np.asarray(image), 0, 65535)
             image = Image.fromarray((wide >> 8).astype(np.uint8))
@@ -70,14 +75,27 @@ def decode(picture: Path | BinaryIO, image_size: int, channels: int) -> np.ndarr
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
-        image = image.convert(mode)
+        if image.mode != mode:
+            image = image.convert(mode)
         square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(square)
-    return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    # Faster than np.asarray, which shows in small pictures.
+    pixels = np.frombuffer(square.tobytes(), np.uint8)
+    return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
+
+
+def stamp_files(paths: Iterable[str]) -> str:
+    """A digest, in hex, of each file's path, size and time of last change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = os.stat(path)
+        words = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        digest.update(words.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def decode_files(
-    paths: Sequence[Path],
+    paths: Sequence[str],
+    stamp: str,
     image_size: int,
     channels: int,
     *,
@@ -87,39 +105,36 @@ def decode_files(
 ) -> np.ndarray:
     """Pictures as a read-only memory map, uint8 [N, C, image_size, image_size], made once.
 
-    The key holds each file's path, size and time of last change. With ``expect_broken`` a list
-    of broken pictures found earlier among these same files is believed without a second look.
+    ``stamp`` is what ``stamp_files`` says of the paths. With ``expect_broken`` a list of broken
+    pictures found earlier among these same files is believed without a second look.
 
     Raises:
         BrokenPicturesError: All the pictures that cannot be read.
         DataError: The cache cannot be written.
     """
-    key = ("pictures", *_stamps(paths), image_size, channels)
+    key = ("pictures", stamp, image_size, channels)
     note = _file("broken", cache, key, "json")
     if expect_broken:
         with suppress(OSError, ValueError):
             reasons = {paths[i]: reason for i, reason in json.loads(note.read_text())}
             raise BrokenPicturesError(reasons, len(paths))
 
-    def attempt(position: int) -> np.ndarray | Exception:
-        try:
-            return decode(paths[position], image_size, channels)
-        except Exception as error:
-            return error
+    def decode_some(some: range) -> tuple[np.ndarray, dict[int, Exception]]:
+        pixels = np.empty((len(some), channels, image_size, image_size), np.uint8)
+        broken: dict[int, Exception] = {}
+        for row, position in enumerate(some):
+            try:
+                pixels[row] = decode(paths[position], image_size, channels)
+            except Exception as error:
+                broken[position] = error
+        return pixels, broken
 
     def batches() -> Iterator[np.ndarray]:
         broken: dict[int, Exception] = {}
-        with _bombs_are_broken(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, len(paths), _BATCH):
-                positions = range(start, min(start + _BATCH, len(paths)))
-                results = list(pool.map(attempt, positions))
-                broken |= {
-                    i: result
-                    for i, result in zip(positions, results, strict=True)
-                    if isinstance(result, Exception)
-                }
-                if not broken:
-                    yield np.stack([result for result in results if isinstance(result, np.ndarray)])
+        for pixels, broken_here in in_threads(decode_some, len(paths)):
+            broken |= broken_here
+            if not broken:
+                yield pixels
         if broken:
             reasons = [(i, str(error) or type(error).__name__) for i, error in broken.items()]
             # A file that the system would not hand over (rights, network) may be fine tomorrow.
@@ -132,27 +147,44 @@ def decode_files(
     return cached_array(key, shape, batches(), cache=cache, title=title)
 
 
-def all_colourless(paths: Sequence[Path], *, cache: Path | None) -> bool:
+def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> bool:
     """Whether every picture that can be opened is stored as black and white or grayscale.
 
-    Opens the files up to the first one in colour; the answer is remembered.
+    Opens the files up to the first ones in colour; the answer is remembered under the ``stamp``
+    of the files.
     """
-    note = _file("colourless", cache, _stamps(paths), "json")
+    note = _file("colourless", cache, (stamp,), "json")
     with suppress(OSError, ValueError):
         return bool(json.loads(note.read_text()))
 
-    def colourless(path: Path) -> bool:
-        try:
-            with Image.open(path) as image:
-                return image.mode in _COLOURLESS
-        except Exception:
-            return True
+    def colourless(some: range) -> bool:
+        for position in some:
+            # What cannot be opened has no colour; decoding will say what is wrong with it.
+            with suppress(Exception), Image.open(paths[position]) as image:
+                if image.mode not in _COLOURLESS:
+                    return False
+        return True
 
-    with _bombs_are_broken():
-        answer = all(colourless(path) for path in paths)
+    answer = all(in_threads(colourless, len(paths)))
     with _cache_file(note) as file:
         file.write(json.dumps(answer).encode())
     return answer
+
+
+def in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
+    """``work`` on the numbers below ``count``, some at a time, on all cores; results in order.
+
+    Workers go on while a result is used, but not far: few results wait in memory.
+    """
+    cores = os.cpu_count() or 1
+    with _bombs_are_broken(), ThreadPoolExecutor(cores) as pool:
+        waiting: deque[Future[T]] = deque()
+        for start in range(0, count, _BATCH):
+            waiting.append(pool.submit(work, range(start, min(start + _BATCH, count))))
+            if len(waiting) > 2 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def cached_array(
@@ -179,26 +211,17 @@ def cached_array(
             return found
 
     console = Console(stderr=True)
-    total = -(-shape[0] // _BATCH)
-    shown = track(
-        batches, title, total, console=console, transient=True, disable=not console.is_terminal
-    )
-    with _cache_file(path) as file:
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with _cache_file(path) as file, shown:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": shape}
         )
-        for batch in shown:
+        task = shown.add_task(title, total=shape[0])
+        for batch in batches:
             file.write(np.ascontiguousarray(batch).data)
+            shown.advance(task, len(batch))
     made: np.ndarray = np.load(path, mmap_mode="r")
     return made
-
-
-def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    stamps = []
-    for path in paths:
-        status = path.stat()
-        stamps.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
-    return stamps
 
 
 def _file(kind: str, cache: Path | None, key: Iterable[object], suffix: str) -> Path:

@@ -1,9 +1,12 @@
 """Pictures in folders: root/client/class/picture."""
 
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedss.data.images import Dataset
-from fedss.data.manifest import Row, build_dataset
+from fedss.data.manifest import Listing, Row, build_dataset
 from fedss.errors import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -40,7 +43,7 @@ def folder_dataset(
     )
 
 
-def read_folder(root: Path) -> list[Row]:
+def read_folder(root: Path) -> Listing:
     """A row for each picture below ``root``; opens none.
 
     Raises:
@@ -50,16 +53,11 @@ def read_folder(root: Path) -> list[Row]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
     rows: list[Row] = []
-    # Patterns of a fixed depth follow links to folders, and cannot run in circles.
-    for pattern in ("*", "*/*", "*/*/*", "*/*/*/*"):
-        for file in root.glob(pattern):
-            parts = file.relative_to(root).parts
-            hidden = any(part.startswith(".") for part in parts)
-            if hidden or file.suffix.lower() not in EXTENSIONS or not file.is_file():
-                continue
-            if len(parts) != 3:
-                raise DataError(f"{file}: a picture at the wrong depth; {layout}")
-            rows.append(Row(parts[0], parts[1], "/".join(parts), None, file, ""))
+    for parts in _pictures(str(root), ()):
+        if len(parts) != 3:
+            raise DataError(f"{root.joinpath(*parts)}: a picture at the wrong depth; {layout}")
+        # Of millions of pictures, each name of a class is kept once.
+        rows.append(Row(parts[0], sys.intern(parts[1]), "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no pictures found; {layout}")
     clients = {row.client for row in rows}
@@ -68,4 +66,23 @@ def read_folder(root: Path) -> list[Row]:
             raise DataError(
                 f"{folder}: a client without pictures; {layout}. Add pictures or remove the folder"
             )
-    return rows
+    return Listing(root, os.path.abspath(root), rows)
+
+
+def _pictures(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Paths of pictures below a folder, in parts, down to the fourth level.
+
+    Links to folders are followed; with so few levels they cannot run in circles.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            if len(above) < 3:
+                yield from _pictures(entry.path, (*above, entry.name))
+        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+            yield (*above, entry.name)

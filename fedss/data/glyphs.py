@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from fedss.data.cache import cached_array
-from fedss.data.images import Dataset, Images, RetrievalTask
+from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
 from fedss.errors import DataError
 
 Part = Literal["train", "test", "validation"]
@@ -323,14 +323,24 @@ def glyphs(
             pixels[start : start + _BATCH] = batch
 
     # The parts have scripts and drawers of their own, so names of their own too.
-    characters = [f"{a:05d}/{i:02d}" for a, size in enumerate(sizes) for i in range(size)]
-    class_names = [f"{part}/{character}" for character in characters]
-    client_names = [f"{part}/drawer{k:05d}" for k in range(num_clients)]
-    names = [
-        f"{client_names[k]}/{characters[y]}_{c}"
-        for k, y, c in zip(clients.tolist(), labels.tolist(), copy.tolist(), strict=True)
-    ]
-    return Images(pixels, labels, clients, class_names, client_names, names)
+    def character(label: int) -> str:
+        alphabet = alphabet_of[label]
+        return f"{alphabet:05d}/{label - first[alphabet]:02d}"
+
+    def drawer(client: int) -> str:
+        return f"{part}/drawer{client:05d}"
+
+    def picture(i: int) -> str:
+        return f"{drawer(clients[i])}/{character(labels[i])}_{copy[i]}"
+
+    return Images(
+        pixels,
+        labels,
+        clients,
+        LazyNames(num_classes, lambda label: f"{part}/{character(label)}"),
+        LazyNames(num_clients, drawer),
+        LazyNames(len(labels), picture),
+    )
 
 
 def glyphs_dataset(

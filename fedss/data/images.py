@@ -4,12 +4,38 @@ Shape suffixes: N pictures, C channels, H height, W width.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 from fedss.errors import DataError
+
+
+@dataclass(frozen=True)
+class LazyNames(Sequence[str]):
+    """``length`` names, made by ``make`` from their numbers each time that they are asked for.
+
+    None is kept: ``LazyNames(1_000_000, "client {}".format)``.
+    """
+
+    length: int
+    make: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.make, range(self.length))
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        where = range(self.length)[index]
+        return self.make(where) if isinstance(where, int) else [self.make(i) for i in where]
 
 
 @dataclass(frozen=True)
@@ -24,7 +50,8 @@ class Images:
         class_names: one name per class, no two the same. Classes of different ``Images`` are the
             same where their names are.
         client_names: one name per client.
-        names: one name per picture: its file name relative to the data set's root.
+        names: one name per picture: its file name relative to the data set's root. Any sequence
+            will do for all three; ``LazyNames`` is one for names by the million.
 
     Raises:
         DataError: Any of these is otherwise.
@@ -68,15 +95,26 @@ class Images:
                     f"{field}: expected {len(pixels)} values, one per picture, "
                     f"got {len(getattr(self, field))}"
                 )
-        if len(set(self.class_names)) < len(self.class_names):
-            (name, times), *_ = Counter(self.class_names).most_common(1)
+        name = repeated(self.class_names)
+        if name is not None:
             raise DataError(
-                f"class_names: {name!r} stands there {times} times; give each class a name of its "
-                "own"
+                f"class_names: {name!r} stands there {list(self.class_names).count(name)} times; "
+                "give each class a name of its own"
             )
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """A name that stands there more than once, or None."""
+    # A set of ten million names would take a gigabyte, their hashes take 80 MB.
+    hashes = np.fromiter(map(hash, names), np.int64, len(names))
+    hashes.sort()
+    if (np.diff(hashes) != 0).all():
+        return None
+    ((name, times),) = Counter(names).most_common(1)
+    return name if times > 1 else None
 
 
 @dataclass(frozen=True)
@@ -176,8 +214,10 @@ class ClientIndex:
 def own_classes(images: Images) -> np.ndarray:
     """Number of classes of which each client holds a picture, int64 [K]."""
     n = len(images.class_names)
-    pairs = np.unique(images.clients * n + images.labels)
-    return np.bincount(pairs // n, minlength=len(images.client_names))
+    # Not np.unique: on integers it hashes, which takes many times as long and as much memory.
+    pairs = np.sort(images.clients * n + images.labels)
+    first = np.diff(pairs, prepend=-1) != 0
+    return np.bincount(pairs[first] // n, minlength=len(images.client_names))
 
 
 def seen_classes(data: Dataset) -> int:
@@ -185,7 +225,8 @@ def seen_classes(data: Dataset) -> int:
 
     Compared by name, since each part numbers its classes in its own way.
     """
-    return len(set(_labels(data.test.query)) & set(_labels(data.train)))
+    tested, trained = set(_present_classes(data.test.query)), _present_classes(data.train)
+    return sum(name in tested for name in trained)
 
 
 def index_clients(images: Images) -> ClientIndex:
@@ -207,6 +248,12 @@ def index_clients(images: Images) -> ClientIndex:
 
 def _labels(images: Images) -> list[str]:
     return [images.class_names[label] for label in images.labels.tolist()]
+
+
+def _present_classes(images: Images) -> Iterator[str]:
+    """The names of the classes that a picture has, each once."""
+    present = np.flatnonzero(np.bincount(images.labels)).tolist()
+    return (images.class_names[label] for label in present)
 
 
 def _kind(value: object) -> str:

@@ -5,40 +5,64 @@ import difflib
 import hashlib
 import io
 import os
+import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fedss.data.cache import BrokenPicturesError, all_colourless, decode_files
-from fedss.data.images import Dataset, Images, RetrievalTask, unanswerable
+from fedss.data.cache import BrokenPicturesError, all_colourless, decode_files, stamp_files
+from fedss.data.images import (
+    Dataset,
+    Images,
+    LazyNames,
+    RetrievalTask,
+    repeated,
+    unanswerable,
+)
 from fedss.errors import DataError
 
 COLUMNS = ("image", "label", "client")
 SPLITS = ("train", "query", "gallery", "test", "validation")
 
 
-@dataclass(frozen=True, order=True)
-class Row:
+class Row(NamedTuple):
     """One listed picture. Rows sort by (client, label, name): the order of all pictures.
 
     Attributes:
         client: Who holds it.
         label: Its class.
-        name: Its file relative to the data set's root, with forward slashes.
+        name: Its file relative to the data set's root, with forward slashes; absolute if it is
+            not below the root.
         split: One of SPLITS; None where the list does not say.
-        file: The file.
-        where: File and line for messages; empty where the row comes from a folder.
+        line: Its line in the CSV; 0 where the row comes from a folder.
     """
 
     client: str
     label: str
     name: str
     split: str | None
-    file: Path
-    where: str
+    line: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Pictures of a data set, none of them opened: ``rows`` from a CSV or a folder ``source``."""
+
+    source: Path
+    root: str
+    rows: Sequence[Row]
+
+    def file(self, row: Row) -> str:
+        """The picture's file."""
+        return os.path.join(self.root, row.name)
+
+    def where(self, row: Row) -> str:
+        """The row's place, for messages."""
+        return f"{self.source}, line {row.line}" if row.line else row.name
 
 
 def csv_dataset(
@@ -86,41 +110,55 @@ def csv_dataset(
     )
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> Listing:
     """The CSV's lines, checked one by one; opens no picture.
 
     Raises:
         DataError: See ``csv_dataset``.
     """
+    root = os.path.abspath(path.parent)
+    below = os.path.join(root, "")
     rows: list[Row] = []
-    seen: dict[str, int] = {}
-    for line, values in read_table(path, COLUMNS, optional="split"):
-        row = _row(path, f"{path}, line {line}", values)
-        earlier = seen.setdefault(os.path.normcase(row.file), line)
-        if earlier != line:
+    for line, (image, label, client, *rest) in read_table(path, COLUMNS, optional="split"):
+        file = os.path.normpath(os.path.join(root, image))
+        name = file.removeprefix(below).replace(os.sep, "/")
+        split = sys.intern(rest[0]) if rest else None
+        if split is not None and split not in SPLITS:
+            near = difflib.get_close_matches(split.lower(), SPLITS, 1)
             raise DataError(
-                f"{row.where}: {row.name} is listed already in line {earlier}; "
-                "each picture has one class and one client: remove one of the lines"
+                f"{path}, line {line}: expected split to be one of {', '.join(SPLITS)}, "
+                f"got {split!r}" + (f"; is {near[0]!r} meant?" if near else "")
             )
-        rows.append(row)
-    return rows
+        # Of millions of lines, each name is kept once.
+        rows.append(Row(sys.intern(client), sys.intern(label), name, split, line))
+    twice = repeated(LazyNames(len(rows), lambda i: os.path.normcase(rows[i].name)))
+    if twice is not None:
+        first, second, *_ = (row for row in rows if os.path.normcase(row.name) == twice)
+        raise DataError(
+            f"{path}, line {second.line}: {second.name} is listed already in line {first.line}; "
+            "each picture has one class and one client: remove one of the lines"
+        )
+    return Listing(path, root, rows)
 
 
 def read_table(
     path: Path, columns: Sequence[str], optional: str | None = None
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """A CSV's lines that are not blank: line number, and cells by column, without outer spaces.
+) -> Iterator[tuple[int, list[str]]]:
+    """A CSV's lines that are not blank: line number, and cells without outer spaces.
+
+    The cells of ``columns`` come first, then that of ``optional`` if there is such a column.
 
     Args:
         path: The CSV, in UTF-8, with a header line.
         columns: Those that must be there, with no cell empty. Others may be there too.
-        optional: A column to mention in messages about the header.
+        optional: A column that may be there.
 
     Raises:
         DataError: Anything amiss with the file, its header or a line; or no line at all.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: expected text in UTF-8, got byte 0x{error.object[error.start]:02x} at "
@@ -131,7 +169,9 @@ def read_table(
             f"{path}: expected a CSV file with {_listed(columns)}; cannot open it: {error.strerror}"
         ) from error
 
-    lines = csv.reader(io.StringIO(text, newline=""))
+    # Decoded anew bit by bit: a whole text takes four bytes a character.
+    text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+    lines = csv.reader(text)
     empty = True
     try:
         header = [cell.strip() for cell in next(lines, [])]
@@ -139,11 +179,14 @@ def read_table(
             also = f"[,{optional}]" if optional else ""
             raise DataError(f"{path}: empty; expected a header line {','.join(columns)}{also}")
         _check_header(path, header, columns, optional)
+        place = {name: i for i, name in enumerate(header)}
+        taken = [place[name] for name in (*columns, optional) if name in place]
         for cells in lines:
-            if any(cell.strip() for cell in cells):
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
                 empty = False
                 where = f"{path}, line {lines.line_num}"
-                yield lines.line_num, _cells(where, header, cells, columns)
+                yield lines.line_num, _cells(where, cells, len(header), taken, columns)
     except csv.Error as error:
         raise DataError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
     if empty:
@@ -177,38 +220,24 @@ def _check_header(
 
 
 def _cells(
-    where: str, header: Sequence[str], cells: Sequence[str], columns: Sequence[str]
-) -> dict[str, str]:
-    if len(cells) > len(header):
+    where: str, cells: list[str], width: int, taken: Sequence[int], columns: Sequence[str]
+) -> list[str]:
+    if len(cells) > width:
         raise DataError(
-            f"{where}: expected {len(header)} cells, got {len(cells)}; "
+            f"{where}: expected {width} cells, got {len(cells)}; "
             'put a value with a comma in it between double quotes: "a,b"'
         )
-    values = dict.fromkeys(header, "")
-    values |= zip(header, (cell.strip() for cell in cells), strict=False)
-    for column in columns:
-        if not values[column]:
+    cells += [""] * (width - len(cells))
+    values = [cells[i] for i in taken]
+    for column, value in zip(columns, values, strict=False):
+        if not value:
             raise DataError(f"{where}: empty {column}; fill it in or remove the line")
     return values
 
 
-def _row(path: Path, where: str, values: Mapping[str, str]) -> Row:
-    split = values.get("split")
-    if split is not None and split not in SPLITS:
-        near = difflib.get_close_matches(split.lower(), SPLITS, 1)
-        raise DataError(
-            f"{where}: expected split to be one of {', '.join(SPLITS)}, got {split!r}"
-            + (f"; is {near[0]!r} meant?" if near else "")
-        )
-    root = os.path.abspath(path.parent)
-    file = Path(os.path.normpath(os.path.join(root, values["image"])))
-    name = file.relative_to(root) if file.is_relative_to(root) else file
-    return Row(values["client"], values["label"], name.as_posix(), split, file, where)
-
-
 def build_dataset(
     kind: str,
-    rows: Sequence[Row],
+    listing: Listing,
     *,
     image_size: int,
     channels: int | None,
@@ -226,30 +255,36 @@ def build_dataset(
         raise DataError(f"image_size: expected at least 1, got {image_size}")
     if channels not in (None, 1, 3):
         raise DataError(f"channels: expected 1 (grayscale) or 3 (colour), got {channels}")
-    rows = sorted(rows)
-    kept = [row for row in rows if row.file.is_file()]
+    rows, file = sorted(listing.rows), listing.file
+    kept = [row for row in rows if os.path.isfile(file(row))]
     if len(kept) < len(rows) and not skip_broken:
-        missing = sorted(set(rows) - set(kept))
-        first = missing[0]
+        present = set(kept)
+        first = next(row for row in rows if row not in present)
         raise DataError(
-            f"{first.where or first.name}: no such picture file: {first.file} "
-            f"({len(missing)} of {len(rows)} are missing). Paths are relative to the CSV; mend "
-            "them, or leave missing pictures out with skip_broken (--skip-broken)"
+            f"{listing.where(first)}: no such picture file: {file(first)} "
+            f"({len(rows) - len(kept)} of {len(rows)} are missing). Paths are relative to the CSV; "
+            "mend them, or leave missing pictures out with skip_broken (--skip-broken)"
         )
 
     while True:
         if not kept:
             raise DataError(
-                f"none of the {len(rows)} pictures can be read, the first one is {rows[0].file}"
+                f"none of the {len(rows)} pictures can be read, the first one is {file(rows[0])}"
             )
-        splits = arrange(kept, test_classes, seed)
-        depth = channels or (1 if all_colourless([r.file for r in kept], cache=cache) else 3)
+        splits = arrange(replace(listing, rows=kept), test_classes, seed)
+        files = {split: _files(listing, members) for split, members in splits.items()}
+        stamps = {split: stamp_files(paths) for split, paths in files.items()}
+        depth = channels
+        if depth is None:
+            stamp = "".join(stamps.values())
+            depth = 1 if all_colourless(_files(listing, kept), stamp, cache=cache) else 3
         images: dict[str, Images] = {}
-        reasons: dict[Path, str] = {}
+        reasons: dict[str, str] = {}
         for split, members in splits.items():
             try:
                 pixels = decode_files(
-                    [row.file for row in members],
+                    files[split],
+                    stamps[split],
                     image_size,
                     depth,
                     cache=cache,
@@ -267,7 +302,7 @@ def build_dataset(
         if not skip_broken:
             raise BrokenPicturesError(reasons, len(kept))
         # A class may have become too small to test, so begin again as if these had not been.
-        kept = [row for row in kept if row.file not in reasons]
+        kept = [row for row in kept if file(row) not in reasons]
 
     if "test" in images:
         test = RetrievalTask(images["test"])
@@ -279,7 +314,11 @@ def build_dataset(
     return Dataset(kind, images["train"], test, validation, skipped)
 
 
-def arrange(rows: Sequence[Row], test_classes: float, seed: int) -> dict[str, list[Row]]:
+def _files(listing: Listing, rows: Sequence[Row]) -> LazyNames:
+    return LazyNames(len(rows), lambda i: listing.file(rows[i]))
+
+
+def arrange(listing: Listing, test_classes: float, seed: int) -> dict[str, list[Row]]:
     """The rows of each split, in order: ``train``, then ``test`` or ``query`` and ``gallery``.
 
     Where no row is for testing, a share ``test_classes`` of the training classes is held out: at
@@ -291,11 +330,12 @@ def arrange(rows: Sequence[Row], test_classes: float, seed: int) -> dict[str, li
             beside ``query`` or ``gallery``, or one of these two alone.
     """
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for row in sorted(rows):
+    for row in sorted(listing.rows):
         splits[row.split or "train"].append(row)
     if not splits["train"]:
         raise DataError(
-            f"no training pictures: {len(rows)} rows, none with split 'train'; give some that split"
+            f"no training pictures: {len(listing.rows)} rows, none with split 'train'; give some "
+            "that split"
         )
     pair = [split for split in ("query", "gallery") if splits[split]]
     if pair and splits["test"]:
@@ -319,7 +359,7 @@ def arrange(rows: Sequence[Row], test_classes: float, seed: int) -> dict[str, li
     for split, others in (("test", None), ("validation", None), ("query", gallery)):
         for position, reason in unanswerable([row.label for row in splits[split]], others):
             row = splits[split][position]
-            raise DataError(f"{row.where or row.name}, split {split!r}: {reason}")
+            raise DataError(f"{listing.where(row)}, split {split!r}: {reason}")
     return {split: members for split, members in splits.items() if members}
 
 
@@ -351,8 +391,8 @@ def _images(pixels: np.ndarray, rows: Sequence[Row], numbered: Sequence[Row]) ->
     client_of = {name: i for i, name in enumerate(client_names)}
     return Images(
         pixels,
-        np.array([label_of[row.label] for row in rows], np.int64),
-        np.array([client_of[row.client] for row in rows], np.int64),
+        np.fromiter((label_of[row.label] for row in rows), np.int64, len(rows)),
+        np.fromiter((client_of[row.client] for row in rows), np.int64, len(rows)),
         class_names,
         client_names,
         [row.name for row in rows],

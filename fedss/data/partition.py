@@ -1,10 +1,11 @@
 """Other federations of the same pictures: smaller clients, more classes."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from fedss.data.images import Images, index_clients
+from fedss.data.images import Images, LazyNames, index_clients, own_classes
 from fedss.seeds import generator
 
 
@@ -19,17 +20,22 @@ def split_clients(images: Images, max_classes: int, seed: int) -> Images:
         max_classes: at least 1.
         seed: of the deal.
     """
-    part_N, clients_N = np.zeros(len(images), np.int64), images.clients.copy()
-    names: list[str] = []
-    index = index_clients(images)
-    for client, name in enumerate(images.client_names):
+    index, parts_K = index_clients(images), -(-own_classes(images) // max_classes)
+    first_K = np.cumsum(parts_K) - parts_K
+    clients_N = first_K[images.clients]
+    for client in np.flatnonzero(parts_K > 1).tolist():
         of_client = index.examples(client)
         classes = np.unique(images.labels[of_client])
-        parts = -(-len(classes) // max_classes)
-        dealt = generator(seed, "split clients", client=client).permutation(len(classes)) % parts
-        part_N[of_client] = dealt[np.searchsorted(classes, images.labels[of_client])]
-        clients_N[of_client] = len(names) + part_N[of_client]
-        names += [name] if parts == 1 else [f"{name} part {part + 1}" for part in range(parts)]
+        deal = generator(seed, "split clients", client=client).permutation(len(classes))
+        part = deal % parts_K[client]
+        clients_N[of_client] += part[np.searchsorted(classes, images.labels[of_client])]
+
+    def name(number: int) -> str:
+        client = int(np.searchsorted(first_K, number, side="right")) - 1
+        part = f" part {number - first_K[client] + 1}" if parts_K[client] > 1 else ""
+        return images.client_names[client] + part
+
+    names = LazyNames(int(parts_K.sum()), name)
     return replace(images, clients=clients_N, client_names=names)
 
 
@@ -43,14 +49,15 @@ def rotate_classes(images: Images) -> Images:
     pixels = np.concatenate([np.rot90(images.pixels, turns, axes=(2, 3)) for turns in range(4)])
     turns_N = np.repeat(np.arange(4), len(images))
 
-    def names(of: list[str]) -> list[str]:
-        return [f"{name} turned {90 * turns}" for turns in range(4) for name in of]
+    def names(of: Sequence[str]) -> LazyNames:
+        count = len(of)
+        return LazyNames(4 * count, lambda i: f"{of[i % count]} turned {90 * (i // count)}")
 
     return Images(
         pixels,
         np.tile(images.labels, 4) + turns_N * len(images.class_names),
         np.tile(images.clients, 4) + turns_N * len(images.client_names),
-        names(list(images.class_names)),
-        names(list(images.client_names)),
-        names(list(images.names)),
+        names(images.class_names),
+        names(images.client_names),
+        names(images.names),
     )

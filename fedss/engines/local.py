@@ -148,7 +148,7 @@ def local_engine(
     workers = workers or torch.get_num_threads()
     replicas: SimpleQueue[Replica] = SimpleQueue()
     embedder = copy.deepcopy(embedder).train()
-    pool_before_relu_(embedder, torch.from_numpy(clients.images.pixels[[0]]))
+    pool_before_relu_(embedder, torch.from_numpy(np.array(clients.images.pixels[:2])))
     for _ in range(workers):
         model = copy.deepcopy(embedder)
         flat = flatten_(model)
