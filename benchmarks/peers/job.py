@@ -49,7 +49,7 @@ class Job:
 
 
 def read_job(folder: Path) -> Job:
-    """The job that the driver wrote."""
+    """The job that ``engine.py`` wrote."""
 
     def array(name: str) -> Any:
         path = folder / f"{name}.npy"
