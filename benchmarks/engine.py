@@ -152,12 +152,12 @@ class Participant:
 
 @contextmanager
 def participant(
-    name: str, folder: Path, pythons: Mapping[str, str], workers: int
+    name: str, folder: Path, pythons: Mapping[str, str], workers: int, **more: str
 ) -> Iterator[Participant]:
-    """Start one, and wait until it is ready; it is ended with the block."""
+    """Start one, and wait until it is ready; it is ended with the block. ``more``: environment."""
     peer, _, threads = name.partition("-")
     script = PEERS / (f"with_{peer}.py" if name in pythons else f"{name}.py")
-    environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
+    environment = {**os.environ, **more, **({"OMP_NUM_THREADS": threads} if threads else {})}
     with (
         open(folder / f"{name}.log", "w") as log,
         subprocess.Popen(
@@ -183,7 +183,8 @@ def distance_from_plain(
     """One round of each: all end at the same weights. The largest difference of each."""
     far: dict[str, float] = {}
     for name in ("plain", *(n for n in names if n not in ("plain", "convolutions"))):
-        with participant(name, folder, pythons, workers) as alone:
+        # In float32, JAX's other rounding turns a max-pool or ReLU here and there: 2e-4 apart.
+        with participant(name, folder, pythons, workers, JAX_ENABLE_X64="1") as alone:
             alone.turn()
             alone.finish()
         plain, end = (np.load(folder / f"{n}.npz") for n in ("plain", name))
@@ -279,7 +280,8 @@ def main() -> None:
     if options.profile:
         from peers.profile import profile
 
-        return print(profile())
+        print(profile())
+        return
     pythons = dict(peer.split("=", 1) for peer in options.peer)
     lines = [
         "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",

@@ -1,4 +1,7 @@
-"""The common job in FedJAX (Google): its FedAvg on a model in plain JAX, which uses all cores."""
+"""The common job in FedJAX (Google): its FedAvg on a model in plain JAX, which uses all cores.
+
+JAX computes in float32 unless JAX_ENABLE_X64 is set.
+"""
 
 import sys
 from pathlib import Path
@@ -38,7 +41,7 @@ def normalized(x: Any) -> Any:
 
 
 def loss(params: dict[str, Any], batch: dict[str, Any], rng: Any) -> Any:
-    x = (batch["x"].astype(jnp.float32) / 255 - 0.5) / 0.5
+    x = (batch["x"] / 255 - 0.5) / 0.5
     h = normalized(embed(params["theta"], x))
     logits = SCALE * h @ normalized(params["rows"]).T
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], 1).mean()
@@ -68,7 +71,7 @@ def main() -> None:
         fedjax.optimizers.sgd(1.0),
         fedjax.ShuffleRepeatBatchHParams(batch_size=BATCH, num_epochs=1, skip_shuffle=True),
     )
-    state = algorithm.init({"theta": from_flat(job.theta), "rows": jnp.asarray(job.rows)})
+    state = algorithm.init({"theta": from_flat(job.theta.astype(float)), "rows": jnp.asarray(job.rows.astype(float))})
     turn = turns()
     for cohort, orders in zip(job.cohorts, job.orders, strict=True):
         turn()
