@@ -38,13 +38,6 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "frontier"
 PICTURE = HERE.parent / "docs" / "images" / "frontier.png"
 FRESH = (10, 11, 12, 13, 14)
-# glibc gives freed memory back and faults it in again at every step: keeping it is faster and
-# changes no bit.
-KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
 
 Settings = Mapping[str, Any]
 
@@ -215,10 +208,7 @@ def train(folder: Path, settings: Settings) -> dict[str, Any]:
     for name, value in {"workers": 1, "eval_every": 20, **settings}.items():
         flag = "--" + name.replace("_", "-")
         words += [flag] if value is True else [flag, str(value)]
-    environment = {**os.environ, **KEEP_MEMORY}
-    done = subprocess.run(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
     (summary,) = json.loads((folder / "summary.json").read_text())

@@ -95,7 +95,11 @@ def start(theta_P: torch.Tensor, rows: ClassRows) -> ServerState:
 
 
 def one_round(engine: LocalEngine, state: ServerState) -> tuple[ServerState, dict[str, float]]:
-    """A round as the driver runs it, and its seconds by part. (select runs once more, alone.)"""
+    """A round as the driver runs it, and its seconds by part.
+
+    select runs once more, alone, for as many random rows as all clients ask for together: of few
+    classes they would ask for some twice, and the server reads those once.
+    """
     rows, cohort = state.class_rows, np.arange(COHORT)
     plan = plan_of(rows.num_classes, state.round)
     labels = engine.clients.images.labels
@@ -108,8 +112,9 @@ def one_round(engine: LocalEngine, state: ServerState) -> tuple[ServerState, dic
         return result
 
     own_K = [own_classes(plan, k, labels[engine.clients.examples(k)]) for k in cohort.tolist()]
-    samples = timed("draw", lambda: choose_classes(plan, state, cohort, own_K))
-    ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))  # type: ignore[attr-defined]
+    timed("draw", lambda: choose_classes(plan, state, cohort, own_K))
+    rng = np.random.default_rng(state.round)
+    ids_U = torch.from_numpy(np.sort(rng.choice(rows.num_classes, COHORT * SAMPLE, replace=False)))
     timed("select", lambda: select(OPTIMIZER, state, ids_U))
     updates = timed("clients", lambda: list(engine.train(state, cohort, plan)))
     mean = timed("aggregate", lambda: aggregate(updates, "cohort"))  # type: ignore[arg-type]

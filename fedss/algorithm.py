@@ -298,7 +298,7 @@ def on_top_of_map(
     taken_off = []
     for update in updates:
         assert update.row_map is not None
-        rows_SD = rows_UD[torch.searchsorted(ids_U, update.ids_S)]
+        rows_SD = rows_UD.index_select(0, torch.searchsorted(ids_U, update.ids_S))
         mapped_SD = update.row_map.shift_D + rows_SD @ update.row_map.matrix_DD
         taken_off.append(replace(update, rows_delta_SD=update.rows_delta_SD - mapped_SD))
     return taken_off
@@ -333,7 +333,8 @@ def aggregate(updates: Sequence[ClientUpdate], row_mean: RowMean) -> MeanUpdate:
     for update in updates:
         position_S = torch.searchsorted(ids_U, update.ids_S)
         backbone_P.add_(update.backbone_delta_P, alpha=update.num_examples)
-        rows_UD[position_S] += update.num_examples * update.rows_delta_SD.double()
+        weighted_SD = update.num_examples * update.rows_delta_SD.double()
+        rows_UD.index_add_(0, position_S, weighted_SD)
         holders_U[position_S] += update.num_examples
     rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
     maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
@@ -422,7 +423,7 @@ def check_finite_state(state: ServerState, ids_U: Tensor) -> None:
     Raises:
         DivergedError: they are not; the state must not be kept.
     """
-    if not _all_finite((state.backbone_P, state.class_rows.weight_ND[ids_U])):
+    if not _all_finite((state.backbone_P, state.class_rows.weight_ND.index_select(0, ids_U))):
         raise DivergedError(
             f"round {state.round}: the server's step gave weights that are not finite; the last "
             "checkpoint is kept. Start in another folder with a lower server_lr"

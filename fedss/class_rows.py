@@ -116,9 +116,10 @@ def initial_rows(rows: ClassRows, ids_S: Tensor) -> Tensor:
 
 def read(rows: ClassRows, ids_S: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Rows and slots as last written, float32 [S, D], and after which round, int32 [S]. O(S D)."""
-    updated_S = rows.updated_N[ids_S]
-    rows_SD = rows.weight_ND[ids_S].float()
-    slots = {name: slot_ND[ids_S].float() for name, slot_ND in rows.slots.items()}
+    # index_select and index_copy_ take whole rows: several times faster than indexing with [].
+    updated_S = rows.updated_N.index_select(0, ids_S)
+    rows_SD = rows.weight_ND.index_select(0, ids_S).float()
+    slots = {name: slot_ND.index_select(0, ids_S).float() for name, slot_ND in rows.slots.items()}
     new_S = updated_S == 0
     if bool(new_S.any()):
         rows_SD[new_S] = initial_rows(rows, ids_S[new_S])
@@ -142,8 +143,8 @@ def write_(
     for table_ND, part_UD in parts:
         if table_ND.dtype == torch.bfloat16:
             part_UD = encode_rows(part_UD, "bfloat16", rng)["values"]
-        table_ND[ids_U] = part_UD
-    rows.updated_N[ids_U] = completed
+        table_ND.index_copy_(0, ids_U, part_UD)
+    rows.updated_N.index_fill_(0, ids_U, completed)
     rows.changed.append(ids_U)
     if len(rows.changed) > _MOST_CHANGED:
         rows.changed[:] = [torch.unique(torch.cat(rows.changed))]

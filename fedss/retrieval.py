@@ -22,22 +22,28 @@ way gives the same bits.
 """
 
 import functools
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 BLOCK_BYTES = 320 * 2**20
-"""What one block of queries may take; queries (float32) and gallery (twice) come on top."""
+"""What the blocks of queries treated at one time may take; queries (float32) and gallery (twice)
+come on top."""
 
 _GRID = 2.0**24
 _DEPTH = 10
-_BLOCK = 384  # more queries at once gain nothing
+_BLOCK = 384  # queries in a block: more gain nothing
+_FEWEST = 64  # fewer make the product slow: rather fewer blocks at one time
 _GROUP = 16  # scores whose maximum is looked at in their place
-_TILE = 2**20  # numbers turned to float64 at a time
+_TILE = 2**18  # numbers turned to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -95,16 +101,17 @@ def nearest(
     device = unit_QD.device
     scores_QK = torch.empty(len(unit_QD), k, dtype=torch.float32, device=device)
     index_QK = torch.empty(len(unit_QD), k, dtype=torch.int64, device=device)
-    step = block_rows(len(unit_GD), k)
-    screens = _screens(unit_GD, k)
-    room = _room(min(step, len(unit_QD)), unit_GD)
-    for start in range(0, len(unit_QD), step):
-        rows_B = torch.arange(start, min(start + step, len(unit_QD)), device=device)
-        scores_BK, index_BK = _top(
-            unit_QD[rows_B], unit_GD, rows_B if alone else None, k, screens, room
-        )
+    gallery = _searched(unit_GD, k)
+
+    def keep(rows_B: Tensor, scores_BK: Tensor, index_BK: Tensor) -> None:
         scores_QK[rows_B] = scores_BK.to(torch.float32)
         index_QK[rows_B] = index_BK
+
+    step = block_rows(len(unit_GD), k, gallery.workers)
+    blocks = [
+        (rows_B, k) for rows_B in torch.split(torch.arange(len(unit_QD), device=device), step)
+    ]
+    _search(unit_QD, gallery, alone, blocks, keep)
     return scores_QK, index_QK
 
 
@@ -162,19 +169,19 @@ def evaluate_retrieval(
     # From many relevant items to few: only the blocks that need a long list of neighbours pay for
     # it, and the first query of a block tells how long its list must be.
     order_Q = relevant_Q.argsort(descending=True, stable=True)[: int(used_Q.sum())]
-    relevant_Q = relevant_Q[order_Q]
     candidates = len(unit_GD) - alone
-    hits: dict[str, list[float]] = {"1": [], "5": [], "10": [], "r": []}
-    least = min(_DEPTH, candidates)
-    screens = _screens(unit_GD, least)
-    room = _room(min(block_rows(len(unit_GD), least), len(order_Q)), unit_GD)
-    start = 0
-    while start < len(order_Q):
-        k = min(max(_DEPTH, int(relevant_Q[start])), candidates)
-        step = block_rows(len(unit_GD), k)
-        rows_B = order_Q[start : start + step]
-        relevant_B = relevant_Q[start : start + step]
-        _, index_BK = _top(unit_QD[rows_B], unit_GD, rows_B if alone else None, k, screens, room)
+    gallery = _searched(unit_GD, min(_DEPTH, candidates))
+    blocks: list[tuple[Tensor, int]] = []
+    left_Q = order_Q
+    while len(left_Q):
+        k = min(max(_DEPTH, int(relevant_Q[left_Q[0]])), candidates)
+        step = block_rows(len(unit_GD), k, gallery.workers)
+        blocks.append((left_Q[:step], k))
+        left_Q = left_Q[step:]
+
+    def judge(rows_B: Tensor, _: Tensor, index_BK: Tensor) -> list[list[float]]:
+        k = index_BK.shape[1]
+        relevant_B = relevant_Q[rows_B]
         relevance_BK = labels_G[index_BK] == labels_Q[rows_B, None]
         rank_K = torch.arange(1, k + 1, dtype=torch.float64, device=unit_QD.device)
         # A running sum, not a sum over a slice: its first R terms do not depend on how many more
@@ -182,32 +189,40 @@ def evaluate_retrieval(
         precision_BK = (relevance_BK.cumsum(1) / rank_K * relevance_BK).cumsum(1)
         at_10_B = precision_BK[:, min(_DEPTH, k) - 1] / relevant_B.clamp(max=_DEPTH)
         at_r_B = precision_BK.gather(1, relevant_B[:, None] - 1).squeeze(1) / relevant_B
-        hits["1"] += relevance_BK[:, 0].tolist()
-        hits["5"] += relevance_BK[:, :5].any(1).tolist()
-        hits["10"] += at_10_B.tolist()
-        hits["r"] += at_r_B.tolist()
-        start += len(rows_B)
+        columns = (relevance_BK[:, 0], relevance_BK[:, :5].any(1), at_10_B, at_r_B)
+        return [column_B.tolist() for column_B in columns]
+
     count = len(order_Q)
     # fsum rounds once: the mean does not depend on the order in which queries came.
+    first, among_5, at_10, at_r = (
+        math.fsum(itertools.chain(*column)) / count
+        for column in zip(*_search(unit_QD, gallery, alone, blocks, judge), strict=True)
+    )
     return RetrievalMetrics(
-        recall_at_1=math.fsum(hits["1"]) / count,
-        recall_at_5=math.fsum(hits["5"]) / count,
-        map_at_10=math.fsum(hits["10"]) / count,
-        map_at_r=math.fsum(hits["r"]) / count,
+        recall_at_1=first,
+        recall_at_5=among_5,
+        map_at_10=at_10,
+        map_at_r=at_r,
         queries=count,
         skipped=len(unit_QD) - count,
     )
 
 
-def block_rows(gallery: int, k: int) -> int:
-    """How many queries to treat at once so that a block stays below `BLOCK_BYTES` (at least 1).
+def block_rows(gallery: int, k: int, workers: int = 1) -> int:
+    """How many queries a block may have so that all workers stay below `BLOCK_BYTES` (at least 1).
 
-    Half of it is for screens: 16 per number of a tile; per query and gallery item up to 4 of scores
-    and 1 of maxima; per candidate and score of its group up to 32 of scores and places. The other
-    half is for what `_exact` takes beyond the scores.
+    Half of it is for screens: 16 bytes per number of a tile, and `_screen_bytes` per query. The
+    other half is for what `_exact` takes beyond the scores.
     """
-    a_query = 5 * gallery + 32 * _GROUP * _most(k)
-    return max(1, min(_BLOCK, (BLOCK_BYTES // 2 - 16 * _TILE) // a_query))
+    half = BLOCK_BYTES // 2 // workers
+    return max(1, min(_BLOCK, (half - 16 * _TILE) // _screen_bytes(gallery, k)))
+
+
+def _screen_bytes(gallery: int, k: int) -> int:
+    """Per gallery item up to 4 bytes of scores and 1 of maxima; per candidate and score of its
+    group up to 32 of scores and places.
+    """
+    return 5 * gallery + 32 * _GROUP * _most(k)
 
 
 def _most(k: int) -> int:
@@ -217,12 +232,6 @@ def _most(k: int) -> int:
 
 def _padded(gallery: int) -> int:
     return -(-gallery // _GROUP**2) * _GROUP**2
-
-
-def _room(rows: int, gallery_GD: Tensor) -> Tensor:
-    """Scores of one block, used by all: fresh pages for each cost as much as the product itself."""
-    enough = max(len(gallery_GD), rows * _padded(len(gallery_GD)) // 2)
-    return gallery_GD.new_empty(enough, dtype=torch.float64)
 
 
 def _tile(rows_ND: Tensor) -> int:
@@ -237,22 +246,97 @@ class _Screen:
     off: float
 
 
+@dataclass(frozen=True)
+class _Gallery:
+    """What is searched: with which screens, from fast and coarse to fine, by how many workers."""
+
+    rows_GD: Tensor
+    screens: tuple[_Screen, ...]
+    workers: int
+
+
+def _searched(rows_GD: Tensor, k: int) -> _Gallery:
+    """A gallery to be searched for k neighbours or more."""
+    on_cpu = rows_GD.device.type == "cpu"
+    dtypes = []
+    if _is_long(rows_GD, k):
+        if on_cpu and _bfloat16_pays():
+            dtypes.append(torch.bfloat16)
+        if _float32_is_kept():
+            dtypes.append(torch.float32)
+    screens = []
+    for dtype in dtypes:
+        tiles = torch.split(rows_GD, _tile(rows_GD))
+        off = max(float(_off(rows_ND, rows_ND.to(dtype)).max()) for rows_ND in tiles)
+        screens.append(_Screen(rows_GD.to(dtype), off))
+    least = 16 * _TILE + _FEWEST * _screen_bytes(len(rows_GD), k)
+    affordable = max(1, BLOCK_BYTES // 2 // least)
+    return _Gallery(
+        rows_GD, tuple(screens), min(torch.get_num_threads(), affordable) if on_cpu else 1
+    )
+
+
+Found = TypeVar("Found")
+
+
+def _search(
+    query_QD: Tensor,
+    gallery: _Gallery,
+    alone: bool,
+    blocks: Sequence[tuple[Tensor, int]],
+    use: Callable[[Tensor, Tensor, Tensor], Found],
+) -> list[Found]:
+    """`use(rows_B, scores_BK, index_BK)` for each block, that is, rows of queries and k.
+
+    Workers are threads, among which torch's threads are shared out. An operation that is split over
+    threads waits for the slowest, and there are many small ones here: with anything else running on
+    the machine that took twenty times as long.
+    """
+    items = len(gallery.rows_GD)
+    longest = max(len(rows_B) for rows_B, _ in blocks)
+    workers = min(gallery.workers, len(blocks))
+    # Memory for scores is used again: fresh pages cost as much as the product itself.
+    rooms: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(workers):
+        size = max(items, longest * _padded(items) // 2)
+        rooms.put(gallery.rows_GD.new_empty(size, dtype=torch.float64))
+    inference = torch.is_inference_mode_enabled()
+
+    def treat(block: tuple[Tensor, int]) -> Found:
+        rows_B, k = block
+        room = rooms.get()
+        try:
+            with torch.inference_mode(inference):  # which a thread does not take over by itself
+                own_B = rows_B if alone else None
+                return use(rows_B, *_top(query_QD[rows_B], gallery, own_B, k, room))
+        finally:
+            rooms.put(room)
+
+    if workers == 1:
+        return [treat(block) for block in blocks]
+    threads = torch.get_num_threads()
+    share = threads // workers
+    torch.set_num_threads(share)
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            return list(pool.map(treat, blocks))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _top(
-    query_BD: Tensor,
-    gallery_GD: Tensor,
-    own_B: Tensor | None,
-    k: int,
-    screens: Sequence[_Screen],
-    room: Tensor,
+    query_BD: Tensor, gallery: _Gallery, own_B: Tensor | None, k: int, room: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What `_exact` gives, faster: each screen settles what it can and passes on the rest."""
     values_BK = torch.empty(len(query_BD), k, dtype=torch.float64, device=query_BD.device)
     index_BK = torch.empty(len(query_BD), k, dtype=torch.int64, device=query_BD.device)
     left_T = torch.arange(len(query_BD), device=query_BD.device)
-    for screen in screens if _is_long(gallery_GD, k) else ():
+    for screen in gallery.screens if _is_long(gallery.rows_GD, k) else ():
         own_T = None if own_B is None else own_B[left_T]
         settled_T, values_TK, index_TK = _screened(
-            query_BD[left_T], gallery_GD, own_T, k, screen, room
+            query_BD[left_T], gallery.rows_GD, own_T, k, screen, room
         )
         values_BK[left_T[settled_T]] = values_TK
         index_BK[left_T[settled_T]] = index_TK
@@ -260,34 +344,13 @@ def _top(
         if not len(left_T):
             return values_BK, index_BK
     own_T = None if own_B is None else own_B[left_T]
-    values_BK[left_T], index_BK[left_T] = _exact(query_BD[left_T], gallery_GD, own_T, k, room)
+    values_BK[left_T], index_BK[left_T] = _exact(query_BD[left_T], gallery, own_T, k, room)
     return values_BK, index_BK
 
 
 def _is_long(items: Tensor, k: int) -> bool:
     """Whether a few times k groups are few among the items."""
     return len(items) >= 4 * _GROUP * k
-
-
-def _screens(gallery_GD: Tensor, k: int) -> list[_Screen]:
-    """From fast and coarse to fine."""
-    if not _is_long(gallery_GD, k):
-        return []
-    dtypes = []
-    if gallery_GD.device.type == "cpu" and _bfloat16_pays():
-        dtypes.append(torch.bfloat16)
-    if _float32_is_kept():
-        dtypes.append(torch.float32)
-    return [
-        _Screen(
-            gallery_GD.to(dtype),
-            max(
-                float(_off(t, t.to(dtype)).max())
-                for t in torch.split(gallery_GD, _tile(gallery_GD))
-            ),
-        )
-        for dtype in dtypes
-    ]
 
 
 def _off(rows_ND: Tensor, rounded_ND: Tensor) -> Tensor:
@@ -313,7 +376,7 @@ def _bfloat16_pays() -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         rows_ND = torch.ones(4096, 64, dtype=dtype, device="cpu")
         tries = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             torch.mm(rows_ND, rows_ND[:_BLOCK].T)
             tries.append(time.perf_counter() - start)
@@ -418,26 +481,30 @@ def _from_cut_up(levels: list[Tensor], cut_B: Tensor, most: int) -> Tensor:
 
 
 def _exact(
-    query_BD: Tensor, gallery_GD: Tensor, own_B: Tensor | None, k: int, room: Tensor
+    query_BD: Tensor, gallery: _Gallery, own_B: Tensor | None, k: int, room: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Top k of one block by (score descending, index ascending), from float64 scores of all."""
-    gallery = len(gallery_GD)
+    """Top k of one block by (score descending, index ascending), from float64 scores of all.
+
+    float64 and int64 [B, k].
+    """
+    items = len(gallery.rows_GD)
     values_BK = torch.empty(len(query_BD), k, dtype=torch.float64, device=query_BD.device)
     index_BK = torch.empty(len(query_BD), k, dtype=torch.int64, device=query_BD.device)
     # Scores lie in `room`. Beyond, if its top k cuts through a tie, a query takes per gallery item
     # 8 bytes for a copy and up to 24 for masks, counts and the integers they are counted in, and
     # per neighbour kept at most 96 of float64 and int64 columns.
-    affordable = BLOCK_BYTES // 2 // (32 * gallery + 96 * (k + 1))
-    step = max(1, min(affordable, len(room) // gallery))
+    affordable = BLOCK_BYTES // 2 // gallery.workers // (32 * items + 96 * (k + 1))
+    step = max(1, min(affordable, len(room) // items))
     for start in range(0, len(query_BD), step):
-        query_TD = query_BD[start : start + step].double()
-        scores_TG = room[: len(query_TD) * gallery].view(-1, gallery)
-        for first in range(0, gallery, _tile(gallery_GD)):
-            tile = slice(first, first + _tile(gallery_GD))
-            torch.mm(query_TD, gallery_GD[tile].double().T, out=scores_TG[:, tile])
+        part = slice(start, start + step)
+        query_TD = query_BD[part].double()
+        scores_TG = room[: len(query_TD) * items].view(-1, items)
+        for first in range(0, items, _tile(gallery.rows_GD)):
+            tile = slice(first, first + _tile(gallery.rows_GD))
+            torch.mm(query_TD, gallery.rows_GD[tile].double().T, out=scores_TG[:, tile])
         if own_B is not None:
-            scores_TG.scatter_(1, own_B[start : start + step, None], -torch.inf)
-        values_BK[start : start + step], index_BK[start : start + step] = _by_position(scores_TG, k)
+            scores_TG.scatter_(1, own_B[part, None], -torch.inf)
+        values_BK[part], index_BK[part] = _by_position(scores_TG, k)
     return values_BK, index_BK
 
 

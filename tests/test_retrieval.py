@@ -1,6 +1,7 @@
 """Retrieval against slow loops written from the definitions and against two other libraries."""
 
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -222,7 +223,7 @@ def test_block_size_changes_no_bit(
         whole = evaluate_retrieval(rows, labels)
         neighbours = nearest(rows, k=17)
         for block in (1, 7, 64):
-            monkeypatch.setattr(retrieval, "block_rows", lambda gallery, k, block=block: block)
+            monkeypatch.setattr(retrieval, "block_rows", lambda *_, block=block: block)
             assert evaluate_retrieval(rows, labels) == whole
             for got, expected in zip(nearest(rows, k=17), neighbours, strict=True):
                 assert torch.equal(got, expected)
@@ -296,6 +297,21 @@ def test_a_screen_confuses_no_lookalikes(dtype: torch.dtype, d: int, digits: int
 
 
 @pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("positive", [0, 3, 8])
+def test_a_screen_takes_negative_cosines_for_less_than_positive(
+    dtype: torch.dtype, positive: int
+) -> None:
+    gallery = 1 + random_set(300, 300, 4)[0].abs()
+    gallery[:positive] *= -1
+    with screening():
+        expected = nearest(-torch.eye(4), gallery, 5)
+    with screening(dtype, group=4):
+        found = nearest(-torch.eye(4), gallery, 5)
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("d", [1, 64, 2048])
 def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> None:
     # Coordinates that all round the same way, up or down, and sums of nothing but positive terms.
@@ -305,7 +321,7 @@ def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> 
     rows = d**-0.5 + spacing * (steps + torch.linspace(-0.5, 0.5, 300)[:, None])
     rows = retrieval._unit_rows(torch.cat([rows, torch.randn(300, d, generator=generator)]), "")
     with screening(dtype, group=1):
-        (screen,) = retrieval._screens(rows, 1)
+        (screen,) = retrieval._searched(rows, 1).screens
     rounded = rows.to(dtype)
     found = torch.mm(screen.rows_GD, rounded.T, out=torch.empty(600, 600, dtype=dtype)).double()
     error = (found - rows.double() @ rows.double().T).abs() - found.abs() * torch.finfo(
@@ -478,6 +494,7 @@ def test_a_block_stays_below_its_bytes(
 ) -> None:
     monkeypatch.setattr(retrieval, "BLOCK_BYTES", 2**20)
     monkeypatch.setattr(retrieval, "_TILE", 2**12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # what others make is not counted
     rows, labels = make(1001), random_set(1001, 170)[1]
     labels[:120] = 0
     gallery = make(5000)
@@ -492,8 +509,46 @@ def test_a_block_stays_below_its_bytes(
         assert beside / 2 < counter.most < beside + 2**20
 
 
-def test_a_block_is_at_least_one_query() -> None:
-    assert block_rows(10**9, 10) == 1
+@pytest.mark.parametrize("workers", [1, 4, 64])
+def test_workers_share_the_bytes_of_blocks(workers: int) -> None:
+    bytes_of_a_query = 4 * 60_502 + 32 * 16 * 72
+    rows = block_rows(60_502, 10, workers)
+    assert rows == 1 or rows * workers * bytes_of_a_query < retrieval.BLOCK_BYTES / 2
+    assert rows * workers > 100 or rows == 1
+    assert block_rows(10**9, 10, workers) == 1
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize("make", [few_values, smooth])
+def test_workers_change_no_bit(
+    make: Callable[[int], Tensor], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spy(*args: object) -> tuple[Tensor, Tensor]:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return top(*args)  # type: ignore[arg-type]
+
+    top = retrieval._top
+    seen: set[tuple[int, int]] = set()
+    monkeypatch.setattr(retrieval, "_top", spy)
+    monkeypatch.setattr(retrieval, "_BLOCK", 10)
+    rows, labels = make(2000), random_set(2000, 300)[1]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = evaluate_retrieval(rows, labels), *nearest(rows, k=7)
+        assert seen == {(threading.get_ident(), 1)}
+        seen.clear()
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            got = evaluate_retrieval(rows, labels), *nearest(rows, k=7)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert {count for _, count in seen} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in seen}
+    assert got[0] == expected[0]
+    for here, there in zip(got[1:], expected[1:], strict=True):
+        assert torch.equal(here, there)
 
 
 def test_the_long_lists_of_one_large_class_are_not_paid_by_all(
@@ -508,7 +563,7 @@ def test_the_long_lists_of_one_large_class_are_not_paid_by_all(
 
     top = retrieval._top
     monkeypatch.setattr(retrieval, "_top", spy)
-    monkeypatch.setattr(retrieval, "block_rows", lambda gallery, k: 50)
+    monkeypatch.setattr(retrieval, "block_rows", lambda *_: 50)
     rows, _ = random_set(1000)
     labels = torch.arange(1000) // 2 + 1
     labels[:400] = 0

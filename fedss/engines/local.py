@@ -93,7 +93,7 @@ class LocalEngine:
             request = encode_request(
                 self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_P)
             )
-            rows_SD = rows_UD[torch.searchsorted(ids_U, sample.ids_S)]
+            rows_SD = rows_UD.index_select(0, torch.searchsorted(ids_U, sample.ids_S))
             answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
             submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
             with self.replica() as model:
