@@ -27,6 +27,7 @@ from fedss.algorithm import (
     select,
     train_client,
 )
+from fedss.class_rows import rows_of, union
 from fedss.data import ClientIndex
 from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
 from fedss.optimizers import ServerOptimizer
@@ -84,7 +85,7 @@ class LocalEngine:
         samples = choose_classes(plan, state, cohort, own_K)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
         received = decode_broadcast(self.wire, to_all)
-        ids_U = torch.unique(torch.cat([sample.ids_S for sample in samples]))
+        ids_U = union([sample.ids_S for sample in samples])
         rows_UD = select(self.optimizer, state, ids_U)
 
         def train_one(client: int, own_P: np.ndarray, sample: ClassSample) -> ClientUpdate:
@@ -93,7 +94,7 @@ class LocalEngine:
             request = encode_request(
                 self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_P)
             )
-            rows_SD = rows_UD.index_select(0, torch.searchsorted(ids_U, sample.ids_S))
+            rows_SD = rows_of(rows_UD, ids_U, sample.ids_S)
             answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
             submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
             with self.replica() as model:
