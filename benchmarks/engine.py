@@ -278,9 +278,13 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     if options.profile:
-        from peers.profile import profile
+        from engine_profile import profile
 
-        print(profile())
+        for n in options.classes or (964, 100_000):
+            for method in TABLES[n]:
+                with tempfile.TemporaryDirectory() as place:
+                    write_job(Path(place) / "job", method, n, 1)
+                    print("\n".join(profile(Path(place) / "job", method, n)), flush=True)
         return
     pythons = dict(peer.split("=", 1) for peer in options.peer)
     lines = [

@@ -41,7 +41,7 @@ def normalized(x: Any) -> Any:
 
 
 def loss(params: dict[str, Any], batch: dict[str, Any], rng: Any) -> Any:
-    x = (batch["x"] / 255 - 0.5) / 0.5
+    x = (batch["x"].astype(float) / 255 - 0.5) / 0.5
     h = normalized(embed(params["theta"], x))
     logits = SCALE * h @ normalized(params["rows"]).T
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["y"][:, None], 1).mean()
