@@ -46,8 +46,12 @@ class InTurn(FedAvg):
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     state = {**network(job.theta).state_dict(), "rows": torch.from_numpy(job.rows)}
+    # The first round takes its fraction of the nodes connected by then, which may be fewer.
     strategy = InTurn(
-        fraction_train=COHORT / CLIENTS, fraction_evaluate=0.0, min_available_nodes=CLIENTS
+        fraction_train=COHORT / CLIENTS,
+        min_train_nodes=COHORT,
+        fraction_evaluate=0.0,
+        min_available_nodes=CLIENTS,
     )
     result = strategy.start(grid, ArrayRecord(state), num_rounds=len(job.cohorts))
     turn()
