@@ -1,8 +1,8 @@
 """Where a round's time goes, against the floor in bytes and arithmetic. (``engine.py --profile``)
 
 One thread. The floor of a kind of operation is the longer of two times: its arithmetic at the rate
-of a large matrix product, and the bytes of its inputs and outputs at the rate of copying 2 MB, about
-the size of the largest activation, over and over: both measured here, just before.
+of a large matrix product, and the bytes of its inputs and outputs at the rate of copying 2 MB,
+about the size of the largest activation, over and over; both rates are measured just before.
 """
 
 import cProfile
@@ -43,7 +43,11 @@ PHASES = {
     "class samples": ("own_classes", "choose_classes"),
     "rows read for the clients": ("select",),
     "messages encoded, decoded, counted": (
-        *(f"{do}_{what}" for do in ("encode", "decode") for what in ("broadcast", "answer", "update")),
+        *(
+            f"{do}_{what}"
+            for do in ("encode", "decode")
+            for what in ("broadcast", "answer", "update")
+        ),
         "traffic",
     ),
     "local training": ("train_client",),

@@ -152,12 +152,13 @@ def write_(
 
 def union(ids: Sequence[Tensor]) -> Tensor:
     """The ids that are in any of these, int64, sorted and unique, as each of them is."""
-    most_U = max(ids, key=len)
+    most_U: Tensor = max(ids, key=len)
     last = len(most_U) - 1
     # Sorted and unique, ids that end at their own count are 0, 1, 2, ...
     if all(len(ids_S) == 0 or int(ids_S[-1]) <= last for ids_S in ids):
         return most_U
-    return torch.unique(torch.cat(list(ids)))
+    ids_U: Tensor = torch.unique(torch.cat(list(ids)))
+    return ids_U
 
 
 def rows_of(rows_UD: Tensor, ids_U: Tensor, ids_S: Tensor) -> Tensor:
@@ -170,9 +171,7 @@ def rows_of(rows_UD: Tensor, ids_U: Tensor, ids_S: Tensor) -> Tensor:
     return rows_UD.index_select(0, torch.searchsorted(ids_U, ids_S))
 
 
-def add_rows_(
-    rows_UD: Tensor, ids_U: Tensor, rows_SD: Tensor, ids_S: Tensor, weight: int
-) -> None:
+def add_rows_(rows_UD: Tensor, ids_U: Tensor, rows_SD: Tensor, ids_S: Tensor, weight: int) -> None:
     """``rows_UD[i] += weight rows_SD[i]`` for i in S, in float64; ids as for :func:`rows_of`."""
     if len(ids_S) == len(ids_U):
         rows_UD.add_(rows_SD, alpha=weight)

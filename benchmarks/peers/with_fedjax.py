@@ -71,7 +71,9 @@ def main() -> None:
         fedjax.optimizers.sgd(1.0),
         fedjax.ShuffleRepeatBatchHParams(batch_size=BATCH, num_epochs=1, skip_shuffle=True),
     )
-    state = algorithm.init({"theta": from_flat(job.theta.astype(float)), "rows": jnp.asarray(job.rows.astype(float))})
+    state = algorithm.init(
+        {"theta": from_flat(job.theta.astype(float)), "rows": jnp.asarray(job.rows.astype(float))}
+    )
     turn = turns()
     for cohort, orders in zip(job.cohorts, job.orders, strict=True):
         turn()

@@ -1,7 +1,6 @@
 """The common job in pfl-research (Apple), as its tutorials train a PyTorch model, one process."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +48,13 @@ class Turns(TrainingProcessCallback):
 def main() -> None:
     job = read_job(Path(sys.argv[1]))
     pictures, labels = scaled(job.pixels), torch.from_numpy(job.labels)
-    slots = [
-        (int(client), order) for c, o in zip(job.cohorts, job.orders) for client, order in zip(c, o)
-    ]
+    clients, orders = job.cohorts.ravel(), job.orders.reshape(-1, job.orders.shape[2])
 
     def dataset(slot: int) -> Dataset:
-        client, order = slots[slot]
+        client, order = clients[slot], orders[slot]
         return Dataset([pictures[client, order], labels[client, order]], user_id=str(slot))
 
-    def in_order() -> Iterator[int]:
-        yield from range(len(slots))
-
-    take = in_order()
+    slots = iter(range(len(clients)))
     model = Model(job.theta, job.rows)
     FederatedAveraging().run(
         NNAlgorithmParams(
@@ -69,7 +63,7 @@ def main() -> None:
             train_cohort_size=COHORT,
             val_cohort_size=0,
         ),
-        SimulatedBackend(FederatedDataset(dataset, lambda: next(take)), None),
+        SimulatedBackend(FederatedDataset(dataset, lambda: next(slots)), None),
         PyTorchModel(
             model,
             local_optimizer_create=torch.optim.SGD,
