@@ -1,6 +1,7 @@
 """The laws of Algorithm 1, on the plain path: a loop over clients in this thread."""
 
 import copy
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedss.algorithm import (
     Broadcast,
@@ -349,3 +352,52 @@ def test_apply_update_returns_a_new_state():
     after = apply_update(MOMENTUM, state, mean)
     assert torch.equal(state.backbone_P, theta)
     assert (state.round, after.round) == (0, 1)
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes of every new tensor that an operation gives back, and the largest."""
+
+    total = largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs))
+            if torch.is_tensor(t)
+        }
+        result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.total += tensor.nbytes
+                self.largest = max(self.largest, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("method", "sampler"),
+    [("fedss", "uniform"), ("fedss", "deck"), ("pos-only", "uniform"), ("moments", "uniform")],
+)
+def test_what_a_round_makes_does_not_depend_on_the_number_of_classes(method, sampler):
+    """Bytes of all tensors, and numpy's at their peak, at client and server, from 10^5 to 10^7."""
+    found = {}
+    with Made():
+        run("fedss", 7, 1)  # imports what torch imports late
+    for n in (10**5, 10**7):
+        told = replace(plan(method, 64, sampler, cover=8), num_classes=n)
+        rows = create_class_rows(n, 6, MOMENTUM.slots, 0)
+        if method == "moments":
+            rows = replace(
+                rows, history=with_history(create_class_rows(N, 6, MOMENTUM.slots, 0)).history
+            )
+        theta_P = Model().theta_P
+        state = ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
+        tracemalloc.start()
+        with Made() as made:
+            run_round(engine(MOMENTUM), MOMENTUM, state, draw_cohort(6, 3, 3, 0), told, "cohort")
+        found[n] = made, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    (few, few_peak), (many, many_peak) = found.values()
+    assert many.largest == few.largest < 10**5
+    assert many.total < 1.02 * few.total
+    assert many_peak < 1.1 * few_peak + 50_000 < 10**6
