@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.class_rows import ClassRows, read, write_
+from fedss.class_rows import ClassRows, add_rows_, read, rows_of, union, write_
 from fedss.errors import DivergedError
 from fedss.methods import Method
 from fedss.moments import Moments, RowMap, absent_classes, absent_step, mean_map, moments_now
@@ -25,6 +25,7 @@ from fedss.samplers import (
     class_sample,
     limit,
     own_budget,
+    whole_sample,
 )
 from fedss.seeds import generator
 from fedss.softmax import AbsentClasses, ClassSample, Scoring, spread_out
@@ -179,6 +180,8 @@ def num_negatives(plan: RoundPlan, num_own: int) -> int:
 
 def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample:
     """Line 2, at the client: its class sample, if it draws for itself. It asks for ``ids_S``."""
+    if plan.method.negatives == "all":
+        return whole_sample(own_P, plan.num_classes)
     draw, count = plan.sampler.draw, num_negatives(plan, len(own_P))
     assert draw is not None
     round = 0 if plan.sampler.fixed else plan.round
@@ -374,12 +377,12 @@ def on_top_of_map(
     """
     if updates[0].row_map is None:
         return list(updates)
-    ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
+    ids_U = union([update.ids_S for update in updates])
     rows_UD = select(optimizer, state, ids_U)
     taken_off = []
     for update in updates:
         assert update.row_map is not None
-        rows_SD = rows_UD.index_select(0, torch.searchsorted(ids_U, update.ids_S))
+        rows_SD = rows_of(rows_UD, ids_U, update.ids_S)
         mapped_SD = update.row_map.shift_D + rows_SD @ update.row_map.matrix_DD
         taken_off.append(replace(update, rows_delta_SD=update.rows_delta_SD - mapped_SD))
     return taken_off
@@ -417,23 +420,22 @@ def aggregate(
     several ``ranks`` have trained the cohort, each sums up its own, then they add up.
     """
     updates = sorted(updates, key=lambda update: update.client)
-    ids_U = torch.unique(torch.cat([update.ids_S for update in updates]))
+    ids_U = union([update.ids_S for update in updates])
     everyone = ranks.gather((sum(update.num_examples for update in updates), ids_U))
     total = sum(num_examples for num_examples, _ in everyone)
-    ids_U = torch.unique(torch.cat([ids for _, ids in everyone]))
+    ids_U = union([ids for _, ids in everyone])
     num_parameters, dim = len(updates[0].backbone_delta_P), updates[0].rows_delta_SD.shape[1]
     sizes = [num_parameters, len(ids_U) * dim, len(ids_U)]
     sums = torch.zeros(sum(sizes), dtype=torch.float64)
     backbone_P, flat_rows, holders_U = torch.split(sums, sizes)
-    rows_UD = flat_rows.view(len(ids_U), dim)
+    rows_UD, holders_U1 = flat_rows.view(len(ids_U), dim), holders_U[:, None]
     for update in updates:
-        position_S = torch.searchsorted(ids_U, update.ids_S)
-        backbone_P.add_(update.backbone_delta_P, alpha=update.num_examples)
-        weighted_SD = update.num_examples * update.rows_delta_SD.double()
-        rows_UD.index_add_(0, position_S, weighted_SD)
-        holders_U[position_S] += update.num_examples
+        ids_S, num_examples = update.ids_S, update.num_examples
+        backbone_P.add_(update.backbone_delta_P, alpha=num_examples)
+        add_rows_(rows_UD, ids_U, update.rows_delta_SD, ids_S, num_examples)
+        add_rows_(holders_U1, ids_U, torch.ones(len(ids_S), 1), ids_S, num_examples)
     ranks.add_up(sums)
-    rows_UD /= total if row_mean == "cohort" else holders_U[:, None]
+    rows_UD /= total if row_mean == "cohort" else holders_U1
     maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
     row_map = mean_map(maps, ranks) if maps else None
     return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)

@@ -8,7 +8,7 @@ Shape suffixes: N all classes, D embedding size, S or U some classes.
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -148,6 +148,35 @@ def write_(
     rows.changed.append(ids_U)
     if len(rows.changed) > _MOST_CHANGED:
         rows.changed[:] = [torch.unique(torch.cat(rows.changed))]
+
+
+def union(ids: Sequence[Tensor]) -> Tensor:
+    """The ids that are in any of these, int64, sorted and unique, as each of them is."""
+    most_U: Tensor = max(ids, key=len)
+    last = len(most_U) - 1
+    # Sorted and unique, ids that end at their own count are 0, 1, 2, ...
+    if all(len(ids_S) == 0 or int(ids_S[-1]) <= last for ids_S in ids):
+        return most_U
+    ids_U: Tensor = torch.unique(torch.cat(list(ids)))
+    return ids_U
+
+
+def rows_of(rows_UD: Tensor, ids_U: Tensor, ids_S: Tensor) -> Tensor:
+    """The rows of ``ids_S``, [S, D], from those of ``ids_U``; both sorted, S a part of U.
+
+    A view where S is all of U: as many ids are the same ids.
+    """
+    if len(ids_S) == len(ids_U):
+        return rows_UD
+    return rows_UD.index_select(0, torch.searchsorted(ids_U, ids_S))
+
+
+def add_rows_(rows_UD: Tensor, ids_U: Tensor, rows_SD: Tensor, ids_S: Tensor, weight: int) -> None:
+    """``rows_UD[i] += weight rows_SD[i]`` for i in S, in float64; ids as for :func:`rows_of`."""
+    if len(ids_S) == len(ids_U):
+        rows_UD.add_(rows_SD, alpha=weight)
+    else:
+        rows_UD.index_add_(0, torch.searchsorted(ids_U, ids_S), weight * rows_SD.double())
 
 
 def id_blocks(num_classes: int, block: int = 65536) -> Iterator[Tensor]:

@@ -152,6 +152,13 @@ def class_sample(own_P: np.ndarray, negative_M: np.ndarray, q_M: np.ndarray) -> 
     )
 
 
+def whole_sample(own_P: np.ndarray, num_classes: int) -> ClassSample:
+    """All classes, each with q = 1."""
+    own_S = torch.zeros(num_classes, dtype=torch.bool)
+    own_S[torch.from_numpy(own_P)] = True
+    return ClassSample(torch.arange(num_classes), torch.zeros(num_classes), own_S)
+
+
 def draw_uniform(
     own_P: np.ndarray, num_classes: int, num_negatives: int, rng: np.random.Generator
 ) -> Negatives:

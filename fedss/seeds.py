@@ -35,9 +35,9 @@ def numbered_normals(seed: int, purpose: str, number_S: np.ndarray, size: int) -
     """
     bits = np.random.Philox(key=int.from_bytes(_digest(seed, purpose)[:16]))
     rng, state = np.random.Generator(bits), bits.state
-    normal_SD = np.empty((len(number_S), size), np.float32)
+    counter, normal_SD = state["state"]["counter"], np.empty((len(number_S), size), np.float32)
     for row_D, number in zip(normal_SD, number_S.tolist(), strict=True):
-        state["state"]["counter"][:] = (0, number, 0, 0)
+        counter[1] = number
         bits.state = state
         rng.standard_normal(dtype=np.float32, out=row_D)
     return normal_SD

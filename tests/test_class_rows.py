@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from fedss.algorithm import ServerState
 from fedss.checkpoint import load_checkpoint, save_checkpoint
-from fedss.class_rows import ClassRows, create_class_rows, id_blocks, read, write_
+from fedss.class_rows import (
+    ClassRows,
+    add_rows_,
+    create_class_rows,
+    id_blocks,
+    read,
+    rows_of,
+    union,
+    write_,
+)
 from fedss.optimizers import ServerOptimizer, read_rows, step_rows_
 from fedss.seeds import generator, numbered_normals
 from tests.reference import whole
@@ -176,3 +185,22 @@ def test_going_back_to_the_checkpoint_before(tmp_path):
 
 def test_blocks_of_ids_are_all_ids():
     assert torch.equal(torch.cat(list(id_blocks(10, 4))), torch.arange(10))
+
+
+@given(st.lists(st.sets(st.integers(0, 6)), min_size=1), st.booleans())
+def test_rows_of_several_clients_meet_by_id(parts, with_everything):
+    parts = [*parts, set(range(7))] if with_everything else parts
+    ids = [torch.tensor(sorted(part), dtype=torch.int64) for part in parts]
+    ids_U = union(ids)
+    assert ids_U.tolist() == sorted(set().union(*parts))
+    rows_UD = torch.randn(len(ids_U), 2)
+    by_id = dict(zip(ids_U.tolist(), rows_UD.tolist(), strict=True))
+    sums_UD, expected = torch.zeros(len(ids_U), 2, dtype=torch.float64), dict.fromkeys(by_id, 0.0)
+    for weight, ids_S in enumerate(ids, start=1):
+        rows_SD = rows_of(rows_UD, ids_U, ids_S)
+        assert rows_SD.tolist() == [by_id[i] for i in ids_S.tolist()]
+        add_rows_(sums_UD, ids_U, rows_SD, ids_S, weight)
+        for i in ids_S.tolist():
+            expected[i] += weight * by_id[i][0]
+    # Products of float32 and small integers are exact in float64, and sums have one order.
+    assert sums_UD[:, 0].tolist() == list(expected.values())

@@ -1,18 +1,20 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from fedss.algorithm import broadcast, run_round, train_client
+from fedss.algorithm import Engine, broadcast, run_round, train_client
 from fedss.codec import decode_rows, encode_rows
 from fedss.data import index_clients
-from fedss.engines.local import intra_op_threads, local_engine
-from fedss.models import embed_pixels
+from fedss.engines.local import Replica, intra_op_threads, local_engine
+from fedss.models import build_embedder, embed_pixels, flatten_
 from fedss.samplers import SAMPLERS
 from fedss.wire import WireFormat, decode_broadcast, encode_broadcast, encode_request
 from tests.reference import whole
-from tests.test_algorithm import DATA, MOMENTUM, Model, N, engine, plan, start
+from tests.test_algorithm import DATA, MOMENTUM, Model, N, PlainEngine, engine, plan, start
 
 
 def local(workers: int = 2, **wire: str):
@@ -46,6 +48,55 @@ def test_threads_give_the_bits_of_the_plain_loop(workers, method, sampler):
         if method == "moments":
             assert torch.equal(one.row_map.matrix_DD, other.row_map.matrix_DD)
             assert torch.equal(one.row_map.shift_D, other.row_map.shift_D)
+
+
+def own_network() -> nn.Sequential:
+    """As one would write it: the engine runs it in channels_last, its pool before its ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.GroupNorm(2, 16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 6),
+    )
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("network", [own_network, lambda: "conv4-8"])
+@pytest.mark.parametrize("method", ["full", "fedss", "moments"])
+def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
+    """Three rounds end where a loop over clients ends that takes the network as it was written.
+
+    With the same bits, where pictures lie in memory as they do there.
+    """
+    embedder = build_embedder(network(), channels=1, image_size=8, embedding_size=6, seed=0)
+    assert embedder.channels_last == (network is own_network)
+    as_written = copy.deepcopy(embedder)
+    as_written.channels_last = False
+    embedder.channels_last &= layout == "channels_last"
+    flat = flatten_(as_written)
+    replica = Replica(as_written, flat.theta_P, flat.grad_P, DATA.train.pixels)
+    theta_P, clients = flat.theta_P.clone(), index_clients(DATA.train)
+    wire = WireFormat(tuple(p.shape for p in embedder.parameters()), 6, N)
+
+    def train(where: Engine) -> tuple[torch.Tensor, torch.Tensor]:
+        told, slots = plan(method), {"momentum": torch.zeros_like(theta_P)}
+        state = replace(start(MOMENTUM, told), backbone_P=theta_P, backbone_slots=slots)
+        for round in range(3):
+            now = replace(told, round=round)
+            state, _ = run_round(where, MOMENTUM, state, np.arange(6), now, "cohort")
+        return state.backbone_P, whole(state.class_rows)
+
+    plain = train(PlainEngine(clients, MOMENTUM, replica))
+    with local_engine(embedder, clients, MOMENTUM, wire, 2) as engine:
+        fast = train(engine)
+    assert (plain[0] - theta_P).abs().max() > 0.01
+    for ours, theirs in zip(fast, plain, strict=True):
+        if embedder.channels_last:
+            assert (ours - theirs).abs().max() < 1e-5
+        else:
+            assert torch.equal(ours, theirs)
 
 
 def near(value: torch.Tensor, step: float) -> bool:

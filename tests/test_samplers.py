@@ -1,5 +1,6 @@
 """Every sampler keeps one law: the q that it states is the probability of being drawn."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fedss.samplers import (
     draw_uniform,
     limit,
     own_budget,
+    whole_sample,
 )
 from tests import reference
 
@@ -186,6 +188,19 @@ def test_a_fixed_cover_stays_when_only_the_round_changes():
     one, _ = draw_first(np.array([1, 2, 3]), 1000, 20, rng(5))
     other, _ = draw_first(np.array([1, 2, 9]), 1000, 20, rng(5))
     assert len(np.intersect1d(one, other)) >= 19
+
+
+@given(st.sets(st.integers(0, 11), min_size=1))
+def test_the_whole_sample_is_own_classes_and_all_others(own):
+    own_P, n = np.array(sorted(own)), 12
+    drawn = draw_uniform(own_P, n, n - len(own_P), np.random.default_rng(0))
+    for whole, expected in zip(
+        dataclasses.astuple(whole_sample(own_P, n)),
+        dataclasses.astuple(class_sample(own_P, *drawn)),
+        strict=True,
+    ):
+        assert whole.dtype == expected.dtype
+        assert torch.equal(whole, expected)
 
 
 def test_a_class_sample_is_sorted_and_tells_own_from_negative():

@@ -34,6 +34,7 @@ from fedss.algorithm import (
     to_device,
     train_client,
 )
+from fedss.class_rows import rows_of, union
 from fedss.data import ClientIndex
 from fedss.engines.stacked import check_stackable, embed_stacked, train_clients
 from fedss.models import (
@@ -119,7 +120,7 @@ class LocalEngine:
         dealt_K = choose_classes(plan, state, cohort, own_K)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
         received = to_device(decode_broadcast(self.wire, to_all), self.device)
-        ids_U = torch.unique(torch.cat([dealt_K[i].ids_S for i in share]))
+        ids_U = union([dealt_K[i].ids_S for i in share])
         rows_UD = select(self.optimizer, state, ids_U)
 
         def send(i: int) -> tuple[Message, Message, Submodel]:
@@ -128,7 +129,7 @@ class LocalEngine:
             request = encode_request(
                 self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_K[i])
             )
-            rows_SD = rows_UD.index_select(0, torch.searchsorted(ids_U, sample.ids_S))
+            rows_SD = rows_of(rows_UD, ids_U, sample.ids_S)
             answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
             submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
             return request, answer, submodel

@@ -1,0 +1,344 @@
+"""A round of the local engine against loops written by hand, its floor, and other simulators.
+
+    python benchmarks/engine.py                (about 10 minutes)
+    python benchmarks/engine.py --short        (a minute: ours and the loops; writes nothing)
+    python benchmarks/engine.py --peer pfl=PYTHON --peer fedjax=PYTHON --peer flower=PYTHON
+    python benchmarks/engine.py --profile      (where a round's time goes; writes nothing)
+
+The job is described in ``peers/job.py``; ``full`` asks for all n class rows, ``fedss`` for 64.
+Participants are processes of their own that take turns, a round each: ``ours`` is ``fedss.train``,
+``loop`` the best loop we could write by hand, ``plain`` a simple one on one thread,
+``convolutions`` nothing but the network's convolutions, forward and backward. Each peer runs as its
+users run it, by the Python of an environment with ``pip install "fedss[peer-pfl]"`` (or
+``peer-fedjax``, ``peer-flower``); ``pfl-1`` is ``pfl`` with one torch thread. Before anything is
+timed, each trains one round alone, and must end at the weights of ``plain`` to 1e-4 (not if short).
+
+Writes ``benchmarks/results/engine.txt``.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omniglot import processor
+
+PEERS = Path(__file__).parent / "peers"
+RESULTS = Path(__file__).parent / "results" / "engine.txt"
+sys.path.insert(0, str(PEERS))
+
+from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
+from network import network  # noqa: E402
+
+from fedss.algorithm import batches, draw_classes, draw_cohort, own_classes  # noqa: E402
+from fedss.build import DEFAULT_SAMPLE_SIZE, round_plan  # noqa: E402
+from fedss.class_rows import create_class_rows, read  # noqa: E402
+from fedss.config import Config  # noqa: E402
+from fedss.seeds import generator  # noqa: E402
+
+# Who takes part, by number of classes and method. ("peers": those given.)
+LOOPS = ("ours", "loop", "plain")
+TABLES = {
+    964: {"full": (*LOOPS, "convolutions", "peers"), "fedss": LOOPS},
+    100_000: {"full": ("ours", "loop"), "fedss": LOOPS},
+    1_000_000: {"full": ("ours",), "fedss": LOOPS},
+}
+SHORT = {964: {"full": LOOPS, "fedss": LOOPS}, 100_000: {"fedss": LOOPS}}
+PACKAGES = {
+    "pfl": ("pfl", "torch"),
+    "flower": ("flwr", "ray", "torch"),
+    "fedjax": ("fedjax", "jax"),
+}
+# Rounds beside those timed: the first ones warm up, and the last one of ours evaluates.
+WARM, LAST = 2, 1
+
+
+def config_of(method: str, rounds: int) -> dict[str, Any]:
+    return {
+        "method": method,
+        "rounds": rounds,
+        "scale": SCALE,
+        "clients_per_round": COHORT,
+        "batch_size": BATCH,
+        "client_lr": LR,
+        "class_row_lr": LR,
+        "lr_schedule": "constant",
+        "server_optimizer": "sgd",
+        "normalize_rows": False,
+        "embedding_size": DIM,
+        "eval_every": 0,
+        "checkpoint_every": 10**6,
+    }
+
+
+def write_job(folder: Path, method: str, n: int, rounds: int) -> None:
+    """Everything that ``job.read_job`` reads, drawn as fedss draws it."""
+    folder.mkdir()
+    rng, settings = np.random.default_rng(0), config_of(method, rounds)
+    config = Config(**settings)
+    pixels = rng.integers(0, 256, (CLIENTS, PICTURES, 1, 28, 28), dtype=np.uint8)
+    own = [rng.choice(n, PICTURES // 2, replace=False) for _ in range(CLIENTS)]
+    labels = np.repeat(np.stack(own), 2, axis=1)
+    torch.manual_seed(0)
+    theta = torch.nn.utils.parameters_to_vector(network().parameters()).detach()
+    rows = read(create_class_rows(n, DIM, (), config.seed), torch.arange(n))[0]
+    cohorts = [draw_cohort(CLIENTS, COHORT, config.seed, r) for r in range(rounds)]
+    orders, samples = [], []
+    for r, cohort in enumerate(cohorts):
+        plan = round_plan(config, n, DEFAULT_SAMPLE_SIZE, r)
+        for k in cohort.tolist():
+            order = batches(PICTURES, plan.local, generator(config.seed, "batches", r, k))
+            orders.append(np.concatenate(list(order)))
+            if method != "full":
+                samples.append(draw_classes(plan, k, own_classes(plan, k, labels[k])))
+    arrays = {"pixels": pixels, "labels": labels, "theta": theta, "rows": rows}
+    arrays |= {"cohorts": np.stack(cohorts), "orders": _by_slot(orders, rounds)}
+    if samples:
+        arrays["samples"] = _by_slot([s.ids_S for s in samples], rounds)
+        arrays["log_q"] = _by_slot([s.log_q_S for s in samples], rounds)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    (folder / "job.json").write_text(json.dumps(settings))
+
+
+def _by_slot(values: Sequence[Any], rounds: int) -> np.ndarray:
+    return np.stack(values).reshape(rounds, COHORT, -1)
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A process that waits for its turn."""
+
+    name: str
+    folder: Path
+    process: "subprocess.Popen[str]"
+
+    def turn(self) -> dict[str, float]:
+        """Let it run a round: seconds of the clock and of its CPU."""
+        self._go()
+        return self.answer()
+
+    def answer(self) -> dict[str, float]:
+        """What it says next; the first thing it says means nothing but that it is ready."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise self._failed()
+        return dict(json.loads(line))
+
+    def finish(self) -> float | None:
+        """Let it end; its peak of resident memory, MB, if it is one process."""
+        self._go()
+        if self.process.wait():
+            raise self._failed()
+        return json.loads((self.folder / f"{self.name}.json").read_text())["peak_mb"]
+
+    def _go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def _failed(self) -> SystemExit:
+        said = (self.folder / f"{self.name}.log").read_text()[-2000:]
+        return SystemExit(f"{said}\n{self.name} ended with exit code {self.process.wait()}")
+
+
+@contextmanager
+def participant(
+    name: str, folder: Path, pythons: Mapping[str, str], workers: int, **more: str
+) -> Iterator[Participant]:
+    """Start one, and wait until it is ready; it is ended with the block. ``more``: environment."""
+    peer, _, threads = name.partition("-")
+    script = PEERS / (f"with_{peer}.py" if name in pythons else f"{name}.py")
+    environment = {**os.environ, **more, **({"OMP_NUM_THREADS": threads} if threads else {})}
+    with (
+        open(folder / f"{name}.log", "w") as log,
+        subprocess.Popen(
+            [pythons.get(name, sys.executable), script, folder, str(workers), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+        started = Participant(name, folder, process)
+        try:
+            started.answer()
+            yield started
+        finally:
+            process.terminate()
+
+
+def distance_from_plain(
+    folder: Path, names: Sequence[str], pythons: Mapping[str, str], workers: int
+) -> dict[str, float]:
+    """One round of each: all end at the same weights. The largest difference of each."""
+    far: dict[str, float] = {}
+    for name in ("plain", *(n for n in names if n not in ("plain", "convolutions"))):
+        # In float32, JAX's other rounding turns a max-pool or ReLU here and there: 2e-4 apart.
+        with participant(name, folder, pythons, workers, JAX_ENABLE_X64="1") as alone:
+            alone.turn()
+            alone.finish()
+        plain, end = (np.load(folder / f"{n}.npz") for n in ("plain", name))
+        moved = np.abs(plain["theta"] - np.load(folder / "theta.npy")).max()
+        far[name] = max(np.abs(plain[k] - end[k]).max() for k in ("theta", "rows"))
+        if not far[name] < 1e-4 < moved:
+            raise SystemExit(f"{name} ends {far[name]:.1e} away from plain")
+    return far
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of a participant: its rounds in order, and its peak of memory, MB."""
+
+    rounds: Sequence[Mapping[str, float]]
+    peak_mb: float | None
+
+    def median(self, clock: str) -> float:
+        """Seconds a round."""
+        return statistics.median(r[clock] for r in self.rounds)
+
+    def ratio(self, other: "Times", clock: str = "wall") -> float:
+        """Median over pairs of rounds that ran one after the other."""
+        pairs = zip(self.rounds, other.rounds, strict=False)
+        return statistics.median(a[clock] / b[clock] for a, b in pairs)
+
+
+def measure(
+    folders: Mapping[str, Path],
+    who: Mapping[str, Sequence[str]],
+    pythons: Mapping[str, str],
+    workers: int,
+    rounds: Mapping[str, int],
+) -> dict[tuple[str, str], Times]:
+    """All methods' participants take turns, each time in another order."""
+    with ExitStack() as stack:
+        there = {
+            (method, name): stack.enter_context(
+                participant(name, folders[method], pythons, workers)
+            )
+            for method, names in who.items()
+            for name in names
+        }
+        found: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in there}
+        for turn in range(max(rounds.values()) + WARM):
+            first = turn % len(there)
+            for key in [*there][first:] + [*there][:first]:
+                if turn < rounds[key[0]] + WARM:
+                    found[key].append(there[key].turn())
+        for one in there.values():
+            one.turn()
+        return {key: Times(found[key][WARM:], one.finish()) for key, one in there.items()}
+
+
+def table(
+    times: Mapping[tuple[str, str], Times], far: Mapping[str, Mapping[str, float]]
+) -> list[str]:
+    titles = (
+        "seconds",
+        "/ loop",
+        "/ ours",
+        "CPU s",
+        "/ loop",
+        "clients/s",
+        "peak MB",
+        "from plain",
+    )
+    lines = [f"  {'':<20}" + "".join(f"{title:>11}" for title in titles)]
+    for (method, name), found in times.items():
+        ours, loop = times[method, "ours"], times.get((method, "loop"))
+        cells = [
+            f"{found.median('wall'):.3f}",
+            loop and f"{found.ratio(loop):.2f}",
+            f"{found.ratio(ours):.2f}",
+            # The CPU time of several processes is not known.
+            found.peak_mb and f"{found.median('cpu'):.3f}",
+            found.peak_mb and loop and f"{found.ratio(loop, 'cpu'):.2f}",
+            f"{COHORT / found.median('wall'):.1f}",
+            found.peak_mb and f"{found.peak_mb:.0f}",
+            f"{far[method][name]:.0e}" if name in far.get(method, {}) else None,
+        ]
+        lines.append(f"  {method + ' ' + name:<20}" + "".join(f"{c or '-':>11}" for c in cells))
+    if ("full", "ours") in times:
+        saved = times["full", "ours"].ratio(times["fedss", "ours"])
+        lines.append(f"  ours: full takes {saved:.2f} times fedss")
+    return lines
+
+
+def versions(python: str, names: Sequence[str]) -> str:
+    code = "import sys\nfrom importlib.metadata import version\nprint(*map(version, sys.argv[1:]))"
+    found = subprocess.check_output([python, "-c", code, *names], text=True).split()
+    return ", ".join(f"{name} {v}" for name, v in zip(names, found, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="few participants, 5 rounds")
+    parser.add_argument("--classes", type=int, nargs="+", choices=TABLES, help="default: all")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 15)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of ours")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    if options.profile:
+        from engine_profile import profile
+
+        for n in options.classes or (964, 100_000):
+            for method in TABLES[n]:
+                with tempfile.TemporaryDirectory() as place:
+                    write_job(Path(place) / "job", method, n, 1)
+                    print("\n".join(profile(Path(place) / "job", method, n)), flush=True)
+        return
+    pythons = dict(peer.split("=", 1) for peer in options.peer)
+    lines = [
+        "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",
+        f"command   python benchmarks/engine.py {' '.join(sys.argv[1:])}",
+        f"date      {datetime.date.today().isoformat()}",
+        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
+        f"threads   {options.workers} in ours, loop and convolutions; 1 in plain; peers: their own",
+        f"software  {versions(sys.executable, ('fedss', 'torch', 'numpy'))}, "
+        f"Python {platform.python_version()}",
+        *(f"{n:<9} {versions(p, PACKAGES[n.partition('-')[0]])}" for n, p in pythons.items()),
+    ]
+    print("\n".join(lines), flush=True)
+    tables = SHORT if options.short else TABLES
+    for n in options.classes or tables:
+        rounds = dict.fromkeys(tables[n], options.rounds or (5 if options.short else 15))
+        if n == 1_000_000:
+            rounds["full"] = 2  # each takes as long as 100 of fedss
+        who = {
+            method: [p for name in names for p in (pythons if name == "peers" else [name])]
+            for method, names in tables[n].items()
+        }
+        with tempfile.TemporaryDirectory() as place:
+            folders, far = {}, {}
+            for method, names in who.items():
+                folders[method] = Path(place) / method
+                write_job(folders[method], method, n, rounds[method] + WARM + LAST)
+                if "plain" in names and not options.short:
+                    alone = Path(place) / f"{method}-alone"
+                    write_job(alone, method, n, 1)
+                    far[method] = distance_from_plain(alone, names, pythons, options.workers)
+            found = table(measure(folders, who, pythons, options.workers, rounds), far)
+        lines += ["", f"n = {n:,}", *found]
+        print("\n".join(["", f"n = {n:,}", *found]), flush=True)
+    if not options.short:
+        RESULTS.write_text("\n".join(lines) + "\n")
+        print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
