@@ -42,9 +42,10 @@ sys.path.insert(0, str(PEERS))
 from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
 from network import network  # noqa: E402
 
-from fedss.algorithm import batches, draw_classes, draw_cohort, own_classes  # noqa: E402
+from fedss.algorithm import draw_cohort  # noqa: E402
 from fedss.build import DEFAULT_SAMPLE_SIZE, round_plan  # noqa: E402
 from fedss.class_rows import create_class_rows, read  # noqa: E402
+from fedss.client import batches, draw_classes, own_classes  # noqa: E402
 from fedss.config import Config  # noqa: E402
 from fedss.seeds import generator  # noqa: E402
 

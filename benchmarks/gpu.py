@@ -35,9 +35,10 @@ from omniglot import processor
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedss.algorithm import LocalTraining, RoundPlan, ServerState, draw_cohort, run_round
+from fedss.algorithm import ServerState, draw_cohort, run_round
 from fedss.build import compute_device
 from fedss.class_rows import create_class_rows
+from fedss.client import LocalTraining, RoundPlan
 from fedss.config import Config
 from fedss.data import ClientIndex
 from fedss.engines.local import LocalEngine, local_engine

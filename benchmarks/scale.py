@@ -30,18 +30,10 @@ import numpy as np
 import torch
 from omniglot import processor
 
-from fedss.algorithm import (
-    LocalTraining,
-    RoundPlan,
-    ServerState,
-    aggregate,
-    apply_update,
-    choose_classes,
-    own_classes,
-    select,
-)
+from fedss.algorithm import ServerState, aggregate, apply_update, choose_classes, select
 from fedss.checkpoint import load_checkpoint, save_checkpoint
 from fedss.class_rows import ClassRows, create_class_rows
+from fedss.client import LocalTraining, RoundPlan, own_classes
 from fedss.data import ClientIndex
 from fedss.engines.local import LocalEngine, local_engine
 from fedss.methods import METHODS

@@ -24,9 +24,10 @@ import torch
 from omniglot import processor
 from torch import nn
 
-from fedss.algorithm import LocalTraining, RoundPlan, ServerState
+from fedss.algorithm import ServerState
 from fedss.allocator import keep_freed_memory
 from fedss.class_rows import create_class_rows
+from fedss.client import LocalTraining, RoundPlan
 from fedss.data import ClientIndex, Images
 from fedss.engines.local import local_engine
 from fedss.methods import METHODS

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fedss.algorithm import LocalTraining, RoundPlan
+from fedss.client import LocalTraining, RoundPlan
 from fedss.config import Config
 from fedss.data import (
     Dataset,

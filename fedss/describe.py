@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedss.algorithm import Broadcast, ClientUpdate, RoundPlan, num_negatives
-from fedss.algorithm import own_classes as own_classes_of
 from fedss.build import (
     build_model,
     class_counts,
@@ -17,6 +15,8 @@ from fedss.build import (
     round_plan,
     wire_format,
 )
+from fedss.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
+from fedss.client import own_classes as own_classes_of
 from fedss.config import Config
 from fedss.data import Dataset, fingerprint, own_classes, seen_classes
 from fedss.methods import METHODS

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedss.algorithm import ClientUpdate
+from fedss.client import ClientUpdate
 from fedss.errors import RunFolderError
 from fedss.wire import PARTS
 

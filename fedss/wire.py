@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fedss.algorithm import Broadcast, ClientUpdate
+from fedss.client import Broadcast, ClientUpdate
 from fedss.codec import (
     Encoded,
     Layout,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedss.algorithm import ClientUpdate
 from fedss.class_rows import ClassRows, read
+from fedss.client import ClientUpdate
 from fedss.data import Dataset, Images, RetrievalTask
 
 

@@ -15,26 +15,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedss.algorithm import (
+    ServerState,
+    aggregate,
+    apply_update,
+    broadcast,
+    choose_classes,
+    draw_cohort,
+    run_round,
+    select,
+    spread_rows_out,
+)
+from fedss.class_rows import create_class_rows, write_
+from fedss.client import (
     Broadcast,
     ClientUpdate,
     LocalTraining,
     RoundPlan,
-    ServerState,
     Submodel,
-    aggregate,
-    apply_update,
     batches,
-    broadcast,
-    choose_classes,
     draw_classes,
-    draw_cohort,
     own_classes,
-    run_round,
-    select,
-    spread_rows_out,
     train_client,
 )
-from fedss.class_rows import create_class_rows, write_
 from fedss.data import ClientIndex, index_clients
 from fedss.errors import DivergedError
 from fedss.methods import METHODS

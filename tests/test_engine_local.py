@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedss.algorithm import Engine, broadcast, run_round, train_client
+from fedss.algorithm import Engine, broadcast, run_round
+from fedss.client import train_client
 from fedss.codec import decode_rows, encode_rows
 from fedss.data import index_clients
 from fedss.engines.local import Replica, intra_op_threads, local_engine

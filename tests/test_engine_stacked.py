@@ -13,15 +13,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedss.algorithm import (
+from fedss.algorithm import broadcast, select
+from fedss.client import (
     ClientUpdate,
     RoundPlan,
     Submodel,
-    broadcast,
     draw_classes,
     own_classes,
     prepare,
-    select,
     train_client,
 )
 from fedss.data import Images, index_clients

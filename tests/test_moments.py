@@ -10,16 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedss.algorithm import (
-    Broadcast,
-    Submodel,
-    draw_cohort,
-    on_top_of_map,
-    own_classes,
-    run_round,
-    train_client,
-)
+from fedss.algorithm import draw_cohort, on_top_of_map, run_round
 from fedss.class_rows import create_class_rows
+from fedss.client import Broadcast, Submodel, own_classes, train_client
 from fedss.moments import (
     Moments,
     RowHistory,
@@ -141,7 +134,7 @@ def test_the_client_returns_the_sum_over_its_steps():
     submodel = Submodel(sent, sample.ids_S, W0[own])
     update = train_client(told, client, model, submodel, sample, example_N, labels[example_N])
 
-    from fedss.algorithm import batches
+    from fedss.client import batches
     from fedss.seeds import generator as keyed
 
     others = np.setdiff1d(np.arange(N), own)

@@ -43,7 +43,7 @@ LAYERS = [
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
     {"samplers", "moments", "methods"},
     {"class_rows"},
-    {"optimizers"},
+    {"optimizers", "client"},
     {"algorithm"},
     {"config", "wire", "checkpoint"},
     {"engines"},

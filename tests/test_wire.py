@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedss.algorithm import Broadcast, ClientUpdate
+from fedss.client import Broadcast, ClientUpdate
 from fedss.moments import Moments, RowMap
 from fedss.samplers import class_sample
 from fedss.seeds import generator

@@ -20,21 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.algorithm import (
+from fedss.algorithm import ServerState, broadcast, choose_classes, select
+from fedss.class_rows import rows_of, union
+from fedss.client import (
     ClientUpdate,
     LocalTraining,
     RoundPlan,
-    ServerState,
     Submodel,
-    broadcast,
-    choose_classes,
     own_classes,
     prepare,
-    select,
     to_device,
     train_client,
 )
-from fedss.class_rows import rows_of, union
 from fedss.data import ClientIndex
 from fedss.engines.stacked import check_stackable, embed_stacked, train_clients
 from fedss.models import (
@@ -65,7 +62,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Replica:
-    """One worker's model and the pictures it reads; a :class:`fedss.algorithm.Trainable`."""
+    """One worker's model and the pictures it reads; a :class:`fedss.client.Trainable`."""
 
     embedder: Embedder
     theta_P: Tensor

@@ -1,7 +1,7 @@
 """Several clients in one call of the network: for devices that one client's batch does not fill.
 
 The backbones of K clients are the rows of one matrix, and torch.func.vmap runs each on pictures of
-its own. Objectives, class rows and steps are those of :func:`fedss.algorithm.train_client`, so the
+its own. Objectives, class rows and steps are those of :func:`fedss.client.train_client`, so the
 results are the same up to rounding.
 
 Shape suffixes: K clients, B pictures of a batch, C channels, H height, W width, D embedding size,
@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from fedss.algorithm import (
-    ClientUpdate,
-    Learner,
-    RoundPlan,
-    batch_loss,
-    client_update,
-    step_own_rows_,
-)
+from fedss.client import ClientUpdate, Learner, RoundPlan, batch_loss, client_update, step_own_rows_
 from fedss.errors import ConfigError
 from fedss.softmax import ClassSample
 
@@ -39,7 +32,7 @@ class Stackable(Protocol):
 def train_clients(
     plan: RoundPlan, model: Stackable, learners: Sequence[Learner]
 ) -> list[ClientUpdate]:
-    """Lines 3 and 4 for several clients in lockstep: :func:`fedss.algorithm.train_client` of each.
+    """Lines 3 and 4 for several clients in lockstep: :func:`fedss.client.train_client` of each.
 
     A client whose batches are used up drops out. A batch that is smaller than another's is filled
     up with pictures of its own, whose embeddings go into no loss.
@@ -68,7 +61,7 @@ def train_clients(
 def batch_losses(
     plan: RoundPlan, learners: Sequence[Learner], h_KBD: Tensor, targets: Sequence[Tensor]
 ) -> Tensor:
-    """The mean loss of each client's batch, [K]: :func:`fedss.algorithm.batch_loss` of each.
+    """The mean loss of each client's batch, [K]: :func:`fedss.client.batch_loss` of each.
 
     One call does for all of them if their class samples are of one size, as where negatives are
     sampled: the objective is many small operations.
