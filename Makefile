@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Anything that needs a newer set of packages than the last one installed is made again.
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench bench-peers clean
 
 demo: $(VENV)/.core
 	$(BIN)/fedss compare --data glyphs --methods full fedss moments pos-only \
@@ -22,8 +22,24 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The short forms; benchmarks/README.md says how the figures in it were made.
+bench: $(VENV)/.core
+	for theme in engine distributed scale clients pictures stacks; do \
+		$(BIN)/python benchmarks/$$theme.py --short || exit 1; done
+
+# Each peer in an environment of its own.
+bench-peers: $(VENV)/.core .venv-retrieval/.done .venv-pfl/.done .venv-flower/.done .venv-fedjax/.done
+	.venv-retrieval/bin/python benchmarks/retrieval.py --short
+	$(BIN)/python benchmarks/engine.py --classes 964 --rounds 5 \
+		$(foreach peer,pfl flower fedjax,--peer $(peer)=.venv-$(peer)/bin/python)
+
+.venv-%/.done: $(INPUTS)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --disable-pip-version-check -q -e ".[peer-$*]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-* runs build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedss needs Python 3.11 or newer; try make PYTHON=python3.12")'

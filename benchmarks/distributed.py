@@ -1,6 +1,6 @@
 """Two worker threads, and two ranks of torchrun, against one: how much faster is a round?
 
-    python benchmarks/distributed.py [--jobs common heavy] [--rounds 30]
+    python benchmarks/distributed.py            (about 6 minutes; --short: one)
 
 On two cores that nothing else uses. Each participant is a whole ``fedss.train`` in processes of its
 own, records and all, and the participants take turns round by round, so that whatever else the
@@ -12,7 +12,7 @@ full softmax, 16 clients a round, batches of 10, four blocks of [3 x 3 convoluti
 GroupNorm, ReLU, max-pool], d = 64. In ``common`` pictures are 28 x 28 and clients train one epoch,
 3 steps; in ``heavy`` 56 x 56 and four epochs.
 
-Writes ``benchmarks/results/distributed.txt``.
+Writes ``benchmarks/results/distributed.txt`` (not with --short).
 """
 
 import argparse
@@ -175,7 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--rounds", type=int, default=30, help="rounds of each participant")
+    parser.add_argument("--short", action="store_true", help="the common job, 8 rounds, no file")
     options = parser.parse_args()
+    if options.short:
+        options.jobs, options.rounds = ["common"], 8
     lines = [
         "A round with two workers or two ranks against one worker; quartiles in brackets",
         "",
@@ -188,7 +191,8 @@ def main() -> None:
     for job in options.jobs:
         lines += ["", *table(job, measure(job, options.rounds))]
         print("\n".join(lines[-4:]), flush=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+    if not options.short:
+        RESULTS.write_text("\n".join(lines) + "\n")
 
 
 def part(words: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ users run it, by the Python of an environment with ``pip install "fedss[peer-pfl
 ``peer-fedjax``, ``peer-flower``); ``pfl-1`` is ``pfl`` with one torch thread. Before anything is
 timed, each trains one round alone, and must end at the weights of ``plain`` to 1e-4 (not if short).
 
-Writes ``benchmarks/results/engine.txt``.
+Writes ``benchmarks/results/engine.txt`` (not with --short, --classes or --rounds).
 """
 
 import argparse
@@ -21,6 +21,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -304,9 +305,10 @@ def main() -> None:
                     print("\n".join(profile(Path(place) / "job", method, n)), flush=True)
         return
     pythons = dict(peer.split("=", 1) for peer in options.peer)
+    words = re.sub("=[^ ]+", "=PYTHON", " ".join(sys.argv[1:]))
     lines = [
         "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",
-        f"command   python benchmarks/engine.py {' '.join(sys.argv[1:])}",
+        f"command   python benchmarks/engine.py {words}",
         f"date      {datetime.date.today().isoformat()}",
         f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
         f"threads   {options.workers} in ours, loop and convolutions; 1 in plain; peers: their own",
@@ -336,7 +338,7 @@ def main() -> None:
             found = table(measure(folders, who, pythons, options.workers, rounds), far)
         lines += ["", f"n = {n:,}", *found]
         print("\n".join(["", f"n = {n:,}", *found]), flush=True)
-    if not options.short:
+    if not (options.short or options.classes or options.rounds):
         RESULTS.write_text("\n".join(lines) + "\n")
         print(f"written to {RESULTS}")
 

@@ -1,8 +1,7 @@
 """Retrieval at the size of Stanford Online Products' test set, against the peers its users take.
 
-    pip install faiss-cpu==1.15.1 pytorch-metric-learning==2.9.0
-    python benchmarks/retrieval.py                    (full size; minutes)
-    python benchmarks/retrieval.py --rows 5000        (seconds; prints, writes no file)
+    pip install "fedss[peer-retrieval]"
+    python benchmarks/retrieval.py                    (full size, minutes; --short: seconds)
 
 Ours: `fedss.evaluate_retrieval`. Theirs: faiss-cpu's IndexFlatIP under pytorch-metric-learning's
 AccuracyCalculator. Each run is a process of its own, ours and theirs in turn, on the same made-up
@@ -10,7 +9,7 @@ embeddings; it is measured after a small warm-up, without imports and the making
 memory is that of the whole process. The metrics of all three (the third is a plain loop over
 neighbours that faiss found) must agree to 1e-6.
 
-Writes ``benchmarks/results/retrieval.txt``.
+Writes ``benchmarks/results/retrieval.txt`` (not with fewer rows).
 """
 
 import argparse
@@ -36,7 +35,7 @@ import fedss
 
 RESULTS = Path(__file__).parent / "results" / "retrieval.txt"
 ROWS, CLASSES, DIMENSIONS, SEED = 60_502, 11_316, 64, 0
-PEERS = "faiss-cpu==1.15.1 pytorch-metric-learning==2.9.0"
+PEERS = "'fedss[peer-retrieval]'"
 SHARED = ("recall_at_1", "map_at_r")
 
 
@@ -226,6 +225,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="embeddings, at least 1000")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
     parser.add_argument("--repeats", type=int, default=3, help="runs of either side")
+    parser.add_argument("--short", action="store_true", help="10,000 rows, one run, no file")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of our side")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -233,6 +233,8 @@ def main() -> None:
         torch.set_num_threads(options.threads)
         print(json.dumps(measure(options.side, options.rows, options.device)))
         return
+    if options.short:
+        options.rows, options.repeats = 10_000, 1
     try:
         version("faiss-cpu"), version("pytorch-metric-learning")
     except PackageNotFoundError as error:

@@ -1,6 +1,6 @@
 """Whether ``--stack`` pays on a CPU: the engine's CPU time for several stacks, in turns.
 
-    python benchmarks/stacks.py     (half a minute)
+    python benchmarks/stacks.py     (half a minute; --short: writes no file)
 
 16 clients of 32 pictures, one epoch in batches of 8, |S| = 64, d = 64; one worker with one torch
 thread. CPU time of the process, not time on the clock, so that it hardly matters what else runs.
@@ -9,6 +9,7 @@ No GPU is used: ``gpu.py`` is for that.
 Writes ``benchmarks/results/stacks.txt``.
 """
 
+import argparse
 import datetime
 import os
 import platform
@@ -105,6 +106,9 @@ def laps(backbone: str | nn.Module, index: ClientIndex) -> dict[int, float]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="write no file")
+    options = parser.parse_args()
     keep_freed_memory()
     lines = [
         "Clients that share calls of the network, on a CPU",
@@ -123,7 +127,8 @@ def main() -> None:
         cells = "".join(f"{ms:>9.1f} {ms / times[1]:>5.2f}x" for ms in times.values())
         lines.append(f"{name:<26}{cells}")
     text = "\n".join(lines) + "\n"
-    RESULTS.write_text(text)
+    if not options.short:
+        RESULTS.write_text(text)
     print(text)
 
 
