@@ -39,6 +39,8 @@ class ClassRows:
         seed: what rows are made from until they are written.
         history: steps that rounds took on every row, if the method takes such steps.
         changed: ids of the rows written since the last checkpoint, round by round.
+        made: ids and rows of the last that were read before they were written; a round reads them
+            twice, for its clients and for its step.
     """
 
     weight_ND: Tensor
@@ -47,6 +49,7 @@ class ClassRows:
     seed: int
     history: RowHistory | None = None
     changed: list[Tensor] = field(default_factory=list)
+    made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
@@ -116,14 +119,28 @@ def initial_rows(rows: ClassRows, ids_S: Tensor) -> Tensor:
 
 def read(rows: ClassRows, ids_S: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Rows and slots as last written, float32 [S, D], and after which round, int32 [S]. O(S D)."""
-    # index_select and index_copy_ take whole rows: several times faster than indexing with [].
     updated_S = rows.updated_N.index_select(0, ids_S)
-    rows_SD = rows.weight_ND.index_select(0, ids_S).float()
-    slots = {name: slot_ND.index_select(0, ids_S).float() for name, slot_ND in rows.slots.items()}
     new_S = updated_S == 0
-    if bool(new_S.any()):
-        rows_SD[new_S] = initial_rows(rows, ids_S[new_S])
+    any_new = bool(new_S.any())
+    old_S = ~new_S if any_new else None
+    rows_SD = _written(rows.weight_ND, ids_S, old_S)
+    slots = {name: _written(slot_ND, ids_S, old_S) for name, slot_ND in rows.slots.items()}
+    if any_new:
+        new_ids = ids_S[new_S]
+        if not rows.made or not torch.equal(rows.made[0][0], new_ids):
+            rows.made[:] = [(new_ids, initial_rows(rows, new_ids))]
+        rows_SD[new_S] = rows.made[0][1]
     return rows_SD, slots, updated_S
+
+
+def _written(table_ND: Tensor, ids_S: Tensor, old_S: Tensor | None) -> Tensor:
+    """Rows of a table, zeros where ``old_S`` is false: there no page is looked at."""
+    # index_select and index_copy_ take whole rows: several times faster than indexing with [].
+    if old_S is None:
+        return table_ND.index_select(0, ids_S).float()
+    part_SD = torch.zeros(len(ids_S), table_ND.shape[1])
+    part_SD[old_S] = table_ND.index_select(0, ids_S[old_S]).float()
+    return part_SD
 
 
 def write_(
