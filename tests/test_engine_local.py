@@ -89,7 +89,8 @@ def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
             state, _ = run_round(where, MOMENTUM, state, np.arange(6), now, "cohort")
         return state.backbone_P, whole(state.class_rows)
 
-    plain = train(PlainEngine(clients, MOMENTUM, replica))
+    with intra_op_threads(1):
+        plain = train(PlainEngine(clients, MOMENTUM, replica))
     with local_engine(embedder, clients, MOMENTUM, wire, 2) as engine:
         fast = train(engine)
     assert (plain[0] - theta_P).abs().max() > 0.01
