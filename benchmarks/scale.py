@@ -31,6 +31,7 @@ import torch
 from omniglot import processor
 
 from fedss.algorithm import ServerState, aggregate, apply_update, choose_classes, select
+from fedss.allocator import keep_freed_memory
 from fedss.checkpoint import load_checkpoint, save_checkpoint
 from fedss.class_rows import ClassRows, create_class_rows
 from fedss.client import LocalTraining, RoundPlan, own_classes
@@ -220,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="up to a million classes, few rounds")
     options = parser.parse_args()
+    keep_freed_memory()
     sizes = [10**4, 10**5, 10**6] if options.short else [10**4, 10**5, 10**6, 10**7]
     lines = [
         "Cost of a round against the number of classes",
