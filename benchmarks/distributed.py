@@ -20,6 +20,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,10 @@ from torch import nn
 import fedss
 
 RESULTS = Path(__file__).parent / "results" / "distributed.txt"
-JOBS = {"common": {"side": 28, "epochs": 1}, "heavy": {"side": 56, "epochs": 4}}
+JOBS = {
+    "common": {"side": 28, "epochs": 1, "rounds": 30},
+    "heavy": {"side": 56, "epochs": 4, "rounds": 12},
+}
 PARTICIPANTS = {"1 worker": (1, 1), "2 workers": (1, 2), "2 ranks": (2, 1)}
 """Ranks, and workers of each."""
 CLIENTS, CLASSES, PICTURES, CHANNELS, DIM, WARM = 600, 964, 30, 64, 64, 3
@@ -108,7 +112,9 @@ def take_part(job: str, workers: int, rounds: int, out: str) -> None:
         sys.stdin.readline()
         turn = time.perf_counter()
 
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "0")
+    Path(f"{out}.{rank}.pid").write_text(str(os.getpid()))
+    if rank == "0":
         print(json.dumps({}), flush=True)
         sys.stdin.readline()
     fedss.train(config, out, data=dataset(side), backbone=network(side), on_round=take_turn)
@@ -146,12 +152,21 @@ def measure(job: str, rounds: int) -> dict[str, list[dict[str, float]]]:
             for name in names[round % 3 :] + names[: round % 3]:
                 process = running[name]
                 assert process.stdin is not None
+                signal_all(Path(folder), name, signal.SIGCONT)
                 process.stdin.write("\n")
                 process.stdin.flush()
                 found[name].append(answer(process))
-        for process in running.values():
+                # Only rank 0 waits for its turn: others would begin the next round before it.
+                signal_all(Path(folder), name, signal.SIGSTOP)
+        for name, process in running.items():
+            signal_all(Path(folder), name, signal.SIGCONT)
             process.communicate("\n")
     return found
+
+
+def signal_all(folder: Path, name: str, number: signal.Signals) -> None:
+    for path in folder.glob(f"{name}.*.pid"):
+        os.kill(int(path.read_text()), number)
 
 
 def table(job: str, found: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -173,12 +188,8 @@ def table(job: str, found: dict[str, list[dict[str, float]]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of each participant")
     parser.add_argument("--short", action="store_true", help="the common job, 8 rounds, no file")
     options = parser.parse_args()
-    if options.short:
-        options.jobs, options.rounds = ["common"], 8
     lines = [
         "A round with two workers or two ranks against one worker; quartiles in brackets",
         "",
@@ -188,8 +199,8 @@ def main() -> None:
         f"Python {platform.python_version()}",
         f"date      {datetime.date.today()}",
     ]
-    for job in options.jobs:
-        lines += ["", *table(job, measure(job, options.rounds))]
+    for job in ["common"] if options.short else JOBS:
+        lines += ["", *table(job, measure(job, 8 if options.short else JOBS[job]["rounds"]))]
         print("\n".join(lines[-4:]), flush=True)
     if not options.short:
         RESULTS.write_text("\n".join(lines) + "\n")

@@ -165,12 +165,13 @@ def text(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> 
         f"{version('faiss-cpu')}, pytorch-metric-learning {version('pytorch-metric-learning')},",
         f"          numpy {version('numpy')}, Python {platform.python_version()}",
         "",
-        f"{options.rows:,} made-up embeddings, d = {DIMENSIONS}, in classes of 2 to 12 pictures, each",
-        f"searched among all the others. (Stanford Online Products' test set: {ROWS:,} in {CLASSES:,}.)",
+        f"{options.rows:,} made-up embeddings, d = {DIMENSIONS}, in classes of 2 to 12, each",
+        "searched among all the others. (The test set of Stanford Online Products has "
+        f"{ROWS:,} in {CLASSES:,}.)",
         "Theirs: IndexFlatIP under AccuracyCalculator (precision_at_1,",
         "mean_average_precision_at_r). Ours: R@1, R@5, MAP@10, MAP@R. Runs in turn,",
-        f"{options.repeats} of each, every run a process; threads: {options.threads}. Medians, and the "
-        "span of wall times.",
+        f"{options.repeats} of each, every run a process; threads: {options.threads}. Medians, and",
+        "the span of wall times.",
         "",
         f"{'':<12} {'wall s':>7} {'from':>6} {'to':>6} {'CPU s':>7} {'peak MB':>8} {'before':>7}",
     ]
