@@ -4,9 +4,10 @@
 
 Made-up clients, 16 a round, hold 32 classes each out of n and train conv4-32 on 64 pictures of
 28 x 28 with |S| = 256, d = 64, FedAvgM. Tables of all sizes are there at once and their rounds
-are interleaved, so that the machine's mood is the same for all. "first": every row is read for
-the first time, so it is made from the seed and its pages are new. "again": every row of the table
-was written before, as late in a long run.
+take turns, so that the machine's mood is the same for all. "again": every row of the table was
+written before, as late in a long run. "first": a table as it is made; at a million classes and more,
+nearly all rows of every round are read for the first time, so they are made from the seed and their
+pages are new, while most of 10,000 are written after a few rounds.
 
 Writes ``benchmarks/results/scale.txt`` (not with --short).
 """
@@ -111,6 +112,7 @@ def one_round(engine: LocalEngine, state: ServerState) -> tuple[ServerState, dic
     timed("select", lambda: select(OPTIMIZER, state, ids_U))
     updates = timed("clients", lambda: list(engine.train(state, cohort, plan)))
     mean = timed("aggregate", lambda: aggregate(updates, "cohort"))  # type: ignore[arg-type]
+    seconds["rows"] = len(mean.ids_U)  # type: ignore[attr-defined]
     after = timed("server step", lambda: apply_update(OPTIMIZER, state, mean))  # type: ignore[arg-type]
     return after, seconds  # type: ignore[return-value]
 
@@ -141,19 +143,24 @@ def flat_in_n(sizes: list[int], rounds: int) -> list[str]:
                 states[n] = start(theta_P, rows)
             laps: dict[int, list[dict[str, float]]] = {n: [] for n in sizes}
             for round in range(rounds + 2):
-                for n, (engine, _) in engines.items():
+                first = round % len(sizes)
+                for n in sizes[first:] + sizes[:first]:
+                    engine = engines[n][0]
                     # The same client numbers draw other negatives in every round.
                     states[n], seconds = one_round(engine, replace(states[n], round=round))
                     if round >= 2:
                         laps[n].append(seconds)
             lines += ["", f"rows {'again' if again else 'first'}: ms a round, median of {rounds}"]
-            lines.append(f"{'n':>12} " + "".join(f"{part:>14}" for part in PARTS))
-            base = {part: _median(laps[sizes[0]], part) for part in PARTS}
+            lines.append(f"{'n':>12} {'rows':>6}" + "".join(f"{part:>14}" for part in PARTS))
             for n in sizes:
-                line = f"{n:>12,} "
+                line = f"{n:>12,} {_median(laps[n], 'rows'):>6.0f}"
                 for part in PARTS:
-                    value = _median(laps[n], part)
-                    line += f"{1000 * value:>8.1f} {value / base[part]:>4.2f}x"
+                    pairs = zip(laps[n], laps[sizes[0]], strict=True)
+                    ratio = statistics.median(a[part] / b[part] for a, b in pairs)
+                    if part in ("aggregate", "server step"):
+                        ratio *= _median(laps[sizes[0]], "rows") / _median(laps[n], "rows")
+                    line += f"{1000 * _median(laps[n], part):>8.1f} "
+                    line += f"{ratio:>4.2f}x" if again else " " * 5
                 lines.append(line)
     return lines
 
@@ -184,14 +191,14 @@ def huge(num_classes: int, dtype: str, store: str, rounds: int, folder: Path) ->
         state = start(theta_P, rows)
         for _ in range(rounds):
             state, seconds = one_round(engine, state)
-            laps.append(sum(seconds.values()))
+            laps.append(sum(seconds[part] for part in PARTS))
             if state.round % 10 == 0:
                 begin = time.perf_counter()
                 save_checkpoint(folder / "checkpoint", state)
                 saves.append(time.perf_counter() - begin)
-    touched = int((rows.updated_N > 0).sum())
-    on_disk = sum(f.stat().st_size for f in (folder / "checkpoint").glob("rows-*"))
     resident = _resident() - before
+    touched = int((rows.updated_N > 0).sum())  # which makes all of updated_N resident
+    on_disk = sum(f.stat().st_size for f in (folder / "checkpoint").glob("rows-*"))
     fresh = create_class_rows(num_classes, DIM, OPTIMIZER.slots, 0, dtype, place)  # type: ignore[arg-type]
     begin = time.perf_counter()
     loaded = load_checkpoint(folder / "checkpoint", fresh)
@@ -233,7 +240,10 @@ def main() -> None:
         "",
         f"{COHORT} clients a round of {OWN} classes and {PICTURES} pictures, |S| = {SAMPLE}, "
         f"d = {DIM}, conv4-32, FedAvgM;",
-        f"'x': against n = {sizes[0]:,}. 'clients' has local training and select.",
+        f"'x': against n = {sizes[0]:,}, median over pairs of rounds. 'clients' has local training",
+        f"and select. 'select' is that of {COHORT * SAMPLE:,} random rows. Where classes are few,",
+        "samples overlap: 'rows' is how many the round touches, and 'x' of aggregate and server",
+        "step is for as many rows.",
     ]
     lines += flat_in_n(sizes, 5 if options.short else 21)
     large = [(10**6, "float32", "memory"), (10**6, "bfloat16", "file")]
@@ -241,6 +251,7 @@ def main() -> None:
         large = [(10**7, "float32", "memory"), (10**7, "bfloat16", "memory")]
         large += [(10**8, "bfloat16", "file")]
     for num_classes, dtype, store in large:
+        # Not in the system's temporary folder, which may lie in memory.
         with tempfile.TemporaryDirectory(dir=RESULTS.parent) as folder:
             lines += huge(num_classes, dtype, store, 20 if options.short else 200, Path(folder))
     text = "\n".join(lines) + "\n"
