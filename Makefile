@@ -35,7 +35,8 @@ bench-peers: $(VENV)/.core .venv-retrieval/.done .venv-pfl/.done .venv-flower/.d
 
 .venv-%/.done: $(INPUTS)
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install --disable-pip-version-check -q -e ".[peer-$*]"
+	.venv-$*/bin/pip install --disable-pip-version-check -q -e ".[peer-$*]" \
+		"$$(grep ^torch== constraints.txt)"
 	touch $@
 
 clean:

@@ -327,6 +327,8 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             lines.append(f"{name} out of memory")
+    if not tried:
+        return lines
     stack, precision = min(tried, key=tried.__getitem__)
     laps, training = rounds_of(stack, precision, job.rounds)
     mean = statistics.mean(laps)

@@ -5,9 +5,9 @@
 Made-up clients, 16 a round, hold 32 classes each out of n and train conv4-32 on 64 pictures of
 28 x 28 with |S| = 256, d = 64, FedAvgM. Tables of all sizes are there at once and their rounds
 take turns, so that the machine's mood is the same for all. "again": every row of the table was
-written before, as late in a long run. "first": a table as it is made; at a million classes and more,
-nearly all rows of every round are read for the first time, so they are made from the seed and their
-pages are new, while most of 10,000 are written after a few rounds.
+written before, as late in a long run. "first": a table as it is made; at a million classes and
+more, nearly all rows of every round are read for the first time, so they are made from the seed
+and their pages are new, while most of 10,000 are written after a few rounds.
 
 Writes ``benchmarks/results/scale.txt`` (not with --short).
 """

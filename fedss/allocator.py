@@ -4,10 +4,12 @@ import ctypes
 import os
 
 # glibc's mallopt: parameter, value, and the environment variable that sets the same.
+# Older versions refuse a threshold above 32 MB. Without any the other two would do harm: they end
+# glibc's own adaptation of it.
 _SETTINGS = (
-    (-3, 2**30, "MALLOC_MMAP_THRESHOLD_"),
-    (-1, 2**31 - 1, "MALLOC_TRIM_THRESHOLD_"),
-    (-2, 2**26, "MALLOC_TOP_PAD_"),
+    (-3, (2**30, 2**25), "MALLOC_MMAP_THRESHOLD_"),
+    (-1, (2**31 - 1,), "MALLOC_TRIM_THRESHOLD_"),
+    (-2, (2**26,), "MALLOC_TOP_PAD_"),
 )
 
 
@@ -33,9 +35,6 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all(
-        [
-            mallopt(parameter, value)
-            for parameter, value, name in _SETTINGS
-            if name not in os.environ
-        ]
+        name in os.environ or any(mallopt(parameter, value) for value in values)
+        for parameter, values, name in _SETTINGS
     )

@@ -98,7 +98,11 @@ def compute_device(config: Config) -> torch.device:
             raise ConfigError(
                 f"device: {config.device} means GPU {number} of this machine, where torch "
                 f"{torch.__version__} finds {there}; use cpu, "
-                + (f"or up to cuda:{there - 1}" if there else "or install a CUDA build of torch")
+                + (
+                    f"or up to cuda:{there - 1}"
+                    if there
+                    else "or mend driver or torch (a CUDA build)"
+                )
             )
     return device
 

@@ -13,21 +13,23 @@ log-structured merge tree, O'Neil et al. 1996.)
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file, save
+from safetensors import safe_open
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedss.algorithm import ServerState
 from fedss.class_rows import ClassRows
 from fedss.errors import RunFolderError
-from fedss.files import write_file, write_json
+from fedss.files import atomic, write_file, write_json
 from fedss.moments import RowHistory
 
 KEPT = 2
@@ -96,10 +98,12 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
             )
         tensors = load(_checked(newest / _STATE, record["sha256"]).read_bytes())
         for part in record["rows"]:
-            saved = load_file(_checked(folder / part["file"], part["sha256"]))
-            ids_U = saved["ids"]
-            for name, table_N in _tables(rows).items():
-                table_N[ids_U] = saved[name]
+            with safe_open(_checked(folder / part["file"], part["sha256"]), "pt") as saved:
+                ids_U = saved.get_tensor("ids")
+                for name, table_N in _tables(rows).items():
+                    values = saved.get_slice(name)
+                    for block in _blocks(len(ids_U)):
+                        table_N[ids_U[block]] = values[block]
     except (OSError, ValueError, KeyError, TypeError) as error:
         back_to = f"go on from {found[-2].name}" if len(found) > 1 else "start again from round 0"
         raise RunFolderError(
@@ -120,16 +124,55 @@ def _save_rows(folder: Path, state: ServerState) -> list[dict[str, Any]]:
     parts = _row_files(before[-1]) if before else []
     ids_U = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *state.class_rows.changed]))
     while parts and parts[-1]["count"] <= 2 * len(ids_U):
-        merged = load_file(folder / parts[-1]["file"])["ids"]
-        ids_U, parts = torch.unique(torch.cat([ids_U, merged])), parts[:-1]
+        with safe_open(folder / parts[-1]["file"], "pt") as merged:
+            ids_U = torch.unique(torch.cat([ids_U, merged.get_tensor("ids")]))
+        parts = parts[:-1]
     if not len(ids_U):
         return parts
-    tensors = {name: table_N[ids_U] for name, table_N in _tables(state.class_rows).items()}
-    content = save({"ids": ids_U, **tensors})
     file = f"rows-{state.round:06d}.safetensors"
-    write_file(folder / file, content)
-    digest = hashlib.sha256(content).hexdigest()
+    digest = _write_rows(folder / file, ids_U, _tables(state.class_rows))
     return [*parts, {"file": file, "count": len(ids_U), "sha256": digest}]
+
+
+def _write_rows(path: Path, ids_U: Tensor, tables: Mapping[str, Tensor]) -> str:
+    """Some rows of all tables, as a safetensors file; its SHA-256.
+
+    Block by block: of a table that fills half the memory there is no room for a copy.
+    """
+    shapes = {"ids": (ids_U.dtype, list(ids_U.shape))}
+    for name, table_N in tables.items():
+        shapes[name] = (table_N.dtype, [len(ids_U), *table_N.shape[1:]])
+    header, end = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with atomic(path) as file:
+
+        def put(content: bytes) -> None:
+            digest.update(content)
+            file.write(content)
+
+        put(len(text).to_bytes(8, "little") + text)
+        put(ids_U.numpy().tobytes())
+        for table_N in tables.values():
+            for block in _blocks(len(ids_U)):
+                put(table_N[ids_U[block]].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_DTYPES = {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+}
+
+
+def _blocks(count: int, block: int = 65536) -> Iterator[slice]:
+    return (slice(start, start + block) for start in range(0, count, block))
 
 
 def _tables(rows: ClassRows) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
 """The class matrix W at the server, read and written by rows, in memory or in a file.
 
 A row that was never written is made from the run's seed whenever it is read, so that a table of
-any size is there at once and takes room for the rows alone that training has touched.
+any size is there at once and takes room for the pages alone on which training has touched a row.
 
 Shape suffixes: N all classes, D embedding size, S or U some classes.
 """
 
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedss.codec import encode_rows
+from fedss.errors import ConfigError, RunFolderError
 from fedss.moments import RowHistory
 from fedss.seeds import generator, numbered_normals
 
@@ -41,6 +43,7 @@ class ClassRows:
         changed: ids of the rows written since the last checkpoint, round by round.
         made: ids and rows of the last that were read before they were written; a round reads them
             twice, for its clients and for its step.
+        folder: where the tables lie as files, if they do.
     """
 
     weight_ND: Tensor
@@ -50,6 +53,7 @@ class ClassRows:
     history: RowHistory | None = None
     changed: list[Tensor] = field(default_factory=list)
     made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    folder: Path | None = None
 
     @property
     def num_classes(self) -> int:
@@ -84,6 +88,7 @@ def create_class_rows(
 
     Raises:
         OSError: the files cannot be made.
+        ConfigError: there is no room in memory.
     """
     kept = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     shape = (num_classes, embedding_size)
@@ -92,6 +97,7 @@ def create_class_rows(
         {name: _zeros(shape, kept, folder) for name in slots},
         _zeros((num_classes,), torch.int32, folder),
         seed,
+        folder=folder,
     )
 
 
@@ -99,7 +105,14 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> T
     """Zeros behind which there is no page until it is written. (torch.zeros writes them all.)"""
     size = math.prod(shape) * dtype.itemsize
     if folder is None:
-        pages = mmap.mmap(-1, size)
+        try:
+            pages = mmap.mmap(-1, size)
+        except OSError as error:
+            raise ConfigError(
+                f"row_store: a table of {shape[0]:,} classes needs {size / 1e9:.1f} GB, which this "
+                f"machine does not give ({error.strerror}); take row_store file or row_dtype "
+                "bfloat16"
+            ) from error
     else:
         with TemporaryFile(dir=folder) as file:
             file.truncate(size)
@@ -154,7 +167,11 @@ def write_(
         rows_UD: float32, their new rows.
         slots: float32 [U, D] each.
         completed: number of rounds complete with this one, 1 or more.
+
+    Raises:
+        RunFolderError: the tables are files, and their disk may not have room for these rows.
     """
+    _check_room(rows, len(ids_U))
     rng = generator(rows.seed, "row rounding", completed)
     parts = [(rows.weight_ND, rows_UD), *((rows.slots[name], slots[name]) for name in rows.slots)]
     for table_ND, part_UD in parts:
@@ -162,9 +179,28 @@ def write_(
             part_UD = encode_rows(part_UD, "bfloat16", rng)["values"]
         table_ND.index_copy_(0, ids_U, part_UD)
     rows.updated_N.index_fill_(0, ids_U, completed)
-    rows.changed.append(ids_U)
+    rows.made.clear()
+    if len(ids_U) == rows.num_classes:
+        rows.changed[:] = [ids_U]
+    else:
+        rows.changed.append(ids_U)
     if len(rows.changed) > _MOST_CHANGED:
         rows.changed[:] = [torch.unique(torch.cat(rows.changed))]
+
+
+def _check_room(rows: ClassRows, count: int) -> None:
+    """A full disk would end the process without a word, since a mapped page cannot be refused."""
+    if rows.folder is None or not hasattr(os, "statvfs"):
+        return
+    disk, page = os.statvfs(rows.folder), mmap.PAGESIZE
+    row = rows.dim * rows.weight_ND.dtype.itemsize
+    needed = count * ((1 + len(rows.slots)) * (row + page) + page)
+    if disk.f_bavail * disk.f_frsize < needed:
+        raise RunFolderError(
+            f"{rows.folder}: expected {needed / 1e6:.0f} MB of free disk for the class rows of a "
+            f"round, found {disk.f_bavail * disk.f_frsize / 1e6:.0f}; make room and start the same "
+            "command again: it goes on from the last checkpoint"
+        )
 
 
 def union(ids: Sequence[Tensor]) -> Tensor:

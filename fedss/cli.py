@@ -26,10 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Where torchrun has started several of it, the first speaks for all.
     """
-    ranks, command = this_rank(), "fedss"
+    try:
+        ranks = this_rank()
+    except ConfigError as error:
+        print(f"fedss: {error}", file=sys.stderr)
+        return 2
+    command, met = "fedss", False
     with nullcontext() if ranks.first else _silence():
         try:
             with join():
+                met = True
                 options = _parser().parse_args(arguments)
                 command = f"fedss {options.command}"
                 options.run(options)
@@ -38,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # torchrun tells the others to end as soon as one has: not before this is said.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             lost = isinstance(error, LostRankError)
-            # Whoever is left speaks then: it may be the first that is gone.
-            print(f"{command}: {error}", file=sys.__stderr__ if lost else sys.stderr)
+            # Whoever is there speaks then: it may be the first that is not.
+            print(f"{command}: {error}", file=sys.__stderr__ if lost or not met else sys.stderr)
             return 1 if lost else 2
         except KeyboardInterrupt:
             print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)

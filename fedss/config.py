@@ -112,7 +112,9 @@ class Config:
     eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
     checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
     device: str = _option("cpu", "where clients train and embed: cpu, cuda, cuda:1, ...", "run")
-    stack: int = _option(1, "clients that share each call of the network; for GPUs", "run")
+    stack: int = _option(
+        1, "clients that share each call of the network; for GPUs and small networks", "run"
+    )
     workers: int | None = _option(
         None, "threads that train clients; default: all cores; on a GPU 1", "run"
     )
@@ -192,7 +194,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("glyphs_classes glyphs_clients", lambda v: v >= 2, "at least 2"),
     ("image_size", lambda v: v >= 8, "at least 8 pixels"),
     ("channels", lambda v: v in (1, 3), "1 or 3"),
-    ("device", lambda v: bool(re.fullmatch(r"cpu|cuda(:\d+)?", v)), "cpu, cuda or cuda:<number>"),
+    (
+        "device",
+        lambda v: bool(re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", v)),
+        "cpu, cuda or cuda:<number>",
+    ),
     ("eval_every spread_out_neighbours data_seed seed cover", lambda v: v >= 0, "0 or more"),
     (
         "scale client_lr class_row_lr server_lr server_epsilon",

@@ -159,8 +159,10 @@ def load_together(config: Config) -> Dataset:
     On each host one rank goes first and makes the cache of decoded pictures, which others read.
 
     Raises:
-        DataError: it cannot be found or read, or does not fit together.
+        ConfigError: there is no such device, which is better known before pictures are decoded.
+        DataError: they cannot be found or read, or do not fit together.
     """
+    compute_device(config)
     with join() as ranks:
         for turn in (ranks.local_rank == 0, ranks.local_rank > 0):
             if turn:

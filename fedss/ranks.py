@@ -12,6 +12,7 @@ import atexit
 import heapq
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -87,10 +88,23 @@ ALONE = Ranks()
 
 
 def this_rank() -> Ranks:
-    """What torchrun's environment says of this process; :data:`ALONE` without it."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    found = Ranks(*(int(os.environ.get(name, default)) for name, default in names.items()))
-    return ALONE if found.size == 1 else found
+    """What torchrun's environment says of this process; :data:`ALONE` without it.
+
+    Raises:
+        ConfigError: the environment cannot be.
+    """
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    said = {name: os.environ.get(name, default) for name, default in names.items()}
+    if said["WORLD_SIZE"] == "1":
+        return ALONE
+    if all(value.isdecimal() for value in said.values()):
+        found = Ranks(*map(int, said.values()))
+        if found.rank < found.size and found.local_rank < found.local_size <= found.size:
+            return found
+    raise ConfigError(
+        f"expected RANK below WORLD_SIZE and LOCAL_RANK below LOCAL_WORLD_SIZE, got {said}: start "
+        "the command with torchrun, which sets them, or unset them all"
+    )
 
 
 _joined: list[Ranks] = []
@@ -128,6 +142,9 @@ def join() -> Iterator[Ranks]:
 
 
 def _find_each_other(ranks: Ranks) -> None:
+    if ranks.first:
+        place = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
+        print(f"fedss: {ranks.size} ranks meet at {place}", file=sys.stderr, flush=True)
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)

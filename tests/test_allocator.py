@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,3 +67,27 @@ def test_training_keeps_memory_unless_told_otherwise(keep, tmp_path, monkeypatch
     config = fedss.Config(rounds=1, sample_size=4, clients_per_round=2, **settings)
     fedss.train(config, tmp_path, data=tiny_dataset(), backbone=tiny_backbone())
     assert bool(called) == keep
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (2**40, [(-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)]),
+        (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1), (-2, 2**26)]),
+        (2**20, [(-3, 2**30), (-3, 2**25)]),
+    ],
+)
+def test_an_older_glibc_gets_a_lower_threshold_or_nothing(most, expected, monkeypatch):
+    """Trim threshold and padding alone would make it fault in every block above 128 kB."""
+    asked = []
+
+    def mallopt(parameter: int, value: int) -> int:
+        asked.append((parameter, value))
+        return parameter != -3 or value <= most
+
+    library = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    for name in ("MMAP_THRESHOLD_", "TRIM_THRESHOLD_", "TOP_PAD_"):
+        monkeypatch.delenv("MALLOC_" + name, raising=False)
+    assert keep_freed_memory() == (most >= 2**25)
+    assert asked == expected

@@ -2,12 +2,14 @@ import dataclasses
 import hashlib
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from fedss.algorithm import ServerState
 from fedss.checkpoint import load_checkpoint, save_checkpoint
@@ -21,6 +23,7 @@ from fedss.class_rows import (
     union,
     write_,
 )
+from fedss.errors import ConfigError, RunFolderError
 from fedss.optimizers import ServerOptimizer, read_rows, step_rows_
 from fedss.seeds import generator, numbered_normals
 from tests.reference import whole
@@ -204,3 +207,51 @@ def test_rows_of_several_clients_meet_by_id(parts, with_everything):
             expected[i] += weight * by_id[i][0]
     # Products of float32 and small integers are exact in float64, and sums have one order.
     assert sums_UD[:, 0].tolist() == list(expected.values())
+
+
+def test_a_row_that_is_made_is_forgotten_once_rows_are_written():
+    rows = create_class_rows(N, D, SLOTS, 0)
+    ids = torch.arange(N)
+    before = read(rows, ids)[0]
+    assert torch.equal(read(rows, ids)[0], before)
+    write_(rows, ids[:3], torch.ones(3, D), {name: torch.zeros(3, D) for name in SLOTS}, 1)
+    assert not rows.made
+    after = read(rows, ids)[0]
+    assert torch.equal(after[3:], before[3:])
+    assert torch.equal(after[:3], torch.ones(3, D))
+    after.zero_()
+    assert torch.equal(read(rows, ids)[0][3:], before[3:])
+
+
+def test_writing_all_rows_again_and_again_keeps_their_ids_once():
+    rows, ids = create_class_rows(N, D, (), 0), torch.arange(N)
+    for round in range(1, 9):
+        write_(rows, ids, torch.ones(N, D), {}, round)
+    assert sum(map(len, rows.changed)) == N
+
+
+def test_a_checkpoint_of_more_rows_than_a_block(tmp_path):
+    n = 70_000
+    rows = create_class_rows(n, 2, (), 0, "bfloat16")
+    write_(rows, torch.arange(0, n), torch.randn(n, 2), {}, 1)
+    save_checkpoint(tmp_path, state_of(rows, 1))
+    (file,) = tmp_path.glob("rows-*.safetensors")
+    saved = load_file(file)
+    assert torch.equal(saved["weight"], rows.weight_ND)
+    loaded = load_checkpoint(tmp_path, create_class_rows(n, 2, (), 0, "bfloat16"))
+    assert loaded is not None
+    assert torch.equal(loaded.class_rows.weight_ND, rows.weight_ND)
+
+
+def test_a_table_too_large_for_memory_says_what_to_do():
+    with pytest.raises(ConfigError, match=r"needs 256000000\.0 GB.*row_store file"):
+        create_class_rows(10**15, 64, (), 0)
+
+
+def test_a_full_disk_is_told_before_a_page_is_refused(tmp_path, monkeypatch):
+    rows = create_class_rows(N, D, SLOTS, 0, folder=tmp_path)
+    full = SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr("fedss.class_rows.os.statvfs", lambda folder: full)
+    with pytest.raises(RunFolderError, match="free disk for the class rows"):
+        write_(rows, torch.arange(3), torch.ones(3, D), {n: torch.ones(3, D) for n in SLOTS}, 1)
+    assert not rows.updated_N.any()

@@ -55,6 +55,35 @@ def flags(names: list[str]) -> set[str]:
     return {"--" + name.replace("_", "-") for name in names}
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "7"}, {"WORLD_SIZE": "2", "RANK": "-1"}],
+)
+def test_an_environment_that_torchrun_never_sets_is_one_line(said, capsys, monkeypatch):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert main(["info", *GLYPHS]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedss: expected RANK below WORLD_SIZE")
+    assert all(value in line for value in said.values())
+
+
+def test_a_rank_that_never_met_the_others_speaks_for_itself(capfd, monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    assert main(["info", *GLYPHS]) == 2
+    assert "these ranks do not meet" in capfd.readouterr().err
+
+
+def test_a_missing_device_is_told_before_pictures_are_looked_for(tmp_path, capsys):
+    words = ["--data", "csv", "--data-path", str(tmp_path / "none.csv"), "--device", "cuda:99"]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 2
+    assert "device: cuda:99" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
     out = tmp_path / "run"
     assert main(["train", *GLYPHS, "--device", "cuda:99", "--out", str(out)]) == 2

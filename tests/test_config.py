@@ -92,6 +92,8 @@ def test_json_round_trip():
         ({"row_mean": "all"}, "row_mean: 'all' is unknown; choose from cohort, holders"),
         ({"channels": 2}, "channels: expected 1 or 3, got 2"),
         ({"device": "gpu"}, "device: expected cpu, cuda or cuda:<number>, got gpu"),
+        ({"device": "cuda:01"}, "device: expected cpu, cuda or cuda:<number>, got cuda:01"),
+        ({"device": "cuda:200"}, "device: expected cpu, cuda or cuda:<number>, got cuda:200"),
         ({"device": "cuda:-1"}, "device: expected cpu, cuda or cuda:<number>, got cuda:-1"),
         ({"precision": "float16"}, "'float16' is unknown; did you mean"),
         ({"stack": 0}, "stack: expected at least 1, got 0"),

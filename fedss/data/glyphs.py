@@ -285,7 +285,7 @@ def glyphs(
     if num_clients < drawers:
         raise DataError(
             f"glyphs: {num_clients} clients cannot be {drawers} different drawers of an alphabet; "
-            f"ask for at least {drawers} clients or for fewer drawers"
+            f"ask for at least {drawers} clients"
         )
 
     world = (seed % 2**64, _PARTS.index(part))
