@@ -80,7 +80,9 @@ def engine_of(num_classes: int) -> Iterator[tuple[LocalEngine, torch.Tensor]]:
     layout = tuple(p.shape for p in embedder.parameters())
     theta_P = flatten_(embedder).theta_P.clone()
     wire = WireFormat(layout, DIM, num_classes)
-    with local_engine(embedder, clients_of(num_classes), OPTIMIZER, wire, None) as engine:
+    # Not None: within an engine, torch has one thread, and another would take one worker.
+    workers = os.cpu_count()
+    with local_engine(embedder, clients_of(num_classes), OPTIMIZER, wire, workers) as engine:
         yield engine, theta_P
 
 
@@ -253,7 +255,7 @@ def main() -> None:
     for num_classes, dtype, store in large:
         # Not in the system's temporary folder, which may lie in memory.
         with tempfile.TemporaryDirectory(dir=RESULTS.parent) as folder:
-            lines += huge(num_classes, dtype, store, 20 if options.short else 200, Path(folder))
+            lines += huge(num_classes, dtype, store, 20 if options.short else 100, Path(folder))
     text = "\n".join(lines) + "\n"
     if not options.short:
         RESULTS.write_text(text)
