@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a tenth of the pictures, no file")
     options = parser.parse_args()
     sets = [replace(s, count=s.count // 10) for s in SETS] if options.short else SETS
-    turns, rounds = (3, 8) if options.short else (7, 30)
+    turns, rounds = (2, 4) if options.short else (4, 8)
     with tempfile.TemporaryDirectory() as folder:
         made = [making(wanted, Path(folder), turns) for wanted in sets]
         trained = training(Path(folder), sets[0], rounds, turns)
