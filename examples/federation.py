@@ -56,6 +56,12 @@ for group in [int(line) for line in sys.stdin]:
 """
 
 
+# What a service manager does with a site: start it again until it ends by itself in peace. The
+# SuperLink turns away a SuperNode whose key it believes to be online, for up to a minute after one
+# that could not say goodbye. A SIGTERM to the group ends it with its child.
+AGAIN = 'trap "exit 0" TERM; until "$@"; do sleep 3; done'
+
+
 class FederationError(Exception):
     """A process of the federation, or a command to it, failed."""
 
@@ -204,11 +210,14 @@ def environment(here: Place, name: str) -> dict[str, str]:
     }
 
 
-def start(here: Place, name: str, log: str, command: str, *args: str | Path | int) -> Process:
+def start(
+    here: Place, name: str, log: str, command: str, *args: str | Path | int, again: bool = False
+) -> Process:
     """Start a process, and what it starts later, in a process group of its own."""
+    words = [str(Path(sysconfig.get_path("scripts")) / command), *map(str, args)]
     with open(here.folder / "logs" / f"{log}.log", "ab") as file:
         process = subprocess.Popen(
-            [Path(sysconfig.get_path("scripts")) / command, *map(str, args)],
+            ["sh", "-c", AGAIN, "sh", *words] if again else words,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -266,14 +275,17 @@ def superexec(here: Place) -> Process:
 
 
 def site(here: Place, number: int, node_config: Mapping[str, Value]) -> Process:
-    """The SuperNode of a site, which starts a ClientApp for each message."""
+    """The SuperNode of a site, which starts a ClientApp for each message.
+
+    Started over if it ends, or is not let in yet: so also right after a ``kill``.
+    """
     return start(
         here, f"site-{number}", f"site-{number}", "flower-supernode",
         "--superlink", here.address,
         "--root-certificates", here.folder / "keys" / "ca.pem",
         "--auth-supernode-private-key", here.folder / "keys" / f"site-{number}",
         "--port", here.site_ports[number],
-        "--node-config", pairs(node_config),
+        "--node-config", pairs(node_config), again=True,
     )  # fmt: skip
 
 
@@ -308,8 +320,10 @@ def register(here: Place) -> None:
 def submit(here: Place, app: str | Path, run_config: Mapping[str, Value] | None = None) -> int:
     """Start a run of an app folder, with other settings than those in it; its id."""
     changed = ["--run-config", pairs(run_config)] if run_config else []
-    answer = flwr(here, "run", Path(app).resolve(), *changed, "--format", "json")
-    return int(json.loads(answer)["run-id"])
+    answer = json.loads(flwr(here, "run", Path(app).resolve(), *changed, "--format", "json"))
+    if not answer["success"]:  # its exit status is 0 all the same
+        raise FederationError(f"flwr run {app}: {answer['error-message']}")
+    return int(answer["run-id"])
 
 
 def status(here: Place, run: int) -> str:
@@ -342,18 +356,26 @@ def kill(process: Process) -> None:
 
 
 def children(process: Process, command: str) -> list[int]:
-    """Ids of the processes of a command, such as ``flwr-serverapp``, in a process's group."""
+    """Ids of the living processes of a command, such as ``flwr-serverapp``, in a process's group."""
     listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,pgid=,args="], stdout=subprocess.PIPE, text=True, check=True
+        ["ps", "-A", "-o", "pid=,pgid=,stat=,args="],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     ).stdout
-    lines = (line.split(maxsplit=2) for line in listed.splitlines())
-    return [int(line[0]) for line in lines if int(line[1]) == process.pid and command in line[2]]
+    found = []
+    for line in listed.splitlines():
+        pid, group, state, *args = line.split()
+        if int(group) == process.pid and state[0] != "Z" and command in " ".join(args):
+            found.append(int(pid))
+    return found
 
 
 def stop_all(here: Place, *, patience: float = 10) -> None:
     """SIGTERM to every process, the last started first; SIGKILL to those that do not end."""
     for process in reversed(here.processes):
-        process.terminate()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
     until = time.monotonic() + patience
     for process in reversed(here.processes):
         with suppress(subprocess.TimeoutExpired):
