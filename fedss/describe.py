@@ -9,7 +9,6 @@ import torch
 
 from fedss.build import (
     build_model,
-    class_counts,
     evaluation_task,
     num_trainable,
     round_plan,
@@ -87,13 +86,13 @@ def costs(config: Config, data: Dataset) -> list[Cost]:
     Raises:
         ConfigError: ``sample_size`` is above the number of classes, or no such backbone.
     """
-    num_classes, sample_size = class_counts(config, data)
+    num_classes = len(data.train.class_names)
     embedder = build_model(config, data, None)
     own, clients = np.unique(own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
         of_method = replace(config, method=method.name)
-        plan = round_plan(of_method, num_classes, sample_size, 0)
+        plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
         moved = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
         mean = {
