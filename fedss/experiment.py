@@ -547,7 +547,7 @@ def _local_federation(
             if not ranks.first:
                 return None
             # Between rounds the workers of all ranks are idle and their cores free.
-            with intra_op_threads(engine.workers * ranks.local_size):
+            with intra_op_threads(engine.workers.count * ranks.local_size):
                 return dataclasses.asdict(score(task, *embedded))
 
         yield Federation(
@@ -565,7 +565,7 @@ def _local_federation(
 
 def _embed_there(engine: LocalEngine, backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
     """Embeddings on the device where clients train, so that retrieval is computed there too."""
-    return engine.embed(backbone_P, pixels).to(engine.device)
+    return engine.embed(backbone_P, pixels).to(engine.workers.device)
 
 
 def _due(round: int, every: int, rounds: int) -> bool:

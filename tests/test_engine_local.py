@@ -198,7 +198,7 @@ def test_embedding_in_blocks_is_embedding_at_once():
     model = Model().embedder
     theta = Model().theta_P
     with local() as threads:
-        ours = threads.embed(theta, DATA.train.pixels, block=7)
+        ours = threads.workers.embed(theta, DATA.train.pixels, block=7)
     assert (ours - embed_pixels(model, DATA.train.pixels)).abs().max() < 1e-6
 
 
