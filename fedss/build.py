@@ -17,7 +17,7 @@ from fedss.data import (
     rotate_classes,
     split_clients,
 )
-from fedss.errors import ConfigError
+from fedss.errors import ConfigError, DataError
 from fedss.methods import METHODS
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
@@ -193,8 +193,15 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
 
     Raises:
         ConfigError: the data set has no validation task.
+        DataError: it has no test.
     """
     if config.eval_split == "test":
+        if data.test is None:
+            raise DataError(
+                f"nothing to evaluate: data set {data.name!r} has no test pictures. List some with "
+                "the split 'test', or hold out a share test_classes of the classes, above 0 and "
+                f"below 1; it is {config.test_classes}"
+            )
         return data.test
     if data.validation is None:
         raise ConfigError(

@@ -36,7 +36,9 @@ from fedss.wire import (
 
 def describe(config: Config, data: Dataset) -> dict[str, Any]:
     """What is in a data set, as a run writes it down."""
-    images, task, own_K = data.train, evaluation_task(config, data), own_classes(data.train)
+    images, own_K = data.train, own_classes(data.train)
+    untested = data.test is None and config.eval_split == "test"
+    task = None if untested else evaluation_task(config, data)
     return {
         "name": data.name,
         "fingerprint": fingerprint(data),
@@ -44,12 +46,13 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
         "train_classes": len(images.class_names),
         "train_clients": len(images.client_names),
         "own_classes": [int(own_K.min()), float(np.median(own_K)), int(own_K.max())],
-        "test_queries": len(task.query),
-        "test_gallery": None if task.gallery is None else len(task.gallery),
-        "test_classes": len(np.unique(task.query.labels)),
+        "test_queries": 0 if task is None else len(task.query),
+        "test_gallery": None if task is None or task.gallery is None else len(task.gallery),
+        "test_classes": 0 if task is None else len(np.unique(task.query.labels)),
         "test_classes_seen": seen_classes(data),
         "image_shape": list(images.pixels.shape[1:]),
         "skipped_pictures": len(data.skipped),
+        "unpaired_pictures": len(data.unpaired),
     }
 
 
