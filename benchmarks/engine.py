@@ -44,7 +44,7 @@ from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
 from network import network  # noqa: E402
 
 from fedss.algorithm import draw_cohort  # noqa: E402
-from fedss.build import DEFAULT_SAMPLE_SIZE, round_plan  # noqa: E402
+from fedss.build import round_plan  # noqa: E402
 from fedss.class_rows import create_class_rows, read  # noqa: E402
 from fedss.client import batches, draw_classes, own_classes  # noqa: E402
 from fedss.config import Config  # noqa: E402
@@ -99,7 +99,7 @@ def write_job(folder: Path, method: str, n: int, rounds: int) -> None:
     cohorts = [draw_cohort(CLIENTS, COHORT, config.seed, r) for r in range(rounds)]
     orders, samples = [], []
     for r, cohort in enumerate(cohorts):
-        plan = round_plan(config, n, DEFAULT_SAMPLE_SIZE, r)
+        plan = round_plan(config, n, r)
         for k in cohort.tolist():
             order = batches(PICTURES, plan.local, generator(config.seed, "batches", r, k))
             orders.append(np.concatenate(list(order)))

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedss.algorithm import ServerState, draw_cohort, run_round
 from fedss.allocator import keep_freed_memory
 from fedss.build import (
-    DEFAULT_SAMPLE_SIZE,
     build_model,
     round_plan,
     server_optimizer,
@@ -121,7 +120,7 @@ def profile(folder: Path, method: str, n: int) -> list[str]:
 
         def one_round() -> None:
             cohort = draw_cohort(CLIENTS, COHORT, config.seed, 0)
-            plan = round_plan(config, n, DEFAULT_SAMPLE_SIZE, 0)
+            plan = round_plan(config, n, 0)
             run_round(here, optimizer, state, cohort, plan, config.row_mean)
 
         one_round()

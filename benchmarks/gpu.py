@@ -307,7 +307,7 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
             for round in range(count):
                 cohort = draw_cohort(job.num_clients, job.cohort, 0, round)
                 begin = time.perf_counter()
-                state, _ = run_round(
+                state, *_ = run_round(
                     watched, OPTIMIZER, state, cohort, plan_of(job, round), "cohort"
                 )
                 laps.append(time.perf_counter() - begin)

@@ -6,7 +6,8 @@ Shape suffixes: K clients of a cohort, D embedding size, P backbone parameters, 
 U classes touched in a round.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fedss.class_rows import ClassRows, add_rows_, read, rows_of, union, write_
 from fedss.client import Broadcast, ClientUpdate, RoundPlan, draw_classes, num_negatives
-from fedss.errors import DivergedError
+from fedss.errors import DivergedError, QuorumError
 from fedss.moments import RowMap, mean_map, moments_now
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from fedss.ranks import ALONE, Ranks
@@ -197,6 +198,18 @@ def spread_rows_out(
     write_(rows, ids_N, weight_ND - weight * gradient_ND, slots, state.round)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A client of a cohort without an update that could be used.
+
+    ``reason`` is a word to count by; ``detail`` says what came.
+    """
+
+    client: int
+    reason: str
+    detail: str = ""
+
+
 class Engine(Protocol):
     """Where clients train. The driver in ``experiment.py`` owns everything else."""
 
@@ -206,7 +219,7 @@ class Engine(Protocol):
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
-    ) -> Iterator[ClientUpdate]:
+    ) -> Iterator[ClientUpdate | Failure]:
         """Lines 2 to 4 for each client of the cohort that is this rank's, in any order."""
 
 
@@ -217,17 +230,30 @@ def run_round(
     cohort: np.ndarray,
     plan: RoundPlan,
     row_mean: RowMean,
-) -> tuple[ServerState, list[ClientUpdate]]:
+    quorum: float = 1.0,
+    lap: Callable[[str], None] = lambda phase: None,
+) -> tuple[ServerState, list[ClientUpdate], list[Failure]]:
     """Algorithm 1: the cohort trains, its updates are averaged, the server takes a step.
 
+    ``quorum`` is the part of the cohort without which there is no step, ``lap`` is told when all
+    have trained.
+
     Returns:
-        The new state, the same at every rank, and the updates of this rank's clients.
+        The new state, the same at every rank, and the updates and failures of this rank's clients.
 
     Raises:
         DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
             and ``state`` must not be used again.
+        QuorumError: too few clients gave an update; ``state`` is as it was.
     """
-    updates = [check_finite(update, plan) for update in engine.train(state, cohort, plan)]
+    updates, failures = [], []
+    for result in engine.train(state, cohort, plan):
+        if isinstance(result, Failure):
+            failures.append(result)
+        else:
+            updates.append(check_finite(result, plan))
+    check_quorum(updates, failures, quorum, plan)
+    lap("train")
     own_steps = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
     mean = aggregate(own_steps, row_mean, engine.ranks)
     state = apply_update(optimizer, state, mean)
@@ -235,7 +261,26 @@ def run_round(
     if plan.sampler.index is not None:
         rows_UD = read(state.class_rows, mean.ids_U)[0]
         plan.sampler.index.update(state.sampler_index, mean.ids_U, rows_UD)
-    return state, updates
+    return state, updates, failures
+
+
+def check_quorum(
+    updates: Sequence[ClientUpdate], failures: Sequence[Failure], quorum: float, plan: RoundPlan
+) -> None:
+    """Whether enough clients gave an update, at least one of them.
+
+    Raises:
+        QuorumError: they did not; names round, numbers and reasons.
+    """
+    cohort = len(updates) + len(failures)
+    if failures and len(updates) < max(1.0, quorum * cohort):
+        counts = Counter(failure.reason for failure in failures).most_common()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+        details = next((f"; {f.detail}" for f in failures if f.detail), "")
+        raise QuorumError(
+            f"round {plan.round + 1}: expected updates of at least {quorum:.0%} of {cohort} "
+            f"clients, got {len(updates)} ({reasons}{details})"
+        )
 
 
 def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:

@@ -17,7 +17,7 @@ from fedss.data import (
     rotate_classes,
     split_clients,
 )
-from fedss.errors import ConfigError
+from fedss.errors import ConfigError, DataError
 from fedss.methods import METHODS
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
@@ -55,20 +55,19 @@ def load_data(config: Config) -> Dataset:
 DEFAULT_SAMPLE_SIZE = 64
 
 
-def class_counts(config: Config, data: Dataset) -> tuple[int, int]:
-    """n and |S|, which is 64 (or n, if that is less) unless ``config`` says otherwise.
+def sample_size(config: Config, num_classes: int) -> int:
+    """``|S|``, which is 64 (or n, if that is less) unless ``config`` says otherwise.
 
     Raises:
         ConfigError: ``sample_size`` is above n.
     """
-    num_classes = len(data.train.class_names)
-    sample_size = config.sample_size or min(DEFAULT_SAMPLE_SIZE, num_classes)
-    if sample_size > num_classes:
+    size = config.sample_size or min(DEFAULT_SAMPLE_SIZE, num_classes)
+    if size > num_classes:
         raise ConfigError(
             f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
-            f"(n means full), got {sample_size}"
+            f"(n means full), got {size}"
         )
-    return num_classes, sample_size
+    return size
 
 
 def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
@@ -139,7 +138,7 @@ def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFor
 
 
 def round_plan(
-    config: Config, num_classes: int, sample_size: int, round: int, sampler: Sampler | None = None
+    config: Config, num_classes: int, round: int, sampler: Sampler | None = None
 ) -> RoundPlan:
     """What the clients of a round (0-based) are told; learning rates decay over the rounds.
 
@@ -163,7 +162,7 @@ def round_plan(
         method,
         chosen,
         num_classes,
-        sample_size,
+        sample_size(config, num_classes),
         config.cover,
         Scoring(config.scale, config.margin_kind, config.margin, config.correction),
         LocalTraining(
@@ -194,8 +193,15 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
 
     Raises:
         ConfigError: the data set has no validation task.
+        DataError: it has no test.
     """
     if config.eval_split == "test":
+        if data.test is None:
+            raise DataError(
+                f"nothing to evaluate: data set {data.name!r} has no test pictures. List some with "
+                "the split 'test', or hold out a share test_classes of the classes, above 0 and "
+                f"below 1; it is {config.test_classes}"
+            )
         return data.test
     if data.validation is None:
         raise ConfigError(

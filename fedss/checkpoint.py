@@ -75,6 +75,12 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
             file.unlink()
 
 
+def newest_round(folder: Path) -> int:
+    """The round of the newest checkpoint in ``folder``; 0 if there is none."""
+    found = _checkpoints(folder)
+    return int(found[-1].name.removeprefix("round-")) if found else 0
+
+
 def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
     """The newest checkpoint in ``folder``, bit for bit as it was saved; None if there is none.
 

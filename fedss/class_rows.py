@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Literal
@@ -121,6 +121,25 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> T
             # Rows are read here and there: reading ahead of each was seen to cost 400 times more.
             pages.madvise(mmap.MADV_RANDOM)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def grow(rows: ClassRows, num_classes: int) -> ClassRows:
+    """The same table with more classes, which were never written. O(n).
+
+    The rows that are there keep their ids; what is not written of the old table must not be used
+    again.
+    """
+    slots = tuple(rows.slots)
+    kept = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[rows.weight_ND.dtype]
+    grown = create_class_rows(num_classes, rows.dim, slots, rows.seed, kept, rows.folder)  # type: ignore[arg-type]
+    for block in torch.split(rows.updated_N.nonzero()[:, 0], 65536):
+        for new, old in zip(_tables(grown), _tables(rows), strict=True):
+            new.index_copy_(0, block, old.index_select(0, block))
+    return replace(grown, history=rows.history, changed=rows.changed)
+
+
+def _tables(rows: ClassRows) -> list[Tensor]:
+    return [rows.weight_ND, *rows.slots.values(), rows.updated_N]
 
 
 def initial_rows(rows: ClassRows, ids_S: Tensor) -> Tensor:

@@ -222,7 +222,7 @@ def _train(options: argparse.Namespace) -> None:
 
     config = _config(options, _stored(options).get("config"))
     data = load_together(config)
-    _print_skipped(data.skipped)
+    _print_left_out(data.skipped, data.unpaired)
     run = train(config, options.out, data=data)
     if run.already_done:
         print(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
@@ -240,7 +240,7 @@ def _compare(options: argparse.Namespace) -> None:
     methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
     seeds = options.seeds or stored.get("seeds") or [0]
     data = load_together(config)
-    _print_skipped(data.skipped)
+    _print_left_out(data.skipped, data.unpaired)
     summaries = compare(config, methods, seeds, options.out, data=data)
     _print_results(summaries, seen_classes(data))
     print(f"summary  {Path(options.out) / 'summary.json'}")
@@ -257,7 +257,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     stored = read_json(Path(options.folder) / "config.json")["config"]
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = _config(options, {**stored, **shape})
-    metrics = evaluate(embedder, evaluation_task(config, load_data(config)))
+    data = load_data(config)
+    _print_left_out(data.skipped, data.unpaired)
+    metrics = evaluate(embedder, evaluation_task(config, data))
     print(json.dumps(dataclasses.asdict(metrics), indent=2))
 
 
@@ -268,7 +270,7 @@ def _embed(options: argparse.Namespace) -> None:
     embedder = load(options.folder)
     paths, names = list_pictures(Path(options.pictures))
     result = embed_files(embedder, paths, names=names, skip_broken=options.skip_broken)
-    _print_skipped(result.skipped)
+    _print_left_out(result.skipped)
     written = write_embeddings(Path(options.out), result)
     print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
     print("\n".join(str(path) for path in written))
@@ -286,11 +288,12 @@ def _info(options: argparse.Namespace) -> None:
 
     config = _config(options, _stored(options).get("config"))
     data = load_data(config)
-    _print_skipped(data.skipped)
+    _print_left_out(data.skipped, data.unpaired)
     console = _console()
     facts = describe(config, data)
     low, median, high = facts["own_classes"]
-    searched = f"{facts['test_gallery']:,} gallery pictures" if data.test.gallery else "each other"
+    gallery = facts["test_gallery"]
+    searched = "each other" if gallery is None else f"{gallery:,} gallery pictures"
     table = _table(f"data set {data.name}")
     table.show_header = False
     table.add_column()
@@ -300,7 +303,12 @@ def _info(options: argparse.Namespace) -> None:
         ("training classes n", f"{facts['train_classes']:,}"),
         ("clients", f"{facts['train_clients']:,}"),
         ("own classes per client", f"{low} to {high}, median {median:g}"),
-        ("test queries", f"{facts['test_queries']:,}, searched among {searched}"),
+        (
+            "test queries",
+            f"{facts['test_queries']:,}, searched among {searched}"
+            if facts["test_queries"]
+            else "none: no class is held out",
+        ),
         (
             "test classes",
             f"{facts['test_classes']:,}, {facts['test_classes_seen']:,} of them seen in training",
@@ -346,10 +354,14 @@ def _bytes(count: float | None) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def _print_skipped(skipped: Sequence[str]) -> None:
-    if skipped:
-        first = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
-        print(f"left out {len(skipped)} unreadable pictures: {first}", file=sys.stderr)
+def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = ()) -> None:
+    for names, what in (
+        (skipped, "unreadable pictures"),
+        (unpaired, "pictures of held-out classes, each the only one of its class"),
+    ):
+        if names:
+            first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            print(f"left out {len(names)} {what}: {first}", file=sys.stderr)
 
 
 def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:

@@ -9,7 +9,6 @@ import torch
 
 from fedss.build import (
     build_model,
-    class_counts,
     evaluation_task,
     num_trainable,
     round_plan,
@@ -37,7 +36,9 @@ from fedss.wire import (
 
 def describe(config: Config, data: Dataset) -> dict[str, Any]:
     """What is in a data set, as a run writes it down."""
-    images, task, own_K = data.train, evaluation_task(config, data), own_classes(data.train)
+    images, own_K = data.train, own_classes(data.train)
+    untested = data.test is None and config.eval_split == "test"
+    task = None if untested else evaluation_task(config, data)
     return {
         "name": data.name,
         "fingerprint": fingerprint(data),
@@ -45,12 +46,13 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
         "train_classes": len(images.class_names),
         "train_clients": len(images.client_names),
         "own_classes": [int(own_K.min()), float(np.median(own_K)), int(own_K.max())],
-        "test_queries": len(task.query),
-        "test_gallery": None if task.gallery is None else len(task.gallery),
-        "test_classes": len(np.unique(task.query.labels)),
+        "test_queries": 0 if task is None else len(task.query),
+        "test_gallery": None if task is None or task.gallery is None else len(task.gallery),
+        "test_classes": 0 if task is None else len(np.unique(task.query.labels)),
         "test_classes_seen": seen_classes(data),
         "image_shape": list(images.pixels.shape[1:]),
         "skipped_pictures": len(data.skipped),
+        "unpaired_pictures": len(data.unpaired),
     }
 
 
@@ -87,13 +89,13 @@ def costs(config: Config, data: Dataset) -> list[Cost]:
     Raises:
         ConfigError: ``sample_size`` is above the number of classes, or no such backbone.
     """
-    num_classes, sample_size = class_counts(config, data)
+    num_classes = len(data.train.class_names)
     embedder = build_model(config, data, None)
     own, clients = np.unique(own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
         of_method = replace(config, method=method.name)
-        plan = round_plan(of_method, num_classes, sample_size, 0)
+        plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
         moved = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
         mean = {

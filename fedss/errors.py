@@ -34,3 +34,7 @@ class RankError(FedssError):
 
 class LostRankError(RankError):
     """Another process of the same run has ended without a word, or this one was told to end."""
+
+
+class QuorumError(FedssError):
+    """Too few clients of a round gave an update that could be used."""

@@ -3,10 +3,11 @@
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from fedss.algorithm import (
+    Engine,
     ServerState,
     check_finite_state,
     draw_cohort,
@@ -25,29 +27,29 @@ from fedss.algorithm import (
 from fedss.allocator import keep_freed_memory
 from fedss.build import (
     build_model,
-    class_counts,
     compute_device,
     evaluation_task,
     load_data,
     pool_pictures,
     round_plan,
+    sample_size,
     server_optimizer,
     wire_format,
 )
-from fedss.checkpoint import load_checkpoint, save_checkpoint
-from fedss.class_rows import ClassRows, create_class_rows, read
+from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
+from fedss.class_rows import create_class_rows, read
 from fedss.config import Config, variant
 from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
-from fedss.errors import ConfigError, DivergedError, RunFolderError
+from fedss.errors import ConfigError, DivergedError, QuorumError, RunFolderError
 from fedss.evaluation import embed_task, panels, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
-from fedss.optimizers import with_history
+from fedss.optimizers import ServerOptimizer, add_classes, with_history
 from fedss.progress import show_progress
-from fedss.ranks import Ranks, join
+from fedss.ranks import ALONE, Ranks, join
 from fedss.records import Record, open_records, read_records, round_traffic, summarise
 from fedss.report import write_report
 from fedss.run_folder import (
@@ -61,6 +63,41 @@ from fedss.samplers import Sampler
 from fedss.seeds import generator
 
 OnRound = Callable[[Record], None]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part in a run, where they train and how the model is judged.
+
+    Attributes:
+        engine: where clients train.
+        num_classes: n, from a round (0-based) on; it may grow.
+        num_clients: number of clients that a round's cohort is drawn from.
+        cohort_size: clients per round.
+        client_name: a client's name for people.
+        evaluate: retrieval figures under a backbone; None where nobody can tell (and at all ranks
+            but the first).
+        panels: pictures for the report, see :func:`fedss.evaluation.panels`; None: there are none.
+        quorum: the part of a cohort without whose updates there is no step.
+        attempts: how often a round is begun before the run ends for want of a quorum.
+        pause: seconds between two of them.
+    """
+
+    engine: Engine
+    num_classes: Callable[[int], int]
+    num_clients: Callable[[int], int]
+    cohort_size: int
+    client_name: Callable[[int], str]
+    evaluate: Callable[[torch.Tensor], dict[str, Any] | None]
+    panels: Callable[[torch.Tensor], bytes | None]
+    quorum: float = 1.0
+    attempts: int = 1
+    pause: float = 0.0
+
+
+Lap = Callable[[str], None]
+Federate = Callable[[Embedder, ServerOptimizer, Lap], AbstractContextManager[Federation]]
+"""Opens a federation for a model and a server optimizer. It may tell ``lap`` of its phases."""
 
 
 @dataclass(frozen=True)
@@ -127,25 +164,70 @@ def _train(
     on_round: OnRound | None,
     ranks: Ranks,
 ) -> Run:
+    data = data or load_together(config)
+    sample_size(config, len(data.train.class_names))
+    compute_device(config)
+    return train_federation(
+        config,
+        folder,
+        build_model(config, data, backbone),
+        describe(config, data),
+        partial(_local_federation, config, data, ranks),
+        label=label,
+        backbone=backbone,
+        sampler=sampler,
+        on_round=on_round,
+        ranks=ranks,
+    )
+
+
+def train_federation(
+    config: Config,
+    folder: Path,
+    embedder: Embedder,
+    data: Mapping[str, Any],
+    federate: Federate,
+    *,
+    label: str,
+    backbone: nn.Module | None = None,
+    sampler: Sampler | None = None,
+    on_round: OnRound | None = None,
+    ranks: Ranks = ALONE,
+) -> Run:
+    """Train one model wherever its clients are, or go on with it.
+
+    Args:
+        config: what to do; settings of local training are told to the clients.
+        folder: the run folder.
+        embedder: the model, with its first weights.
+        data: what to write down of the data; a run that goes on must have the same.
+        federate: opens the federation.
+        label: the run's name, where progress is shown.
+        backbone: as in :func:`train`.
+        sampler: as in :func:`train`.
+        on_round: as in :func:`train`.
+        ranks: the processes that train together here.
+
+    Raises:
+        As :func:`train`, and QuorumError: too few clients gave an update, time and again.
+    """
     if config.keep_memory:
         keep_freed_memory()
-    data = data or load_together(config)
-    _, sample_size = class_counts(config, data)
-    compute_device(config)
-    embedder = build_model(config, data, backbone)
     with hold(folder) if ranks.first else nullcontext():
-        facts = describe_model(embedder, sampler)
-        claim_run(folder, config, describe(config, data), facts, ranks)
+        claim_run(folder, config, data, describe_model(embedder, sampler), ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             with _observer(label, config.rounds, on_round, ranks) as see:
-                records = _train_rounds(config, data, embedder, sampler, folder, see, ranks)
+                num_classes, records = _train_rounds(
+                    config, embedder, federate, sampler, folder, see, ranks
+                )
         if ranks.first:
             if not already_done:
-                about = {"method": config.method, "data": data.name}
+                about = {"method": config.method, "data": data["name"]}
                 save_embedder(embedder, folder / "model", about)
                 run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-                summary = summarise({**run, "sample_size": sample_size, "folder": "."}, records)
+                run |= {"sample_size": sample_size(config, num_classes), "folder": "."}
+                summary = summarise(run, records)
                 write_json(folder / "summary.json", [summary])
             if not (folder / "report.html").exists():
                 write_report(folder)
@@ -223,7 +305,7 @@ def compare(
     with join() as ranks:
         data = data or load_together(config)
         for _, run in runs:
-            class_counts(run, data)
+            sample_size(run, len(data.train.class_names))
             compute_device(run)
         with hold(folder) if ranks.first else nullcontext():
             if ranks.first:
@@ -265,127 +347,225 @@ def load(folder: str | Path, backbone: nn.Module | None = None) -> Embedder:
 
 def _train_rounds(
     config: Config,
-    data: Dataset,
     embedder: Embedder,
+    federate: Federate,
     sampler: Sampler | None,
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
-) -> list[Record]:
+) -> tuple[int, list[Record]]:
     """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
 
-    Every rank has the same state throughout; only the first writes.
+    Gives n, as it is in the end, and the rounds' records. Every rank has the same state
+    throughout; only the first writes.
     """
-    method, images, cohort_size = METHODS[config.method], data.train, config.clients_per_round
-    optimizer = server_optimizer(config)
-    if method.pooled:
-        images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
-    clients = index_clients(images)
-    num_classes, sample_size = class_counts(config, data)
-    task = evaluation_task(config, data)
+    optimizer, clock = server_optimizer(config), _Clock()
     theta_P = flatten_(embedder).theta_P
+    with federate(embedder, optimizer, clock.lap) as federation:
+        state = _first_state(config, federation, sampler, theta_P, folder)
+        check_same_round(folder, ranks.gather(state.round))
+        records = read_records(folder / "records.jsonl", state.round)
+        for record in records:
+            on_round(record)
+        with open_records(folder, records) if ranks.first else nullcontext() as add_record:
+            clock.restart()
+            while state.round < config.rounds:
+                try:
+                    state, record = _next_round(config, federation, sampler, state, clock, ranks)
+                except QuorumError as error:
+                    if state.round:
+                        save_checkpoint(folder / "checkpoint", state)
+                    raise QuorumError(
+                        f"{error}. {state.round} rounds are kept; see to the clients and start the "
+                        "same run again: it goes on from there"
+                    ) from error
+                due = _due(state.round, config.checkpoint_every, config.rounds)
+                records.append(record)
+                if add_record:
+                    add_record(record, due)
+                on_round(record)
+                if due and ranks.first:
+                    save_checkpoint(folder / "checkpoint", state)
+                    clock.lap("checkpoint")
+                elif due:
+                    state.class_rows.changed.clear()
+        theta_P.copy_(state.backbone_P)
+        shown = federation.panels(state.backbone_P)
+        if ranks.first and shown is not None:
+            write_file(folder / "retrieval.npz", shown)
+    return state.class_rows.num_classes, records
+
+
+def _next_round(
+    config: Config,
+    federation: Federation,
+    sampler: Sampler | None,
+    state: ServerState,
+    clock: "_Clock",
+    ranks: Ranks,
+) -> tuple[ServerState, Record]:
+    """The state after one more round, and the round's record."""
+    round, optimizer = state.round, server_optimizer(config)
+    plan = round_plan(config, state.class_rows.num_classes, round, sampler)
+    method = plan.method
+    cohort = draw_cohort(federation.num_clients(round), federation.cohort_size, config.seed, round)
+    for attempt in count(1):
+        try:
+            state, updates, failures = run_round(
+                federation.engine,
+                optimizer,
+                state,
+                cohort,
+                plan,
+                config.row_mean,
+                federation.quorum,
+                clock.lap,
+            )
+            break
+        except QuorumError as error:
+            if attempt >= federation.attempts:
+                raise QuorumError(
+                    f"{error}, {attempt} times" if attempt > 1 else str(error)
+                ) from error
+            time.sleep(federation.pause)
+            clock.lap("pause")
+        except DivergedError as error:
+            if error.client is None:
+                raise
+            name = federation.client_name(error.client)
+            raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
+    if method.spread_out:
+        spread_rows_out(
+            optimizer,
+            state,
+            config.spread_out_weight,
+            config.spread_out_margin,
+            config.spread_out_neighbours,
+        )
+        check_finite_state(state, torch.arange(state.class_rows.num_classes))
+    state = _with_classes(config, state, federation.num_classes(state.round), plan.sampler)
+    clock.lap("aggregate")
+    metrics = None
+    if _due(state.round, config.eval_every, config.rounds):
+        metrics = federation.evaluate(state.backbone_P)
+        clock.lap("evaluate")
+    updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    moved = round_traffic(updates)
+    record = {
+        "round": state.round,
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "clients": len(updates),
+        "examples": sum(update.num_examples for update in updates),
+        **(dict.fromkeys(moved) if method.pooled else moved),
+        "seconds": clock.restart(),
+        "metrics": metrics,
+    }
+    if failures or attempt > 1:
+        record["failures"] = [
+            {"client": federation.client_name(failure.client), "reason": failure.reason}
+            for failure in failures
+        ]
+        record["attempts"] = attempt
+    return state, record
+
+
+def _first_state(
+    config: Config,
+    federation: Federation,
+    sampler: Sampler | None,
+    theta_P: torch.Tensor,
+    folder: Path,
+) -> ServerState:
+    """The last checkpoint's state, or the first of all."""
+    optimizer, checkpoints = server_optimizer(config), folder / "checkpoint"
     rows = create_class_rows(
-        num_classes,
+        federation.num_classes(newest_round(checkpoints)),
         config.embedding_size,
         optimizer.slots,
         config.seed,
         config.row_dtype,
         folder if config.row_store == "file" else None,
     )
-    state = load_checkpoint(folder / "checkpoint", rows) or _start(config, theta_P, rows)
-    plan = round_plan(config, num_classes, sample_size, state.round, sampler)
-    if plan.sampler.index is not None:
-        rng = generator(config.seed, "sampler index")
-        index = plan.sampler.index.build(read(rows, torch.arange(num_classes))[0], rng)
-        state = replace(state, sampler_index=index)
-    check_same_round(folder, ranks.gather(state.round))
-    wire = wire_format(config, embedder, num_classes)
-    records = read_records(folder / "records.jsonl", state.round)
-    for record in records:
-        on_round(record)
-    with (
-        local_engine(
-            embedder,
-            clients,
-            optimizer,
-            wire,
-            config.workers,
-            ranks,
-            device=compute_device(config),
-            precision=config.precision,
-            stack=config.stack,
-        ) as engine,
-        open_records(folder, records) if ranks.first else nullcontext() as add_record,
-    ):
-        while state.round < config.rounds:
-            clock = _Clock()
-            plan = round_plan(config, num_classes, sample_size, state.round, sampler)
-            cohort = draw_cohort(clients.num_clients, cohort_size, config.seed, state.round)
-            try:
-                state, updates = run_round(engine, optimizer, state, cohort, plan, config.row_mean)
-            except DivergedError as error:
-                if error.client is None:
-                    raise
-                name = images.client_names[error.client]
-                raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
-            if method.spread_out:
-                spread_rows_out(
-                    optimizer,
-                    state,
-                    config.spread_out_weight,
-                    config.spread_out_margin,
-                    config.spread_out_neighbours,
-                )
-                check_finite_state(state, torch.arange(num_classes))
-            clock.lap("train")
-            metrics = None
-            if _due(state.round, config.eval_every, config.rounds):
-                embedded = embed_task(partial(_embed_there, engine, state.backbone_P), task)
-                if ranks.first:
-                    # Between rounds the workers of all ranks are idle and their cores free.
-                    with intra_op_threads(engine.workers * ranks.local_size):
-                        metrics = dataclasses.asdict(score(task, *embedded))
-                clock.lap("evaluate")
-            updates = [
-                u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part
-            ]
-            moved = round_traffic(updates)
-            record = {
-                "round": state.round,
-                "loss": sum(update.loss for update in updates) / len(updates),
-                "clients": len(updates),
-                "examples": sum(update.num_examples for update in updates),
-                **(dict.fromkeys(moved) if method.pooled else moved),
-                "seconds": clock.seconds,
-                "metrics": metrics,
-            }
-            due = _due(state.round, config.checkpoint_every, config.rounds)
-            records.append(record)
-            if add_record:
-                add_record(record, due)
-            on_round(record)
-            if due and ranks.first:
-                save_checkpoint(folder / "checkpoint", state)
-            elif due:
-                state.class_rows.changed.clear()
-        theta_P.copy_(state.backbone_P)
-        shown = panels(partial(engine.embed, state.backbone_P), task, config.data_seed)
-        if ranks.first:
-            write_file(folder / "retrieval.npz", shown)
-    return records
+    state = load_checkpoint(checkpoints, rows)
+    if state is None:
+        if METHODS[config.method].moments:
+            rows = with_history(rows)
+        slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
+        state = ServerState(theta_P.clone(), slots, rows, round=0)
+    plan = round_plan(config, rows.num_classes, state.round, sampler)
+    return _with_index(config, state, plan.sampler)
 
 
-def _start(config: Config, theta_P: torch.Tensor, rows: ClassRows) -> ServerState:
-    optimizer = server_optimizer(config)
-    if METHODS[config.method].moments:
-        rows = with_history(rows)
-    slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
-    return ServerState(theta_P.clone(), slots, rows, round=0)
+def _with_classes(
+    config: Config, state: ServerState, num_classes: int, sampler: Sampler
+) -> ServerState:
+    """The state with the classes that were registered in the last round."""
+    if num_classes == state.class_rows.num_classes:
+        return state
+    rows = add_classes(state.class_rows, num_classes, state.round)
+    return _with_index(config, replace(state, class_rows=rows), sampler)
+
+
+def _with_index(config: Config, state: ServerState, sampler: Sampler) -> ServerState:
+    """The state with what the sampler keeps of the class rows."""
+    if sampler.index is None:
+        return state
+    rows, rng = state.class_rows, generator(config.seed, "sampler index")
+    index = sampler.index.build(read(rows, torch.arange(rows.num_classes))[0], rng)
+    return replace(state, sampler_index=index)
+
+
+@contextmanager
+def _local_federation(
+    config: Config,
+    data: Dataset,
+    ranks: Ranks,
+    embedder: Embedder,
+    optimizer: ServerOptimizer,
+    lap: Lap,
+) -> Iterator[Federation]:
+    """All clients on this machine, or on those that torchrun has started ranks on."""
+    images, cohort_size = data.train, config.clients_per_round
+    if METHODS[config.method].pooled:
+        images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
+    clients, num_classes = index_clients(images), len(images.class_names)
+    task = evaluation_task(config, data)
+    with local_engine(
+        embedder,
+        clients,
+        optimizer,
+        wire_format(config, embedder, num_classes),
+        config.workers,
+        ranks,
+        device=compute_device(config),
+        precision=config.precision,
+        stack=config.stack,
+    ) as engine:
+
+        def evaluate(backbone_P: torch.Tensor) -> dict[str, Any] | None:
+            embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
+            if not ranks.first:
+                return None
+            # Between rounds the workers of all ranks are idle and their cores free.
+            with intra_op_threads(engine.workers.count * ranks.local_size):
+                return dataclasses.asdict(score(task, *embedded))
+
+        yield Federation(
+            engine=engine,
+            num_classes=lambda round: num_classes,
+            num_clients=lambda round: clients.num_clients,
+            cohort_size=cohort_size,
+            client_name=images.client_names.__getitem__,
+            evaluate=evaluate,
+            panels=lambda backbone_P: panels(
+                partial(engine.embed, backbone_P), task, config.data_seed
+            ),
+        )
 
 
 def _embed_there(engine: LocalEngine, backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
     """Embeddings on the device where clients train, so that retrieval is computed there too."""
-    return engine.embed(backbone_P, pixels).to(engine.device)
+    return engine.embed(backbone_P, pixels).to(engine.workers.device)
 
 
 def _due(round: int, every: int, rounds: int) -> bool:
@@ -393,12 +573,20 @@ def _due(round: int, every: int, rounds: int) -> bool:
 
 
 class _Clock:
-    """Seconds by phase since the last lap."""
+    """Seconds by phase. What comes after a round's record, its checkpoint, counts to the next."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
+        """The time since the last lap belongs to this phase."""
         now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def restart(self) -> dict[str, float]:
+        """Seconds by phase since the last restart."""
+        seconds, self._seconds = self._seconds, {}
+        self._last = time.perf_counter()
+        return seconds

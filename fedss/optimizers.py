@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedss.class_rows import ClassRows, id_blocks, read, write_
+from fedss.class_rows import ClassRows, grow, id_blocks, read, write_
 from fedss.moments import RowHistory, RowMap, catch_up, forget_, record_step_, second_moment
 
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
@@ -198,6 +198,27 @@ def with_history(rows: ClassRows) -> ClassRows:
         total_ZZ = part_ZZ if total_ZZ is None else total_ZZ + part_ZZ
     assert total_ZZ is not None
     return replace(rows, history=RowHistory(total_ZZ))
+
+
+def add_classes(rows: ClassRows, num_classes: int, round: int) -> ClassRows:
+    """The same table with classes added behind those that are there.
+
+    Where a method steps all rows, new ones take the steps from here on.
+
+    Args:
+        rows: W and its slots; not to be used again.
+        num_classes: n, with the new ones.
+        round: number of rounds complete, 1 or more.
+    """
+    first, rows = rows.num_classes, grow(rows, num_classes)
+    history = rows.history
+    if history is not None:
+        ids_S = torch.arange(first, num_classes)
+        rows_SD, slots, _ = read(rows, ids_S)
+        write_(rows, ids_S, rows_SD, slots, round)
+        rows_SD, slots, _ = read(rows, ids_S)
+        history.second_ZZ.add_(second_moment(join_states(rows_SD, slots)))
+    return rows
 
 
 def _split(optimizer: ServerOptimizer, z_SZ: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

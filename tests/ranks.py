@@ -100,10 +100,10 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
 
     def watched(engine: Any, optimizer: Any, state: ServerState, *rest: Any) -> Any:
         changed = sum(map(len, state.class_rows.changed))
-        state, updates = run_round(engine, optimizer, state, *rest)
+        state, updates, failures = run_round(engine, optimizer, state, *rest)
         examples = [update.num_examples for update in updates]
         found[name]["rounds"].append([digest(state), examples, changed])
-        return state, updates
+        return state, updates, failures
 
     experiment.run_round = watched
     for name, config in configs.items():

@@ -136,7 +136,7 @@ def run(
     state, where = start(optimizer, told), engine(optimizer, **kw)
     for round in range(rounds):
         cohort = draw_cohort(6, 3, 3, round)
-        state, _ = run_round(where, optimizer, state, cohort, replace(told, round=round), "cohort")
+        state, *_ = run_round(where, optimizer, state, cohort, replace(told, round=round), "cohort")
     return state
 
 
@@ -163,7 +163,7 @@ def test_one_client_one_step_all_classes_is_central_sgd():
     state, where = start(), engine()
     client, lr, row_lr = 2, 0.1, 0.5
     one_step = plan("full", batch_size=1000)
-    after, _ = run_round(where, SGD, state, np.array([client]), one_step, "cohort")
+    after, *_ = run_round(where, SGD, state, np.array([client]), one_step, "cohort")
 
     fresh = start()
     model = Model().embedder
@@ -180,7 +180,7 @@ def test_one_client_one_step_all_classes_is_central_sgd():
     assert (whole(after.class_rows) - rows).abs().max() < 1e-6
 
     on_the_sphere = replace(SGD, normalize_rows=True)
-    after, _ = run_round(where, on_the_sphere, start(), np.array([client]), one_step, "cohort")
+    after, *_ = run_round(where, on_the_sphere, start(), np.array([client]), one_step, "cohort")
     assert (whole(after.class_rows) - F.normalize(rows, dim=1)).abs().max() < 1e-6
 
 
@@ -191,7 +191,7 @@ def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
         before = whole(state.class_rows).clone()
         cohort = draw_cohort(6, 2, 0, round)
         told = replace(plan("fedss", 5), round=round)
-        state, updates = run_round(where, optimizer, state, cohort, told, "cohort")
+        state, updates, _ = run_round(where, optimizer, state, cohort, told, "cohort")
         touched = torch.cat([u.ids_S for u in updates]).unique()
         untouched = torch.ones(N, dtype=torch.bool)
         untouched[touched] = False
@@ -336,7 +336,7 @@ def test_divergence_names_round_and_client_and_applies_nothing():
 
 def test_fedaws_spreads_the_rows_and_keeps_what_momentum_owes():
     state, where = start(MOMENTUM), engine(MOMENTUM)
-    state, _ = run_round(where, MOMENTUM, state, np.arange(2), plan("fedaws"), "cohort")
+    state, *_ = run_round(where, MOMENTUM, state, np.arange(2), plan("fedaws"), "cohort")
     rows, slots = read_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
     spread_rows_out(MOMENTUM, state, weight=0.1, margin=0.7, neighbours=3)
     moved, kept = read_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)

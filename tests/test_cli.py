@@ -208,6 +208,26 @@ def test_info_says_what_each_method_would_move(capsys):
     assert re.search(r"fedss\s+8\.0\s+25\.0%", text)
 
 
+def test_what_is_left_out_of_the_test_is_said(photos, capsys):
+    path = photos / "photos.csv"
+    lines = path.read_text().splitlines()
+    # Of each class but the first two a single picture is left.
+    path.write_text("\n".join([*lines[:9], *lines[9::4]]) + "\n")
+    words = ["info", *TINY, "--data", "csv", "--data-path", str(path), "--sample-size", "2"]
+    assert main([*words, "--test-classes", "0.6"]) == 0
+    said = capsys.readouterr()
+    (count,) = re.findall(
+        r"left out (\d+) pictures of held-out classes, each the only one of its class: \d", said.err
+    )
+    trained = int(re.search(r"training pictures\s+(\d+)", said.out)[1])
+    tested = int(re.search(r"test queries\s+(\d+), searched among each other", said.out)[1])
+    assert int(count) + trained + tested == 18
+    assert main([*words, "--test-classes", "0"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert re.search(r"test queries\s+none", said.out)
+
+
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The message of a command that must end with code 2 and one line, no traceback."""
     try:
@@ -235,6 +255,8 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
     assert "expected a finished run" in refused(["evaluate", str(tmp_path)], capsys)
     assert str(tmp_path) in refused(["report", str(tmp_path / "nothing")], capsys)
     refused(["train", "--rounds", "many", "--out", str(out)], capsys)
+    untested = [*csv_words, *path, "--test-classes", "0", "--out", str(tmp_path / "untested")]
+    assert "nothing to evaluate" in refused(untested, capsys)
     refused(["compare", *GLYPHS, "--methods", "full", "fedsss", "--out", str(out)], capsys)
     assert not (out / "summary.json").exists()
 

@@ -1,6 +1,7 @@
 """Pictures from files: they equal what Pillow decodes, and each mistake has its message."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from PIL import Image, ImageOps
 
 from fedss import Config, train
 from fedss.algorithm import draw_cohort
+from fedss.build import evaluation_task
 from fedss.data import (
     Dataset,
     Images,
@@ -30,6 +34,7 @@ from fedss.data import (
     fingerprint,
     folder_dataset,
     load_dataset,
+    locate,
     omniglot_dataset,
     own_classes,
     rotate_classes,
@@ -37,6 +42,8 @@ from fedss.data import (
     split_clients,
 )
 from fedss.data.cache import cache_folder, cached_array, decode, in_threads
+from fedss.data.manifest import Listing, Row, arrange, lot
+from fedss.describe import describe
 from fedss.errors import DataError
 from tests import reference
 from tests.reference import tiny_backbone, tiny_dataset
@@ -83,8 +90,10 @@ def load(path, **options):
 
 
 def same(left, right):
-    for a, b in ((left.train, right.train), (left.test.query, right.test.query)):
-        assert np.array_equal(a.pixels, b.pixels)
+    queries = [data.test and data.test.query for data in (left, right)]
+    for a, b in ((left.train, right.train), queries):
+        assert (a is None) == (b is None)
+        assert a is None or np.array_equal(a.pixels, b.pixels)
     assert fingerprint(left) == fingerprint(right)
     return True
 
@@ -152,20 +161,236 @@ def test_the_order_of_lines_does_not_matter(root, order):
     assert same(load(shuffled), expected)
 
 
-def test_held_out_classes_come_from_the_seed_and_need_two_pictures(root):
-    lines = [f"p{i}.png,{label},x" for i, label in enumerate("aabbccdde")]
-    path = write_csv(root, lines, "image,label,client")
-    chosen = set()
-    for seed in range(12):
-        data = load(path, seed=seed, test_classes=0.4)
-        assert len(data.test.query.class_names) == 2
-        assert set(data.train.class_names) | set(data.test.query.class_names) == set("abcde")
-        assert "e" in data.train.class_names
-        assert same(load(path, seed=seed, test_classes=0.4), data)
-        chosen.add(tuple(data.test.query.class_names))
-    assert len(chosen) > 2
-    assert len(load(path, test_classes=0.01).test.query.class_names) == 1
-    assert len(load(path, test_classes=0.99).train.class_names) == 1
+# Which classes are held out
+
+
+def lots(labels, seed):
+    """Each class's number from 0 to 1, as the rule says it."""
+    digest = {label: hashlib.sha256(f"{seed}:{label}".encode()).hexdigest() for label in labels}
+    return {label: int(digest[label], 16) / 16**64 for label in labels}
+
+
+def unsplit(labels):
+    """A listing, without a column split, of one picture per label."""
+    rows = [Row("x", label, f"p{i}.png", None, i + 2) for i, label in enumerate(labels)]
+    return Listing(Path("some.csv"), "", rows)
+
+
+def sides(listing, share, seed, at_site):
+    """Classes trained on, tested, and held out though they cannot be tested."""
+    splits, unpaired = arrange(listing, share, seed, at_site=at_site)
+    assert splits.keys() <= {"train", "test"}
+    parts = (splits["train"], splits.get("test", []), unpaired)
+    # Every picture is somewhere, once.
+    assert sorted(row for part in parts for row in part) == sorted(listing.rows)
+    return tuple({row.label for row in part} for part in parts)
+
+
+LABELS = st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=16)
+SHARES = st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9, 0.999])
+
+
+@given(LABELS, SHARES, st.integers(0, 99))
+def test_a_class_is_held_out_if_its_lot_is_below_the_share(labels, share, seed):
+    lot_of, count = lots(set(labels), seed), Counter(labels)
+    assert all(lot(seed, label) == pytest.approx(lot_of[label], rel=1e-15) for label in count)
+    below = {label for label in count if lot_of[label] < share}
+    paired = {label for label in below if count[label] > 1}
+    expected = (set(count) - below, paired, below - paired)
+    if expected[0]:
+        assert sides(unsplit(labels), share, seed, at_site=True) == expected
+        if paired or share == 0:
+            assert sides(unsplit(labels), share, seed, at_site=False) == expected
+    else:
+        with pytest.raises(
+            DataError, match=rf"its classes \({len(count)}\) .* test_classes = {share}"
+        ):
+            sides(unsplit(labels), share, seed, at_site=True)
+
+
+@given(LABELS, SHARES, st.integers(0, 99))
+def test_one_machine_always_trains_on_a_class_and_tests_one(labels, share, seed):
+    lot_of, count = lots(set(labels), seed), Counter(labels)
+    two = [label for label in count if count[label] > 1]
+    if share == 0:
+        assert sides(unsplit(labels), share, seed, at_site=False) == (set(count), set(), set())
+        return
+    if len(count) < 2 or not two:
+        with pytest.raises(DataError, match=f"cannot hold out .*got {len(count)} .* {len(two)} of"):
+            arrange(unsplit(labels), share, seed, at_site=False)
+        return
+    trained, tested, alone = sides(unsplit(labels), share, seed, at_site=False)
+    assert trained
+    assert min(two, key=lot_of.get) in tested
+    assert trained.isdisjoint(tested | alone)
+    # At most one class is forced onto each side, and it is the next one.
+    below = {label for label in count if lot_of[label] < share}
+    assert tested | alone <= below | {min(two, key=lot_of.get)}
+    if forced := trained & below:
+        assert forced == {max(below - {min(two, key=lot_of.get)}, key=lot_of.get)} == trained
+
+
+@given(LABELS, LABELS, SHARES, st.integers(0, 99))
+def test_a_class_stays_on_its_side_however_the_data_grows(labels, more, share, seed):
+    with suppress(DataError):
+        trained, tested, alone = sides(unsplit(labels), share, seed, at_site=True)
+        grown = sides(unsplit(labels + more), share, seed, at_site=True)
+        assert trained <= grown[0]
+        assert tested <= grown[1]
+        assert alone <= grown[1] | grown[2]
+
+
+def test_the_share_of_many_classes_is_the_one_asked_for():
+    labels = [f"class {i}" for i in range(10_000)]
+    below = [sum(lot(seed, label) < 0.2 for label in labels) for seed in range(5)]
+    assert len(set(below)) == 5
+    # Five standard deviations of a binomial.
+    assert all(abs(count - 2000) < 200 for count in below)
+
+
+def test_a_folder_s_name_that_is_no_utf8_has_a_lot():
+    assert 0 < lot(0, os.fsdecode(b"caf\xe9")) < 1
+
+
+@st.composite
+def federations(draw):
+    """Rows of a listing, some with a column split, and the site of each client."""
+    tasks = [("train", "train", "test", "validation"), ("train", "train", "query", "gallery")]
+    split = st.sampled_from(draw(st.sampled_from([(None,), *tasks])))
+    row = st.tuples(st.sampled_from("abcdef"), st.integers(0, 4), split)
+    rows = draw(st.lists(row, min_size=1, max_size=9))
+    return rows, draw(st.lists(st.integers(0, 2), min_size=5, max_size=5))
+
+
+def listed(root, rows):
+    column = rows[0][1][2] is not None
+    lines = [
+        f"p{i}.png,{label},client {client}" + (f",{split}" if column else "")
+        for i, (label, client, split) in rows
+    ]
+    return write_csv(root, lines, "image,label,client" + (",split" if column else ""))
+
+
+def contents(images):
+    """For each client what it holds, in order: file, class and pixels."""
+    held = defaultdict(list)
+    if images is not None:
+        for name, label, client, pixels in zip(
+            images.names, images.labels, images.clients, images.pixels, strict=True
+        ):
+            picture = (name, images.class_names[label], pixels.tobytes())
+            held[images.client_names[client]].append(picture)
+    return held
+
+
+def parts_of(data):
+    """What is in each part of a data set, and that every picture is in one at most."""
+    tasks = [data.test, data.validation]
+    images = [data.train, *(t and t.query for t in tasks), data.test and data.test.gallery]
+    held = [contents(i) for i in images]
+    names = [p[0] for part in held for pictures in part.values() for p in pictures]
+    assert len(set(names) | set(data.unpaired)) == len(names) + len(data.unpaired)
+    return held, {*names, *data.unpaired}
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(federations(), SHARES, st.integers(0, 5))
+def test_sites_together_hold_what_one_machine_would(root, federation, share, seed):
+    drawn, site_of = federation
+    rows = list(enumerate(drawn))
+    lot_of = lots("abcdef", seed)
+    options = {"test_classes": share, "seed": seed}
+
+    def at_site(own):
+        """What a site with these rows loads; None if it has nothing to train on."""
+        if any(lot_of[label] >= share if s is None else s == "train" for _, (label, _, s) in own):
+            return load(listed(root, own), **options, at_site=True)
+        with pytest.raises(DataError, match=r"no training pictures|nothing to train on"):
+            load(listed(root, own), **options, at_site=True)
+        return None
+
+    whole = at_site(rows)
+    expected = parts_of(whole)[0] if whole else [{}, {}, {}, {}]
+    trained = {}
+    for site in range(3):
+        own = [row for row in rows if site_of[row[1][1]] == site]
+        data = at_site(own) if own else None
+        if data is None:
+            continue
+        held, names = parts_of(data)
+        assert names == {f"p{i}.png" for i, _ in own}
+        assert trained.keys().isdisjoint(held[0])
+        trained |= held[0]
+        for here, there in zip(held[1:], expected[1:], strict=True):
+            # What is tested at a site is what one machine would test, but for pictures that have
+            # no other one of their class at the site.
+            for client, pictures in here.items():
+                assert pictures == [p for p in there[client] if p[0] not in data.unpaired]
+        labels = {f"p{i}.png": (label, split) for i, (label, _, split) in own}
+        for name in data.unpaired:
+            label, split = labels[name]
+            others = [labels[n] for n in labels if n != name]
+            if split == "query":
+                assert (label, "gallery") not in others
+            elif split == "gallery":
+                assert data.test is None
+            else:
+                assert (label, split) not in others
+    assert trained == expected[0]
+
+    # Where nothing was forced, one machine agrees with a site that holds all.
+    if whole and drawn[0][2] is None and (whole.test or share == 0):
+        assert same(load(listed(root, rows), **options), whole)
+
+
+def test_a_site_s_split_is_the_last_word(root):
+    """Another site may hold the test."""
+    path = write_csv(root, [line for line in GOOD if line.endswith("train")])
+    data = load(path, test_classes=0.9, at_site=True)
+    assert len(data.train) == 3
+    assert data.test is None
+    assert data.unpaired == ()
+    lines = ["p0.png,a,x,train", "p1.png,b,x,query", "p2.png,c,x,query", "p3.png,c,x,gallery"]
+    data = load(write_csv(root, lines), at_site=True)
+    assert data.test.query.names == ["p2.png"]
+    assert data.unpaired == ("p1.png",)
+    for alone in (lines[1:3], lines[3:]):
+        data = load(write_csv(root, [lines[0], *alone]), at_site=True)
+        assert data.test is None
+        assert set(data.unpaired) == {line.split(",")[0] for line in alone}
+
+
+def test_data_without_a_test(root):
+    path = write_csv(root, [f"p{i}.png,{label},x" for i, label in enumerate("aabb")])
+    path.write_text(path.read_text().replace(",split", ""))
+    data = load(path, test_classes=0)
+    assert data.test is None
+    assert len(data.train) == 4
+    assert seen_classes(data) == 0
+    config = Config(data="csv", test_classes=0, sample_size=2)
+    facts = describe(config, data)
+    assert facts["test_queries"] == facts["test_classes"] == facts["test_classes_seen"] == 0
+    assert facts["test_gallery"] is None
+    message = "nothing to evaluate: data set 'csv' has no test pictures.*it is 0"
+    with pytest.raises(DataError, match=message):
+        evaluation_task(config, data)
+    with pytest.raises(DataError, match=message):
+        train(config, root / "run", data=data)
+
+
+def test_pictures_that_are_alone_in_a_held_out_class_are_named(root):
+    labels = "aabbccdefg"
+    low = lots(labels, 0)
+    share = sorted(low.values())[5]
+    held = {label for label in low if low[label] < share}
+    lines = [f"p{i}.png,{label},x" for i, label in enumerate(labels[:9])]
+    data = load(write_csv(root, lines, "image,label,client"), test_classes=share)
+    expected = [f"p{labels.index(label)}.png" for label in sorted(held & set("def"))]
+    assert expected
+    assert list(data.unpaired) == expected
+    assert describe(Config(data="csv"), data)["unpaired_pictures"] == len(expected)
 
 
 def test_only_train_and_validation_rows_still_hold_out_a_test(root):
@@ -230,8 +455,9 @@ def test_mistakes_about_the_file_itself(root):
 
 def test_mistakes_in_the_settings(root):
     path = write_csv(root, ["p0.png,a,x", "p1.png,a,x", "p2.png,b,x"], "image,label,client")
-    with pytest.raises(DataError, match=r"nothing to evaluate.*is 0"):
-        load(path, test_classes=0)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(DataError, match=f"test_classes.*below 1, got {share}"):
+            load(path, test_classes=share)
     with pytest.raises(DataError, match=r"channels: expected 1 .* or 3 .*, got 4"):
         load(path, channels=4)
     with pytest.raises(DataError, match="image_size: expected at least 1, got 0"):
@@ -695,6 +921,20 @@ def test_load_dataset_by_name(root, folders, small_omniglot, tmp_path):
     data = load_dataset("glyphs", glyphs_classes=20, glyphs_clients=10)
     assert len(data.train.class_names) == 16
     assert data.train.pixels.shape[1:] == (1, 28, 28)
+
+
+def test_what_lies_at_a_site_s_path_is_found(root, folders):
+    path = write_csv(root, GOOD)
+    assert locate(str(path)) == ("csv", path)
+    assert locate(folders) == ("folder", folders)
+    (folders / "photos.csv").write_text("")
+    assert locate(folders) == ("folder", folders)
+    path.rename(root / "manifest.csv")
+    name, found = locate(root)
+    assert load_dataset(name, found, cache=root / "cache", at_site=True).train.names[0] == "p0.png"
+    assert found == root / "manifest.csv"
+    with pytest.raises(DataError, match=r"none: expected a CSV file, .*found neither"):
+        locate(root / "none")
 
 
 @pytest.mark.parametrize(

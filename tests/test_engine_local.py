@@ -86,7 +86,7 @@ def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
         state = replace(start(MOMENTUM, told), backbone_P=theta_P, backbone_slots=slots)
         for round in range(3):
             now = replace(told, round=round)
-            state, _ = run_round(where, MOMENTUM, state, np.arange(6), now, "cohort")
+            state, *_ = run_round(where, MOMENTUM, state, np.arange(6), now, "cohort")
         return state.backbone_P, whole(state.class_rows)
 
     with intra_op_threads(1):
@@ -190,7 +190,7 @@ def test_what_a_client_asks_for(monkeypatch, sampler):
 def test_the_index_of_a_sampler_follows_the_rows():
     told = plan("fedss", sampler="rff")
     state = start(MOMENTUM, told)
-    state, _ = run_round(engine(MOMENTUM), MOMENTUM, state, np.arange(3), told, "cohort")
+    state, *_ = run_round(engine(MOMENTUM), MOMENTUM, state, np.arange(3), told, "cohort")
     assert torch.equal(state.sampler_index.rows_ND, whole(state.class_rows))
 
 
@@ -198,7 +198,7 @@ def test_embedding_in_blocks_is_embedding_at_once():
     model = Model().embedder
     theta = Model().theta_P
     with local() as threads:
-        ours = threads.embed(theta, DATA.train.pixels, block=7)
+        ours = threads.workers.embed(theta, DATA.train.pixels, block=7)
     assert (ours - embed_pixels(model, DATA.train.pixels)).abs().max() < 1e-6
 
 

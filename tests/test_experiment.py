@@ -520,7 +520,7 @@ def test_methods_of_one_seed_see_the_same_cohorts(tmp_path):
 def test_learning_rates_decay_over_rounds(schedule, expected):
     config = dataclasses.replace(SMALL, rounds=4, lr_schedule=schedule, lr_decay_start=0.5)
     for round, factor in enumerate(expected):
-        local = round_plan(config, 12, 6, round).local
+        local = round_plan(config, 12, round).local
         assert local.lr == pytest.approx(config.client_lr * factor)
         assert local.row_lr == pytest.approx(config.class_row_lr * factor)
 
@@ -563,12 +563,12 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 
 def test_full_moves_the_same_bytes_whatever_the_sampler(tmp_path):
     plans = [
-        round_plan(dataclasses.replace(SMALL, method="full", sampler=name), 12, 6, 0)
+        round_plan(dataclasses.replace(SMALL, method="full", sampler=name), 12, 0)
         for name in ("uniform", "deck", "rff")
     ]
     assert {plan.sampler.name for plan in plans} == {"uniform"}
     covered = dataclasses.replace(SMALL, method="moments", sampler="deck", cover=2)
-    assert round_plan(covered, 12, 6, 0).sampler.name == "deck"
+    assert round_plan(covered, 12, 0).sampler.name == "deck"
 
 
 def test_a_sampler_that_breaks_its_promise_is_named(tmp_path):

@@ -231,7 +231,7 @@ def test_rounds_with_moments_of_one_client_with_all_classes_are_full():
         where = replace(engine(MOMENTUM), clients=replace_index(data))
         state = start(MOMENTUM, one)
         for round in range(3):
-            state, updates = run_round(
+            state, updates, _ = run_round(
                 where, MOMENTUM, state, np.array([0]), replace(one, round=round), "cohort"
             )
         assert len(updates[0].ids_S) == N
@@ -255,7 +255,7 @@ def test_rounds_against_dense_rows(cover):
     dense = Dense(MOMENTUM, whole(state.class_rows))
     for round in range(6):
         now = replace(told, round=round)
-        state, updates = run_round(
+        state, updates, _ = run_round(
             where, MOMENTUM, state, draw_cohort(6, 2, 3, round), now, "cohort"
         )
         total = sum(u.num_examples for u in updates)
@@ -280,10 +280,10 @@ def test_a_cover_changes_what_is_asked_for_and_the_loss_only_for_the_better():
     a, b = start(MOMENTUM, told), start(MOMENTUM)
     for round in range(3):
         cohort = draw_cohort(6, 3, 3, round)
-        a, _ = run_round(
+        a, *_ = run_round(
             engine(MOMENTUM), MOMENTUM, a, cohort, replace(told, round=round), "cohort"
         )
-        b, _ = run_round(
+        b, *_ = run_round(
             engine(MOMENTUM), MOMENTUM, b, cohort, replace(plan("full"), round=round), "cohort"
         )
     assert (whole(a.class_rows) - whole(b.class_rows)).abs().max() < 1e-6

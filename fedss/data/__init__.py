@@ -39,6 +39,7 @@ __all__ = [
     "glyphs_dataset",
     "index_clients",
     "load_dataset",
+    "locate",
     "omniglot_dataset",
     "own_classes",
     "rotate_classes",
@@ -61,6 +62,7 @@ def load_dataset(
     skip_broken: bool = False,
     cache: Path | None = None,
     seed: int = 0,
+    at_site: bool = False,
     glyphs_classes: int = 1280,
     glyphs_clients: int = 256,
 ) -> Dataset:
@@ -73,11 +75,12 @@ def load_dataset(
         image_size: Side of the pictures; None is 28 for glyphs and Omniglot, else 64.
         channels: 1 or 3; None is 1 for glyphs and Omniglot, else 1 if every picture is stored
             in grayscale and 3 otherwise.
-        test_classes: Share of the classes held out as the test. A CSV that names test pictures
-            and Omniglot have a test of their own.
+        test_classes: Share of the classes held out as the test; 0 for ``csv`` and ``folder``: no
+            test. A CSV that names test pictures and Omniglot have a test of their own.
         skip_broken: Leave out unreadable pictures of ``csv`` and ``folder``.
         cache: Folder for decoded pictures; see ``cache_folder``.
         seed: The data's seed (which glyphs, which classes are held out), not the training's.
+        at_site: ``csv`` and ``folder`` are a site's part of a federation; see ``csv_dataset``.
         glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
         glyphs_clients: Training clients.
 
@@ -123,6 +126,30 @@ def load_dataset(
         skip_broken=skip_broken,
         cache=cache,
         seed=seed,
+        at_site=at_site,
+    )
+
+
+def locate(path: str | Path) -> tuple[str, Path]:
+    """Name and path, for ``load_dataset``, of the pictures that a site keeps at ``path``.
+
+    A file is a CSV, and so is a folder with a ``manifest.csv``; any other folder is
+    ``path/client/class/picture``.
+
+    Raises:
+        DataError: There is neither file nor folder.
+    """
+    path = Path(path)
+    manifest = path / "manifest.csv"
+    if manifest.is_file():
+        return "csv", manifest
+    if path.is_file():
+        return "csv", path
+    if path.is_dir():
+        return "folder", path
+    raise DataError(
+        f"{path}: expected a CSV file, a folder with a manifest.csv, or a folder "
+        "client/class/picture; found neither file nor folder"
     )
 
 
@@ -132,7 +159,7 @@ def fingerprint(data: Dataset) -> str:
     Covers, of each of these parts: whether it is there, all labels, all clients, the names of all
     classes, clients and pictures in order, the pixels' shape, and the pixels of up to 256 pictures
     spread evenly. Does not cover: the pixels of other pictures (names stand for them), the data
-    set's own name, the names of skipped pictures, and where anything is stored.
+    set's own name, the names of skipped and unpaired pictures, and where anything is stored.
     """
     digest = hashlib.sha256()
     tasks = [(t.query, t.gallery) if t else (None, None) for t in (data.test, data.validation)]

@@ -21,6 +21,7 @@ def folder_dataset(
     skip_broken: bool = False,
     cache: Path | None = None,
     seed: int = 0,
+    at_site: bool = False,
 ) -> Dataset:
     """Pictures from folders ``root/client/class/picture``; some classes are held out as the test.
 
@@ -40,6 +41,7 @@ def folder_dataset(
         skip_broken=skip_broken,
         cache=cache,
         seed=seed,
+        at_site=at_site,
     )
 
 

@@ -171,8 +171,11 @@ def unanswerable(
 class Dataset:
     """Training pictures by client, and retrieval tasks on classes that training never sees.
 
-    ``test`` is reported; ``validation``, where a data set has one, is for choosing settings.
-    ``skipped`` names the pictures left out because they could not be read (``skip_broken``).
+    ``test`` is reported; None: there is nothing to test with, as at a site of a federation that
+    holds none of the test's pictures. ``validation``, where a data set has one, is for choosing
+    settings. ``skipped`` names the pictures left out because they could not be read
+    (``skip_broken``), ``unpaired`` those that are for testing and left out because no other picture
+    here could be right (see ``fedss.data.manifest.arrange``).
 
     Raises:
         DataError: No training pictures, or parts with pictures of different shapes.
@@ -180,17 +183,17 @@ class Dataset:
 
     name: str
     train: Images
-    test: RetrievalTask
+    test: RetrievalTask | None
     validation: RetrievalTask | None = None
     skipped: tuple[str, ...] = ()
+    unpaired: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.train):
             raise DataError(f"data set {self.name!r} has no training pictures")
-        parts = {"train": self.train, "test": self.test.query}
-        if self.validation is not None:
-            parts["validation"] = self.validation.query
-        _check_same_shape(parts)
+        tasks = {"test": self.test, "validation": self.validation}
+        queries = {name: task.query for name, task in tasks.items() if task is not None}
+        _check_same_shape({"train": self.train, **queries})
 
 
 @dataclass(frozen=True)
@@ -221,10 +224,12 @@ def own_classes(images: Images) -> np.ndarray:
 
 
 def seen_classes(data: Dataset) -> int:
-    """How many classes of the test queries are in training too; 0: all are unseen.
+    """How many classes of the test queries are in training too; 0: all are unseen, or no test.
 
     Compared by name, since each part numbers its classes in its own way.
     """
+    if data.test is None:
+        return 0
     tested, trained = set(_present_classes(data.test.query)), _present_classes(data.train)
     return sum(name in tested for name in trained)
 

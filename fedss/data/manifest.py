@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -74,23 +74,30 @@ def csv_dataset(
     skip_broken: bool = False,
     cache: Path | None = None,
     seed: int = 0,
+    at_site: bool = False,
 ) -> Dataset:
     """Pictures from a CSV in UTF-8 with the columns image, label, client and perhaps split.
 
     ``image`` is a file, relative to the CSV's folder or absolute. ``split`` is ``train``, ``test``
     (each such picture is searched among all the others), ``query`` and ``gallery`` (instead of
     ``test``), or ``validation`` (like ``test``, for choosing settings). Without ``test``, ``query``
-    and ``gallery`` some of the training classes are held out as the test, see ``arrange``.
+    and ``gallery`` some of the training classes are held out as the test: those whose ``lot`` is
+    below ``test_classes``, see ``arrange``.
 
     Args:
         path: The CSV.
         image_size: Side of the pictures after cutting to the central square and resizing.
         channels: 1 or 3; None is 1 if every picture is stored in grayscale, else 3.
-        test_classes: Share of the classes to hold out, where the CSV names no test pictures.
+        test_classes: Share of the classes to hold out, where the CSV names no test pictures; that
+            of a few classes is up to chance. 0: none, and no test.
         skip_broken: Leave out pictures that are missing or cannot be read; ``Dataset.skipped``
             names them. The rest is as if they had never been listed.
         cache: Folder for the decoded pictures; see ``cache_folder``.
         seed: Decides which classes are held out.
+        at_site: The pictures are a site's part of a federation. With the same seed and
+            ``test_classes`` a class is trained on at all sites or at none, and a site may have no
+            test. A column ``split`` is obeyed, and pictures for testing that have no other one of
+            their class here are left out as ``Dataset.unpaired``.
 
     Returns:
         Dataset of uint8 [N, C, image_size, image_size]; the same whatever the order of the lines.
@@ -107,6 +114,7 @@ def csv_dataset(
         skip_broken=skip_broken,
         cache=cache,
         seed=seed,
+        at_site=at_site,
     )
 
 
@@ -245,6 +253,7 @@ def build_dataset(
     skip_broken: bool,
     cache: Path | None,
     seed: int,
+    at_site: bool,
 ) -> Dataset:
     """Decode listed pictures into a ``Dataset``; arguments as for ``csv_dataset``.
 
@@ -271,7 +280,7 @@ def build_dataset(
             raise DataError(
                 f"none of the {len(rows)} pictures can be read, the first one is {file(rows[0])}"
             )
-        splits = arrange(replace(listing, rows=kept), test_classes, seed)
+        splits, unpaired = arrange(replace(listing, rows=kept), test_classes, seed, at_site=at_site)
         files = {split: _files(listing, members) for split, members in splits.items()}
         stamps = {split: stamp_files(paths) for split, paths in files.items()}
         depth = channels
@@ -304,30 +313,42 @@ def build_dataset(
         # A class may have become too small to test, so begin again as if these had not been.
         kept = [row for row in kept if file(row) not in reasons]
 
-    if "test" in images:
-        test = RetrievalTask(images["test"])
-    else:
-        test = RetrievalTask(images["query"], images["gallery"])
+    query = images.get("test", images.get("query"))
+    test = RetrievalTask(query, images.get("gallery")) if query is not None else None
     validation = RetrievalTask(images["validation"]) if "validation" in images else None
     readable = {row.name for row in kept}
     skipped = tuple(row.name for row in rows if row.name not in readable)
-    return Dataset(kind, images["train"], test, validation, skipped)
+    left_out = tuple(row.name for row in unpaired)
+    return Dataset(kind, images["train"], test, validation, skipped, left_out)
 
 
 def _files(listing: Listing, rows: Sequence[Row]) -> LazyNames:
     return LazyNames(len(rows), lambda i: listing.file(rows[i]))
 
 
-def arrange(listing: Listing, test_classes: float, seed: int) -> dict[str, list[Row]]:
-    """The rows of each split, in order: ``train``, then ``test`` or ``query`` and ``gallery``.
+def arrange(
+    listing: Listing, test_classes: float, seed: int, *, at_site: bool
+) -> tuple[dict[str, list[Row]], list[Row]]:
+    """The rows of each split, in order, and the rows left out as unpaired.
 
-    Where no row is for testing, a share ``test_classes`` of the training classes is held out: at
-    least one, only classes of two or more pictures, and never all classes. Which ones depends on
-    the seed and the class names alone.
+    The splits are ``train``, ``test`` or ``query`` and ``gallery``, and ``validation``; those
+    without a row are not there. Where no row is for testing, the classes whose ``lot`` is below
+    ``test_classes`` are held out of training; the others are never tested. A held-out class of a
+    single picture cannot be tested: the picture is left out.
+
+    On one machine a test of unseen classes is a must (unless ``test_classes`` is 0): the class of
+    the lowest lot among those of two or more pictures is always held out; and if all classes were,
+    the one of the highest lot among the others is trained on.
+
+    At a site nothing is forced, so that a class is on the same side everywhere: lots alone decide,
+    or, if there is a column ``split``, that column alone. Test, query and validation pictures that
+    no picture here could match are left out, and so is a gallery without queries.
 
     Raises:
-        DataError: No training or test pictures, a query that nothing could match, ``test``
-            beside ``query`` or ``gallery``, or one of these two alone.
+        DataError: No training pictures; ``test`` beside ``query`` or ``gallery``;
+            ``test_classes`` out of range, or with no class that could be held out; at a site, all
+            classes held out; elsewhere, a row for testing that no picture could match, or
+            ``query`` or ``gallery`` alone.
     """
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in sorted(listing.rows):
@@ -343,45 +364,75 @@ def arrange(listing: Listing, test_classes: float, seed: int) -> dict[str, list[
             f"both 'test' and {pair[0]!r} rows: use 'test' alone (each picture is searched among "
             "the others) or 'query' with 'gallery'"
         )
-    if len(pair) == 1:
+    if len(pair) == 1 and not at_site:
         other = "gallery" if pair == ["query"] else "query"
         raise DataError(
             f"{pair[0]!r} rows but no {other!r} rows: give both, or use 'test' for pictures that "
             "are each searched among the others"
         )
-    if not pair and not splits["test"]:
-        held_out = _held_out(splits["train"], test_classes, seed)
+    # Another site may hold the test that this one's column does not name.
+    named = listing.rows[0].split is not None if at_site else bool(pair or splits["test"])
+    if not named:
+        count = Counter(row.label for row in splits["train"])
+        held_out = _held_out(count, test_classes, seed, at_site)
         splits["test"] = [row for row in splits["train"] if row.label in held_out]
         splits["train"] = [row for row in splits["train"] if row.label not in held_out]
 
     # RetrievalTask checks this too, but only once all pictures are decoded, and knows no lines.
+    unpaired: list[Row] = []
     gallery = [row.label for row in splits["gallery"]]
     for split, others in (("test", None), ("validation", None), ("query", gallery)):
-        for position, reason in unanswerable([row.label for row in splits[split]], others):
-            row = splits[split][position]
-            raise DataError(f"{listing.where(row)}, split {split!r}: {reason}")
-    return {split: members for split, members in splits.items() if members}
+        members = splits[split]
+        reasons = dict(unanswerable([row.label for row in members], others))
+        listed = named or split == "validation"
+        if reasons and listed and not at_site:
+            position, reason = next(iter(reasons.items()))
+            raise DataError(f"{listing.where(members[position])}, split {split!r}: {reason}")
+        unpaired += [members[position] for position in reasons]
+        splits[split] = [row for i, row in enumerate(members) if i not in reasons]
+    if not splits["query"]:
+        unpaired += splits.pop("gallery")
+    return {split: members for split, members in splits.items() if members}, unpaired
 
 
-def _held_out(train: Collection[Row], test_classes: float, seed: int) -> set[str]:
-    if not 0.0 < test_classes < 1.0:
+def lot(seed: int, label: str) -> float:
+    """A class's number from 0 to 1: SHA-256 of ``seed:label`` in UTF-8, divided by 2^256."""
+    # Names of folders may hold bytes that are no UTF-8.
+    digest = hashlib.sha256(f"{seed}:{label}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest) / 2**256
+
+
+def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site: bool) -> set[str]:
+    """Of classes with their numbers of pictures, those held out; see ``arrange``."""
+    if not 0.0 <= test_classes < 1.0:
         raise DataError(
-            "nothing to evaluate: no test pictures are listed, and test_classes, the share of the "
-            f"classes to hold out as a test, is {test_classes}; expected more than 0 and below 1"
+            "test_classes, the share of the classes to hold out as a test: expected 0 (no test) or "
+            f"more, and below 1, got {test_classes}"
         )
-    count = Counter(row.label for row in train)
+    lots = {label: lot(seed, label) for label in count}
+    held_out = {label for label in count if lots[label] < test_classes}
+    if at_site:
+        if len(held_out) == len(count):
+            raise DataError(
+                f"nothing to train on at this site: all its classes ({len(count)}) are among those "
+                f"that test_classes = {test_classes} and the seed {seed} hold out as the test at "
+                "all sites; add pictures of other classes, leave this site out, or have the share "
+                "lowered for all sites"
+            )
+        return held_out
+    if test_classes == 0.0:
+        return held_out
     eligible = [label for label, pictures in count.items() if pictures >= 2]
-    wanted = min(max(1, round(test_classes * len(count))), len(eligible), len(count) - 1)
-    if wanted < 1:
+    if not eligible or len(count) < 2:
         raise DataError(
             "cannot hold out a class for testing: expected at least 2 classes, one of them with "
             f"2 or more pictures; got {len(count)} classes, {len(eligible)} of them with 2 or more"
         )
-
-    def lot(label: str) -> bytes:
-        return hashlib.sha256(f"{seed}:{label}".encode()).digest()
-
-    return set(sorted(eligible, key=lot)[:wanted])
+    tested = min(eligible, key=lots.__getitem__)
+    held_out.add(tested)
+    if len(held_out) == len(count):
+        held_out.remove(max((label for label in count if label != tested), key=lots.__getitem__))
+    return held_out
 
 
 def _images(pixels: np.ndarray, rows: Sequence[Row], numbered: Sequence[Row]) -> Images:

@@ -44,6 +44,7 @@ from fedss.models import (
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks, share_out
 from fedss.seeds import generator
+from fedss.softmax import ClassSample
 from fedss.wire import (
     Message,
     WireFormat,
@@ -58,6 +59,9 @@ from fedss.wire import (
 )
 
 _CPU = torch.device("cpu")
+
+Work = tuple[int, Submodel, ClassSample, np.ndarray, np.ndarray]
+"""A client to train: its number, what it got, its class sample, its pictures and their labels."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,58 @@ class Replica:
 
 
 @dataclass(frozen=True)
+class Workers:
+    """Threads that train and embed, each with a model of its own; made by :func:`start_workers`."""
+
+    count: int
+    pool: ThreadPoolExecutor
+    replicas: "SimpleQueue[Replica]"
+    device: torch.device
+    stack: int
+
+    def train(self, plan: RoundPlan, work: Sequence[Work]) -> list[ClientUpdate]:
+        """Clients that share each call of the network, up to ``stack`` of them, or one."""
+        with self.replica() as model:
+            if self.stack == 1:
+                return [train_client(plan, of_one[0], model, *of_one[1:]) for of_one in work]
+            learners = [prepare(plan, *of_one, self.device) for of_one in work]
+            return train_clients(plan, model, learners)
+
+    def embed(
+        self, backbone_P: Tensor, pixels: np.ndarray, ranks: Ranks = ALONE, block: int = 512
+    ) -> Tensor:
+        """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""
+        with self.replica() as model:
+            h_ND = torch.zeros(len(pixels), model.embedder.spec.embedding_size)
+
+        def embed_block(start: int) -> None:
+            with self.replica() as model:
+                model.theta_P.copy_(backbone_P)
+                h_BD = embed_pixels(model.embedder, pixels[start : start + block])
+                h_ND[start : start + block] = h_BD
+
+        first, step = ranks.rank * block, ranks.size * block
+        list(self.pool.map(embed_block, range(first, len(pixels), step)))
+        return ranks.add_up(h_ND)
+
+    @contextmanager
+    def replica(self) -> Iterator[Replica]:
+        """A model that no other worker uses meanwhile."""
+        model = self.replicas.get()
+        try:
+            yield model
+        finally:
+            self.replicas.put(model)
+
+
+@dataclass(frozen=True)
 class LocalEngine:
     """A :class:`fedss.algorithm.Engine` on this machine; made by :func:`local_engine`."""
 
     clients: ClientIndex
     optimizer: ServerOptimizer
     wire: WireFormat
-    workers: int
-    pool: ThreadPoolExecutor
-    replicas: "SimpleQueue[Replica]"
-    device: torch.device
-    stack: int
+    workers: Workers
     ranks: Ranks = ALONE
 
     def train(
@@ -116,7 +161,7 @@ class LocalEngine:
             return iter(())
         dealt_K = choose_classes(plan, state, cohort, own_K)
         to_all = encode_broadcast(self.wire, broadcast(state, plan))
-        received = to_device(decode_broadcast(self.wire, to_all), self.device)
+        received = to_device(decode_broadcast(self.wire, to_all), self.workers.device)
         ids_U = union([dealt_K[i].ids_S for i in share])
         rows_UD = select(self.optimizer, state, ids_U)
 
@@ -146,22 +191,17 @@ class LocalEngine:
                 *messages[client], submodel = send(i)
                 example_N = self.clients.examples(client)
                 work.append((client, submodel, dealt_K[i], example_N, labels_N[example_N]))
-            with self.replica() as model:
-                if self.stack == 1:
-                    updates = [train_client(plan, c, model, *rest) for c, *rest in work]
-                else:
-                    learners = [prepare(plan, *of_one, self.device) for of_one in work]
-                    updates = train_clients(plan, model, learners)
+            updates = self.workers.train(plan, work)
             return [reply(update, *messages[update.client]) for update in updates]
 
-        return chain.from_iterable(self.pool.map(train_some, self._parts(cohort, share)))
+        return chain.from_iterable(self.workers.pool.map(train_some, self._parts(cohort, share)))
 
     def _parts(self, cohort: np.ndarray, share: Sequence[int]) -> list[list[int]]:
         """Positions in the cohort, by who trains side by side: clients of like size."""
-        order = list(share)
-        if self.stack > 1:
+        order, stack = list(share), self.workers.stack
+        if stack > 1:
             order.sort(key=lambda i: -len(self.clients.examples(int(cohort[i]))))
-        return [order[i : i + self.stack] for i in range(0, len(order), self.stack)]
+        return [order[i : i + stack] for i in range(0, len(order), stack)]
 
     def _share(
         self, cohort: np.ndarray, own_K: Sequence[np.ndarray], local: LocalTraining
@@ -179,28 +219,61 @@ class LocalEngine:
             work_K.append(local.steps * min(used, local.batch_size) if local.steps else used)
         return share_out(work_K, self.ranks.size)[self.ranks.rank]
 
-    def embed(self, backbone_P: Tensor, pixels: np.ndarray, block: int = 512) -> Tensor:
+    def embed(self, backbone_P: Tensor, pixels: np.ndarray) -> Tensor:
         """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""
-        h_ND = torch.zeros(len(pixels), self.wire.dim)
+        return self.workers.embed(backbone_P, pixels, self.ranks)
 
-        def embed_block(start: int) -> None:
-            with self.replica() as model:
-                model.theta_P.copy_(backbone_P)
-                h_BD = embed_pixels(model.embedder, pixels[start : start + block])
-                h_ND[start : start + block] = h_BD
 
-        first, step = self.ranks.rank * block, self.ranks.size * block
-        list(self.pool.map(embed_block, range(first, len(pixels), step)))
-        return self.ranks.add_up(h_ND)
+@contextmanager
+def start_workers(
+    embedder: Embedder,
+    pixels: np.ndarray,
+    count: int,
+    *,
+    device: torch.device = _CPU,
+    precision: ForwardPrecision = "float32",
+    stack: int = 1,
+) -> Iterator[Workers]:
+    """Workers for the length of a ``with`` block, in which torch uses one thread an operation.
 
-    @contextmanager
-    def replica(self) -> Iterator[Replica]:
-        """A model that no other worker uses meanwhile."""
-        model = self.replicas.get()
+    Args:
+        embedder: the model; copied for each worker, not changed.
+        pixels: uint8 [N, C, H, W], the training pictures.
+        count: number of threads.
+        device: where they train and embed.
+        precision: of the network's forward pass.
+        stack: how many clients share each call of the network.
+
+    Raises:
+        ConfigError: a network that cannot be stacked.
+    """
+    replicas: SimpleQueue[Replica] = SimpleQueue()
+    embedder = copy.deepcopy(embedder).train()
+    few_BCHW = torch.from_numpy(np.array(pixels[:2]))
+    pool_before_relu_(embedder, few_BCHW)
+    embedder.precision = precision
+    if stack > 1:
+        # vmap has no such layout: it makes one grouped convolution of many.
+        embedder.channels_last = False
+    for _ in range(count):
+        model = copy.deepcopy(embedder).to(device)
+        flat = flatten_(model)
+        replicas.put(Replica(model, flat.theta_P, flat.grad_P, pixels))
+    if stack > 1:
+        check_stackable(model, flat.theta_P, few_BCHW.to(device))
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(count, initializer=start)
+    with intra_op_threads(1):
         try:
-            yield model
+            yield Workers(count, pool, replicas, device, stack)
         finally:
-            self.replicas.put(model)
+            # After an error, what it says must not wait for clients that still train.
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
@@ -232,36 +305,12 @@ def local_engine(
     Raises:
         ConfigError: a network that cannot be stacked.
     """
-    workers = workers or (ranks.cores if device.type == "cpu" else 1)
-    replicas: SimpleQueue[Replica] = SimpleQueue()
-    embedder = copy.deepcopy(embedder).train()
-    few_BCHW = torch.from_numpy(np.array(clients.images.pixels[:2]))
-    pool_before_relu_(embedder, few_BCHW)
-    embedder.precision = precision
-    if stack > 1:
-        # vmap has no such layout: it makes one grouped convolution of many.
-        embedder.channels_last = False
-    for _ in range(workers):
-        model = copy.deepcopy(embedder).to(device)
-        flat = flatten_(model)
-        replicas.put(Replica(model, flat.theta_P, flat.grad_P, clients.images.pixels))
-    if stack > 1:
-        check_stackable(model, flat.theta_P, few_BCHW.to(device))
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-
-    pool = ThreadPoolExecutor(workers, initializer=start)
-    with intra_op_threads(1):
-        try:
-            yield LocalEngine(
-                clients, optimizer, wire, workers, pool, replicas, device, stack, ranks
-            )
-        finally:
-            # After an error, what it says must not wait for clients that still train.
-            pool.shutdown(wait=False, cancel_futures=True)
+    count = workers or (ranks.cores if device.type == "cpu" else 1)
+    pixels = clients.images.pixels
+    with start_workers(
+        embedder, pixels, count, device=device, precision=precision, stack=stack
+    ) as started:
+        yield LocalEngine(clients, optimizer, wire, started, ranks)
 
 
 @contextmanager

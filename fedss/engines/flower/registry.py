@@ -1,0 +1,109 @@
+"""Who is who: the row of every class and the number of every client, as sites have named them."""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedss.errors import RunFolderError
+from fedss.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How many classes and clients there are from a round (0-based) on."""
+
+    round: int
+    classes: int
+    clients: int
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Classes in the order of their rows, and clients in that of their numbers. It only grows.
+
+    Names are what sites send: plain ones, or tokens of which ``secret`` is the proof that all were
+    made with one secret. ``growth`` tells what was there in each round, so that rounds which are
+    run again see what they saw.
+    """
+
+    classes: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
+    secret: str | None = None
+    growth: tuple[Growth, ...] = ()
+
+    def at(self, round: int) -> Growth:
+        """What was there in a round."""
+        return next(g for g in reversed(self.growth) if g.round <= round)
+
+
+def register(
+    registry: Registry, classes: Iterable[str], clients: Iterable[str], round: int
+) -> Registry:
+    """The registry with new names behind the old ones, in sorted order.
+
+    Args:
+        registry: what is there.
+        classes: names of classes, new ones or not.
+        clients: names of clients.
+        round: the first round (0-based) that sees them; the first names of all are there from
+            round 0 on.
+    """
+    new_classes = sorted(set(classes).difference(registry.classes))
+    new_clients = sorted(set(clients).difference(registry.clients))
+    if not new_classes and not new_clients:
+        return registry
+    classes, clients = (*registry.classes, *new_classes), (*registry.clients, *new_clients)
+    now = Growth(round if registry.growth else 0, len(classes), len(clients))
+    before = tuple(g for g in registry.growth if g.round != now.round)
+    return Registry(classes, clients, registry.secret, (*before, now))
+
+
+def numbers(known: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Places of some names among the known ones, int32 in the order of ``names``."""
+    place = {name: i for i, name in enumerate(known)}
+    return np.array([place[name] for name in names], np.int32)
+
+
+def save_registry(path: Path, registry: Registry) -> None:
+    """Write it, whole or not at all."""
+    write_json(path, asdict(registry))
+
+
+def load_registry(path: Path) -> Registry:
+    """What :func:`save_registry` wrote; an empty one if there is no file.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    if not path.exists():
+        return Registry()
+    found = read_json(path)
+    try:
+        growth = tuple(Growth(**entry) for entry in found["growth"])
+        return Registry(
+            tuple(found["classes"]), tuple(found["clients"]), found["secret"], growth
+        )
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error!r}): it says which class has which row, so this run cannot "
+            "go on without it; restore it, or start again in another folder"
+        ) from error
+
+
+def token(secret: bytes, kind: str, name: str) -> str:
+    """What stands for a name at the server: HMAC-SHA256 of kind and name, 128 bits in hex.
+
+    Sites with the same secret make the same token of a name. Without the secret a token can
+    neither be read nor, for names that one may guess, tried out. (Ours.)
+    """
+    return hmac.new(secret, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def digest(*lists: Sequence[str]) -> str:
+    """A short stamp of lists of names, by which site and server tell whether they agree."""
+    return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:32]
