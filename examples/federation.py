@@ -5,11 +5,12 @@ stopped by a program. Each function does one of its steps, so tests and benchmar
 
     with place(folder, sites=3) as here:
         superlink(here), superexec(here)
-        register(here)
         for number in range(3):
+            register(here, number)
             site(here, number, {"data": f"/data/{number}", "site": f"shop-{number}"})
         run = submit(here, "app")
-        follow(here, run)
+        for line in follow(here, run):
+            print(line)
         print(status(here, run))
 
 All that is written lies in the folder: ``keys/``, ``state.db``, a log of each process in ``logs/``,
@@ -25,6 +26,8 @@ import ipaddress
 import json
 import os
 import random
+import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -90,6 +93,8 @@ def place(folder: str | Path, sites: int) -> Iterator[Place]:
     folder = Path(folder).resolve()
     port, *site_ports = free_ports(1 + sites)
     write_certificates(folder / "keys")
+    if not (secret := folder / "keys" / "superexec.secret").exists():
+        write_private(secret, secrets.token_bytes(32))
     for number in range(sites):
         write_node_key(folder / "keys" / f"site-{number}")
     for name in ("user", "server", *(f"site-{number}" for number in range(sites))):
@@ -175,7 +180,7 @@ def write_certificates(folder: Path) -> None:
     )
     (folder / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
-    write_private_key(folder / "server.key", server_key, serialization.PrivateFormat.PKCS8)
+    write_private(folder / "server.key", private(server_key, serialization.PrivateFormat.PKCS8))
     # No key of the authority is kept: it signs this one certificate.
 
 
@@ -188,15 +193,17 @@ def write_node_key(path: Path) -> None:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     path.with_suffix(".pub").write_bytes(public + b"\n")
-    write_private_key(path, key, serialization.PrivateFormat.OpenSSH)
+    write_private(path, private(key, serialization.PrivateFormat.OpenSSH))
 
 
-def write_private_key(
-    path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat
-) -> None:
-    pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+def private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A file that its owner alone may read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(pem)
+        file.write(content)
 
 
 def environment(here: Place, name: str) -> dict[str, str]:
@@ -244,6 +251,7 @@ def superlink(here: Place, *, timeout: float = 60) -> Process:
         "--enable-supernode-auth",
         "--database", here.folder / "state.db",
         "--isolation", "process",
+        "--superexec-auth-secret-file", keys / "superexec.secret",
         "--disable-runtime-dependency-installation",
     )  # fmt: skip
     until = time.monotonic() + timeout
@@ -271,6 +279,7 @@ def superexec(here: Place) -> Process:
         here, "server", "superexec", "flower-superexec",
         "--runtime-api-address", here.address,
         "--root-certificates", here.folder / "keys" / "ca.pem",
+        "--superexec-auth-secret-file", here.folder / "keys" / "superexec.secret",
     )  # fmt: skip
 
 
@@ -311,10 +320,13 @@ def flwr(here: Place, *args: str | Path | int) -> str:
     return done.stdout
 
 
-def register(here: Place) -> None:
-    """Let in the sites' keys. To be done once for a database."""
-    for number in range(len(here.site_ports)):
+def register(here: Place, number: int) -> None:
+    """Let in a site's key, unless the database has it from an earlier time."""
+    try:
         flwr(here, "supernode", "register", here.folder / "keys" / f"site-{number}.pub")
+    except FederationError as error:
+        if "already in use" not in str(error):
+            raise
 
 
 def submit(here: Place, app: str | Path, run_config: Mapping[str, Value] | None = None) -> int:
@@ -332,15 +344,27 @@ def status(here: Place, run: int) -> str:
     return str(found["status"])
 
 
-def follow(here: Place, run: int) -> None:
-    """Print a run's log as it is written, until the run ends."""
-    subprocess.run(
+def follow(here: Place, run: int) -> Iterator[str]:
+    """The lines of a run's log as they are written, until the run ends or the SuperLink does."""
+    reader = subprocess.Popen(
         [Path(sysconfig.get_path("scripts")) / "flwr", "log", str(run), "--stream"],
         stdin=subprocess.DEVNULL,
-        env=environment(here, "user"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(here, "user") | {"PYTHONUNBUFFERED": "1"},
         cwd=here.folder,
-        check=False,
+        text=True,
     )
+    assert reader.stdout is not None
+    try:
+        for line in reader.stdout:
+            plain = re.sub(r"\x1b\[\d+m", "", line).rstrip()
+            if text := re.sub(r"^(INFO|WARNING|ERROR) *: *", "", plain):
+                yield text
+    finally:
+        reader.terminate()
+        reader.stdout.close()
+        reader.wait()
 
 
 def stop(here: Place, run: int) -> None:
@@ -356,7 +380,7 @@ def kill(process: Process) -> None:
 
 
 def children(process: Process, command: str) -> list[int]:
-    """Ids of the living processes of a command, such as ``flwr-serverapp``, in a process's group."""
+    """Ids of the living processes of a command, such as ``flwr-serverapp``, in a process group."""
     listed = subprocess.run(
         ["ps", "-A", "-o", "pid=,pgid=,stat=,args="],
         stdout=subprocess.PIPE,
