@@ -75,8 +75,8 @@ class Federation:
         num_clients: number of clients that a round's cohort is drawn from.
         cohort_size: clients per round.
         client_name: a client's name for people.
-        evaluate: retrieval figures under a backbone; None where nobody can tell (and at all ranks
-            but the first).
+        evaluate: retrieval figures under a backbone, after so many rounds; None where nobody can
+            tell, and at all ranks but the first.
         panels: pictures for the report, see :func:`fedss.evaluation.panels`; None: there are none.
         quorum: the part of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
@@ -88,7 +88,7 @@ class Federation:
     num_clients: Callable[[int], int]
     cohort_size: int
     client_name: Callable[[int], str]
-    evaluate: Callable[[torch.Tensor], dict[str, Any] | None]
+    evaluate: Callable[[torch.Tensor, int], dict[str, Any] | None]
     panels: Callable[[torch.Tensor], bytes | None]
     quorum: float = 1.0
     attempts: int = 1
@@ -166,6 +166,7 @@ def _train(
 ) -> Run:
     data = data or load_together(config)
     sample_size(config, len(data.train.class_names))
+    evaluation_task(config, data)
     compute_device(config)
     return train_federation(
         config,
@@ -447,7 +448,7 @@ def _next_round(
     clock.lap("aggregate")
     metrics = None
     if _due(state.round, config.eval_every, config.rounds):
-        metrics = federation.evaluate(state.backbone_P)
+        metrics = federation.evaluate(state.backbone_P, state.round)
         clock.lap("evaluate")
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
     moved = round_traffic(updates)
@@ -542,7 +543,7 @@ def _local_federation(
         stack=config.stack,
     ) as engine:
 
-        def evaluate(backbone_P: torch.Tensor) -> dict[str, Any] | None:
+        def evaluate(backbone_P: torch.Tensor, round: int) -> dict[str, Any] | None:
             embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
             if not ranks.first:
                 return None

@@ -66,6 +66,12 @@ def encode_request(wire: WireFormat, ids_S: Tensor) -> Message:
     return {"ids": ids_S.to(torch.int32 if wire.num_classes < 2**31 else torch.int64)}
 
 
+def decode_request(wire: WireFormat, message: Message) -> Tensor:
+    """The ids in :func:`encode_request`, int64 [S]."""
+    ids_S = message.get("ids")
+    return torch.arange(wire.num_classes) if ids_S is None else ids_S.long()
+
+
 def encode_broadcast(wire: WireFormat, sent: Broadcast) -> Message:
     """Server to every client of a round: the backbone, and moments where a method has them."""
     backbone = encode_backbone(sent.backbone_P, wire.layout, wire.backbone_down, None)
@@ -112,6 +118,15 @@ def decode_answer(wire: WireFormat, message: Message) -> Tensor:
     return decode_rows(_under("class_rows", message), wire.dim)
 
 
+def decode_dealt(wire: WireFormat, message: Message, own_P: np.ndarray) -> ClassSample:
+    """The class sample in :func:`encode_answer`, at the client that asked for ``own_P``."""
+    ids_S = decode_request(wire, message)
+    own_S = torch.isin(ids_S, torch.from_numpy(own_P))
+    log_q_S = torch.zeros(len(ids_S))
+    log_q_S[~own_S] = message["log_q"]
+    return ClassSample(ids_S, log_q_S, own_S)
+
+
 def encode_update(wire: WireFormat, update: ClientUpdate, rng: np.random.Generator) -> Message:
     """Client to server: its changes, its number of examples and its mean loss.
 
@@ -140,11 +155,10 @@ def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpda
     if shift:
         matrix_DD = decode_symmetric(_under("moments.matrix", message), wire.dim)
         row_map = RowMap(decode_rows(shift, wire.dim)[0], matrix_DD)
-    ids = message["ids"] if "ids" in message else torch.arange(wire.num_classes)
     return ClientUpdate(
         client,
         decode_backbone(_under("backbone", message), wire.layout),
-        ids.long(),
+        decode_request(wire, message),
         decode_rows(_under("class_rows", message), wire.dim),
         int(message["num_examples"]),
         float(message["loss"]),

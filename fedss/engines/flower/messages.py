@@ -1,8 +1,8 @@
 """What server and sites tell each other: facts in JSON, tensors in safetensors buffers.
 
-A Flower message carries one configuration record with the facts and one array for each buffer:
-Flower stores equal arrays once, so the backbone that all sites get lies at the SuperLink once, and
-each array costs a request or more, so what one site alone gets is one buffer.
+A Flower message has one configuration record with the facts and one array for each buffer. Flower
+stores equal arrays once, so the backbone, which all sites get, lies at the SuperLink once; and
+every array costs requests of its own, so what one site alone gets is one buffer.
 """
 
 import json
@@ -17,6 +17,8 @@ from fedss.errors import FedssError
 
 REGISTER, REQUEST, TRAIN, EVALUATE = "query.register", "query.classes", "train", "evaluate"
 
+Tensors = Mapping[str, Tensor]
+
 _FACTS, _BUFFERS = "fedss", "fedss.tensors"
 
 
@@ -24,20 +26,18 @@ class MessageError(FedssError):
     """A message that cannot be read."""
 
 
-Tensors = Mapping[str, Tensor]
+def buffer(tensors: Tensors) -> Array:
+    """Tensors as one Flower array."""
+    # Copies: safetensors refuses tensors that share memory.
+    data = save({name: tensor.clone().contiguous() for name, tensor in tensors.items()})
+    return Array("uint8", (len(data),), "safetensors", data)
 
 
-def pack(facts: Mapping[str, Any], **buffers: Tensors) -> RecordDict:
-    """A message's content; buffers without tensors are left out."""
-    arrays = {}
-    for name, tensors in buffers.items():
-        if tensors:
-            data = save({key: tensor.clone() for key, tensor in tensors.items()})
-            arrays[name] = Array("uint8", (len(data),), "safetensors", data)
-    records: dict[str, Any] = {_FACTS: ConfigRecord({"json": json.dumps(facts)})}
-    if arrays:
-        records[_BUFFERS] = ArrayRecord(arrays)
-    return RecordDict(records)
+def pack(facts: Mapping[str, Any], **buffers: Array) -> RecordDict:
+    """A message's content."""
+    return RecordDict(
+        {_FACTS: ConfigRecord({"json": json.dumps(facts)}), _BUFFERS: ArrayRecord(buffers)}
+    )
 
 
 def unpack(content: RecordDict) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -49,19 +49,24 @@ def unpack(content: RecordDict) -> tuple[dict[str, Any], dict[str, dict[str, Ten
     try:
         facts = json.loads(str(content.config_records[_FACTS]["json"]))
         if not isinstance(facts, dict):
-            raise TypeError(f"expected a JSON object, got {type(facts).__name__}")
-        arrays = content.array_records.get(_BUFFERS, {})
+            raise TypeError(f"expected a JSON object, got a {type(facts).__name__}")
+        arrays = content.array_records[_BUFFERS]
         return facts, {name: load(array.data) for name, array in arrays.items()}
-    # Whatever a broken or malicious sender made of it; safetensors has an exception of its own.
+    # A broken or malicious sender can make it fail in many ways.
     except Exception as error:
-        raise MessageError(f"a message that is not one of fedss ({error})") from error
+        raise MessageError(f"not a message of fedss ({error!r})") from error
+
+
+def of_clients(parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
+    """One set of tensors out of one for each client; names begin with ``<client>/``."""
+    return {f"{k}/{name}": tensor for k, part in parts.items() for name, tensor in part.items()}
 
 
 def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
-    """Each client's part of a buffer in which names begin with ``<client>/``.
+    """The inverse of :func:`of_clients`; a client without tensors is not there.
 
     Raises:
-        MessageError: a name does not.
+        MessageError: a name does not begin so.
     """
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -70,8 +75,3 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
             raise MessageError(f"expected tensors named <client>/<name>, got {key!r}")
         parts.setdefault(int(client), {})[name] = tensor
     return parts
-
-
-def of_clients(parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
-    """The inverse of :func:`by_client`."""
-    return {f"{k}/{name}": tensor for k, part in parts.items() for name, tensor in part.items()}

@@ -26,9 +26,9 @@ class Growth:
 class Registry:
     """Classes in the order of their rows, and clients in that of their numbers. It only grows.
 
-    Names are what sites send: plain ones, or tokens of which ``secret`` is the proof that all were
-    made with one secret. ``growth`` tells what was there in each round, so that rounds which are
-    run again see what they saw.
+    Names are what sites send: plain ones, where ``secret`` is empty, or tokens, where it shows that
+    all were made with the same secret; None: no site has come yet. ``growth`` tells what was there
+    in each round, so that rounds which are run again see what they saw.
     """
 
     classes: tuple[str, ...] = ()
@@ -85,9 +85,7 @@ def load_registry(path: Path) -> Registry:
     found = read_json(path)
     try:
         growth = tuple(Growth(**entry) for entry in found["growth"])
-        return Registry(
-            tuple(found["classes"]), tuple(found["clients"]), found["secret"], growth
-        )
+        return Registry(tuple(found["classes"]), tuple(found["clients"]), found["secret"], growth)
     except (KeyError, TypeError) as error:
         raise RunFolderError(
             f"{path} is damaged ({error!r}): it says which class has which row, so this run cannot "

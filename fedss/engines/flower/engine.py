@@ -1,0 +1,417 @@
+"""The engine of a real federation: two message phases a round, and to each site its own.
+
+Clients ask for classes, then they train. The reply to a training message carries what the site's
+clients will ask for in the next round, so most rounds are one message to each site. Nothing that a
+site sends is used before :mod:`fedss.engines.flower.replies` has checked it.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedss.algorithm import Failure, ServerState, broadcast, choose_classes, draw_cohort, select
+from fedss.class_rows import rows_of, union
+from fedss.client import Broadcast, ClientUpdate, RoundPlan
+from fedss.engines.flower.messages import (
+    EVALUATE,
+    REGISTER,
+    REQUEST,
+    TRAIN,
+    Tensors,
+    buffer,
+    of_clients,
+    pack,
+)
+from fedss.engines.flower.registry import Registry, numbers, register, save_registry
+from fedss.engines.flower.replies import (
+    Parts,
+    RefusedError,
+    check_metrics,
+    check_registration,
+    check_request,
+    check_update,
+    part_of,
+    read_reply,
+)
+from fedss.errors import QuorumError
+from fedss.optimizers import ServerOptimizer
+from fedss.ranks import ALONE, Ranks
+from fedss.wire import WireFormat, encode_answer, encode_broadcast, encode_request, traffic
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node that has registered.
+
+    Attributes:
+        stamp: of the names of its classes and clients; when these change, the site says so.
+        class_ids: int32, the rows of its classes, in the order of their names.
+        places: its clients: number, and place in the order of their names.
+    """
+
+    stamp: str
+    class_ids: np.ndarray
+    places: Mapping[int, int]
+
+
+@dataclass
+class FlowerEngine:
+    """A :class:`fedss.algorithm.Engine` for clients at sites.
+
+    Attributes:
+        grid: Flower's way to the nodes.
+        told: what every message tells: the version and the configuration.
+        rounds: number of rounds of the run.
+        cohort_size: clients per round.
+        optimizer: the server optimizer, which knows how rows are read.
+        wire: how messages are encoded; n is that of each round.
+        deadline: seconds that sites have to answer a message.
+        lap: told when a phase is over.
+        path: the registry's file.
+        registry: rows of classes and numbers of clients.
+        sites: those that are online, by node.
+        refused: nodes online that could not register.
+        requests: what clients ask for, as far as it is known, by round and n.
+    """
+
+    grid: Grid
+    told: Mapping[str, Any]
+    rounds: int
+    cohort_size: int
+    optimizer: ServerOptimizer
+    wire: WireFormat
+    deadline: float
+    lap: Callable[[str], None]
+    path: Path
+    registry: Registry
+    sites: dict[int, Site] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The server is one process."""
+        return ALONE
+
+    def train(
+        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
+    ) -> Iterator[ClientUpdate | Failure]:
+        """Lines 2 to 4, at the sites; results in the order in which they arrive."""
+        wire = replace(self.wire, num_classes=plan.num_classes)
+        self.meet(plan.round)
+        yield from self._ask(wire, plan, cohort.tolist())
+        asked = self.requests[plan.round, plan.num_classes]
+        present = [k for k in cohort.tolist() if k in asked and self._node(k) is not None]
+        self.lap("request")
+        if not present:
+            return
+        if plan.sampler.drawn_by == "server":
+            own_K = [asked[k].numpy() for k in present]
+            samples = choose_classes(plan, state, np.array(present), own_K)
+            dealt = dict(zip(present, samples, strict=True))
+            ids = {k: dealt[k].ids_S for k in present}
+        else:
+            dealt, ids = {}, {k: asked[k] for k in present}
+        to_all = encode_broadcast(wire, broadcast(state, plan))
+        packed = buffer(to_all)
+        ids_U = union([*ids.values()])
+        rows_UD = select(self.optimizer, state, ids_U)
+        messages, here, down = {}, self._by_node(present), dict[int, Tensors]()
+        coming = self._by_node(self._cohort(plan.round + 1, plan.seed))
+        for node, clients in here.items():
+            classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
+            answers = {
+                k: encode_answer(wire, ids[k], rows_of(rows_UD, ids_U, ids[k]), dealt.get(k))
+                for k in clients
+            }
+            facts = self._facts(node, plan, clients, coming.get(node, []))
+            content = pack(
+                facts,
+                broadcast=packed,
+                classes=buffer(classes),
+                answers=buffer(of_clients(answers)),
+            )
+            messages[node] = self._message(TRAIN, node, plan.round, content)
+            # What a site gets once, for all its clients, counts to the first of them.
+            down |= answers | {clients[0]: {**to_all, **classes, **answers[clients[0]]}}
+        for node, reply in exchange(self.grid, messages, self.deadline):
+            try:
+                facts, buffers = self._read(node, reply, plan.round)
+                updates = buffers.get("updates", {})
+                if not updates.keys() <= set(here[node]):
+                    raise RefusedError("damaged", "updates of clients that were not asked")
+            except RefusedError as error:
+                yield from map(error.of, here[node])
+                continue
+            self._keep_requests(wire, plan, facts, buffers.get("requests", {}), coming.get(node))
+            for k in here[node]:
+                try:
+                    message = part_of(facts, updates, k)
+                    update = check_update(wire, plan, k, ids[k], message)
+                except RefusedError as error:
+                    yield error.of(k)
+                    continue
+                counted = traffic(down[k], encode_request(wire, asked[k]), message)
+                yield replace(update, traffic=counted)
+
+    def _ask(self, wire: WireFormat, plan: RoundPlan, clients: Iterable[int]) -> Iterator[Failure]:
+        """Line 2: requests of those clients that have not sent theirs ahead."""
+        self.requests = {key: known for key, known in self.requests.items() if key[0] >= plan.round}
+        known = self.requests.setdefault((plan.round, plan.num_classes), {})
+        yield from (Failure(k, "offline") for k in clients if self._node(k) is None)
+        here = self._by_node(k for k in clients if k not in known)
+        messages = {}
+        for node, missing in here.items():
+            classes = torch.from_numpy(self.sites[node].class_ids)
+            content = pack(
+                self._facts(node, plan, missing, []), classes=buffer({"classes": classes})
+            )
+            messages[node] = self._message(REQUEST, node, plan.round, content)
+        for node, reply in exchange(self.grid, messages, self.deadline):
+            try:
+                facts, buffers = self._read(node, reply, plan.round)
+            except RefusedError as error:
+                yield from map(error.of, here[node])
+                continue
+            for k in here[node]:
+                try:
+                    message = part_of(facts, buffers.get("requests", {}), k)
+                    known[k] = check_request(wire, plan, message)
+                except RefusedError as error:
+                    yield error.of(k)
+
+    def _keep_requests(
+        self,
+        wire: WireFormat,
+        plan: RoundPlan,
+        facts: Mapping[str, Any],
+        parts: Parts,
+        clients: Iterable[int] | None,
+    ) -> None:
+        """Requests for the next round; what is amiss with one is found when it is asked again."""
+        coming = replace(plan, round=plan.round + 1)
+        known = self.requests.setdefault((coming.round, plan.num_classes), {})
+        sent = facts.get("next")
+        for k in clients or ():
+            if isinstance(sent, list) and k in sent:
+                try:
+                    known[k] = check_request(wire, coming, parts.get(k, {}))
+                except RefusedError:
+                    continue
+
+    def evaluate(self, backbone_P: Tensor, round: int) -> dict[str, float] | None:
+        """Retrieval at each site among its own pictures, averaged over all their queries.
+
+        Args:
+            backbone_P: the weights to judge; they travel in float32, as the model is kept.
+            round: number of rounds complete.
+
+        Returns:
+            The means, and the numbers of queries added up; None where no site could tell.
+        """
+        self.meet(round)
+        wire = replace(self.wire, backbone_down="float32")
+        packed, messages = buffer(encode_broadcast(wire, Broadcast(backbone_P, None))), {}
+        for node in self.sites:
+            facts = {**self.told, "round": round, "stamp": self.sites[node].stamp}
+            content = pack(facts, broadcast=packed)
+            messages[node] = self._message(EVALUATE, node, round, content)
+        found = []
+        for node, reply in exchange(self.grid, messages, self.deadline):
+            try:
+                metrics = check_metrics(self._read(node, reply, round)[0])
+                found += [metrics] if metrics else []
+            except RefusedError as error:
+                say(f"site {node} did not evaluate: {error.reason} {error.detail}")
+        total = sum(metrics["queries"] for metrics in found)
+        if not total:
+            return None
+        means = {
+            name: sum(metrics[name] * metrics["queries"] for metrics in found) / total
+            for name in found[0]
+        }
+        return {**means, **{n: sum(m[n] for m in found) for n in ("queries", "skipped")}}
+
+    def start(self, sites: int, round: int) -> None:
+        """Wait until so many sites are there, and register them all at once.
+
+        Together, since rows are numbered in the order of names: so it does not matter who came
+        first.
+
+        Args:
+            sites: how many.
+            round: number of rounds complete.
+
+        Raises:
+            QuorumError: they are not there in time.
+        """
+        arrived: dict[int, dict[str, Any]] = {}
+        end, shown = time.monotonic() + self.deadline, -1
+        while True:
+            online = set(self.grid.get_node_ids())
+            arrived = {node: facts for node, facts in arrived.items() if node in online}
+            arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
+            if len(arrived) != shown:
+                shown = len(arrived)
+                say(f"{shown} of {sites} sites are there")
+            if len(arrived) >= sites:
+                self._admit(arrived, round)
+                if len(self.sites) >= sites:
+                    return
+                arrived = {}
+            if time.monotonic() >= end:
+                reasons = "".join(f"; {reason}" for reason in self.refused.values())
+                raise QuorumError(
+                    f"expected {sites} sites within {self.deadline:g} s, found {shown}{reasons}. "
+                    "Start the others and submit again, or set sites to what there is"
+                )
+            time.sleep(1)
+
+    def meet(self, round: int) -> None:
+        """Forget sites that are gone, and register those that came, from the next round on."""
+        online = set(self.grid.get_node_ids())
+        self.sites = {node: site for node, site in self.sites.items() if node in online}
+        self.refused = {node: why for node, why in self.refused.items() if node in online}
+        self._admit(self._introduce(online - self.sites.keys() - self.refused.keys(), round), round)
+
+    def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
+        facts = {**self.told, "round": round}
+        messages = {n: self._message(REGISTER, n, round, pack(facts)) for n in sorted(nodes)}
+        arrived = {}
+        for node, reply in exchange(self.grid, messages, self.deadline):
+            try:
+                arrived[node], _ = read_reply(reply, round)
+            except RefusedError as error:
+                self._refuse(node, error)
+        return arrived
+
+    def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
+        """Register what sites have said of themselves, and remember it."""
+        names: dict[int, tuple[list[str], list[str], str]] = {}
+        for node, facts in sorted(arrived.items()):
+            taken = {k for n, site in self.sites.items() if n != node for k in site.places}
+            taken_names = {self.registry.clients[k] for k in taken}
+            taken_names |= {name for _, clients, _ in names.values() for name in clients}
+            try:
+                names[node] = check_registration(facts, self.registry, taken_names)
+            except RefusedError as error:
+                self._refuse(node, error)
+                continue
+            if self.registry.secret is None:
+                self.registry = replace(self.registry, secret=str(facts.get("secret")))
+        classes = [name for of_site, _, _ in names.values() for name in of_site]
+        clients = [name for _, of_site, _ in names.values() for name in of_site]
+        grown = register(self.registry, classes, clients, round + 1)
+        if grown is not self.registry:
+            save_registry(self.path, grown)
+            self.registry = grown
+            now = grown.growth[-1]
+            say(f"registered {now.classes:,} classes and {now.clients:,} clients")
+        for node, (classes, clients, stamp) in names.items():
+            ids = numbers(grown.clients, clients).tolist()
+            places = {k: place for place, k in enumerate(ids)}
+            self.sites[node] = Site(stamp, numbers(grown.classes, classes), places)
+
+    def _refuse(self, node: int, error: RefusedError) -> None:
+        self.refused[node] = f"site {node} could not register ({error.reason}): {error.detail}"
+        self.sites.pop(node, None)
+        say(self.refused[node])
+
+    def _read(
+        self, node: int, reply: "Message | RefusedError", round: int
+    ) -> tuple[dict[str, Any], dict[str, Parts]]:
+        """A reply; one that says that the site's names have changed registers them."""
+        facts, buffers = read_reply(reply, round)
+        if "changed" in facts:
+            self._admit({node: facts["changed"]}, round)
+            raise RefusedError("registered", "classes or clients of the site have changed")
+        return facts, buffers
+
+    def _facts(
+        self, node: int, plan: RoundPlan, clients: Iterable[int], coming: Iterable[int]
+    ) -> dict[str, Any]:
+        site = self.sites[node]
+        return {
+            **self.told,
+            "round": plan.round,
+            "num_classes": plan.num_classes,
+            "stamp": site.stamp,
+            "clients": [[k, site.places[k]] for k in clients],
+            "next": [[k, site.places[k]] for k in coming],
+        }
+
+    def _message(self, kind: str, node: int, round: int, content: RecordDict) -> Message:
+        return Message(
+            content, dst_node_id=node, message_type=kind, ttl=self.deadline, group_id=str(round)
+        )
+
+    def _cohort(self, round: int, seed: int) -> list[int]:
+        if round >= self.rounds:
+            return []
+        number = self.registry.at(round).clients
+        return [int(k) for k in draw_cohort(number, self.cohort_size, seed, round)]
+
+    def _node(self, client: int) -> int | None:
+        return next((node for node, site in self.sites.items() if client in site.places), None)
+
+    def _by_node(self, clients: Iterable[int]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for k in clients:
+            node = self._node(k)
+            if node is not None:
+                found.setdefault(node, []).append(k)
+        return found
+
+
+def exchange(
+    grid: Grid, messages: Mapping[int, Message], deadline: float
+) -> Iterator[tuple[int, "Message | RefusedError"]]:
+    """Send a message to each node, and give their replies as they come.
+
+    Args:
+        grid: Flower's way to the nodes.
+        messages: by node.
+        deadline: seconds after which those that are missing are given as refused.
+    """
+    if not messages:
+        return
+    ids = list(grid.push_messages(list(messages.values())))
+    # Flower gives no id to a message that it could not take.
+    ids += [""] * (len(messages) - len(ids))
+    waiting = {
+        message_id: node for message_id, node in zip(ids, messages, strict=True) if message_id
+    }
+    answered: dict[str, int] = {}
+    yield from (
+        (node, RefusedError("lost", "Flower did not take the message"))
+        for message_id, node in zip(ids, messages, strict=True)
+        if not message_id
+    )
+    end, pause = time.monotonic() + deadline, 0.05
+    while waiting:
+        for reply in grid.pull_messages(list(waiting)):
+            message_id = reply.metadata.reply_to_message_id
+            if message_id in waiting:
+                answered[message_id] = waiting.pop(message_id)
+                yield answered[message_id], reply
+            elif message_id in answered:
+                yield answered[message_id], RefusedError("twice", "a second reply to one message")
+        if not waiting or time.monotonic() >= end:
+            break
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+    yield from ((node, RefusedError("deadline")) for node in waiting.values())
+
+
+def say(text: str) -> None:
+    """A line for whoever watches the server."""
+    print(f"fedss: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,153 @@
+"""The server's side: a Flower ServerApp that runs the driver with the engine of a federation."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedss.build import compute_device, evaluation_task, load_data, wire_format
+from fedss.checkpoint import newest_round
+from fedss.config import Config
+from fedss.data import RetrievalTask
+from fedss.engines.flower.engine import FlowerEngine
+from fedss.engines.flower.registry import load_registry
+from fedss.engines.flower.settings import Deployment, read_settings
+from fedss.engines.local import Workers, intra_op_threads, start_workers
+from fedss.errors import FedssError
+from fedss.evaluation import embed_task, panels, score
+from fedss.experiment import Federation, Lap, Run, train_federation
+from fedss.models import Embedder, build_embedder
+from fedss.optimizers import ServerOptimizer
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """What Flower starts when a run is submitted."""
+    try:
+        run = serve(grid, context.run_config)
+    except FedssError as error:
+        print(f"fedss: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    print(f"fedss: done; report {run.folder / 'report.html'}", file=sys.stderr, flush=True)
+
+
+def serve(grid: Grid, run_config: Mapping[str, Any]) -> Run:
+    """Train with the sites that ``grid`` reaches, or go on with what ``out`` holds.
+
+    Raises:
+        FedssError: as :func:`fedss.experiment.train_federation`.
+    """
+    config, deployment = read_settings(run_config)
+    config = _explicit(config)
+    assert config.channels is not None
+    assert config.image_size is not None
+    embedder = build_embedder(
+        config.backbone,
+        channels=config.channels,
+        image_size=config.image_size,
+        embedding_size=config.embedding_size,
+        seed=config.seed,
+        pretrained=config.pretrained,
+    )
+    shape = [config.channels, config.image_size, config.image_size]
+    data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
+    folder = Path(deployment.out)
+    return train_federation(
+        config,
+        folder,
+        embedder,
+        data,
+        partial(_federation, grid, config, deployment),
+        label=f"{config.method} seed {config.seed}",
+    )
+
+
+def _explicit(config: Config) -> Config:
+    """What a data set decides by itself must be the same at all sites."""
+    drawn = config.data in ("glyphs", "omniglot")
+    return replace(
+        config,
+        image_size=config.image_size or (28 if drawn else 64),
+        channels=config.channels or (1 if drawn else 3),
+    )
+
+
+@contextmanager
+def _federation(
+    grid: Grid,
+    config: Config,
+    deployment: Deployment,
+    embedder: Embedder,
+    optimizer: ServerOptimizer,
+    lap: Lap,
+) -> Iterator[Federation]:
+    folder = Path(deployment.out)
+    path = folder / "registry.json"
+    told = {"version": version("fedss"), "config": dataclasses.asdict(config)}
+    engine = FlowerEngine(
+        grid,
+        told,
+        config.rounds,
+        config.clients_per_round,
+        optimizer,
+        wire_format(config, embedder, 1),
+        deployment.deadline,
+        lap,
+        path,
+        load_registry(path),
+    )
+    task = None
+    if deployment.evaluate_at == "server":
+        task = evaluation_task(config, load_data(config))
+    engine.start(deployment.sites, newest_round(folder / "checkpoint"))
+    with _judge(config, embedder, task) as workers:
+
+        def evaluate(backbone_P: torch.Tensor, round: int) -> dict[str, Any] | None:
+            if task is None or workers is None:
+                return engine.evaluate(backbone_P, round)
+            embedded = embed_task(partial(workers.embed, backbone_P), task)
+            with intra_op_threads(workers.count):
+                return dataclasses.asdict(score(task, *embedded))
+
+        def show(backbone_P: torch.Tensor) -> bytes | None:
+            if task is None or workers is None:
+                return None
+            return panels(partial(workers.embed, backbone_P), task, config.data_seed)
+
+        yield Federation(
+            engine=engine,
+            num_classes=lambda round: engine.registry.at(round).classes,
+            num_clients=lambda round: engine.registry.at(round).clients,
+            cohort_size=config.clients_per_round,
+            client_name=lambda client: engine.registry.clients[client],
+            evaluate=evaluate,
+            panels=show,
+            quorum=deployment.quorum,
+            attempts=deployment.attempts,
+            pause=deployment.pause,
+        )
+
+
+@contextmanager
+def _judge(
+    config: Config, embedder: Embedder, task: RetrievalTask | None
+) -> Iterator[Workers | None]:
+    """Workers that embed the server's own test pictures, if it has any."""
+    if task is None:
+        yield None
+        return
+    device = compute_device(config)
+    count = config.workers or torch.get_num_threads()
+    with start_workers(embedder, task.query.pixels, count, device=device) as workers:
+        yield workers

@@ -1,0 +1,141 @@
+"""The engine of a federation: the local engine's bits, and nothing that a site does wrong."""
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fedss
+from fedss import experiment
+from fedss.config import Config
+from fedss.engines.flower.server import serve
+from tests.flower_grid import ProcessGrid
+from tests.ranks import digest
+
+SITES = ("north", "south", "west")
+CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fay",)}
+
+
+def write_photos(folder: Path) -> None:
+    """A picture folder for each site, and manifests of each and of all. Same client, same site."""
+    rng = np.random.default_rng(0)
+    prototypes = rng.integers(0, 256, (14, 8, 8))
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for site in SITES:
+        for client in CLIENTS[site]:
+            for label in sorted(rng.choice(10, 4, replace=False).tolist()):
+                for copy in range(int(rng.integers(1, 4))):
+                    name = f"{site}/{client}/class {label}/{copy}.png"
+                    rows.setdefault(site, []).append((name, f"class {label}", client, "train"))
+    for label in range(10, 14):
+        for copy in range(3):
+            name = f"{SITES[label % 3]}/test/class {label}/{copy}.png"
+            of_test = (name, f"class {label}", "test", "test")
+            rows[SITES[label % 3]].append(of_test)
+    for name, label, *_ in (row for part in rows.values() for row in part):
+        noise = rng.normal(0, 20, (8, 8))
+        picture = np.clip(prototypes[int(label.split()[1])] + noise, 0, 255).astype(np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / name)
+    for name, listed in {"all": [r for part in rows.values() for r in part], **rows}.items():
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "label", "client", "split"), *listed])
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder)
+    return folder
+
+
+def settings(photos: Path, **changes: Any) -> Config:
+    small = {
+        "data": "csv",
+        "data_path": str(photos / "all.csv"),
+        "image_size": 8,
+        "channels": 1,
+        "backbone": "conv4-8",
+        "embedding_size": 6,
+        "sample_size": 6,
+        "rounds": 3,
+        "clients_per_round": 4,
+        "batch_size": 2,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+    }
+    return Config(**{**small, **changes})
+
+
+def nodes(photos: Path, **more: Any) -> dict[int, dict[str, Any]]:
+    return {
+        7 * i + 3: {"data": str(photos / f"{site}.csv"), **more} for i, site in enumerate(SITES)
+    }
+
+
+def federate(grid: ProcessGrid, config: Config, out: Path, **deployment: Any) -> fedss.Run:
+    values = {k: "" if v is None else v for k, v in dataclasses.asdict(config).items()}
+    federation = {"out": str(out), "sites": 3, "evaluate-at": "server", "deadline": 5.0, "pause": 0}
+    return serve(
+        grid, {k.replace("_", "-"): v for k, v in {**values, **federation, **deployment}.items()}
+    )
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], list[str]]:
+    """Digests of the server's state after each round of what is called."""
+    found: list[str] = []
+    run_round = experiment.run_round
+
+    def watch(*arguments: Any) -> Any:
+        result = run_round(*arguments)
+        found.append(digest(result[0]))
+        return result
+
+    monkeypatch.setattr(experiment, "run_round", watch)
+
+    def digests_of(call: Callable[[], Any]) -> list[str]:
+        found.clear()
+        call()
+        return list(found)
+
+    return digests_of
+
+
+VARIANTS = {
+    **{method: {"method": method} for method in fedss.METHODS if method != "central"},
+    "deck": {"sampler": "deck"},
+    "hard": {"sampler": "hard"},
+    "rff": {"sampler": "rff"},
+    "sticky": {"sampler": "sticky"},
+    "covered": {"method": "moments", "cover": 2, "sampler": "deck"},
+    "int4": {
+        "rows_down": "int8",
+        "rows_up": "int4",
+        "backbone_down": "int8",
+        "backbone_up": "int4",
+    },
+    "moments int8": {
+        "method": "moments",
+        "rows_up": "int8",
+        "rows_down": "int8",
+        "moments_rank": 3,
+    },
+    "bfloat16": {"rows_down": "bfloat16", "rows_up": "bfloat16", "backbone_up": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_path, watched):
+    config = settings(photos, **VARIANTS[variant])
+    local = watched(lambda: fedss.train(config, tmp_path / "local", on_round=lambda record: None))
+    grid = ProcessGrid(nodes(photos), seed=1)
+    apart = watched(lambda: federate(grid, config, tmp_path / "apart"))
+    assert len(local) == 3
+    assert apart == local
+    assert len(set(local)) == 3
