@@ -80,12 +80,16 @@ def read_settings(run_config: Mapping[str, Any]) -> tuple[Config, Deployment]:
         if name not in of_deployment
     }
     config = config_from_dict(settings)
+    _check_apart(config)
+    return config, Deployment(**deployment)
+
+
+def _check_apart(config: Config) -> None:
     for name in _NOT_AT_SITES:
         if getattr(config, name):
             raise ConfigError(f"{name}: sites read their pictures as they are; leave it out")
     if config.method == "central":
         raise ConfigError("method: central pools pictures, which a federation cannot")
-    return config, Deployment(**deployment)
 
 
 def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
@@ -95,8 +99,10 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
     each can also be given to ``flwr run --run-config``.
 
     Raises:
-        ConfigError: there is such a file already, or no Flower.
+        ConfigError: there is such a file already, a setting that a federation cannot have, or no
+            Flower.
     """
+    _check_apart(config)
     try:
         flower = version("flwr")
     except PackageNotFoundError as error:
