@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.engines.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
 from fedss.errors import ConfigError, FedssError, LostRankError
 from fedss.methods import METHODS
 from fedss.ranks import join, this_rank
@@ -128,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     report = command(_report, "OUT", "write report.html for a run or a comparison")
     report.add_argument("folder", metavar="OUT", help="the folder of a run or a comparison")
 
+    app = command(
+        _app,
+        "DIR --out PATH [OPTIONS]",
+        "write the app folder of a real federation, to submit with flwr run",
+    )
+    app.add_argument("folder", metavar="DIR", help="the app folder; gets a pyproject.toml")
+    _add_deployment(app)
+    _add_config(app)
+
     info = command(_info, "[OPTIONS]", "what is in a data set, and what each method would move")
     _add_config(info)
     return parser
@@ -147,6 +157,19 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the results; holds one experiment"
     )
+
+
+def _add_deployment(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("federation")
+    for item in DEPLOYMENT_FIELDS:
+        group.add_argument(
+            "--" + item.name.replace("_", "-"),
+            type=type(item.default),
+            metavar={int: "INT", float: "NUMBER", str: "TEXT"}[type(item.default)],
+            default=argparse.SUPPRESS,
+            required=item.name == "out",
+            help=item.metadata["help"] + (f" (default: {item.default})" if item.default else ""),
+        )
 
 
 def _add_config(
@@ -274,6 +297,13 @@ def _embed(options: argparse.Namespace) -> None:
     written = write_embeddings(Path(options.out), result)
     print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
     print("\n".join(str(path) for path in written))
+
+
+def _app(options: argparse.Namespace) -> None:
+    names = {item.name for item in DEPLOYMENT_FIELDS}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    config = _config(options, _stored(options).get("config"))
+    print(write_app(Path(options.folder), config, Deployment(**given)))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from PIL import Image
 
 from fedss.cli import main
 from fedss.config import OPTIONS
+from fedss.engines.flower.settings import Deployment
 from tests.test_config import PINNED
 
 TINY = """
@@ -22,7 +24,7 @@ GLYPHS = [
     *["--data", "glyphs", "--glyphs-classes", "40", "--glyphs-clients", "8", "--sample-size", "8"],
 ]
 
-COMMANDS = {"train", "compare", "evaluate", "embed", "report", "info"}
+COMMANDS = {"app", "train", "compare", "evaluate", "embed", "report", "info"}
 
 
 @pytest.fixture
@@ -113,6 +115,8 @@ def test_commands_and_options_are_pinned(capsys):
     }
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("report", capsys)[0] == {"--help"}
+    deployment = flags([item.name for item in dataclasses.fields(Deployment)])
+    assert options_of("app", capsys)[0] == config | own | deployment
 
 
 def test_help_gives_each_option_a_line_with_its_default(capsys):

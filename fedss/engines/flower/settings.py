@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -25,7 +25,7 @@ class Deployment:
         ConfigError: a value that cannot be, on construction.
     """
 
-    out: str = _setting("runs/federation", "run folder at the server; give a full path")
+    out: str = _setting("", "run folder at the server, a full path")
     sites: int = _setting(1, "sites to wait for before the first round")
     evaluate_at: Literal["sites", "server"] = _setting(
         "sites", "who has pictures to test with; server: those that data names"
@@ -37,6 +37,7 @@ class Deployment:
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
+            ("out", Path(self.out).is_absolute(), "a full path at the server"),
             ("sites", self.sites >= 1, "at least 1"),
             ("attempts", self.attempts >= 1, "at least 1"),
             ("deadline", 0 < self.deadline <= 1e7, "above 0 and at most 1e7 seconds"),
@@ -45,8 +46,11 @@ class Deployment:
             ("evaluate_at", self.evaluate_at in ("sites", "server"), "sites or server"),
         ):
             if not valid:
-                raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)}")
+                raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
+
+# How a simulation may rearrange pictures.
+_NOT_AT_SITES = ("rotations", "client_classes")
 
 DEPLOYMENT_FIELDS = dataclasses.fields(Deployment)
 SERVER_APP = "fedss.engines.flower.server:app"
@@ -76,12 +80,16 @@ def read_settings(run_config: Mapping[str, Any]) -> tuple[Config, Deployment]:
         if name not in of_deployment
     }
     config = config_from_dict(settings)
-    for name in ("rotations", "client_classes"):
+    _check_apart(config)
+    return config, Deployment(**deployment)
+
+
+def _check_apart(config: Config) -> None:
+    for name in _NOT_AT_SITES:
         if getattr(config, name):
             raise ConfigError(f"{name}: sites read their pictures as they are; leave it out")
     if config.method == "central":
         raise ConfigError("method: central pools pictures, which a federation cannot")
-    return config, Deployment(**deployment)
 
 
 def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
@@ -91,8 +99,17 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
     each can also be given to ``flwr run --run-config``.
 
     Raises:
-        ConfigError: there is such a file already.
+        ConfigError: there is such a file already, a setting that a federation cannot have, or no
+            Flower.
     """
+    _check_apart(config)
+    try:
+        flower = version("flwr")
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            'a federation needs Flower: pip install "fedss[flower]", here, at the server and at '
+            "every site"
+        ) from error
     path = folder / "pyproject.toml"
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or choose another folder")
@@ -104,12 +121,12 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
         'description = "Settings of a federation; the code is that of the installed fedss"',
         'license = { file = "LICENSE" }',
         # Not fedss itself: it is installed beforehand, and Flower is not to install anything.
-        f'dependencies = ["flwr=={version("flwr")}"]',
+        f'dependencies = ["flwr>={flower}"]',
         "",
         "[tool.flwr.app]",
         'publisher = "fedss"',
         "fab-format-version = 1",
-        f'flwr-version-target = "{version("flwr")}"',
+        f'flwr-version-target = "{flower}"',
         "",
         "[tool.flwr.app.components]",
         f'serverapp = "{SERVER_APP}"',
@@ -125,6 +142,8 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
         ]
     group = ""
     for name, value in dataclasses.asdict(config).items():
+        if name in _NOT_AT_SITES:
+            continue
         if options[name].group != group:
             group = options[name].group
             lines += ["", f"# {group.capitalize()}; an empty text means the default"]

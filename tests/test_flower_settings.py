@@ -1,0 +1,89 @@
+"""The settings of a federation, and the app folder that carries them."""
+
+import dataclasses
+import tomllib
+
+import pytest
+
+from fedss.cli import main
+from fedss.config import Config
+from fedss.engines.flower.settings import Deployment, read_settings, write_app
+from fedss.errors import ConfigError
+
+APART = {"out": "/srv/run"}
+
+
+def run_config(folder):
+    return tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sample_size": 12, "local_steps": 3, "data": "csv", "data_path": 'a "quoted" é\\path'}],
+)
+def test_what_is_written_is_what_is_read(tmp_path, changes):
+    config = Config(**changes)
+    deployment = Deployment("/srv/run", sites=4, deadline=30.0, evaluate_at="server")
+    write_app(tmp_path, config, deployment)
+    assert read_settings(run_config(tmp_path)) == (config, deployment)
+
+
+def test_the_app_holds_no_code(tmp_path):
+    write_app(tmp_path / "app", Config(), Deployment("/srv/run"))
+    assert {path.name for path in (tmp_path / "app").iterdir()} == {"pyproject.toml", "LICENSE"}
+
+
+def test_the_command_line_writes_the_same(tmp_path, capsys):
+    words = ["--out", "/srv/run", "--sites", "3", "--method", "moments", "--quorum", "0.25"]
+    assert main(["app", str(tmp_path / "app"), *words]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'app' / 'pyproject.toml'}\n"
+    config, deployment = read_settings(run_config(tmp_path / "app"))
+    assert config == Config(method="moments")
+    assert deployment == Deployment("/srv/run", sites=3, quorum=0.25)
+    assert main(["app", str(tmp_path / "app"), *words]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["app", str(tmp_path / "other"), *words, "--rotations"]) == 2
+    assert "rotations: sites read their pictures as they are" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_whole_numbers_do_for_seconds():
+    # Flower's command line makes an int of deadline=60.
+    assert read_settings({**APART, "deadline": 60})[1].deadline == 60.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"out": "runs/here"}, "out: expected a full path at the server, got 'runs/here'"),
+        ({**APART, "sites": 0}, "sites: expected at least 1, got 0"),
+        ({**APART, "sites": "3"}, "sites: expected int, got '3'"),
+        ({**APART, "sites": True}, "sites: expected int, got True"),
+        ({**APART, "deadline": 0}, "deadline: expected above 0"),
+        ({**APART, "deadline": float("nan")}, "deadline: expected above 0"),
+        ({**APART, "pause": -1}, "pause: expected 0 to"),
+        ({**APART, "quorum": 1.5}, "quorum: expected 0 to 1, got 1.5"),
+        ({**APART, "attempts": 0}, "attempts: expected at least 1"),
+        ({**APART, "evaluate-at": "home"}, "evaluate_at: expected sites or server, got 'home'"),
+        ({**APART, "evaluate-at": 3}, "evaluate_at: expected sites or server, got 3"),
+        ({**APART, "simple-size": 3}, "configuration field: 'simple_size' is unknown.*sample_size"),
+        ({**APART, "method": "central"}, "method: central pools pictures"),
+        ({**APART, "rotations": True}, "rotations: sites read their pictures as they are"),
+        ({**APART, "rounds": 1.5}, "rounds: expected int, got 1.5"),
+    ],
+)
+def test_bad_settings_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        read_settings(values)
+
+
+def test_the_settings_are_pinned():
+    assert [item.name for item in dataclasses.fields(Deployment)] == [
+        "out",
+        "sites",
+        "evaluate_at",
+        "deadline",
+        "quorum",
+        "attempts",
+        "pause",
+    ]
