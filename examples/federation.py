@@ -47,7 +47,6 @@ from cryptography.x509.oid import NameOID
 from PIL import Image
 
 import fedss
-from fedss.engines.flower.settings import Deployment, write_app
 
 Process = subprocess.Popen[bytes]
 Value = str | int | float | bool
@@ -435,10 +434,12 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
 
     pictures = write_pictures(folder / "pictures", sites)
     say(f"{sites} sites, 8 clients each: pictures in {folder / 'pictures'}")
-    config = fedss.Config(rounds=rounds, clients_per_round=12, image_size=28, channels=1)
-    if not (folder / "app" / "pyproject.toml").exists():
-        write_app(
-            folder / "app", config, Deployment(out=str(folder.resolve() / "run"), sites=sites)
+    if not (folder / "app").exists():
+        words = ["app", str(folder / "app"), "--out", str(folder.resolve() / "run")]
+        words += ["--sites", str(sites), "--rounds", str(rounds), "--clients-per-round", "12"]
+        words += ["--image-size", "28", "--channels", "1", "--eval-every", "4"]
+        subprocess.run(
+            [sys.executable, "-m", "fedss", *words], stdout=subprocess.DEVNULL, check=True
         )
     with place(folder, sites) as here:
         superlink(here)
@@ -465,7 +466,8 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
     say("no process is left")
     print(
         f"\nWhere to look, in {folder}:\n"
-        "  run/report.html     curves, bytes, seconds per phase; run/records.jsonl a line per round\n"
+        "  run/report.html     curves, bytes, seconds per phase\n"
+        "  run/records.jsonl   a line per round\n"
         "  app/pyproject.toml  what was submitted, with every setting\n"
         "  logs/               what each process said; what clients said is in site-*.log\n"
         "  pictures/, keys/    what each site holds\n"
