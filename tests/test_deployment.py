@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 
+import fedss
 from examples.federation import (
     follow,
     place,
@@ -20,68 +20,27 @@ from examples.federation import (
     superexec,
     superlink,
 )
+from fedss import Config
+from fedss.cli import main
+from tests.test_engine_flower import SITES, write_photos
 
-ECHO = {
-    "pyproject.toml": """
-        [project]
-        name = "echo"
-        version = "1.0.0"
-        description = "Asks every site for its name"
-        license = "Apache-2.0"
-        dependencies = []
-
-        [tool.flwr.app]
-        publisher = "fedss"
-
-        [tool.flwr.app.components]
-        serverapp = "echo.server:app"
-        clientapp = "echo.client:app"
-
-        [tool.flwr.app.config]
-        sites = 1
-        """,
-    "echo/__init__.py": "",
-    "echo/server.py": """
-        import time
-
-        from flwr.app import ConfigRecord, Message, RecordDict
-        from flwr.serverapp import ServerApp
-
-        app = ServerApp()
-
-
-        @app.main()
-        def main(grid, context):
-            sites = context.run_config["sites"]
-            while len(nodes := list(grid.get_node_ids())) < sites:
-                time.sleep(0.2)
-            content = RecordDict({"ask": ConfigRecord({"add": "!"})})
-            asked = [Message(content, node, "query.name") for node in nodes]
-            replies = grid.send_and_receive(asked, timeout=60)
-            print("heard", *sorted(reply.content["told"]["name"] for reply in replies), flush=True)
-        """,
-    "echo/client.py": """
-        from flwr.app import ConfigRecord, Message, RecordDict
-        from flwr.clientapp import ClientApp
-
-        app = ClientApp()
-
-
-        @app.query("name")
-        def name(message, context):
-            told = context.node_config["site"] + message.content["ask"]["add"]
-            return Message(RecordDict({"told": ConfigRecord({"name": told})}), reply_to=message)
-        """,
+SETTINGS = {
+    "image_size": 8,
+    "channels": 1,
+    "backbone": "conv4-8",
+    "embedding_size": 6,
+    "sample_size": 6,
+    "rounds": 2,
+    "clients_per_round": 4,
+    "batch_size": 2,
+    "eval_every": 2,
+    "checkpoint_every": 1,
 }
 
 
-@pytest.fixture
-def app(tmp_path) -> Path:
-    folder = tmp_path / "app"
-    for name, text in ECHO.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(textwrap.dedent(text))
-    return folder
+@pytest.fixture(autouse=True)
+def the_same_fedss_in_all_processes(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(fedss.__file__).parents[1]))
 
 
 def living(groups: list[int]) -> list[str]:
@@ -100,19 +59,30 @@ def wait_for(condition, seconds: float) -> None:
         time.sleep(0.2)
 
 
-def test_three_sites_with_tls_and_node_keys(tmp_path, app):
+def numbers(run: Path) -> dict[str, bytes]:
+    """Every number of the server's state at each checkpoint."""
+    folder = run / "checkpoint"
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+def test_three_sites_with_tls_and_node_keys_give_the_local_bits(tmp_path):
+    write_photos(tmp_path)
+    pooled = Config(**SETTINGS, data="csv", data_path=str(tmp_path / "all.csv"))
+    fedss.train(pooled, tmp_path / "local", on_round=lambda record: None)
+    app = ["app", str(tmp_path / "app"), "--out", str(tmp_path / "apart"), "--sites", "3"]
+    app += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    assert main(app) == 0
     with place(tmp_path / "federation", sites=4) as here:
         superlink(here)
         superexec(here)
-        stranger = 3  # a key that nobody registered
-        for number in range(4):
+        stranger = 3  # its key is registered by nobody
+        for number, name in enumerate([*SITES, SITES[0]]):
             if number != stranger:
                 register(here, number)
-            site(here, number, {"site": f"shop {number}", "data": "/data/my photos"})
-        run = submit(here, app, {"sites": 3})
+            site(here, number, {"data": str(tmp_path / f"{name}.csv")})
+        run = submit(here, tmp_path / "app")
         lines = list(follow(here, run))
-        assert "heard shop 0! shop 1! shop 2!" in lines, lines
-        assert status(here, run) == "finished:completed"
+        assert status(here, run) == "finished:completed", lines
         log = (here.folder / "logs" / f"site-{stranger}.log").read_text()
         assert "Failed to activate SuperNode" in log
         assert "SuperNode ID" not in log
@@ -120,6 +90,8 @@ def test_three_sites_with_tls_and_node_keys(tmp_path, app):
         assert living(groups)
     assert not living(groups)
     assert os.stat(here.folder / "keys" / "site-1").st_mode & 0o077 == 0
+    assert numbers(tmp_path / "apart") == numbers(tmp_path / "local")
+    assert len(numbers(tmp_path / "apart")) > 0
 
 
 LEFT_ALONE = """
