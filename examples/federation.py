@@ -51,17 +51,21 @@ import fedss
 Process = subprocess.Popen[bytes]
 Value = str | int | float | bool
 
-# Kills the process groups that it was told of when its standard input ends: in whatever way the
-# program dies that holds the other end, the federation does not outlive it.
+# Kills the process groups that it was told of when its standard input ends without a word: in
+# whatever way the program dies that holds the other end, the federation does not outlive it.
 GUARD = """
 import os, signal, sys
-for group in [int(line) for line in sys.stdin]:
+groups = []
+for line in sys.stdin:
+    if line == "done\\n":
+        sys.exit()
+    groups.append(int(line))
+for group in groups:
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         pass
 """
-
 
 # What a service manager does with a site: start it again until it ends by itself in peace. The
 # SuperLink turns away a SuperNode whose key it believes to be online, for up to a minute after one
@@ -116,9 +120,16 @@ def place(folder: str | Path, sites: int) -> Iterator[Place]:
         yield here
     finally:
         stop_all(here)
+        tell_guard(here, "done")
+        guard.wait()
         assert guard.stdin is not None
         guard.stdin.close()
-        guard.wait()
+
+
+def tell_guard(here: Place, word: str | int) -> None:
+    assert here.guard.stdin is not None
+    here.guard.stdin.write(f"{word}\n".encode())
+    here.guard.stdin.flush()
 
 
 def free_ports(count: int) -> list[int]:
@@ -164,7 +175,18 @@ def write_certificates(folder: Path) -> None:
             .not_valid_after(now + datetime.timedelta(days=365))
             .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
             .add_extension(
-                x509.KeyUsage(not is_ca, *[False] * 4, is_ca, is_ca, False, False), critical=True
+                x509.KeyUsage(
+                    digital_signature=not is_ca,
+                    content_commitment=False,
+                    key_encipherment=False,
+                    data_encipherment=False,
+                    key_agreement=False,
+                    key_cert_sign=is_ca,
+                    crl_sign=is_ca,
+                    encipher_only=False,
+                    decipher_only=False,
+                ),
+                critical=True,
             )
             .add_extension(
                 x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
@@ -237,9 +259,7 @@ def start(
             start_new_session=True,
         )
     here.processes.append(process)
-    assert here.guard.stdin is not None
-    here.guard.stdin.write(f"{process.pid}\n".encode())
-    here.guard.stdin.flush()
+    tell_guard(here, process.pid)
     return process
 
 

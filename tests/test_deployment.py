@@ -12,6 +12,7 @@ import pytest
 import fedss
 from examples.federation import (
     follow,
+    kill,
     place,
     register,
     site,
@@ -75,17 +76,17 @@ def test_three_sites_with_tls_and_node_keys_give_the_local_bits(tmp_path):
     with place(tmp_path / "federation", sites=4) as here:
         superlink(here)
         superexec(here)
-        stranger = 3  # its key is registered by nobody
-        for number, name in enumerate([*SITES, SITES[0]]):
-            if number != stranger:
-                register(here, number)
+        for number, name in enumerate(SITES):
+            register(here, number)
             site(here, number, {"data": str(tmp_path / f"{name}.csv")})
+        stranger = site(here, 3, {"data": str(tmp_path / "north.csv")})  # a key of nobody's
+        log = here.folder / "logs" / "site-3.log"
         run = submit(here, tmp_path / "app")
+        wait_for(lambda: "Failed to activate SuperNode" in log.read_text(), 60)
+        kill(stranger)
+        assert "SuperNode ID" not in log.read_text()
         lines = list(follow(here, run))
         assert status(here, run) == "finished:completed", lines
-        log = (here.folder / "logs" / f"site-{stranger}.log").read_text()
-        assert "Failed to activate SuperNode" in log
-        assert "SuperNode ID" not in log
         groups = [process.pid for process in here.processes]
         assert living(groups)
     assert not living(groups)
