@@ -13,7 +13,7 @@ from PIL import Image
 import fedss
 from fedss import experiment
 from fedss.config import Config
-from fedss.engines.flower.server import serve
+from fedss.engines.flower.server import line, serve
 from tests.flower_grid import ProcessGrid
 from tests.ranks import digest
 
@@ -139,3 +139,20 @@ def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_pat
     assert len(local) == 3
     assert apart == local
     assert len(set(local)) == 3
+
+
+def test_the_log_has_a_line_for_each_round():
+    record = {
+        "round": 3,
+        "loss": 4.5678,
+        "clients": 9,
+        "seconds": {"request": 0.5, "train": 12.75},
+        "metrics": {"map_at_10": 0.4321},
+        "failures": [
+            {"client": "ada", "reason": "deadline"},
+            {"client": "ben", "reason": "deadline"},
+        ],
+    }
+    start = "round 3/12  loss 4.568  9 clients  13.2 s"
+    assert line(record, 12) == f"{start}  MAP@10 0.432  left out: 2 deadline"
+    assert line({**record, "metrics": None, "failures": []}, 12) == start

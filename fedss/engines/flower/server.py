@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from fedss.build import compute_device, evaluation_task, load_data, wire_format
 from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
-from fedss.engines.flower.engine import FlowerEngine
+from fedss.engines.flower.engine import FlowerEngine, say
 from fedss.engines.flower.registry import load_registry
 from fedss.engines.flower.settings import Deployment, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
@@ -27,6 +28,7 @@ from fedss.evaluation import embed_task, panels, score
 from fedss.experiment import Federation, Lap, Run, train_federation
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
+from fedss.records import Record
 
 app = ServerApp()
 
@@ -37,9 +39,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run = serve(grid, context.run_config)
     except FedssError as error:
-        print(f"fedss: {error}", file=sys.stderr, flush=True)
+        say(str(error))
         sys.exit(1)
-    print(f"fedss: done; report {run.folder / 'report.html'}", file=sys.stderr, flush=True)
+    say(f"done; report {run.folder / 'report.html'}")
 
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> Run:
@@ -70,7 +72,24 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Run:
         data,
         partial(_federation, grid, config, deployment),
         label=f"{config.method} seed {config.seed}",
+        on_round=lambda record: say(line(record, config.rounds)),
     )
+
+
+def line(record: Record, rounds: int) -> str:
+    """A round's record for whoever watches the log."""
+    seconds = sum(record["seconds"].values())
+    parts = [
+        f"round {record['round']}/{rounds}",
+        f"loss {record['loss']:.3f}",
+        f"{record['clients']} clients",
+        f"{seconds:.1f} s",
+    ]
+    if record["metrics"]:
+        parts.append(f"MAP@10 {record['metrics']['map_at_10']:.3f}")
+    reasons = Counter(failure["reason"] for failure in record.get("failures", []))
+    parts += [f"left out: {count} {reason}" for reason, count in reasons.most_common()]
+    return "  ".join(parts)
 
 
 def _explicit(config: Config) -> Config:
