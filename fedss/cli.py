@@ -415,12 +415,12 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
     for heading in ("rows", "down", "backbone", "rows", "up", "backbone", "rows"):
         moved.add_column(heading, justify="right", no_wrap=True)
     for method, runs in by_method.items():
-        map_at_10, name = mean(runs, "map_at_10") or 0.0, method.replace(",", ", ")
+        map_at_10, name = mean(runs, "map_at_10"), method.replace(",", ", ")
         found.add_row(
             name,
-            f"{map_at_10:.3f}",
-            *((f"{map_at_10 / full:.3f}",) if full else ()),
-            f"{mean(runs, 'recall_at_1'):.3f}",
+            _score(map_at_10),
+            *((_score(None if map_at_10 is None else map_at_10 / full),) if full else ()),
+            _score(mean(runs, "recall_at_1")),
             str(len(runs)),
             f"{mean(runs, 'seconds'):.0f}",
         )
@@ -440,6 +440,10 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
     console = _console()
     console.print(found)
     console.print(moved)
+
+
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _table(title: str) -> Table:

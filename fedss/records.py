@@ -1,7 +1,9 @@
 """What a run writes down: a line of JSON per round, TensorBoard events, a summary."""
 
+import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +11,16 @@ from typing import Any
 
 from fedss.client import ClientUpdate
 from fedss.errors import RunFolderError
+from fedss.retrieval import RetrievalMetrics
 from fedss.wire import PARTS
 
 Record = dict[str, Any]
 """One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``class_rows`` (sum of
 |S_k|), bytes over the cohort as serialised (``bytes_down``, ``bytes_up`` and their parts
 ``backbone_bytes_*``, ``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase,
-``metrics`` or None."""
+``metrics`` or None (in every round, where nobody can evaluate). Where clients may fail also
+``failures``, a list of ``{"client": name, "reason": word}``, and ``attempts``: how often the round
+was begun. Without them none failed, and it was begun once."""
 
 
 def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
@@ -58,6 +63,7 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
     from torch.utils.tensorboard import SummaryWriter
 
     path = folder / "records.jsonl"
+    failed = any(record.get("failures") for record in past)
     if past or path.exists():
         with path.open("rb+") as old:
             for _ in past:
@@ -69,6 +75,7 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
     ):
 
         def add(record: Record, to_disk: bool) -> None:
+            nonlocal failed
             file.write(json.dumps(record) + "\n")
             file.flush()
             if to_disk:
@@ -81,6 +88,10 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
             if record["bytes_down"] is not None:
                 scalars["bytes/down_per_client"] = record["bytes_down"] / record["clients"]
                 scalars["bytes/up_per_client"] = record["bytes_up"] / record["clients"]
+            failures = len(record.get("failures", ()))
+            failed = failed or failures > 0
+            if failed:  # from the first one on also the rounds without any, or the curve would lie
+                scalars["federation/failures"] = failures
             for name, value in scalars.items():
                 board.add_scalar(name, value, record["round"])
 
@@ -97,10 +108,14 @@ _PER_CLIENT = (
 def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """A run in one object: what it was, its last evaluation, means per client and round.
 
-    Byte figures are None where pictures are pooled: no federated message exists.
+    Retrieval figures are None where no round was evaluated, byte figures where pictures are
+    pooled: no federated message exists. ``failures`` counts those of all rounds by reason, and
+    ``seconds_by_phase`` adds up to ``seconds``.
     """
     clients = sum(record["clients"] for record in records)
-    summary = {**run, **records[-1]["metrics"]}
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(RetrievalMetrics))
+    evaluated = [record["metrics"] for record in records if record["metrics"]]
+    summary = {**run, **(evaluated[-1] if evaluated else unknown)}
     for name in _PER_CLIENT:
         federated = records[0][name] is not None
         total = sum(record[name] for record in records) if federated else 0
@@ -109,5 +124,11 @@ def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, An
     summary["class_rows_per_client"] = (
         sum(record["class_rows"] for record in records) / clients if rows else None
     )
-    summary["seconds"] = sum(sum(record["seconds"].values()) for record in records)
+    phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
+    summary["seconds_by_phase"] = {
+        phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in phases
+    }
+    summary["seconds"] = sum(summary["seconds_by_phase"].values())
+    failures = (failure for record in records for failure in record.get("failures", ()))
+    summary["failures"] = dict(Counter(failure["reason"] for failure in failures))
     return summary

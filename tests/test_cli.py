@@ -178,6 +178,25 @@ def test_compare_on_a_csv_of_pictures(photos, tmp_path, capsys):
     assert str(out / "report.html") in printed
 
 
+def test_a_run_that_nobody_could_evaluate_is_printed(tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["compare", *GLYPHS, "--methods", "full", "fedss", "--out", str(out)]
+    assert main(words) == 0
+    rows = []
+    for folder in ("fedss-seed0", "full-seed0"):
+        (summary,) = json.loads((out / folder / "summary.json").read_text())
+        unknown = {"map_at_10": None, "recall_at_1": None}
+        (out / folder / "summary.json").write_text(json.dumps([{**summary, **unknown}]))
+        capsys.readouterr()
+        assert main(words) == 0
+        cells = [line.split() for line in capsys.readouterr().out.splitlines()]
+        rows += [next(row for row in cells if row[:1] == [name])[:-1] for name in ("full", "fedss")]
+    assert re.fullmatch(r"0\.\d{3}", rows[0][1])
+    assert rows[1] == ["fedss", "–", "–", "–", "1"]
+    # Nothing to compare with: no column for it.
+    assert rows[2:] == [["full", "–", "–", "1"], ["fedss", "–", "–", "1"]]
+
+
 @pytest.mark.parametrize("ending", [".npy", ".parquet"])
 def test_embed_a_folder_and_a_csv(photos, tmp_path, capsys, ending):
     out = tmp_path / "run"

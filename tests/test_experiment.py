@@ -21,6 +21,7 @@ from fedss.build import compute_device, pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
 from fedss.class_rows import ClassRows, create_class_rows
 from fedss.methods import METHODS
+from fedss.records import open_records, read_records, summarise
 from fedss.samplers import Sampler
 from tests import reference
 
@@ -87,13 +88,74 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
 
 def test_tensorboard_reads_the_events(tmp_path):
+    run = train(tmp_path / "run")
+    drawn = scalars(run.folder)
+    assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    assert drawn["test/map_at_10"][-1] == (6, pytest.approx(run.summary["map_at_10"]))
+
+
+def test_a_run_says_where_its_time_went_and_that_nobody_failed(tmp_path):
+    run = train(tmp_path / "run")
+    records = read_records(run.folder / "records.jsonl", 6)
+    by_phase = run.summary["seconds_by_phase"]
+    assert {"train", "evaluate"} <= by_phase.keys()
+    for phase, seconds in by_phase.items():
+        assert seconds == pytest.approx(sum(r["seconds"].get(phase, 0) for r in records))
+    assert run.summary["seconds"] == pytest.approx(sum(by_phase.values()))
+    assert run.summary["failures"] == {}
+    page = (run.folder / "report.html").read_text()
+    assert "Where the time goes" in page
+    assert "What failed" not in page
+    assert "federation/failures" not in scalars(run.folder)
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: name -> (round, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_failures_are_summed_up_and_drawn_from_the_first_one_on(tmp_path):
+    """Also those before an interruption."""
+    with (train(tmp_path / "run").folder / "records.jsonl").open() as file:
+        record = json.loads(file.readline())
+    reasons = [[], ["offline", "ids"], [], ["offline"], []]
+    records = [
+        record
+        | {"round": round, "metrics": None, "seconds": {"train": 2.0, "pause": float(round)}}
+        | ({"failures": [{"client": "a", "reason": r} for r in failed]} if failed else {})
+        for round, failed in enumerate(reasons, start=1)
+    ]
+    folder = tmp_path / "federation"
+    folder.mkdir()
+    for past, new in (([], records[:3]), (records[:3], records[3:])):
+        with open_records(folder, past) as add:
+            for line in new:
+                add(line, True)
+    assert read_records(folder / "records.jsonl", 5) == records
+    assert scalars(folder)["federation/failures"] == [(2, 2), (3, 0), (4, 1), (5, 0)]
+    summary = summarise({"method": "fedss"}, records)
+    assert summary["failures"] == {"offline": 2, "ids": 1}
+    assert summary["seconds_by_phase"] == {"train": 10.0, "pause": 15.0}
+    assert summary["seconds"] == 25.0
+
+
+def test_summary_has_the_last_evaluation_there_was(tmp_path):
     run = train(tmp_path / "run")
-    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    found = events.Scalars("test/map_at_10")[-1]
-    assert (found.step, found.value) == (6, pytest.approx(run.summary["map_at_10"]))
+    records = read_records(run.folder / "records.jsonl", 6)
+    metrics = dataclasses.asdict(fedss.evaluate(run.embedder, DATA.test))
+    assert {name: run.summary[name] for name in metrics} == pytest.approx(metrics)
+    found = records[3]["metrics"]
+    summary = summarise({}, [*records[:5], records[5] | {"metrics": None}])
+    assert {name: summary[name] for name in metrics} == found
+    summary = summarise({}, [record | {"metrics": None} for record in records])
+    assert {name: summary[name] for name in metrics} == dict.fromkeys(metrics)
+    assert summary["bytes_down_per_client_round"] == run.summary["bytes_down_per_client_round"]
 
 
 def test_training_learns(tmp_path):

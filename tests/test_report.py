@@ -21,6 +21,7 @@ from fedss.report import (
     labels,
     page,
     records,
+    rounds,
     words,
     write_report,
 )
@@ -339,7 +340,9 @@ def test_every_method_and_unknown_ones(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     html, page = read(tmp_path)
     order = ["full", "fedss", "moments", *names[2:6], *names[-2:], "central"]
-    assert [c for c in page.cells if c in names] == order
+    for first in ("MAP@10", "round"):
+        table = table_after(page, first)
+        assert [c for c in table if c in names][: len(order)] == order
     assert "<i>" not in html
 
 
@@ -848,6 +851,259 @@ def test_finding_among_plain_methods_names_better_moments(tmp_path: Path) -> Non
     assert "moments (0.400) retrieves better than fedss here." in read(tmp_path)[1].words
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> list[Any]:
+    """Change each line of records.jsonl; the new lines."""
+    path = folder / "records.jsonl"
+    lines = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return lines
+
+
+def table_after(page: Page, first: str) -> list[str]:
+    return page.cells[page.cells.index(first) :]
+
+
+def test_seconds_of_each_phase_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:
+    fake_comparison(tmp_path, ["full", "fedss"], rounds=10, seeds=2)
+    rng = np.random.default_rng(0)
+    found: dict[str, list[dict[str, float]]] = {"full": [], "fedss": []}
+    for folder in sorted(p for p in tmp_path.iterdir() if p.is_dir()):
+        method = folder.name[:-2]
+
+        def change(line: dict[str, Any], method: str = method) -> dict[str, Any]:
+            seconds = {"checkpoint": 0.001, "train": float(rng.uniform(10, 30))}
+            if line["round"] % 5 == 0:
+                seconds["evaluate"] = float(rng.uniform(1, 2))
+            if method == "fedss":
+                seconds |= {"request": float(rng.uniform(1, 3)), "siesta": 4.0}
+            found[method].append(seconds)
+            return line | {"seconds": seconds}
+
+        rewrite(folder, change)
+    html, page = read(tmp_path)
+    phases = ["request", "train", "evaluate", "checkpoint", "siesta"]
+    cells = table_after(page, "round")
+    assert cells[1:6] == phases
+    widths = []
+    for row, method in enumerate(("full", "fedss")):
+        mean = {p: sum(s.get(p, 0) for s in found[method]) / 20 for p in phases}
+        shown = [f"{sum(mean.values()):.2f}", *(f"{mean[p]:.2f}" for p in phases)]
+        shown[4] = "<0.01"
+        if method == "full":
+            shown[1] = shown[5] = "–"
+        assert cells[6 + 8 * row : 14 + 8 * row] == [method, "", *shown]
+        widths.append(sum(mean.values()))
+    drawn = [
+        sum(float(width) for width in re.findall(r"width: ([\d.]+)%", bar))
+        for bar in re.findall(r'<td class="bar">.*?</td>', html)
+    ]
+    assert drawn == pytest.approx([100 * w / max(widths) for w in widths], abs=0.05)
+    assert "Seconds per round: means over all rounds and seeds" in page.words
+    assert "--slot: var(--phase-train)" in html
+    assert "phase-siesta" not in html
+
+
+@pytest.mark.parametrize(
+    ("longest", "seconds", "unit", "shown"),
+    [
+        (2.5, 2.5, "s", "2.50"),
+        (2.5, 0.004, "s", "<0.01"),
+        (2.5, 0.0, "s", "0.00"),
+        (2.5, None, "s", "–"),
+        (345.6, 0.02, "s", "<0.1"),
+        (345.6, 12.34, "s", "12.3"),
+        (12345.6, 12345.6, "s", "12\u202f346"),
+        (12345.6, 0.6, "s", "<1"),
+        (0.142, 0.0054, "ms", "5.4"),
+        (0.0042, 0.0042, "ms", "4.20"),
+    ],
+)
+def test_seconds_fit_the_longest_round(
+    longest: float, seconds: float | None, unit: str, shown: str
+) -> None:
+    paces = rounds.Paces([], [], longest)
+    assert (paces.unit, paces.shown(seconds)) == (unit, shown)
+
+
+def test_time_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    fake_run(tmp_path, stop=1)
+    assert table_after(read(tmp_path)[1], "round")[5:] >= ["fedss", "", "1.82"]
+    (tmp_path / "records.jsonl").write_text("")
+    assert "Where the time goes" not in read(tmp_path)[1].words
+
+
+def fail(folder: Path, of_round: dict[int, list[tuple[str, str]]], **more: Any) -> None:
+    """Let clients fail: round -> (client, reason), as a federation records it."""
+
+    def change(line: dict[str, Any]) -> dict[str, Any]:
+        failures = of_round.get(line["round"], [])
+        if not failures:
+            return line
+        listed = [{"client": client, "reason": reason} for client, reason in failures]
+        return line | {"failures": listed, "clients": 20 - len(failures), **more}
+
+    rewrite(folder, change)
+
+
+def test_failures_are_counted_by_reason_and_client(tmp_path: Path) -> None:
+    single(tmp_path, rounds=10)
+    assert "What failed" not in read(tmp_path)[1].words
+    fail(tmp_path, {3: [("shop 1", "deadline")], 4: []})
+    assert "1 of 200 times (0.5\u00a0%) a client that was asked" in read(tmp_path)[1].words
+    fail(
+        tmp_path,
+        {
+            2: [("shop 7", "offline"), ("shop 1", "not finite")],
+            3: [("shop 1", "deadline"), ("<b>", "sunspots")],
+            9: [("shop 7", "offline"), ("shop 1", "deadline")],
+        },
+        attempts=3,
+    )
+    html, page = read(tmp_path)
+    assert "6 of 200 times (3\u00a0%) a client that was asked gave no update" in page.words
+    assert "6 times a round was begun again" in page.words
+    cells = table_after(page, "reason")
+    deadline, offline, undefined = (
+        f"{word}{rounds.REASONS[word]}" for word in ("deadline", "offline", "not finite")
+    )
+    counted = ["reason", "times", deadline, "2", offline, "2", undefined, "1", "sunspots", "1"]
+    assert cells[:10] == counted
+    assert cells[10:26] == [
+        *("client", "times", "reasons", "last round"),
+        *("shop 1", "3", "2\u00a0deadline, 1\u00a0not finite", "9"),
+        *("shop 7", "2", "offline", "9"),
+        *("<b>", "1", "sunspots", "3"),
+    ]
+    assert "<b>&" not in html
+    assert "Clients" in page.words
+    assert "failed most" not in page.words
+
+
+def test_failures_of_several_methods_and_many_clients(tmp_path: Path) -> None:
+    fake_comparison(tmp_path, ["full", "fedss", "pos-only"], rounds=10, seeds=2)
+    names = [f"ward {i:02d} of the hospital in the north" for i in range(13)]
+    for seed in range(2):
+        fail(tmp_path / f"full-{seed}", {1: [(name, "died") for name in names]})
+        fail(tmp_path / f"fedss-{seed}", {5 + seed: [(names[8], "offline"), (names[4], "died")]})
+    _, page = read(tmp_path)
+    asked = f"30 of {2 * 3 * 200:,} times".replace(",", "\u202f")
+    assert asked in page.words
+    cells = table_after(page, "reason")
+    assert cells[:5] == ["reason", "all", "full", "fedss", "pos-only"]
+    assert cells[6:10] == ["28", "26", "2", "0"]
+    assert cells[11:15] == ["2", "0", "2", "0"]
+    assert "The 10 of 13 clients that failed most" in page.words
+    clients = cells[19 : 19 + 40]
+    assert clients[:8] == [
+        *("ward 04 of the…north", "4", "died", "6"),
+        *("ward 08 of the…north", "4", "2\u00a0died, 2\u00a0offline", "6"),
+    ]
+    assert clients[36] == "ward 09 of the…north"
+    assert set(names[:10]) <= set(page.titles)
+    assert not set(names[10:]) & set(page.titles)
+    assert "begun again" not in page.words
+
+
+def test_rounds_begun_again_without_failures(tmp_path: Path) -> None:
+    single(tmp_path, rounds=5)
+    rewrite(tmp_path, lambda line: line | {"attempts": 1 + (line["round"] == 2), "failures": []})
+    _, page = read(tmp_path)
+    assert "1 time a round was begun again, since too few clients gave an update." in page.words
+    assert "reason" not in page.cells
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"failures": {}}, "'failures': expected a list, got {}"),
+        ({"failures": ["shop"]}, "expected an object, got 'shop'"),
+        ({"failures": [{"client": "shop"}]}, "'reason' is missing"),
+        ({"failures": [{"client": 3, "reason": "ids"}]}, "'client': expected a string, got 3"),
+        ({"attempts": "many"}, "'attempts': expected an integer, got 'many'"),
+        ({"seconds": {"train": None}}, "'train': expected a number, got None"),
+        ({"seconds": 3}, "expected an object, got 3"),
+    ],
+)
+def test_damaged_federation_records(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    single(tmp_path, rounds=5)
+    rewrite(tmp_path, lambda line: line | change)
+    with pytest.raises(RunFolderError, match=rf"records\.jsonl, line 1: {re.escape(message)}"):
+        write_report(tmp_path)
+
+
+def unscore(folder: Path) -> None:
+    rewrite(folder, lambda line: line | {"metrics": None})
+    (folder / "retrieval.npz").unlink()
+
+
+def unscored_comparison(folder: Path, methods: list[str], without: list[str]) -> Page:
+    summary = fake_comparison(folder, methods, rounds=10)
+    for entry in summary:
+        if entry["method"] in without:
+            entry |= dict.fromkeys(scores(0))
+            unscore(folder / entry["folder"])
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return read(folder)[1]
+
+
+def test_run_that_nobody_could_evaluate(tmp_path: Path) -> None:
+    entry = single(tmp_path, rounds=10)
+    (tmp_path / "summary.json").write_text(json.dumps([entry | dict.fromkeys(scores(0))]))
+    unscore(tmp_path)
+    html, page = read(tmp_path)
+    assert "fedss was trained for 10 rounds and not evaluated, moving 452 kB" in page.words
+    assert "No round has been evaluated, so there is no accuracy to draw. A fin" in page.words
+    titles = re.findall(r"<figcaption><h3>(.*?)</h3>", html)
+    assert titles == ["Bytes per client and round", "Training loss"]
+    assert page.cells[page.cells.index("fedss") + 1 :][:2] == ["–", "–"]
+    with pytest.raises(RunFolderError, match="expected an evaluated round with its bytes"):
+        bytes_picture(tmp_path)
+
+
+def test_methods_that_nobody_could_evaluate(tmp_path: Path) -> None:
+    methods = ["full", "fedss", "pos-only", "neg-only"]
+    page = unscored_comparison(tmp_path / "none", methods, methods)
+    assert "None of 4 has been evaluated." in page.words
+    assert "÷" not in page.words
+    page = unscored_comparison(tmp_path / "some", methods, ["fedss", "neg-only"])
+    assert "Not evaluated, and so without accuracy: fedss and neg-only." in page.words
+    assert "pos-only falls short" in page.words
+    page = unscored_comparison(tmp_path / "most", methods, ["full", "fedss", "neg-only"])
+    assert re.search(
+        r"pos-only reaches MAP@10 0\.2\d\d after 10 rounds, moving [^,]*\.", page.words
+    )
+
+
+def test_charts_say_what_is_not_evaluated_yet(tmp_path: Path) -> None:
+    fake_run(tmp_path, stop=1)
+    assert "No round has been evaluated yet, so there is no accuracy to draw." in (
+        read(tmp_path)[1].words.replace("\n", " ")
+    )
+    assert "fedss evaluate" not in read(tmp_path)[1].words
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_retrieval_at_the_sites_is_called_so(tmp_path: Path, scored: bool) -> None:
+    entry = single(tmp_path, rounds=5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"] = {"name": "federation", "evaluated_at": "sites"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if not scored:
+        (tmp_path / "summary.json").write_text(json.dumps([entry | dict.fromkeys(scores(0))]))
+    told = "Retrieval was measured at each site among its own pictures"
+    assert (told in read(tmp_path)[1].words) == scored
+
+
+def test_data_without_a_test(tmp_path: Path) -> None:
+    single(tmp_path, rounds=5, seen=0)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"] |= {"test_queries": 0, "test_classes": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, page = read(tmp_path)
+    assert "test queries" not in page.words
+    assert "test classes" not in page.words
+
+
 def point(label: str, moved: float, score: float) -> frontier.Point:
     return frontier.Point(label, "fedss", moved, score, score - 0.004, score + 0.004)
 
@@ -987,6 +1243,14 @@ def test_colours_can_be_read_and_told_apart(theme: int) -> None:
         low, high = sorted((luminance[slot], luminance["paper"]))
         assert (high + 0.05) / (low + 0.05) >= 4.5
     assert len({colors[slot] for slot in charts.EXTRA_SLOTS}) == 12
+    phases = [f"phase-{phase}" for phase in rounds.PHASES]
+    timed = [np.cbrt((SEEN_AS @ linear(colors[name])).clip(0)) for name in phases]
+    for i, name in enumerate(phases):
+        low, high = sorted((luminance[name], luminance["paper"]))
+        # Waiting is paler: it is no work.
+        assert (high + 0.05) / (low + 0.05) >= (1.5 if name == "phase-pause" else 3)
+        for j in range(i):
+            assert np.linalg.norm(timed[i] - timed[j], axis=1).min() > 0.15
     for other in ("full", "fedss"):
         seen = [np.cbrt((SEEN_AS @ linear(c)).clip(0)) for c in (colors["moments"], colors[other])]
         assert np.linalg.norm(seen[0] - seen[1], axis=1).min() > 0.3

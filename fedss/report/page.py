@@ -23,8 +23,10 @@ from fedss.report.frontier import (
     frontier_png,
     on_frontier,
 )
+from fedss.report.labels import wrap
 from fedss.report.panels import retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
+from fedss.report.rounds import PHASES, failures, paces
 
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
@@ -78,6 +80,7 @@ def render(folder: Path) -> str:
         "decimals": words.decimals,
         "percent": words.percent,
         "breakable": lambda name: _breakable(name, "/_"),
+        "shortened": lambda name: wrap(name, 20, 1),
         "foldable": lambda text: _breakable(text, ":,"),
     }
     return environment.get_template("report.html").render(
@@ -91,9 +94,10 @@ def render(folder: Path) -> str:
             for run in runs
             if not run.finished
         ],
+        unscored=words.unscored(groups),
         charts=_charts(groups, slots),
         rows=[_row(group, slot, full) for group, slot in zip(groups, slots, strict=True)],
-        has_ratio=full is not None and len(groups) > 1,
+        has_ratio=any(words.ratio(g, full) is not None for g in groups if g is not full),
         several_seeds=any(len(group.runs) > 1 for group in groups),
         seeds=[
             (group, slot, run)
@@ -101,6 +105,13 @@ def render(folder: Path) -> str:
             for run in group.runs
         ],
         metric_names=METRIC_NAMES,
+        at_sites=any(
+            run.data.get("evaluated_at") == "sites" and run.results["map_at_10"] is not None
+            for run in runs
+        ),
+        paces=paces(groups, slots),
+        phases=PHASES,
+        failures=failures(groups),
         retrieval=retrieval(groups, slots),
         settings=_settings(groups),
         commands=_commands(groups),
@@ -218,13 +229,13 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
         low, middle, high = (words.count(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))
-    if data.get("test_queries") is not None:
+    if data.get("test_queries"):
         gallery = data.get("test_gallery")
         against = (
             "each against all others" if gallery is None else f"against {words.count(gallery)}"
         )
         facts.append((words.count(data["test_queries"]), f"{split} queries", against))
-    if data.get("test_classes") is not None:
+    if data.get("test_classes"):
         seen = data.get("test_classes_seen")  # older records do not say
         trained = "" if seen is None else f"{words.count(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained

@@ -50,14 +50,28 @@ _COUNTS = (
 
 
 @dataclass(frozen=True)
+class Failure:
+    """A client, by its name, without an update that could be used, and a word for the reason."""
+
+    client: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Round:
-    """One line of records.jsonl; ``bytes_moved`` is down and up over the whole cohort."""
+    """One line of records.jsonl; ``bytes_moved`` is down and up over the whole cohort.
+
+    ``seconds`` are by phase; ``attempts`` is how often the round was begun.
+    """
 
     number: int
     loss: float
     clients: float
     bytes_moved: float | None
+    seconds: Mapping[str, float]
     metrics: Mapping[str, float] | None
+    failures: tuple[Failure, ...]
+    attempts: int
 
 
 @dataclass(frozen=True)
@@ -223,7 +237,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         results = _results_so_far(rounds, means)
     else:
         keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
-        nullable = ("class_rows_per_client", *BYTES)
+        nullable = ("class_rows_per_client", *METRICS, *BYTES)
         results = {key: _number(entry, key, summary, key in nullable) for key in keys}
         for key in MOMENTS:  # older records lack them
             results[key] = _number(entry, key, summary, True) if key in entry else 0.0
@@ -278,8 +292,9 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
             sums[key] = None if total is None or value is None else total + value
         cohort = _number(record, "clients", where)
         clients += cohort
-        timing = _get(record, "seconds", where)
-        seconds += sum(_number(timing, phase, where) for phase in _mapping(timing, where))
+        timing = _mapping(_get(record, "seconds", where), where)
+        by_phase = {phase: _number(timing, phase, where) for phase in timing}
+        seconds += sum(by_phase.values())
         metrics = _get(record, "metrics", where)
         if metrics is not None:
             metrics = {key: _number(metrics, key, where) for key in METRICS}
@@ -288,7 +303,10 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
             loss=_number(record, "loss", where),
             clients=cohort,
             bytes_moved=None if down is None or up is None else down + up,
+            seconds=by_phase,
             metrics=metrics,
+            failures=_failures(record, where),
+            attempts=_integer(record, "attempts", where) if "attempts" in record else 1,
         )
         if rounds and this_round.number <= rounds[-1].number:
             raise _damaged(
@@ -298,6 +316,17 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
         rounds.append(this_round)
     means = {k: None if v is None or not clients else v / clients for k, v in sums.items()}
     return tuple(rounds), {"seconds": seconds, **means}
+
+
+def _failures(record: Any, where: str) -> tuple[Failure, ...]:
+    """The clients that failed in a round; none where the record does not speak of any."""
+    failures = _mapping(record, where).get("failures", [])
+    if not isinstance(failures, list):
+        raise _damaged(where, f"'failures': expected a list, got {reprlib.repr(failures)}")
+    return tuple(
+        Failure(*(_word(failure, key, where) for key in ("client", "reason")))
+        for failure in failures
+    )
 
 
 def _results_so_far(
@@ -392,6 +421,13 @@ def _number(value: Any, key: str, where: Path | str, nullable: bool = False) -> 
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise _damaged(where, f"{key!r}: expected a number, got {reprlib.repr(number)}")
     return float(number) if math.isfinite(number) else math.nan
+
+
+def _word(value: Any, key: str, where: Path | str) -> str:
+    word = _get(value, key, where)
+    if not isinstance(word, str):
+        raise _damaged(where, f"{key!r}: expected a string, got {reprlib.repr(word)}")
+    return word
 
 
 def _integer(value: Any, key: str, where: Path | str) -> int:

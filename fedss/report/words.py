@@ -143,8 +143,27 @@ def finding(groups: Sequence[Group]) -> str:
     scored = [group for group in groups if group.mean("map_at_10") is not None]
     if len(scored) > 3:
         return _from_to(scored)
-    sentences = [_alone(group) for group in groups]
+    if len(groups) > 3 and not scored:
+        yet = "" if all(group.finished for group in groups) else " yet"
+        return f"None of {len(groups)} has been evaluated{yet}."
+    sentences = [_alone(group) for group in (groups if len(groups) <= 3 else scored)]
     return f"{listed(sentences)}."
+
+
+def unscored(groups: Sequence[Group]) -> str:
+    """Say which methods the charts of accuracy lack; empty if they have them all."""
+    missing = [
+        group
+        for group in groups
+        if not all(any(r.metrics for r in run.rounds) for run in group.runs)
+    ]
+    if not missing:
+        return ""
+    yet = "" if all(group.finished for group in missing) else " yet"
+    if len(missing) < len(groups):
+        return f"Not evaluated{yet}, and so without accuracy: {listed([g.label for g in missing])}."
+    advice = "" if yet else " A finished model can be scored with fedss evaluate."
+    return f"No round has been evaluated{yet}, so there is no accuracy to draw.{advice}"
 
 
 def second_finding(groups: Sequence[Group]) -> str:
@@ -232,7 +251,9 @@ def _against_full(group: Group, full: Group) -> str:
 def _alone(group: Group) -> str:
     score = group.mean("map_at_10")
     run = group.runs[0]
-    if score is None:
+    if score is None and group.finished:
+        text = f"{group.label} was trained for {run.last_round} rounds and not evaluated"
+    elif score is None:
         text = f"{group.label} has not been evaluated yet"
     elif group.finished:
         text = f"{group.label} reaches MAP@10 {decimals(score)} after {run.last_round} rounds"
