@@ -1091,7 +1091,11 @@ def test_retrieval_at_the_sites_is_called_so(tmp_path: Path, scored: bool) -> No
     if not scored:
         (tmp_path / "summary.json").write_text(json.dumps([entry | dict.fromkeys(scores(0))]))
     told = "Retrieval was measured at each site among its own pictures"
-    assert (told in read(tmp_path)[1].words) == scored
+    words = read(tmp_path)[1].words
+    assert (told in words) == scored
+    again = re.sub(r"\s+", " ", words)
+    assert "fedss app again --method fedss " in again
+    assert "--evaluate-at sites --out /srv/again && flwr run again" in again
 
 
 def test_data_without_a_test(tmp_path: Path) -> None:

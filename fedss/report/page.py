@@ -463,11 +463,19 @@ def _commands(groups: Sequence[Group]) -> list[str]:
         chosen = {"methods": methods, "seeds": seeds}
         return [_command("compare", {**chosen, **settings[0]})]
     first = [group.runs[0] for group in groups]
-    return [run.command or _command("train", run.settings) for run in first]
+    return [run.command or _again(run) for run in first]
 
 
-def _command(name: str, settings: Mapping[str, Any]) -> str:
-    parts = ["fedss", name]
+def _again(run: Run) -> str:
+    where = run.data.get("evaluated_at")
+    if where is None:
+        return _command("train", run.settings)
+    app = _command("app", {**run.settings, "evaluate_at": where}, "again", out="/srv/again")
+    return f"{app} && flwr run again"
+
+
+def _command(name: str, settings: Mapping[str, Any], *arguments: str, out: str = "again") -> str:
+    parts = ["fedss", name, *arguments]
     for key, value in settings.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):
@@ -475,7 +483,7 @@ def _command(name: str, settings: Mapping[str, Any]) -> str:
         elif value is not None:
             several = value if isinstance(value, list) else [value]
             parts += [f"--{flag}", *(str(item) for item in several)]
-    return shlex.join([*parts, "--out", "again"])
+    return shlex.join([*parts, "--out", out])
 
 
 def _versions(runs: Sequence[Run]) -> list[tuple[str, str]]:
