@@ -4,18 +4,21 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fedss.client import ClientUpdate
 from fedss.errors import RunFolderError
+from fedss.retrieval import RetrievalMetrics
 from fedss.wire import PARTS
 
 Record = dict[str, Any]
 """One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``class_rows`` (sum of
 |S_k|), bytes over the cohort as serialised (``bytes_down``, ``bytes_up`` and their parts
 ``backbone_bytes_*``, ``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase,
-``metrics`` or None."""
+``metrics`` or None (not judged). Where clients failed or the round was begun more than once, also
+``failures`` (``client`` and ``reason`` of each) and ``attempts``."""
 
 
 def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
@@ -100,7 +103,9 @@ def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, An
     Byte figures are None where pictures are pooled: no federated message exists.
     """
     clients = sum(record["clients"] for record in records)
-    summary = {**run, **records[-1]["metrics"]}
+    # Where nobody could judge the model, there is nothing to say.
+    metrics = records[-1]["metrics"] or dict.fromkeys(f.name for f in fields(RetrievalMetrics))
+    summary = {**run, **metrics}
     for name in _PER_CLIENT:
         federated = records[0][name] is not None
         total = sum(record[name] for record in records) if federated else 0
