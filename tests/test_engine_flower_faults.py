@@ -119,28 +119,22 @@ def edit(
     return Message(packed, reply_to=message)
 
 
-def spoil_part(client: str, round: int, change: Callable[[Part], None]) -> Spoil:
-    """Change what one client sends back in one round."""
+Change = Callable[[Part], None]
+
+
+def change_part(client: str, message: Message, reply: Message, change: Change) -> Message:
+    """What came, with another update of one client."""
     prefix = f"{NAMES.index(client)}/"
 
-    def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
-        metadata = message.metadata
-        if metadata.message_type != "train" or metadata.group_id != str(round):
-            return [reply]
-        if node != HOME[client]:
-            return [reply]
+    def change_it(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        updates = tensors["updates"]
+        part = {n.removeprefix(prefix): t for n, t in updates.items() if n.startswith(prefix)}
+        assert part
+        change(part)
+        others = {n: t for n, t in updates.items() if not n.startswith(prefix)}
+        tensors["updates"] = others | {prefix + n: t for n, t in part.items()}
 
-        def edit_part(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-            updates = tensors["updates"]
-            part = {n.removeprefix(prefix): t for n, t in updates.items() if n.startswith(prefix)}
-            assert part
-            change(part)
-            others = {n: t for n, t in updates.items() if not n.startswith(prefix)}
-            tensors["updates"] = others | {prefix + n: t for n, t in part.items()}
-
-        return [edit(reply, message, edit_part)]
-
-    return spoil
+    return edit(reply, message, change_it)
 
 
 def run(photos: Path, out: Path, grid: ProcessGrid, **more: Any) -> list[str]:
@@ -173,7 +167,7 @@ def moved(ids: Tensor) -> Tensor:
     return torch.tensor(sorted([*ids.tolist()[1:], new]), dtype=ids.dtype)
 
 
-MOMENTS = {"method": "moments"}
+MOMENTS, FULL = {"method": "moments"}, {"method": "full"}
 NAN, INF = float("nan"), float("inf")
 PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "NaN in the backbone": ({}, put("backbone.values", NAN), "not finite"),
@@ -210,7 +204,7 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "one tensor more": ({}, lambda part: part.update(x=torch.ones(1)), "damaged"),
     "a map unasked": ({}, lambda p: p.update({"moments.shift.values": p["loss"]}), "damaged"),
     "no ids": ({}, without("ids"), "ids"),
-    "ids of all": ({"method": "full"}, lambda p: p.update(ids=torch.arange(10).int()), "ids"),
+    "ids of all": (FULL, lambda p: p.update(ids=torch.arange(10).int()), "ids"),
     "an id less": ({}, as_("ids", lambda t: t[1:]), "ids"),
     "an id more": ({}, as_("ids", lambda t: torch.cat([t, t[-1:] + 1])), "ids"),
     "unsorted ids": ({}, as_("ids", lambda t: t.flip(0)), "ids"),
@@ -224,34 +218,30 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def without_one(photos, tmp_path_factory):
-    """Digests of local runs with one client's update of the second round left out."""
-    known: dict[str, list[str]] = {}
+@pytest.mark.parametrize("changes", [{}, INT8, MOMENTS, FULL], ids=str)
+def test_an_update_that_is_not_one_is_refused(changes, photos, tmp_path):
+    """One fault a round."""
+    faults = [fault for fault, (settings_of, *_) in PARTS.items() if settings_of == changes]
+    changes = {**changes, "rounds": len(faults) + 1}
+    victims = {round: [cohort(round)[1]] for round in range(len(faults))}
 
-    def digests_of(client: str, **changes: Any) -> list[str]:
-        key = repr((client, changes))
-        if key not in known:
-            config = settings(photos, eval_every=0, **changes)
-            known[key] = twin(config, tmp_path_factory.mktemp("twin") / "run", {1: [client]})
-        return known[key]
+    def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
+        round = int(message.metadata.group_id)
+        if message.metadata.message_type == "train" and round in victims:
+            (client,), (_, change, _) = victims[round], PARTS[faults[round]]
+            if HOME[client] == node:
+                return [change_part(client, message, reply, change)]
+        return [reply]
 
-    return digests_of
-
-
-@pytest.mark.parametrize("fault", PARTS)
-def test_an_update_that_is_not_one_is_refused(fault, photos, tmp_path, without_one):
-    changes, change, reason = PARTS[fault]
-    client = cohort(1)[1]
-    grid = ProcessGrid(nodes(photos), spoil_part(client, 1, change))
-    apart = run(photos, tmp_path / "run", grid, **changes)
-    assert apart == without_one(client, **changes)
-    first, second, third = records(tmp_path / "run")
-    assert counted(second) == {(client, reason): 1}
-    assert second["clients"] == 3
-    assert second["attempts"] == 1
-    assert "failures" not in first
-    assert "failures" not in third
+    apart = run(photos, tmp_path / "run", ProcessGrid(nodes(photos), spoil), **changes)
+    *found, last = records(tmp_path / "run")
+    for round, (fault, record) in enumerate(zip(faults, found, strict=True)):
+        assert counted(record) == {(*victims[round], PARTS[fault][2]): 1}, fault
+        assert record["clients"] == 3
+        assert record["attempts"] == 1
+    assert "failures" not in last
+    config = settings(photos, eval_every=0, **changes)
+    assert apart == twin(config, tmp_path / "twin", victims)
 
 
 def of_site(site: str, round: int, kind: str, answer: Callable[..., Sequence[Message]]) -> Spoil:
@@ -266,17 +256,31 @@ def of_site(site: str, round: int, kind: str, answer: Callable[..., Sequence[Mes
     return spoil
 
 
-def said(facts: Any, **buffers: Array) -> Callable[[Message, Message], Sequence[Message]]:
-    return lambda message, reply: [Message(pack(facts, **buffers), reply_to=message)]
+def said(**facts: Any) -> Callable[[Message, Message], Sequence[Message]]:
+    """A reply with the given facts; of this round, if they do not say otherwise."""
+
+    def answer(message: Message, reply: Message) -> Sequence[Message]:
+        now = {"round": int(message.metadata.group_id)}
+        return [Message(pack({**now, **facts}), reply_to=message)]
+
+    return answer
 
 
 def content(facts: Any, tensors: Any = None) -> Callable[[Message, Message], Sequence[Message]]:
-    """A reply with the given text for facts and bytes for a buffer."""
-    records = {"fedss": ConfigRecord({"json": facts})}
-    if tensors is not None:
-        array = Array("uint8", (len(tensors),), "safetensors", tensors)
-        records["fedss.tensors"] = ArrayRecord({"updates": array})
-    return lambda message, reply: [Message(RecordDict(records), reply_to=message)]
+    """A reply with the given text for facts (HERE is the round) and bytes for a buffer."""
+
+    def answer(message: Message, reply: Message) -> Sequence[Message]:
+        text = facts.replace("HERE", message.metadata.group_id) if facts is HERE else facts
+        told: dict[str, Any] = {"fedss": ConfigRecord({"json": text})}
+        if tensors is not None:
+            array = Array("uint8", (len(tensors),), "safetensors", tensors)
+            told["fedss.tensors"] = ArrayRecord({"updates": array})
+        return [Message(RecordDict(told), reply_to=message)]
+
+    return answer
+
+
+HERE = '{"round": HERE}'
 
 
 def empty(message: Message, reply: Message) -> Sequence[Message]:
@@ -296,7 +300,12 @@ def renamed(name: str) -> Callable[[Message, Message], Sequence[Message]]:
     return lambda message, reply: [edit(reply, message, change)]
 
 
-HERE = '{"round": 1}'
+def not_asked(message: Message, reply: Message) -> Sequence[Message]:
+    there = cohort(int(message.metadata.group_id))
+    other = next(i for i, name in enumerate(NAMES) if name not in there)
+    return renamed(f"{other}/x")(message, reply)
+
+
 REPLIES: dict[str, tuple[Callable[..., Sequence[Message]], str]] = {
     "garbage for JSON": (content("{round", b""), "damaged"),
     "a list for JSON": (content("[1]", save({})), "damaged"),
@@ -320,24 +329,21 @@ REPLIES: dict[str, tuple[Callable[..., Sequence[Message]], str]] = {
         "damaged",
     ),
     "neither content nor error": (empty, "damaged"),
-    "only the facts": (said({"round": 1}), "damaged"),
+    "only the facts": (said(), "damaged"),
     "a client's number of 5000 digits": (renamed("9" * 5000 + "/x"), "damaged"),
     "a client's number beyond 64 bits": (renamed(f"{2**63}/x"), "damaged"),
     "a client's number in other digits": (renamed("\u0663/x"), "damaged"),
     "no client's number": (renamed("/x"), "damaged"),
     "an update of a client of nobody": (renamed("77/x"), "damaged"),
-    "an update of a client that was not asked": (
-        renamed(f"{next(i for i, name in enumerate(NAMES) if name not in cohort(1))}/x"),
-        "damaged",
-    ),
-    "a reply to the future": (said({"round": 2}), "stale"),
-    "a reply to no round": (said({}), "stale"),
-    "a reply to a text": (said({"round": "1"}), "stale"),
-    "names of another type": (said({"round": 1, "changed": [1]}), "damaged"),
-    "no names": (said({"round": 1, "changed": {}}), "registered"),
-    "an error without a word": (said({"error": None}), "raised"),
-    "an error of many words": (said({"error": "raised", "detail": ["x"] * 99}), "raised"),
-    "another version": (said({"error": "version", "detail": "\x1b[31mred"}), "version"),
+    "an update of a client that was not asked": (not_asked, "damaged"),
+    "a reply to the future": (said(round=99), "stale"),
+    "a reply to no round": (said(round=None), "stale"),
+    "a reply to a text": (said(round="1"), "stale"),
+    "names of another type": (said(changed=[1]), "damaged"),
+    "no names": (said(changed={}), "registered"),
+    "an error without a word": (said(error=None), "raised"),
+    "an error of many words": (said(error="raised", detail=["x"]), "raised"),
+    "another version": (said(error="version", detail="\x1b[31mred"), "version"),
     "Flower's error": (
         lambda message, reply: [Message(Error(2, "Traceback: alice"), reply_to=message)],
         "raised",
@@ -352,27 +358,29 @@ REPLIES: dict[str, tuple[Callable[..., Sequence[Message]], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def without_south(photos, tmp_path_factory):
-    """Digests of a local run without updates of one site in the second round."""
-    out = tmp_path_factory.mktemp("twin") / "run"
-    return twin(settings(photos, eval_every=0), out, {1: at_site("south", 1)})
+def test_a_reply_that_is_not_one_is_refused_for_all_clients_of_the_site(photos, tmp_path):
+    """One fault a round, at one site after another."""
+    faults, victims, site = list(REPLIES), dict[int, list[str]](), dict[int, int]()
+    for round in range(len(faults)):
+        here = [name for name in SITES if at_site(name, round)]
+        victims[round] = at_site(here[round % len(here)], round)
+        site[round] = HOME[victims[round][0]]
 
+    def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
+        round = int(message.metadata.group_id)
+        if message.metadata.message_type == "train" and site.get(round) == node:
+            return REPLIES[faults[round]][0](message, reply)
+        return [reply]
 
-@pytest.mark.parametrize("fault", REPLIES)
-def test_a_reply_that_is_not_one_is_refused_for_all_clients_of_the_site(
-    fault, photos, tmp_path, without_south
-):
-    answer, reason = REPLIES[fault]
-    grid = ProcessGrid(nodes(photos), of_site("south", 1, "train", answer))
-    apart = run(photos, tmp_path / "run", grid, deadline=1.0)
-    gone = at_site("south", 1)
-    assert 0 < len(gone) < 4
-    assert apart == without_south
-    found = records(tmp_path / "run")
-    assert counted(found[1]) == {(name, reason): 1 for name in gone}
-    assert "failures" not in found[0]
-    assert "failures" not in found[2]
+    changes = {"rounds": len(faults) + 1}
+    grid = ProcessGrid(nodes(photos), spoil)
+    apart = run(photos, tmp_path / "run", grid, deadline=1.0, **changes)
+    *found, last = records(tmp_path / "run")
+    for round, (fault, record) in enumerate(zip(faults, found, strict=True)):
+        assert counted(record) == {(name, REPLIES[fault][1]): 1 for name in victims[round]}, fault
+    assert "failures" not in last
+    config = settings(photos, eval_every=0, **changes)
+    assert apart == twin(config, tmp_path / "twin", victims)
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "deck"])
@@ -405,35 +413,42 @@ REQUESTS: dict[str, Callable[[Part, str], None]] = {
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("fault", REQUESTS)
-def test_a_request_that_cannot_be(fault, ahead, photos, tmp_path):
+def test_a_request_that_cannot_be(ahead, photos, tmp_path):
     """Refused; but one that came ahead with an update is just asked for again, at its time."""
-    client = next(name for name in cohort(1) if name in cohort(0))
-    key, change = f"{NAMES.index(client)}/ids", REQUESTS[fault]
-    when, kind = (0, "train") if ahead else (1, "query.classes")
-
-    def change_it(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
-        change(tensors["requests"], key)
+    faults = list(REQUESTS)
+    changes = {"rounds": len(faults) + 2}
+    # Of each round's clients one that was in the round before, so that its request comes ahead.
+    victims = {
+        round: [next(name for name in cohort(round) if name in cohort(round - 1))]
+        for round in range(1, len(faults) + 1)
+    }
 
     def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
-        kind_now, group = message.metadata.message_type, message.metadata.group_id
-        if node != HOME[client]:
-            return [reply]
-        if not ahead and (kind_now, group) == ("train", "0"):
-            # So that it must be asked again.
-            return [edit(reply, message, lambda facts, tensors: facts.pop("next"))]
-        if (kind_now, group) == (kind, str(when)):
-            return [edit(reply, message, change_it)]
-        return [reply]
+        kind, round = message.metadata.message_type, int(message.metadata.group_id)
+
+        def change_it(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+            if kind == "train" and not ahead:
+                # So that all must be asked again.
+                del facts["next"]
+                return
+            of_round = round + 1 if kind == "train" else round
+            if of_round in victims and (ahead or kind == "query.classes"):
+                key = f"{NAMES.index(victims[of_round][0])}/ids"
+                if key in tensors["requests"]:
+                    REQUESTS[faults[of_round - 1]](tensors["requests"], key)
+
+        wanted = ("train", "query.classes") if not ahead else ("train",)
+        return [edit(reply, message, change_it) if kind in wanted else reply]
 
     grid = ProcessGrid(nodes(photos), spoil)
-    apart = run(photos, tmp_path / "run", grid)
-    asked = [kind for kind, node, group in grid.sent if group == "1" and node == HOME[client]]
-    assert "query.classes" in asked
-    silent = {} if ahead else {1: [client]}
-    assert apart == twin(settings(photos, eval_every=0), tmp_path / "twin", {}, silent)
-    expected = {} if ahead else {(client, "request"): 1}
-    assert counted(records(tmp_path / "run")[1]) == expected
+    apart = run(photos, tmp_path / "run", grid, **changes)
+    config = settings(photos, eval_every=0, **changes)
+    assert apart == twin(config, tmp_path / "twin", {}, {} if ahead else victims)
+    for round, record in enumerate(records(tmp_path / "run")):
+        refused = [] if ahead else victims.get(round, [])
+        assert counted(record) == {(name, "request"): 1 for name in refused}
+        if round in victims:
+            assert ("query.classes", HOME[victims[round][0]], str(round)) in grid.sent
 
 
 def test_an_old_reply_is_refused(photos, tmp_path):
