@@ -4,6 +4,7 @@ Each fault is held against a local run in which the same clients were left out.
 """
 
 import json
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from fedss.engines.flower import site as site_module
 from fedss.engines.flower.messages import buffer, pack, unpack
 from fedss.engines.flower.replies import MOST_EXAMPLES
 from fedss.engines.local import LocalEngine, Workers
-from fedss.errors import QuorumError
+from fedss.errors import ConfigError, QuorumError
 from tests.flower_grid import ProcessGrid, digests
 from tests.test_engine_flower import CLIENTS, SITES, federate, nodes, settings, write_photos
 
@@ -705,6 +706,49 @@ def test_full_with_an_empty_request(photos, tmp_path):
     config = settings(photos, eval_every=0, method="full")
     apart = digests(lambda: federate(ProcessGrid(nodes(photos)), config, tmp_path / "run"))
     assert apart == twin(config, tmp_path / "twin", {})
+
+
+@pytest.mark.parametrize("reason", ["silence", "garbage for JSON"])
+def test_a_newcomer_that_does_not_register(reason, photos, tmp_path):
+    """It is asked in every round; but only once if it does not answer, since all wait for it."""
+    answer, _ = REPLIES[reason]
+
+    def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
+        return answer(message, reply) if node == 99 else [reply]
+
+    grid = ProcessGrid(nodes(photos), spoil)
+    grid.visit = lambda round: grid.nodes.update({99: grid.nodes[3]}) if round else None
+    apart = run(photos, tmp_path / "run", grid, deadline=1.0)
+    assert apart == twin(settings(photos, eval_every=0), tmp_path / "twin", {})
+    asked = [group for kind, node, group in grid.sent if node == 99]
+    assert asked == (["1"] if reason == "silence" else ["1", "2"])
+
+
+def test_a_deadline_near_zero_cannot_be(photos, tmp_path):
+    """Flower would throw the message back as expired before it is sent, and the run would end."""
+    with pytest.raises(ConfigError, match="deadline: expected 1 to 1e7 seconds"):
+        federate(ProcessGrid({}), settings(photos), tmp_path / "run", deadline=1e-9)
+
+
+def test_what_came_while_the_server_was_at_work_is_in_time(photos, tmp_path):
+    """Replies that lie ready when the deadline is over are taken."""
+
+    class Slow(ProcessGrid):
+        """The others come while the first one is looked at."""
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            found = list(super().pull_messages(message_ids))
+            if len(message_ids) < 3 or found[0].metadata.group_id != "1":
+                yield from found
+                return
+            self.replies += found[1:]
+            yield found[0]
+            time.sleep(1.2)
+
+    everyone = {"clients_per_round": 6}
+    apart = run(photos, tmp_path / "run", Slow(nodes(photos)), deadline=1.0, **everyone)
+    assert apart == twin(settings(photos, eval_every=0, **everyone), tmp_path / "twin", {})
+    assert all("failures" not in record for record in records(tmp_path / "run"))
 
 
 # Evaluation at sites.

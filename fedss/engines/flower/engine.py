@@ -79,7 +79,7 @@ class FlowerEngine:
         path: the registry's file.
         registry: rows of classes and numbers of clients.
         sites: those that are online, by node.
-        refused: nodes online that could not register.
+        refused: nodes online that could not register, and why.
         requests: what clients ask for, as far as it is known, by round and n.
     """
 
@@ -94,7 +94,7 @@ class FlowerEngine:
     path: Path
     registry: Registry
     sites: dict[int, Site] = field(default_factory=dict)
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, RefusedError] = field(default_factory=dict)
     requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
 
     @property
@@ -270,7 +270,7 @@ class FlowerEngine:
         while True:
             online = self._online()
             arrived = {node: facts for node, facts in arrived.items() if node in online}
-            self.refused = {node: why for node, why in self.refused.items() if node in online}
+            self.refused = {node: e for node, e in self.refused.items() if node in online}
             arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
             if len(arrived) != shown:
                 shown = len(arrived)
@@ -281,7 +281,7 @@ class FlowerEngine:
                     return
                 arrived = {n: facts for n, facts in arrived.items() if n not in self.refused}
             if time.monotonic() >= end:
-                reasons = "".join(f"; {reason}" for reason in self.refused.values())
+                reasons = "".join(f"; {_why(*refused)}" for refused in self.refused.items())
                 raise QuorumError(
                     f"expected {sites} sites within {self.deadline:g} s, found {shown}{reasons}. "
                     "Start the others and submit again, or set sites to what there is"
@@ -292,11 +292,18 @@ class FlowerEngine:
         """Forget sites that are gone, and register those that came, from the next round on.
 
         Those that could not be registered are asked again in every round: what was amiss may have
-        been mended, or was another node with their clients that is seen to be gone by now.
+        been mended, or was another node with their clients that is seen to be gone by now. But
+        who does not answer costs all a deadline, and is asked again only after it has been away.
         """
-        online, self.refused = self._online(), {}
+        online = self._online()
         self.sites = {node: site for node, site in self.sites.items() if node in online}
-        self._admit(self._introduce(online - self.sites.keys(), round), round)
+        self.refused = {
+            node: error
+            for node, error in self.refused.items()
+            if node in online and error.reason == "deadline"
+        }
+        unknown = online - self.sites.keys() - self.refused.keys()
+        self._admit(self._introduce(unknown, round), round)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
         facts = pack({**self.told, "round": round})
@@ -341,9 +348,9 @@ class FlowerEngine:
             self.sites[node] = Site(stamp, numbers(grown.classes, classes), places)
 
     def _refuse(self, node: int, error: RefusedError) -> None:
-        self.refused[node] = f"site {node} could not register ({error.reason}): {error.detail}"
+        self.refused[node] = error
         self.sites.pop(node, None)
-        say(self.refused[node])
+        say(_why(node, error))
 
     def _read(
         self, node: int, reply: "Message | RefusedError", round: int
@@ -426,6 +433,11 @@ def exchange(
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     yield from ((node, RefusedError("deadline")) for node in waiting.values())
+
+
+def _why(node: int, error: RefusedError) -> str:
+    detail = f": {error.detail}" if error.detail else ""
+    return f"site {node} could not register ({error.reason}){detail}"
 
 
 def say(text: str) -> None:
