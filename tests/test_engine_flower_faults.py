@@ -754,11 +754,11 @@ def test_what_came_while_the_server_was_at_work_is_in_time(photos, tmp_path):
 # Evaluation at sites.
 
 
-def metrics_at(site: str, photos: Path, run: fedss.Run) -> Any:
+def metrics_at(site: str, photos: Path, run: fedss.Run, manifest: str = "{}.csv") -> Any:
     config = settings(photos)
     data = load_dataset(
         "csv",
-        str(photos / f"{site}.csv"),
+        str(photos / manifest.format(site)),
         image_size=config.image_size,
         channels=config.channels,
         test_classes=config.test_classes,
@@ -766,7 +766,8 @@ def metrics_at(site: str, photos: Path, run: fedss.Run) -> Any:
         seed=config.data_seed,
         at_site=True,
     )
-    return None if data.test is None else fedss.evaluate(run.embedder, data.test)
+    task = data.test or data.validation
+    return None if task is None else fedss.evaluate(run.embedder, task)
 
 
 def weighted(found: Sequence[Any]) -> dict[str, float]:
@@ -787,6 +788,20 @@ def test_sites_judge_the_model_together(photos, tmp_path):
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(found))
     assert len({metrics.queries for metrics in found}) > 1
     assert done.summary["map_at_10"] == pytest.approx(weighted(found)["map_at_10"])
+
+
+def test_sites_judge_by_the_pictures_that_the_configuration_names(photos, tmp_path):
+    """Settings are chosen on validation pictures; the test must not be touched meanwhile."""
+    found = nodes(photos)
+    for site, number in NODES.items():
+        text = (photos / f"{site}.csv").read_text().replace(",test\n", ",validation\n")
+        text = text.replace(",test\r\n", ",validation\r\n")
+        (photos / f"{site}-validation.csv").write_text(text)
+        found[number] = {"data": str(photos / f"{site}-validation.csv")}
+    config, at_sites = settings(photos, eval_split="validation"), {"evaluate-at": "sites"}
+    done = federate(ProcessGrid(found), config, tmp_path / "run", **at_sites)
+    there = [metrics_at(site, photos, done, "{}-validation.csv") for site in SITES]
+    assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(there))
 
 
 @pytest.fixture
