@@ -272,14 +272,16 @@ def check_quorum(
     Raises:
         QuorumError: they did not; names round, numbers and reasons.
     """
-    cohort = len(updates) + len(failures)
+    # A client may have failed and given an update: when it sent it twice.
+    cohort = len({u.client for u in updates} | {failure.client for failure in failures})
     if failures and len(updates) < max(1.0, quorum * cohort):
         counts = Counter(failure.reason for failure in failures).most_common()
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
         details = next((f"; {f.detail}" for f in failures if f.detail), "")
         raise QuorumError(
             f"round {plan.round + 1}: expected updates of at least {quorum:.0%} of {cohort} "
-            f"clients, got {len(updates)} ({reasons}{details})"
+            f"clients, got {len(updates)} ({reasons}{details})",
+            failures,
         )
 
 

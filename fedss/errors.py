@@ -1,5 +1,8 @@
 """What can go wrong by a user's doing; the command line prints each and exits with 2."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class FedssError(Exception):
     """A mistake a user can mend: says what was expected, what came, where, and what to do."""
@@ -37,4 +40,11 @@ class LostRankError(RankError):
 
 
 class QuorumError(FedssError):
-    """Too few clients of a round gave an update that could be used."""
+    """Too few clients of a round gave an update that could be used.
+
+    ``failures`` says of each of the others why (:class:`fedss.algorithm.Failure`).
+    """
+
+    def __init__(self, message: str, failures: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.failures = failures

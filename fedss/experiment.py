@@ -17,6 +17,7 @@ from torch import nn
 
 from fedss.algorithm import (
     Engine,
+    Failure,
     ServerState,
     check_finite_state,
     draw_cohort,
@@ -410,9 +411,10 @@ def _next_round(
     plan = round_plan(config, state.class_rows.num_classes, round, sampler)
     method = plan.method
     cohort = draw_cohort(federation.num_clients(round), federation.cohort_size, config.seed, round)
+    failures: list[Failure] = []
     for attempt in count(1):
         try:
-            state, updates, failures = run_round(
+            state, updates, failed = run_round(
                 federation.engine,
                 optimizer,
                 state,
@@ -422,8 +424,10 @@ def _next_round(
                 federation.quorum,
                 clock.lap,
             )
+            failures += failed
             break
         except QuorumError as error:
+            failures += error.failures
             if attempt >= federation.attempts:
                 raise QuorumError(
                     f"{error}, {attempt} times" if attempt > 1 else str(error)

@@ -1,11 +1,13 @@
 """Flower without its network: messages are really serialised, sites run in this process.
 
-Replies come back in an order of their own, and a test may spoil them on the way.
+Replies come back in an order of their own; a test may spoil them on the way, and let nodes come and
+go.
 """
 
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -13,9 +15,25 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedss import experiment
 from fedss.engines.flower.site import app as site_app
+from tests.ranks import digest
 
 Spoil = Callable[[int, Message, Message], Sequence[Message]]
+
+
+def digests(call: Callable[[], Any]) -> list[str]:
+    """Of the server's state after each round of what is called."""
+    found, run_round = [], experiment.run_round
+
+    def watch(*arguments: Any) -> Any:
+        result = run_round(*arguments)
+        found.append(digest(result[0]))
+        return result
+
+    with patch.object(experiment, "run_round", watch):
+        call()
+    return found
 
 
 def through_the_wire(message: Message) -> Message:
@@ -34,8 +52,9 @@ class ProcessGrid(Grid):
         nodes: dict[int, dict[str, Any]],
         spoil: Spoil = lambda node, message, reply: [reply],
         seed: int = 0,
+        visit: Callable[[int], None] = lambda round: None,
     ) -> None:
-        self.nodes, self.spoil = nodes, spoil
+        self.nodes, self.spoil, self.visit = nodes, spoil, visit
         self.order = random.Random(seed)
         self.replies: list[Message] = []
         self.sent: list[tuple[str, int, str]] = []
@@ -71,6 +90,8 @@ class ProcessGrid(Grid):
         return found
 
     def get_node_ids(self) -> Iterable[int]:
+        """Those online; first ``visit`` is told how many rounds have been trained in."""
+        self.visit(len({group for kind, _, group in self.sent if kind == "train"}))
         return list(self.nodes)
 
     def set_run(self, run: Any) -> None:

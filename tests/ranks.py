@@ -86,9 +86,10 @@ def digest(state: ServerState) -> str:
     tensors = [state.backbone_P, *state.backbone_slots.values()]
     tensors += [reference.whole(rows), *rows.slots.values(), rows.updated_N]
     if rows.history is not None:
-        tensors += [rows.history.second_ZZ, *rows.history.maps.values()]
+        maps = rows.history.maps
+        tensors += [rows.history.second_ZZ, *(maps[round] for round in sorted(maps))]
     for tensor in tensors:
-        content.update(tensor.numpy().tobytes())
+        content.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
 
 

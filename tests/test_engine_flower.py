@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ import pytest
 from PIL import Image
 
 import fedss
-from fedss import experiment
 from fedss.config import Config
 from fedss.engines.flower.server import line, serve
-from tests.flower_grid import ProcessGrid
-from tests.ranks import digest
+from tests.flower_grid import ProcessGrid, digests
 
 SITES = ("north", "south", "west")
 CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fay",)}
@@ -86,27 +83,6 @@ def federate(grid: ProcessGrid, config: Config, out: Path, **deployment: Any) ->
     )
 
 
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], list[str]]:
-    """Digests of the server's state after each round of what is called."""
-    found: list[str] = []
-    run_round = experiment.run_round
-
-    def watch(*arguments: Any) -> Any:
-        result = run_round(*arguments)
-        found.append(digest(result[0]))
-        return result
-
-    monkeypatch.setattr(experiment, "run_round", watch)
-
-    def digests_of(call: Callable[[], Any]) -> list[str]:
-        found.clear()
-        call()
-        return list(found)
-
-    return digests_of
-
-
 VARIANTS = {
     **{method: {"method": method} for method in fedss.METHODS if method != "central"},
     "deck": {"sampler": "deck"},
@@ -131,11 +107,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_path, watched):
+def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_path):
     config = settings(photos, **VARIANTS[variant])
-    local = watched(lambda: fedss.train(config, tmp_path / "local", on_round=lambda record: None))
+    local = digests(lambda: fedss.train(config, tmp_path / "local", on_round=lambda record: None))
     grid = ProcessGrid(nodes(photos), seed=1)
-    apart = watched(lambda: federate(grid, config, tmp_path / "apart"))
+    apart = digests(lambda: federate(grid, config, tmp_path / "apart"))
     assert len(local) == 3
     assert apart == local
     assert len(set(local)) == 3

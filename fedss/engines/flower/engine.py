@@ -7,7 +7,7 @@ site sends is used before :mod:`fedss.engines.flower.replies` has checked it.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class FlowerEngine:
         path: the registry's file.
         registry: rows of classes and numbers of clients.
         sites: those that are online, by node.
-        refused: nodes online that could not register.
+        refused: nodes online that could not register, and why.
         requests: what clients ask for, as far as it is known, by round and n.
     """
 
@@ -94,7 +94,7 @@ class FlowerEngine:
     path: Path
     registry: Registry
     sites: dict[int, Site] = field(default_factory=dict)
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[int, RefusedError] = field(default_factory=dict)
     requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
 
     @property
@@ -108,9 +108,13 @@ class FlowerEngine:
         """Lines 2 to 4, at the sites; results in the order in which they arrive."""
         wire = replace(self.wire, num_classes=plan.num_classes)
         self.meet(plan.round)
-        yield from self._ask(wire, plan, cohort.tolist())
+        online = [k for k in cohort.tolist() if self._node(k) is not None]
+        yield from (Failure(k, "offline") for k in cohort.tolist() if k not in online)
+        yield from self._ask(wire, plan, online)
         asked = self.requests[plan.round, plan.num_classes]
-        present = [k for k in cohort.tolist() if k in asked and self._node(k) is not None]
+        present = [k for k in online if k in asked and self._node(k) is not None]
+        # Those whose site was refused meanwhile.
+        yield from (Failure(k, "offline") for k in online if k in asked and k not in present)
         self.lap("request")
         if not present:
             return
@@ -125,25 +129,29 @@ class FlowerEngine:
         packed = buffer(to_all)
         ids_U = union([*ids.values()])
         rows_UD = select(self.optimizer, state, ids_U)
-        messages, here, down = {}, self._by_node(present), dict[int, Tensors]()
+        here, down = self._by_node(present), dict[int, Tensors]()
         coming = self._by_node(self._cohort(plan.round + 1, plan.seed))
-        for node, clients in here.items():
-            classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
-            answers = {
-                k: encode_answer(wire, ids[k], rows_of(rows_UD, ids_U, ids[k]), dealt.get(k))
-                for k in clients
-            }
-            facts = self._facts(node, plan, clients, coming.get(node, []))
-            content = pack(
-                facts,
-                broadcast=packed,
-                classes=buffer(classes),
-                answers=buffer(of_clients(answers)),
-            )
-            messages[node] = self._message(TRAIN, node, plan.round, content)
-            # What a site gets once, for all its clients, counts to the first of them.
-            down |= answers | {clients[0]: {**to_all, **classes, **answers[clients[0]]}}
-        for node, reply in exchange(self.grid, messages, self.deadline):
+
+        def messages() -> Iterator[tuple[int, Message]]:
+            for node, clients in here.items():
+                classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
+                answers = {
+                    k: encode_answer(wire, ids[k], rows_of(rows_UD, ids_U, ids[k]), dealt.get(k))
+                    for k in clients
+                }
+                facts = self._facts(node, plan, clients, coming.get(node, []))
+                content = pack(
+                    facts,
+                    broadcast=packed,
+                    classes=buffer(classes),
+                    answers=buffer(of_clients(answers)),
+                )
+                # What a site gets once, for all its clients, counts to the first of them.
+                down.update(answers)
+                down[clients[0]] = {**to_all, **classes, **answers[clients[0]]}
+                yield node, self._message(TRAIN, node, plan.round, content)
+
+        for node, reply in exchange(self.grid, messages(), self.deadline):
             try:
                 facts, buffers = self._read(node, reply, plan.round)
                 updates = buffers.get("updates", {})
@@ -163,20 +171,19 @@ class FlowerEngine:
                 counted = traffic(down[k], encode_request(wire, asked[k]), message)
                 yield replace(update, traffic=counted)
 
-    def _ask(self, wire: WireFormat, plan: RoundPlan, clients: Iterable[int]) -> Iterator[Failure]:
+    def _ask(self, wire: WireFormat, plan: RoundPlan, clients: Sequence[int]) -> Iterator[Failure]:
         """Line 2: requests of those clients that have not sent theirs ahead."""
         self.requests = {key: known for key, known in self.requests.items() if key[0] >= plan.round}
         known = self.requests.setdefault((plan.round, plan.num_classes), {})
-        yield from (Failure(k, "offline") for k in clients if self._node(k) is None)
         here = self._by_node(k for k in clients if k not in known)
-        messages = {}
-        for node, missing in here.items():
-            classes = torch.from_numpy(self.sites[node].class_ids)
-            content = pack(
-                self._facts(node, plan, missing, []), classes=buffer({"classes": classes})
-            )
-            messages[node] = self._message(REQUEST, node, plan.round, content)
-        for node, reply in exchange(self.grid, messages, self.deadline):
+
+        def messages() -> Iterator[tuple[int, Message]]:
+            for node, missing in here.items():
+                classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
+                content = pack(self._facts(node, plan, missing, []), classes=buffer(classes))
+                yield node, self._message(REQUEST, node, plan.round, content)
+
+        for node, reply in exchange(self.grid, messages(), self.deadline):
             try:
                 facts, buffers = self._read(node, reply, plan.round)
             except RefusedError as error:
@@ -218,15 +225,19 @@ class FlowerEngine:
         Returns:
             The means, and the numbers of queries added up; None where no site could tell.
         """
-        self.meet(round)
-        wire = replace(self.wire, backbone_down="float32")
-        packed, messages = buffer(encode_broadcast(wire, Broadcast(backbone_P, None))), {}
-        for node in self.sites:
-            facts = {**self.told, "round": round, "stamp": self.sites[node].stamp}
-            content = pack(facts, broadcast=packed)
-            messages[node] = self._message(EVALUATE, node, round, content)
+        wire, online = replace(self.wire, backbone_down="float32"), self._online()
+        packed = buffer(encode_broadcast(wire, Broadcast(backbone_P, None)))
+
+        def messages() -> Iterator[tuple[int, Message]]:
+            for node, site in list(self.sites.items()):
+                if node in online:
+                    content = pack(
+                        {**self.told, "round": round, "stamp": site.stamp}, broadcast=packed
+                    )
+                    yield node, self._message(EVALUATE, node, round, content)
+
         found = []
-        for node, reply in exchange(self.grid, messages, self.deadline):
+        for node, reply in exchange(self.grid, messages(), self.deadline):
             try:
                 metrics = check_metrics(self._read(node, reply, round)[0])
                 found += [metrics] if metrics else []
@@ -257,8 +268,9 @@ class FlowerEngine:
         arrived: dict[int, dict[str, Any]] = {}
         end, shown = time.monotonic() + self.deadline, -1
         while True:
-            online = set(self.grid.get_node_ids())
+            online = self._online()
             arrived = {node: facts for node, facts in arrived.items() if node in online}
+            self.refused = {node: e for node, e in self.refused.items() if node in online}
             arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
             if len(arrived) != shown:
                 shown = len(arrived)
@@ -267,9 +279,9 @@ class FlowerEngine:
                 self._admit(arrived, round)
                 if len(self.sites) >= sites:
                     return
-                arrived = {}
+                arrived = {n: facts for n, facts in arrived.items() if n not in self.refused}
             if time.monotonic() >= end:
-                reasons = "".join(f"; {reason}" for reason in self.refused.values())
+                reasons = "".join(f"; {_why(*refused)}" for refused in self.refused.items())
                 raise QuorumError(
                     f"expected {sites} sites within {self.deadline:g} s, found {shown}{reasons}. "
                     "Start the others and submit again, or set sites to what there is"
@@ -277,22 +289,36 @@ class FlowerEngine:
             time.sleep(1)
 
     def meet(self, round: int) -> None:
-        """Forget sites that are gone, and register those that came, from the next round on."""
-        online = set(self.grid.get_node_ids())
+        """Forget sites that are gone, and register those that came, from the next round on.
+
+        Those that could not be registered are asked again in every round: what was amiss may have
+        been mended, or was another node with their clients that is seen to be gone by now. But
+        who does not answer costs all a deadline, and is asked again only after it has been away.
+        """
+        online = self._online()
         self.sites = {node: site for node, site in self.sites.items() if node in online}
-        self.refused = {node: why for node, why in self.refused.items() if node in online}
-        self._admit(self._introduce(online - self.sites.keys() - self.refused.keys(), round), round)
+        self.refused = {
+            node: error
+            for node, error in self.refused.items()
+            if node in online and error.reason == "deadline"
+        }
+        unknown = online - self.sites.keys() - self.refused.keys()
+        self._admit(self._introduce(unknown, round), round)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
-        facts = {**self.told, "round": round}
-        messages = {n: self._message(REGISTER, n, round, pack(facts)) for n in sorted(nodes)}
-        arrived = {}
+        facts = pack({**self.told, "round": round})
+        messages = ((n, self._message(REGISTER, n, round, facts)) for n in sorted(nodes))
+        arrived: dict[int, dict[str, Any]] = {}
         for node, reply in exchange(self.grid, messages, self.deadline):
             try:
                 arrived[node], _ = read_reply(reply, round)
             except RefusedError as error:
-                self._refuse(node, error)
+                if node not in arrived:
+                    self._refuse(node, error)
         return arrived
+
+    def _online(self) -> set[int]:
+        return set(self.grid.get_node_ids())
 
     def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
         """Register what sites have said of themselves, and remember it."""
@@ -307,7 +333,7 @@ class FlowerEngine:
                 self._refuse(node, error)
                 continue
             if self.registry.secret is None:
-                self.registry = replace(self.registry, secret=str(facts.get("secret")))
+                self.registry = replace(self.registry, secret=facts["secret"])
         classes = [name for of_site, _, _ in names.values() for name in of_site]
         clients = [name for _, of_site, _ in names.values() for name in of_site]
         grown = register(self.registry, classes, clients, round + 1)
@@ -322,9 +348,9 @@ class FlowerEngine:
             self.sites[node] = Site(stamp, numbers(grown.classes, classes), places)
 
     def _refuse(self, node: int, error: RefusedError) -> None:
-        self.refused[node] = f"site {node} could not register ({error.reason}): {error.detail}"
+        self.refused[node] = error
         self.sites.pop(node, None)
-        say(self.refused[node])
+        say(_why(node, error))
 
     def _read(
         self, node: int, reply: "Message | RefusedError", round: int
@@ -373,31 +399,28 @@ class FlowerEngine:
 
 
 def exchange(
-    grid: Grid, messages: Mapping[int, Message], deadline: float
+    grid: Grid, messages: Iterable[tuple[int, Message]], deadline: float
 ) -> Iterator[tuple[int, "Message | RefusedError"]]:
     """Send a message to each node, and give their replies as they come.
 
     Args:
         grid: Flower's way to the nodes.
-        messages: by node.
+        messages: with the node of each. They are sent one by one, as they are made: so one of them
+            is in memory at a time, and it is known which one Flower does not take.
         deadline: seconds after which those that are missing are given as refused.
     """
-    if not messages:
-        return
-    ids = list(grid.push_messages(list(messages.values())))
-    # Flower gives no id to a message that it could not take.
-    ids += [""] * (len(messages) - len(ids))
-    waiting = {
-        message_id: node for message_id, node in zip(ids, messages, strict=True) if message_id
-    }
-    answered: dict[str, int] = {}
-    yield from (
-        (node, RefusedError("lost", "Flower did not take the message"))
-        for message_id, node in zip(ids, messages, strict=True)
-        if not message_id
-    )
+    waiting, answered = dict[str, int](), dict[str, int]()
+    for node, message in messages:
+        # None, or nothing at all: Flower could not take it.
+        message_id = next(iter(grid.push_messages([message])), None)
+        if message_id:
+            waiting[message_id] = node
+        else:
+            yield node, RefusedError("lost", "Flower did not take the message")
     end, pause = time.monotonic() + deadline, 0.05
     while waiting:
+        # What came while the last replies were looked at is in time.
+        late = time.monotonic() >= end
         for reply in grid.pull_messages(list(waiting)):
             message_id = reply.metadata.reply_to_message_id
             if message_id in waiting:
@@ -405,11 +428,16 @@ def exchange(
                 yield answered[message_id], reply
             elif message_id in answered:
                 yield answered[message_id], RefusedError("twice", "a second reply to one message")
-        if not waiting or time.monotonic() >= end:
+        if late or not waiting:
             break
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     yield from ((node, RefusedError("deadline")) for node in waiting.values())
+
+
+def _why(node: int, error: RefusedError) -> str:
+    detail = f": {error.detail}" if error.detail else ""
+    return f"site {node} could not register ({error.reason}){detail}"
 
 
 def say(text: str) -> None:

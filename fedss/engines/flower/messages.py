@@ -6,10 +6,11 @@ every array costs requests of its own, so what one site alone gets is one buffer
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -20,6 +21,7 @@ REGISTER, REQUEST, TRAIN, EVALUATE = "query.register", "query.classes", "train",
 Tensors = Mapping[str, Tensor]
 
 _FACTS, _BUFFERS = "fedss", "fedss.tensors"
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 class MessageError(FedssError):
@@ -40,13 +42,14 @@ def pack(facts: Mapping[str, Any], **buffers: Array) -> RecordDict:
     )
 
 
-def unpack(content: RecordDict) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The inverse of :func:`pack`: facts, and tensors by buffer.
+def unpack(message: Message) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The inverse of :func:`pack`: a message's facts, and its tensors by buffer.
 
     Raises:
         MessageError: it was not made by :func:`pack`.
     """
     try:
+        content = message.content
         facts = json.loads(str(content.config_records[_FACTS]["json"]))
         if not isinstance(facts, dict):
             raise TypeError(f"expected a JSON object, got a {type(facts).__name__}")
@@ -71,7 +74,7 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
     parts: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         client, slash, name = key.partition("/")
-        if not slash or not client.isdecimal():
+        if not slash or not _NUMBER.fullmatch(client):
             raise MessageError(f"expected tensors named <client>/<name>, got {key!r}")
         parts.setdefault(int(client), {})[name] = tensor
     return parts

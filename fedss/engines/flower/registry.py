@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,12 +86,38 @@ def load_registry(path: Path) -> Registry:
     found = read_json(path)
     try:
         growth = tuple(Growth(**entry) for entry in found["growth"])
-        return Registry(tuple(found["classes"]), tuple(found["clients"]), found["secret"], growth)
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({error!r}): it says which class has which row, so this run cannot "
-            "go on without it; restore it, or start again in another folder"
-        ) from error
+        classes, clients = _texts(found["classes"]), _texts(found["clients"])
+        (secret,) = _texts([found["secret"]])
+        now = Growth(growth[-1].round, len(classes), len(clients))
+        if growth[0].round != 0 or growth[-1] != now:
+            raise ValueError("its names and its growth do not fit together")
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}): {_NEEDED}") from error
+    return Registry(classes, clients, secret, growth)
+
+
+def check_registry(path: Path, round: int) -> None:
+    """Whether a run that goes on has its registry.
+
+    Raises:
+        RunFolderError: there is a checkpoint of ``round``, and no registry.
+    """
+    if round and not path.exists():
+        raise RunFolderError(f"{path} is missing, but there is a checkpoint: {_NEEDED}")
+
+
+_NEEDED = (
+    "it says which class has which row, so this run cannot go on without it; restore it, or start "
+    "again in another folder"
+)
+
+
+def _texts(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"expected a list of names, got {str(names)[:50]}")
+    if len(set(names)) < len(names):
+        raise ValueError("a name is there twice")
+    return tuple(names)
 
 
 def token(secret: bytes, kind: str, name: str) -> str:
@@ -99,7 +126,9 @@ def token(secret: bytes, kind: str, name: str) -> str:
     Sites with the same secret make the same token of a name. Without the secret a token can
     neither be read nor, for names that one may guess, tried out. (Ours.)
     """
-    return hmac.new(secret, f"{kind}\0{name}".encode(), hashlib.sha256).hexdigest()[:32]
+    # Names of folders may hold bytes that are no UTF-8.
+    text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
+    return hmac.new(secret, text, hashlib.sha256).hexdigest()[:32]
 
 
 def digest(*lists: Sequence[str]) -> str:

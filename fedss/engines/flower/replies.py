@@ -4,7 +4,6 @@ Sites may be broken or malicious. A reply that is not exactly what was asked for
 for the client that it concerns, with a word for the reason.
 """
 
-import math
 from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
@@ -43,7 +42,9 @@ class RefusedError(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+        # It is shown on a terminal, and a site may have had a hand in it.
+        shown = "".join(c if c.isprintable() else "?" for c in detail[:300])
+        self.reason, self.detail = reason, shown
 
     def of(self, client: int) -> Failure:
         """As the failure of a client."""
@@ -69,18 +70,22 @@ def read_reply(
         code = reply.error.code
         raise RefusedError(_ERRORS.get(code, "error"), f"Flower's error code {code}")
     try:
-        facts, buffers = unpack(reply.content)
+        facts, buffers = unpack(reply)
         parts = {name: by_client(tensors) for name, tensors in buffers.items()}
     except MessageError as error:
         raise RefusedError("damaged", str(error)) from error
     if not isinstance(facts.get("changed", {}), dict):
         raise RefusedError("damaged", "expected the names of a site")
     if "error" in facts:
-        detail = f"{str(facts.get('detail'))[:200]}; the site's log has more"
-        raise RefusedError("version" if facts["error"] == "version" else "raised", detail)
+        reason = "version" if facts["error"] == "version" else "raised"
+        raise RefusedError(reason, _told(facts.get("detail")))
     if facts.get("round") != round:
-        raise RefusedError("stale", f"a reply to round {facts.get('round')!r}")
+        raise RefusedError("stale", f"not a reply to round {round + 1}")
     return facts, parts
+
+
+def _told(detail: Any) -> str:
+    return f"{detail[:200] if isinstance(detail, str) else 'no detail'}; the site's log has more"
 
 
 def part_of(facts: dict[str, Any], parts: Parts, client: int) -> Tensors:
@@ -91,7 +96,7 @@ def part_of(facts: dict[str, Any], parts: Parts, client: int) -> Tensors:
     """
     failed = facts.get("failed")
     if isinstance(failed, dict) and str(client) in failed:
-        raise RefusedError("raised", f"{str(failed[str(client)])[:200]}; the site's log has more")
+        raise RefusedError("raised", _told(failed[str(client)]))
     return parts.get(client, {})
 
 
@@ -102,14 +107,13 @@ def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor
         RefusedError: they are not.
     """
     n, size = plan.num_classes, plan.sample_size
+    at_server = plan.sampler.drawn_by == "server"
     most = {
         "all": n,
-        "sampled": size,
-        "cover": size + plan.cover,
+        "sampled": own_budget(size, n) if at_server else size,
+        "cover": size if at_server else size + plan.cover,
         "none": size,
     }[plan.method.negatives]
-    if plan.sampler.drawn_by == "server" and plan.method.negatives == "sampled":
-        most = own_budget(size, n)
     whole = message.keys() == set() and most >= n
     if not whole:
         expected = torch.int32 if n < 2**31 else torch.int64
@@ -156,7 +160,9 @@ def check_update(
     numbers = [update.backbone_delta_P, update.rows_delta_SD]
     if update.row_map is not None:
         numbers += [update.row_map.shift_D, update.row_map.matrix_DD]
-    if not math.isfinite(update.loss) or not all(bool(t.isfinite().all()) for t in numbers):
+    # A loss is a float32 there: of larger ones the mean might not be finite.
+    usual = abs(update.loss) <= torch.finfo(torch.float32).max
+    if not usual or not all(bool(t.isfinite().all()) for t in numbers):
         raise RefusedError("not finite", f"a loss of {update.loss}, or a change that is not finite")
     return update
 
@@ -187,6 +193,8 @@ def check_registration(
             of another site.
     """
     classes, clients = _names(facts, "classes"), _names(facts, "clients")
+    if not isinstance(facts.get("secret"), str):
+        raise RefusedError("damaged", "expected which secret the names were made with")
     if registry.secret is not None and facts.get("secret") != registry.secret:
         raise RefusedError(
             "secret",
@@ -221,13 +229,14 @@ def check_metrics(facts: dict[str, Any]) -> dict[str, float] | None:
     metrics = facts.get("metrics")
     if metrics is None:
         return None
-    names = {field.name for field in fields(RetrievalMetrics)}
+    names, counts = {field.name for field in fields(RetrievalMetrics)}, {"queries", "skipped"}
     if (
         not isinstance(metrics, dict)
         or metrics.keys() != names
-        or not all(isinstance(metrics[name], int | float) for name in names)
-        or not all(0 <= metrics[name] <= 1 for name in names - {"queries", "skipped"})
-        or not all(0 <= metrics[name] <= MOST_EXAMPLES for name in ("queries", "skipped"))
+        or not all(type(metrics[name]) is int for name in counts)
+        or not all(isinstance(metrics[name], int | float) for name in names - counts)
+        or not all(0 <= metrics[name] <= 1 for name in names - counts)
+        or not all(0 <= metrics[name] <= MOST_EXAMPLES for name in counts)
     ):
         raise RefusedError("damaged", "expected retrieval figures from 0 to 1")
     return metrics

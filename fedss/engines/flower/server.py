@@ -20,7 +20,7 @@ from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
 from fedss.engines.flower.engine import FlowerEngine, say
-from fedss.engines.flower.registry import load_registry
+from fedss.engines.flower.registry import check_registry, load_registry
 from fedss.engines.flower.settings import Deployment, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
@@ -112,7 +112,8 @@ def _federation(
     lap: Lap,
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
-    path = folder / "registry.json"
+    path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
+    check_registry(path, newest)
     told = {"version": version("fedss"), "config": dataclasses.asdict(config)}
     engine = FlowerEngine(
         grid,
@@ -129,7 +130,7 @@ def _federation(
     task = None
     if deployment.evaluate_at == "server":
         task = evaluation_task(config, load_data(config))
-    engine.start(deployment.sites, newest_round(folder / "checkpoint"))
+    engine.start(deployment.sites, newest)
     with _judge(config, embedder, task) as workers:
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> dict[str, Any] | None:

@@ -40,7 +40,7 @@ class Deployment:
             ("out", Path(self.out).is_absolute(), "a full path at the server"),
             ("sites", self.sites >= 1, "at least 1"),
             ("attempts", self.attempts >= 1, "at least 1"),
-            ("deadline", 0 < self.deadline <= 1e7, "above 0 and at most 1e7 seconds"),
+            ("deadline", 1 <= self.deadline <= 1e7, "1 to 1e7 seconds"),
             ("pause", 0 <= self.pause <= 1e7, "0 to 1e7 seconds"),
             ("quorum", 0 <= self.quorum <= 1, "0 to 1"),
             ("evaluate_at", self.evaluate_at in ("sites", "server"), "sites or server"),

@@ -52,6 +52,8 @@ from fedss.wire import (
 
 app = ClientApp()
 
+_SHORTEST_SECRET = 16
+
 Answer = tuple[dict[str, Any], dict[str, Tensors]]
 
 
@@ -112,7 +114,7 @@ def _answer(
     The text of an error may hold names of pictures or people: it stays in the site's log.
     """
     try:
-        facts, tensors = unpack(message.content)
+        facts, tensors = unpack(message)
         content = _checked(facts, tensors, context.node_config, work)
     except Exception as error:
         traceback.print_exc()
@@ -167,7 +169,7 @@ def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
             "flower-supernode with --node-config 'data=\"/data/photos\"'"
         )
     prefix = f"{node['site']}/" if "site" in node else ""
-    secret = Path(str(node["secret-file"])).read_bytes() if "secret-file" in node else None
+    secret = _secret(Path(str(node["secret-file"]))) if "secret-file" in node else None
 
     def known_as(kind: str, name: str) -> str:
         # Some file systems take letters with accents apart: the same name all the same.
@@ -191,6 +193,16 @@ def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
         np.array(order),
         "" if secret is None else token(secret, "proof", ""),
     )
+
+
+def _secret(path: Path) -> bytes:
+    secret = path.read_bytes().strip()
+    if len(secret) < _SHORTEST_SECRET:
+        raise ConfigError(
+            f"secret-file {path}: expected at least {_SHORTEST_SECRET} bytes, got {len(secret)}; "
+            "make one with: openssl rand -hex 32"
+        )
+    return secret
 
 
 def _share(data: Dataset, part: int, parts: int) -> Dataset:
@@ -324,7 +336,8 @@ def _workers(config: Config, embedder: Any, site: Pictures) -> Iterator[Workers]
 
 
 def _evaluate(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
-    task, config = site.data.test, facts["config"]
+    config = facts["config"]
+    task = site.data.test if config.eval_split == "test" else site.data.validation
     if task is None:
         return {"metrics": None}, {}
     embedder = build_model(config, site.data, None)
