@@ -106,16 +106,16 @@ _PER_CLIENT = (
 
 
 def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
-    """A run in one object: what it was, its last evaluation, means per client and round.
+    """A run in one object: what it was, how the model is judged, means per client and round.
 
-    Retrieval figures are None where no round was evaluated, byte figures where pictures are
+    Retrieval figures are None where nobody could judge it, byte figures where pictures are
     pooled: no federated message exists. ``failures`` counts those of all rounds by reason, and
     ``seconds_by_phase`` adds up to ``seconds``.
     """
     clients = sum(record["clients"] for record in records)
     unknown = dict.fromkeys(field.name for field in dataclasses.fields(RetrievalMetrics))
-    evaluated = [record["metrics"] for record in records if record["metrics"]]
-    summary = {**run, **(evaluated[-1] if evaluated else unknown)}
+    # Of the model that is kept: figures of an earlier round would be another's.
+    summary = {**run, **(records[-1]["metrics"] or unknown)}
     for name in _PER_CLIENT:
         federated = records[0][name] is not None
         total = sum(record[name] for record in records) if federated else 0
