@@ -1,0 +1,408 @@
+"""A whole federation on this machine: TLS, node keys, a SuperLink, sites, one run, and its end.
+
+docs/deploy.md says what to type on several machines; these are the same commands, started and
+stopped by a program. Each function does one of its steps, so tests and benchmarks use them too:
+
+    with place(folder, sites=3) as here:
+        superlink(here), superexec(here)
+        for number in range(3):
+            register(here, number)
+            site(here, number, {"data": f"/data/{number}", "site": f"shop-{number}"})
+        run = submit(here, "app")
+        for line in follow(here, run):
+            print(line)
+        print(status(here, run))
+
+All that is written lies in the folder: ``keys/``, ``state.db``, a log of each process in ``logs/``,
+and Flower's own files (``FLWR_HOME``) of the user, the server and each site. Ports are free ones,
+so several federations can run side by side. When the block ends, or this program does, even by
+SIGKILL, no process is left.
+
+    python examples/federation.py            # three sites, glyphs, a dozen rounds
+"""
+
+import datetime
+import ipaddress
+import json
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+Process = subprocess.Popen[bytes]
+Value = str | int | float | bool
+
+# Kills the process groups that it was told of when its standard input ends: in whatever way the
+# program dies that holds the other end, the federation does not outlive it.
+GUARD = """
+import os, signal, sys
+for group in [int(line) for line in sys.stdin]:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+
+
+# What a service manager does with a site: start it again until it ends by itself in peace. The
+# SuperLink turns away a SuperNode whose key it believes to be online, for up to a minute after one
+# that could not say goodbye. A SIGTERM to the group ends it with its child.
+AGAIN = 'trap "exit 0" TERM; until "$@"; do sleep 3; done'
+
+
+class FederationError(Exception):
+    """A process of the federation, or a command to it, failed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a federation lives: its folder, its ports, and the processes started so far."""
+
+    folder: Path
+    port: int
+    site_ports: tuple[int, ...]
+    processes: list[Process]
+    guard: Process
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+@contextmanager
+def place(folder: str | Path, sites: int) -> Iterator[Place]:
+    """Certificates, keys and ports for a SuperLink and sites; stops all processes at the end.
+
+    A folder that an earlier federation left is used again: its keys, database and log files.
+    """
+    folder = Path(folder).resolve()
+    port, *site_ports = free_ports(1 + sites)
+    write_certificates(folder / "keys")
+    if not (secret := folder / "keys" / "superexec.secret").exists():
+        write_private(secret, secrets.token_bytes(32))
+    for number in range(sites):
+        write_node_key(folder / "keys" / f"site-{number}")
+    for name in ("user", "server", *(f"site-{number}" for number in range(sites))):
+        (folder / "flwr" / name).mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+    (folder / "flwr" / "user" / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\n'
+        f"root-certificates = {json.dumps(str(folder / 'keys' / 'ca.pem'))}\n"
+    )
+    guard = subprocess.Popen(
+        [sys.executable, "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True
+    )
+    here = Place(folder, port, tuple(site_ports), [], guard)
+    try:
+        yield here
+    finally:
+        stop_all(here)
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Free ports below those that the system hands out by itself, which may go at any moment."""
+    found: dict[int, socket.socket] = {}
+    try:
+        while len(found) < count:
+            port = random.SystemRandom().randrange(20_000, 32_000)
+            held = socket.socket()
+            try:
+                held.bind(("127.0.0.1", port))
+            except OSError:
+                held.close()
+            else:
+                found[port] = held
+    finally:
+        for held in found.values():
+            held.close()
+    return list(found)
+
+
+def write_certificates(folder: Path) -> None:
+    """``ca.pem``, and ``server.pem`` with ``server.key`` for 127.0.0.1 and localhost."""
+    if (folder / "server.key").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    ca_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Federation on one machine")])
+    server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    ca_id = x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key())
+
+    def certificate(
+        name: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_ca: bool
+    ) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(name)
+            .issuer_name(ca_name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(days=365))
+            .add_extension(x509.BasicConstraints(is_ca, None), critical=True)
+            .add_extension(
+                x509.KeyUsage(not is_ca, *[False] * 4, is_ca, is_ca, False, False), critical=True
+            )
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(ca_id),
+                critical=False,
+            )
+        )
+
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    ca = certificate(ca_name, ca_key, is_ca=True).sign(ca_key, hashes.SHA384())
+    server = (
+        certificate(server_name, server_key, is_ca=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    (folder / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+    (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
+    write_private(folder / "server.key", private(server_key, serialization.PrivateFormat.PKCS8))
+    # No key of the authority is kept: it signs this one certificate.
+
+
+def write_node_key(path: Path) -> None:
+    """A site's private key, in OpenSSH's format, and ``.pub`` beside it."""
+    if path.exists():
+        return
+    key = ec.generate_private_key(ec.SECP384R1())
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    path.with_suffix(".pub").write_bytes(public + b"\n")
+    write_private(path, private(key, serialization.PrivateFormat.OpenSSH))
+
+
+def private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """A file that its owner alone may read."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+
+
+def environment(here: Place, name: str) -> dict[str, str]:
+    """What a command of Flower is told by its environment: here, no news from or for its makers."""
+    scripts = sysconfig.get_path("scripts")  # where flower-superexec finds flwr-serverapp
+    return os.environ | {
+        "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "FLWR_HOME": str(here.folder / "flwr" / name),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+
+
+def start(
+    here: Place, name: str, log: str, command: str, *args: str | Path | int, again: bool = False
+) -> Process:
+    """Start a process, and what it starts later, in a process group of its own."""
+    words = [str(Path(sysconfig.get_path("scripts")) / command), *map(str, args)]
+    with open(here.folder / "logs" / f"{log}.log", "ab") as file:
+        process = subprocess.Popen(
+            ["sh", "-c", AGAIN, "sh", *words] if again else words,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(here, name),
+            cwd=here.folder,
+            start_new_session=True,
+        )
+    here.processes.append(process)
+    assert here.guard.stdin is not None
+    here.guard.stdin.write(f"{process.pid}\n".encode())
+    here.guard.stdin.flush()
+    return process
+
+
+def superlink(here: Place, *, timeout: float = 60) -> Process:
+    """The server that all others talk to; comes back when it answers. Restarted, it goes on."""
+    keys = here.folder / "keys"
+    process = start(
+        here, "server", "superlink", "flower-superlink",
+        "--host", "127.0.0.1", "--port", here.port,
+        "--ssl-ca-certfile", keys / "ca.pem",
+        "--ssl-certfile", keys / "server.pem",
+        "--ssl-keyfile", keys / "server.key",
+        "--enable-supernode-auth",
+        "--database", here.folder / "state.db",
+        "--isolation", "process",
+        "--superexec-auth-secret-file", keys / "superexec.secret",
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    until = time.monotonic() + timeout
+    while not answers(here.port):
+        if process.poll() is not None or time.monotonic() > until:
+            kill(process)
+            raise FederationError(
+                f"flower-superlink does not answer at {here.address} "
+                f"(exit status {process.poll()}); see {here.folder / 'logs' / 'superlink.log'}"
+            )
+        time.sleep(0.1)
+    return process
+
+
+def answers(port: int) -> bool:
+    """Whether anything listens at the port."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def superexec(here: Place) -> Process:
+    """What starts the ServerApp of each run beside the SuperLink."""
+    return start(
+        here, "server", "superexec", "flower-superexec",
+        "--runtime-api-address", here.address,
+        "--root-certificates", here.folder / "keys" / "ca.pem",
+        "--superexec-auth-secret-file", here.folder / "keys" / "superexec.secret",
+    )  # fmt: skip
+
+
+def site(here: Place, number: int, node_config: Mapping[str, Value]) -> Process:
+    """The SuperNode of a site, which starts a ClientApp for each message.
+
+    Started over if it ends, or is not let in yet: so also right after a ``kill``.
+    """
+    return start(
+        here, f"site-{number}", f"site-{number}", "flower-supernode",
+        "--superlink", here.address,
+        "--root-certificates", here.folder / "keys" / "ca.pem",
+        "--auth-supernode-private-key", here.folder / "keys" / f"site-{number}",
+        "--port", here.site_ports[number],
+        "--node-config", pairs(node_config), again=True,
+    )  # fmt: skip
+
+
+def pairs(values: Mapping[str, Value]) -> str:
+    """Settings as Flower's commands read them: ``name="text" other=1``."""
+    return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+
+
+def flwr(here: Place, *args: str | Path | int) -> str:
+    """What a ``flwr`` command prints."""
+    done = subprocess.run(
+        [Path(sysconfig.get_path("scripts")) / "flwr", *map(str, args)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(here, "user"),
+        cwd=here.folder,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise FederationError(f"flwr {' '.join(map(str, args))} failed: {done.stdout.strip()}")
+    return done.stdout
+
+
+def register(here: Place, number: int) -> None:
+    """Let in a site's key, unless the database has it from an earlier time."""
+    try:
+        flwr(here, "supernode", "register", here.folder / "keys" / f"site-{number}.pub")
+    except FederationError as error:
+        if "already in use" not in str(error):
+            raise
+
+
+def submit(here: Place, app: str | Path, run_config: Mapping[str, Value] | None = None) -> int:
+    """Start a run of an app folder, with other settings than those in it; its id."""
+    changed = ["--run-config", pairs(run_config)] if run_config else []
+    answer = json.loads(flwr(here, "run", Path(app).resolve(), *changed, "--format", "json"))
+    if not answer["success"]:  # its exit status is 0 all the same
+        raise FederationError(f"flwr run {app}: {answer['error-message']}")
+    return int(answer["run-id"])
+
+
+def status(here: Place, run: int) -> str:
+    """``pending``, ``starting``, ``running``, or ``finished:`` with completed, failed, stopped."""
+    (found,) = json.loads(flwr(here, "list", "--run-id", run, "--format", "json"))["runs"]
+    return str(found["status"])
+
+
+def follow(here: Place, run: int) -> Iterator[str]:
+    """The lines of a run's log as they are written, until the run ends or the SuperLink does."""
+    reader = subprocess.Popen(
+        [Path(sysconfig.get_path("scripts")) / "flwr", "log", str(run), "--stream"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(here, "user") | {"PYTHONUNBUFFERED": "1"},
+        cwd=here.folder,
+        text=True,
+    )
+    assert reader.stdout is not None
+    try:
+        for line in reader.stdout:
+            plain = re.sub(r"\x1b\[\d+m", "", line).rstrip()
+            if text := re.sub(r"^(INFO|WARNING|ERROR) *: *", "", plain):
+                yield text
+    finally:
+        reader.terminate()
+        reader.stdout.close()
+        reader.wait()
+
+
+def stop(here: Place, run: int) -> None:
+    """End a run. The SuperLink and the sites wait for the next one."""
+    flwr(here, "stop", run)
+
+
+def kill(process: Process) -> None:
+    """SIGKILL to a process and all that it started, as when its machine loses power."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def children(process: Process, command: str) -> list[int]:
+    """Ids of the living processes of a command, such as ``flwr-serverapp``, in a process group."""
+    listed = subprocess.run(
+        ["ps", "-A", "-o", "pid=,pgid=,stat=,args="],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    found = []
+    for line in listed.splitlines():
+        pid, group, state, *args = line.split()
+        if int(group) == process.pid and state[0] != "Z" and command in " ".join(args):
+            found.append(int(pid))
+    return found
+
+
+def stop_all(here: Place, *, patience: float = 10) -> None:
+    """SIGTERM to every process, the last started first; SIGKILL to those that do not end."""
+    for process in reversed(here.processes):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    until = time.monotonic() + patience
+    for process in reversed(here.processes):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(until - time.monotonic(), 0))
+        kill(process)
+    here.processes.clear()
