@@ -4,11 +4,15 @@ BIN := $(VENV)/bin
 # Anything that needs a newer set of packages than the last one installed is made again.
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint format bench bench-peers clean
+.PHONY: demo federation test lint format bench bench-peers clean
 
 demo: $(VENV)/.core
 	$(BIN)/fedss compare --data glyphs --methods full fedss moments pos-only \
 		--rounds 110 --seeds 0 --out runs/demo
+
+# A Flower server and three sites with TLS and node keys, as processes on this machine.
+federation: $(VENV)/.flower
+	$(BIN)/python examples/federation.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n 2
@@ -48,6 +52,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.core: $(VENV)/bin/python $(INPUTS)
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.flower: $(VENV)/.core
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[flower]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core

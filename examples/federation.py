@@ -21,6 +21,7 @@ SIGKILL, no process is left.
     python examples/federation.py            # three sites, glyphs, a dozen rounds
 """
 
+import argparse
 import datetime
 import ipaddress
 import json
@@ -43,6 +44,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from PIL import Image
+
+import fedss
 
 Process = subprocess.Popen[bytes]
 Value = str | int | float | bool
@@ -406,3 +410,80 @@ def stop_all(here: Place, *, patience: float = 10) -> None:
             process.wait(max(until - time.monotonic(), 0))
         kill(process)
     here.processes.clear()
+
+
+def write_pictures(folder: Path, sites: int, clients: int = 24, classes: int = 160) -> list[Path]:
+    """Glyphs as picture files, ``site-1/drawer/class/picture.png``; the folder of each site."""
+    data = fedss.load_dataset("glyphs", glyphs_classes=classes, glyphs_clients=clients).train
+    folders = [folder / f"site-{number + 1}" for number in range(sites)]
+    for i, pixels_CHW in enumerate(data.pixels):
+        client, label = int(data.clients[i]), int(data.labels[i])
+        drawer = data.client_names[client].replace("/", "-")
+        path = folders[client % sites] / drawer / data.class_names[label].replace("/", "-")
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels_CHW[0]).save(path / f"{i}.png")
+    return folders
+
+
+def main(folder: Path, sites: int, rounds: int) -> bool:
+    """Train on glyphs at so many sites, and say what happens; whether the run was completed."""
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
+
+    pictures = write_pictures(folder / "pictures", sites)
+    say(f"{sites} sites, 8 clients each: pictures in {folder / 'pictures'}")
+    if not (folder / "app").exists():
+        words = ["app", str(folder / "app"), "--out", str(folder.resolve() / "run")]
+        words += ["--sites", str(sites), "--rounds", str(rounds), "--clients-per-round", "12"]
+        words += ["--image-size", "28", "--channels", "1", "--eval-every", "4"]
+        subprocess.run(
+            [sys.executable, "-m", "fedss", *words], stdout=subprocess.DEVNULL, check=True
+        )
+    with place(folder, sites) as here:
+        superlink(here)
+        superexec(here)
+        say(f"SuperLink at https://{here.address}: TLS, node keys, a database")
+        secret = here.folder / "keys" / "names.secret"
+        if not secret.exists():
+            write_private(secret, secrets.token_bytes(32))
+        for number, data in enumerate(pictures):
+            register(here, number)
+            name = f"site-{number + 1}"
+            site(
+                here,
+                number,
+                {"data": str(data.resolve()), "site": name, "secret-file": str(secret)},
+            )
+            say(f"{name} has registered its key, and starts")
+        run = submit(here, folder / "app")
+        say(f"submitted as run {run}; what its server part says:")
+        for line in follow(here, run):
+            say(f"  {line}")
+        ended = status(here, run)
+        say(f"run {run}: {ended}; stopping all processes")
+    say("no process is left")
+    print(
+        f"\nWhere to look, in {folder}:\n"
+        "  run/report.html     curves, bytes, seconds per phase\n"
+        "  run/records.jsonl   a line per round\n"
+        "  app/pyproject.toml  what was submitted, with every setting\n"
+        "  logs/               what each process said; what clients said is in site-*.log\n"
+        "  pictures/, keys/    what each site holds\n"
+        "docs/deploy.md does the same by hand, on several machines."
+    )
+    return ended == "finished:completed"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/federation"))
+    parser.add_argument("--sites", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        sys.exit(not main(options.folder, options.sites, options.rounds))
+    except FederationError as error:
+        sys.exit(f"federation: {error}")
