@@ -1,0 +1,202 @@
+"""What a federation moves and how long it takes: three sites as processes, TLS, node keys.
+
+    python benchmarks/federation.py     (about 12 minutes; --short: one job, writes no file)
+
+Bytes: between every site and the SuperLink stands a relay that counts what TLS carries, also polling,
+heartbeats, acknowledgements of Flower's objects and the app itself. They are compared with what the
+run's records say, from the first round's end to the last's. Time: seconds per round and phase.
+The federation is that of ``examples/federation.py``: glyphs as picture files, eight clients a site,
+the server evaluates at the end alone.
+
+Writes ``benchmarks/results/federation.txt``.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omniglot import processor
+
+import fedss
+from fedss.engines.flower.settings import Deployment, write_app
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples.federation import (
+    Place,
+    follow,
+    place,
+    register,
+    site,
+    status,
+    submit,
+    superexec,
+    superlink,
+    write_pictures,
+)
+
+RESULTS = Path(__file__).parent / "results" / "federation.txt"
+SITES, ROUNDS = 3, 6
+BASE = {"image_size": 28, "channels": 1, "clients_per_round": 12, "eval_every": 0}
+JOBS: dict[str, dict[str, Any]] = {
+    "fedss": {},
+    "fedss, conv4-128": {"backbone": "conv4-128"},
+    "fedss, int8 up": {"backbone": "conv4-128", "rows_up": "int8", "backbone_up": "int8"},
+    "full": {"method": "full", "backbone": "conv4-128"},
+    "moments": {"method": "moments", "backbone": "conv4-128"},
+    "fedss, deck": {"sampler": "deck", "backbone": "conv4-128"},
+}
+
+
+@dataclass
+class Relay:
+    """Counts bytes by direction: down to the sites, up from them."""
+
+    port: int
+    counts: dict[str, int] = field(default_factory=lambda: {"down": 0, "up": 0})
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def pump(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+        with suppress(OSError):
+            while block := source.recv(1 << 16):
+                with self.lock:
+                    self.counts[way] += len(block)
+                sink.sendall(block)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def relay(to: int) -> Iterator[Relay]:
+    """A port that passes everything on to another one of this machine."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    here = Relay(listener.getsockname()[1])
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", to))
+                for pair, way in (((near, far), "up"), ((far, near), "down")):
+                    threading.Thread(target=here.pump, args=(*pair, way), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield here
+    finally:
+        listener.close()
+
+
+def run_job(
+    here: Place, counter: Relay, folder: Path, changes: dict[str, Any], rounds: int
+) -> dict[str, Any]:
+    """A whole run: what the wire carried and what the ledger says, after the first round."""
+    out = folder / "run"
+    config = fedss.Config(**BASE, **changes, rounds=rounds)
+    deployment = Deployment(out=str(out), sites=SITES, evaluate_at="server", deadline=120.0)
+    write_app(folder / "app", config, deployment)
+    number = submit(here, folder / "app")
+    lines = out / "records.jsonl"
+    marks: list[tuple[float, dict[str, int]]] = []
+    while len(marks) < rounds:
+        if status(here, number).startswith("finished") and not lines.exists():
+            raise SystemExit("\n".join(follow(here, number)))
+        done = len(lines.read_text().splitlines()) if lines.exists() else 0
+        while len(marks) < done:
+            marks.append((time.monotonic(), dict(counter.counts)))
+        time.sleep(0.05)
+    while not status(here, number).startswith("finished"):
+        time.sleep(0.5)
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    (first, before), (last, after) = marks[0], marks[-1]
+    later = records[1:]
+    seconds = {
+        phase: statistics.median(record["seconds"].get(phase, 0.0) for record in later)
+        for phase in ("request", "train", "aggregate")
+    }
+    return {
+        "ledger": {way: sum(record[f"bytes_{way}"] for record in later) for way in ("down", "up")},
+        "wire": {way: after[way] - before[way] for way in ("down", "up")},
+        "seconds": seconds,
+        "round": (last - first) / len(later),
+        "failures": sum(len(record.get("failures", [])) for record in records),
+        "first": records[0]["seconds"],
+    }
+
+
+def idle(counter: Relay, seconds: float) -> dict[str, float]:
+    """Bytes a second that pass while nothing runs."""
+    before = dict(counter.counts)
+    time.sleep(seconds)
+    return {way: (counter.counts[way] - before[way]) / seconds for way in before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--short", action="store_true")
+    options = parser.parse_args()
+    jobs = dict(list(JOBS.items())[:1]) if options.short else JOBS
+    rounds = 3 if options.short else ROUNDS
+    table = [
+        f"{'job':<18}{'way':<6}{'ledger, kB/round':>18}{'wire, kB/round':>16}{'wire/ledger':>13}"
+        f"{'s/round':>9}{'request':>9}{'train':>8}{'server':>8}"
+    ]
+    with TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        pictures = write_pictures(folder / "pictures", SITES)
+        here = stack.enter_context(place(folder / "federation", SITES))
+        superlink(here)
+        superexec(here)
+        counter = stack.enter_context(relay(here.port))
+        through = replace(here, port=counter.port)
+        for number, data in enumerate(pictures):
+            register(here, number)
+            site(through, number, {"data": str(data), "site": f"site-{number + 1}"})
+        time.sleep(10)
+        quiet = idle(counter, 10 if options.short else 30)
+        for name, changes in jobs.items():
+            (folder / name).mkdir()
+            found = run_job(here, counter, folder / name, changes, rounds)
+            for way in ("down", "up"):
+                ledger, wire = (found[what][way] / (rounds - 1) for what in ("ledger", "wire"))
+                row = f"{name if way == 'down' else '':<18}{way:<6}{ledger / 1e3:>18,.1f}"
+                row += f"{wire / 1e3:>16,.1f}{wire / ledger:>13.3f}"
+                if way == "down":
+                    row += f"{found['round']:>9.1f}"
+                    row += "".join(
+                        f"{found['seconds'][p]:>{w}.2f}"
+                        for p, w in (("request", 9), ("train", 8), ("aggregate", 8))
+                    )
+                table.append(row)
+                print(row, flush=True)
+            if found["failures"]:
+                table.append(f"  {found['failures']} failures")
+    head = [
+        f"{datetime.date.today()}  {processor()}, {platform.system()}, Python "
+        f"{platform.python_version()}",
+        f"fedss {version('fedss')}, flwr {version('flwr')}, torch {version('torch')}",
+        f"python benchmarks/federation.py: {SITES} sites, 8 clients each, 12 clients a round, "
+        f"{rounds} rounds, the first left out",
+        f"idle, all sites: {quiet['down']:.0f} B/s down, {quiet['up']:.0f} B/s up (polling)",
+        "",
+    ]
+    text = "\n".join(head + table) + "\n"
+    print("\n" + text)
+    if not options.short:
+        RESULTS.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
