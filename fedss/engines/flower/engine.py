@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 import numpy as np
 import torch
 from flwr.app import Message, RecordDict
@@ -46,6 +47,8 @@ from fedss.errors import QuorumError
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks
 from fedss.wire import WireFormat, encode_answer, encode_broadcast, encode_request, traffic
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,7 @@ class FlowerEngine:
         arrived: dict[int, dict[str, Any]] = {}
         end, shown = time.monotonic() + self.deadline, -1
         while True:
-            online = set(self.grid.get_node_ids())
+            online = set(once_more(self.grid.get_node_ids))
             arrived = {node: facts for node, facts in arrived.items() if node in online}
             arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
             if len(arrived) != shown:
@@ -278,7 +281,7 @@ class FlowerEngine:
 
     def meet(self, round: int) -> None:
         """Forget sites that are gone, and register those that came, from the next round on."""
-        online = set(self.grid.get_node_ids())
+        online = set(once_more(self.grid.get_node_ids))
         self.sites = {node: site for node, site in self.sites.items() if node in online}
         self.refused = {node: why for node, why in self.refused.items() if node in online}
         self._admit(self._introduce(online - self.sites.keys() - self.refused.keys(), round), round)
@@ -350,9 +353,10 @@ class FlowerEngine:
         }
 
     def _message(self, kind: str, node: int, round: int, content: RecordDict) -> Message:
-        return Message(
-            content, dst_node_id=node, message_type=kind, ttl=self.deadline, group_id=str(round)
-        )
+        # Flower says of a message that has outlived its time that it is lost: not before the
+        # deadline has been noticed here.
+        ttl = self.deadline + 2.0
+        return Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(round))
 
     def _cohort(self, round: int, seed: int) -> list[int]:
         if round >= self.rounds:
@@ -384,7 +388,7 @@ def exchange(
     """
     if not messages:
         return
-    ids = list(grid.push_messages(list(messages.values())))
+    ids = once_more(lambda: grid.push_messages(list(messages.values())))
     # Flower gives no id to a message that it could not take.
     ids += [""] * (len(messages) - len(ids))
     waiting = {
@@ -398,7 +402,7 @@ def exchange(
     )
     end, pause = time.monotonic() + deadline, 0.05
     while waiting:
-        for reply in grid.pull_messages(list(waiting)):
+        for reply in once_more(lambda: grid.pull_messages(list(waiting))):
             message_id = reply.metadata.reply_to_message_id
             if message_id in waiting:
                 answered[message_id] = waiting.pop(message_id)
@@ -410,6 +414,20 @@ def exchange(
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
     yield from ((node, RefusedError("deadline")) for node in waiting.values())
+
+
+def once_more(ask: Callable[[], Iterable[T]]) -> list[T]:
+    """What Flower's grid gives; asked a second time where the SuperLink died in a handshake.
+
+    Flower waits for a SuperLink that is away, however long, but takes one that dies in the middle
+    of a TLS handshake for one whose certificate is wrong, and raises.
+    """
+    try:
+        return list(ask())
+    except httpx.TransportError as error:
+        say(f"lost the SuperLink, trying again ({error})")
+        time.sleep(1)
+        return list(ask())
 
 
 def say(text: str) -> None:

@@ -38,7 +38,10 @@ def main(grid: Grid, context: Context) -> None:
         run = serve(grid, context.run_config)
     except FedssError as error:
         print(f"fedss: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        # Flower makes the text of an exception that it catches the reason of the run's failure; an
+        # exit it would not notice for a minute. What it shows of where it came from helps nobody.
+        sys.tracebacklimit = 0
+        raise error from None
     print(f"fedss: done; report {run.folder / 'report.html'}", file=sys.stderr, flush=True)
 
 
