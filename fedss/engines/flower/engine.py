@@ -7,6 +7,7 @@ site sends is used before :mod:`fedss.engines.flower.replies` has checked it.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,6 +110,20 @@ class FlowerEngine:
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
         """Lines 2 to 4, at the sites; results in the order in which they arrive."""
+        failures = []
+        for result in self._train(state, cohort, plan):
+            if isinstance(result, Failure):
+                failures.append(result)
+            yield result
+        if failures:
+            counts = Counter(failure.reason for failure in failures).most_common()
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+            detail = next((f" ({f.detail})" for f in failures if f.detail), "")
+            say(f"round {plan.round + 1}: of {len(cohort)} clients, {reasons}{detail}")
+
+    def _train(
+        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
+    ) -> Iterator[ClientUpdate | Failure]:
         wire = replace(self.wire, num_classes=plan.num_classes)
         self.meet(plan.round)
         yield from self._ask(wire, plan, cohort.tolist())
