@@ -403,7 +403,7 @@ def exchange(
     """
     if not messages:
         return
-    ids = once_more(lambda: grid.push_messages(list(messages.values())))
+    ids = once_more(grid.push_messages, list(messages.values()))
     # Flower gives no id to a message that it could not take.
     ids += [""] * (len(messages) - len(ids))
     waiting = {
@@ -417,7 +417,7 @@ def exchange(
     )
     end, pause = time.monotonic() + deadline, 0.05
     while waiting:
-        for reply in once_more(lambda: grid.pull_messages(list(waiting))):
+        for reply in once_more(grid.pull_messages, list(waiting)):
             message_id = reply.metadata.reply_to_message_id
             if message_id in waiting:
                 answered[message_id] = waiting.pop(message_id)
@@ -431,18 +431,18 @@ def exchange(
     yield from ((node, RefusedError("deadline")) for node in waiting.values())
 
 
-def once_more(ask: Callable[[], Iterable[T]]) -> list[T]:
+def once_more(ask: Callable[..., Iterable[T]], *arguments: Any) -> list[T]:
     """What Flower's grid gives; asked a second time where the SuperLink died in a handshake.
 
     Flower waits for a SuperLink that is away, however long, but takes one that dies in the middle
     of a TLS handshake for one whose certificate is wrong, and raises.
     """
     try:
-        return list(ask())
+        return list(ask(*arguments))
     except httpx.TransportError as error:
         say(f"lost the SuperLink, trying again ({error})")
         time.sleep(1)
-        return list(ask())
+        return list(ask(*arguments))
 
 
 def say(text: str) -> None:
