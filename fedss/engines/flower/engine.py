@@ -7,11 +7,13 @@ site sends is used before :mod:`fedss.engines.flower.replies` has checked it.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 import numpy as np
 import torch
 from flwr.app import Message, RecordDict
@@ -46,6 +48,11 @@ from fedss.errors import QuorumError
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks
 from fedss.wire import WireFormat, encode_answer, encode_broadcast, encode_request, traffic
+
+T = TypeVar("T")
+
+# Reasons that may be gone in a moment: a node that was just restarted, say.
+_PASSING = ("offline", "lost", "died")
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,20 @@ class FlowerEngine:
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
         """Lines 2 to 4, at the sites; results in the order in which they arrive."""
+        failures = []
+        for result in self._train(state, cohort, plan):
+            if isinstance(result, Failure):
+                failures.append(result)
+            yield result
+        if failures:
+            counts = Counter(failure.reason for failure in failures).most_common()
+            reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+            detail = next((f" ({f.detail})" for f in failures if f.detail), "")
+            say(f"round {plan.round + 1}: of {len(cohort)} clients, {reasons}{detail}")
+
+    def _train(
+        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
+    ) -> Iterator[ClientUpdate | Failure]:
         wire = replace(self.wire, num_classes=plan.num_classes)
         self.meet(plan.round)
         online = [k for k in cohort.tolist() if self._node(k) is not None]
@@ -270,7 +291,11 @@ class FlowerEngine:
         while True:
             online = self._online()
             arrived = {node: facts for node, facts in arrived.items() if node in online}
-            self.refused = {node: e for node, e in self.refused.items() if node in online}
+            self.refused = {
+                node: error
+                for node, error in self.refused.items()
+                if node in online and error.reason not in _PASSING
+            }
             arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
             if len(arrived) != shown:
                 shown = len(arrived)
@@ -318,7 +343,7 @@ class FlowerEngine:
         return arrived
 
     def _online(self) -> set[int]:
-        return set(self.grid.get_node_ids())
+        return set(once_more(self.grid.get_node_ids))
 
     def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
         """Register what sites have said of themselves, and remember it."""
@@ -376,9 +401,10 @@ class FlowerEngine:
         }
 
     def _message(self, kind: str, node: int, round: int, content: RecordDict) -> Message:
-        return Message(
-            content, dst_node_id=node, message_type=kind, ttl=self.deadline, group_id=str(round)
-        )
+        # Flower says of a message that has outlived its time that it is lost: not before the
+        # deadline has been noticed here.
+        ttl = self.deadline + 2.0
+        return Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(round))
 
     def _cohort(self, round: int, seed: int) -> list[int]:
         if round >= self.rounds:
@@ -412,7 +438,7 @@ def exchange(
     waiting, answered = dict[str, int](), dict[str, int]()
     for node, message in messages:
         # None, or nothing at all: Flower could not take it.
-        message_id = next(iter(grid.push_messages([message])), None)
+        message_id = next(iter(once_more(grid.push_messages, [message])), None)
         if message_id:
             waiting[message_id] = node
         else:
@@ -421,7 +447,7 @@ def exchange(
     while waiting:
         # What came while the last replies were looked at is in time.
         late = time.monotonic() >= end
-        for reply in grid.pull_messages(list(waiting)):
+        for reply in once_more(grid.pull_messages, list(waiting)):
             message_id = reply.metadata.reply_to_message_id
             if message_id in waiting:
                 answered[message_id] = waiting.pop(message_id)
@@ -438,6 +464,20 @@ def exchange(
 def _why(node: int, error: RefusedError) -> str:
     detail = f": {error.detail}" if error.detail else ""
     return f"site {node} could not register ({error.reason}){detail}"
+
+
+def once_more(ask: Callable[..., Iterable[T]], *arguments: Any) -> list[T]:
+    """What Flower's grid gives; asked a second time where the SuperLink died in a handshake.
+
+    Flower waits for a SuperLink that is away, however long, but takes one that dies in the middle
+    of a TLS handshake for one whose certificate is wrong, and raises.
+    """
+    try:
+        return list(ask(*arguments))
+    except httpx.TransportError as error:
+        say(f"lost the SuperLink, trying again ({error})")
+        time.sleep(1)
+        return list(ask(*arguments))
 
 
 def say(text: str) -> None:

@@ -1,0 +1,494 @@
+"""What becomes of a real federation when its processes stop, die or come back.
+
+    python benchmarks/faults.py     (about 20 minutes; --only NAME ...: some trials, writes no file)
+
+Each trial starts a federation of its own, that of ``examples/federation.py``: a SuperLink with TLS,
+node keys and a database, a SuperExec, and three sites with glyphs as picture files. It does
+something to their processes while a run trains. The run's end is compared, bit for bit, with
+training on this machine on the pictures of all sites: with ``fedss.train``, or, where clients have
+failed, with the same without exactly those that the run's records name, in the rounds that they
+name. Compared is a digest of the model's file and the server's whole state: backbone, class rows,
+and what the optimizer keeps of both.
+
+Writes ``benchmarks/results/faults.txt``.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from omniglot import processor
+
+import fedss
+from fedss.algorithm import Engine, Failure, ServerState
+from fedss.build import build_model, load_data, server_optimizer
+from fedss.checkpoint import load_checkpoint, newest_round
+from fedss.class_rows import create_class_rows, read
+from fedss.client import ClientUpdate, RoundPlan
+from fedss.describe import describe
+from fedss.engines.flower.settings import Deployment, write_app
+from fedss.experiment import Federation, Lap, _local_federation, train_federation
+from fedss.models import Embedder
+from fedss.optimizers import ServerOptimizer
+from fedss.ranks import ALONE, Ranks
+from fedss.records import Record
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from examples.federation import (
+    FederationError,
+    Place,
+    Process,
+    children,
+    flwr,
+    follow,
+    kill,
+    place,
+    register,
+    site,
+    submit,
+    superexec,
+    superlink,
+    write_pictures,
+)
+
+RESULTS = Path(__file__).parent / "results" / "faults.txt"
+SITES, CLIENTS, CLASSES = 3, 12, 60
+ROUNDS, COHORT = 5, 6
+ATTEMPTS, PAUSE = 2, 5.0
+PATIENCE = 300
+"""Seconds after which a trial is given up."""
+
+
+class TrialError(Exception):
+    """A trial did not come to its end."""
+
+
+@dataclass
+class Trial:
+    """A federation, and what has been seen of it."""
+
+    here: Place
+    pictures: list[Path]
+    out: Path
+    app: Path
+    link: Process
+    server: Process
+    sites: list[Process]
+    runs: list[int] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+    repeated: int = 0
+    began: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that are in the records."""
+        path = self.out / "records.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def submit_run(trial: Trial) -> int:
+    trial.runs.append(submit(trial.here, trial.app))
+    return trial.runs[-1]
+
+
+def again(trial: Trial) -> None:
+    """The same submission once more: it goes on from the last checkpoint, up to the end."""
+    lost = trial.rounds - newest_round(trial.out / "checkpoint")
+    trial.repeated += lost + 1
+    trial.seen.append(f"submitted again: goes on after round {trial.rounds - lost}")
+    complete(trial, submit_run(trial))
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > until:
+            raise TrialError(f"waited {seconds:g} s for {what}")
+        time.sleep(0.2)
+
+
+def wait_for_round(trial: Trial, round: int, number: int = 0) -> int:
+    """Until a site's client works on a round's message; the client's process."""
+    wait_for(lambda: trial.rounds >= round - 1, f"round {round - 1}")
+    working: list[int] = []
+
+    def at_work() -> bool:
+        working[:] = children(trial.sites[number], "flwr-clientapp")
+        return bool(working)
+
+    wait_for(at_work, f"a client in round {round}")
+    time.sleep(2)
+    return working[0]
+
+
+def ended(trial: Trial, run: int) -> dict[str, str]:
+    """What ``flwr list`` says of a run, once it has ended."""
+    found: dict[str, str] = {}
+
+    def is_over() -> bool:
+        if children(trial.server, "flwr-serverapp"):
+            return False
+        (told,) = json.loads(flwr(trial.here, "list", "--run-id", run, "--format", "json"))["runs"]
+        found.update(told)
+        return found["status"].startswith("finished")
+
+    wait_for(is_over, f"the end of run {run}")
+    return found
+
+
+def complete(trial: Trial, run: int) -> None:
+    """Wait for a run that must complete."""
+    found = ended(trial, run)
+    if found["status"] != "finished:completed":
+        raise TrialError(f"run {run} {found}\n" + "\n".join(follow(trial.here, run)))
+    trial.seconds = time.monotonic() - trial.began
+
+
+def start_site(trial: Trial, number: int) -> None:
+    config = {"data": str(trial.pictures[number])}
+    trial.sites[number] = site(trial.here, number, config)
+
+
+# The trials. Each begins with a run submitted, and ends with one complete.
+
+
+def nothing(trial: Trial) -> None:
+    complete(trial, trial.runs[0])
+
+
+def submitted_twice(trial: Trial) -> None:
+    wait_for_round(trial, 2)
+    second = submit_run(trial)
+    complete(trial, trial.runs[0])
+    tell_failure(trial, second)
+
+
+def client_killed(trial: Trial) -> None:
+    os.kill(wait_for_round(trial, 2), signal.SIGKILL)
+    complete(trial, trial.runs[0])
+
+
+def site_killed(trial: Trial) -> None:
+    wait_for_round(trial, 2)
+    kill(trial.sites[0])
+    start_site(trial, 0)
+    complete(trial, trial.runs[0])
+
+
+def site_stopped(trial: Trial) -> None:
+    wait_for_round(trial, 2)
+    os.killpg(trial.sites[0].pid, signal.SIGSTOP)
+    wait_for(lambda: trial.rounds >= 2, "the round without the site")
+    time.sleep(5)
+    os.killpg(trial.sites[0].pid, signal.SIGCONT)
+    complete(trial, trial.runs[0])
+
+
+def client_raises(trial: Trial) -> None:
+    wait_for(lambda: trial.rounds >= 1, "round 1")
+    folder = trial.pictures[0]
+    away = folder.rename(folder.with_name("away"))
+    wait_for(lambda: trial.rounds >= 2, "the round without the site")
+    away.rename(folder)
+    complete(trial, trial.runs[0])
+
+
+def sites_gone(trial: Trial) -> None:
+    wait_for_round(trial, 2)
+    for process in trial.sites:
+        os.killpg(process.pid, signal.SIGTERM)
+    tell_failure(trial, trial.runs[0])
+    trial.repeated += ATTEMPTS - 1
+    for number in range(SITES):
+        start_site(trial, number)
+    again(trial)
+
+
+def server_killed(trial: Trial) -> None:
+    wait_for_round(trial, 4)
+    for process in children(trial.server, "flwr-serverapp"):
+        os.kill(process, signal.SIGKILL)
+    again(trial)
+    tell_failure(trial, trial.runs[0])
+
+
+def link_away(trial: Trial, seconds: float) -> None:
+    wait_for_round(trial, 4)
+    kill(trial.link)
+    time.sleep(seconds)
+    trial.link = superlink(trial.here)
+    if seconds > 60:
+        tell_failure(trial, trial.runs[0])
+        again(trial)
+    else:
+        complete(trial, trial.runs[0])
+
+
+def machine_lost(trial: Trial) -> None:
+    wait_for_round(trial, 4)
+    kill(trial.link)
+    kill(trial.server)
+    trial.link, trial.server = superlink(trial.here), superexec(trial.here)
+    again(trial)
+    tell_failure(trial, trial.runs[0])
+
+
+TRIALS: dict[str, tuple[str, Callable[[Trial], None]]] = {
+    "nothing": ("nothing", nothing),
+    "twice": ("submitted a second time while it runs", submitted_twice),
+    "client-killed": ("a ClientApp killed in round 2", client_killed),
+    "site-killed": (
+        "a SuperNode and its ClientApp killed in round 2, started at once",
+        site_killed,
+    ),
+    "site-stopped": ("a site stopped in round 2, past the deadline, then continued", site_stopped),
+    "client-raises": ("a site's pictures moved away in round 2, then back", client_raises),
+    "sites-gone": ("all sites stopped in round 2, started when the run had ended", sites_gone),
+    "server-killed": ("ServerApp killed in round 4", server_killed),
+    "link-10": ("SuperLink killed in round 4, back after 10 s", partial(link_away, seconds=10)),
+    "link-75": ("SuperLink killed in round 4, back after 75 s", partial(link_away, seconds=75)),
+    "machine-lost": ("SuperLink, SuperExec and ServerApp killed in round 4", machine_lost),
+}
+
+
+def tell_failure(trial: Trial, run: int) -> None:
+    """Note how a run that must fail has ended, for ``flwr list`` and for ``flwr log``."""
+    found = ended(trial, run)
+    if found["status"] != "finished:failed":
+        raise TrialError(f"run {run} has {found['status']}, expected it to fail")
+    trial.seen.append(f"flwr list: {found['status']}, {found['status-details']!r}")
+    lines = [line for line in follow(trial.here, run) if "fedss: " in line]
+    trial.seen += [f"flwr log: {line}" for line in lines[-1:]]
+
+
+@dataclass(frozen=True)
+class Absent:
+    """An engine whose clients fail in some rounds: numbers of clients, by round (0-based)."""
+
+    engine: Engine
+    absent: Mapping[int, Set[int]]
+
+    @property
+    def ranks(self) -> Ranks:  # noqa: D102
+        return self.engine.ranks
+
+    def train(  # noqa: D102
+        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
+    ) -> Iterator[ClientUpdate | Failure]:
+        gone = self.absent.get(plan.round, set())
+        yield from (Failure(k, "absent") for k in cohort.tolist() if k in gone)
+        there = [k for k in cohort.tolist() if k not in gone]
+        yield from self.engine.train(state, np.array(there), plan)
+
+
+def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]]) -> str:
+    """The digest of the same training on this machine, without some clients in some rounds."""
+    data = load_data(config)
+
+    @contextmanager
+    def federate(embedder: Embedder, optimizer: ServerOptimizer, lap: Lap) -> Iterator[Federation]:
+        with _local_federation(config, data, ALONE, embedder, optimizer, lap) as local:
+            yield replace(local, engine=Absent(local.engine, absent), quorum=0.0)
+
+    def ignore(record: Record) -> None:
+        pass
+
+    if absent:
+        model, about = build_model(config, data, None), describe(config, data)
+        train_federation(config, folder, model, about, federate, label="", on_round=ignore)
+    else:
+        fedss.train(config, folder, data=data, on_round=ignore)
+    return digest(config, folder, len(data.train.class_names))
+
+
+def digest(config: fedss.Config, folder: Path, num_classes: int) -> str:
+    """SHA-256 of the model's file and of every number of the server's state."""
+    optimizer = server_optimizer(config)
+    rows = create_class_rows(num_classes, config.embedding_size, optimizer.slots, config.seed)
+    state = load_checkpoint(folder / "checkpoint", rows)
+    assert state is not None
+    assert state.round == config.rounds
+    weight_ND, slots, *_ = read(state.class_rows, torch.arange(num_classes))
+    found = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes())
+    tensors = [state.backbone_P, *state.backbone_slots.values(), weight_ND, *slots.values()]
+    for tensor in [*tensors, state.class_rows.updated_N]:
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def left_out(records: Sequence[Record], client_names: Sequence[str]) -> dict[int, set[int]]:
+    """The clients that rounds (0-based) have done without.
+
+    A round that was begun again lists the failures of all attempts; those of the last one, which
+    count, come last.
+    """
+    number = {name: i for i, name in enumerate(client_names)}
+    absent = {}
+    for record in records:
+        missing = COHORT - record["clients"]
+        if missing:
+            failures = record["failures"][-missing:]
+            absent[record["round"] - 1] = {number[failure["client"]] for failure in failures}
+    return absent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial came to."""
+
+    seconds: float
+    repeated: int
+    failures: Counter[str]
+    digest: str
+    absent: dict[int, set[int]]
+    seen: list[str]
+
+
+def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> Outcome:
+    """One trial, in a copy of a folder whose database knows the sites' keys."""
+    shutil.copytree(folder / "keys and database", folder / name)
+    out, app = folder / name / "run", folder / name / "app"
+    shutil.copytree(folder / "pictures", folder / name / "pictures")
+    pictures = sorted((folder / name / "pictures").iterdir())
+    deployment = Deployment(
+        out=str(out),
+        sites=SITES,
+        evaluate_at="server",
+        deadline=deadline,
+        attempts=ATTEMPTS,
+        pause=PAUSE,
+    )
+    write_app(app, config, deployment)
+    with place(folder / name, SITES) as here:
+        link, server = superlink(here), superexec(here)
+        trial = Trial(here, pictures, out, app, link, server, [])
+        trial.sites = [
+            site(here, number, {"data": str(data)}) for number, data in enumerate(pictures)
+        ]
+        wait_for(lambda: online(trial) == SITES, "the sites")
+        trial.began = time.monotonic()
+        submit_run(trial)
+        TRIALS[name][1](trial)
+        started = list(here.processes)
+    left = [process for one in started for process in children(one, "")]
+    if left:
+        raise TrialError(f"processes are left: {left}")
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    failures = [failure for record in records for failure in record.get("failures", [])]
+    repeated = trial.repeated + sum(record.get("attempts", 1) - 1 for record in records)
+    known = load_data(config).train
+    return Outcome(
+        trial.seconds,
+        repeated,
+        Counter(failure["reason"] for failure in failures),
+        digest(config, out, len(known.class_names)),
+        left_out(records, known.client_names),
+        trial.seen,
+    )
+
+
+def online(trial: Trial) -> int:
+    told = json.loads(flwr(trial.here, "supernode", "list", "--format", "json"))
+    return sum(node["status"] == "online" for node in told["nodes"])
+
+
+def row(name: str, outcome: Outcome, usual: float | None, equal: str) -> str:
+    lost = "-" if usual is None else f"{outcome.seconds - usual:.0f}"
+    failures = ", ".join(f"{count} {why}" for why, count in outcome.failures.most_common())
+    first = f"{name:<15}{outcome.seconds:>6.0f}{lost:>6}{outcome.repeated:>10}  "
+    lines = [f"{first}{failures or '-':<14}  {equal}", f"    {TRIALS[name][0]}"]
+    return "\n".join(lines + [f"    {text}" for text in outcome.seen])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=TRIALS, metavar="NAME")
+    parser.add_argument("--deadline", type=float, default=20.0, help="seconds (default: 20)")
+    parser.add_argument("--folder", type=Path, help="keep all that is written there")
+    options = parser.parse_args()
+    table = []
+    with ExitStack() as stack:
+        folder = (options.folder or Path(stack.enter_context(TemporaryDirectory()))).resolve()
+        pictures = write_pictures(folder / "pictures", SITES, CLIENTS, CLASSES)
+        together = folder / "all sites"
+        together.mkdir()
+        for drawer in (drawer for data in pictures for drawer in data.iterdir()):
+            (together / drawer.name).symlink_to(drawer)
+        config = fedss.Config(
+            data="folder",
+            data_path=str(together),
+            image_size=28,
+            channels=1,
+            backbone="conv4-8",
+            rounds=ROUNDS,
+            clients_per_round=COHORT,
+            eval_every=0,
+            checkpoint_every=2,
+            workers=1,
+        )
+        with place(folder / "keys and database", SITES) as here:
+            superlink(here)
+            for number in range(SITES):
+                register(here, number)
+        oracle = partial(train_here, config)
+        undisturbed = oracle(folder / "here", {})
+        usual = None
+        for name in options.only or TRIALS:
+            try:
+                found = try_out(name, folder, config, options.deadline)
+            except (TrialError, FederationError) as error:
+                table.append(f"{name:<15}{'-':>6}{'-':>6}{'-':>10}  {'-':<14}  NO: {error}")
+                print(table[-1], flush=True)
+                continue
+            if name == "nothing":
+                usual = found.seconds
+            if found.absent:
+                expected = oracle(folder / f"{name} here", found.absent)
+                rounds = ", ".join(str(round + 1) for round in sorted(found.absent))
+                text = f"without those that failed in round {rounds}"
+            else:
+                expected, text = undisturbed, "with all"
+            equal = f"{'yes' if found.digest == expected else 'NO'}: {text}"
+            table.append(row(name, found, usual, equal))
+            print(table[-1], flush=True)
+    head = [
+        f"{datetime.date.today()}  {processor()}, {platform.system()}, Python "
+        f"{platform.python_version()}",
+        f"fedss {version('fedss')}, flwr {version('flwr')}, torch {version('torch')}",
+        f"python benchmarks/faults.py --deadline {options.deadline:g}",
+        f"{SITES} sites, {CLIENTS} clients, {ROUNDS} rounds of {COHORT}, checkpoint every 2, "
+        f"quorum 0.5, {ATTEMPTS} attempts, pause {PAUSE:g} s",
+        "s: from submission to the run's end; lost: more than with nothing done; repeated: rounds",
+        "begun more than once; failures: of clients, by reason; digest: equal to that of local",
+        "training, and with whom",
+        "",
+        f"{'trial':<15}{'s':>6}{'lost':>6}{'repeated':>10}  {'failures':<14}  digest",
+    ]
+    text = "\n".join(head + table) + "\n"
+    print("\n" + text)
+    if not options.only:
+        RESULTS.write_text(text)
+    if "NO:" in text:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
