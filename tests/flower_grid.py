@@ -36,9 +36,14 @@ def digests(call: Callable[[], Any]) -> list[str]:
     return found
 
 
+def serialised(message: Message) -> dict[str, bytes]:
+    """What Flower sends for a message, by its hash."""
+    return {key: thing.deflate() for key, thing in get_all_nested_objects(message).items()}
+
+
 def through_the_wire(message: Message) -> Message:
     """The message as it arrives elsewhere: bytes, and back."""
-    contents = {key: thing.deflate() for key, thing in get_all_nested_objects(message).items()}
+    contents = serialised(message)
     arrived = inflate_object_from_contents(message.object_id, contents)
     assert isinstance(arrived, Message)
     return arrived

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from PIL import Image
 
 import fedss
 from fedss.config import Config
+from fedss.engines.flower.messages import REQUEST, TRAIN
 from fedss.engines.flower.server import line, serve
-from tests.flower_grid import ProcessGrid, digests
+from tests.flower_grid import ProcessGrid, digests, serialised
 
 SITES = ("north", "south", "west")
 CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fay",)}
@@ -132,3 +134,24 @@ def test_the_log_has_a_line_for_each_round():
     start = "round 3/12  loss 4.568  9 clients  13.2 s"
     assert line(record, 12) == f"{start}  MAP@10 0.432"
     assert line({**record, "metrics": None}, 12) == start
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+@pytest.mark.parametrize("method", ["full", "fedss", "moments"])
+def test_the_ledger_is_what_flower_sends(method, precision, photos, tmp_path):
+    sent = {"down": 0, "up": 0}
+
+    def count(node: int, message: Any, reply: Any) -> list[Any]:
+        if message.metadata.message_type in (REQUEST, TRAIN):
+            for way, of_way in (("down", message), ("up", reply)):
+                sent[way] += sum(map(len, serialised(of_way).values()))
+        return [reply]
+
+    wire = {f"{part}_{way}": precision for part in ("rows", "backbone") for way in ("down", "up")}
+    config = settings(photos, method=method, backbone="conv4-64", embedding_size=32, **wire)
+    run = federate(ProcessGrid(nodes(photos), count), config, tmp_path / "run")
+    records = [json.loads(line) for line in (run.folder / "records.jsonl").read_text().splitlines()]
+    for way, size in sent.items():
+        counted = sum(record[f"bytes_{way}"] for record in records)
+        assert counted == pytest.approx(size, rel=0.05)
+        assert counted <= size
