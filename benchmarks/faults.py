@@ -280,6 +280,7 @@ def tell_failure(trial: Trial, run: int) -> None:
         return
     if f"fedss: {message}" not in follow(trial.here, run):
         raise TrialError(f"flwr log does not say what flwr list does: {message}")
+    message = message.replace(f"{trial.here.folder}/", "")
     trial.seen.append(f"flwr list and log: {found['status']}, {message}")
 
 
