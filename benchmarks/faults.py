@@ -135,7 +135,7 @@ def wait_for_round(trial: Trial, round: int, number: int = 0) -> int:
         return bool(working)
 
     wait_for(at_work, f"a client in round {round}")
-    time.sleep(2)
+    time.sleep(1)  # longer than it takes to read the message, shorter than to answer it
     return working[0]
 
 
@@ -274,9 +274,14 @@ def tell_failure(trial: Trial, run: int) -> None:
     found = ended(trial, run)
     if found["status"] != "finished:failed":
         raise TrialError(f"run {run} has {found['status']}, expected it to fail")
-    trial.seen.append(f"flwr list: {found['status']}, {found['status-details']!r}")
-    lines = [line for line in follow(trial.here, run) if "fedss: " in line]
-    trial.seen += [f"flwr log: {line}" for line in lines[-1:]]
+    message = found["status-details"].removeprefix("ServerApp failed with exception: ")
+    if message == found["status-details"]:
+        trial.seen.append(f"flwr list: {found['status']}, {message}")
+        return
+    if f"fedss: {message}" not in follow(trial.here, run):
+        raise TrialError(f"flwr log does not say what flwr list does: {message}")
+    message = message.replace(f"{trial.here.folder}/", "")
+    trial.seen.append(f"flwr list and log: {found['status']}, {message}")
 
 
 @dataclass(frozen=True)
@@ -454,7 +459,7 @@ def main() -> None:
         for name in options.only or TRIALS:
             try:
                 found = try_out(name, folder, config, options.deadline)
-            except (TrialError, FederationError) as error:
+            except (TrialError, FederationError, ProcessLookupError) as error:
                 table.append(f"{name:<15}{'-':>6}{'-':>6}{'-':>10}  {'-':<14}  NO: {error}")
                 print(table[-1], flush=True)
                 continue
