@@ -44,7 +44,7 @@ from fedss.class_rows import create_class_rows, read
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.describe import describe
 from fedss.engines.flower.settings import Deployment, write_app
-from fedss.experiment import Federation, Lap, _local_federation, train_federation
+from fedss.experiment import Federation, Lap, local_federation, train_federation
 from fedss.models import Embedder
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks
@@ -310,7 +310,7 @@ def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]
 
     @contextmanager
     def federate(embedder: Embedder, optimizer: ServerOptimizer, lap: Lap) -> Iterator[Federation]:
-        with _local_federation(config, data, ALONE, embedder, optimizer, lap) as local:
+        with local_federation(config, data, ALONE, embedder, optimizer, lap) as local:
             yield replace(local, engine=Absent(local.engine, absent), quorum=0.0)
 
     def ignore(record: Record) -> None:

@@ -174,7 +174,7 @@ def _train(
         folder,
         build_model(config, data, backbone),
         describe(config, data),
-        partial(_local_federation, config, data, ranks),
+        partial(local_federation, config, data, ranks),
         label=label,
         backbone=backbone,
         sampler=sampler,
@@ -378,8 +378,8 @@ def _train_rounds(
                     if state.round:
                         save_checkpoint(folder / "checkpoint", state)
                     raise QuorumError(
-                        f"{error}. {state.round} rounds are kept; see to the clients and start the "
-                        "same run again: it goes on from there"
+                        f"{error}. What was learnt before is kept; see to the clients and start "
+                        "the same run again: it goes on from there"
                     ) from error
                 due = _due(state.round, config.checkpoint_every, config.rounds)
                 records.append(record)
@@ -521,7 +521,7 @@ def _with_index(config: Config, state: ServerState, sampler: Sampler) -> ServerS
 
 
 @contextmanager
-def _local_federation(
+def local_federation(
     config: Config,
     data: Dataset,
     ranks: Ranks,
