@@ -507,3 +507,5 @@ if __name__ == "__main__":
         sys.exit(not main(options.folder, options.sites, options.rounds))
     except FederationError as error:
         sys.exit(f"federation: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nfederation: stopped; the same command goes on from the last checkpoint")

@@ -302,7 +302,10 @@ def _embed(options: argparse.Namespace) -> None:
 def _app(options: argparse.Namespace) -> None:
     names = {item.name for item in DEPLOYMENT_FIELDS}
     given = {name: value for name, value in vars(options).items() if name in names}
-    config = _config(options, _stored(options).get("config"))
+    # Pictures at sites are photographs, as far as one can tell; and what a round costs there is not
+    # to be lost.
+    usual = {"data": "folder", "checkpoint_every": 1}
+    config = _config(options, {**usual, **_stored(options).get("config", {})})
     print(write_app(Path(options.folder), config, Deployment(**given)))
 
 

@@ -375,6 +375,12 @@ def _train_rounds(
                 try:
                     state, record = _next_round(config, federation, sampler, state, clock, ranks)
                 except QuorumError as error:
+                    if {failure.reason for failure in error.failures} == {"not finite"}:
+                        raise DivergedError(
+                            f"{error}: as the weights are, no client comes to finite numbers. The "
+                            "last checkpoint is kept; start in another folder with a lower "
+                            "client_lr, class_row_lr or server_lr"
+                        ) from error
                     if state.round:
                         save_checkpoint(folder / "checkpoint", state)
                     raise QuorumError(
@@ -430,7 +436,7 @@ def _next_round(
             failures += error.failures
             if attempt >= federation.attempts:
                 raise QuorumError(
-                    f"{error}, {attempt} times" if attempt > 1 else str(error)
+                    f"{error}, {attempt} times" if attempt > 1 else str(error), failures
                 ) from error
             time.sleep(federation.pause)
             clock.lap("pause")

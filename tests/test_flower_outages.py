@@ -38,7 +38,7 @@ def test_a_superlink_that_dies_in_a_handshake_is_asked_again(cut, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     grid = Cut(cut, nodes={})
     messages = {n: Message(pack({"round": 0}), n, REGISTER, ttl=5.0) for n in (3, 7)}
-    replies = dict(exchange(grid, messages, 5.0))
+    replies = dict(exchange(grid, messages.items(), 5.0))
     assert replies.keys() == {3, 7}
     # There are no such nodes; but that is what the SuperLink says of them.
     assert {reply.error.code for reply in replies.values()} == {5}
@@ -49,7 +49,7 @@ def test_one_that_never_comes_back_is_not_asked_for_ever(monkeypatch):
     grid = Cut(range(100), nodes={})
     messages = {3: Message(pack({"round": 0}), 3, REGISTER, ttl=5.0)}
     with pytest.raises(httpx.ConnectError):
-        list(exchange(grid, messages, 5.0))
+        list(exchange(grid, messages.items(), 5.0))
 
 
 def test_a_run_that_cannot_go_on_tells_flower_why(monkeypatch, capsys):

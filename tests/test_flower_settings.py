@@ -7,7 +7,7 @@ import pytest
 
 from fedss.cli import main
 from fedss.config import Config
-from fedss.engines.flower.settings import Deployment, read_settings, write_app
+from fedss.engines.flower.settings import Deployment, explicit, read_settings, write_app
 from fedss.errors import ConfigError
 
 APART = {"out": "/srv/run"}
@@ -25,7 +25,7 @@ def test_what_is_written_is_what_is_read(tmp_path, changes):
     config = Config(**changes)
     deployment = Deployment("/srv/run", sites=4, deadline=30.0, evaluate_at="server")
     write_app(tmp_path, config, deployment)
-    assert read_settings(run_config(tmp_path)) == (config, deployment)
+    assert read_settings(run_config(tmp_path)) == (explicit(config), deployment)
 
 
 def test_the_app_holds_no_code(tmp_path):
@@ -38,13 +38,22 @@ def test_the_command_line_writes_the_same(tmp_path, capsys):
     assert main(["app", str(tmp_path / "app"), *words]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'app' / 'pyproject.toml'}\n"
     config, deployment = read_settings(run_config(tmp_path / "app"))
-    assert config == Config(method="moments")
+    # What a data set would decide for itself must be the same at all sites, so it is written down.
+    assert config == Config(
+        method="moments", data="folder", image_size=64, channels=3, checkpoint_every=1
+    )
     assert deployment == Deployment("/srv/run", sites=3, quorum=0.25)
     assert main(["app", str(tmp_path / "app"), *words]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["app", str(tmp_path / "other"), *words, "--rotations"]) == 2
     assert "rotations: sites read their pictures as they are" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_glyphs_are_small_and_gray():
+    config = explicit(Config())
+    assert (config.image_size, config.channels) == (28, 1)
+    assert explicit(Config(image_size=32, channels=3)) == Config(image_size=32, channels=3)
 
 
 def test_whole_numbers_do_for_seconds():

@@ -181,7 +181,9 @@ class FlowerEngine:
                 if not updates.keys() <= set(here[node]):
                     raise RefusedError("damaged", "updates of clients that were not asked")
             except RefusedError as error:
-                yield from map(error.of, here[node])
+                for k in here[node]:
+                    asked.pop(k, None)
+                    yield error.of(k)
                 continue
             self._keep_requests(wire, plan, facts, buffers.get("requests", {}), coming.get(node))
             for k in here[node]:
@@ -189,6 +191,8 @@ class FlowerEngine:
                     message = part_of(facts, updates, k)
                     update = check_update(wire, plan, k, ids[k], message)
                 except RefusedError as error:
+                    # What it asked for may be what was amiss: it is asked again.
+                    asked.pop(k, None)
                     yield error.of(k)
                     continue
                 counted = traffic(down[k], encode_request(wire, asked[k]), message)
@@ -289,7 +293,7 @@ class FlowerEngine:
             QuorumError: they are not there in time.
         """
         arrived: dict[int, dict[str, Any]] = {}
-        end, shown = time.monotonic() + self.deadline, -1
+        end, shown, before = time.monotonic() + self.deadline, -1, self.registry
         while True:
             online = self._online()
             arrived = {node: facts for node, facts in arrived.items() if node in online}
@@ -303,8 +307,11 @@ class FlowerEngine:
                 shown = len(arrived)
                 say(f"{shown} of {sites} sites are there")
             if len(arrived) >= sites:
+                # All or none: a name that was a mistake would stay for good.
+                self.registry, self.sites = before, {}
                 self._admit(arrived, round)
                 if len(self.sites) >= sites:
+                    save_registry(self.path, self.registry)
                     return
                 arrived = {n: facts for n, facts in arrived.items() if n not in self.refused}
             if time.monotonic() >= end:
@@ -330,7 +337,10 @@ class FlowerEngine:
             if node in online and error.reason == "deadline"
         }
         unknown = online - self.sites.keys() - self.refused.keys()
+        before = self.registry
         self._admit(self._introduce(unknown, round), round)
+        if self.registry is not before:
+            save_registry(self.path, self.registry)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
         facts = pack({**self.told, "round": round})
@@ -348,7 +358,7 @@ class FlowerEngine:
         return set(once_more(self.grid.get_node_ids))
 
     def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
-        """Register what sites have said of themselves, and remember it."""
+        """Register what sites have said of themselves."""
         names: dict[int, tuple[list[str], list[str], str]] = {}
         for node, facts in sorted(arrived.items()):
             taken = {k for n, site in self.sites.items() if n != node for k in site.places}
@@ -365,7 +375,6 @@ class FlowerEngine:
         clients = [name for _, of_site, _ in names.values() for name in of_site]
         grown = register(self.registry, classes, clients, round + 1)
         if grown is not self.registry:
-            save_registry(self.path, grown)
             self.registry = grown
             now = grown.growth[-1]
             say(f"registered {now.classes:,} classes and {now.clients:,} clients")
@@ -385,7 +394,10 @@ class FlowerEngine:
         """A reply; one that says that the site's names have changed registers them."""
         facts, buffers = read_reply(reply, round)
         if "changed" in facts:
+            before = self.registry
             self._admit({node: facts["changed"]}, round)
+            if self.registry is not before:
+                save_registry(self.path, self.registry)
             raise RefusedError("registered", "classes or clients of the site have changed")
         return facts, buffers
 

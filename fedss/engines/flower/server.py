@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +18,8 @@ from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
 from fedss.engines.flower.engine import FlowerEngine, say
-from fedss.engines.flower.registry import check_registry, load_registry
-from fedss.engines.flower.settings import Deployment, read_settings
+from fedss.engines.flower.registry import Registry, check_registry, load_registry
+from fedss.engines.flower.settings import Deployment, explicit, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation import embed_task, panels, score
@@ -53,7 +52,7 @@ def serve(grid: Grid, run_config: Mapping[str, Any]) -> Run:
         FedssError: as :func:`fedss.experiment.train_federation`.
     """
     config, deployment = read_settings(run_config)
-    config = _explicit(config)
+    config = explicit(config)
     assert config.channels is not None
     assert config.image_size is not None
     embedder = build_embedder(
@@ -92,16 +91,6 @@ def line(record: Record, rounds: int) -> str:
     return "  ".join(parts)
 
 
-def _explicit(config: Config) -> Config:
-    """What a data set decides by itself must be the same at all sites."""
-    drawn = config.data in ("glyphs", "omniglot")
-    return replace(
-        config,
-        image_size=config.image_size or (28 if drawn else 64),
-        channels=config.channels or (1 if drawn else 3),
-    )
-
-
 @contextmanager
 def _federation(
     grid: Grid,
@@ -125,7 +114,8 @@ def _federation(
         deployment.deadline,
         lap,
         path,
-        load_registry(path),
+        # Before the first checkpoint nothing has been learnt by which a row would be known.
+        load_registry(path) if newest else Registry(),
     )
     task = None
     if deployment.evaluate_at == "server":

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -92,6 +92,17 @@ def _check_apart(config: Config) -> None:
         raise ConfigError("method: central pools pictures, which a federation cannot")
 
 
+def explicit(config: Config) -> Config:
+    """The configuration with what a data set decides by itself, which must be the same at all
+    sites: pictures of 64 x 64 in colour, and of 28 x 28 in gray for glyphs and Omniglot."""
+    drawn = config.data in ("glyphs", "omniglot")
+    return replace(
+        config,
+        image_size=config.image_size or (28 if drawn else 64),
+        channels=config.channels or (1 if drawn else 3),
+    )
+
+
 def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
     """Write the folder that ``flwr run`` submits: a ``pyproject.toml`` without any code.
 
@@ -103,6 +114,7 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
             Flower.
     """
     _check_apart(config)
+    config = explicit(config)
     try:
         flower = version("flwr")
     except PackageNotFoundError as error:

@@ -242,13 +242,24 @@ def _labels(site: Pictures, tensors: Mapping[str, Tensors]) -> np.ndarray:
 
 
 def _each_client(
-    site: Pictures, listed: Sequence[Sequence[int]], do: Callable[[int, np.ndarray], Any]
+    site: Pictures,
+    plan: RoundPlan,
+    labels_N: np.ndarray,
+    listed: Sequence[Sequence[int]],
+    do: Callable[[int, np.ndarray], Any],
 ) -> tuple[dict[int, Any], dict[str, str]]:
-    """What ``do(client, its pictures)`` gives for each; the kind of error for those that fail."""
+    """What ``do(client, its pictures)`` gives for each; the kind of error for those that fail.
+
+    Classes that were registered in the midst of a round have their rows from the next one on.
+    """
     done, failed = {}, {}
     for client, place in listed:
         try:
-            done[client] = do(client, site.clients.examples(int(site.client_of[place])))
+            example_N = site.clients.examples(int(site.client_of[place]))
+            example_N = example_N[labels_N[example_N] < plan.num_classes]
+            if not len(example_N):
+                raise ValueError("all classes of this client are new in this round")
+            done[client] = do(client, example_N)
         except Exception as error:
             traceback.print_exc()
             failed[str(client)] = type(error).__name__
@@ -264,7 +275,7 @@ def _requests(
             return encode_request(wire, torch.from_numpy(own_P))
         return encode_request(wire, draw_classes(plan, client, own_P).ids_S)
 
-    return _each_client(site, listed, ask)
+    return _each_client(site, plan, labels_N, listed, ask)
 
 
 def _request(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
@@ -292,7 +303,7 @@ def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tenso
         submodel = Submodel(sent, sample.ids_S, decode_answer(wire, answer))
         return client, submodel, sample, example_N, labels_N[example_N]
 
-    work, failed = _each_client(site, facts["clients"], prepare_work)
+    work, failed = _each_client(site, plan, labels_N, facts["clients"], prepare_work)
     updates = {}
     with _workers(config, embedder, site) as workers:
         stack = workers.stack
