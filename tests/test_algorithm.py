@@ -1,6 +1,7 @@
 """The laws of Algorithm 1, on the plain path: a loop over clients in this thread."""
 
 import copy
+import itertools
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -405,3 +406,20 @@ def test_what_a_round_makes_does_not_depend_on_the_number_of_classes(method, sam
     assert many.largest == few.largest < 10**5
     assert many.total < 1.02 * few.total
     assert many_peak < 1.1 * few_peak + 50_000 < 10**6
+
+
+def test_the_order_of_arrival_does_not_change_a_bit():
+    """Values that cancel: a sum in another order, even in float64, would lose the small one."""
+    values = {3: 1e20, 5: -1e20, 7: 1.0, 8: 1e-3}
+    updates = [
+        ClientUpdate(
+            client, torch.full((2,), value), torch.tensor([1]), torch.full((1, 3), value), 1, 0.0
+        )
+        for client, value in values.items()
+    ]
+    sums = {
+        tuple(mean.backbone_delta_P.tolist() + mean.rows_delta_UD.flatten().tolist())
+        for order in itertools.permutations(updates)
+        for mean in [aggregate(order, "cohort")]
+    }
+    assert len(sums) == 1
