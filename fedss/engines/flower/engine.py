@@ -130,13 +130,14 @@ class FlowerEngine:
     ) -> Iterator[ClientUpdate | Failure]:
         wire = replace(self.wire, num_classes=plan.num_classes)
         self.meet(plan.round)
-        online = [k for k in cohort.tolist() if self._node(k) is not None]
-        yield from (Failure(k, "offline") for k in cohort.tolist() if k not in online)
+        homes = self._homes()
+        yield from (Failure(k, "offline") for k in cohort.tolist() if k not in homes)
+        online = [k for k in cohort.tolist() if k in homes]
         yield from self._ask(wire, plan, online)
-        asked = self.requests[plan.round, plan.num_classes]
-        present = [k for k in online if k in asked and self._node(k) is not None]
+        asked, homes = self.requests[plan.round, plan.num_classes], self._homes()
         # Those whose site was refused meanwhile.
-        yield from (Failure(k, "offline") for k in online if k in asked and k not in present)
+        yield from (Failure(k, "offline") for k in online if k in asked and k not in homes)
+        present = [k for k in online if k in asked and k in homes]
         self.lap("request")
         if not present:
             return
@@ -426,15 +427,15 @@ class FlowerEngine:
         number = self.registry.at(round).clients
         return [int(k) for k in draw_cohort(number, self.cohort_size, seed, round)]
 
-    def _node(self, client: int) -> int | None:
-        return next((node for node, site in self.sites.items() if client in site.places), None)
+    def _homes(self) -> dict[int, int]:
+        """The node of each client that is online."""
+        return {k: node for node, site in self.sites.items() for k in site.places}
 
     def _by_node(self, clients: Iterable[int]) -> dict[int, list[int]]:
-        found: dict[int, list[int]] = {}
+        homes, found = self._homes(), dict[int, list[int]]()
         for k in clients:
-            node = self._node(k)
-            if node is not None:
-                found.setdefault(node, []).append(k)
+            if k in homes:
+                found.setdefault(homes[k], []).append(k)
         return found
 
 

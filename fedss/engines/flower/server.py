@@ -42,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
         # exit it would not notice for a minute. What it shows of where it came from helps nobody.
         sys.tracebacklimit = 0
         raise error from None
-    say(f"done; report {run.folder / 'report.html'}")
+    done = "the run was done before" if run.already_done else "done"
+    say(f"{done}; report {run.folder / 'report.html'}")
 
 
 def serve(grid: Grid, run_config: Mapping[str, Any]) -> Run:
