@@ -14,6 +14,7 @@ from fedss.cli import main
 
 BIN = Path(sys.executable).parent
 SETTINGS = {
+    "data": "glyphs",
     "glyphs_classes": 40,
     "glyphs_clients": 8,
     "clients_per_round": 4,
