@@ -10,7 +10,6 @@ from typing import Any
 from unittest.mock import patch
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -49,8 +48,8 @@ def through_the_wire(message: Message) -> Message:
     return arrived
 
 
-class ProcessGrid(Grid):
-    """Sites in this process, by node id, each with its node-config; None: it is offline."""
+class ProcessGrid:
+    """Sites in this process, by node id, each with its node-config."""
 
     def __init__(
         self,
@@ -98,16 +97,3 @@ class ProcessGrid(Grid):
         """Those online; first ``visit`` is told how many rounds have been trained in."""
         self.visit(len({group for kind, _, group in self.sent if kind == "train"}))
         return list(self.nodes)
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *arguments: Any, **named: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *arguments: Any, **named: Any) -> Iterable[Message]:
-        raise NotImplementedError

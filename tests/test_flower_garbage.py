@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +35,7 @@ IDS, CLIENTS, ROUND = torch.tensor([0, 2, 5]), (0, 1), 0
 Content = RecordDict | Error | None
 
 
-class GarbageGrid(Grid):
+class GarbageGrid:
     """One node, which answers each kind of message as it likes."""
 
     def __init__(self, answers: dict[str, Content]) -> None:
@@ -59,19 +58,6 @@ class GarbageGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return [5, 6]
-
-    def set_run(self, run: Any) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Any:
-        raise NotImplementedError
-
-    def create_message(self, *arguments: Any, **named: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *arguments: Any, **named: Any) -> Iterable[Message]:
-        raise NotImplementedError
 
 
 METHODS: dict[str, dict[str, Any]] = {

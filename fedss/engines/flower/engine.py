@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import torch
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedss.algorithm import Failure, ServerState, broadcast, choose_classes, draw_cohort, select
@@ -29,6 +28,7 @@ from fedss.engines.flower.messages import (
     REGISTER,
     REQUEST,
     TRAIN,
+    Nodes,
     Tensors,
     buffer,
     of_clients,
@@ -91,7 +91,7 @@ class FlowerEngine:
         requests: what clients ask for, as far as it is known, by round and n.
     """
 
-    grid: Grid
+    grid: Nodes
     told: Mapping[str, Any]
     rounds: int
     cohort_size: int
@@ -440,7 +440,7 @@ class FlowerEngine:
 
 
 def exchange(
-    grid: Grid, messages: Iterable[tuple[int, Message]], deadline: float
+    grid: Nodes, messages: Iterable[tuple[int, Message]], deadline: float
 ) -> Iterator[tuple[int, "Message | RefusedError"]]:
     """Send a message to each node, and give their replies as they come.
 

@@ -7,8 +7,8 @@ every array costs requests of its own, so what one site alone gets is one buffer
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from safetensors.torch import load, save
@@ -22,6 +22,19 @@ Tensors = Mapping[str, Tensor]
 
 _FACTS, _BUFFERS = "fedss", "fedss.tensors"
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")
+
+
+class Nodes(Protocol):
+    """What fedss needs of Flower's ``Grid``: its way to the nodes."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are online."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; their ids, by which replies are fetched."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages that have come, each once."""
 
 
 class MessageError(FedssError):

@@ -18,6 +18,7 @@ from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
 from fedss.engines.flower.engine import FlowerEngine, say
+from fedss.engines.flower.messages import Nodes
 from fedss.engines.flower.registry import Registry, check_registry, load_registry
 from fedss.engines.flower.settings import Deployment, explicit, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
@@ -46,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     say(f"{done}; report {run.folder / 'report.html'}")
 
 
-def serve(grid: Grid, run_config: Mapping[str, Any]) -> Run:
+def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     """Train with the sites that ``grid`` reaches, or go on with what ``out`` holds.
 
     Raises:
@@ -94,7 +95,7 @@ def line(record: Record, rounds: int) -> str:
 
 @contextmanager
 def _federation(
-    grid: Grid,
+    grid: Nodes,
     config: Config,
     deployment: Deployment,
     embedder: Embedder,
