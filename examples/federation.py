@@ -447,6 +447,9 @@ def write_pictures(folder: Path, sites: int, clients: int = 24, classes: int = 1
 
 def main(folder: Path, sites: int, rounds: int) -> bool:
     """Train on glyphs at so many sites, and say what happens; whether the run was completed."""
+    if (folder / "run" / "summary.json").exists():
+        print(f"done before: {folder / 'run' / 'report.html'}; --folder names another place")
+        return True
     began = time.monotonic()
 
     def say(text: str) -> None:

@@ -39,6 +39,7 @@ from fedss.build import (
 )
 from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.class_rows import create_class_rows, read
+from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config, variant
 from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
@@ -416,35 +417,9 @@ def _next_round(
     round, optimizer = state.round, server_optimizer(config)
     plan = round_plan(config, state.class_rows.num_classes, round, sampler)
     method = plan.method
-    cohort = draw_cohort(federation.num_clients(round), federation.cohort_size, config.seed, round)
-    failures: list[Failure] = []
-    for attempt in count(1):
-        try:
-            state, updates, failed = run_round(
-                federation.engine,
-                optimizer,
-                state,
-                cohort,
-                plan,
-                config.row_mean,
-                federation.quorum,
-                clock.lap,
-            )
-            failures += failed
-            break
-        except QuorumError as error:
-            failures += error.failures
-            if attempt >= federation.attempts:
-                raise QuorumError(
-                    f"{error}, {attempt} times" if attempt > 1 else str(error), failures
-                ) from error
-            time.sleep(federation.pause)
-            clock.lap("pause")
-        except DivergedError as error:
-            if error.client is None:
-                raise
-            name = federation.client_name(error.client)
-            raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
+    state, updates, failures, attempts = _attempt_round(
+        config, federation, optimizer, state, plan, clock
+    )
     if method.spread_out:
         spread_rows_out(
             optimizer,
@@ -467,17 +442,59 @@ def _next_round(
         "loss": sum(update.loss for update in updates) / len(updates),
         "clients": len(updates),
         "examples": sum(update.num_examples for update in updates),
+        "num_classes": plan.num_classes,
+        "num_clients": federation.num_clients(round),
         **(dict.fromkeys(moved) if method.pooled else moved),
         "seconds": clock.restart(),
         "metrics": metrics,
     }
-    if failures or attempt > 1:
+    if failures or attempts > 1:
         record["failures"] = [
             {"client": federation.client_name(failure.client), "reason": failure.reason}
             for failure in failures
         ]
-        record["attempts"] = attempt
+        record["attempts"] = attempts
     return state, record
+
+
+def _attempt_round(
+    config: Config,
+    federation: Federation,
+    optimizer: ServerOptimizer,
+    state: ServerState,
+    plan: RoundPlan,
+    clock: "_Clock",
+) -> tuple[ServerState, list[ClientUpdate], list[Failure], int]:
+    """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
+    number, size = federation.num_clients(plan.round), federation.cohort_size
+    cohort, failures = draw_cohort(number, size, config.seed, plan.round), list[Failure]()
+    for attempt in count(1):
+        try:
+            state, updates, failed = run_round(
+                federation.engine,
+                optimizer,
+                state,
+                cohort,
+                plan,
+                config.row_mean,
+                federation.quorum,
+                clock.lap,
+            )
+            break
+        except QuorumError as error:
+            failures += error.failures
+            if attempt >= federation.attempts:
+                raise QuorumError(
+                    f"{error}, {attempt} times" if attempt > 1 else str(error), failures
+                ) from error
+            time.sleep(federation.pause)
+            clock.lap("pause")
+        except DivergedError as error:
+            if error.client is None:
+                raise
+            name = federation.client_name(error.client)
+            raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
+    return state, updates, failures + failed, attempt
 
 
 def _first_state(

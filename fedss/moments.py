@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedss.errors import DivergedError
 from fedss.ranks import ALONE, Ranks
 from fedss.softmax import AbsentClasses
 
@@ -89,6 +90,10 @@ def mean_map(weighted: Sequence[tuple[RowMap, float]], ranks: Ranks = ALONE) -> 
     shift_D = torch.stack([p * row_map.shift_D.double() for row_map, p in weighted]).sum(dim=0)
     matrix_DD = torch.stack([p * row_map.matrix_DD.double() for row_map, p in weighted]).sum(dim=0)
     return RowMap(ranks.add_up(shift_D).float(), ranks.add_up(matrix_DD).float())
+
+
+MOST_SPREAD = 1e6
+"""Rows start and are kept near length 1. At this mean square sums in float64 are off by 1e-10."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +176,23 @@ def record_step_(
         round: number of rounds complete before this one.
         before_UZ: float64, states of the touched rows before this round.
         after_UZ: float64, the same after it.
+
+    Raises:
+        DivergedError: the mean square of a state is above ``MOST_SPREAD``: what rounding leaves of
+            such rows when they are taken out again would no longer be small beside unit vectors.
     """
     map_ = torch.cat([row_map.matrix_DD, row_map.shift_D[:, None]], dim=1)
     T = transition(map_)
     history.second_ZZ.copy_(T @ history.second_ZZ @ T.T)
     history.second_ZZ.sub_(second_moment(before_UZ @ T.T)).add_(second_moment(after_UZ))
     history.maps[round] = map_
+    squares_Z = history.second_ZZ.diagonal()
+    if not float(squares_Z[:-1].sum()) <= MOST_SPREAD * float(squares_Z[-1]):
+        raise DivergedError(
+            f"round {round + 1}: class rows that no client held have grown to a length of over "
+            f"{MOST_SPREAD**0.5:,.0f}, and their moments would no longer be exact. The last "
+            "checkpoint is kept; start in another folder with a lower class_row_lr or server_lr"
+        )
 
 
 def forget_(history: RowHistory, oldest: int) -> None:

@@ -15,12 +15,13 @@ from fedss.retrieval import RetrievalMetrics
 from fedss.wire import PARTS
 
 Record = dict[str, Any]
-"""One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``class_rows`` (sum of
-|S_k|), bytes over the cohort as serialised (``bytes_down``, ``bytes_up`` and their parts
-``backbone_bytes_*``, ``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase,
-``metrics`` or None (in every round, where nobody can evaluate). Where clients may fail also
-``failures``, a list of ``{"client": name, "reason": word}``, and ``attempts``: how often the round
-was begun. Without them none failed, and it was begun once."""
+"""One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``num_classes`` (n),
+``num_clients`` (that the cohort was drawn from), ``class_rows`` (sum of |S_k|), bytes over the
+cohort as serialised (``bytes_down``, ``bytes_up`` and their parts ``backbone_bytes_*``,
+``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase, ``metrics`` or None (in every
+round, where nobody can evaluate). Where clients may fail also ``failures``, a list of
+``{"client": name, "reason": word}``, and ``attempts``: how often the round was begun. Without them
+none failed, and it was begun once."""
 
 
 def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:

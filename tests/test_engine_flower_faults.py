@@ -653,13 +653,14 @@ def silent_until(attempt: int, round: int) -> Spoil:
 
 def test_a_round_that_all_failed_is_begun_again(photos, tmp_path):
     config, grid = settings(photos, eval_every=0), ProcessGrid(nodes(photos), silent_until(3, 1))
-    apart = digests(lambda: federate(grid, config, tmp_path / "run", attempts=3))
+    deployment = {"attempts": 3, "pause": 0.25}
+    apart = digests(lambda: federate(grid, config, tmp_path / "run", **deployment))
     assert apart == twin(config, tmp_path / "twin", {})
     first, second, third = records(tmp_path / "run")
     assert second["attempts"] == 3
     assert second["clients"] == 4
     assert counted(second) == {(name, "died"): 2 for name in cohort(1)}
-    assert "pause" in second["seconds"]
+    assert second["seconds"]["pause"] >= 2 * 0.25
     assert "attempts" not in first
     assert "attempts" not in third
 
@@ -777,12 +778,13 @@ def weighted(found: Sequence[Any]) -> dict[str, float]:
         for name in ("recall_at_1", "recall_at_5", "map_at_10", "map_at_r")
     }
     skipped = sum(metrics.skipped for metrics in found)
-    return {**means, "queries": total, "skipped": skipped}
+    return {**means, "queries": total, "skipped": skipped, "sites": len(found)}
 
 
-def test_sites_judge_the_model_together(photos, tmp_path):
-    grid = ProcessGrid(nodes(photos))
-    done = federate(grid, settings(photos), tmp_path / "run", **{"evaluate-at": "sites"})
+@pytest.mark.parametrize("backbone_down", ["float32", "int4"])
+def test_sites_judge_the_model_together(backbone_down, photos, tmp_path):
+    grid, config = ProcessGrid(nodes(photos)), settings(photos, backbone_down=backbone_down)
+    done = federate(grid, config, tmp_path / "run", **{"evaluate-at": "sites"})
     found = [metrics_at(site, photos, done) for site in SITES]
     assert all(metrics is not None for metrics in found)
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(found))

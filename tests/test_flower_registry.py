@@ -252,7 +252,7 @@ def test_two_sites_with_one_client_are_told_what_to_do(photos, tmp_path):
 
 
 @pytest.mark.parametrize("theirs", [None, SECRET + "!"])
-def test_another_secret_is_refused(theirs, photos, tmp_path):
+def test_another_secret_is_refused(theirs, photos, tmp_path, capfd):
     (tmp_path / "ours").write_text(SECRET)
     found = nodes(photos, **{"secret-file": str(tmp_path / "ours")})
     if theirs is None:
@@ -262,6 +262,10 @@ def test_another_secret_is_refused(theirs, photos, tmp_path):
         found[10]["secret-file"] = str(tmp_path / "theirs")
     with pytest.raises(QuorumError, match=r"another secret-file.*give all sites the same, or none"):
         federate(ProcessGrid(found), settings(photos), tmp_path / "run", deadline=1.0)
+    # Of the site itself: an operator there does not see the server's log.
+    told = "the server does not let this site take part: "
+    (line,) = {line for line in capfd.readouterr().err.splitlines() if told in line}
+    assert "another secret-file" in line
 
 
 def test_a_secret_that_is_none(photos, tmp_path, capfd):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedss.algorithm import draw_cohort, on_top_of_map, run_round
 from fedss.class_rows import create_class_rows
 from fedss.client import Broadcast, Submodel, own_classes, train_client
+from fedss.errors import DivergedError
 from fedss.moments import (
     Moments,
     RowHistory,
@@ -211,6 +212,23 @@ def test_lazy_rows_equal_the_dense_optimizer(seed, rounds, kind, normalize):
         assert (moments.covariance_DD - covariance).abs().max() < 2e-5
         if round % 16 == 0:
             assert min(history.maps, default=round) >= int(rows.updated_N.min())
+
+
+def test_rows_that_run_away_are_not_summed_up():
+    """Their squares would swallow the others', bit by bit and without a word."""
+    optimizer = ServerOptimizer("sgd", 1.0, normalize_rows=True)
+    rows = with_history(create_class_rows(6, 3, optimizer.slots, 0))
+    doubled, touched = RowMap(torch.zeros(3), torch.eye(3)), torch.tensor([2])
+    for round in range(10):
+        step_rows_(optimizer, rows, touched, torch.zeros(1, 3), round, doubled)
+        now, _ = read_rows(optimizer, rows, torch.arange(6), round + 1)
+        mean, covariance = moments_of(now.double())
+        moments = moments_now(rows.history, 6, 3)
+        scale = float(now.abs().max()) ** 2
+        assert (moments.mean_D - mean).abs().max() < 1e-6 * scale
+        assert (moments.covariance_DD - covariance).abs().max() < 1e-6 * scale
+    with pytest.raises(DivergedError, match=r"length of over 1,000.*lower class_row_lr"):
+        step_rows_(optimizer, rows, touched, torch.zeros(1, 3), 10, doubled)
 
 
 def test_what_no_row_needs_is_forgotten_and_the_rest_kept():

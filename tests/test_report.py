@@ -1090,9 +1090,17 @@ def test_retrieval_at_the_sites_is_called_so(tmp_path: Path, scored: bool) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     if not scored:
         (tmp_path / "summary.json").write_text(json.dumps([entry | dict.fromkeys(scores(0))]))
-    told = "Retrieval was measured at each site among its own pictures"
+    path = tmp_path / "records.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line |= {"num_classes": 1300 + line["round"], "num_clients": 48}
+        line["metrics"] = scores(0.3) | {"sites": 7} if scored else None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = "Retrieval was measured at 7 sites, each among its own pictures"
     words = read(tmp_path)[1].words
     assert (told in words) == scored
+    assert "fedss in a federation" in words
+    assert re.search(r"training classes\s*1,305\s*clients\s*48", words)
     again = re.sub(r"\s+", " ", words)
     assert "fedss app again --method fedss " in again
     assert "--evaluate-at sites --out /srv/again && flwr run again" in again

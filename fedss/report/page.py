@@ -105,10 +105,7 @@ def render(folder: Path) -> str:
             for run in group.runs
         ],
         metric_names=METRIC_NAMES,
-        at_sites=any(
-            run.data.get("evaluated_at") == "sites" and run.results["map_at_10"] is not None
-            for run in runs
-        ),
+        sites=max((r.sites or 0 for run in runs for r in run.rounds[-1:]), default=0),
         paces=paces(groups, slots),
         phases=PHASES,
         failures=failures(groups),
@@ -188,9 +185,10 @@ def _things(groups: Sequence[Group]) -> str:
 
 def _title(groups: Sequence[Group]) -> str:
     data = groups[0].runs[0].data.get("name", "unnamed data")
+    where = "in a federation" if data == "federation" else f"on {data}"
     if len(groups) == 1:
-        return f"{groups[0].label} on {data}"
-    return f"{len(groups)} {_things(groups)} on {data}"
+        return f"{groups[0].label} {where}"
+    return f"{len(groups)} {_things(groups)} {where}"
 
 
 def _setup(groups: Sequence[Group]) -> str:
@@ -219,13 +217,16 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     data, config = run.data, run.settings
     split = config.get("eval_split", "test")
     facts = []
-    for key, name in (
-        ("train_images", "training pictures"),
-        ("train_classes", "training classes"),
-        ("train_clients", "clients"),
+    last = run.rounds[-1] if run.rounds else None
+    for key, name, known in (
+        ("train_images", "training pictures", None),
+        # A federation learns of these by and by.
+        ("train_classes", "training classes", last.num_classes if last else None),
+        ("train_clients", "clients", last.num_clients if last else None),
     ):
-        if data.get(key) is not None:
-            facts.append((words.count(data[key]), name, ""))
+        number = data.get(key) if data.get(key) is not None else known
+        if number is not None:
+            facts.append((words.count(number), name, ""))
     if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
         low, middle, high = (words.count(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))

@@ -61,7 +61,8 @@ class Failure:
 class Round:
     """One line of records.jsonl; ``bytes_moved`` is down and up over the whole cohort.
 
-    ``seconds`` are by phase; ``attempts`` is how often the round was begun.
+    ``seconds`` are by phase; ``attempts`` is how often the round was begun; ``num_classes`` and
+    ``num_clients`` are those of the whole federation then, ``sites`` how many of them evaluated.
     """
 
     number: int
@@ -72,6 +73,9 @@ class Round:
     metrics: Mapping[str, float] | None
     failures: tuple[Failure, ...]
     attempts: int
+    num_classes: int | None
+    num_clients: int | None
+    sites: int | None
 
 
 @dataclass(frozen=True)
@@ -295,8 +299,9 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
         timing = _mapping(_get(record, "seconds", where), where)
         by_phase = {phase: _number(timing, phase, where) for phase in timing}
         seconds += sum(by_phase.values())
-        metrics = _get(record, "metrics", where)
+        metrics, sites = _get(record, "metrics", where), None
         if metrics is not None:
+            sites = _whole(metrics, "sites", where)
             metrics = {key: _number(metrics, key, where) for key in METRICS}
         this_round = Round(
             number=_integer(record, "round", where),
@@ -307,6 +312,9 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
             metrics=metrics,
             failures=_failures(record, where),
             attempts=_integer(record, "attempts", where) if "attempts" in record else 1,
+            num_classes=_whole(record, "num_classes", where),
+            num_clients=_whole(record, "num_clients", where),
+            sites=sites,
         )
         if rounds and this_round.number <= rounds[-1].number:
             raise _damaged(
@@ -428,6 +436,11 @@ def _word(value: Any, key: str, where: Path | str) -> str:
     if not isinstance(word, str):
         raise _damaged(where, f"{key!r}: expected a string, got {reprlib.repr(word)}")
     return word
+
+
+def _whole(value: Any, key: str, where: Path | str) -> int | None:
+    """As ``_integer``, or None where an older record does not say."""
+    return _integer(value, key, where) if key in _mapping(value, where) else None
 
 
 def _integer(value: Any, key: str, where: Path | str) -> int:

@@ -6,7 +6,6 @@ site sends is used before :mod:`fedss.engines.flower.replies` has checked it.
 """
 
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from fedss.engines.flower.messages import (
     buffer,
     of_clients,
     pack,
+    say,
 )
 from fedss.engines.flower.registry import Registry, numbers, register, save_registry
 from fedss.engines.flower.replies import (
@@ -48,6 +48,7 @@ from fedss.engines.flower.replies import (
 from fedss.errors import QuorumError
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks
+from fedss.softmax import ClassSample
 from fedss.wire import WireFormat, encode_answer, encode_broadcast, encode_request, traffic
 
 T = TypeVar("T")
@@ -141,41 +142,16 @@ class FlowerEngine:
         self.lap("request")
         if not present:
             return
+        dealt = dict[int, ClassSample]()
         if plan.sampler.drawn_by == "server":
             own_K = [asked[k].numpy() for k in present]
             samples = choose_classes(plan, state, np.array(present), own_K)
             dealt = dict(zip(present, samples, strict=True))
-            ids = {k: dealt[k].ids_S for k in present}
-        else:
-            dealt, ids = {}, {k: asked[k] for k in present}
-        to_all = encode_broadcast(wire, broadcast(state, plan))
-        packed = buffer(to_all)
-        ids_U = union([*ids.values()])
-        rows_UD = select(self.optimizer, state, ids_U)
+        ids = {k: dealt[k].ids_S if k in dealt else asked[k] for k in present}
         here, down = self._by_node(present), dict[int, Tensors]()
         coming = self._by_node(self._cohort(plan.round + 1, plan.seed))
-
-        def messages() -> Iterator[tuple[int, Message]]:
-            for node, clients in here.items():
-                classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
-                answers = {
-                    k: encode_answer(wire, ids[k], rows_of(rows_UD, ids_U, ids[k]), dealt.get(k))
-                    for k in clients
-                }
-                facts = self._facts(node, plan, clients, coming.get(node, []))
-                content = pack(
-                    facts,
-                    broadcast=packed,
-                    classes=buffer(classes),
-                    answers=buffer(of_clients(answers)),
-                )
-                # What a site gets once, for all its clients, counts to the first of them.
-                told = {"facts": torch.empty(len(json.dumps(facts)), dtype=torch.uint8)}
-                down.update(answers)
-                down[clients[0]] = {**to_all, **classes, **told, **answers[clients[0]]}
-                yield node, self._message(TRAIN, node, plan.round, content)
-
-        for node, reply in exchange(self.grid, messages(), self.deadline):
+        messages = self._training_messages(wire, state, plan, here, coming, ids, dealt, down)
+        for node, reply in exchange(self.grid, messages, self.deadline):
             try:
                 facts, buffers = self._read(node, reply, plan.round)
                 updates = buffers.get("updates", {})
@@ -198,6 +174,41 @@ class FlowerEngine:
                     continue
                 counted = traffic(down[k], encode_request(wire, asked[k]), message)
                 yield replace(update, traffic=counted)
+
+    def _training_messages(
+        self,
+        wire: WireFormat,
+        state: ServerState,
+        plan: RoundPlan,
+        here: Mapping[int, Sequence[int]],
+        coming: Mapping[int, Sequence[int]],
+        ids: Mapping[int, Tensor],
+        dealt: Mapping[int, ClassSample],
+        down: dict[int, Tensors],
+    ) -> Iterator[tuple[int, Message]]:
+        """A message for each node that has clients ``here``, and what each gets, into ``down``."""
+        to_all = encode_broadcast(wire, broadcast(state, plan))
+        packed = buffer(to_all)
+        ids_U = union([*ids.values()])
+        rows_UD = select(self.optimizer, state, ids_U)
+        for node, clients in here.items():
+            classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
+            answers = {
+                k: encode_answer(wire, ids[k], rows_of(rows_UD, ids_U, ids[k]), dealt.get(k))
+                for k in clients
+            }
+            facts = self._facts(node, plan, clients, coming.get(node, []))
+            content = pack(
+                facts,
+                broadcast=packed,
+                classes=buffer(classes),
+                answers=buffer(of_clients(answers)),
+            )
+            # What a site gets once, for all its clients, counts to the first of them.
+            told = {"facts": torch.empty(len(json.dumps(facts)), dtype=torch.uint8)}
+            down.update(answers)
+            down[clients[0]] = {**to_all, **classes, **told, **answers[clients[0]]}
+            yield node, self._message(TRAIN, node, plan.round, content)
 
     def _ask(self, wire: WireFormat, plan: RoundPlan, clients: Sequence[int]) -> Iterator[Failure]:
         """Line 2: requests of those clients that have not sent theirs ahead."""
@@ -251,7 +262,8 @@ class FlowerEngine:
             round: number of rounds complete.
 
         Returns:
-            The means, and the numbers of queries added up; None where no site could tell.
+            The means, the numbers of queries added up, and of ``sites`` that could tell; None where
+            none could.
         """
         wire, online = replace(self.wire, backbone_down="float32"), self._online()
         packed = buffer(encode_broadcast(wire, Broadcast(backbone_P, None)))
@@ -278,7 +290,8 @@ class FlowerEngine:
             name: sum(metrics[name] * metrics["queries"] for metrics in found) / total
             for name in found[0]
         }
-        return {**means, **{n: sum(m[n] for m in found) for n in ("queries", "skipped")}}
+        counts = {n: sum(m[n] for m in found) for n in ("queries", "skipped")}
+        return {**means, **counts, "sites": len(found)}
 
     def start(self, sites: int, round: int) -> None:
         """Wait until so many sites are there, and register them all at once.
@@ -317,6 +330,8 @@ class FlowerEngine:
                 arrived = {n: facts for n, facts in arrived.items() if n not in self.refused}
             if time.monotonic() >= end:
                 reasons = "".join(f"; {_why(*refused)}" for refused in self.refused.items())
+                there = {n for n, error in self.refused.items() if error.reason != "deadline"}
+                self._introduce(there, round)
                 raise QuorumError(
                     f"expected {sites} sites within {self.deadline:g} s, found {shown}{reasons}. "
                     "Start the others and submit again, or set sites to what there is"
@@ -332,22 +347,28 @@ class FlowerEngine:
         """
         online = self._online()
         self.sites = {node: site for node, site in self.sites.items() if node in online}
-        self.refused = {
-            node: error
-            for node, error in self.refused.items()
-            if node in online and error.reason == "deadline"
-        }
-        unknown = online - self.sites.keys() - self.refused.keys()
+        silent = {node for node, error in self.refused.items() if error.reason == "deadline"}
         before = self.registry
-        self._admit(self._introduce(unknown, round), round)
+        arrived = self._introduce(online - self.sites.keys() - silent, round)
+        self.refused = {
+            n: error for n, error in self.refused.items() if n in online - arrived.keys()
+        }
+        self._admit(arrived, round)
         if self.registry is not before:
             save_registry(self.path, self.registry)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
-        facts = pack({**self.told, "round": round})
-        messages = ((n, self._message(REGISTER, n, round, facts)) for n in sorted(nodes))
+        """What sites say of themselves; those that were refused hear why, for their own log."""
+
+        def messages() -> Iterator[tuple[int, Message]]:
+            for node in sorted(nodes):
+                facts = {**self.told, "round": round}
+                if node in self.refused:
+                    facts["refused"] = _why(node, self.refused[node])
+                yield node, self._message(REGISTER, node, round, pack(facts))
+
         arrived: dict[int, dict[str, Any]] = {}
-        for node, reply in exchange(self.grid, messages, self.deadline):
+        for node, reply in exchange(self.grid, messages(), self.deadline):
             try:
                 arrived[node], _ = read_reply(reply, round)
             except RefusedError as error:
@@ -493,8 +514,3 @@ def once_more(ask: Callable[..., Iterable[T]], *arguments: Any) -> list[T]:
         say(f"lost the SuperLink, trying again ({error})")
         time.sleep(1)
         return list(ask(*arguments))
-
-
-def say(text: str) -> None:
-    """A line for whoever watches the server."""
-    print(f"fedss: {text}", file=sys.stderr, flush=True)

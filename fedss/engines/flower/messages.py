@@ -7,6 +7,7 @@ every array costs requests of its own, so what one site alone gets is one buffer
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -91,3 +92,8 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
             raise MessageError(f"expected tensors named <client>/<name>, got {key!r}")
         parts.setdefault(int(client), {})[name] = tensor
     return parts
+
+
+def say(text: str) -> None:
+    """A line for whoever watches this process."""
+    print(f"fedss: {text}", file=sys.stderr, flush=True)

@@ -17,8 +17,8 @@ from fedss.build import compute_device, evaluation_task, load_data, wire_format
 from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
-from fedss.engines.flower.engine import FlowerEngine, say
-from fedss.engines.flower.messages import Nodes
+from fedss.engines.flower.engine import FlowerEngine
+from fedss.engines.flower.messages import Nodes, say
 from fedss.engines.flower.registry import Registry, check_registry, load_registry
 from fedss.engines.flower.settings import Deployment, explicit, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers

@@ -125,6 +125,14 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
     path = folder / "pyproject.toml"
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = _app_lines(config, deployment, flower)
+    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_file(folder / "LICENSE", b"Settings of a run; no licence is needed for them.\n")
+    return path
+
+
+def _app_lines(config: Config, deployment: Deployment, flower: str) -> list[str]:
     options = {option.name: option for option in OPTIONS}
     lines = [
         "[project]",
@@ -160,10 +168,7 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
             group = options[name].group
             lines += ["", f"# {group.capitalize()}; an empty text means the default"]
         lines += [f"# {_help(options[name])}", f"{_key(name)} = {_toml(value)}"]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(path, ("\n".join(lines) + "\n").encode())
-    write_file(folder / "LICENSE", b"Settings of a run; no licence is needed for them.\n")
-    return path
+    return lines
 
 
 def _key(name: str) -> str:

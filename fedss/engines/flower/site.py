@@ -34,7 +34,15 @@ from fedss.build import build_model, compute_device, load_data, round_plan, wire
 from fedss.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
 from fedss.config import Config, config_from_dict
 from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
-from fedss.engines.flower.messages import Tensors, buffer, by_client, of_clients, pack, unpack
+from fedss.engines.flower.messages import (
+    Tensors,
+    buffer,
+    by_client,
+    of_clients,
+    pack,
+    say,
+    unpack,
+)
 from fedss.engines.flower.registry import digest, token
 from fedss.engines.local import Work, Workers, start_workers
 from fedss.errors import ConfigError
@@ -129,8 +137,11 @@ def _checked(
     work: Callable[[Pictures, Mapping[str, Any], Mapping[str, Tensors]], Answer],
 ) -> RecordDict:
     ours, round = version("fedss"), facts["round"]
+    if "refused" in facts:
+        say(f"the server does not let this site take part: {facts['refused']}")
     if facts["version"] != ours:
         detail = f"the server has fedss {facts['version']}, the site {ours}"
+        say(detail)
         return pack({"error": "version", "detail": detail})
     config = config_from_dict(facts["config"])
     local = {name: node[name] for name in ("device", "workers") if name in node}
