@@ -105,6 +105,7 @@ def render(folder: Path) -> str:
             for run in group.runs
         ],
         metric_names=METRIC_NAMES,
+        federated=any(run.data.get("name") == "federation" for run in runs),
         sites=max((r.sites or 0 for run in runs for r in run.rounds[-1:]), default=0),
         paces=paces(groups, slots),
         phases=PHASES,
