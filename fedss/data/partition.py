@@ -1,6 +1,7 @@
 """Other federations of the same pictures: other clients, smaller ones, more classes.
 
-Shape suffixes: N pictures, K clients, n classes that have a picture.
+Shape suffixes: N pictures, n classes that have a picture, P pairs of a client and a class, O
+classes that are not used up.
 """
 
 import math
@@ -183,27 +184,28 @@ def _draws(
     count_n: np.ndarray, alpha: float, number: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Client and class of each picture, [N] both, for ``dirichlet:ALPHA``."""
-    total = int(count_n.sum())
+    n, total = len(count_n), int(count_n.sum())
     if number > total:
         raise DataError(
             f"partition_clients: expected at most {total:,}, the number of training pictures, got "
             f"{number:,}"
         )
     clients, classes, left_n = [], [], count_n.copy()
+    shape_n = alpha * count_n / total
     for client in range(number):
         rng = generator(seed, "partition", round=2, client=client)
-        q_n = rng.dirichlet(alpha * count_n / total)
+        # Gamma(a) = Gamma(a + 1) U^(1/a), in logarithms: for small a most of q is below any float,
+        # and still decides what comes after classes that are used up.
+        log_q_n = np.log(rng.standard_gamma(shape_n + 1)) + np.log1p(-rng.random(n)) / shape_n
         needed, taken_n = total // number + (client < total % number), np.zeros_like(left_n)
         # As if drawn one by one: what a used-up class cannot give is drawn anew from the others.
         while needed:
-            open_n = left_n > taken_n
-            weight_n = np.where(open_n, q_n, 0.0)
-            if not weight_n.sum() > 0:
-                weight_n = (left_n - taken_n).astype(np.float64)
-            drawn_n = rng.multinomial(needed, weight_n / weight_n.sum())
-            drawn_n = np.minimum(drawn_n, left_n - taken_n)
-            taken_n += drawn_n
-            needed -= int(drawn_n.sum())
+            open_O = np.flatnonzero(left_n > taken_n)
+            weight_O = np.exp(log_q_n[open_O] - log_q_n[open_O].max())
+            drawn_O = rng.multinomial(needed, weight_O / weight_O.sum())
+            drawn_O = np.minimum(drawn_O, left_n[open_O] - taken_n[open_O])
+            taken_n[open_O] += drawn_O
+            needed -= int(drawn_O.sum())
         left_n -= taken_n
         held = np.flatnonzero(taken_n)
         classes.append(np.repeat(held, taken_n[held]))
