@@ -325,6 +325,8 @@ def _info(options: argparse.Namespace) -> None:
     from fedss.describe import costs, describe
 
     config = _config(options, _stored(options).get("config"))
+    if options.plot is not None and not options.plot.lower().endswith(".png"):
+        raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired)
     console = _console()
@@ -395,8 +397,6 @@ def _plot_clients(path: Path, held: Any, title: str) -> None:
     from fedss.files import write_file
     from fedss.report import clients_picture
 
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--plot {path}: expected a name that ends with .png")
     try:
         write_file(path, clients_picture(held, title))
     except OSError as error:

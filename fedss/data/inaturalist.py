@@ -59,7 +59,7 @@ def _places(folder: Path) -> dict[str, str]:
     places: dict[str, str] = {}
     for above in _folders(folder):
         for species in _folders(above):
-            for entry in os.scandir(species):
+            for entry in _entries(species):
                 image, dot, ending = entry.name.rpartition(".")
                 if not dot or ending.lower() not in ("jpg", "jpeg"):
                     continue
@@ -73,5 +73,10 @@ def _places(folder: Path) -> dict[str, str]:
     return places
 
 
-def _folders(folder: "str | Path | os.DirEntry[str]") -> "list[os.DirEntry[str]]":
-    return [entry for entry in os.scandir(folder) if entry.is_dir()]
+def _entries(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _folders(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    return [entry for entry in _entries(folder) if entry.is_dir()]

@@ -13,7 +13,7 @@ from fedss.report.charts import as_png, style
 from fedss.report.labels import FONT
 
 _WIDTH, _HEIGHT = 880, 660
-_MOST_BARS = 28
+_MOST_BARS, _FEW_BARS = 28, 7
 _SPREAD = 40  # from this ratio of largest to smallest on, an axis is logarithmic
 _ROWS, _COLUMNS = 36, 90
 
@@ -70,9 +70,10 @@ def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Mapping
         left, right = left + gap * (right - left), right - gap * (right - left)
     ax.bar(left, number, right - left, align="edge", color=colors["fedss"], linewidth=0)
     ax.xaxis.set_minor_locator(NullLocator())
-    if low == high:
-        ax.set_xlim(low - 3, high + 3)
-        ax.set_xticks([low])
+    if high - low < _FEW_BARS:
+        room = (_FEW_BARS - (high - low)) / 2
+        ax.set_xlim(low - room, high + room)
+        ax.set_xticks(range(low, high + 1))
     elif wide:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=12))
     else:
