@@ -388,12 +388,18 @@ def cifar100(root, classes=10, copies=(5, 2)):
     return pictures
 
 
+def load_cifar100(root, **options):
+    return load_dataset("cifar100", root / "data", cache=root / "cache", **options)
+
+
 @pytest.mark.parametrize("folder", ["", "cifar-100-binary"])
 def test_cifar100_is_read_as_it_is(tmp_path, folder):
     pictures = cifar100(tmp_path / "data" / folder)
-    data = load_dataset(
-        "cifar100", tmp_path / "data", cache=tmp_path / "cache", partition="classes:3"
-    )
+    # Another seed holds out as many other classes, whose pixels are kept apart from these.
+    other = load_cifar100(tmp_path, partition="classes:3", seed=2)
+    data = load_cifar100(tmp_path, partition="classes:3")
+    assert data.test.query.pixels.shape == other.test.query.pixels.shape
+    assert data.test.query.class_names != other.test.query.class_names
     train, test = data.train, data.test.query
     assert train.pixels.shape[1:] == (3, 32, 32)
     found = {}
@@ -442,7 +448,7 @@ def test_cifar100_resized_is_what_its_pictures_as_files_are(tmp_path):
 
 def test_cifar100_has_a_hundred_clients_unless_told_otherwise(tmp_path):
     cifar100(tmp_path / "data", copies=(20, 4))
-    train = load_dataset("cifar100", tmp_path / "data", cache=tmp_path / "cache").train
+    train = load_cifar100(tmp_path).train
     assert len(train.client_names) == 100
     assert np.ptp(np.bincount(train.clients)) <= 1
 
