@@ -366,7 +366,7 @@ def _info(options: argparse.Namespace) -> None:
         table.add_row(name, value)
     console.print(table)
     for remark in data.remarks:
-        console.print(f"not as published: {remark}", markup=False, highlight=False)
+        console.print(f"remark: {remark}", markup=False, highlight=False)
     if data.remarks:
         console.print()
     table = _table(f"per client and round, {config.backbone}, d = {config.embedding_size}")

@@ -209,7 +209,7 @@ def test_partitions_that_cannot_be(text, clients, message):
             "the training has 3 classes; expected K to be at most",
         ),
         ([0, 1, 2], Partition("classes", 1, 2), "classes:1, 2 clients: .*at least 3 clients"),
-        ([0, 1, 2], Partition("classes", 1, 4), "1 clients would have no picture"),
+        ([0, 1, 2], Partition("classes", 1, 4), "1 of 4 clients would have no picture"),
         ([0, 1, 2], Partition("dirichlet", 1.0, 4), "expected at most 3, the number of training"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_picture_listed_twice_is_a_remark(tmp_path):
     with (tmp_path / "mini_gld_train_split.csv").open("a") as file:
         file.write("9,ffaa01,3\n")
     remarks = load("gld23k", tmp_path, tmp_path).remarks
-    assert "1 pictures are listed more than once, the first is images/ffaa01.jpg" in remarks
+    assert "pictures listed more than once: 1, the first is images/ffaa01.jpg" in remarks
 
 
 # iNaturalist-User-120k
@@ -303,7 +303,8 @@ def test_celeba_is_a_celebrity_a_client(tmp_path, nested):
     assert tested
     assert not set(trained) & set(tested)
     assert same_pixels(data.train, root)
-    assert "left out, as in LEAF: 4 pictures of 1 celebrities with fewer than 5" in data.remarks
+    left_out = "left out, as in LEAF, celebrities with fewer than 5 pictures: 1, with 4 pictures"
+    assert left_out in data.remarks
     assert "classes: the lists have 4, published are 9,343" in data.remarks
 
 
@@ -523,10 +524,20 @@ def test_what_is_missing_is_listed(tmp_path, name):
         load_dataset(name, root)
     root.unlink()
     (root / "other").mkdir(parents=True)
-    with pytest.raises(DataError, match=rf"missing: .*{NEEDED[name]}.*; found: other \(docs/data"):
+    with pytest.raises(
+        DataError, match=rf"{NEEDED[name]}.*; found none of these, but other \(docs/d"
+    ):
         load_dataset(name, root)
     with pytest.raises(DataError, match=f"{name}' needs a path: the folder with its files"):
         load_dataset(name)
+
+
+def test_of_what_is_there_only_the_rest_is_missing(tmp_path):
+    lfw(tmp_path)
+    (tmp_path / "peopleDevTest.txt").unlink()
+    message = r"missing: peopleDevTest.txt or view1/peopleDevTest.txt; found: lfw, peopleDevTrain"
+    with pytest.raises(DataError, match=message):
+        load_dataset("lfw", tmp_path)
 
 
 def test_two_places_for_one_thing_are_refused(tmp_path):
@@ -553,7 +564,7 @@ def test_info_tells_what_is_not_as_published_and_draws_who_holds_what(
     picture = tmp_path / "clients.png"
     assert main([*words, "--plot", str(picture)]) == 0
     said = capsys.readouterr().out
-    assert "not as published: train classes: the lists have 23, published are 11,318" in said
+    assert "remark: train classes: the lists have 23, published are 11,318" in said
     assert re.search(r"clients +3, dealt by classes:10 *\n", said)
     assert re.search(r"pictures per client +14 to 16, median 16 *\n", said)
     assert re.search(r"clients per class +1 *\n", said)

@@ -51,7 +51,7 @@ def read_celeba(root: Path) -> Listing:
     remarks = []
     if few:
         remarks = [
-            f"left out, as in LEAF: {len(rows) - len(kept):,} pictures of {few:,} celebrities with "
-            f"fewer than {_FEWEST}"
+            f"left out, as in LEAF, celebrities with fewer than {_FEWEST} pictures: {few:,}, with "
+            f"{len(rows) - len(kept):,} pictures"
         ]
     return published_listing({"": found["list"]}, root, kept, _COUNTS, remarks)

@@ -173,9 +173,9 @@ def _hands(
     empty = np.flatnonzero(np.bincount(client_N, minlength=number) == 0)
     if len(empty):
         raise DataError(
-            f"partition {partition}: {len(empty):,} clients would have no picture, as each of "
-            f"their classes has fewer pictures than clients to hold it; take fewer clients (up to "
-            f"{-(-n // most):,} each class is at one client) or more classes for each"
+            f"partition {partition}: {len(empty):,} of {number:,} clients would have no picture: "
+            "each of their classes has fewer pictures than clients to hold it; take fewer clients "
+            f"(up to {-(-n // most):,} each class is at one client) or more classes for each"
         )
     return client_N, class_N
 

@@ -58,10 +58,10 @@ def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[st
     if missing:
         names = sorted(os.listdir(root))
         seen = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
-        raise DataError(
-            f"{where}; missing: {'; '.join(missing)}; found: {seen} (docs/datasets.md says where "
-            "to get what)"
-        )
+        what = f"missing: {'; '.join(missing)}; found: {seen}"
+        if not found:
+            what = f"found none of these, but {seen}"
+        raise DataError(f"{where}; {what} (docs/datasets.md says where to get what)")
     return found
 
 
@@ -125,6 +125,6 @@ def published_listing(
     times = Counter(row.name for row in rows)
     twice = [name for name, count in times.items() if count > 1]
     if twice:
-        found.append(f"{len(twice):,} pictures are listed more than once, the first is {twice[0]}")
+        found.append(f"pictures listed more than once: {len(twice):,}, the first is {twice[0]}")
     source = next(iter(lists.values()))
     return Listing(source, os.path.abspath(root), rows, lists, True, tuple(found))
