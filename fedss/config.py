@@ -195,7 +195,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample_size", lambda v: v >= 2, "at least 2 classes: an own one and a negative"),
     (
         "rounds clients_per_round local_epochs local_steps batch_size embedding_size workers"
-        " checkpoint_every moments_rank client_classes partition_clients stack",
+        " checkpoint_every moments_rank client_classes stack",
         lambda v: v >= 1,
         "at least 1",
     ),
