@@ -30,6 +30,9 @@ from fedss.wire import WireFormat
 def load_data(config: Config) -> Dataset:
     """The data set that a configuration names.
 
+    Its training pictures are dealt to other clients (``partition``), then turned (``rotations``),
+    then clients of many classes are split (``client_classes``), as far as it says so.
+
     Raises:
         DataError: it cannot be found or read, or does not fit together.
     """
@@ -43,6 +46,8 @@ def load_data(config: Config) -> Dataset:
         seed=config.data_seed,
         glyphs_classes=config.glyphs_classes,
         glyphs_clients=config.glyphs_clients,
+        partition=config.partition,
+        partition_clients=config.partition_clients,
     )
     if config.rotations:
         data = replace(data, train=rotate_classes(data.train))

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -139,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(app)
 
     info = command(_info, "[OPTIONS]", "what is in a data set, and what each method would move")
+    info.add_argument(
+        "--plot", metavar="FILE.png", help="draw who holds what: pictures, classes, clients"
+    )
     _add_config(info)
     return parser
 
@@ -317,14 +321,19 @@ def _report(options: argparse.Namespace) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     from fedss.build import load_data
+    from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
     from fedss.describe import costs, describe
 
     config = _config(options, _stored(options).get("config"))
+    if options.plot is not None and not options.plot.lower().endswith(".png"):
+        raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired)
     console = _console()
     facts = describe(config, data)
-    low, median, high = facts["own_classes"]
+    held = clients_P, classes_P, count_P = holdings(data.train)
+    dealt = parse_partition(config.partition, config.partition_clients)
+    dealt = dealt or DEFAULT_PARTITIONS.get(config.data)
     gallery = facts["test_gallery"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery pictures"
     table = _table(f"data set {data.name}")
@@ -334,8 +343,14 @@ def _info(options: argparse.Namespace) -> None:
     for name, value in (
         ("training pictures", f"{facts['train_images']:,}"),
         ("training classes n", f"{facts['train_classes']:,}"),
-        ("clients", f"{facts['train_clients']:,}"),
-        ("own classes per client", f"{low} to {high}, median {median:g}"),
+        (
+            "clients",
+            f"{facts['train_clients']:,}"
+            + (f", dealt by {dataclasses.replace(dealt, clients=None)}" if dealt else ""),
+        ),
+        ("pictures per client", _spread(np.bincount(clients_P, weights=count_P))),
+        ("own classes per client", _spread(np.bincount(clients_P))),
+        ("clients per class", _spread(np.bincount(classes_P))),
         (
             "test queries",
             f"{facts['test_queries']:,}, searched among {searched}"
@@ -350,6 +365,10 @@ def _info(options: argparse.Namespace) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
+    for remark in data.remarks:
+        console.print(f"remark: {remark}", markup=False, highlight=False)
+    if data.remarks:
+        console.print()
     table = _table(f"per client and round, {config.backbone}, d = {config.embedding_size}")
     for heading in (
         "method",
@@ -370,6 +389,24 @@ def _info(options: argparse.Namespace) -> None:
             _bytes(cost.bytes_up),
         )
     console.print(table)
+    if options.plot is not None:
+        _plot_clients(Path(options.plot), held, f"{data.name}: who holds the training pictures")
+
+
+def _plot_clients(path: Path, held: Any, title: str) -> None:
+    from fedss.files import write_file
+    from fedss.report import clients_picture
+
+    try:
+        write_file(path, clients_picture(held, title))
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot write it: {error.strerror}") from error
+    print(path)
+
+
+def _spread(values: np.ndarray) -> str:
+    low, high, median = values.min(), values.max(), np.median(values)
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}, median {median:,g}"
 
 
 def _console() -> Console:

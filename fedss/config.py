@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from fedss.algorithm import RowMean
 from fedss.class_rows import RowDtype
 from fedss.codec import Precision
+from fedss.data import parse_partition
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
 from fedss.models import ForwardPrecision
@@ -34,10 +35,12 @@ class Config:
         ConfigError: a value that cannot be, on construction.
     """
 
-    data: str = _option("glyphs", "data set: glyphs, omniglot, csv or folder", "data")
+    data: str = _option(
+        "glyphs", "glyphs, omniglot, csv, folder, or a published set: docs/datasets.md", "data"
+    )
     data_path: str | None = _option(None, "where its files are (csv: the manifest)", "data")
     image_size: int | None = _option(
-        None, "side that pictures are resized to, pixels; default 28, csv and folder 64", "data"
+        None, "side that pictures are resized to, pixels; default 64, drawings 28", "data"
     )
     channels: int | None = _option(
         None, "1 grayscale, 3 colour; default: colour if a picture of the data is", "data"
@@ -46,9 +49,13 @@ class Config:
         0.2, "share of classes held out for the test where the data names none", "data"
     )
     skip_broken: bool = _option(False, "leave out and count pictures that can't be read", "data")
-    data_seed: int = _option(0, "draws the glyphs and the held-out classes", "data")
+    data_seed: int = _option(0, "draws the glyphs, held-out classes and clients", "data")
     glyphs_classes: int = _option(1280, "glyphs: number of classes, test classes included", "data")
     glyphs_clients: int = _option(256, "glyphs: number of training clients", "data")
+    partition: str | None = _option(
+        None, "deal pictures to clients anew: classes:K, dirichlet:ALPHA or class", "data"
+    )
+    partition_clients: int | None = _option(None, "partition: number of clients", "data")
     client_classes: int | None = _option(
         None, "split clients so that none holds more classes; default: as they are", "data"
     )
@@ -132,6 +139,7 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
+        parse_partition(self.partition, self.partition_clients)
         if METHODS[self.method].moments:
             self._check_moments()
 

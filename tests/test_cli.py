@@ -104,7 +104,7 @@ def test_commands_and_options_are_pinned(capsys):
     config = flags(PINNED) | booleans
     data = flags([o.name for o in OPTIONS if o.group == "data"])
     assert options_of("train", capsys)[0] == config | own
-    assert options_of("info", capsys)[0] == (config | own) - {"--out"}
+    assert options_of("info", capsys)[0] == (config | own | {"--plot"}) - {"--out"}
     assert options_of("compare", capsys)[0] == (
         (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
     )

@@ -16,6 +16,8 @@ PINNED = [
     "data_seed",
     "glyphs_classes",
     "glyphs_clients",
+    "partition",
+    "partition_clients",
     "client_classes",
     "rotations",
     "eval_split",

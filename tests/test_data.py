@@ -945,7 +945,11 @@ def test_what_lies_at_a_site_s_path_is_found(root, folders):
             {},
             r"unknown data set 'omniglott'; expected one of .*; is omniglot meant",
         ),
-        (("zzz",), {}, "expected one of glyphs, omniglot, csv, folder$"),
+        (
+            ("zzz",),
+            {},
+            "expected one of glyphs, omniglot, csv, folder, landmarks-user-160k.*100$",
+        ),
         (("csv",), {}, "'csv' needs a path: a CSV file"),
         (("folder",), {}, "'folder' needs a path: a folder"),
         (("glyphs", "x"), {}, "leave out the path x"),

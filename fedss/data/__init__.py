@@ -2,13 +2,17 @@
 
 import difflib
 import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from fedss.data.cache import cache_folder
-from fedss.data.folder import folder_dataset
+from fedss.data.celeba import read_celeba
+from fedss.data.cifar100 import cifar100_dataset
+from fedss.data.folder import folder_dataset, read_folder
 from fedss.data.glyphs import glyphs_dataset
 from fedss.data.images import (
     ClientIndex,
@@ -16,38 +20,69 @@ from fedss.data.images import (
     Images,
     LazyNames,
     RetrievalTask,
+    holdings,
     index_clients,
     own_classes,
     seen_classes,
 )
-from fedss.data.manifest import csv_dataset
+from fedss.data.inaturalist import read_inaturalist
+from fedss.data.landmarks import read_gld23k, read_landmarks
+from fedss.data.lfw import read_lfw
+from fedss.data.manifest import Listing, build_dataset, csv_dataset, read_rows
 from fedss.data.omniglot import omniglot_dataset
-from fedss.data.partition import rotate_classes, split_clients
+from fedss.data.partition import (
+    Partition,
+    deal_pictures,
+    parse_partition,
+    rotate_classes,
+    split_clients,
+)
+from fedss.data.products import read_products
 from fedss.errors import DataError
 
 __all__ = [
     "DATASETS",
+    "DEFAULT_PARTITIONS",
     "ClientIndex",
     "Dataset",
     "Images",
     "LazyNames",
+    "Partition",
     "RetrievalTask",
     "cache_folder",
+    "cifar100_dataset",
     "csv_dataset",
+    "deal_pictures",
     "fingerprint",
     "folder_dataset",
     "glyphs_dataset",
+    "holdings",
     "index_clients",
     "load_dataset",
     "locate",
     "omniglot_dataset",
     "own_classes",
+    "parse_partition",
     "rotate_classes",
     "seen_classes",
     "split_clients",
+    "usual_side",
 ]
 
-DATASETS = ("glyphs", "omniglot", "csv", "folder")
+_LISTINGS: Mapping[str, Callable[[Path], Listing]] = {
+    "landmarks-user-160k": read_landmarks,
+    "gld23k": read_gld23k,
+    "inaturalist-user-120k": read_inaturalist,
+    "sop": read_products,
+    "celeba": read_celeba,
+    "lfw": read_lfw,
+}
+DATASETS = ("glyphs", "omniglot", "csv", "folder", *_LISTINGS, "cifar100")
+# Of the sets in which no picture has a user: ours, none is published with them.
+DEFAULT_PARTITIONS: Mapping[str, Partition] = {
+    "sop": Partition("classes", 10),
+    "cifar100": Partition("dirichlet", 1.0, 100),
+}
 
 _SAMPLE, _SOME = 256, 10_000
 
@@ -65,30 +100,41 @@ def load_dataset(
     at_site: bool = False,
     glyphs_classes: int = 1280,
     glyphs_clients: int = 256,
+    partition: str | None = None,
+    partition_clients: int | None = None,
 ) -> Dataset:
     """A data set by name.
 
     Args:
         name: One of DATASETS.
         path: The CSV or the root folder; for ``omniglot`` the folder of its archives, which are
-            fetched into the cache folder if it is None. ``glyphs`` takes none.
-        image_size: Side of the pictures; None is 28 for glyphs and Omniglot, else 64.
-        channels: 1 or 3; None is 1 for glyphs and Omniglot, else 1 if every picture is stored
-            in grayscale and 3 otherwise.
-        test_classes: Share of the classes held out as the test; 0 for ``csv`` and ``folder``: no
-            test. A CSV that names test pictures and Omniglot have a test of their own.
-        skip_broken: Leave out unreadable pictures of ``csv`` and ``folder``.
+            fetched into the cache folder if it is None. ``glyphs`` takes none. Of the other
+            published sets nothing is fetched: docs/datasets.md says where to get what.
+        image_size: Side of the pictures; None is ``usual_side(name)``.
+        channels: 1 or 3; None is 1 for glyphs and Omniglot, 3 for CIFAR-100, else 1 if every
+            picture is stored in grayscale and 3 otherwise.
+        test_classes: Share of the classes held out as the test; 0: no test. Of no effect where the
+            data name test pictures: a CSV that does, Omniglot, and the published sets with a test
+            of their own (see docs/datasets.md).
+        skip_broken: Leave out unreadable pictures, where pictures are files.
         cache: Folder for decoded pictures; see ``cache_folder``.
-        seed: The data's seed (which glyphs, which classes are held out), not the training's.
-        at_site: ``csv`` and ``folder`` are a site's part of a federation; see ``csv_dataset``.
+        seed: The data's seed (which glyphs, which classes are held out, who holds what in a
+            partition), not the training's.
+        at_site: The pictures are a site's part of a federation; see ``csv_dataset``.
         glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
         glyphs_clients: Training clients.
+        partition: ``classes:K``, ``dirichlet:ALPHA`` or ``class``: deals the training pictures to
+            clients of its own, instead of those that the data have; see ``deal_pictures``. None:
+            the data's clients; where they have none, ``DEFAULT_PARTITIONS``.
+        partition_clients: How many, for ``classes`` (where it may be left out) and ``dirichlet``.
 
     Returns:
         Dataset of uint8 [N, channels, image_size, image_size].
 
     Raises:
-        DataError: Unknown name, missing path, or anything amiss with the pictures.
+        DataError: Unknown name, missing path, anything amiss with the pictures, or a partition that
+            they do not have.
+        ConfigError: A partition that cannot be.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 3)
@@ -96,17 +142,19 @@ def load_dataset(
             f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}"
             + (f"; is {' or '.join(near)} meant?" if near else "")
         )
+    dealt = parse_partition(partition, partition_clients) or DEFAULT_PARTITIONS.get(name)
+    side = usual_side(name) if image_size is None else image_size
     if name in ("glyphs", "omniglot"):
         if channels not in (None, 1):
             raise DataError(f"channels: {name} has 1 channel, got {channels}; leave it out")
-        side = 28 if image_size is None else image_size
         if side < 1:
             raise DataError(f"image_size: expected at least 1, got {side}")
-        if name == "omniglot":
-            return omniglot_dataset(path, image_size=side, cache=cache)
+    if name == "omniglot":
+        data = omniglot_dataset(path, image_size=side, cache=cache)
+    elif name == "glyphs":
         if path is not None:
             raise DataError(f"glyphs are made by a program: leave out the path {path}")
-        return glyphs_dataset(
+        data = glyphs_dataset(
             glyphs_classes,
             glyphs_clients,
             test_classes=test_classes,
@@ -114,20 +162,41 @@ def load_dataset(
             seed=seed,
             cache=cache,
         )
-    if path is None:
-        needed = "a CSV file" if name == "csv" else "a folder client/class/picture"
-        raise DataError(f"data set {name!r} needs a path: {needed}")
-    read = csv_dataset if name == "csv" else folder_dataset
-    return read(
-        path,
-        image_size=64 if image_size is None else image_size,
-        channels=channels,
-        test_classes=test_classes,
-        skip_broken=skip_broken,
-        cache=cache,
-        seed=seed,
-        at_site=at_site,
-    )
+    elif path is None:
+        needed = {"csv": "a CSV file", "folder": "a folder client/class/picture"}
+        what = needed.get(name, "the folder with its files (see docs/datasets.md)")
+        raise DataError(f"data set {name!r} needs a path: {what}")
+    elif name == "cifar100":
+        data = cifar100_dataset(
+            path,
+            image_size=side,
+            channels=channels,
+            test_classes=test_classes,
+            cache=cache,
+            seed=seed,
+            at_site=at_site,
+        )
+    else:
+        read = {"csv": read_rows, "folder": read_folder, **_LISTINGS}[name]
+        data = build_dataset(
+            name,
+            read(Path(path)),
+            image_size=side,
+            channels=channels,
+            test_classes=test_classes,
+            skip_broken=skip_broken,
+            cache=cache,
+            seed=seed,
+            at_site=at_site,
+        )
+    if dealt is None:
+        return data
+    return replace(data, train=deal_pictures(data.train, dealt, seed))
+
+
+def usual_side(name: str) -> int:
+    """The side of a data set's pictures, in pixels, where none is asked for."""
+    return {"glyphs": 28, "omniglot": 28, "cifar100": 32}.get(name, 64)
 
 
 def locate(path: str | Path) -> tuple[str, Path]:

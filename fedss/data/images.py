@@ -175,7 +175,8 @@ class Dataset:
     holds none of the test's pictures. ``validation``, where a data set has one, is for choosing
     settings. ``skipped`` names the pictures left out because they could not be read
     (``skip_broken``), ``unpaired`` those that are for testing and left out because no other picture
-    here could be right (see ``fedss.data.manifest.arrange``).
+    here could be right (see ``fedss.data.manifest.arrange``). ``remarks`` are sentences about what
+    is not as it was published.
 
     Raises:
         DataError: No training pictures, or parts with pictures of different shapes.
@@ -187,6 +188,7 @@ class Dataset:
     validation: RetrievalTask | None = None
     skipped: tuple[str, ...] = ()
     unpaired: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.train):
@@ -214,13 +216,21 @@ class ClientIndex:
         return self.order_N[self.start_K[client] : self.start_K[client + 1]]
 
 
-def own_classes(images: Images) -> np.ndarray:
-    """Number of classes of which each client holds a picture, int64 [K]."""
+def holdings(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Who holds what: client, class and number of pictures, each int64 [P], one for each pair of
+    client and class that has a picture, sorted by client and class. O(N log N), whatever K and n.
+    """
     n = len(images.class_names)
     # Not np.unique: on integers it hashes, which takes many times as long and as much memory.
     pairs = np.sort(images.clients * n + images.labels)
-    first = np.diff(pairs, prepend=-1) != 0
-    return np.bincount(pairs[first] // n, minlength=len(images.client_names))
+    first_P = np.flatnonzero(np.diff(pairs, prepend=-1))
+    return pairs[first_P] // n, pairs[first_P] % n, np.diff(first_P, append=len(pairs))
+
+
+def own_classes(images: Images) -> np.ndarray:
+    """Number of classes of which each client holds a picture, int64 [K]."""
+    clients_P, _, _ = holdings(images)
+    return np.bincount(clients_P, minlength=len(images.client_names))
 
 
 def seen_classes(data: Dataset) -> int:

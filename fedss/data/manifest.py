@@ -8,7 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Row(NamedTuple):
         name: Its file relative to the data set's root, with forward slashes; absolute if it is
             not below the root.
         split: One of SPLITS; None where the list does not say.
-        line: Its line in the CSV; 0 where the row comes from a folder.
+        line: Its line in the list; 0 where the row comes from a folder.
     """
 
     client: str
@@ -50,11 +50,24 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Pictures of a data set, none of them opened: ``rows`` from a CSV or a folder ``source``."""
+    """Pictures of a data set, none of them opened: ``rows`` from a CSV or a folder ``source``.
+
+    Attributes:
+        source: What lists the pictures.
+        root: The folder that names are relative to.
+        rows: The pictures.
+        lists: The file that lists a split's pictures, where that is not ``source``.
+        published: The list is someone else's and not to be mended: pictures for testing that no
+            other one could match are left out as ``Dataset.unpaired``.
+        remarks: What is not as published, for ``Dataset.remarks``.
+    """
 
     source: Path
     root: str
     rows: Sequence[Row]
+    lists: Mapping[str, Path] = field(default_factory=dict)
+    published: bool = False
+    remarks: tuple[str, ...] = ()
 
     def file(self, row: Row) -> str:
         """The picture's file."""
@@ -62,7 +75,8 @@ class Listing:
 
     def where(self, row: Row) -> str:
         """The row's place, for messages."""
-        return f"{self.source}, line {row.line}" if row.line else row.name
+        path = self.lists.get(row.split or "", self.source)
+        return f"{path}, line {row.line}" if row.line else row.name
 
 
 def csv_dataset(
@@ -269,10 +283,13 @@ def build_dataset(
     if len(kept) < len(rows) and not skip_broken:
         present = set(kept)
         first = next(row for row in rows if row not in present)
+        advice = "Paths are relative to the CSV; mend them"
+        if listing.published:
+            advice = "Unpack the rest of the archives there"
         raise DataError(
             f"{listing.where(first)}: no such picture file: {file(first)} "
-            f"({len(rows) - len(kept)} of {len(rows)} are missing). Paths are relative to the CSV; "
-            "mend them, or leave missing pictures out with skip_broken (--skip-broken)"
+            f"({len(rows) - len(kept)} of {len(rows)} are missing). {advice}, or leave missing "
+            "pictures out with skip_broken (--skip-broken)"
         )
 
     while True:
@@ -287,11 +304,11 @@ def build_dataset(
         if depth is None:
             stamp = "".join(stamps.values())
             depth = 1 if all_colourless(_files(listing, kept), stamp, cache=cache) else 3
-        images: dict[str, Images] = {}
+        pixels: dict[str, np.ndarray] = {}
         reasons: dict[str, str] = {}
-        for split, members in splits.items():
+        for split in splits:
             try:
-                pixels = decode_files(
+                pixels[split] = decode_files(
                     files[split],
                     stamps[split],
                     image_size,
@@ -302,10 +319,6 @@ def build_dataset(
                 )
             except BrokenPicturesError as error:
                 reasons |= error.reasons
-                continue
-            # Queries and gallery are compared, so they number classes and clients alike.
-            pair = ("query", "gallery") if split in ("query", "gallery") else (split,)
-            images[split] = _images(pixels, members, [r for part in pair for r in splits[part]])
         if not reasons:
             break
         if not skip_broken:
@@ -313,13 +326,30 @@ def build_dataset(
         # A class may have become too small to test, so begin again as if these had not been.
         kept = [row for row in kept if file(row) not in reasons]
 
+    readable = {row.name for row in kept}
+    skipped = tuple(row.name for row in rows if row.name not in readable)
+    return assemble(kind, splits, pixels, unpaired, skipped, listing.remarks)
+
+
+def assemble(
+    kind: str,
+    splits: Mapping[str, Sequence[Row]],
+    pixels: Mapping[str, np.ndarray],
+    unpaired: Sequence[Row],
+    skipped: tuple[str, ...] = (),
+    remarks: tuple[str, ...] = (),
+) -> Dataset:
+    """The ``Dataset`` of rows as ``arrange`` gives them, with the ``pixels`` of each split."""
+    images: dict[str, Images] = {}
+    for split, members in splits.items():
+        # Queries and gallery are compared, so they number classes and clients alike.
+        pair = ("query", "gallery") if split in ("query", "gallery") else (split,)
+        images[split] = _images(pixels[split], members, [r for part in pair for r in splits[part]])
     query = images.get("test", images.get("query"))
     test = RetrievalTask(query, images.get("gallery")) if query is not None else None
     validation = RetrievalTask(images["validation"]) if "validation" in images else None
-    readable = {row.name for row in kept}
-    skipped = tuple(row.name for row in rows if row.name not in readable)
     left_out = tuple(row.name for row in unpaired)
-    return Dataset(kind, images["train"], test, validation, skipped, left_out)
+    return Dataset(kind, images["train"], test, validation, skipped, left_out, remarks)
 
 
 def _files(listing: Listing, rows: Sequence[Row]) -> LazyNames:
@@ -339,6 +369,8 @@ def arrange(
     On one machine a test of unseen classes is a must (unless ``test_classes`` is 0): the class of
     the lowest lot among those of two or more pictures is always held out; and if all classes were,
     the one of the highest lot among the others is trained on.
+
+    Of a published list, test and validation pictures that no other one could match are left out.
 
     At a site nothing is forced, so that a class is on the same side everywhere: lots alone decide,
     or, if there is a column ``split``, that column alone. Test, query and validation pictures that
@@ -385,7 +417,7 @@ def arrange(
         members = splits[split]
         reasons = dict(unanswerable([row.label for row in members], others))
         listed = named or split == "validation"
-        if reasons and listed and not at_site:
+        if reasons and listed and not (at_site or listing.published):
             position, reason = next(iter(reasons.items()))
             raise DataError(f"{listing.where(members[position])}, split {split!r}: {reason}")
         unpaired += [members[position] for position in reasons]

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedss.errors import RunFolderError
 from fedss.files import write_file
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def write_report(folder: Path) -> Path:
@@ -75,4 +79,23 @@ def frontier_picture(folders: Mapping[str, Path]) -> bytes:
     return render_frontier_picture({title: Path(folder) for title, folder in folders.items()})
 
 
-__all__ = ["bytes_picture", "frontier_picture", "write_report"]
+def clients_picture(held: "tuple[np.ndarray, np.ndarray, np.ndarray]", title: str) -> bytes:
+    """Pictures and classes per client, clients per class, and a client x class matrix, as a PNG.
+
+    The matrix shows up to 36 clients, evenly spread from most pictures to fewest, and the classes
+    that they hold; those held by the same clients stand next to each other.
+
+    Args:
+        held: client, class and number of pictures of each pair of client and class that has any,
+            integers [P], as :func:`fedss.data.holdings` gives them.
+        title: stands above.
+
+    Returns:
+        A PNG of 12.2 x 9.2 inches at 200 dpi on white. The same numbers give the same bytes.
+    """
+    from fedss.report.page import render_clients_picture
+
+    return render_clients_picture(held, title)
+
+
+__all__ = ["bytes_picture", "clients_picture", "frontier_picture", "write_report"]

@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from fedss.errors import ConfigError, RunFolderError
 from fedss.report import charts, words
+from fedss.report.clients import clients_png
 from fedss.report.frontier import (
     MOST_PANELS,
     Panel,
@@ -171,6 +172,11 @@ def render_frontier_picture(folders: Mapping[str, Path]) -> bytes:
         paired = [(group, slots[group.label]) for group in groups]
         panels.append(_panel(paired, title, mean if relative else None))
     return frontier_png(panels, _light())
+
+
+def render_clients_picture(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
+    """Who holds what, as PNG in the colours of the page's light theme."""
+    return clients_png(held, title, _light())
 
 
 def _light() -> dict[str, str]:

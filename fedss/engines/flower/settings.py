@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.data import usual_side
 from fedss.errors import ConfigError
 from fedss.files import write_file
 
@@ -50,7 +51,7 @@ class Deployment:
 
 
 # How a simulation may rearrange pictures.
-_NOT_AT_SITES = ("rotations", "client_classes")
+_NOT_AT_SITES = ("rotations", "client_classes", "partition", "partition_clients")
 
 DEPLOYMENT_FIELDS = dataclasses.fields(Deployment)
 SERVER_APP = "fedss.engines.flower.server:app"
@@ -94,11 +95,12 @@ def _check_apart(config: Config) -> None:
 
 def explicit(config: Config) -> Config:
     """The configuration with what a data set decides by itself, which must be the same at all
-    sites: pictures of 64 x 64 in colour, and of 28 x 28 in gray for glyphs and Omniglot."""
+    sites: pictures of their usual side (64, mostly), gray for glyphs and Omniglot, else in colour.
+    """
     drawn = config.data in ("glyphs", "omniglot")
     return replace(
         config,
-        image_size=config.image_size or (28 if drawn else 64),
+        image_size=config.image_size or usual_side(config.data),
         channels=config.channels or (1 if drawn else 3),
     )
 

@@ -1,0 +1,130 @@
+"""What the loaders of published data sets share: their files found, read line by line, counted."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedss.data.manifest import Listing, Row
+from fedss.errors import DataError
+
+NOBODY = "nobody"  # the client of pictures for which no user is published
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Published numbers of a part of a data set; None where none is published."""
+
+    pictures: int | None = None
+    classes: int | None = None
+    clients: int | None = None
+
+
+def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    """The files and folders of a data set below ``root``, by the keys of ``wanted``.
+
+    Args:
+        title: The data set's name, for messages.
+        root: Its folder.
+        wanted: For each the places where it may be, one of which must be there; those that end
+            with a slash are folders. Links are followed.
+
+    Raises:
+        DataError: Something is nowhere, or at two places; says what was expected.
+    """
+    expected = "; ".join(" or ".join(places) for places in wanted.values())
+    where = f"{root}: expected the folder of {title}, with {expected}"
+    if not root.is_dir():
+        what = "a file: unpack the archive" if root.exists() else "nothing there"
+        raise DataError(f"{where}; got {what} (docs/datasets.md says where to get what)")
+    found, missing = {}, []
+    for key, places in wanted.items():
+        there = [
+            place
+            for place in places
+            if ((root / place).is_dir() if place.endswith("/") else (root / place).is_file())
+        ]
+        if len(there) > 1:
+            raise DataError(
+                f"{root}: both {there[0]} and {there[1]} are there, and {title} is read from one "
+                "of them; remove or rename the other"
+            )
+        if there:
+            found[key] = root / there[0]
+        else:
+            missing.append(" or ".join(places))
+    if missing:
+        names = sorted(os.listdir(root))
+        seen = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
+        what = f"missing: {'; '.join(missing)}; found: {seen}"
+        if not found:
+            what = f"found none of these, but {seen}"
+        raise DataError(f"{where}; {what} (docs/datasets.md says where to get what)")
+    return found
+
+
+def read_lines(path: Path, form: str, pattern: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The lines of a text file that are not blank: number, and the groups of ``pattern``.
+
+    Args:
+        path: The file, in UTF-8.
+        form: What a line looks like, for messages.
+        pattern: A regular expression for a whole line without outer spaces.
+
+    Raises:
+        DataError: The file cannot be read, or a line has another form.
+    """
+    matches = re.compile(pattern).fullmatch
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected lines {form!r} in UTF-8, got byte 0x{error.object[error.start]:02x} "
+            f"at position {error.start}; is it another file, or an archive?"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if line := line.strip():
+            match = matches(line)
+            if match is None:
+                shown = line if len(line) <= 80 else line[:79] + "…"
+                raise DataError(f"{path}, line {number}: expected {form!r}, got {shown!r}")
+            yield number, match.groups()
+
+
+def published_listing(
+    lists: Mapping[str, Path],
+    root: Path,
+    rows: Sequence[Row],
+    counts: Mapping[str, Counts],
+    remarks: Sequence[str] = (),
+) -> Listing:
+    """A listing of files that others have made, with remarks on what is not as published.
+
+    Args:
+        lists: The file that lists each split.
+        root: The folder that rows' names are relative to.
+        rows: All pictures.
+        counts: What was published of each split; the split "" is all pictures.
+        remarks: More of them.
+    """
+    found = list(remarks)
+    for split, expected in counts.items():
+        of_split = [row for row in rows if not split or row.split == split]
+        for what, number, names in (
+            ("pictures", expected.pictures, {row.name for row in of_split}),
+            ("classes", expected.classes, {row.label for row in of_split}),
+            ("clients", expected.clients, {row.client for row in of_split}),
+        ):
+            if number is not None and len(names) != number:
+                part = f"{split} {what}" if split else what
+                found.append(f"{part}: the lists have {len(names):,}, published are {number:,}")
+    times = Counter(row.name for row in rows)
+    twice = [name for name, count in times.items() if count > 1]
+    if twice:
+        found.append(f"pictures listed more than once: {len(twice):,}, the first is {twice[0]}")
+    source = next(iter(lists.values()))
+    return Listing(source, os.path.abspath(root), rows, lists, True, tuple(found))
