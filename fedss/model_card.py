@@ -49,7 +49,9 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     data, settings = about["data"], about["config"]
     method = METHODS.get(summary["method"])
     name = _plain(data.get("name", UNKNOWN))
-    title = f"{_plain(_backbone(about, spec))} trained with fedss on {name}"
+    own = f"{about['model'].get('backbone', UNKNOWN)} (a module of its owner's)"
+    backbone = _plain(spec.backbone or own)
+    title = f"{backbone} trained with fedss on {name}"
     header: dict[str, Any] = {
         "library_name": "fedss",
         "pipeline_tag": "image-feature-extraction",
@@ -81,7 +83,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         f"{UNKNOWN} to the program that wrote this card; for the owner to fill in.",
         "## Training",
         f"Method `{_plain(summary['method'])}`: {method.summary if method else UNKNOWN}.",
-        _table(("setting", "value", "what it is"), _setting_rows(settings, summary)),
+        _table(("setting", "value", "what it is"), _setting_rows(settings, summary, backbone)),
         "## Results",
         *_results(data, settings, summary),
         "## What training moved",
@@ -119,10 +121,6 @@ def _facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return about, summaries[0]
 
 
-def _backbone(about: Mapping[str, Any], spec: EmbedderSpec) -> str:
-    return spec.backbone or f"{about['model'].get('backbone', UNKNOWN)} (a module of its owner's)"
-
-
 def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     low, median, high = data.get("own_classes") or [None] * 3
     own = UNKNOWN if low is None else f"{low} to {high}, median {median:g}"
@@ -144,13 +142,17 @@ def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _setting_rows(settings: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _setting_rows(
+    settings: Mapping[str, Any], summary: Mapping[str, Any], backbone: str
+) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for option in OPTIONS:
         value = settings.get(option.name, option.default)
         told = option.group in _GROUPS and option.name != "method" and value != option.default
         if option.name == "sample_size":
             told, value = True, summary.get("sample_size", UNKNOWN)
+        elif option.name == "backbone":
+            value = backbone
         if told or option.name in _SETTINGS:
             # Where a file lay on some machine is nobody's business.
             shown = Path(value).name if isinstance(value, str) and "/" in value else value

@@ -146,13 +146,14 @@ def _metadata(embedder: Embedder, mark: str) -> dict[str, str]:
         "scaled_by": "the model (onnx, torch-export); the caller (safetensors without fedss)",
     }
     colours = "red, green and blue in this order" if colour == "RGB" else "gray"
+    shape = f"{spec.channels}, {size}, {size}"
     text = (
         "Undo the camera's rotation (EXIF), lay transparency on white, cut out the central square, "
         f"resize it to {size} x {size} pixels (bilinear with antialiasing, as Pillow does), "
-        f"{colours}. The pixels are uint8 [batch, {spec.channels}, {size}, {size}], 0 to 255, unscaled: "
-        "x / 255, minus mean, divided by std is inside the ONNX and the torch.export model. The "
-        f"embeddings are float32 [batch, {spec.embedding_size}] of length 1: their dot product is "
-        "the cosine."
+        f"{colours}; of an animation take the first frame, of 16 bits the upper 8. The pixels are "
+        f"uint8 [batch, {shape}], 0 to 255, unscaled: x / 255, minus mean, divided by std is "
+        "inside the ONNX and the torch.export model. The embeddings are float32 "
+        f"[batch, {spec.embedding_size}] of length 1: their dot product is the cosine."
     )
     norms = {type(part).__name__ for part in embedder.modules() if "Norm" in type(part).__name__}
     return {

@@ -1,0 +1,464 @@
+"""Exported models: equal to the run's, loadable without the library, and what is refused."""
+
+import io
+import json
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fedss
+from fedss import portable
+from fedss.cli import main
+from fedss.config import Config
+from fedss.data.cache import decode
+from fedss.errors import ConfigError, RunFolderError
+from fedss.models import Embedder, EmbedderSpec, build_embedder, fingerprint, save_embedder
+from fedss.models.embedder import assemble
+from fedss.portable import CARD, FORMATS, export
+
+PAGE = Path(__file__).parent.parent / "docs" / "export.md"
+TINY = Config(
+    image_size=12,
+    backbone="conv4-4",
+    embedding_size=8,
+    rounds=2,
+    clients_per_round=2,
+    workers=1,
+    glyphs_classes=40,
+    glyphs_clients=8,
+    sample_size=8,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    return fedss.train(TINY, tmp_path_factory.mktemp("runs") / "tiny").folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def holding(embedder: Embedder, trained: Path, place: Path) -> Path:
+    """A finished run whose model is another one."""
+    shutil.copytree(trained, place)
+    save_embedder(embedder, place / "model", {})
+    return place
+
+
+def own_network(channels: int = 3) -> nn.Module:
+    layers = [nn.Conv2d(channels, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def with_trained_norms(name: str | None, channels: int = 3, size: int = 32) -> Embedder:
+    """As one that began with pretrained weights: its batch norms frozen, with statistics."""
+    spec = EmbedderSpec(name, channels, size, 8, pretrained=True)
+    embedder = assemble(name or own_network(channels), spec, seed=3, download=False)
+    rng = torch.Generator().manual_seed(0)
+    for path, tensor in embedder.named_buffers():
+        if path.endswith(("running_mean", "running_var", "weight")):
+            tensor.copy_(torch.rand(tensor.shape, generator=rng) + 0.5)
+    return embedder.eval()
+
+
+def noise(embedder: Embedder, B: int, seed: int = 7) -> Tensor:
+    spec, rng = embedder.spec, torch.Generator().manual_seed(seed)
+    shape = (B, spec.channels, spec.image_size, spec.image_size)
+    return torch.randint(256, shape, generator=rng, dtype=torch.uint8)
+
+
+def in_onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    (taken,), (given,) = session.get_inputs(), session.get_outputs()
+    assert (taken.name, taken.type, taken.shape[0]) == ("pixels", "tensor(uint8)", "batch")
+    assert (given.name, given.type, given.shape[0]) == ("embeddings", "tensor(float)", "batch")
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+
+
+def in_torch(path: Path) -> Callable[[Tensor], Tensor]:
+    module: nn.Module = torch.export.load(path).module()
+    return module
+
+
+def metadata(path: Path) -> dict[str, str]:
+    if path.suffix == ".onnx":
+        return {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    if path.suffix == ".pt2":
+        extra = {"fedss.json": ""}
+        torch.export.load(path, extra_files=extra)
+        found: dict[str, str] = json.loads(extra["fedss.json"])
+        return found
+    with safe_open(path, framework="np") as file:
+        return dict(file.metadata())
+
+
+def one_minus_cosine(a: Tensor, b: Tensor) -> float:
+    cosine = nn.functional.cosine_similarity(a.double(), b.double(), dim=1)
+    return float((1 - cosine).max())
+
+
+# --- equal to the model
+
+
+@pytest.mark.parametrize("source", ["conv4", "timm", "own"])
+def test_what_runs_elsewhere_gives_the_models_embeddings(source, trained, run, tmp_path):
+    backbone = own_network() if source == "own" else None
+    if source != "conv4":
+        name = backbone or "timm:test_efficientnet"
+        embedder = build_embedder(name, channels=3, image_size=32, embedding_size=8, seed=1)
+        run = holding(embedder, trained, tmp_path / "other")
+    model = fedss.load(run, backbone)
+    for format, load in (("onnx", in_onnxruntime), ("torch-export", in_torch)):
+        path = export(run, format, tmp_path / "out", backbone=backbone)
+        elsewhere = load(path)
+        for B in (1, 2, 7, 64):
+            pixels = noise(model, B)
+            with torch.no_grad():
+                expected = model(pixels)
+            got = elsewhere(pixels)
+            assert got.shape == (B, 8)
+            assert got.dtype == torch.float32
+            assert not got.requires_grad
+            assert one_minus_cosine(got, expected) < 1e-6
+            assert torch.allclose(got.norm(dim=1), torch.ones(B), atol=1e-5)
+    path = export(run, "safetensors", tmp_path / "out", backbone=backbone)
+    loaded = fedss.load(path, backbone)
+    assert torch.equal(loaded(pixels), model(pixels))
+    assert loaded.spec == model.spec
+    assert fingerprint(loaded) == fingerprint(model)
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        CARD,
+        "model.onnx",
+        "model.pt2",
+        "model.safetensors",
+    ]
+
+
+def test_layout_in_memory_is_left_behind(trained, tmp_path):
+    # In ONNX the channels-last embedder would give something else, and nothing would warn of it.
+    embedder = build_embedder(own_network(), channels=3, image_size=32, embedding_size=8, seed=1)
+    deep = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    embedder = build_embedder(deep, channels=3, image_size=16, embedding_size=8, seed=1)
+    assert embedder.channels_last
+    run = holding(embedder, trained, tmp_path / "run")
+    got = in_onnxruntime(export(run, "onnx", backbone=deep))(noise(embedder, 7))
+    assert one_minus_cosine(got, embedder.eval()(noise(embedder, 7)).detach()) < 1e-6
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_says_what_it_needs(format, run):
+    path = export(run, format)
+    assert path.parent == run / "export"
+    about, model = metadata(path), fedss.load(run)
+    said = json.loads(about["preprocessing"])
+    assert said["input_size"] == [1, 12, 12]
+    assert (said["color"], said["dtype"], said["layout"]) == ("L", "uint8", "BCHW")
+    assert (said["interpolation"], said["crop_mode"], said["crop_pct"]) == ("bilinear", "center", 1)
+    assert (said["mean"], said["std"]) == (model.mean.tolist(), model.std.tolist())
+    assert "12 x 12 pixels" in about["preprocessing_text"]
+    assert about["embedding_size"] == "8"
+    assert about["backbone"] == "conv4-4"
+    assert about["norm_layers"] == "GroupNorm"
+    assert about["fedss_version"] == fedss.__version__
+    assert about["fingerprint"] == fingerprint(model)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_keeps_nothing_of_this_machine(format, run):
+    content = export(run, format).read_bytes()
+    if format == "torch-export":
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            content = b"".join(archive.read(name) for name in archive.namelist())
+    for trace in (str(Path(fedss.__file__).parent), str(Path(torch.__file__).parent), ".py\\"):
+        assert trace.encode() not in content
+    card = (run / "export" / CARD).read_text()
+    assert str(run) not in card
+
+
+# --- without the library
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def photograph(path: Path) -> None:
+    """A picture whose embedding shows it when rotation, crop, filter or colours are wrong."""
+    y, x = np.mgrid[0:90, 0:150]
+    picture = np.stack([x, y * 2, (x * y) % 256], 2).astype(np.uint8)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.fromarray(picture).save(path, exif=rotated)
+
+
+def test_the_page_runs_as_written(trained, tmp_path, monkeypatch):
+    name = "timm:test_resnet"
+    embedder = build_embedder(name, channels=3, image_size=64, embedding_size=8, seed=1)
+    run = holding(embedder, trained, tmp_path / "run")
+    for format in FORMATS:
+        export(run, format, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    photograph(Path("photo.jpg"))
+    names: dict[str, Any] = {}
+    embeddings = []
+    for block in blocks(PAGE.read_text()):
+        names.pop("embeddings", None)
+        if "import fedss" not in block:
+            monkeypatch.setitem(sys.modules, "fedss", None)
+        exec(block.replace("resnet18", "test_resnet"), names)
+        monkeypatch.setitem(sys.modules, "fedss", fedss)
+        if "embeddings" in names:
+            embeddings.append(torch.as_tensor(names["embeddings"]))
+    assert len(embeddings) == 4
+    expected = torch.from_numpy(fedss.embed_files(embedder.eval(), ["photo.jpg"]).embeddings_ND)
+    for got in embeddings:
+        assert torch.allclose(got, expected, atol=1e-5)
+    assert names["about"]["input_size"] == [3, 64, 64]
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "own"])
+def test_trained_weights_go_straight_into_timm(name, tmp_path):
+    own = name == "own"
+    embedder = with_trained_norms(None if own else f"timm:{name}")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(portable.safetensors_of(embedder, {}))
+    photograph(tmp_path / "photo.jpg")
+    size = {"img_size": 32} if name == "test_vit" else {}
+    net = own_network() if own else timm.create_model(name, num_classes=0, in_chans=3, **size)
+    pixels = decode(tmp_path / "photo.jpg", 32, 3)[None].copy()
+    names = {"net": net, "pixels": lambda path: pixels}
+    (recipe,) = (block for block in blocks(PAGE.read_text()) if "load_state_dict" in block)
+    exec(recipe.replace('"model.safetensors"', repr(str(path))), names)
+    with torch.no_grad():
+        expected = embedder(torch.from_numpy(pixels))
+    assert torch.allclose(torch.as_tensor(names["embeddings"]), expected, atol=1e-5)
+    assert fingerprint(fedss.load(path, own_network() if own else None)) == fingerprint(embedder)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "rotated.jpg", "png", "gray.png"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_cards_code_reads_pictures_as_training_did(kind, channels, run, trained, tmp_path):
+    if channels == 3:
+        embedder = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=8, seed=1)
+        run = holding(embedder, trained, tmp_path / "colour")
+    card = export(run, "safetensors").with_name(CARD).read_text()
+    names: dict[str, Any] = {}
+    exec(blocks(card)[0], names)
+    path = tmp_path / f"photo.{kind}"
+    photograph(path) if kind != "png" else None
+    if kind == "png":
+        values = np.random.default_rng(0).integers(0, 256, (40, 31, 4), dtype=np.uint8)
+        Image.fromarray(values).save(path)
+    elif kind == "gray.png":
+        Image.fromarray(np.arange(900, dtype=np.uint8).reshape(20, 45)).save(path)
+    assert np.array_equal(names["pixels"](path)[0], decode(path, 12, channels))
+
+
+def test_the_cards_snippets_give_one_embedding(run, tmp_path, monkeypatch):
+    for format in FORMATS:
+        card = export(run, format, tmp_path / "out").with_name(CARD).read_text()
+    monkeypatch.chdir(tmp_path / "out")
+    photograph(Path("photo.jpg"))
+    expected = torch.from_numpy(fedss.embed_files(fedss.load(run), ["photo.jpg"]).embeddings_ND)
+    names: dict[str, Any] = {}
+    reading, *loading = blocks(card)
+    exec(reading, names)
+    assert len(loading) == 3
+    for block in loading:
+        exec(block, names)
+        assert torch.allclose(torch.as_tensor(names.pop("embeddings")), expected, atol=1e-6)
+
+
+# --- what is refused
+
+
+class Restless(nn.Module):
+    """Asks for the values of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = own_network(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x if x.mean() > 0 else -x)
+
+
+class Strided(nn.Module):
+    """Right in PyTorch; in ONNX, which knows no strides, other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(144, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.line(x.as_strided((len(x), 144), (144, 1)) + x.transpose(2, 3).flatten(1))
+
+
+class OfTwo(nn.Module):
+    """Knows one batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(144, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x.reshape(2 if len(x) == 2 else len(x), 144) * (2.0 if len(x) == 2 else 1))
+
+
+@pytest.mark.parametrize("network", [Restless, OfTwo])
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_a_network_that_cannot_be_followed(network, format, trained, tmp_path):
+    embedder = build_embedder(network(), channels=1, image_size=12, embedding_size=8, seed=0)
+    run = holding(embedder, trained, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"torch\.export cannot follow the backbone.*safetensors"):
+        export(run, format, backbone=network())
+    assert not (run / "export").exists()
+    path = export(run, "safetensors", backbone=network())
+    assert torch.equal(
+        fedss.load(path, network())(noise(embedder, 3)), embedder.eval()(noise(embedder, 3))
+    )
+    assert "backbone=net" in path.with_name(CARD).read_text()
+    assert network.__name__ in path.with_name(CARD).read_text()
+    with pytest.raises(ConfigError, match=r"module of its owner's.*backbone="):
+        export(run, "safetensors")
+
+
+def test_a_file_that_gives_other_embeddings_is_not_left(trained, tmp_path, monkeypatch):
+    colourful = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = colourful
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(portable_channels_last(x))
+
+    from fedss.models.layout import channels_last as portable_channels_last
+
+    embedder = build_embedder(ChannelsLast(), channels=3, image_size=12, embedding_size=8, seed=0)
+    run = holding(embedder, trained, tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"onnx: .*other embeddings.*1 - cosine is up to \d.*left"
+    ):
+        export(run, "onnx", backbone=ChannelsLast())
+    assert list((run / "export").iterdir()) == []
+    assert export(run, "torch-export", backbone=ChannelsLast()).exists()
+
+
+def test_a_model_too_large_for_one_file(run, monkeypatch):
+    monkeypatch.setattr(portable, "_ONNX_BYTES", 1000)
+    with pytest.raises(ConfigError, match=r"at most 2 GiB.*torch-export or safetensors"):
+        export(run, "onnx")
+
+
+def test_packages_that_are_missing_are_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r'onnxscript: pip install "fedss\[onnx\]"'):
+        export(run, "onnx")
+    assert export(run, "torch-export").exists()
+
+
+def test_a_folder_holds_one_model(run, trained, tmp_path):
+    path = export(run, "safetensors", tmp_path / "out")
+    card = path.with_name(CARD)
+    card.write_text(card.read_text().replace('"unknown"', '"cc-by-4.0"'))
+    path.write_bytes(b"damaged")
+    assert export(run, "safetensors", tmp_path / "out") == path
+    assert fingerprint(fedss.load(path)) == fingerprint(fedss.load(run))
+    assert '"cc-by-4.0"' in card.read_text()
+
+    embedder = build_embedder("conv4-4", channels=1, image_size=12, embedding_size=8, seed=9)
+    other = holding(embedder, trained, tmp_path / "other")
+    before = path.read_bytes()
+    for format in FORMATS:
+        with pytest.raises(RunFolderError, match=r"card of another model.*choose another folder"):
+            export(other, format, tmp_path / "out")
+    card.unlink()
+    with pytest.raises(RunFolderError, match=r"is there already, and no MODEL_CARD\.md says"):
+        export(other, "safetensors", tmp_path / "out")
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_fedss_load_says_what_is_wrong_with_a_file(run, tmp_path):
+    path = export(run, "safetensors")
+    assert fingerprint(fedss.load(path.parent)) == fingerprint(fedss.load(path))
+    with pytest.raises(ConfigError, match="leave backbone out"):
+        fedss.load(path, own_network(1))
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:50], b"", b"PK\3\4"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}.*fedss export"):
+            fedss.load(path)
+    path.write_bytes(whole)
+    tensors, header = load_file(path), metadata(path)
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match="none whose header describes a model"):
+        fedss.load(path)
+    for bad in ("{", '{"format": "other"}'):
+        save_file(tensors, path, {**header, "fedss": bad})
+        with pytest.raises(ConfigError, match=r"the header of .* does not describe a model"):
+            fedss.load(path)
+    del tensors["backbone.block1.conv.weight"]
+    tensors["mean"] = tensors["mean"].double()
+    save_file({**tensors, "more": torch.zeros(1)}, path, header)
+    with pytest.raises(
+        ConfigError, match=r"missing backbone\.block1\.conv\.weight, left over more, mean is .*64"
+    ):
+        fedss.load(path)
+    with pytest.raises(RunFolderError, match="expected a finished run"):
+        fedss.load(tmp_path / "none.safetensors")
+
+
+def test_mistakes_on_the_command_line_are_one_line(run, tmp_path, capsys):
+    def refused(*words: str) -> str:
+        assert main(["export", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("fedss export: ")
+        return line
+
+    assert "did you mean onnx" in refused(str(run), "--format", "onx")
+    to_file = refused(str(run), "--format", "onnx", "--out", str(tmp_path / "birds.onnx"))
+    assert f"expected a folder, got the name of a file; --out {tmp_path} gets model.onnx" in to_file
+    (tmp_path / "taken").write_text("")
+    for place in ("taken", "taken/deeper"):
+        words = ("--format", "safetensors", "--out", str(tmp_path / place))
+        assert "expected a folder, found a file" in refused(str(run), *words)
+    assert "expected a finished run" in refused(str(tmp_path), "--format", "onnx")
+    comparison = [{"method": "full", "seed": 0, "folder": "full-seed0"}]
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "summary.json").write_text(json.dumps(comparison))
+    assert "name one of them, such as" in refused(str(tmp_path / "both"), "--format", "onnx")
+    (run / "summary.json").unlink()
+    assert "start its fedss train command again" in refused(str(run), "--format", "safetensors")
+    (run / "config.json").write_text("{}")
+    assert "name the run folder itself" in refused(str(run), "--format", "safetensors")
+    assert not (run / "export").exists()
+
+
+def test_the_command_says_what_it_wrote(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", "torch-export", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out.split() == ["model", str(out / "model.pt2"), "card", str(out / CARD)]
+    assert said.err == ""
