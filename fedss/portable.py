@@ -172,6 +172,7 @@ def _program(embedder: Embedder) -> torch.export.ExportedProgram:
     model = copy.deepcopy(embedder).requires_grad_(False)
     # It changes speed, not results, and ONNX knows no strides: there it would change results.
     model.channels_last = False
+    model.register_forward_pre_hook(_take_uint8_alone)
     spec = model.spec
     pixels_BCHW = torch.zeros(2, spec.channels, spec.image_size, spec.image_size, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch")},)
@@ -190,6 +191,11 @@ def _program(embedder: Embedder) -> torch.export.ExportedProgram:
         # Paths of this machine, and lines of its owner's code.
         node.meta.pop("stack_trace", None)
     return program
+
+
+def _take_uint8_alone(model: nn.Module, pixels: tuple[Tensor]) -> None:
+    # A torch.export program looks at shapes, and divides by 255 what has been divided before.
+    torch.ops.aten._assert_tensor_metadata(pixels[0], None, None, torch.uint8)
 
 
 def _to_torch_export(embedder: Embedder, about: Mapping[str, str]) -> bytes:

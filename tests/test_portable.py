@@ -205,6 +205,14 @@ def test_an_own_network_elsewhere_gives_the_models_embeddings(trained, tmp_path)
     check_equal(files, run, own_network())
 
 
+def test_floats_are_refused_rather_than_scaled_twice(exported):
+    pixels = torch.rand(2, 1, 12, 12)
+    with pytest.raises(Exception, match=r"Actual: \(tensor\(float\)\) , expected: \(tensor\(uint8"):
+        onnxruntime.InferenceSession(exported["onnx"]).run(None, {"pixels": pixels.numpy()})
+    with pytest.raises(RuntimeError, match="Expected: Byte, Got: float"):
+        in_torch(exported["torch-export"])(pixels)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_says_what_it_needs(format, exported, trained):
     about, model = metadata(exported[format]), fedss.load(trained)
