@@ -339,7 +339,7 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
     path = Path(path)
     if path.is_file():
         return load_embedder(path, backbone)
-    for place in (path, path / "model"):
+    for place in (path / "model", path):
         if (place / "model.safetensors").exists():
             return load_embedder(place, backbone)
     runs = [s["folder"] for s in read_summaries(path) if s.get("folder", ".") != "."]

@@ -33,7 +33,7 @@ _OPSET = 18
 _ONNX_BYTES = 2**31
 _ADVICE = "make room or mend the place, or choose another one (--out)"
 
-Run = Callable[[Tensor], Tensor]
+Embed = Callable[[Tensor], Tensor]
 """uint8 pixels [B, C, H, W] to embeddings [B, D]."""
 
 
@@ -50,7 +50,7 @@ class Format:
 
     file: str
     write: Callable[[Embedder, Mapping[str, str]], bytes]
-    read: Callable[[Path, nn.Module | None], Run]
+    read: Callable[[Path, nn.Module | None], Embed]
 
 
 def export(
@@ -204,7 +204,7 @@ def _to_torch_export(embedder: Embedder, about: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _run_torch_export(path: Path, backbone: nn.Module | None) -> Run:
+def _run_torch_export(path: Path, backbone: nn.Module | None) -> Embed:
     with path.open("rb") as file:
         module: nn.Module = torch.export.load(file).module()
     return module
@@ -232,24 +232,25 @@ def _to_onnx(embedder: Embedder, about: Mapping[str, str]) -> bytes:
                 verbose=False,
             )
         proto = model.model_proto
+        for part in (proto.graph, *proto.functions):
+            _strip(part)
+        for end in (*proto.graph.input, *proto.graph.output):
+            end.type.tensor_type.shape.dim[0].dim_param = "batch"
+        proto.doc_string = about["preprocessing_text"]
+        onnx.helper.set_model_props(proto, dict(about))
+        onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise ConfigError(
             f"onnx: torch's exporter cannot translate the network: {_first_line(error)}; take the "
             "format torch-export or safetensors"
         ) from error
-    _strip(proto.graph)
-    for end in (*proto.graph.input, *proto.graph.output):
-        end.type.tensor_type.shape.dim[0].dim_param = "batch"
-    proto.doc_string = about["preprocessing_text"]
-    onnx.helper.set_model_props(proto, dict(about))
-    onnx.checker.check_model(proto, full_check=True)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
 
 
 def _strip(graph: Any) -> None:
-    """Take out what torch notes for its developers: paths of this machine, lines of code, sizes
-    of intermediate results under names of its own."""
+    """Take out what torch notes for its developers: paths of this machine, lines of code."""
+    # Shapes of intermediate results, under names for the batch that the ends no longer have.
     graph.ClearField("value_info")
     for node in graph.node:
         node.ClearField("metadata_props")
@@ -259,7 +260,7 @@ def _strip(graph: Any) -> None:
                 _strip(inner)
 
 
-def _run_onnx(path: Path, backbone: nn.Module | None) -> Run:
+def _run_onnx(path: Path, backbone: nn.Module | None) -> Embed:
     session = _import("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(pixels_BCHW: Tensor) -> Tensor:
@@ -277,7 +278,7 @@ FORMATS = {
 
 
 @torch.no_grad()
-def _check_equal(embedder: Embedder, run: Run, format: str) -> None:
+def _check_equal(embedder: Embedder, run: Embed, format: str) -> None:
     """Whether the file gives the model's embeddings.
 
     Raises:
