@@ -11,6 +11,7 @@ from fedss.evaluation import evaluate
 from fedss.experiment import Run, compare, load, train
 from fedss.methods import METHODS
 from fedss.models import Embedder
+from fedss.portable import export
 from fedss.report import write_report
 from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
 
@@ -35,6 +36,7 @@ __all__ = [
     "embed_files",
     "evaluate",
     "evaluate_retrieval",
+    "export",
     "load",
     "load_data",
     "load_dataset",

@@ -127,6 +127,17 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-broken", action="store_true", help="leave out and count unreadable pictures"
     )
 
+    export = command(
+        _export, "RUN --format FORMAT [--out DIR]", "a trained model as a file for other programs"
+    )
+    export.add_argument("folder", metavar="RUN", help="a run folder")
+    export.add_argument(
+        "--format", required=True, metavar="FORMAT", help="onnx, safetensors or torch-export"
+    )
+    export.add_argument(
+        "--out", metavar="DIR", help="folder for it and its model card (default: RUN/export)"
+    )
+
     report = command(_report, "OUT", "write report.html for a run or a comparison")
     report.add_argument("folder", metavar="OUT", help="the folder of a run or a comparison")
 
@@ -301,6 +312,13 @@ def _embed(options: argparse.Namespace) -> None:
     written = write_embeddings(Path(options.out), result)
     print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
     print("\n".join(str(path) for path in written))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from fedss.portable import CARD, export
+
+    path = export(options.folder, options.format, options.out)
+    print(f"model  {path}\ncard   {path.with_name(CARD)}")
 
 
 def _app(options: argparse.Namespace) -> None:

@@ -326,23 +326,32 @@ def compare(
     return summaries
 
 
-def load(folder: str | Path, backbone: nn.Module | None = None) -> Embedder:
-    """The trained model of a run folder (or of its ``model`` folder).
+def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
+    """The trained model of a run folder (or of its ``model`` folder), or an exported one.
 
     Args:
-        folder: a run folder.
+        path: a run folder, or the ``model.safetensors`` of ``fedss export`` or its folder.
         backbone: if the run was trained with a module of your own: one of the same structure.
 
     Raises:
         RunFolderError: there is no finished run.
-        ConfigError: a damaged model, or a backbone missing.
+        ConfigError: a file that is damaged or no model, or a backbone missing.
     """
-    for place in (Path(folder), Path(folder) / "model"):
+    path = Path(path)
+    if path.is_file():
+        return load_embedder(path, backbone)
+    for place in (path / "model", path):
         if (place / "model.safetensors").exists():
             return load_embedder(place, backbone)
-    done = (Path(folder) / "summary.json").exists()
+    runs = [s["folder"] for s in read_summaries(path) if s.get("folder", ".") != "."]
+    if runs:
+        raise RunFolderError(
+            f"{path} holds a comparison of several models: name one of them, such as "
+            f"{path / runs[0]}"
+        )
+    done = (path / "summary.json").exists()
     raise RunFolderError(
-        f"{folder}: expected a finished run with model/model.safetensors, found none; "
+        f"{path}: expected a finished run with model/model.safetensors, found none; "
         + ("delete its summary.json and " if done else "")
         + "start its fedss train command again: it goes on from the last checkpoint"
     )

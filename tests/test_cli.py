@@ -24,7 +24,7 @@ GLYPHS = [
     *["--data", "glyphs", "--glyphs-classes", "40", "--glyphs-clients", "8", "--sample-size", "8"],
 ]
 
-COMMANDS = {"app", "train", "compare", "evaluate", "embed", "report", "info"}
+COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", "info"}
 
 
 @pytest.fixture
@@ -114,6 +114,7 @@ def test_commands_and_options_are_pinned(capsys):
         "--no-rotations",
     }
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
+    assert options_of("export", capsys)[0] == {"--help", "--format", "--out"}
     assert options_of("report", capsys)[0] == {"--help"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment

@@ -28,6 +28,7 @@ PUBLIC = {
     "embed_files",
     "evaluate",
     "evaluate_retrieval",
+    "export",
     "load",
     "load_data",
     "load_dataset",
@@ -48,8 +49,9 @@ LAYERS = [
     {"config", "wire", "checkpoint"},
     {"engines"},
     {"build", "run_folder", "records", "embedding", "evaluation"},
-    {"describe", "progress"},
+    {"describe", "progress", "model_card"},
     {"experiment"},
+    {"portable"},
     {"cli"},
 ]
 
@@ -109,7 +111,7 @@ def test_heavy_extras_are_imported_where_they_are_used():
             (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
             for node in top
         }
-        heavy = {"timm", "pyarrow", "flwr"}
+        heavy = {"timm", "pyarrow", "flwr", "onnx", "onnxruntime", "onnxscript"}
         if path.parent == PACKAGE / "engines" / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path

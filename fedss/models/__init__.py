@@ -16,7 +16,7 @@ from fedss.models.embedder import (
 from fedss.models.flat import FlatParameters, flatten_
 from fedss.models.layout import pool_before_relu_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
-from fedss.models.saving import load_embedder, save_embedder
+from fedss.models.saving import fingerprint, load_embedder, safetensors_of, save_embedder
 
 __all__ = [
     "Embedder",
@@ -27,10 +27,12 @@ __all__ = [
     "build_embedder",
     "conv4",
     "embed_pixels",
+    "fingerprint",
     "flatten_",
     "freeze_batch_norm",
     "load_embedder",
     "pool_before_relu_",
     "replace_batch_norm",
+    "safetensors_of",
     "save_embedder",
 ]

@@ -74,6 +74,15 @@ class FrozenBatchNorm(nn.Module):
         )
 
 
+class NormAct(nn.Sequential):
+    """What takes the place of a norm that held layers of its own: a norm, then those layers.
+
+    timm's BatchNormAct2d applies drop and then act after its norm. Here the norm is the first layer
+    and its tensors are named ``0.weight``, ...; the type tells exported files where to leave the
+    ``0.`` out (:func:`fedss.models.saving.safetensors_of`).
+    """
+
+
 def largest_groups(channels: int, most: int, least_channels: int = 1) -> int:
     """The largest number of groups, up to `most`, of at least so many channels each; else 1."""
     for groups in range(min(most, channels // least_channels), 1, -1):
@@ -130,7 +139,6 @@ def _frozen_like(norm: BatchNorm) -> nn.Module:
 
 
 def _followed_by_children(new: nn.Module, norm: nn.Module) -> nn.Module:
-    """timm's BatchNormAct2d applies layers of its own, drop and then act, after the norm."""
     children = [child for child in norm.children() if not isinstance(child, nn.Identity)]
-    new = nn.Sequential(new, *children) if children else new
+    new = NormAct(new, *children) if children else new
     return new.train(norm.training)

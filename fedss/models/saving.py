@@ -1,23 +1,28 @@
-"""An embedder in a folder: tensors and JSON, no code."""
+"""An embedder in files: tensors and JSON, no code."""
 
+import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.files import write_file
 from fedss.models.checks import few
 from fedss.models.embedder import Embedder, EmbedderSpec, assemble
+from fedss.models.norms import NormAct
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _FORMAT = "fedss-embedder-1"
+_HEADER = "fedss"
 
 
 def save_embedder(embedder: Embedder, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -34,75 +39,151 @@ def save_embedder(embedder: Embedder, folder: str | Path, config: Mapping[str, A
     Raises:
         ConfigError: a config that is not JSON.
     """
-    description = {"format": _FORMAT, "embedder": asdict(embedder.spec), "config": dict(config)}
+    description = {**_description(embedder), "config": dict(config)}
     try:
         text = json.dumps(description, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the config cannot be written as JSON: {error}") from error
-    # Flattened parameters share one storage, which safetensors refuses: each gets its own.
-    state = {n: t.detach().cpu().clone().contiguous() for n, t in embedder.state_dict().items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / _WEIGHTS, save(state, metadata={"format": "pt"}))
+    write_file(folder / _WEIGHTS, save(_state(embedder), metadata={"format": "pt"}))
     write_file(folder / _CONFIG, (text + "\n").encode())
 
 
-def load_embedder(folder: str | Path, backbone: nn.Module | None = None) -> Embedder:
-    """The embedder that `save_embedder` wrote: same outputs, bit for bit, on the CPU, in eval mode.
+def safetensors_of(embedder: Embedder, metadata: Mapping[str, str]) -> bytes:
+    """An embedder as one safetensors file, for `load_embedder` and for those without this library.
 
-    Nothing is downloaded, and only tensors and JSON are read: no code of the folder runs.
+    The description that `save_embedder` writes into a JSON stands in the header. Tensors are named
+    ``backbone.<name>``, with the name that the backbone gave them before its norms were replaced or
+    frozen, ``projection.weight`` [D, F], ``mean`` and ``std`` [C].
 
     Args:
-        folder: what `save_embedder` wrote.
+        embedder: on any device; flattened or not.
+        metadata: what else to write into the header.
+    """
+    names = _names_in_file(embedder)
+    tensors = {names[name]: tensor for name, tensor in _state(embedder).items()}
+    header = {"format": "pt", _HEADER: json.dumps(_description(embedder)), **metadata}
+    return save(tensors, metadata=header)
+
+
+def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
+    """The embedder that was saved: same outputs, bit for bit, on the CPU, in eval mode.
+
+    Nothing is downloaded, and only tensors and JSON are read: no code of the files runs.
+
+    Args:
+        path: a folder that `save_embedder` wrote, or a file (or its folder) of `safetensors_of`.
         backbone: needed if and only if the model was built around a module of your own: one of the
             same structure, with any weights. It is copied, not changed.
 
     Raises:
-        ConfigError: a file missing or damaged; a backbone missing or not called for; tensors
-            missing, left over or of another shape or dtype (they are listed).
+        ConfigError: a file missing, damaged or of another origin; a backbone missing or not called
+            for; tensors missing, left over or of another shape or dtype (they are listed).
     """
-    folder = Path(folder)
-    spec = _read_spec(folder / _CONFIG)
+    path = Path(path)
+    file = path if path.is_file() else path / _WEIGHTS
+    header = _header(file)
+    spec = _header_spec(file, header) if _HEADER in header else _config_spec(file, path.is_file())
     source = spec.backbone or backbone
     if source is None:
         raise ConfigError(
-            f"the model in {folder} was built around a module of its owner's, which no file can "
+            f"the model in {path} was built around a module of its owner's, which no file can "
             "hold: pass one of the same structure, fedss.load(folder, backbone=...)"
         )
     if spec.backbone is not None and backbone is not None:
         raise ConfigError(
-            f'the model in {folder} was built from the name "{spec.backbone}": leave backbone out'
+            f'the model in {path} was built from the name "{spec.backbone}": leave backbone out'
         )
     try:
-        state = load_file(folder / _WEIGHTS)
+        state = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise _unreadable(folder / _WEIGHTS, error) from error
+        raise _unreadable(file, error) from error
     embedder = assemble(source, spec, seed=0, download=False)
     expected = embedder.state_dict()
-    problems = [f"missing {n}" for n in expected if n not in state]
-    problems += [f"left over {n}" for n in state if n not in expected]
+    names = _names_in_file(embedder) if _HEADER in header else {name: name for name in expected}
+    problems = [f"missing {names[n]}" for n in expected if names[n] not in state]
+    problems += [f"left over {n}" for n in state if n not in names.values()]
     problems += [
-        f"{n} is {state[n].dtype} {list(state[n].shape)}, expected {t.dtype} {list(t.shape)}"
-        for n, t in expected.items()
-        if n in state and (state[n].shape != t.shape or state[n].dtype != t.dtype)
+        f"{name} is {found.dtype} {list(found.shape)}, expected {t.dtype} {list(t.shape)}"
+        for name, found, t in ((names[n], state.get(names[n]), t) for n, t in expected.items())
+        if found is not None and (found.shape != t.shape or found.dtype != t.dtype)
     ]
     if problems:
-        raise ConfigError(f"{folder / _WEIGHTS} does not fit the model: {few(problems)}")
-    embedder.load_state_dict(state)
+        raise ConfigError(f"{file} does not fit the model: {few(problems)}")
+    embedder.load_state_dict({name: state[names[name]] for name in expected})
     return embedder.eval()
 
 
-def _read_spec(path: Path) -> EmbedderSpec:
+def fingerprint(embedder: Embedder) -> str:
+    """A digest, in hex, of a model's structure and of every number in it; sha256."""
+    digest = hashlib.sha256(json.dumps(asdict(embedder.spec), sort_keys=True).encode())
+    for name, tensor in sorted(embedder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _description(embedder: Embedder) -> dict[str, Any]:
+    return {"format": _FORMAT, "embedder": asdict(embedder.spec)}
+
+
+def _state(embedder: Embedder) -> dict[str, Tensor]:
+    # Flattened parameters share one storage, which safetensors refuses: each gets its own.
+    return {n: t.detach().cpu().clone().contiguous() for n, t in embedder.state_dict().items()}
+
+
+def _names_in_file(embedder: Embedder) -> dict[str, str]:
+    """The names of tensors in an exported file, by their names in the state dict."""
+    replaced = {
+        f"{path}.0"
+        for path, part in embedder.named_modules(remove_duplicate=False)
+        if isinstance(part, NormAct)
+    }
+
+    def outside(name: str) -> str:
+        owner, _, leaf = name.rpartition(".")
+        return f"{owner.removesuffix('.0')}.{leaf}" if owner in replaced else name
+
+    return {name: outside(name) for name in embedder.state_dict()}
+
+
+def _header(file: Path) -> dict[str, str]:
+    # What is wrong with the file is told when its tensors are read.
+    with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as content:
+        return content.metadata() or {}
+    return {}
+
+
+def _header_spec(file: Path, header: Mapping[str, str]) -> EmbedderSpec:
+    description = None
+    with suppress(ValueError):
+        description = json.loads(header[_HEADER])
+    return _spec(description, f"the header of {file}")
+
+
+def _config_spec(file: Path, alone: bool) -> EmbedderSpec:
+    config = file.with_name(_CONFIG)
+    if alone and not config.exists():
+        raise ConfigError(
+            f"{file}: expected a safetensors file that fedss export wrote, found none whose header "
+            "describes a model; export the run again: fedss export RUN --format safetensors"
+        )
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(config, error) from error
+    return _spec(description, str(config))
+
+
+def _spec(description: Any, where: str) -> EmbedderSpec:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
-        raise ConfigError(f'{path} does not describe a model: its "format" must be "{_FORMAT}"')
+        raise ConfigError(f'{where} does not describe a model: its "format" must be "{_FORMAT}"')
     try:
         return EmbedderSpec(**description["embedder"])
     except (KeyError, TypeError) as error:
-        raise ConfigError(f'{path}: "embedder" does not describe a model: {error}') from error
+        raise ConfigError(f'{where}: "embedder" does not describe a model: {error}') from error
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
