@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run: scalars, pictures with their neighbours, the projector."""
 
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,19 @@ def open_board(folder: Path, round: int) -> "Iterator[SummaryWriter]":
     from torch.utils.tensorboard import SummaryWriter
 
     place = str(folder / "tensorboard")
-    with SummaryWriter(place, purge_step=round, flush_secs=10) as board:
-        yield board
+    before = threading.excepthook
+
+    def quiet(failed: threading.ExceptHookArgs) -> None:
+        # The next write raises it here again: on a full disk no traceback need be printed too.
+        if not type(failed.thread).__module__.startswith("tensorboard"):
+            before(failed)
+
+    threading.excepthook = quiet
+    try:
+        with SummaryWriter(place, purge_step=round, flush_secs=10) as board:
+            yield board
+    finally:
+        threading.excepthook = before
 
 
 def add_scalars(board: "SummaryWriter", record: Mapping[str, Any], failures: bool) -> None:
