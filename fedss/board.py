@@ -133,13 +133,18 @@ def add_projection(
     query_QD, gallery_GD = found
     embeddings_ND = query_QD if gallery_GD is None else gallery_GD
     chosen = choose_points(images.labels, seed)
+    logs = Path(board.log_dir)
     # A run that was stopped right after writing it writes it again.
-    shutil.rmtree(Path(board.log_dir) / f"{round:05d}", ignore_errors=True)
+    shutil.rmtree(logs / f"{round:05d}", ignore_errors=True)
     names = [" ".join(images.class_names[i].split()) or "–" for i in images.labels[chosen]]
     pixels = torch.from_numpy(images.pixels[chosen]).float() / 255
     side = min(_THUMBNAIL, max(pixels.shape[-2:]))
     pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
     board.add_embedding(embeddings_ND[chosen].cpu(), names, pixels, round, "test")
+    # It must not look like a picture to who takes all that are below a folder with this run in it.
+    sprite, config = logs / f"{round:05d}/test/sprite.png", logs / "projector_config.pbtxt"
+    sprite.rename(sprite.with_suffix(""))
+    config.write_text(config.read_text().replace("sprite.png", "sprite"))
 
 
 def choose_points(labels_N: np.ndarray, seed: int) -> np.ndarray:
