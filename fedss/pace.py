@@ -16,9 +16,9 @@ class TimeLeft:
 
     def __str__(self) -> str:
         """``about 3 min left``, as coarse as such an estimate is."""
-        start, seconds = "more than" if self.at_least else "about", self.seconds
+        start, seconds = "at least" if self.at_least else "about", self.seconds
         if seconds < 10:
-            return "more than a few seconds left" if self.at_least else "a few seconds left"
+            return f"{'at least ' if self.at_least else ''}a few seconds left"
         if seconds < 57.5:
             return f"{start} {5 * round(seconds / 5)} s left"
         minutes = max(1, round(seconds / 60))

@@ -44,7 +44,7 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
     say(f"{path}: open it in a browser; it loads itself again every {REFRESH} s")
     try:
         while True:
-            seen, done, began = _stamp(folder), _done(folder), time.monotonic()
+            seen, done, began = _stamp(folder), _done(folder), time.process_time()
             late = False
             if not any(name.endswith("records.jsonl") for name in seen):
                 say(f"{_now()}  waiting for the first records")
@@ -56,10 +56,11 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
                 shown = True
             if done:
                 return path
-            pause = max(poll, (time.monotonic() - began) * (1 / _SHARE - 1))
+            rest = time.monotonic() + (time.process_time() - began) * (1 / _SHARE - 1)
             while True:
-                time.sleep(pause)
-                if _stamp(folder) != seen or (shown and not late and _late(folder, runs)):
+                time.sleep(poll)
+                more = _stamp(folder) != seen or (shown and not late and _late(folder, runs))
+                if more and (time.monotonic() >= rest or _done(folder)):
                     break
     except KeyboardInterrupt:
         if shown:
