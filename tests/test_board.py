@@ -17,7 +17,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 import fedss
 from fedss.board import add_projection, choose_points, draw_neighbours, open_board
-from fedss.data import Images, RetrievalTask
+from fedss.data import RetrievalTask
 from tests.test_experiment import DATA, SMALL, train
 
 QUERY = DATA.test.query
@@ -122,17 +122,17 @@ def test_frames_tell_right_from_wrong_also_without_colours():
 
 def test_a_gallery_of_large_colour_pictures_with_strange_names(tmp_path):
     rng = np.random.default_rng(0)
-    gallery = Images(
-        rng.integers(0, 256, (9, 3, 96, 96), dtype=np.uint8),
-        np.arange(9) // 3,
-        ["a\tb\nc", " ", "größe"],
-        np.zeros(9, np.int64),
-        ["-"],
+    gallery = dataclasses.replace(
+        QUERY,
+        pixels=rng.integers(0, 256, (9, 3, 96, 96), dtype=np.uint8),
+        labels=np.arange(9) // 3,
+        clients=QUERY.clients[:9],
+        names=QUERY.names[:9],
+        class_names=["a\tb\nc", " ", "größe"],
     )
-    task = RetrievalTask(QUERY, gallery)
-    found = torch.zeros(len(QUERY), 4), torch.arange(36.0).reshape(9, 4)
+    found = torch.zeros(9, 4), torch.arange(36.0).reshape(9, 4)
     with open_board(tmp_path, 1) as board:
-        add_projection(board, task, found, 0, 12)
+        add_projection(board, RetrievalTask(gallery, gallery), found, 0, 12)
     (embedding,) = projector(tmp_path).embeddings
     logs = tmp_path / "tensorboard"
     names = (logs / embedding.metadata_path).read_text(encoding="utf-8").split("\n")
