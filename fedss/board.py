@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.nn import functional as F
 
 from fedss.data import RetrievalTask
 from fedss.evaluation import Embedded, find_neighbours
@@ -19,7 +18,7 @@ from fedss.seeds import generator
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_QUERIES, _SIDE, _FRAME, _GAP = 8, 64, 3, 4  # of the picture of neighbours; the last three: pixels
+_QUERIES, _SIDE, _FRAME, _GAP = 6, 56, 3, 4  # of the picture of neighbours; the last three: pixels
 _RIGHT, _WRONG = (10, 122, 85), (179, 38, 30)  # the colours of the report
 # TensorBoard colours the points of up to 50 names. Whole classes, since of a class with a single
 # point nobody sees whether it stands together.
@@ -103,7 +102,7 @@ def draw_neighbours(pixels_QKCHW: np.ndarray, labels_QK: np.ndarray) -> np.ndarr
             if column:
                 right = labels_QK[row, column] == labels_QK[row, 0]
                 _frame(ImageDraw.Draw(sheet), x, y, right)
-            sheet.paste(_thumbnail(pixels_QKCHW[row, column]), (x + _FRAME, y + _FRAME))
+            sheet.paste(_thumbnail(pixels_QKCHW[row, column], _SIDE), (x + _FRAME, y + _FRAME))
     return np.asarray(sheet)
 
 
@@ -116,13 +115,13 @@ def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
             draw.rectangle((x, y + start, x + end, y + start + 7), fill="white")
 
 
-def _thumbnail(pixels_CHW: np.ndarray) -> Image.Image:
-    """Large pictures shrunk, small ones enlarged pixel by pixel."""
+def _thumbnail(pixels_CHW: np.ndarray, side: int) -> Image.Image:
+    """In colour; large pictures shrunk, small ones enlarged pixel by pixel."""
     array = pixels_CHW[0] if len(pixels_CHW) == 1 else np.moveaxis(pixels_CHW, 0, -1)
     image = Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
-    small = max(image.size) <= _SIDE
+    small = max(image.size) <= side
     way = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return image.resize((_SIDE, _SIDE), way)
+    return image.resize((side, side), way)
 
 
 def add_projection(
@@ -137,10 +136,12 @@ def add_projection(
     # A run that was stopped right after writing it writes it again.
     shutil.rmtree(logs / f"{round:05d}", ignore_errors=True)
     names = [" ".join(images.class_names[i].split()) or "–" for i in images.labels[chosen]]
-    pixels = torch.from_numpy(images.pixels[chosen]).float() / 255
-    side = min(_THUMBNAIL, max(pixels.shape[-2:]))
-    pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
-    board.add_embedding(embeddings_ND[chosen].cpu(), names, pixels, round, "test")
+    side = min(_THUMBNAIL, images.pixels.shape[-1])
+    tiles = [np.asarray(_thumbnail(pixels, side)) for pixels in images.pixels[chosen]]
+    tiles_NCHW = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+    # Written as text: digits that nobody sees would be half of it.
+    shown = embeddings_ND[chosen].cpu().double().round(decimals=6)
+    board.add_embedding(shown, names, tiles_NCHW, round, "test")
     # It must not look like a picture to who takes all that are below a folder with this run in it.
     sprite, config = logs / f"{round:05d}/test/sprite.png", logs / "projector_config.pbtxt"
     sprite.rename(sprite.with_suffix(""))

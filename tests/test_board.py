@@ -45,7 +45,7 @@ def test_a_run_shows_scalars_neighbours_and_the_projector(tmp_path, capsys):
     pictures = board.Images("test/neighbours")
     assert [picture.step for picture in pictures] == [2, 4, 6]
     sheet = Image.open(io.BytesIO(pictures[-1].encoded_image_string))
-    assert sheet.size == (6 * 74 + 8, 8 * 74 + 4)
+    assert sheet.size == (6 * 66 + 8, 6 * 66 + 4)
     (embedding,) = projector(run.folder).embeddings
     logs = run.folder / "tensorboard"
     names = (logs / embedding.metadata_path).read_text().splitlines()
@@ -112,12 +112,12 @@ def test_points_are_whole_classes_as_far_as_there_is_room(labels, seed):
 def test_frames_tell_right_from_wrong_also_without_colours():
     pixels = np.zeros((1, 3, 3, 100, 100), np.uint8)
     sheet = draw_neighbours(pixels, np.array([[4, 4, 5]]))
-    left = [4 + column * 74 + (4 if column else 0) for column in range(3)]
-    edges = [sheet[4:74, x].astype(int) for x in left]
+    left = [4 + column * 66 + (4 if column else 0) for column in range(3)]
+    edges = [sheet[4:66, x].astype(int) for x in left]
     assert (edges[0] == 255).all()
     assert (edges[1] == (10, 122, 85)).all()
     assert {tuple(color) for color in edges[2]} == {(179, 38, 30), (255, 255, 255)}
-    assert (sheet[7:71, left[2] + 3 : left[2] + 67] == 0).all()
+    assert (sheet[7:63, left[2] + 3 : left[2] + 59] == 0).all()
 
 
 def test_a_gallery_of_large_colour_pictures_with_strange_names(tmp_path):
