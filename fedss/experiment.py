@@ -404,6 +404,7 @@ def _train_rounds(
                     if federation.task and found and found.embedded:
                         seen = federation.task, found.embedded, config.data_seed
                         add_neighbours(board, *seen, state.round)
+                        clock.lap("evaluate")
                 on_round(record)
                 if due and ranks.first:
                     save_checkpoint(folder / "checkpoint", state)
@@ -601,7 +602,7 @@ def _due(round: int, every: int, rounds: int) -> bool:
 
 
 class _Clock:
-    """Seconds by phase. What comes after a round's record, its checkpoint, counts to the next."""
+    """Seconds by phase. After a round's record comes its checkpoint: it counts to the next."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
