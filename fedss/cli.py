@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="folder for it and its model card (default: RUN/export)"
     )
 
-    report = command(_report, "OUT", "write report.html for a run or a comparison")
+    report = command(_report, "OUT [--watch]", "write report.html for a run or a comparison")
     report.add_argument("folder", metavar="OUT", help="the folder of a run or a comparison")
+    report.add_argument(
+        "--watch", action="store_true", help="write it again as records come in, until all is done"
+    )
 
     app = command(
         _app,
@@ -333,8 +337,13 @@ def _app(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from fedss.report import write_report
+    from fedss.report.watch import watch_report
 
-    print(write_report(Path(options.folder)))
+    folder = Path(options.folder)
+    if options.watch:
+        watch_report(folder, partial(print, flush=True))
+    else:
+        print(write_report(folder))
 
 
 def _info(options: argparse.Namespace) -> None:

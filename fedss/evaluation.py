@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,21 @@ def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
 
 
 Embed = Callable[[np.ndarray], Tensor]
+Embedded = tuple[Tensor, Tensor | None]
+"""Embeddings of a task's queries, and of its gallery where there is one."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does.
+
+    Attributes:
+        metrics: retrieval figures; None where nobody can tell.
+        embedded: what they were computed from, where the pictures are here.
+    """
+
+    metrics: dict[str, Any] | None
+    embedded: Embedded | None = None
 
 
 def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
@@ -29,8 +46,8 @@ def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
     return score(task, *embed_task(embed, task))
 
 
-def embed_task(embed: Embed, task: RetrievalTask) -> tuple[Tensor, Tensor | None]:
-    """Embeddings of the queries, and of the gallery where there is one."""
+def embed_task(embed: Embed, task: RetrievalTask) -> Embedded:
+    """A task's pictures under a model."""
     gallery = task.gallery
     return embed(task.query.pixels), None if gallery is None else embed(gallery.pixels)
 
@@ -51,19 +68,36 @@ def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> R
     )
 
 
-def panels(embed: Embed, task: RetrievalTask, seed: int) -> bytes:
+def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
     """Some queries and their nearest pictures, for the report; the same queries for every run.
 
     Returns:
-        An ``.npz`` file: pixels, labels, class_names, scores and query_index.
+        An ``.npz`` file of what :func:`find_neighbours` finds.
+    """
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = find_neighbours(task, embedded, seed, _PANEL_QUERIES)
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def find_neighbours(
+    task: RetrievalTask, embedded: Embedded, seed: int, queries: int
+) -> dict[str, np.ndarray]:
+    """Some queries, drawn by the seed, and their five nearest pictures.
+
+    Returns:
+        pixels uint8 [Q, 6, C, H, W], query first, labels int64 [Q, 6], class_names str [Q, 6],
+        scores (cosines) float32 [Q, 5] and query_index int64 [Q].
     """
     query, gallery = task.query, task.gallery or task.query
     among_queries = task.gallery is None
     count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
-    chosen = generator(seed, "panels").permutation(len(query))[:_PANEL_QUERIES]
-    gallery_GD = embed(gallery.pixels)
-    query_QD = gallery_GD[chosen] if among_queries else embed(query.pixels[chosen])
-    scores_QK, index_QK = (t.numpy() for t in nearest(query_QD, gallery_GD, count + among_queries))
+    chosen = generator(seed, "panels").permutation(len(query))[:queries]
+    all_QD, gallery_GD = embedded
+    found_QK = nearest(
+        all_QD[chosen], all_QD if gallery_GD is None else gallery_GD, count + among_queries
+    )
+    scores_QK, index_QK = (t.cpu().numpy() for t in found_QK)
     # A query in the gallery is among its own neighbours, or as many others are just as near.
     other_QK = index_QK != chosen[:, None] if among_queries else np.ones_like(index_QK, bool)
     others = [np.flatnonzero(other_K)[:count] for other_K in other_QK]
@@ -75,13 +109,10 @@ def panels(embed: Embed, task: RetrievalTask, seed: int) -> bytes:
     names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
     # Labels are numbers within each set; the report compares them, so they are numbered by name.
     labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        pixels=pixels,
-        labels=labels,
-        class_names=names,
-        scores=scores,
-        query_index=chosen,
-    )
-    return buffer.getvalue()
+    return {
+        "pixels": pixels,
+        "labels": labels,
+        "class_names": names,
+        "scores": scores,
+        "query_index": chosen,
+    }

@@ -26,6 +26,7 @@ from fedss.algorithm import (
     without_deltas,
 )
 from fedss.allocator import keep_freed_memory
+from fedss.board import add_neighbours, add_projection, add_scalars, open_board
 from fedss.build import (
     build_model,
     compute_device,
@@ -41,11 +42,11 @@ from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.class_rows import create_class_rows, read
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config, variant
-from fedss.data import Dataset, index_clients
+from fedss.data import Dataset, RetrievalTask, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, QuorumError, RunFolderError
-from fedss.evaluation import embed_task, panels, score
+from fedss.evaluation import Evaluation, embed_task, panels, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
@@ -77,9 +78,8 @@ class Federation:
         num_clients: number of clients that a round's cohort is drawn from.
         cohort_size: clients per round.
         client_name: a client's name for people.
-        evaluate: retrieval figures under a backbone, after so many rounds; None where nobody can
-            tell, and at all ranks but the first.
-        panels: pictures for the report, see :func:`fedss.evaluation.panels`; None: there are none.
+        evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
+        task: the test pictures that ``evaluate`` embeds, to be looked at; None: they are not here.
         quorum: the part of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
@@ -90,8 +90,8 @@ class Federation:
     num_clients: Callable[[int], int]
     cohort_size: int
     client_name: Callable[[int], str]
-    evaluate: Callable[[torch.Tensor, int], dict[str, Any] | None]
-    panels: Callable[[torch.Tensor], bytes | None]
+    evaluate: Callable[[torch.Tensor, int], Evaluation | None]
+    task: RetrievalTask | None
     quorum: float = 1.0
     attempts: int = 1
     pause: float = 0.0
@@ -220,7 +220,7 @@ def train_federation(
         claim_run(folder, config, data, describe_model(embedder, sampler), ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
-            with _observer(label, config.rounds, on_round, ranks) as see:
+            with _observer(label, config, on_round, ranks) as see:
                 num_classes, records = _train_rounds(
                     config, embedder, federate, sampler, folder, see, ranks
                 )
@@ -232,7 +232,8 @@ def train_federation(
                 run |= {"sample_size": sample_size(config, num_classes), "folder": "."}
                 summary = summarise(run, records)
                 write_json(folder / "summary.json", [summary])
-            if not (folder / "report.html").exists():
+            # One that was written while it was under way says so.
+            if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
         return Run(folder, load_embedder(folder / "model", backbone), summary, already_done)
@@ -257,11 +258,11 @@ def load_together(config: Config) -> Dataset:
 
 
 def _observer(
-    label: str, rounds: int, on_round: OnRound | None, ranks: Ranks
+    label: str, config: Config, on_round: OnRound | None, ranks: Ranks
 ) -> AbstractContextManager[OnRound]:
     if not ranks.first:
         return nullcontext(lambda record: None)
-    return nullcontext(on_round) if on_round else show_progress(label, rounds)
+    return nullcontext(on_round) if on_round else show_progress(label, config)
 
 
 def compare(
@@ -313,9 +314,9 @@ def compare(
         with hold(folder) if ranks.first else nullcontext():
             if ranks.first:
                 claim_comparison(folder, config, list(methods), list(seeds))
-            for label, run in runs:
+            for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
-                title = f"{label} seed {run.seed}"
+                title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
                 done = _train(run, folder / name, title, data, backbone, sampler, on_round, ranks)
                 summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
@@ -379,11 +380,18 @@ def _train_rounds(
         records = read_records(folder / "records.jsonl", state.round)
         for record in records:
             on_round(record)
-        with open_records(folder, records) if ranks.first else nullcontext() as add_record:
+        failed = any(record.get("failures") for record in records)
+        found, done_before = None, state.round == config.rounds
+        with (
+            open_records(folder, records) if ranks.first else nullcontext() as add_record,
+            open_board(folder, state.round + 1) if ranks.first else nullcontext() as board,
+        ):
             clock.restart()
             while state.round < config.rounds:
                 try:
-                    state, record = _next_round(config, federation, sampler, state, clock, ranks)
+                    state, record, found = _next_round(
+                        config, federation, sampler, state, clock, ranks
+                    )
                 except QuorumError as error:
                     if {failure.reason for failure in error.failures} == {"not finite"}:
                         raise DivergedError(
@@ -399,18 +407,28 @@ def _train_rounds(
                     ) from error
                 due = _due(state.round, config.checkpoint_every, config.rounds)
                 records.append(record)
-                if add_record:
+                failed = failed or bool(record.get("failures"))
+                if add_record and board:
                     add_record(record, due)
+                    add_scalars(board, record, failed)
+                    if federation.task and found and found.embedded:
+                        seen = federation.task, found.embedded, config.data_seed
+                        add_neighbours(board, *seen, state.round)
+                        clock.lap("evaluate")
                 on_round(record)
                 if due and ranks.first:
                     save_checkpoint(folder / "checkpoint", state)
                     clock.lap("checkpoint")
                 elif due:
                     state.class_rows.changed.clear()
+            if done_before and federation.task:
+                # It was stopped before its pictures were written.
+                found = federation.evaluate(state.backbone_P, state.round)
+            if board and federation.task and found and found.embedded:
+                seen = federation.task, found.embedded, config.data_seed
+                write_file(folder / "retrieval.npz", panels(*seen))
+                add_projection(board, *seen, state.round)
         theta_P.copy_(state.backbone_P)
-        shown = federation.panels(state.backbone_P)
-        if ranks.first and shown is not None:
-            write_file(folder / "retrieval.npz", shown)
     return state.class_rows.num_classes, records
 
 
@@ -421,8 +439,8 @@ def _next_round(
     state: ServerState,
     clock: "_Clock",
     ranks: Ranks,
-) -> tuple[ServerState, Record]:
-    """The state after one more round, and the round's record."""
+) -> tuple[ServerState, Record, Evaluation | None]:
+    """The state after one more round, the round's record, and its evaluation if it has one."""
     round, optimizer = state.round, server_optimizer(config)
     plan = round_plan(config, state.class_rows.num_classes, round, sampler)
     method = plan.method
@@ -440,9 +458,9 @@ def _next_round(
         check_finite_state(state, torch.arange(state.class_rows.num_classes))
     state = _with_classes(config, state, federation.num_classes(state.round), plan.sampler)
     clock.lap("aggregate")
-    metrics = None
+    found = None
     if _due(state.round, config.eval_every, config.rounds):
-        metrics = federation.evaluate(state.backbone_P, state.round)
+        found = federation.evaluate(state.backbone_P, state.round)
         clock.lap("evaluate")
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
     moved = round_traffic(updates)
@@ -454,8 +472,10 @@ def _next_round(
         "num_classes": plan.num_classes,
         "num_clients": federation.num_clients(round),
         **(dict.fromkeys(moved) if method.pooled else moved),
+        "client_lr": plan.local.lr,
+        "class_row_lr": plan.local.row_lr,
         "seconds": clock.restart(),
-        "metrics": metrics,
+        "metrics": found.metrics if found else None,
     }
     if failures or attempts > 1:
         record["failures"] = [
@@ -463,7 +483,7 @@ def _next_round(
             for failure in failures
         ]
         record["attempts"] = attempts
-    return state, record
+    return state, record, found
 
 
 def _attempt_round(
@@ -579,13 +599,13 @@ def local_federation(
         stack=config.stack,
     ) as engine:
 
-        def evaluate(backbone_P: torch.Tensor, round: int) -> dict[str, Any] | None:
+        def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation | None:
             embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
             if not ranks.first:
                 return None
             # Between rounds the workers of all ranks are idle and their cores free.
             with intra_op_threads(engine.workers.count * ranks.local_size):
-                return dataclasses.asdict(score(task, *embedded))
+                return Evaluation(dataclasses.asdict(score(task, *embedded)), embedded)
 
         yield Federation(
             engine=engine,
@@ -594,9 +614,7 @@ def local_federation(
             cohort_size=cohort_size,
             client_name=images.client_names.__getitem__,
             evaluate=evaluate,
-            panels=lambda backbone_P: panels(
-                partial(engine.embed, backbone_P), task, config.data_seed
-            ),
+            task=task,
         )
 
 
@@ -610,7 +628,7 @@ def _due(round: int, every: int, rounds: int) -> bool:
 
 
 class _Clock:
-    """Seconds by phase. What comes after a round's record, its checkpoint, counts to the next."""
+    """Seconds by phase. After a round's record comes its checkpoint: it counts to the next."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What a run writes down: a line of JSON per round, TensorBoard events, a summary."""
+"""What a run writes down: a line of JSON per round, and a summary."""
 
 import dataclasses
 import json
@@ -19,9 +19,9 @@ Record = dict[str, Any]
 ``num_clients`` (that the cohort was drawn from), ``class_rows`` (sum of |S_k|), bytes over the
 cohort as serialised (``bytes_down``, ``bytes_up`` and their parts ``backbone_bytes_*``,
 ``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase, ``metrics`` or None (in every
-round, where nobody can evaluate). Where clients may fail also ``failures``, a list of
-``{"client": name, "reason": word}``, and ``attempts``: how often the round was begun. Without them
-none failed, and it was begun once."""
+round, where nobody can evaluate), the round's learning rates ``client_lr`` and ``class_row_lr``.
+Where clients may fail also ``failures``, a list of ``{"client": name, "reason": word}``, and
+``attempts``: how often the round was begun. Without them none failed, and it was begun once."""
 
 
 def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
@@ -54,47 +54,25 @@ def read_records(path: Path, rounds: int) -> list[Record]:
 
 @contextmanager
 def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Record, bool], None]]:
-    """Open ``records.jsonl`` and TensorBoard behind the ``past`` rounds.
+    """Open ``records.jsonl`` behind the ``past`` rounds.
 
     Gives ``add(record, to_disk)``; ``to_disk`` before a checkpoint, which needs its records.
 
     Lines of rounds after the checkpoint are dropped: these rounds are run again.
     """
-    # Here, since importing it takes a second that most commands need not spend.
-    from torch.utils.tensorboard import SummaryWriter
-
     path = folder / "records.jsonl"
-    failed = any(record.get("failures") for record in past)
     if past or path.exists():
         with path.open("rb+") as old:
             for _ in past:
                 old.readline()
             old.truncate()
-    with (
-        path.open("a", encoding="utf-8") as file,
-        SummaryWriter(str(folder / "tensorboard"), purge_step=len(past) + 1) as board,
-    ):
+    with path.open("a", encoding="utf-8") as file:
 
         def add(record: Record, to_disk: bool) -> None:
-            nonlocal failed
             file.write(json.dumps(record) + "\n")
             file.flush()
             if to_disk:
                 os.fsync(file.fileno())
-            scalars = {
-                "train/loss": record["loss"],
-                **{f"seconds/{k}": v for k, v in record["seconds"].items()},
-                **{f"test/{k}": v for k, v in (record["metrics"] or {}).items()},
-            }
-            if record["bytes_down"] is not None:
-                scalars["bytes/down_per_client"] = record["bytes_down"] / record["clients"]
-                scalars["bytes/up_per_client"] = record["bytes_up"] / record["clients"]
-            failures = len(record.get("failures", ()))
-            failed = failed or failures > 0
-            if failed:  # from the first one on also the rounds without any, or the curve would lie
-                scalars["federation/failures"] = failures
-            for name, value in scalars.items():
-                board.add_scalar(name, value, record["round"])
 
         yield add
 

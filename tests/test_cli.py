@@ -115,7 +115,7 @@ def test_commands_and_options_are_pinned(capsys):
     }
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("export", capsys)[0] == {"--help", "--format", "--out"}
-    assert options_of("report", capsys)[0] == {"--help"}
+    assert options_of("report", capsys)[0] == {"--help", "--watch"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
 

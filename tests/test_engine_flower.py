@@ -117,6 +117,9 @@ def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_pat
     assert len(local) == 3
     assert apart == local
     assert len(set(local)) == 3
+    shown = [(tmp_path / name / "retrieval.npz").read_bytes() for name in ("local", "apart")]
+    assert shown[0] == shown[1]
+    assert (tmp_path / "apart" / "tensorboard" / "projector_config.pbtxt").exists()
 
 
 @pytest.mark.parametrize("variant", ["fedss", "deck", "moments"])
@@ -147,8 +150,8 @@ def test_the_log_has_a_line_for_each_round():
         ],
     }
     start = "round 3/12  loss 4.568  9 clients  13.2 s"
-    assert line(record, 12) == f"{start}  MAP@10 0.432"
-    assert line({**record, "metrics": None}, 12) == start
+    assert line(record, 12, None) == f"{start}  MAP@10 0.432"
+    assert line({**record, "metrics": None}, 12, None) == start
 
 
 @pytest.mark.parametrize("precision", ["float32", "int4"])

@@ -790,6 +790,9 @@ def test_sites_judge_the_model_together(backbone_down, photos, tmp_path):
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(found))
     assert len({metrics.queries for metrics in found}) > 1
     assert done.summary["map_at_10"] == pytest.approx(weighted(found)["map_at_10"])
+    # No picture leaves its site.
+    assert not (done.folder / "retrieval.npz").exists()
+    assert not (done.folder / "tensorboard" / "projector_config.pbtxt").exists()
 
 
 def test_sites_judge_by_the_pictures_that_the_configuration_names(photos, tmp_path):

@@ -19,7 +19,7 @@ def flat(pixels: np.ndarray) -> torch.Tensor:
 def test_panels_show_each_query_with_its_nearest_others():
     twins = dataclasses.replace(QUERY, pixels=QUERY.pixels.copy())
     twins.pixels[3] = twins.pixels[9]
-    found = np.load(io.BytesIO(panels(flat, RetrievalTask(twins), seed=0)))
+    found = np.load(io.BytesIO(panels(RetrievalTask(twins), (flat(twins.pixels), None), seed=0)))
     h = F.normalize(flat(twins.pixels).double(), dim=1)
     cos = (h @ h.T).fill_diagonal_(-2)
     assert sorted(found["query_index"]) == list(range(len(twins)))
@@ -41,7 +41,7 @@ def test_panels_and_figures_with_a_gallery_match_classes_by_name():
         QUERY, class_names=QUERY.class_names[::-1], labels=3 - QUERY.labels
     )
     task = RetrievalTask(QUERY, gallery)
-    found = np.load(io.BytesIO(panels(flat, task, seed=0)))
+    found = np.load(io.BytesIO(panels(task, (flat(QUERY.pixels), flat(gallery.pixels)), seed=0)))
     # Each query is in the gallery too, and nothing is nearer.
     assert np.array_equal(found["pixels"][:, 0], found["pixels"][:, 1])
     same_name = found["class_names"][:, :1] == found["class_names"]

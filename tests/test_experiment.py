@@ -17,6 +17,7 @@ import fedss
 import fedss.cli
 from fedss import Config, ConfigError, DivergedError, RunFolderError
 from fedss.algorithm import draw_cohort
+from fedss.board import add_scalars, open_board
 from fedss.build import compute_device, pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
 from fedss.class_rows import ClassRows, create_class_rows
@@ -134,9 +135,12 @@ def test_failures_are_summed_up_and_drawn_from_the_first_one_on(tmp_path):
     folder = tmp_path / "federation"
     folder.mkdir()
     for past, new in (([], records[:3]), (records[:3], records[3:])):
-        with open_records(folder, past) as add:
+        failed = any(line.get("failures") for line in past)
+        with open_records(folder, past) as add, open_board(folder, len(past) + 1) as board:
             for line in new:
                 add(line, True)
+                failed = failed or "failures" in line
+                add_scalars(board, line, failed)
     assert read_records(folder / "records.jsonl", 5) == records
     assert scalars(folder)["federation/failures"] == [(2, 2), (3, 0), (4, 1), (5, 0)]
     summary = summarise({"method": "fedss"}, records)

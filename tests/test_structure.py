@@ -39,7 +39,7 @@ PUBLIC = {
 
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
-    {"errors", "seeds", "allocator"},
+    {"errors", "seeds", "allocator", "pace"},
     {"files", "ranks"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
     {"samplers", "moments", "methods"},
@@ -49,7 +49,7 @@ LAYERS = [
     {"config", "wire", "checkpoint"},
     {"engines"},
     {"build", "run_folder", "records", "embedding", "evaluation"},
-    {"describe", "progress", "model_card"},
+    {"describe", "progress", "model_card", "board"},
     {"experiment"},
     {"portable"},
     {"cli"},

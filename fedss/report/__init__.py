@@ -27,9 +27,10 @@ def write_report(folder: Path) -> Path:
     """
     # Here, since drawing takes a large library, which most uses of this one need not load.
     from fedss.report.page import render
+    from fedss.report.records import read_runs
 
     folder = Path(folder)
-    html, path = render(folder), folder / "report.html"
+    html, path = render(read_runs(folder), folder), folder / "report.html"
     try:
         write_file(path, html.encode())
     except OSError as error:

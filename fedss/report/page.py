@@ -52,6 +52,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Watched:
+    """What a page says that is written while something is under way.
+
+    Attributes:
+        written: when, the time of day.
+        last_round: when the last round ended; empty before the first.
+        late: no round ended for far longer than one takes.
+        refresh: seconds after which the page loads itself again.
+    """
+
+    written: str
+    last_round: str
+    late: bool
+    refresh: int
+
+
+@dataclass(frozen=True)
 class Chart:
     """A chart with its title and what to know when reading it."""
 
@@ -60,13 +77,12 @@ class Chart:
     svg: Markup
 
 
-def render(folder: Path) -> str:
-    """The page of a run's or a comparison's folder.
+def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) -> str:
+    """The page of the ``runs`` in a run's or a comparison's folder.
 
     Raises:
-        RunFolderError: records are missing or damaged.
+        RunFolderError: there are two of one method and seed.
     """
-    runs = read_runs(folder)
     groups = group_runs(runs, folder)
     slots = charts.slots_of([group.label for group in groups])
     full = words.full_softmax(groups)
@@ -90,11 +106,8 @@ def render(folder: Path) -> str:
         second_finding=words.second_finding(groups),
         setup=_setup(groups),
         facts=_facts(groups),
-        unfinished=[
-            f"{run.label}, seed {run.seed}: {words.progress(run)}"
-            for run in runs
-            if not run.finished
-        ],
+        unfinished=[words.standing(run) for run in runs if not run.finished],
+        watched=watched,
         unscored=words.unscored(groups),
         charts=_charts(groups, slots),
         rows=[_row(group, slot, full) for group, slot in zip(groups, slots, strict=True)],

@@ -170,7 +170,10 @@ def read_runs(folder: Path) -> list[Run]:
     for candidate in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         is_run = (candidate / "config.json").is_file() and (candidate / "records.jsonl").is_file()
         if is_run and candidate.resolve() not in seen:
-            run = _run(candidate, None, summary)
+            # Of a comparison under way, the runs that are done have a summary of their own.
+            own = candidate / "summary.json"
+            entry = None if candidate == folder or not own.is_file() else _only(own)
+            run = _run(candidate, entry, own)
             name, dash, _ = candidate.name.rpartition(f"-seed{run.seed}")
             label = names.get(_plain(name), name) if dash and candidate != folder else ""
             runs.append(replace(run, label=label))
@@ -181,6 +184,14 @@ def read_runs(folder: Path) -> list[Run]:
             f"comparison (summary.json); {' and '.join(['summary.json', *missing])} not found"
         )
     return _label(runs)
+
+
+def _only(summary: Path) -> Mapping[str, Any]:
+    entries = _json(summary)
+    if not (isinstance(entries, list) and len(entries) == 1 and isinstance(entries[0], dict)):
+        got = reprlib.repr(entries)
+        raise _damaged(summary, f"expected a list with the object of one run, got {got}")
+    return entries[0]
 
 
 def _plain(name: str) -> str:
@@ -232,8 +243,9 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     path = folder / "config.json"
     config = _json(path)
     settings = _get(config, "config", path)
-    if settings is not None and _mapping(settings, path).get("clients_per_round") is not None:
-        _integer(settings, "clients_per_round", path)
+    for name in ("clients_per_round", "eval_every", "checkpoint_every"):
+        if settings is not None and _mapping(settings, path).get(name) is not None:
+            _integer(settings, name, path)
     method = str(_get(settings, "method", path))
     seed = _integer(settings, "seed", path)
     rounds, means = _rounds(folder / "records.jsonl", finished=entry is not None)

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from fedss.pace import time_left
 from fedss.report.records import MOMENTS, Group, Run
 
 NOTHING = "–"
@@ -94,6 +95,20 @@ def cohort(groups: Sequence[Group]) -> str:
 def progress(run: Run) -> str:
     """``round 40 of 120``."""
     return f"round {run.last_round} of {run.planned_rounds}"
+
+
+def standing(run: Run) -> str:
+    """``fedss, seed 0: round 40 of 120, MAP@10 0.310, about 3 min left`` of an unfinished run."""
+    score = run.results["map_at_10"]
+    evaluated, saved = (run.settings.get(name) for name in ("eval_every", "checkpoint_every"))
+    left = None
+    if evaluated is not None and saved is not None:  # older records do not say
+        seconds = [r.seconds for r in run.rounds]
+        left = time_left(seconds, run.planned_rounds, evaluated, saved)
+    parts = [f"{run.label}, seed {run.seed}: {progress(run)}"]
+    parts += [] if score is None else [f"MAP@10 {decimals(score)}"]
+    parts += [str(left)] if left else []
+    return ", ".join(parts)
 
 
 def both_ways(group: Group, part: str = "") -> float | None:

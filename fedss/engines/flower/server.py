@@ -23,10 +23,12 @@ from fedss.engines.flower.registry import Registry, check_registry, load_registr
 from fedss.engines.flower.settings import Deployment, explicit, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
-from fedss.evaluation import embed_task, panels, score
+from fedss.evaluation import Evaluation, embed_task, score
 from fedss.experiment import Federation, Lap, Run, train_federation
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
+from fedss.pace import TimeLeft
+from fedss.progress import estimate
 from fedss.records import Record
 
 app = ServerApp()
@@ -67,7 +69,7 @@ def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     )
     shape = [config.channels, config.image_size, config.image_size]
     data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
-    folder = Path(deployment.out)
+    folder, left = Path(deployment.out), estimate(config)
     return train_federation(
         config,
         folder,
@@ -75,11 +77,11 @@ def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         data,
         partial(_federation, grid, config, deployment),
         label=f"{config.method} seed {config.seed}",
-        on_round=lambda record: say(line(record, config.rounds)),
+        on_round=lambda record: say(line(record, config.rounds, left(record))),
     )
 
 
-def line(record: Record, rounds: int) -> str:
+def line(record: Record, rounds: int, left: TimeLeft | None) -> str:
     """A round's record for whoever watches the log."""
     seconds = sum(record["seconds"].values())
     parts = [
@@ -90,7 +92,7 @@ def line(record: Record, rounds: int) -> str:
     ]
     if record["metrics"]:
         parts.append(f"MAP@10 {record['metrics']['map_at_10']:.3f}")
-    return "  ".join(parts)
+    return "  ".join([*parts, str(left)] if left else parts)
 
 
 @contextmanager
@@ -125,17 +127,12 @@ def _federation(
     engine.start(deployment.sites, newest)
     with _judge(config, embedder, task) as workers:
 
-        def evaluate(backbone_P: torch.Tensor, round: int) -> dict[str, Any] | None:
+        def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
             if task is None or workers is None:
-                return engine.evaluate(backbone_P, round)
+                return Evaluation(engine.evaluate(backbone_P, round))
             embedded = embed_task(partial(workers.embed, backbone_P), task)
             with intra_op_threads(workers.count):
-                return dataclasses.asdict(score(task, *embedded))
-
-        def show(backbone_P: torch.Tensor) -> bytes | None:
-            if task is None or workers is None:
-                return None
-            return panels(partial(workers.embed, backbone_P), task, config.data_seed)
+                return Evaluation(dataclasses.asdict(score(task, *embedded)), embedded)
 
         yield Federation(
             engine=engine,
@@ -144,7 +141,7 @@ def _federation(
             cohort_size=config.clients_per_round,
             client_name=lambda client: engine.registry.clients[client],
             evaluate=evaluate,
-            panels=show,
+            task=task,
             quorum=deployment.quorum,
             attempts=deployment.attempts,
             pause=deployment.pause,
