@@ -20,7 +20,7 @@ from fedss.experiment import load
 from fedss.models import Embedder
 from fedss.retrieval import nearest
 from fedss.search.reading import Picture, read_pictures
-from fedss.search.shelf import Shelf, damaged, read_about, read_shelf, read_thumbnail
+from fedss.search.shelf import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
 
@@ -216,7 +216,7 @@ def reopen(collection: Collection) -> Collection:
 def open_with(folder: Path, embedder: Embedder) -> Collection:
     """``open_collection`` with a model at hand."""
     shelf = _read(folder / INDEX, embedder)
-    enrolled = _read(folder / ENROLLED, embedder) if (folder / ENROLLED).exists() else None
+    enrolled = _read(folder / ENROLLED, embedder) if is_there(folder / ENROLLED) else None
     try:
         facts = json.loads(shelf.about["facts"])
         both = [shelf] if enrolled is None else [shelf, enrolled]
