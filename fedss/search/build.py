@@ -142,6 +142,7 @@ def _write(
             raise DataError(f"no readable picture among the {total} of {found.source}")
         facts = {
             "source": str(found.source),
+            "root": str(found.root),
             "links": found.links,
             "skipped": skipped,
             "embedded": embedded,

@@ -56,7 +56,7 @@ def read_pictures(
         advice: what to do about it.
 
     Raises:
-        DataError: a picture that cannot be read.
+        DataError: a picture that cannot be read, or whose embedding is not finite.
     """
     spec = embedder.spec
 
@@ -71,6 +71,12 @@ def read_pictures(
 
     def embedded() -> list[Read]:
         vectors_BD = embed_pixels(embedder, np.stack([pixels for _, pixels, _ in waiting])).numpy()
+        for (position, _, _), finite in zip(waiting, np.isfinite(vectors_BD).all(1), strict=True):
+            if not finite:
+                raise DataError(
+                    f"the embedding of {name_of(pictures[position], position)} is not finite: this "
+                    "model cannot be used; did its training diverge?"
+                )
         read = [
             Read(position, vector_D, small)
             for (position, _, small), vector_D in zip(waiting, vectors_BD, strict=True)

@@ -145,6 +145,11 @@ def read_shelf(path: Path, size: int) -> Shelf:
     with _opened(path) as file:
         file.execute("BEGIN")
         about = _about(file, path)
+        (pages,), (size_of_page,) = (
+            file.execute(f"PRAGMA {fact}").fetchone() for fact in ("page_count", "page_size")
+        )
+        if path.stat().st_size < pages * size_of_page:
+            raise damaged(path, "its end is missing")
         (count,) = file.execute("SELECT count(*) FROM pictures").fetchone()
         ids: list[int] = []
         names: list[str] = []
