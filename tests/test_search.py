@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from fedss.search import (
 )
 from fedss.search.collection import Collection, fingerprint
 from fedss.search.page import neighbours_page
+from fedss.search.reading import preview
 
 MODEL = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
 
@@ -253,16 +255,36 @@ def test_a_build_that_fails_leaves_the_old_index(place):
     with pytest.raises(KeyboardInterrupt):
         build_collection(place / "run", place / "photos", skip_broken=True, on_progress=interrupt)
     assert len(opened(place)) == 12
-    assert {file.name for file in (place / "run" / "index").iterdir()} == {"index.sqlite", ".lock"}
     seen: list[tuple[int, int]] = []
     collection = build_collection(
         place / "run", place / "photos", skip_broken=True, on_progress=lambda *now: seen.append(now)
     )
     assert collection.skipped == ("broken.png",)
     assert len(collection) == 13
-    assert seen[0] == (0, 14)
+    assert seen[0] == (12, 14)
     assert seen[-1] == (14, 14)
     assert seen == sorted(seen)
+    assert {file.name for file in (place / "run" / "index").iterdir()} == {"index.sqlite", ".lock"}
+
+
+def test_an_interrupted_build_goes_on(place, monkeypatch):
+    monkeypatch.setattr("fedss.search.build._CHUNK", 4)
+    (place / "run" / "index" / "index.sqlite").unlink()
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_collection(place / "run", place / "photos", on_progress=interrupt)
+    picture(61).save(place / "photos" / "class 0" / "1.png")  # changed since it was embedded
+    os.utime(place / "photos" / "class 0" / "1.png", ns=(1, 1))
+    seen: list[int] = []
+    build_collection(place / "run", place / "photos", on_progress=lambda now, _: seen.append(now))
+    assert seen[0] == 7
+    expected = embed_files(MODEL, list_pictures(place / "photos").paths).embeddings_ND
+    assert np.allclose(opened(place).vectors_ND, expected, atol=1e-6)
+    assert opened(place).embedded == 12
 
 
 def test_places_without_pictures_are_named(made, tmp_path):
@@ -282,6 +304,11 @@ def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match=r"huge\.png: Image size \(1600 pixels\) exceeds limit"):
         opened(made).embed([tmp_path / "huge.png"])
+    # Where another thread has just set warnings back to what they were.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="1,600 pixels are more than the limit of 1,000"):
+            preview(tmp_path / "huge.png")
 
 
 def test_the_model_that_made_an_index_is_asked_for(place):
