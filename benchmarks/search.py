@@ -47,8 +47,8 @@ from torch.nn.functional import normalize
 
 import fedss
 from fedss.models import build_embedder, save_embedder
+from fedss.pictures import preview
 from fedss.search import Collection, build_collection, open_collection
-from fedss.search.reading import preview
 from fedss.search.shelf import Item, changing, make_shelf, note, put
 
 RESULTS = Path(__file__).parent / "results" / "search.txt"

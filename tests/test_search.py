@@ -23,6 +23,7 @@ from fedss.cli import main
 from fedss.embedding import embed_files, list_pictures
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.models import build_embedder, save_embedder
+from fedss.pictures import preview
 from fedss.search import (
     build_collection,
     enrol,
@@ -34,7 +35,6 @@ from fedss.search import (
 )
 from fedss.search.collection import Collection, fingerprint
 from fedss.search.page import neighbours_page
-from fedss.search.reading import preview
 
 MODEL = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
 

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fedss.embedding import PictureList, list_pictures
+from fedss.embedding import LEAVE_OUT, PictureList, list_pictures
 from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
 from fedss.files import replacing
 from fedss.models import Embedder
+from fedss.pictures import read_pictures
 from fedss.run_folder import hold
 from fedss.search.collection import (
     ENROLLED,
@@ -25,7 +26,6 @@ from fedss.search.collection import (
     fingerprint,
     open_with,
 )
-from fedss.search.reading import read_pictures
 from fedss.search.shelf import (
     Item,
     changing,
@@ -43,7 +43,6 @@ OnProgress = Callable[[int, int], None]
 _UNFINISHED = "unfinished.sqlite"
 # What an interrupted build loses at most.
 _CHUNK = 1024
-_LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
 _ADVICE = "make room or mend the place, then start the same command again"
 Stamp = tuple[int, int]
 
@@ -176,7 +175,7 @@ def _embed(
                 [paths[at] for at in some],
                 thumbnails=True,
                 broken=broken,
-                advice=_LEAVE_OUT,
+                advice=LEAVE_OUT,
             )
             items = []
             for block in blocks:
@@ -216,7 +215,7 @@ def _stamp(path: Path, name: str, skip_broken: bool) -> Stamp | None:
         if skip_broken:
             return None
         raise DataError(
-            f"cannot read picture {name}: {path}: {error.strerror}; {_LEAVE_OUT}"
+            f"cannot read picture {name}: {path}: {error.strerror}; {LEAVE_OUT}"
         ) from error
     return status.st_size, status.st_mtime_ns
 

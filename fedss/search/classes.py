@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.files import read_json
+from fedss.pictures import Picture, name_of, read_pictures
 from fedss.search.collection import ENROLLED, Collection, check_model, fingerprint, reopen
-from fedss.search.reading import Picture, name_of, read_pictures
 from fedss.search.shelf import Item, changing, is_there, make_shelf, put, take_out
 
 
