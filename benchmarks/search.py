@@ -52,7 +52,7 @@ from fedss.search import Collection, build_collection, open_collection
 from fedss.search.shelf import Item, changing, make_shelf, note, put
 
 RESULTS = Path(__file__).parent / "results" / "search.txt"
-K, QUERIES = 10, 200
+K, QUERIES = 10, 100
 SIZES = ((10_000, 64), (100_000, 64), (100_000, 512), (1_000_000, 64), (1_000_000, 512))
 # Larger graphs take the best part of an hour on one core.
 GRAPH_LIMIT = 100_000 * 64
