@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +110,22 @@ def list_pictures(path: Path) -> PictureList:
     root = source if source.is_dir() else source.parent
     if source.is_dir():
         names, links = _below(source)
-        labels = [Path(name).parent.name or None for name in names]
+        labels = [class_name(Path(name).parent.name) for name in names]
     elif source.is_file():
         rows = [cells for _, cells in read_table(source, ("image",), optional="label")]
         names, links = [cells[0] for cells in rows], 0
-        labels = [(cells[1] or None) if len(cells) > 1 else None for cells in rows]
+        labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
     if not names:
         passed = f"; {links} symbolic links are not followed: list them in a CSV" if links else ""
         raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))}){passed}")
     return PictureList(source, root, tuple(names), tuple(labels), links)
+
+
+def class_name(text: str) -> str | None:
+    """A class's name as people see it: one form of accents (NFC), no outer spaces; None: none."""
+    return unicodedata.normalize("NFC", text.strip()) or None
 
 
 def _below(root: Path) -> tuple[list[str], int]:

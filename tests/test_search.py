@@ -386,6 +386,15 @@ def test_an_enrolled_class_is_found_at_once_and_by_whoever_opens_the_index(place
         after.thumbnail(12)
 
 
+def test_accents_are_one_letter_however_they_are_written(made, tmp_path):
+    (tmp_path / "photos" / "cafe\u0301").mkdir(parents=True)
+    picture(0).save(tmp_path / "photos" / "cafe\u0301" / "1.png")
+    collection = build_collection(made / "run", tmp_path / "photos", tmp_path / "index")
+    assert collection.path(0).is_file()
+    assert enrol(collection, "caf\u00e9", [picture(1)]).classes == {"caf\u00e9": 2}
+    assert remove(collection, "cafe\u0301").classes == {"caf\u00e9": 1}
+
+
 def test_pictures_enrolled_into_a_class_of_the_folder_join_it(place):
     both = enrol(opened(place), "class 1", [picture(74)])
     assert both.classes["class 1"] == 4
@@ -540,7 +549,7 @@ def test_the_commands(place, capsys, monkeypatch):
     assert lines[4].split() == ["1.000", "class", "1", "class", "1/2.png"]
 
     assert main(["enrol", "run", "new one", one, two]) == 0
-    assert "enrolled new one with 2 pictures, 2 in all; 5 classes now" in capsys.readouterr().out
+    assert "enrolled 2 pictures of new one; 5 classes now" in capsys.readouterr().out
     assert main(["identify", "run", one]) == 2
     assert "fedss evaluate run measures one, or give" in capsys.readouterr().err
     assert main(["identify", "run", one, two, "--threshold", "0.99999", "--json"]) == 0

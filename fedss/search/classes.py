@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.files import read_json
 from fedss.pictures import Picture, name_of, read_pictures
@@ -55,16 +56,16 @@ def enrol(
         DataError: no name, no picture, or one that cannot be read: then none is added.
         RunFolderError: the index cannot be written.
     """
-    label = label.strip()
-    if not label:
+    named = class_name(label)
+    if named is None:
         raise DataError("a class needs a name: expected some text, got none")
     if not pictures:
-        raise DataError(f"class {label}: expected one picture or more to enrol, got none")
+        raise DataError(f"class {named}: expected one picture or more to enrol, got none")
     if names is None:
         names = [name_of(picture, at) for at, picture in enumerate(pictures)]
     blocks = read_pictures(collection.embedder, pictures, thumbnails=True)
     items = [
-        Item(names[read.position], label, None, read.vector_D, read.thumbnail)
+        Item(names[read.position], named, None, read.vector_D, read.thumbnail)
         for block in blocks
         for read in block
     ]
@@ -91,7 +92,7 @@ def remove(collection: Collection, label: str) -> Collection:
     if is_there(path):
         check_model(path, collection.embedder)
         with changing(path) as file:
-            taken = take_out(file, label)
+            taken = take_out(file, class_name(label) or "")
     if not taken:
         there = ", ".join(reopen(collection).enrolled) or "none"
         raise DataError(f"no class {label!r} was enrolled; enrolled classes: {there}")
