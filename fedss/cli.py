@@ -440,8 +440,11 @@ def _identify(options: argparse.Namespace) -> None:
             )
         threshold = stored.threshold
         about = (
-            f"measured: {stored.fpir:.1%} of strangers are named among {stored.enrolled} classes"
+            f"of strangers {stored.fpir:.1%} are named among {stored.enrolled:,} classes, as "
+            f"measured; here about {stored.fpir_among(len(collection.classes)):.1%}"
         )
+        if not stored.supported:
+            about += "; too few pictures were at hand to be sure"
     found = identify(collection, collection.embed(options.pictures), threshold)
     if options.json:
         named = zip(options.pictures, found, strict=True)

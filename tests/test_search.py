@@ -476,16 +476,20 @@ def test_identify_needs_classes(made, tmp_path):
 def test_the_threshold_of_an_evaluation_is_read(tmp_path):
     assert stored_threshold(tmp_path) is None
     path = tmp_path / "verification.json"
-    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.62, "enrolled": 120}
+    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.62, "enrolled": 120, "supported": True}
     path.write_text(json.dumps({"eer": 0.1, "identification": part}))
     stored = stored_threshold(tmp_path)
     assert stored is not None
     assert (stored.threshold, stored.fpir, stored.enrolled) == (0.62, 0.01, 120)
+    assert stored.fpir_among(120) == pytest.approx(0.01)
+    # A stranger is passed by two independent halves.
+    assert 1 - stored.fpir_among(240) == pytest.approx((1 - stored.fpir_among(120)) ** 2)
     path.write_text(json.dumps({"eer": 0.1}))
     assert stored_threshold(tmp_path) is None
-    path.write_text(json.dumps({"identification": {"threshold": "high"}}))
-    with pytest.raises(RunFolderError, match=r"verification\.json is damaged .*fedss evaluate"):
-        stored_threshold(tmp_path)
+    for wrong in ({"threshold": "high"}, {**part, "enrolled": 0}, {**part, "threshold": 1e999}):
+        path.write_text(json.dumps({"identification": wrong}))
+        with pytest.raises(RunFolderError, match=r"verification\.json is damaged .*fedss evaluate"):
+            stored_threshold(tmp_path)
 
 
 def test_more_than_there_is_gives_all_and_nonsense_is_refused(made):
@@ -556,11 +560,12 @@ def test_the_commands(place, capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["threshold"] == 0.99999
     assert [row["label"] for row in found["pictures"]] == [None, None]
-    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.1, "enrolled": 120}
+    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.1, "enrolled": 5, "supported": False}
     Path("run/verification.json").write_text(json.dumps({"identification": part}))
     assert main(["identify", "run", one]) == 0
     said = capsys.readouterr().out
-    assert "among 5 classes, threshold 0.100 (measured: 1.0% of strangers" in said
+    assert "among 5 classes, threshold 0.100 (of strangers 1.0% are named among 5 classes" in said
+    assert "here about 1.0%; too few pictures were at hand" in said
     assert "unknown" not in said
     assert main(["enrol", "run", "new one", "--remove"]) == 0
     assert "4 classes now" in capsys.readouterr().out

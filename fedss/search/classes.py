@@ -143,11 +143,20 @@ class Threshold:
         fpir: false-positive identification rate: the share of pictures of no enrolled class for
             which one is named all the same.
         enrolled: with so many enrolled classes.
+        supported: there were pictures enough to measure that share.
     """
 
     threshold: float
     fpir: float
     enrolled: int
+    supported: bool = True
+
+    def fpir_among(self, classes: int) -> float:
+        """What to expect with another number of classes, as good as independent of each other.
+
+        1 - (1 - fpir)^(classes / enrolled): each class is one more chance to be taken for it.
+        """
+        return 1.0 - float((1.0 - self.fpir) ** (classes / self.enrolled))
 
 
 def stored_threshold(run: str | Path) -> Threshold | None:
@@ -164,11 +173,16 @@ def stored_threshold(run: str | Path) -> Threshold | None:
         part = found.get("identification")
         if part is None:
             return None
-        stored = Threshold(float(part["threshold"]), float(part["fpir"]), int(part["enrolled"]))
+        stored = Threshold(
+            threshold=float(part["threshold"]),
+            fpir=float(part["fpir"]),
+            enrolled=int(part["enrolled"]),
+            supported=bool(part.get("supported", True)),
+        )
+        if not (math.isfinite(stored.threshold) and 0 <= stored.fpir <= 1 and stored.enrolled > 0):
+            raise ValueError(f"out of range: {stored}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is damaged ({error}): fedss evaluate {run} writes it"
         ) from error
-    if not math.isfinite(stored.threshold):
-        return None
     return stored
