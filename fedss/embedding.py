@@ -2,21 +2,24 @@
 
 import io
 import json
+import os
+import unicodedata
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import decode
 from fedss.data.folder import EXTENSIONS
 from fedss.data.manifest import read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
-from fedss.models import Embedder, embed_pixels
+from fedss.models import Embedder
+from fedss.pictures import read_pictures
 
-_BLOCK = 512
+LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
+"""What to do about a picture that cannot be read, where one has the choice."""
+
 _ADVICE = "make room or mend the place, or choose another one (--out)"
 
 
@@ -51,67 +54,102 @@ def embed_files(
         skip_broken: leave out files that cannot be read, and list them in ``skipped``.
 
     Raises:
-        DataError: a file that cannot be read (named), or none at all.
+        DataError: a file that cannot be read (named), none at all, or a model that gives no finite
+            numbers.
     """
     names = [str(path) for path in paths] if names is None else names
-    kept: list[str] = []
-    skipped: list[str] = []
-    blocks: list[np.ndarray] = []
-
-    def attempt(path: str | Path) -> np.ndarray | Exception:
-        try:
-            return decode(Path(path), embedder.spec.image_size, embedder.spec.channels)
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), _BLOCK):
-            block = paths[start : start + _BLOCK]
-            pixels = []
-            for path, name, result in zip(
-                block, names[start : start + _BLOCK], pool.map(attempt, block), strict=True
-            ):
-                if isinstance(result, np.ndarray):
-                    kept.append(name)
-                    pixels.append(result)
-                elif skip_broken:
-                    skipped.append(name)
-                else:
-                    raise DataError(
-                        f"cannot read picture {path}: {result}; mend or remove it, or leave such "
-                        "pictures out with skip_broken (--skip-broken)"
-                    ) from result
-            if pixels:
-                blocks.append(embed_pixels(embedder, np.stack(pixels)).numpy())
-    if not blocks:
+    broken: dict[int, str] | None = {} if skip_broken else None
+    blocks = read_pictures(embedder, list(paths), thumbnails=False, broken=broken, advice=LEAVE_OUT)
+    read = [one for block in blocks for one in block]
+    if not read:
         raise DataError(f"no readable picture among the {len(paths)} given")
-    return Embeddings(tuple(kept), np.concatenate(blocks), tuple(skipped))
+    return Embeddings(
+        tuple(names[one.position] for one in read),
+        np.stack([one.vector_D for one in read]),
+        tuple(names[position] for position in sorted(broken or {})),
+    )
 
 
-def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
+@dataclass(frozen=True)
+class PictureList:
+    """Picture files of a folder or a CSV, none of them opened.
+
+    Attributes:
+        source: the folder or the CSV, as an absolute path.
+        root: what names are relative to: the folder, or that of the CSV.
+        names: relative to the folder, or as written in the CSV; in the order of a folder's sorted
+            names or of the CSV's lines.
+        labels: a class per picture; None where it has none.
+        links: how many symbolic links of the folder were passed over.
+    """
+
+    source: Path
+    root: Path
+    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    links: int = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The pictures' files."""
+        return [self.root / name for name in self.names]
+
+
+def list_pictures(path: Path) -> PictureList:
     """Picture files in a folder (and below it), or in the ``image`` column of a CSV.
 
-    Returns:
-        Paths, and their names relative to the folder or as written in the CSV.
+    A picture's class is the name of the folder that it lies in (none for a picture directly in
+    ``path``), or what the CSV has in its column ``label``. Hidden files and folders are passed
+    over, and so are symbolic links: what a folder holds cannot lead out of it or in a circle.
 
     Raises:
-        DataError: no such place, no picture in it, or anything amiss with the CSV.
+        DataError: no such place, no picture in it, a folder that cannot be read, or anything
+            amiss with the CSV.
     """
-    if path.is_dir():
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-        )
-        names = [file.relative_to(path).as_posix() for file in found]
-    elif path.is_file():
-        names = [image for _, (image,) in read_table(path, ("image",))]
-        found = [path.parent / name for name in names]
+    source = path.resolve()
+    root = source if source.is_dir() else source.parent
+    if source.is_dir():
+        names, links = _below(source)
+        labels = [class_name(Path(name).parent.name) for name in names]
+    elif source.is_file():
+        rows = [cells for _, cells in read_table(source, ("image",), optional="label")]
+        names, links = [cells[0] for cells in rows], 0
+        labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
-    if not found:
-        raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))})")
-    return found, names
+    if not names:
+        passed = f"; {links} symbolic links are not followed: list them in a CSV" if links else ""
+        raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))}){passed}")
+    return PictureList(source, root, tuple(names), tuple(labels), links)
+
+
+def class_name(text: str) -> str | None:
+    """A class's name as people see it: one form of accents (NFC), no outer spaces; None: none."""
+    return unicodedata.normalize("NFC", text.strip()) or None
+
+
+def _below(root: Path) -> tuple[list[str], int]:
+    names: list[str] = []
+    links = 0
+
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot read this folder: {error.strerror}; mend its rights or "
+            "move it away"
+        ) from error
+
+    for folder, below, files in os.walk(root, onerror=fail):
+        shown = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in shown if not os.path.islink(os.path.join(folder, name))]
+        links += len(shown) - len(below)
+        inside = Path(folder).relative_to(root)
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(EXTENSIONS):
+                if os.path.islink(os.path.join(folder, name)):
+                    links += 1
+                else:
+                    names.append((inside / name).as_posix())
+    return sorted(names), links
 
 
 def write_embeddings(path: Path, result: Embeddings) -> list[Path]:

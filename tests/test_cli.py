@@ -24,7 +24,12 @@ GLYPHS = [
     *["--data", "glyphs", "--glyphs-classes", "40", "--glyphs-clients", "8", "--sample-size", "8"],
 ]
 
-COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", "info"}
+COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", "info"} | {
+    "index",
+    "search",
+    "enrol",
+    "identify",
+}
 
 
 @pytest.fixture
@@ -116,6 +121,10 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("export", capsys)[0] == {"--help", "--format", "--out"}
     assert options_of("report", capsys)[0] == {"--help", "--watch"}
+    assert options_of("index", capsys)[0] == {"--help", "--index", "--skip-broken"}
+    assert options_of("search", capsys)[0] == {"--help", "--index", "--count", "--json", "--show"}
+    assert options_of("enrol", capsys)[0] == {"--help", "--index", "--remove"}
+    assert options_of("identify", capsys)[0] == {"--help", "--index", "--threshold", "--json"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
 

@@ -46,12 +46,12 @@ LAYERS = [
     {"class_rows"},
     {"optimizers", "client"},
     {"algorithm"},
-    {"config", "wire", "checkpoint"},
+    {"config", "wire", "checkpoint", "pictures"},
     {"engines"},
     {"build", "run_folder", "records", "embedding", "evaluation"},
     {"describe", "progress", "model_card", "board"},
     {"experiment"},
-    {"portable"},
+    {"portable", "search"},
     {"cli"},
 ]
 

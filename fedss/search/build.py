@@ -1,0 +1,250 @@
+"""`fedss index`: from pictures to an index, embedding only what is new or was changed."""
+
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from fedss.embedding import LEAVE_OUT, PictureList, list_pictures
+from fedss.errors import DataError, RunFolderError
+from fedss.experiment import load
+from fedss.files import replacing
+from fedss.models import Embedder, fingerprint
+from fedss.pictures import read_pictures
+from fedss.run_folder import hold
+from fedss.search.collection import (
+    ENROLLED,
+    INDEX,
+    Collection,
+    check_model,
+    open_with,
+)
+from fedss.search.shelf import (
+    Item,
+    changing,
+    is_there,
+    make_shelf,
+    note,
+    put,
+    read_about,
+    read_items,
+    read_stamps,
+)
+
+OnProgress = Callable[[int, int], None]
+
+_UNFINISHED = "unfinished.sqlite"
+# What an interrupted build loses at most.
+_CHUNK = 1024
+_ADVICE = "make room or mend the place, then start the same command again"
+Stamp = tuple[int, int]
+
+
+def build_collection(
+    run: str | Path,
+    pictures: str | Path,
+    folder: str | Path | None = None,
+    *,
+    skip_broken: bool = False,
+    on_progress: OnProgress | None = None,
+    backbone: nn.Module | None = None,
+) -> Collection:
+    """Index the pictures of a folder or a CSV, for search.
+
+    An index that is there already is brought up to date: pictures whose file has the same name,
+    size and time of last change keep what was computed, new and changed ones are embedded, deleted
+    ones vanish. Enrolled classes stay. The new index takes the old one's place when it is whole;
+    a process that dies on the way leaves the old one, and the next one goes on where it was.
+
+    Args:
+        run: the run folder of the model.
+        pictures: a folder, or a CSV with the columns ``image`` and perhaps ``label``. In a folder,
+            a picture's class is the name of the folder that it lies in.
+        folder: where to put the index; None: ``run/index``.
+        skip_broken: leave out pictures that cannot be read (``Collection.skipped``).
+        on_progress: called with the number of pictures done and of all; None: a bar on stderr.
+        backbone: as for ``fedss.load``.
+
+    Raises:
+        DataError: no pictures, or one that cannot be read.
+        RunFolderError: no finished run; another process is building this index; the place cannot
+            be written; classes were enrolled there with another model.
+    """
+    embedder = load(run, backbone)
+    folder = Path(run) / "index" if folder is None else Path(folder)
+    found = list_pictures(Path(pictures))
+    twice = next((name for name, count in Counter(found.names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{pictures}: {twice} is listed more than once; remove one of the lines")
+    with hold(folder, _ADVICE):
+        if is_there(folder / ENROLLED):
+            check_model(folder / ENROLLED, embedder)
+        _build(folder, found, embedder, skip_broken, on_progress)
+        return open_with(folder, embedder)
+
+
+def _build(
+    folder: Path,
+    found: PictureList,
+    embedder: Embedder,
+    skip_broken: bool,
+    on_progress: OnProgress | None,
+) -> None:
+    """New pictures go to a shelf of their own, from which an interrupted build goes on."""
+    index, unfinished = folder / INDEX, folder / _UNFINISHED
+    model = fingerprint(embedder)
+    facts = {"source": str(found.source), "root": str(found.root), "links": found.links}
+    stamps = [
+        _stamp(path, name, skip_broken) for path, name in zip(found.paths, found.names, strict=True)
+    ]
+
+    def places() -> dict[int, tuple[Path, int]]:
+        """File and number of each picture that is embedded already."""
+        there = {}
+        for file in (index, unfinished):
+            held = _held(file, model, found)
+            for at, name in enumerate(found.names):
+                number, stamp = held.get(name, (0, None))
+                if stamp is not None and stamp == stamps[at]:
+                    there[at] = (file, number)
+        return there
+
+    before = places()
+    if not any(file == unfinished for file, _ in before.values()):
+        unfinished.unlink(missing_ok=True)
+        make_shelf(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
+    todo = [at for at in range(len(stamps)) if at not in before]
+    broken = _embed(unfinished, found, stamps, todo, embedder, skip_broken, on_progress)
+    after = places()
+    if not after:
+        raise DataError(f"no readable picture among the {len(stamps)} of {found.source}")
+    facts |= {
+        "skipped": [found.names[at] for at in broken],
+        "embedded": sum(file == unfinished for file, _ in after.values()),
+    }
+    with replacing(index) as beside:
+        make_shelf(beside, {"model": model, "build": secrets.token_hex(8)})
+        with changing(beside, alone=True) as file:
+            note(file, {"facts": json.dumps(facts)})
+            for some in _chunks(sorted(after)):
+                read = {
+                    (shelf, number): item
+                    for shelf in (index, unfinished)
+                    for number, item in read_items(
+                        shelf, [after[at][1] for at in some if after[at][0] == shelf]
+                    )
+                }
+                put(
+                    file,
+                    (
+                        Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
+                        for at in some
+                    ),
+                )
+        with beside.open("rb+") as whole:
+            os.fsync(whole.fileno())
+    unfinished.unlink()
+
+
+def _embed(
+    unfinished: Path,
+    found: PictureList,
+    stamps: Sequence[Stamp | None],
+    todo: Sequence[int],
+    embedder: Embedder,
+    skip_broken: bool,
+    on_progress: OnProgress | None,
+) -> list[int]:
+    """Put pictures on a shelf, some at a time; those that cannot be read."""
+    paths, total = found.paths, len(stamps)
+    unreadable: list[int] = []
+    with _Bar(on_progress) as done:
+        count = total - len(todo)
+        done(count, total)
+        for some in _chunks(todo):
+            broken: dict[int, str] | None = {} if skip_broken else None
+            blocks = read_pictures(
+                embedder,
+                [paths[at] for at in some],
+                thumbnails=True,
+                broken=broken,
+                advice=LEAVE_OUT,
+            )
+            items = []
+            for block in blocks:
+                for one in block:
+                    at = some[one.position]
+                    items.append(
+                        Item(found.names[at], None, stamps[at], one.vector_D, one.thumbnail)
+                    )
+                done(count + len(items), total)
+            with changing(unfinished) as file:
+                put(file, items)
+            unreadable += [some[position] for position in sorted(broken or {})]
+            count += len(some)
+            done(count, total)
+    return unreadable
+
+
+def _chunks(positions: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(positions), _CHUNK):
+        yield positions[start : start + _CHUNK]
+
+
+def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, Stamp | None]]:
+    """What an earlier index of the same pictures holds: number and stamp by name."""
+    try:
+        about = read_about(file)
+        same_place = json.loads(about["facts"])["source"] == str(found.source)
+        return read_stamps(file) if same_place and about["model"] == model else {}
+    except (RunFolderError, KeyError, TypeError, ValueError):
+        return {}  # Whatever is wrong with it, the index is now made anew.
+
+
+def _stamp(path: Path, name: str, skip_broken: bool) -> Stamp | None:
+    try:
+        status = path.stat()
+    except OSError as error:
+        if skip_broken:
+            return None
+        raise DataError(
+            f"cannot read picture {name}: {path}: {error.strerror}; {LEAVE_OUT}"
+        ) from error
+    return status.st_size, status.st_mtime_ns
+
+
+class _Bar:
+    """Progress as a bar on stderr, where that is a terminal and nobody else wants to be told."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        console = Console(stderr=True)
+        self._tell = on_progress
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=on_progress is not None or not console.is_terminal,
+        )
+
+    def __enter__(self) -> OnProgress:
+        self._bar.start()
+        task = self._bar.add_task("pictures", total=None)
+
+        def done(count: int, total: int) -> None:
+            self._bar.update(task, completed=count, total=total)
+            if self._tell is not None:
+                self._tell(count, total)
+
+        return done
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
