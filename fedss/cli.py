@@ -291,9 +291,9 @@ def _embed(options: argparse.Namespace) -> None:
     from fedss.experiment import load
 
     embedder = load(options.folder)
-    paths, names = list_pictures(Path(options.pictures))
-    result = embed_files(embedder, paths, names=names, skip_broken=options.skip_broken)
-    _print_left_out(result.skipped)
+    found = list_pictures(Path(options.pictures))
+    result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
+    _print_left_out(result.skipped, links=found.links)
     written = write_embeddings(Path(options.out), result)
     print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
     print("\n".join(str(path) for path in written))
@@ -387,7 +387,7 @@ def _bytes(count: float | None) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = ()) -> None:
+def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = (), links: int = 0) -> None:
     for names, what in (
         (skipped, "unreadable pictures"),
         (unpaired, "pictures of held-out classes, each the only one of its class"),
@@ -395,6 +395,8 @@ def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = ()) -> Non
         if names:
             first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             print(f"left out {len(names)} {what}: {first}", file=sys.stderr)
+    if links:
+        print(f"left out {links} symbolic links: list them in a CSV", file=sys.stderr)
 
 
 def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:

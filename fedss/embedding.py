@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -88,30 +89,79 @@ def embed_files(
     return Embeddings(tuple(kept), np.concatenate(blocks), tuple(skipped))
 
 
-def list_pictures(path: Path) -> tuple[list[Path], list[str]]:
+@dataclass(frozen=True)
+class PictureList:
+    """Picture files of a folder or a CSV, none of them opened.
+
+    Attributes:
+        source: the folder or the CSV, as an absolute path.
+        names: relative to the folder, or as written in the CSV; in the order of a folder's sorted
+            names or of the CSV's lines.
+        labels: a class per picture; None where it has none.
+        links: how many symbolic links of the folder were passed over.
+    """
+
+    source: Path
+    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    links: int = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The pictures' files."""
+        root = self.source if self.source.is_dir() else self.source.parent
+        return [root / name for name in self.names]
+
+
+def list_pictures(path: Path) -> PictureList:
     """Picture files in a folder (and below it), or in the ``image`` column of a CSV.
 
-    Returns:
-        Paths, and their names relative to the folder or as written in the CSV.
+    A picture's class is the name of the folder that it lies in (none for a picture directly in
+    ``path``), or what the CSV has in its column ``label``. Hidden files and folders are passed
+    over, and so are symbolic links: what a folder holds cannot lead out of it or in a circle.
 
     Raises:
-        DataError: no such place, no picture in it, or anything amiss with the CSV.
+        DataError: no such place, no picture in it, a folder that cannot be read, or anything
+            amiss with the CSV.
     """
-    if path.is_dir():
-        found = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-        )
-        names = [file.relative_to(path).as_posix() for file in found]
-    elif path.is_file():
-        names = [image for _, (image,) in read_table(path, ("image",))]
-        found = [path.parent / name for name in names]
+    source = path.resolve()
+    if source.is_dir():
+        names, links = _below(source)
+        labels = [Path(name).parent.name or None for name in names]
+    elif source.is_file():
+        rows = [cells for _, cells in read_table(source, ("image",), optional="label")]
+        names, links = [cells[0] for cells in rows], 0
+        labels = [(cells[1] or None) if len(cells) > 1 else None for cells in rows]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
-    if not found:
-        raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))})")
-    return found, names
+    if not names:
+        passed = f"; {links} symbolic links are not followed: list them in a CSV" if links else ""
+        raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))}){passed}")
+    return PictureList(source, tuple(names), tuple(labels), links)
+
+
+def _below(root: Path) -> tuple[list[str], int]:
+    names: list[str] = []
+    links = 0
+
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot read this folder: {error.strerror}; mend its rights or "
+            "move it away"
+        ) from error
+
+    for folder, below, files in os.walk(root, onerror=fail):
+        shown = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in shown if not os.path.islink(os.path.join(folder, name))]
+        links += len(shown) - len(below)
+        inside = Path(folder).relative_to(root)
+        for name in files:
+            if not name.startswith(".") and name.lower().endswith(EXTENSIONS):
+                if os.path.islink(os.path.join(folder, name)):
+                    links += 1
+                else:
+                    names.append((inside / name).as_posix())
+    return sorted(names), links
 
 
 def write_embeddings(path: Path, result: Embeddings) -> list[Path]:

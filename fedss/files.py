@@ -21,12 +21,18 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
     Of several writers at once each puts its own whole file in place; the last one stays.
     """
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """:func:`atomic`, for a file that its writer opens, and sees to its being on the disk."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):

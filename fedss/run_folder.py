@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from fedss.config import OPTIONS, Config
 from fedss.errors import RunFolderError
-from fedss.files import read_json, remove_litter, write_json, writing
+from fedss.files import RUN_FOLDER_ADVICE, read_json, remove_litter, write_json, writing
 from fedss.ranks import Ranks
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
@@ -33,13 +33,17 @@ _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
+def hold(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
     """Make the folder and keep other processes out of it; failed writes become RunFolderErrors.
+
+    Args:
+        folder: what to hold.
+        advice: what to do about a failed write.
 
     Raises:
         RunFolderError: another process holds it, or it cannot be written.
     """
-    with writing(folder):
+    with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         try:

@@ -31,10 +31,10 @@ def write_csv(root, content):
 
 
 def test_files_are_decoded_as_in_training(pictures):
-    paths, names = list_pictures(pictures)
-    result = embed_files(MODEL, paths, names=names)
+    found = list_pictures(pictures)
+    result = embed_files(MODEL, found.paths, names=found.names)
     assert result.names == ("p0.png", "p1.png", "p2.png")
-    expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in paths]))
+    expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in found.paths]))
     assert np.array_equal(result.embeddings_ND, expected)
 
 
@@ -47,17 +47,20 @@ def test_files_are_decoded_as_in_training(pictures):
     ],
 )
 def test_a_csv_needs_no_column_but_image(pictures, content):
-    paths, names = list_pictures(write_csv(pictures, content))
-    assert names == ["p1.png", "p0.png"]
-    assert paths == [pictures / "p1.png", pictures / "p0.png"]
+    found = list_pictures(write_csv(pictures, content))
+    assert found.names == ("p1.png", "p0.png")
+    assert found.paths == [pictures / "p1.png", pictures / "p0.png"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("image\ncafé.png\n".encode("latin-1"), "expected text in UTF-8, got byte 0xe9"),
-        (b"", "empty; expected a header line image$"),
-        ("file,label\nx.png,y\n", "line 1: expected the column image; missing: image; found: file"),
+        (b"", r"empty; expected a header line image\[,label\]$"),
+        (
+            "file,label\nx.png,y\n",
+            "line 1: expected the column image and perhaps label; missing: image",
+        ),
         ("Image\nx.png\n", "is 'Image' meant as 'image'"),
         ("image,label\np0.png,a\n,b\n", "line 3: empty image"),
         ("image,label\np0.png,a,b\n", "line 2: expected 2 cells, got 3"),

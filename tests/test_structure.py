@@ -50,6 +50,7 @@ LAYERS = [
     {"build", "run_folder", "records", "embedding", "evaluation"},
     {"describe", "progress"},
     {"experiment"},
+    {"search"},
     {"cli"},
 ]
 

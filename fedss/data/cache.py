@@ -59,25 +59,42 @@ def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np
     Raises:
         OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
     """
-    mode = "L" if channels == 1 else "RGB"
     image: Image.Image
     with Image.open(picture) as image:
-        # A JPEG decodes at a fraction of its size for much less work; twice the target is left
-        # for the filter below.
-        image.draft(None, (2 * image_size, 2 * image_size))
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            wide = np.clip(np.asarray(image), 0, 65535)
-            image = Image.fromarray((wide >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        if image.mode != mode:
-            image = image.convert(mode)
-        square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+        return pixels_of(upright(image, image_size), image_size, channels)
+
+
+def upright(image: Image.Image, image_size: int) -> Image.Image:
+    """A picture as a person sees it: rotated as the camera says, 8 bits a pixel, laid on white.
+
+    Of a JPEG that was just opened no more is decoded than ``pixels_of`` needs. ``image`` is not to
+    be used afterwards.
+
+    Raises:
+        See ``decode``.
+    """
+    # A JPEG decodes at a fraction of its size for much less work; twice the target is left
+    # for the filter of pixels_of.
+    image.draft(None, (2 * image_size, 2 * image_size))
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        wide = np.clip(np.asarray(image), 0, 65535)
+        return Image.fromarray((wide >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image)
+    return image
+
+
+def pixels_of(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """An upright picture as ``decode`` gives it."""
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     # Faster than np.asarray, which shows in small pictures.
     pixels = np.frombuffer(square.tobytes(), np.uint8)
     return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)

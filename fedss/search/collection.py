@@ -1,0 +1,269 @@
+"""A searchable collection: an index opened together with the model that made it.
+
+Shape suffixes: Q queries, N pictures of the collection, D embedding size, C classes.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedss.errors import DataError, RunFolderError
+from fedss.experiment import load
+from fedss.models import Embedder
+from fedss.retrieval import nearest
+from fedss.search.reading import Picture, read_pictures
+from fedss.search.shelf import Shelf, damaged, read_about, read_shelf, read_thumbnail
+
+INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
+
+_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Match:
+    """A picture that was found.
+
+    Attributes:
+        position: its place in the collection.
+        name: its name.
+        label: its class, None where it has none.
+        score: cosine of its embedding and the query's.
+    """
+
+    position: int
+    name: str
+    label: str | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Pictures of an index and of enrolled classes, as they were when it was opened.
+
+    Positions count the pictures of the index first, then those enrolled.
+
+    Attributes:
+        folder: where the index lies.
+        source: the folder or CSV of the pictures.
+        embedder: the model.
+        names: of each picture: relative to the source, or as given when it was enrolled.
+        labels: the class of each picture; None where it has none.
+        vectors_ND: float32, rows of length 1.
+        indexed: the first so many pictures are those of ``source``.
+        skipped: pictures of ``source`` that could not be read when the index was built.
+        links: symbolic links of ``source`` that were passed over then.
+        embedded: how many pictures were embedded then; the others were there before.
+    """
+
+    folder: Path
+    source: Path
+    embedder: Embedder
+    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    vectors_ND: Tensor
+    indexed: int
+    skipped: tuple[str, ...]
+    links: int
+    embedded: int
+    _builds: tuple[str, str]
+    _ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @cached_property
+    def classes(self) -> dict[str, int]:
+        """Number of pictures by class, sorted by name."""
+        counts = Counter(label for label in self.labels if label is not None)
+        return dict(sorted(counts.items()))
+
+    @cached_property
+    def enrolled(self) -> dict[str, int]:
+        """Number of enrolled pictures by class, sorted by name."""
+        counts = Counter(label for label in self.labels[self.indexed :] if label is not None)
+        return dict(sorted(counts.items()))
+
+    @cached_property
+    def prototypes_CD(self) -> Tensor:
+        """The mean embedding of each of ``classes``, scaled to length 1 (a zero mean stays)."""
+        place = {label: row for row, label in enumerate(self.classes)}
+        rows = torch.tensor([-1 if label is None else place[label] for label in self.labels])
+        sums_CD = torch.zeros(len(place), self.vectors_ND.shape[1], dtype=torch.float64)
+        sums_CD.index_add_(0, rows[rows >= 0], self.vectors_ND[rows >= 0].double())
+        return nn.functional.normalize(sums_CD, dim=1).float()
+
+    def pictures_of(self, label: str) -> list[int]:
+        """Positions of a class's pictures."""
+        return [position for position, found in enumerate(self.labels) if found == label]
+
+    def path(self, position: int) -> Path | None:
+        """The file of a picture; None for an enrolled one, of which the index alone knows."""
+        if position >= self.indexed:
+            return None
+        root = self.source if self.source.suffix.lower() != ".csv" else self.source.parent
+        return root / self.names[position]
+
+    def thumbnail(self, position: int) -> bytes:
+        """A small JPEG of a picture. Any thread may ask.
+
+        Raises:
+            RunFolderError: the index was changed meanwhile and the picture is gone.
+        """
+        enrolled = position >= self.indexed
+        path = self.folder / (ENROLLED if enrolled else INDEX)
+        small = read_thumbnail(path, self._ids[position], self._builds[enrolled])
+        if small is None:
+            raise RunFolderError(
+                f"{path} was changed by another process, and {self.names[position]} is no longer "
+                "there: open the index again"
+            )
+        return small
+
+    def embed(self, pictures: Sequence[Picture]) -> Tensor:
+        """Embeddings of pictures: files, their content (a binary file object) or open images.
+
+        Returns:
+            float32 [Q, D], rows of length 1.
+
+        Raises:
+            DataError: a picture that cannot be read (named).
+        """
+        blocks = read_pictures(self.embedder, pictures, thumbnails=False)
+        vectors = [read.vector_D for block in blocks for read in block]
+        size = self.embedder.spec.embedding_size
+        return torch.from_numpy(np.array(vectors, np.float32).reshape(-1, size))
+
+    def search(self, query_QD: Tensor, k: int = 10) -> list[list[Match]]:
+        """The nearest pictures of each query, best first: exactly what ``fedss.nearest`` finds.
+
+        Scores in float32 tell which pictures may be among the first k; those are scored exactly.
+        With two queries or a hundred thousand pictures, memory stays below 64 MB or one score per
+        picture.
+
+        Args:
+            query_QD: floating point [Q, D], such as from ``embed``.
+            k: how many; all there are, if there are fewer.
+
+        Raises:
+            DataError: k below 1, queries of another size, NaN or infinite.
+        """
+        size = self.vectors_ND.shape[1]
+        if k < 1:
+            raise DataError(f"k: expected 1 or more, got {k}")
+        if query_QD.ndim != 2 or query_QD.shape[1] != size:
+            raise DataError(f"queries: expected [Q, {size}], got {list(query_QD.shape)}")
+        if not bool(torch.isfinite(query_QD).all()):
+            raise DataError("queries: expected finite numbers; did training diverge?")
+        if not len(self):
+            return [[] for _ in query_QD]
+        unit_QD = nn.functional.normalize(query_QD.detach().cpu().float(), dim=1)
+        k = min(k, len(self))
+        rows = max(1, _BLOCK_BYTES // (4 * len(self)))
+        return [
+            self._first(query_D, scores_N, k)
+            for block_BD in torch.split(unit_QD, rows)
+            for query_D, scores_N in zip(
+                block_BD, block_BD.numpy() @ self.vectors_ND.numpy().T, strict=True
+            )
+        ]
+
+    def _first(self, query_D: Tensor, scores_N: np.ndarray, k: int) -> list[Match]:
+        # A sum of D products of rows of length 1 in float32, in any order, is off by D 2^-24 at
+        # most (Higham 2002, section 3.1); the rest is for the rounding of rows. The first k and
+        # whatever is tied with the last of them are thus within twice this of it.
+        doubt = (len(query_D) + 16) * 2.0**-23
+        least = np.partition(scores_N, len(scores_N) - k)[len(scores_N) - k]
+        places = np.flatnonzero(scores_N >= least - 2 * doubt)
+        scores_1K, index_1K = nearest(query_D[None], self.vectors_ND[torch.from_numpy(places)], k)
+        found = zip(places[index_1K[0].numpy()].tolist(), scores_1K[0].tolist(), strict=True)
+        return [Match(at, self.names[at], self.labels[at], score) for at, score in found]
+
+
+def open_collection(
+    folder: str | Path, run: str | Path, *, backbone: nn.Module | None = None
+) -> Collection:
+    """An index with the model that made it.
+
+    Args:
+        folder: where the index lies; ``RUN/index`` unless it was put elsewhere.
+        run: the run folder of the model.
+        backbone: as for ``fedss.load``.
+
+    Raises:
+        RunFolderError: no index, a damaged one, or one made with another model.
+        ConfigError: as ``fedss.load``.
+    """
+    return open_with(Path(folder), load(run, backbone))
+
+
+def reopen(collection: Collection) -> Collection:
+    """The collection as it is now, with what other processes have done to it.
+
+    Raises:
+        RunFolderError: as ``open_collection``.
+    """
+    return open_with(collection.folder, collection.embedder)
+
+
+def open_with(folder: Path, embedder: Embedder) -> Collection:
+    """``open_collection`` with a model at hand."""
+    shelf = _read(folder / INDEX, embedder)
+    enrolled = _read(folder / ENROLLED, embedder) if (folder / ENROLLED).exists() else None
+    try:
+        facts = json.loads(shelf.about["facts"])
+        both = [shelf] if enrolled is None else [shelf, enrolled]
+        return Collection(
+            folder=folder,
+            source=Path(facts["source"]),
+            embedder=embedder,
+            names=tuple(name for part in both for name in part.names),
+            labels=tuple(label for part in both for label in part.labels),
+            vectors_ND=torch.from_numpy(np.concatenate([part.vectors_ND for part in both])),
+            indexed=len(shelf.names),
+            skipped=tuple(facts["skipped"]),
+            links=facts["links"],
+            embedded=facts["embedded"],
+            _builds=(shelf.about["build"], enrolled.about["build"] if enrolled else ""),
+            _ids=tuple(number for part in both for number in part.ids),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder / INDEX, error) from error
+
+
+def _read(path: Path, embedder: Embedder) -> Shelf:
+    check_model(path, embedder)
+    return read_shelf(path, embedder.spec.embedding_size)
+
+
+def check_model(path: Path, embedder: Embedder) -> None:
+    """Whether a shelf's vectors are this model's.
+
+    Raises:
+        RunFolderError: they are another's, or the file is missing or damaged.
+    """
+    there, here = read_about(path).get("model", ""), fingerprint(embedder)
+    if there != here:
+        what = "enrol its classes again" if path.name == ENROLLED else "run fedss index again"
+        raise RunFolderError(
+            f"{path} was made with another model (fingerprint {there[:12]}, this one has "
+            f"{here[:12]}), and vectors of two models cannot be compared: use the run that made "
+            f"it, or delete {path.name} and {what}"
+        )
+
+
+def fingerprint(embedder: Embedder) -> str:
+    """A digest, in hex, of a model's structure and of every number in it; sha256."""
+    digest = hashlib.sha256(json.dumps(asdict(embedder.spec), sort_keys=True).encode())
+    for name, tensor in sorted(embedder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
