@@ -24,7 +24,7 @@ GLYPHS = [
     *["--data", "glyphs", "--glyphs-classes", "40", "--glyphs-clients", "8", "--sample-size", "8"],
 ]
 
-COMMANDS = {"app", "train", "compare", "evaluate", "embed", "report", "info"}
+COMMANDS = {"app", "train", "compare", "evaluate", "embed", "report", "info", "serve"}
 
 
 @pytest.fixture
@@ -115,6 +115,15 @@ def test_commands_and_options_are_pinned(capsys):
     }
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("report", capsys)[0] == {"--help"}
+    assert options_of("serve", capsys)[0] == {
+        "--help",
+        "--host",
+        "--index",
+        "--max-upload-mb",
+        "--open",
+        "--port",
+        "--threshold",
+    }
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
 

@@ -70,10 +70,15 @@ function badge(item) {
   return item.enrolled ? [made("span", { className: "badge" }, "enrolled")] : [];
 }
 
+function className({ label }) {
+  if (label === null) return made("span", { className: "name none" }, "no class");
+  return made("a", { className: "name", href: link("class", { name: label }), title: label }, label);
+}
+
 function pictureItem(picture, withClass) {
   const frame = made("a", { className: "frame", href: link("search", { at: picture.position }), "aria-label": `Search with ${picture.name}`, title: picture.name }, thumbnail(picture));
   const parts = [frame];
-  if (withClass) parts.push(made("a", { className: "name", href: link("class", { name: picture.label }), title: picture.label }, picture.label), ...badge(picture));
+  if (withClass) parts.push(className(picture), ...badge(picture));
   else parts.push(made("span", { className: "file" }, picture.name));
   if (picture.score !== undefined) parts.push(score(picture.score));
   return made("li", {}, ...parts);
@@ -102,15 +107,16 @@ function showIdentity(identity) {
   place.hidden = !identity;
   if (!identity) return;
   const known = identity.label !== null;
+  const { threshold } = identity;
   place.classList.toggle("unknown", !known);
+  const title = threshold === null ? "Nearest class" : known ? "Looks like" : "No class is near enough";
   const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
-  const parts = [made("p", { className: "kind" }, known ? "Looks like" : "No class is near enough"), name];
-  if (identity.nearest !== null) {
-    parts.push(score(identity.score, identity.threshold));
-    const limit = `the threshold, ${identity.threshold.toFixed(3)}`;
-    parts.push(made("p", { className: "note" }, known ? `Above ${limit}.` : `The nearest is ${identity.nearest}; its score is below ${limit}.`));
+  let note = "No threshold is known, so a picture of no class gets a name, too: fedss evaluate measures one, --threshold sets one.";
+  if (threshold !== null) {
+    const limit = `the threshold, ${threshold.toFixed(3)}${about.threshold_note && `, ${about.threshold_note}`}`;
+    note = known ? `Not below ${limit}.` : `The nearest is ${identity.nearest}, below ${limit}.`;
   }
-  place.replaceChildren(...parts);
+  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold), made("p", { className: "note" }, note));
 }
 
 function showFound(title, note, pictures) {
@@ -134,7 +140,7 @@ async function searchView(values, signal) {
   if (position !== null) {
     showQuery(`thumbnail/${encodeURIComponent(position)}`, "…");
     answer = await ask(`neighbours/${encodeURIComponent(position)}?count=${count}`, { signal });
-    showQuery(`thumbnail/${answer.query.position}`, `${answer.query.label}, ${answer.query.name}`);
+    showQuery(`thumbnail/${answer.query.position}`, [answer.query.label, answer.query.name].filter(Boolean).join(", "));
   } else {
     showQuery(URL.createObjectURL(asked), asked.name);
     const body = new FormData();
@@ -261,10 +267,10 @@ function enrolledItem(item) {
 
 async function describe() {
   about = await ask("about");
-  at("about").textContent = `fedss search · ${about.run}`;
+  at("about").textContent = `fedss search · ${about.title}`;
   at("title").textContent = `${many(about.pictures, "picture")} of ${many(about.classes, "class", "classes")}`;
-  document.title = `${about.run} – fedss search`;
-  document.body.classList.toggle("small", about.thumbnail_size < 96);
+  document.title = `${about.title} – fedss search`;
+  at("name").maxLength = about.longest_name;
 }
 
 async function refresh() {
@@ -293,7 +299,7 @@ async function render() {
     } catch (error) {
       if (error.name !== "AbortError") {
         at(grid).replaceChildren();
-        if (view === "search") { showIdentity(null); showFound("Nothing found", "", []); }
+        if (view === "search") { at("amount").hidden = true; showIdentity(null); showFound("No picture to search with", "", []); }
       }
       throw error;
     } finally {

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from fedss.errors import ConfigError, DataError, FedssError
-from fedss.search.classes import enrol, identify, remove
+from fedss.search.classes import Threshold, enrol, identify, remove
 from fedss.search.collection import ENROLLED, INDEX, Collection, Match, reopen
 from fedss.search.reading import read_pictures
 
@@ -46,7 +46,6 @@ except ImportError as error:
 
 T = TypeVar("T")
 
-DEFAULT_PORT = 8600
 MOST_PICTURES = 20
 """Pictures of one enrolment, at most."""
 _PER_PAGE = 60
@@ -88,7 +87,29 @@ class Limits:
     threshold_note: str = ""
 
 
-def listen(host: str = "127.0.0.1", port: int = DEFAULT_PORT) -> socket.socket:
+def make_limits(
+    max_upload_mb: float, threshold: float | None = None, measured: Threshold | None = None
+) -> Limits:
+    """Checked limits, with a threshold as given, or else as an evaluation has measured it.
+
+    Raises:
+        ConfigError: a size or a threshold out of range.
+    """
+    if not 0.001 <= max_upload_mb <= 1000:
+        raise ConfigError(f"--max-upload-mb: expected 0.001 to 1000, got {max_upload_mb:g}")
+    if threshold is not None and not -1.0 <= threshold <= 1.0:
+        raise ConfigError(f"--threshold: expected a cosine from -1 to 1, got {threshold:g}")
+    note = ""
+    if threshold is None and measured is not None:
+        threshold = measured.threshold
+        note = (
+            f"measured with {measured.enrolled:,} classes, where {measured.fpir:.2g} of the "
+            "pictures of no class are given a name all the same"
+        )
+    return Limits(round(max_upload_mb * 1e6), threshold, note)
+
+
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: any that is free.
 
     Raises:
@@ -496,7 +517,7 @@ def _netloc(origin: str) -> str:
 async def _form(request: Request, limits: Limits, most: int) -> tuple[str, list[_Upload]]:
     """The field ``name`` of a form and the files of its field ``picture``, one or more."""
     async with request.form(max_files=most, max_fields=1, max_part_size=_FRAMING) as form:
-        uploads = []
+        uploads: list[_Upload] = []
         for file in form.getlist("picture"):
             if not isinstance(file, UploadFile):
                 raise HTTPException(400, "picture: expected a file, got text")
@@ -530,9 +551,7 @@ def _embedded(there: Collection, uploads: Sequence[_Upload]) -> Any:
         files = [io.BytesIO(upload.content) for upload in uploads]
         list(read_pictures(there.embedder, files, thumbnails=False, broken=broken))
         for position, reason in broken.items():
-            raise HTTPException(
-                415, f"{uploads[position].name} cannot be read: {reason}"
-            ) from None
+            raise HTTPException(415, f"{uploads[position].name} cannot be read: {reason}") from None
         raise
 
 
