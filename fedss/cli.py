@@ -14,6 +14,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
@@ -127,6 +128,53 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-broken", action="store_true", help="leave out and count unreadable pictures"
     )
 
+    index = command(
+        _index, "RUN PICTURES [OPTIONS]", "make pictures searchable, or bring them up to date"
+    )
+    index.add_argument("folder", metavar="RUN", help="a run folder")
+    index.add_argument(
+        "pictures", metavar="PICTURES", help="a folder, or a CSV with 'image' and perhaps 'label'"
+    )
+    _add_index(index)
+    index.add_argument(
+        "--skip-broken", action="store_true", help="leave out and count unreadable pictures"
+    )
+
+    search = command(_search, "RUN PICTURE ... [OPTIONS]", "the nearest pictures of an index")
+    search.add_argument("folder", metavar="RUN", help="a run folder")
+    search.add_argument("pictures", metavar="PICTURE", nargs="+", help="what to look for")
+    _add_index(search)
+    search.add_argument(
+        "--count", type=int, default=10, metavar="INT", help="how many to find (default: 10)"
+    )
+    search.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    search.add_argument("--show", metavar="FILE.html", help="write them as a page with pictures")
+
+    enrol = command(
+        _enrol, "RUN CLASS PICTURE ... [OPTIONS]", "add a class to an index from a few pictures"
+    )
+    enrol.add_argument("folder", metavar="RUN", help="a run folder")
+    enrol.add_argument("label", metavar="CLASS", help="its name")
+    enrol.add_argument("pictures", metavar="PICTURE", nargs="*", help="pictures of it")
+    _add_index(enrol)
+    enrol.add_argument(
+        "--remove", action="store_true", help="remove the enrolled pictures of the class instead"
+    )
+
+    identify = command(
+        _identify, "RUN PICTURE ... [OPTIONS]", "the class that a picture shows, or unknown"
+    )
+    identify.add_argument("folder", metavar="RUN", help="a run folder")
+    identify.add_argument("pictures", metavar="PICTURE", nargs="+", help="what to look at")
+    _add_index(identify)
+    identify.add_argument(
+        "--threshold",
+        type=float,
+        metavar="NUMBER",
+        help="least cosine, below it is unknown (default: that of RUN/verification.json)",
+    )
+    identify.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
     report = command(_report, "OUT", "write report.html for a run or a comparison")
     report.add_argument("folder", metavar="OUT", help="the folder of a run or a comparison")
 
@@ -134,12 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         _serve, "RUN [OPTIONS]", "a web page of this machine: search by picture, browse, enrol"
     )
     serve.add_argument("folder", metavar="RUN", help="a run folder with an index (fedss index)")
-    serve.add_argument("--index", metavar="DIR", help="where the index lies (default: RUN/index)")
+    _add_index(serve)
     serve.add_argument(
         "--threshold",
         type=float,
         metavar="NUMBER",
-        help="least cosine at which a class is named (default: as fedss evaluate has measured)",
+        help="least cosine, below it is unknown (default: that of RUN/verification.json)",
     )
     serve.add_argument(
         "--host",
@@ -192,6 +240,10 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the results; holds one experiment"
     )
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", metavar="DIR", help="the index's folder (default: RUN/index)")
 
 
 def _add_deployment(parser: argparse.ArgumentParser) -> None:
@@ -334,6 +386,118 @@ def _embed(options: argparse.Namespace) -> None:
     print("\n".join(str(path) for path in written))
 
 
+def _index(options: argparse.Namespace) -> None:
+    from fedss.search import build_collection
+
+    found = build_collection(
+        options.folder, options.pictures, _place(options), skip_broken=options.skip_broken
+    )
+    _print_left_out(found.skipped, links=found.links)
+    enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
+    print(
+        f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
+        f"{found.embedded:,} pictures were new or changed\n{found.folder}"
+    )
+
+
+def _place(options: argparse.Namespace) -> Path:
+    return Path(options.index or Path(options.folder) / "index")
+
+
+def _search(options: argparse.Namespace) -> None:
+    from fedss.files import write_file, writing
+    from fedss.search import open_collection
+    from fedss.search.page import neighbours_page, shown
+
+    collection, names = open_collection(_place(options), options.folder), options.pictures
+    found = collection.search(collection.embed(names), options.count)
+    if options.show is not None:
+        page = neighbours_page(collection, names, found)
+        with writing(Path(options.show), "choose another place (--show)"):
+            write_file(Path(options.show), page.encode())
+    if options.json:
+        content = [
+            {
+                "picture": name,
+                "matches": [
+                    {**dataclasses.asdict(match), "path": str(path) if path else None}
+                    for match, path in ((m, collection.path(m.position)) for m in matches)
+                ],
+            }
+            for name, matches in zip(names, found, strict=True)
+        ]
+        print(json.dumps(content, indent=2))
+        return
+    for name, matches in zip(names, found, strict=True):
+        print(f"nearest to {shown(name)} in {shown(str(collection.source))}")
+        table = _table()
+        table.add_column("score", justify="right", no_wrap=True)
+        table.add_column("class", overflow="fold")
+        table.add_column("picture", overflow="fold")
+        for match in matches:
+            label = "–" if match.label is None else shown(match.label)
+            table.add_row(_score(match.score), escape(label), escape(shown(match.name)))
+        _console().print(table)
+    if options.show is not None:
+        print(options.show)
+
+
+def _enrol(options: argparse.Namespace) -> None:
+    from fedss.search import enrol, open_collection, remove
+    from fedss.search.page import shown
+
+    if options.remove and options.pictures:
+        raise ConfigError("--remove takes a whole class out: give no pictures with it")
+    collection, label = open_collection(_place(options), options.folder), options.label
+    if options.remove:
+        collection = remove(collection, label)
+        print(f"removed the enrolled pictures of {shown(label)}", end="; ")
+    else:
+        collection = enrol(collection, label, options.pictures)
+        print(
+            f"enrolled {shown(label)} with {len(options.pictures)} pictures, "
+            f"{collection.classes[label.strip()]} in all",
+            end="; ",
+        )
+    print(f"{len(collection.classes):,} classes now")
+
+
+def _identify(options: argparse.Namespace) -> None:
+    from fedss.search import identify, open_collection, stored_threshold
+    from fedss.search.page import shown
+
+    collection = open_collection(_place(options), options.folder)
+    threshold = options.threshold
+    about = "as given"
+    if threshold is None:
+        stored = stored_threshold(options.folder)
+        if stored is None:
+            raise ConfigError(
+                f"{options.folder} has no threshold of its own: fedss evaluate {options.folder} "
+                "measures one, or give a least cosine with --threshold, such as 0.6"
+            )
+        threshold = stored.threshold
+        about = (
+            f"measured: {stored.fpir:.1%} of strangers are named among {stored.enrolled} classes"
+        )
+    found = identify(collection, collection.embed(options.pictures), threshold)
+    if options.json:
+        named = zip(options.pictures, found, strict=True)
+        rows = [{"picture": name, **dataclasses.asdict(identity)} for name, identity in named]
+        print(json.dumps({"threshold": threshold, "pictures": rows}, indent=2))
+        return
+    print(f"among {len(collection.classes):,} classes, threshold {threshold:.3f} ({about})")
+    table = _table()
+    for heading in ("picture", "class", "nearest"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("score", justify="right", no_wrap=True)
+    for name, identity in zip(options.pictures, found, strict=True):
+        label = "unknown" if identity.label is None else shown(identity.label)
+        words = [escape(word) for word in (shown(name), label, shown(identity.nearest))]
+        table.add_row(*words, _score(identity.score))
+    _console().print(table)
+
+
 def _app(options: argparse.Namespace) -> None:
     names = {item.name for item in DEPLOYMENT_FIELDS}
     given = {name: value for name, value in vars(options).items() if name in names}
@@ -351,16 +515,16 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from fedss.search import open_collection, page, stored_threshold
+    from fedss.search import open_collection, server, stored_threshold
 
-    limits = page.make_limits(
+    limits = server.make_limits(
         options.max_upload_mb, options.threshold, stored_threshold(options.folder)
     )
-    with page.listen(options.host, options.port) as listener:
+    with server.listen(options.host, options.port) as listener:
         run = Path(options.folder)
         collection = open_collection(options.index or run / "index", run)
-        title, address = run.resolve().name, page.address_of(listener)
-        if not page.is_loopback(listener):
+        title, address = run.resolve().name, server.address_of(listener)
+        if not server.is_loopback(listener):
             print(
                 f"warning: --host {options.host} lets other machines in. Whoever reaches port "
                 f"{listener.getsockname()[1]} sees all pictures and can enrol and remove classes: "
@@ -371,7 +535,7 @@ def _serve(options: argparse.Namespace) -> None:
         if options.open:
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):
-            page.serve(collection, title, listener, options.host, limits)
+            server.serve(collection, title, listener, options.host, limits)
     print("stopped")
 
 
@@ -511,7 +675,7 @@ def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _table(title: str) -> Table:
+def _table(title: str | None = None) -> Table:
     return Table(
         title=title,
         title_justify="left",

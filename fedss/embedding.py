@@ -95,6 +95,7 @@ class PictureList:
 
     Attributes:
         source: the folder or the CSV, as an absolute path.
+        root: what names are relative to: the folder, or that of the CSV.
         names: relative to the folder, or as written in the CSV; in the order of a folder's sorted
             names or of the CSV's lines.
         labels: a class per picture; None where it has none.
@@ -102,6 +103,7 @@ class PictureList:
     """
 
     source: Path
+    root: Path
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
     links: int = 0
@@ -109,8 +111,7 @@ class PictureList:
     @property
     def paths(self) -> list[Path]:
         """The pictures' files."""
-        root = self.source if self.source.is_dir() else self.source.parent
-        return [root / name for name in self.names]
+        return [self.root / name for name in self.names]
 
 
 def list_pictures(path: Path) -> PictureList:
@@ -125,6 +126,7 @@ def list_pictures(path: Path) -> PictureList:
             amiss with the CSV.
     """
     source = path.resolve()
+    root = source if source.is_dir() else source.parent
     if source.is_dir():
         names, links = _below(source)
         labels = [Path(name).parent.name or None for name in names]
@@ -137,7 +139,7 @@ def list_pictures(path: Path) -> PictureList:
     if not names:
         passed = f"; {links} symbolic links are not followed: list them in a CSV" if links else ""
         raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))}){passed}")
-    return PictureList(source, tuple(names), tuple(labels), links)
+    return PictureList(source, root, tuple(names), tuple(labels), links)
 
 
 def _below(root: Path) -> tuple[list[str], int]:

@@ -24,7 +24,13 @@ GLYPHS = [
     *["--data", "glyphs", "--glyphs-classes", "40", "--glyphs-clients", "8", "--sample-size", "8"],
 ]
 
-COMMANDS = {"app", "train", "compare", "evaluate", "embed", "report", "info", "serve"}
+COMMANDS = {"app", "train", "compare", "evaluate", "embed", "report", "info"} | {
+    "index",
+    "search",
+    "enrol",
+    "identify",
+    "serve",
+}
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from fedss.search import (
     open_collection,
     remove,
 )
-from fedss.search import page as pages
+from fedss.search import server as pages
 from tests.serving import COPIES, NAMES, Site, make_site
 
 MEGABYTE = 1_000_000
@@ -273,22 +273,22 @@ def test_thumbnails_are_small_pictures_asked_for_by_number(site: Site, server: S
 @pytest.mark.parametrize(
     "target",
     [
-        "/../page.py",
-        "/page.py",
-        "/thumbnail/../page.py",
+        "/../server.py",
+        "/server.py",
+        "/thumbnail/../server.py",
         "/thumbnail/..%2f..%2fpage.py",
         "/%2e%2e/%2e%2e/etc/passwd",
         "/..%5c..%5cpage.py",
         "//etc/passwd",
         "/thumbnail/-1",
-        "/thumbnail/5/../../page.py",
+        "/thumbnail/5/../../server.py",
         "/thumbnail/%00",
         "/thumbnail/index.sqlite",
         "/index/index.sqlite",
-        "/page.js%00.png",
-        "/static/../page.py",
-        "/neighbours/../../page.py",
-        "http://127.0.0.1/../page.py",
+        "/server.js%00.png",
+        "/static/../server.py",
+        "/neighbours/../../server.py",
+        "http://127.0.0.1/../server.py",
     ],
 )
 def test_no_path_leads_to_a_file(server: Server, target: str) -> None:
@@ -441,7 +441,7 @@ def test_other_pages_change_nothing(server: Server, origin: str) -> None:
 
 
 def test_every_answer_forbids_what_it_does_not_need(server: Server) -> None:
-    for path in ("/", "/page.js", "/about", "/thumbnail/0", "/nothing", "/thumbnail/99999"):
+    for path in ("/", "/server.js", "/about", "/thumbnail/0", "/nothing", "/thumbnail/99999"):
         answer = server.get(path)
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
@@ -451,8 +451,8 @@ def test_every_answer_forbids_what_it_does_not_need(server: Server) -> None:
         assert answer.headers["cache-control"] == "no-store"
         assert "access-control-allow-origin" not in answer.headers
     page = server.get("/").body.decode()
-    script = server.get("/page.js").body.decode()
-    style = server.get("/page.css").body.decode()
+    script = server.get("/server.js").body.decode()
+    style = server.get("/server.css").body.decode()
     assert not re.search(r"https?:|//[a-z]", page + style)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
     assert not re.search(r"\son\w+=|style=|<script>|<style>", page)

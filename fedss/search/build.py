@@ -29,6 +29,7 @@ from fedss.search.reading import read_pictures
 from fedss.search.shelf import (
     Item,
     changing,
+    is_there,
     make_shelf,
     note,
     put,
@@ -40,6 +41,7 @@ from fedss.search.shelf import (
 OnProgress = Callable[[int, int], None]
 
 _CHUNK = 4096
+_LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
 _ADVICE = "make room or mend the place, then start the same command again"
 Stamp = tuple[int, int]
 
@@ -81,7 +83,7 @@ def build_collection(
     if twice is not None:
         raise DataError(f"{pictures}: {twice} is listed more than once; remove one of the lines")
     with hold(folder, _ADVICE):
-        if (folder / ENROLLED).exists():
+        if is_there(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
         with replacing(folder / INDEX) as beside:
             _write(beside, folder / INDEX, found, embedder, skip_broken, on_progress)
@@ -119,8 +121,9 @@ def _write(
             broken: dict[int, str] | None = {} if skip_broken else None
             read = {at: there[number] for at, number in same.items()}
             done(start + len(same), total)
+            new = [paths[at] for at in todo]
             for block in read_pictures(
-                embedder, [paths[at] for at in todo], thumbnails=True, broken=broken
+                embedder, new, thumbnails=True, broken=broken, advice=_LEAVE_OUT
             ):
                 read |= {todo[one.position]: (one.vector_D, one.thumbnail) for one in block}
                 done(start + len(read), total)
@@ -139,6 +142,7 @@ def _write(
             raise DataError(f"no readable picture among the {total} of {found.source}")
         facts = {
             "source": str(found.source),
+            "root": str(found.root),
             "links": found.links,
             "skipped": skipped,
             "embedded": embedded,
@@ -163,8 +167,7 @@ def _stamp(path: Path, name: str, skip_broken: bool) -> Stamp | None:
         if skip_broken:
             return None
         raise DataError(
-            f"cannot read picture {name}: {path}: {error.strerror}; mend or remove it, or leave "
-            "such pictures out with skip_broken (--skip-broken)"
+            f"cannot read picture {name}: {path}: {error.strerror}; {_LEAVE_OUT}"
         ) from error
     return status.st_size, status.st_mtime_ns
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fedss.errors import ConfigError, DataError, RunFolderError
-from fedss.files import read_json, replacing
-from fedss.run_folder import hold
+from fedss.files import read_json
 from fedss.search.collection import ENROLLED, Collection, check_model, fingerprint, reopen
 from fedss.search.reading import Picture, name_of, read_pictures
-from fedss.search.shelf import Item, changing, make_shelf, put, take_out
+from fedss.search.shelf import Item, changing, is_there, make_shelf, put, take_out
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,12 @@ def enrol(
         for read in block
     ]
     path = collection.folder / ENROLLED
-    if not path.exists():
-        _make(path, collection)
+    model = fingerprint(collection.embedder)
+    make_shelf(path, {"model": model, "build": secrets.token_hex(8)})
     check_model(path, collection.embedder)
     with changing(path) as file:
         put(file, items)
     return reopen(collection)
-
-
-def _make(path: Path, collection: Collection) -> None:
-    with hold(path.parent):
-        if not path.exists():
-            with replacing(path) as beside:
-                model = fingerprint(collection.embedder)
-                make_shelf(beside, {"model": model, "build": secrets.token_hex(8)})
 
 
 def remove(collection: Collection, label: str) -> Collection:
@@ -97,7 +88,8 @@ def remove(collection: Collection, label: str) -> Collection:
     """
     path = collection.folder / ENROLLED
     taken = 0
-    if path.exists():
+    if is_there(path):
+        check_model(path, collection.embedder)
         with changing(path) as file:
             taken = take_out(file, label)
     if not taken:

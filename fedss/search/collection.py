@@ -20,7 +20,7 @@ from fedss.experiment import load
 from fedss.models import Embedder
 from fedss.retrieval import nearest
 from fedss.search.reading import Picture, read_pictures
-from fedss.search.shelf import Shelf, damaged, read_about, read_shelf, read_thumbnail
+from fedss.search.shelf import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
 
@@ -53,6 +53,7 @@ class Collection:
     Attributes:
         folder: where the index lies.
         source: the folder or CSV of the pictures.
+        root: the folder that names are relative to.
         embedder: the model.
         names: of each picture: relative to the source, or as given when it was enrolled.
         labels: the class of each picture; None where it has none.
@@ -65,6 +66,7 @@ class Collection:
 
     folder: Path
     source: Path
+    root: Path
     embedder: Embedder
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
@@ -106,10 +108,7 @@ class Collection:
 
     def path(self, position: int) -> Path | None:
         """The file of a picture; None for an enrolled one, of which the index alone knows."""
-        if position >= self.indexed:
-            return None
-        root = self.source if self.source.suffix.lower() != ".csv" else self.source.parent
-        return root / self.names[position]
+        return self.root / self.names[position] if position < self.indexed else None
 
     def thumbnail(self, position: int) -> bytes:
         """A small JPEG of a picture. Any thread may ask.
@@ -145,8 +144,8 @@ class Collection:
         """The nearest pictures of each query, best first: exactly what ``fedss.nearest`` finds.
 
         Scores in float32 tell which pictures may be among the first k; those are scored exactly.
-        With two queries or a hundred thousand pictures, memory stays below 64 MB or one score per
-        picture.
+        Of equal scores the lower position comes first. Scores take 64 MB at a time, or four bytes
+        per picture where that is more.
 
         Args:
             query_QD: floating point [Q, D], such as from ``embed``.
@@ -164,16 +163,18 @@ class Collection:
             raise DataError("queries: expected finite numbers; did training diverge?")
         if not len(self):
             return [[] for _ in query_QD]
-        unit_QD = nn.functional.normalize(query_QD.detach().cpu().float(), dim=1)
-        k = min(k, len(self))
+        query_QD, k = query_QD.detach().cpu(), min(k, len(self))
+        gallery_DN = self.vectors_ND.numpy().T
         rows = max(1, _BLOCK_BYTES // (4 * len(self)))
-        return [
-            self._first(query_D, scores_N, k)
-            for block_BD in torch.split(unit_QD, rows)
-            for query_D, scores_N in zip(
-                block_BD, block_BD.numpy() @ self.vectors_ND.numpy().T, strict=True
-            )
-        ]
+        found = []
+        for block_BD in torch.split(query_QD, rows):
+            unit_BD = nn.functional.normalize(block_BD.double(), dim=1).float()
+            scores_BN = unit_BD.numpy() @ gallery_DN
+            found += [
+                self._first(query_D, scores_N, k)
+                for query_D, scores_N in zip(block_BD, scores_BN, strict=True)
+            ]
+        return found
 
     def _first(self, query_D: Tensor, scores_N: np.ndarray, k: int) -> list[Match]:
         # A sum of D products of rows of length 1 in float32, in any order, is off by D 2^-24 at
@@ -216,13 +217,14 @@ def reopen(collection: Collection) -> Collection:
 def open_with(folder: Path, embedder: Embedder) -> Collection:
     """``open_collection`` with a model at hand."""
     shelf = _read(folder / INDEX, embedder)
-    enrolled = _read(folder / ENROLLED, embedder) if (folder / ENROLLED).exists() else None
+    enrolled = _read(folder / ENROLLED, embedder) if is_there(folder / ENROLLED) else None
     try:
         facts = json.loads(shelf.about["facts"])
         both = [shelf] if enrolled is None else [shelf, enrolled]
         return Collection(
             folder=folder,
             source=Path(facts["source"]),
+            root=Path(facts["root"]),
             embedder=embedder,
             names=tuple(name for part in both for name in part.names),
             labels=tuple(label for part in both for label in part.labels),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedss.data.cache import in_threads, pixels_of, upright
 from fedss.errors import DataError
-from fedss.models import Embedder, embed_pixels
+from fedss.models import Embedder, EmbedderSpec, embed_pixels
 
 Picture = str | Path | BinaryIO | Image.Image
 
@@ -41,6 +41,7 @@ def read_pictures(
     *,
     thumbnails: bool,
     broken: dict[int, str] | None = None,
+    advice: str = "mend it or choose another one",
 ) -> Iterator[list[Read]]:
     """Blocks of pictures, embedded as in training, in order.
 
@@ -52,33 +53,30 @@ def read_pictures(
         thumbnails: whether to make them.
         broken: gets the positions of pictures that cannot be read, and why. None: the first such
             picture is an error.
+        advice: what to do about it.
 
     Raises:
-        DataError: a picture that cannot be read.
+        DataError: a picture that cannot be read, or whose embedding is not finite.
     """
     spec = embedder.spec
 
     def prepare(position: int) -> tuple[int, np.ndarray, bytes] | _Broken:
         try:
-            return (position, *_prepared(pictures[position], spec.image_size, spec.channels))
+            pixels, small = _prepared(pictures[position], spec, thumbnails)
         except Exception as error:
             return _Broken(position, str(error) or type(error).__name__)
-
-    def _prepared(picture: Picture, size: int, channels: int) -> tuple[np.ndarray, bytes]:
-        if isinstance(picture, Image.Image):
-            return both(picture.copy(), size, channels)
-        with Image.open(picture) as image:
-            return both(image, size, channels)
-
-    def both(image: Image.Image, size: int, channels: int) -> tuple[np.ndarray, bytes]:
-        image = upright(image, size)
-        small = thumbnail(image) if thumbnails else b""
-        return pixels_of(image, size, channels), small
+        return position, pixels, small
 
     waiting: list[tuple[int, np.ndarray, bytes]] = []
 
     def embedded() -> list[Read]:
         vectors_BD = embed_pixels(embedder, np.stack([pixels for _, pixels, _ in waiting])).numpy()
+        for (position, _, _), finite in zip(waiting, np.isfinite(vectors_BD).all(1), strict=True):
+            if not finite:
+                raise DataError(
+                    f"the embedding of {name_of(pictures[position], position)} is not finite: this "
+                    "model cannot be used; did its training diverge?"
+                )
         read = [
             Read(position, vector_D, small)
             for (position, _, small), vector_D in zip(waiting, vectors_BD, strict=True)
@@ -93,8 +91,7 @@ def read_pictures(
             elif broken is None:
                 raise DataError(
                     f"cannot read picture {name_of(pictures[done.position], done.position)}: "
-                    f"{done.reason}; mend or remove it, or leave such pictures out with "
-                    "skip_broken (--skip-broken)"
+                    f"{done.reason}; {advice}"
                 )
             else:
                 broken[done.position] = done.reason
@@ -104,6 +101,27 @@ def read_pictures(
         yield embedded()
 
 
+def _prepared(picture: Picture, spec: EmbedderSpec, thumbnails: bool) -> tuple[np.ndarray, bytes]:
+    with _opened(picture) as image:
+        full = max(image.size)
+        seen = upright(image, spec.image_size)
+        pixels = pixels_of(seen, spec.image_size, spec.channels)
+        if not thumbnails:
+            return pixels, b""
+        if full == max(seen.size) or max(seen.size) >= THUMBNAIL:
+            return pixels, _small(seen)
+    # The model wants few pixels: of a JPEG fewer were decoded than people want to see.
+    return pixels, preview(picture)
+
+
+def _opened(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.copy()
+    if not isinstance(picture, str | Path):
+        picture.seek(0)
+    return Image.open(picture)
+
+
 def name_of(picture: Picture, position: int) -> str:
     """What to call a picture in a message or a table."""
     if isinstance(picture, str | Path):
@@ -111,8 +129,17 @@ def name_of(picture: Picture, position: int) -> str:
     return str(getattr(picture, "filename", "") or getattr(picture, "name", "") or position + 1)
 
 
-def thumbnail(image: Image.Image) -> bytes:
-    """A small JPEG of an upright picture, whole, without anything but its pixels."""
+def preview(picture: Picture) -> bytes:
+    """A small JPEG of a picture, whole and upright, without anything but its pixels.
+
+    Raises:
+        OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
+    """
+    with _opened(picture) as image:
+        return _small(upright(image, THUMBNAIL))
+
+
+def _small(image: Image.Image) -> bytes:
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()

@@ -23,12 +23,12 @@ _FORMAT = "fedss-index-1"
 _PATIENCE = 30.0
 # AUTOINCREMENT: the number of a picture that was removed is never given to another one.
 _TABLES = """
-    CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-    CREATE TABLE pictures (
+    CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE IF NOT EXISTS pictures (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name BLOB NOT NULL, label BLOB,
         size INTEGER, changed INTEGER, vector BLOB NOT NULL
     );
-    CREATE TABLE thumbnails (id INTEGER PRIMARY KEY, jpeg BLOB NOT NULL);
+    CREATE TABLE IF NOT EXISTS thumbnails (id INTEGER PRIMARY KEY, jpeg BLOB NOT NULL);
 """
 
 
@@ -69,11 +69,16 @@ class Shelf:
 
 
 def make_shelf(path: Path, about: dict[str, str]) -> None:
-    """An empty shelf; ``path`` must not be there."""
+    """An empty shelf, where there is none; of several processes at once one makes it."""
     with _opened(path, "rwc") as file:
-        file.executescript(f"BEGIN; {_TABLES}")
+        file.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
         facts = {"format": _FORMAT, **about}
-        file.executemany("INSERT INTO about VALUES (?, ?)", facts.items())
+        file.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", facts.items())
+
+
+def is_there(path: Path) -> bool:
+    """Whether a shelf was made: SQLite leaves an empty file where its maker was killed."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 @contextmanager
@@ -83,7 +88,9 @@ def changing(path: Path, alone: bool = False) -> Iterator[sqlite3.Connection]:
     Others wait for its end. With ``alone`` nobody else knows of the file, and it is worthless if
     this process dies: no journal is kept.
     """
-    with _opened(path, "rw") as file:
+    with _opened(path) as file:
+        # What is removed is somebody's picture: overwritten, not only no longer listed.
+        file.execute("PRAGMA secure_delete = ON")
         if alone:
             file.execute("PRAGMA journal_mode = OFF")
         file.execute("BEGIN IMMEDIATE")
@@ -121,7 +128,7 @@ def read_about(path: Path) -> dict[str, str]:
     Raises:
         RunFolderError: no such file, or not one of ours.
     """
-    with _opened(path, "ro") as file:
+    with _opened(path) as file:
         return _about(file, path)
 
 
@@ -135,9 +142,14 @@ def read_shelf(path: Path, size: int) -> Shelf:
     Raises:
         RunFolderError: no such file, or a damaged one.
     """
-    with _opened(path, "ro") as file:
+    with _opened(path) as file:
         file.execute("BEGIN")
         about = _about(file, path)
+        (pages,), (size_of_page,) = (
+            file.execute(f"PRAGMA {fact}").fetchone() for fact in ("page_count", "page_size")
+        )
+        if path.stat().st_size < pages * size_of_page:
+            raise damaged(path, "its end is missing")
         (count,) = file.execute("SELECT count(*) FROM pictures").fetchone()
         ids: list[int] = []
         names: list[str] = []
@@ -162,14 +174,14 @@ def read_shelf(path: Path, size: int) -> Shelf:
 
 def read_stamps(path: Path) -> dict[str, tuple[int, tuple[int, int]]]:
     """Number and stamp of each picture by name."""
-    with _opened(path, "ro") as file:
+    with _opened(path) as file:
         rows = file.execute("SELECT name, id, size, changed FROM pictures")
         return {os.fsdecode(name): (number, (size, at)) for name, number, size, at in rows}
 
 
 def read_items(path: Path, ids: Sequence[int]) -> dict[int, tuple[np.ndarray, bytes]]:
     """Vector and thumbnail of some pictures by number."""
-    with _opened(path, "ro") as file:
+    with _opened(path) as file:
         found = {}
         for number in ids:
             row = file.execute(
@@ -191,7 +203,7 @@ def read_thumbnail(path: Path, number: int, build: str) -> bytes | None:
         build: what ``about`` said of it when the number was read: another one is another file, in
             which numbers mean other pictures.
     """
-    with _opened(path, "ro") as file:
+    with _opened(path) as file:
         row = file.execute(
             "SELECT jpeg FROM thumbnails WHERE id = ? AND ? = "
             "(SELECT value FROM about WHERE key = 'build')",
@@ -220,9 +232,13 @@ def _about(file: sqlite3.Connection, path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    """A connection of its own for each use: any thread may make one, and none is left open."""
-    if mode != "rwc" and not path.is_file():
+def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+    """A connection of its own for each use: any thread may make one, and none is left open.
+
+    For reading too it may write, if it can: where a process was killed while it wrote, the first
+    one that opens the file undoes what is half done.
+    """
+    if mode != "rwc" and not is_there(path):
         raise RunFolderError(f"{path} is missing: fedss index RUN PICTURES makes it")
     advice = "make room or mend the place, then start the same command again"
     try:
