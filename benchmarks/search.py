@@ -47,12 +47,12 @@ from torch.nn.functional import normalize
 
 import fedss
 from fedss.models import build_embedder, save_embedder
+from fedss.pictures import preview
 from fedss.search import Collection, build_collection, open_collection
-from fedss.search.reading import preview
 from fedss.search.shelf import Item, changing, make_shelf, note, put
 
 RESULTS = Path(__file__).parent / "results" / "search.txt"
-K, QUERIES = 10, 200
+K, QUERIES = 10, 100
 SIZES = ((10_000, 64), (100_000, 64), (100_000, 512), (1_000_000, 64), (1_000_000, 512))
 # Larger graphs take the best part of an hour on one core.
 GRAPH_LIMIT = 100_000 * 64

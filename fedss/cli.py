@@ -388,6 +388,7 @@ def _embed(options: argparse.Namespace) -> None:
 
 def _index(options: argparse.Namespace) -> None:
     from fedss.search import build_collection
+    from fedss.search.page import shown
 
     found = build_collection(
         options.folder, options.pictures, _place(options), skip_broken=options.skip_broken
@@ -396,7 +397,7 @@ def _index(options: argparse.Namespace) -> None:
     enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
     print(
         f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
-        f"{found.embedded:,} pictures were new or changed\n{found.folder}"
+        f"{found.embedded:,} pictures were new or changed\n{shown(str(found.folder))}"
     )
 
 
@@ -448,18 +449,14 @@ def _enrol(options: argparse.Namespace) -> None:
 
     if options.remove and options.pictures:
         raise ConfigError("--remove takes a whole class out: give no pictures with it")
-    collection, label = open_collection(_place(options), options.folder), options.label
+    collection = open_collection(_place(options), options.folder)
     if options.remove:
-        collection = remove(collection, label)
-        print(f"removed the enrolled pictures of {shown(label)}", end="; ")
+        collection = remove(collection, options.label)
+        done = f"removed the enrolled pictures of {shown(options.label)}"
     else:
-        collection = enrol(collection, label, options.pictures)
-        print(
-            f"enrolled {shown(label)} with {len(options.pictures)} pictures, "
-            f"{collection.classes[label.strip()]} in all",
-            end="; ",
-        )
-    print(f"{len(collection.classes):,} classes now")
+        collection = enrol(collection, options.label, options.pictures)
+        done = f"enrolled {len(options.pictures)} pictures of {shown(options.label)}"
+    print(f"{done}; {len(collection.classes):,} classes now")
 
 
 def _identify(options: argparse.Namespace) -> None:
@@ -478,8 +475,11 @@ def _identify(options: argparse.Namespace) -> None:
             )
         threshold = stored.threshold
         about = (
-            f"measured: {stored.fpir:.1%} of strangers are named among {stored.enrolled} classes"
+            f"of strangers {stored.fpir:.1%} are named among {stored.enrolled:,} classes, as "
+            f"measured; here about {stored.fpir_among(len(collection.classes)):.1%}"
         )
+        if not stored.supported:
+            about += "; too few pictures were at hand to be sure"
     found = identify(collection, collection.embed(options.pictures), threshold)
     if options.json:
         named = zip(options.pictures, found, strict=True)

@@ -3,21 +3,23 @@
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import decode
 from fedss.data.folder import EXTENSIONS
 from fedss.data.manifest import read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
-from fedss.models import Embedder, embed_pixels
+from fedss.models import Embedder
+from fedss.pictures import read_pictures
 
-_BLOCK = 512
+LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
+"""What to do about a picture that cannot be read, where one has the choice."""
+
 _ADVICE = "make room or mend the place, or choose another one (--out)"
 
 
@@ -52,41 +54,20 @@ def embed_files(
         skip_broken: leave out files that cannot be read, and list them in ``skipped``.
 
     Raises:
-        DataError: a file that cannot be read (named), or none at all.
+        DataError: a file that cannot be read (named), none at all, or a model that gives no finite
+            numbers.
     """
     names = [str(path) for path in paths] if names is None else names
-    kept: list[str] = []
-    skipped: list[str] = []
-    blocks: list[np.ndarray] = []
-
-    def attempt(path: str | Path) -> np.ndarray | Exception:
-        try:
-            return decode(Path(path), embedder.spec.image_size, embedder.spec.channels)
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), _BLOCK):
-            block = paths[start : start + _BLOCK]
-            pixels = []
-            for path, name, result in zip(
-                block, names[start : start + _BLOCK], pool.map(attempt, block), strict=True
-            ):
-                if isinstance(result, np.ndarray):
-                    kept.append(name)
-                    pixels.append(result)
-                elif skip_broken:
-                    skipped.append(name)
-                else:
-                    raise DataError(
-                        f"cannot read picture {path}: {result}; mend or remove it, or leave such "
-                        "pictures out with skip_broken (--skip-broken)"
-                    ) from result
-            if pixels:
-                blocks.append(embed_pixels(embedder, np.stack(pixels)).numpy())
-    if not blocks:
+    broken: dict[int, str] | None = {} if skip_broken else None
+    blocks = read_pictures(embedder, list(paths), thumbnails=False, broken=broken, advice=LEAVE_OUT)
+    read = [one for block in blocks for one in block]
+    if not read:
         raise DataError(f"no readable picture among the {len(paths)} given")
-    return Embeddings(tuple(kept), np.concatenate(blocks), tuple(skipped))
+    return Embeddings(
+        tuple(names[one.position] for one in read),
+        np.stack([one.vector_D for one in read]),
+        tuple(names[position] for position in sorted(broken or {})),
+    )
 
 
 @dataclass(frozen=True)
@@ -129,17 +110,22 @@ def list_pictures(path: Path) -> PictureList:
     root = source if source.is_dir() else source.parent
     if source.is_dir():
         names, links = _below(source)
-        labels = [Path(name).parent.name or None for name in names]
+        labels = [class_name(Path(name).parent.name) for name in names]
     elif source.is_file():
         rows = [cells for _, cells in read_table(source, ("image",), optional="label")]
         names, links = [cells[0] for cells in rows], 0
-        labels = [(cells[1] or None) if len(cells) > 1 else None for cells in rows]
+        labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
     if not names:
         passed = f"; {links} symbolic links are not followed: list them in a CSV" if links else ""
         raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))}){passed}")
     return PictureList(source, root, tuple(names), tuple(labels), links)
+
+
+def class_name(text: str) -> str | None:
+    """A class's name as people see it: one form of accents (NFC), no outer spaces; None: none."""
+    return unicodedata.normalize("NFC", text.strip()) or None
 
 
 def _below(root: Path) -> tuple[list[str], int]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedss.cli import main
 from fedss.embedding import embed_files, list_pictures
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.models import build_embedder, save_embedder
+from fedss.pictures import preview
 from fedss.search import (
     build_collection,
     enrol,
@@ -253,16 +255,36 @@ def test_a_build_that_fails_leaves_the_old_index(place):
     with pytest.raises(KeyboardInterrupt):
         build_collection(place / "run", place / "photos", skip_broken=True, on_progress=interrupt)
     assert len(opened(place)) == 12
-    assert {file.name for file in (place / "run" / "index").iterdir()} == {"index.sqlite", ".lock"}
     seen: list[tuple[int, int]] = []
     collection = build_collection(
         place / "run", place / "photos", skip_broken=True, on_progress=lambda *now: seen.append(now)
     )
     assert collection.skipped == ("broken.png",)
     assert len(collection) == 13
-    assert seen[0] == (0, 14)
+    assert seen[0] == (12, 14)
     assert seen[-1] == (14, 14)
     assert seen == sorted(seen)
+    assert {file.name for file in (place / "run" / "index").iterdir()} == {"index.sqlite", ".lock"}
+
+
+def test_an_interrupted_build_goes_on(place, monkeypatch):
+    monkeypatch.setattr("fedss.search.build._CHUNK", 4)
+    (place / "run" / "index" / "index.sqlite").unlink()
+
+    def interrupt(done: int, total: int) -> None:
+        if done > 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_collection(place / "run", place / "photos", on_progress=interrupt)
+    picture(61).save(place / "photos" / "class 0" / "1.png")  # changed since it was embedded
+    os.utime(place / "photos" / "class 0" / "1.png", ns=(1, 1))
+    seen: list[int] = []
+    build_collection(place / "run", place / "photos", on_progress=lambda now, _: seen.append(now))
+    assert seen[0] == 7
+    expected = embed_files(MODEL, list_pictures(place / "photos").paths).embeddings_ND
+    assert np.allclose(opened(place).vectors_ND, expected, atol=1e-6)
+    assert opened(place).embedded == 12
 
 
 def test_places_without_pictures_are_named(made, tmp_path):
@@ -282,6 +304,11 @@ def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(DataError, match=r"huge\.png: Image size \(1600 pixels\) exceeds limit"):
         opened(made).embed([tmp_path / "huge.png"])
+    # Where another thread has just set warnings back to what they were.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="1,600 pixels are more than the limit of 1,000"):
+            preview(tmp_path / "huge.png")
 
 
 def test_the_model_that_made_an_index_is_asked_for(place):
@@ -357,6 +384,15 @@ def test_an_enrolled_class_is_found_at_once_and_by_whoever_opens_the_index(place
     enrol(gone, "other", [picture(73)])
     with pytest.raises(RunFolderError, match="open the index again"):
         after.thumbnail(12)
+
+
+def test_accents_are_one_letter_however_they_are_written(made, tmp_path):
+    (tmp_path / "photos" / "cafe\u0301").mkdir(parents=True)
+    picture(0).save(tmp_path / "photos" / "cafe\u0301" / "1.png")
+    collection = build_collection(made / "run", tmp_path / "photos", tmp_path / "index")
+    assert collection.path(0).is_file()
+    assert enrol(collection, "caf\u00e9", [picture(1)]).classes == {"caf\u00e9": 2}
+    assert remove(collection, "cafe\u0301").classes == {"caf\u00e9": 1}
 
 
 def test_pictures_enrolled_into_a_class_of_the_folder_join_it(place):
@@ -440,16 +476,20 @@ def test_identify_needs_classes(made, tmp_path):
 def test_the_threshold_of_an_evaluation_is_read(tmp_path):
     assert stored_threshold(tmp_path) is None
     path = tmp_path / "verification.json"
-    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.62, "enrolled": 120}
+    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.62, "enrolled": 120, "supported": True}
     path.write_text(json.dumps({"eer": 0.1, "identification": part}))
     stored = stored_threshold(tmp_path)
     assert stored is not None
     assert (stored.threshold, stored.fpir, stored.enrolled) == (0.62, 0.01, 120)
+    assert stored.fpir_among(120) == pytest.approx(0.01)
+    # A stranger is passed by two independent halves.
+    assert 1 - stored.fpir_among(240) == pytest.approx((1 - stored.fpir_among(120)) ** 2)
     path.write_text(json.dumps({"eer": 0.1}))
     assert stored_threshold(tmp_path) is None
-    path.write_text(json.dumps({"identification": {"threshold": "high"}}))
-    with pytest.raises(RunFolderError, match=r"verification\.json is damaged .*fedss evaluate"):
-        stored_threshold(tmp_path)
+    for wrong in ({"threshold": "high"}, {**part, "enrolled": 0}, {**part, "threshold": 1e999}):
+        path.write_text(json.dumps({"identification": wrong}))
+        with pytest.raises(RunFolderError, match=r"verification\.json is damaged .*fedss evaluate"):
+            stored_threshold(tmp_path)
 
 
 def test_more_than_there_is_gives_all_and_nonsense_is_refused(made):
@@ -513,18 +553,19 @@ def test_the_commands(place, capsys, monkeypatch):
     assert lines[4].split() == ["1.000", "class", "1", "class", "1/2.png"]
 
     assert main(["enrol", "run", "new one", one, two]) == 0
-    assert "enrolled new one with 2 pictures, 2 in all; 5 classes now" in capsys.readouterr().out
+    assert "enrolled 2 pictures of new one; 5 classes now" in capsys.readouterr().out
     assert main(["identify", "run", one]) == 2
     assert "fedss evaluate run measures one, or give" in capsys.readouterr().err
     assert main(["identify", "run", one, two, "--threshold", "0.99999", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["threshold"] == 0.99999
     assert [row["label"] for row in found["pictures"]] == [None, None]
-    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.1, "enrolled": 120}
+    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.1, "enrolled": 5, "supported": False}
     Path("run/verification.json").write_text(json.dumps({"identification": part}))
     assert main(["identify", "run", one]) == 0
     said = capsys.readouterr().out
-    assert "among 5 classes, threshold 0.100 (measured: 1.0% of strangers" in said
+    assert "among 5 classes, threshold 0.100 (of strangers 1.0% are named among 5 classes" in said
+    assert "here about 1.0%; too few pictures were at hand" in said
     assert "unknown" not in said
     assert main(["enrol", "run", "new one", "--remove"]) == 0
     assert "4 classes now" in capsys.readouterr().out

@@ -504,6 +504,14 @@ def test_pictures_can_be_added_to_an_indexed_class_and_taken_out(
     assert "was enrolled" in server.ask("DELETE", f"/enrolled?name={quote(NAMES[0])}").error
 
 
+@pytest.mark.parametrize("name", ["می\u200cخواهم", "👩\u200d🚀", "क्\u200dष", "x" * 200])
+def test_a_class_may_have_a_name_in_any_script(server: Server, name: str) -> None:
+    assert server.send("/enrol", [("x.png", png())], name=name).json["name"] == name
+    (listed,) = server.get("/enrolled").json["classes"]
+    assert listed["name"] == name
+    assert server.ask("DELETE", f"/enrolled?name={quote(name)}").status == 200
+
+
 @pytest.mark.parametrize("name", ["", "   ", "x" * 201, "a\x00b", "a\u202eb", "a\x1bb"])
 def test_a_class_needs_a_name_that_can_be_seen(server: Server, name: str) -> None:
     answer = server.send("/enrol", [("x.png", png())], name=name)
@@ -537,6 +545,15 @@ def test_names_that_are_no_text_are_shown(site: Site) -> None:
         assert server.get("/pictures", **{"class": shown}).json["count"] == 1
         server.ask("DELETE", f"/enrolled?name={quote(shown)}")
         assert server.get("/enrolled").json == {"classes": []}
+
+
+def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
+    limits = pages.make_limits(1, None, Threshold(0.9, 0.01, 15, supported=False))
+    with served(site.collection, limits) as server:
+        note = server.get("/about").json["threshold_note"]
+    # Twice as many classes: 1 - 0.99 ** 2.
+    assert "1.0% among 15 classes, here about 2.0%" in note
+    assert "too few pictures" in note
 
 
 def test_pictures_without_a_class_are_found(site: Site, tmp_path: Path) -> None:
@@ -615,7 +632,7 @@ def test_the_threshold_of_an_evaluation_is_taken_unless_one_is_given() -> None:
     measured = Threshold(0.7, 0.01, 500)
     limits = pages.make_limits(20, None, measured)
     assert limits.threshold == 0.7
-    assert "500 classes" in limits.threshold_note
+    assert limits.measured == measured
     assert pages.make_limits(20, 0.5, measured) == pages.Limits(20 * MEGABYTE, 0.5)
     assert pages.make_limits(20) == pages.Limits(20 * MEGABYTE, None)
     with pytest.raises(ConfigError):

@@ -45,7 +45,7 @@ LAYERS = [
     {"class_rows"},
     {"optimizers", "client"},
     {"algorithm"},
-    {"config", "wire", "checkpoint"},
+    {"config", "wire", "checkpoint", "pictures"},
     {"engines"},
     {"build", "run_folder", "records", "embedding", "evaluation"},
     {"describe", "progress"},

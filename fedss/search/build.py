@@ -4,18 +4,19 @@ import json
 import os
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fedss.embedding import PictureList, list_pictures
+from fedss.embedding import LEAVE_OUT, PictureList, list_pictures
 from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
 from fedss.files import replacing
 from fedss.models import Embedder
+from fedss.pictures import read_pictures
 from fedss.run_folder import hold
 from fedss.search.collection import (
     ENROLLED,
@@ -25,7 +26,6 @@ from fedss.search.collection import (
     fingerprint,
     open_with,
 )
-from fedss.search.reading import read_pictures
 from fedss.search.shelf import (
     Item,
     changing,
@@ -40,8 +40,9 @@ from fedss.search.shelf import (
 
 OnProgress = Callable[[int, int], None]
 
-_CHUNK = 4096
-_LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
+_UNFINISHED = "unfinished.sqlite"
+# What an interrupted build loses at most.
+_CHUNK = 1024
 _ADVICE = "make room or mend the place, then start the same command again"
 Stamp = tuple[int, int]
 
@@ -60,7 +61,7 @@ def build_collection(
     An index that is there already is brought up to date: pictures whose file has the same name,
     size and time of last change keep what was computed, new and changed ones are embedded, deleted
     ones vanish. Enrolled classes stay. The new index takes the old one's place when it is whole;
-    a process that dies on the way leaves the old one.
+    a process that dies on the way leaves the old one, and the next one goes on where it was.
 
     Args:
         run: the run folder of the model.
@@ -85,77 +86,124 @@ def build_collection(
     with hold(folder, _ADVICE):
         if is_there(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
-        with replacing(folder / INDEX) as beside:
-            _write(beside, folder / INDEX, found, embedder, skip_broken, on_progress)
-            with beside.open("rb+") as file:
-                os.fsync(file.fileno())
+        _build(folder, found, embedder, skip_broken, on_progress)
         return open_with(folder, embedder)
 
 
-def _write(
-    beside: Path,
-    old: Path,
+def _build(
+    folder: Path,
     found: PictureList,
     embedder: Embedder,
     skip_broken: bool,
     on_progress: OnProgress | None,
 ) -> None:
+    """New pictures go to a shelf of their own, from which an interrupted build goes on."""
+    index, unfinished = folder / INDEX, folder / _UNFINISHED
     model = fingerprint(embedder)
-    kept = _kept(old, model, found)
-    paths, total = found.paths, len(found.names)
-    skipped: list[str] = []
-    embedded = 0
-    make_shelf(beside, {"model": model, "build": secrets.token_hex(8)})
-    with changing(beside, alone=True) as file, _Bar(on_progress) as done:
-        done(0, total)
-        for start in range(0, total, _CHUNK):
-            chunk = range(start, min(start + _CHUNK, total))
-            stamps = {at: _stamp(paths[at], found.names[at], skip_broken) for at in chunk}
-            same = {
-                at: kept[found.names[at]][0]
-                for at in chunk
-                if found.names[at] in kept and kept[found.names[at]][1] == stamps[at]
-            }
-            there = read_items(old, list(same.values())) if same else {}
-            todo = [at for at in chunk if at not in same]
+    facts = {"source": str(found.source), "root": str(found.root), "links": found.links}
+    stamps = [
+        _stamp(path, name, skip_broken) for path, name in zip(found.paths, found.names, strict=True)
+    ]
+
+    def places() -> dict[int, tuple[Path, int]]:
+        """File and number of each picture that is embedded already."""
+        there = {}
+        for file in (index, unfinished):
+            held = _held(file, model, found)
+            for at, name in enumerate(found.names):
+                number, stamp = held.get(name, (0, None))
+                if stamp is not None and stamp == stamps[at]:
+                    there[at] = (file, number)
+        return there
+
+    before = places()
+    if not any(file == unfinished for file, _ in before.values()):
+        unfinished.unlink(missing_ok=True)
+        make_shelf(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
+    todo = [at for at in range(len(stamps)) if at not in before]
+    broken = _embed(unfinished, found, stamps, todo, embedder, skip_broken, on_progress)
+    after = places()
+    if not after:
+        raise DataError(f"no readable picture among the {len(stamps)} of {found.source}")
+    facts |= {
+        "skipped": [found.names[at] for at in broken],
+        "embedded": sum(file == unfinished for file, _ in after.values()),
+    }
+    with replacing(index) as beside:
+        make_shelf(beside, {"model": model, "build": secrets.token_hex(8)})
+        with changing(beside, alone=True) as file:
+            note(file, {"facts": json.dumps(facts)})
+            for some in _chunks(sorted(after)):
+                read = {
+                    (shelf, number): item
+                    for shelf in (index, unfinished)
+                    for number, item in read_items(
+                        shelf, [after[at][1] for at in some if after[at][0] == shelf]
+                    )
+                }
+                put(
+                    file,
+                    (
+                        Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
+                        for at in some
+                    ),
+                )
+        with beside.open("rb+") as whole:
+            os.fsync(whole.fileno())
+    unfinished.unlink()
+
+
+def _embed(
+    unfinished: Path,
+    found: PictureList,
+    stamps: Sequence[Stamp | None],
+    todo: Sequence[int],
+    embedder: Embedder,
+    skip_broken: bool,
+    on_progress: OnProgress | None,
+) -> list[int]:
+    """Put pictures on a shelf, some at a time; those that cannot be read."""
+    paths, total = found.paths, len(stamps)
+    unreadable: list[int] = []
+    with _Bar(on_progress) as done:
+        count = total - len(todo)
+        done(count, total)
+        for some in _chunks(todo):
             broken: dict[int, str] | None = {} if skip_broken else None
-            read = {at: there[number] for at, number in same.items()}
-            done(start + len(same), total)
-            new = [paths[at] for at in todo]
-            for block in read_pictures(
-                embedder, new, thumbnails=True, broken=broken, advice=_LEAVE_OUT
-            ):
-                read |= {todo[one.position]: (one.vector_D, one.thumbnail) for one in block}
-                done(start + len(read), total)
-            put(
-                file,
-                (
-                    Item(found.names[at], found.labels[at], stamps[at], *read[at])
-                    for at in chunk
-                    if at in read
-                ),
+            blocks = read_pictures(
+                embedder,
+                [paths[at] for at in some],
+                thumbnails=True,
+                broken=broken,
+                advice=LEAVE_OUT,
             )
-            skipped += [found.names[todo[position]] for position in sorted(broken or {})]
-            embedded += len(read) - len(same)
-            done(chunk.stop, total)
-        if len(skipped) == total:
-            raise DataError(f"no readable picture among the {total} of {found.source}")
-        facts = {
-            "source": str(found.source),
-            "root": str(found.root),
-            "links": found.links,
-            "skipped": skipped,
-            "embedded": embedded,
-        }
-        note(file, {"facts": json.dumps(facts)})
+            items = []
+            for block in blocks:
+                for one in block:
+                    at = some[one.position]
+                    items.append(
+                        Item(found.names[at], None, stamps[at], one.vector_D, one.thumbnail)
+                    )
+                done(count + len(items), total)
+            with changing(unfinished) as file:
+                put(file, items)
+            unreadable += [some[position] for position in sorted(broken or {})]
+            count += len(some)
+            done(count, total)
+    return unreadable
 
 
-def _kept(old: Path, model: str, found: PictureList) -> dict[str, tuple[int, Stamp]]:
+def _chunks(positions: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(positions), _CHUNK):
+        yield positions[start : start + _CHUNK]
+
+
+def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, Stamp | None]]:
     """What an earlier index of the same pictures holds: number and stamp by name."""
     try:
-        about = read_about(old)
+        about = read_about(file)
         same_place = json.loads(about["facts"])["source"] == str(found.source)
-        return read_stamps(old) if same_place and about["model"] == model else {}
+        return read_stamps(file) if same_place and about["model"] == model else {}
     except (RunFolderError, KeyError, TypeError, ValueError):
         return {}  # Whatever is wrong with it, the index is now made anew.
 
@@ -167,7 +215,7 @@ def _stamp(path: Path, name: str, skip_broken: bool) -> Stamp | None:
         if skip_broken:
             return None
         raise DataError(
-            f"cannot read picture {name}: {path}: {error.strerror}; {_LEAVE_OUT}"
+            f"cannot read picture {name}: {path}: {error.strerror}; {LEAVE_OUT}"
         ) from error
     return status.st_size, status.st_mtime_ns
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.files import read_json
+from fedss.pictures import Picture, name_of, read_pictures
 from fedss.search.collection import ENROLLED, Collection, check_model, fingerprint, reopen
-from fedss.search.reading import Picture, name_of, read_pictures
 from fedss.search.shelf import Item, changing, is_there, make_shelf, put, take_out
 
 
@@ -55,16 +56,16 @@ def enrol(
         DataError: no name, no picture, or one that cannot be read: then none is added.
         RunFolderError: the index cannot be written.
     """
-    label = label.strip()
-    if not label:
+    named = class_name(label)
+    if named is None:
         raise DataError("a class needs a name: expected some text, got none")
     if not pictures:
-        raise DataError(f"class {label}: expected one picture or more to enrol, got none")
+        raise DataError(f"class {named}: expected one picture or more to enrol, got none")
     if names is None:
         names = [name_of(picture, at) for at, picture in enumerate(pictures)]
     blocks = read_pictures(collection.embedder, pictures, thumbnails=True)
     items = [
-        Item(names[read.position], label, None, read.vector_D, read.thumbnail)
+        Item(names[read.position], named, None, read.vector_D, read.thumbnail)
         for block in blocks
         for read in block
     ]
@@ -91,7 +92,7 @@ def remove(collection: Collection, label: str) -> Collection:
     if is_there(path):
         check_model(path, collection.embedder)
         with changing(path) as file:
-            taken = take_out(file, label)
+            taken = take_out(file, class_name(label) or "")
     if not taken:
         there = ", ".join(reopen(collection).enrolled) or "none"
         raise DataError(f"no class {label!r} was enrolled; enrolled classes: {there}")
@@ -142,11 +143,20 @@ class Threshold:
         fpir: false-positive identification rate: the share of pictures of no enrolled class for
             which one is named all the same.
         enrolled: with so many enrolled classes.
+        supported: there were pictures enough to measure that share.
     """
 
     threshold: float
     fpir: float
     enrolled: int
+    supported: bool = True
+
+    def fpir_among(self, classes: int) -> float:
+        """What to expect with another number of classes, as good as independent of each other.
+
+        1 - (1 - fpir)^(classes / enrolled): each class is one more chance to be taken for it.
+        """
+        return 1.0 - float((1.0 - self.fpir) ** (classes / self.enrolled))
 
 
 def stored_threshold(run: str | Path) -> Threshold | None:
@@ -163,11 +173,16 @@ def stored_threshold(run: str | Path) -> Threshold | None:
         part = found.get("identification")
         if part is None:
             return None
-        stored = Threshold(float(part["threshold"]), float(part["fpir"]), int(part["enrolled"]))
+        stored = Threshold(
+            threshold=float(part["threshold"]),
+            fpir=float(part["fpir"]),
+            enrolled=int(part["enrolled"]),
+            supported=bool(part.get("supported", True)),
+        )
+        if not (math.isfinite(stored.threshold) and 0 <= stored.fpir <= 1 and stored.enrolled > 0):
+            raise ValueError(f"out of range: {stored}")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{path} is damaged ({error}): fedss evaluate {run} writes it"
         ) from error
-    if not math.isfinite(stored.threshold):
-        return None
     return stored

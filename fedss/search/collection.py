@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
 from fedss.models import Embedder
+from fedss.pictures import Picture, read_pictures
 from fedss.retrieval import nearest
-from fedss.search.reading import Picture, read_pictures
 from fedss.search.shelf import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
@@ -181,7 +181,7 @@ class Collection:
         # most (Higham 2002, section 3.1); the rest is for the rounding of rows. The first k and
         # whatever is tied with the last of them are thus within twice this of it.
         doubt = (len(query_D) + 16) * 2.0**-23
-        least = np.partition(scores_N, len(scores_N) - k)[len(scores_N) - k]
+        least = float(torch.from_numpy(scores_N).topk(k).values[-1])
         places = np.flatnonzero(scores_N >= least - 2 * doubt)
         scores_1K, index_1K = nearest(query_D[None], self.vectors_ND[torch.from_numpy(places)], k)
         found = zip(places[index_1K[0].numpy()].tolist(), scores_1K[0].tolist(), strict=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from jinja2 import Environment
 
+from fedss.pictures import preview
 from fedss.search.collection import Collection, Match
-from fedss.search.reading import preview
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Nearest pictures</title>

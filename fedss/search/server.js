@@ -62,6 +62,9 @@ function score(value, threshold = null) {
   return made("span", { className: "score" }, track, made("span", { className: "number" }, value.toFixed(3)));
 }
 
+// A name in a sentence: letters from right to left do not turn what follows.
+const named = (name) => made("bdi", {}, name);
+
 function thumbnail(picture) {
   return made("img", { src: `thumbnail/${picture.position}`, alt: "", loading: "lazy" });
 }
@@ -111,12 +114,12 @@ function showIdentity(identity) {
   place.classList.toggle("unknown", !known);
   const title = threshold === null ? "Nearest class" : known ? "Looks like" : "No class is near enough";
   const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
-  let note = "No threshold is known, so a picture of no class gets a name, too: fedss evaluate measures one, --threshold sets one.";
+  let note = ["No threshold is known, so a picture of no class gets a name, too: fedss evaluate measures one, --threshold sets one."];
   if (threshold !== null) {
-    const limit = `the threshold, ${threshold.toFixed(3)}${about.threshold_note && `, ${about.threshold_note}`}`;
-    note = known ? `Not below ${limit}.` : `The nearest is ${identity.nearest}, below ${limit}.`;
+    const limit = `the threshold, ${threshold.toFixed(3)}${about.threshold_note && ` (${about.threshold_note})`}.`;
+    note = known ? [`Not below ${limit}`] : ["The nearest is ", named(identity.nearest), `, below ${limit}`];
   }
-  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold), made("p", { className: "note" }, note));
+  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold), made("p", { className: "note" }, ...note));
 }
 
 function showFound(title, note, pictures) {
@@ -175,7 +178,8 @@ async function classesView(values, signal) {
   const page = Number(values.get("page")) || 1;
   if (document.activeElement !== at("contains")) at("contains").value = contains;
   const found = await ask(`classes?${new URLSearchParams({ contains, page })}`, { signal });
-  at("classes-note").textContent = contains ? `${many(found.matching, "class", "classes")} of ${found.total.toLocaleString("en")} with “${contains}” in the name` : many(found.total, "class", "classes");
+  const matching = many(found.matching, "class", "classes");
+  at("classes-note").replaceChildren(...(contains ? [`${matching} of ${found.total.toLocaleString("en")} with “`, named(contains), "” in the name"] : [matching]));
   at("classes").replaceChildren(...found.classes.map((item) => {
     const href = link("class", { name: item.name });
     return made("li", {}, made("a", { className: "frame", href, "aria-hidden": "true", tabIndex: -1 }, thumbnail(item)), made("a", { className: "name", href, title: item.name }, item.name), ...badge(item), made("span", { className: "of" }, many(item.count, "picture")));
@@ -226,7 +230,7 @@ async function enrol() {
   try {
     const done = await ask("enrol", { method: "POST", body });
     const find = made("button", { type: "button", onclick: () => { location.hash = link("search", { at: done.position }); } }, "Find it");
-    at("enrolled-note").replaceChildren(`${done.name} is enrolled from ${many(done.count, "picture")}. Search with another picture of it, or:`, find);
+    at("enrolled-note").replaceChildren(named(done.name), ` is enrolled from ${many(done.count, "picture")}. Search with another picture of it, or:`, find);
     at("enrolled-note").hidden = false;
     chosen = [];
     at("name").value = "";

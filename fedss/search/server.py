@@ -22,10 +22,11 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
+from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError, FedssError
+from fedss.pictures import read_pictures
 from fedss.search.classes import Threshold, enrol, identify, remove
 from fedss.search.collection import ENROLLED, INDEX, Collection, Match, reopen
-from fedss.search.reading import read_pictures
 
 try:
     import uvicorn
@@ -52,6 +53,7 @@ _PER_PAGE = 60
 _SAMPLE = 24
 _MOST_NEIGHBOURS = 200
 _LONGEST_NAME = 200
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # of Persian, Indic scripts, emoji
 _FRAMING = 64 * 1024  # bytes of an upload beside its pictures: headers of its parts, a class's name
 
 # Pillow knows more, and has some of them decoded by other programs (EPS by Ghostscript): not what a
@@ -79,12 +81,12 @@ class Limits:
     Attributes:
         picture_bytes: the largest picture.
         threshold: the least cosine at which a class is named; None: nothing is said of that.
-        threshold_note: where the threshold comes from, for people.
+        measured: where the threshold comes from; None: from the command line.
     """
 
     picture_bytes: int = 20_000_000
     threshold: float | None = None
-    threshold_note: str = ""
+    measured: Threshold | None = None
 
 
 def make_limits(
@@ -99,14 +101,9 @@ def make_limits(
         raise ConfigError(f"--max-upload-mb: expected 0.001 to 1000, got {max_upload_mb:g}")
     if threshold is not None and not -1.0 <= threshold <= 1.0:
         raise ConfigError(f"--threshold: expected a cosine from -1 to 1, got {threshold:g}")
-    note = ""
-    if threshold is None and measured is not None:
-        threshold = measured.threshold
-        note = (
-            f"measured with {measured.enrolled:,} classes, where {measured.fpir:.2g} of the "
-            "pictures of no class are given a name all the same"
-        )
-    return Limits(round(max_upload_mb * 1e6), threshold, note)
+    if threshold is not None or measured is None:
+        return Limits(round(max_upload_mb * 1e6), threshold)
+    return Limits(round(max_upload_mb * 1e6), measured.threshold, measured)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -292,8 +289,18 @@ class _Site:
                 "limit_bytes": self._limits.picture_bytes,
                 "most_pictures": MOST_PICTURES,
                 "longest_name": _LONGEST_NAME,
-                "threshold_note": self._limits.threshold_note,
+                "threshold_note": self._threshold_note(len(there.classes)),
             }
+        )
+
+    def _threshold_note(self, classes: int) -> str:
+        measured = self._limits.measured
+        if measured is None:
+            return ""
+        doubt = "" if measured.supported else "; too few pictures were at hand to be sure"
+        return (
+            f"as measured: of strangers it names {measured.fpir:.1%} among "
+            f"{measured.enrolled:,} classes, here about {measured.fpir_among(classes):.1%}{doubt}"
         )
 
     def sample(self, request: Request) -> dict[str, Any]:
@@ -381,8 +388,9 @@ class _Site:
         return {"classes": self._with_collection(of_all)}
 
     def enrol(self, name: str, uploads: Sequence[_Upload]) -> dict[str, Any]:
-        name = unicodedata.normalize("NFC", " ".join(name.split()))
-        if not name.isprintable() or len(name) > _LONGEST_NAME:
+        name = class_name(" ".join(name.split())) or ""
+        visible = all(letter.isprintable() or letter in _JOINERS for letter in name)
+        if not visible or len(name) > _LONGEST_NAME:
             raise DataError(
                 f"the name of a class: expected up to {_LONGEST_NAME} characters that can be seen, "
                 f"got {len(name)}: {name[:40]!r}"

@@ -172,17 +172,22 @@ def read_shelf(path: Path, size: int) -> Shelf:
     return Shelf(about, tuple(ids), tuple(names), tuple(labels), vectors_ND)
 
 
-def read_stamps(path: Path) -> dict[str, tuple[int, tuple[int, int]]]:
-    """Number and stamp of each picture by name."""
+def read_stamps(path: Path) -> dict[str, tuple[int, tuple[int, int] | None]]:
+    """Number and stamp of each picture by name; of several of one name the last."""
     with _opened(path) as file:
-        rows = file.execute("SELECT name, id, size, changed FROM pictures")
-        return {os.fsdecode(name): (number, (size, at)) for name, number, size, at in rows}
+        rows = file.execute("SELECT name, id, size, changed FROM pictures ORDER BY id")
+        return {
+            os.fsdecode(name): (number, None if size is None else (size, at))
+            for name, number, size, at in rows
+        }
 
 
-def read_items(path: Path, ids: Sequence[int]) -> dict[int, tuple[np.ndarray, bytes]]:
-    """Vector and thumbnail of some pictures by number."""
+def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarray, bytes]]]:
+    """Number, and vector and thumbnail, of some pictures."""
+    if not ids:
+        return []
     with _opened(path) as file:
-        found = {}
+        found = []
         for number in ids:
             row = file.execute(
                 "SELECT vector, jpeg FROM pictures JOIN thumbnails USING (id) WHERE id = ?",
@@ -190,7 +195,7 @@ def read_items(path: Path, ids: Sequence[int]) -> dict[int, tuple[np.ndarray, by
             ).fetchone()
             if row is None:
                 raise damaged(path, f"picture {number} is missing")
-            found[number] = (np.frombuffer(row[0], "<f4"), row[1])
+            found.append((number, (np.frombuffer(row[0], "<f4"), row[1])))
         return found
 
 

@@ -119,7 +119,13 @@ def _opened(picture: Picture) -> Image.Image:
         return picture.copy()
     if not isinstance(picture, str | Path):
         picture.seek(0)
-    return Image.open(picture)
+    image = Image.open(picture)
+    # Pillow warns of these; turning warnings into errors is not safe in a server's threads.
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        image.close()
+        raise ValueError(f"{pixels:,} pixels are more than the limit of {limit:,}")
+    return image
 
 
 def name_of(picture: Picture, position: int) -> str:
