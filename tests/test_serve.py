@@ -327,8 +327,10 @@ def test_searching_stores_nothing(site: Site, server: Server) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "expected PNG, JPEG"),
         (png()[:700], "cannot be read"),
         (huge_png(), "2500000000 pixels"),
+        (b"BM" + bytes(60), "cannot be read"),
+        (b"\xff\xd8\xff and no more", "expected PNG, JPEG"),
     ],
-    ids=["empty", "text", "svg", "html", "eps", "truncated", "bomb"],
+    ids=["empty", "text", "svg", "html", "eps", "truncated", "bomb", "bmp", "jpeg"],
 )
 def test_what_is_no_picture_is_refused_by_its_content(
     server: Server, content: bytes, said: str
@@ -344,6 +346,17 @@ def test_what_is_no_picture_is_refused_by_its_content(
 def test_a_picture_may_have_any_name(server: Server) -> None:
     for name in ("notes.txt", "猫.png", "", "..", "x.php"):
         assert server.send("/search", [(name, png())]).status == 200
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG"])
+def test_pictures_of_each_kind_are_read(site: Site, server: Server, kind: str) -> None:
+    out = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    with Image.open(site.photos / "05-2.png") as image:
+        image.save(out, kind, **options)
+    best = server.send("/search", [("x", out.getvalue())]).json["neighbours"][0]
+    assert best["name"] == "05-2.png"
+    assert best["score"] == pytest.approx(1, abs=0.01 if kind == "JPEG" else 1e-5)
 
 
 def test_uploads_over_the_limit_are_refused(server: Server) -> None:

@@ -179,7 +179,7 @@ async function classesView(values, signal) {
   if (document.activeElement !== at("contains")) at("contains").value = contains;
   const found = await ask(`classes?${new URLSearchParams({ contains, page })}`, { signal });
   const matching = many(found.matching, "class", "classes");
-  at("classes-note").replaceChildren(...(contains ? [`${matching} of ${found.total.toLocaleString("en")} with “`, named(contains), "” in the name"] : [matching]));
+  at("classes-note").replaceChildren(...(contains ? [`${matching} of ${found.total.toLocaleString("en")} with “`, named(contains), "” in the name"] : [matching, about.unlabelled ? `, and ${many(about.unlabelled, "picture")} without a class` : ""]));
   at("classes").replaceChildren(...found.classes.map((item) => {
     const href = link("class", { name: item.name });
     return made("li", {}, made("a", { className: "frame", href, "aria-hidden": "true", tabIndex: -1 }, thumbnail(item)), made("a", { className: "name", href, title: item.name }, item.name), ...badge(item), made("span", { className: "of" }, many(item.count, "picture")));

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from PIL import Image
+from torch import Tensor
 
 from fedss.embedding import class_name
-from fedss.errors import ConfigError, DataError, FedssError
+from fedss.errors import ConfigError, DataError, FedssError, RunFolderError
 from fedss.pictures import read_pictures
 from fedss.search.classes import Threshold, enrol, identify, remove
 from fedss.search.collection import ENROLLED, INDEX, Collection, Match, reopen
@@ -56,10 +56,12 @@ _LONGEST_NAME = 200
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # of Persian, Indic scripts, emoji
 _FRAMING = 64 * 1024  # bytes of an upload beside its pictures: headers of its parts, a class's name
 
-# Pillow knows more, and has some of them decoded by other programs (EPS by Ghostscript): not what a
-# web page sends.
-_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-_KINDS_TEXT = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+# What a file of each kind begins with. Pillow knows more, and has some of them decoded by other
+# programs (EPS by Ghostscript): not what a web page sends.
+_BEGINNINGS = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
+)
+_NO_PICTURE = "is not a picture that can be read here: expected PNG, JPEG, WebP, GIF, BMP or TIFF"
 
 _HERE = Path(__file__).parent
 _HEADERS = {
@@ -144,7 +146,7 @@ def address_of(listener: socket.socket) -> str:
     """The page's address, to be opened in a browser on this machine."""
     host, port = listener.getsockname()[:2]
     if ipaddress.ip_address(host.split("%")[0]).is_unspecified:
-        host = "127.0.0.1"
+        host = "::1" if ":" in host else "127.0.0.1"
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
@@ -236,6 +238,7 @@ def make_app(
         exception_handlers={
             HTTPException: _http_error,
             FedssError: lambda request, error: _refused(400, str(error)),
+            RunFolderError: lambda request, error: _refused(503, str(error)),
             FormParserError: lambda request, error: _refused(400, f"not a form: {error}"),
             ClientDisconnect: lambda request, error: Response(status_code=400),
             _TooLargeError: lambda request, error: _too_large(limits),
@@ -541,39 +544,28 @@ async def _form(request: Request, limits: Limits, most: int) -> tuple[str, list[
         return name if isinstance(name, str) else "", uploads
 
 
-def _embedded(there: Collection, uploads: Sequence[_Upload]) -> Any:
+def _embedded(there: Collection, uploads: Sequence[_Upload]) -> Tensor:
     """Embeddings of what was sent, float32 [Q, D]; nothing of it is stored.
 
     Raises:
-        HTTPException: what was sent is not a picture, or cannot be read (named).
+        HTTPException: it is no picture, or cannot be read (named, and why).
     """
     for upload in uploads:
-        fault = _fault(upload)
-        if fault:
-            raise HTTPException(415, f"{upload.name} {fault}")
+        if not upload.content:
+            raise HTTPException(415, f"{upload.name} is empty")
+        if not _BEGINNINGS.match(upload.content):
+            raise HTTPException(415, f"{upload.name} {_NO_PICTURE}")
+    files = [io.BytesIO(upload.content) for upload in uploads]
     try:
-        return there.embed([io.BytesIO(upload.content) for upload in uploads])
+        return there.embed(files)
     except DataError:
         # Which one it was, and why, in words for who sees no command line.
         broken: dict[int, str] = {}
-        files = [io.BytesIO(upload.content) for upload in uploads]
         list(read_pictures(there.embedder, files, thumbnails=False, broken=broken))
         for position, reason in broken.items():
-            raise HTTPException(415, f"{uploads[position].name} cannot be read: {reason}") from None
+            what = _NO_PICTURE if "identify" in reason else f"cannot be read: {reason}"
+            raise HTTPException(415, f"{uploads[position].name} {what}") from None
         raise
-
-
-def _fault(upload: _Upload) -> str:
-    """Why something cannot be a picture, judged by its first bytes; empty if it may be one."""
-    if not upload.content:
-        return "is empty"
-    try:
-        with Image.open(io.BytesIO(upload.content), formats=_KINDS):
-            return ""
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return f"cannot be read: {error}"
-    except Exception:
-        return f"is not a picture that can be read here: expected {_KINDS_TEXT}"
 
 
 def _page(request: Request, items: Sequence[T]) -> tuple[Sequence[T], dict[str, int]]:
