@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fedss
-from fedss.search import Collection, build_collection, server
+from fedss.search import Collection, build_collection, remove, server
 
 # One in whose case it works as often as on average.
 MISSING = "Tengwar 22"
@@ -139,7 +139,6 @@ def take_pictures(address: str, files: list[Path], folder: Path) -> None:
         page.locator("#enrol-files").set_input_files(files[:3])
         page.locator("#enrol-button").click()
         page.locator("#enrolled > li").wait_for()
-        keep(page, "enrol")
         for name, scheme, size in (("found", "light", wide), ("dark", "dark", narrow)):
             page = browser.new_page(viewport=size, color_scheme=scheme)
             page.goto(address)
@@ -162,6 +161,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="folder for pictures of the page")
     options = parser.parse_args()
     collection = make_collection(options.out, options.omniglot, options.rounds)
+    if MISSING in collection.enrolled:
+        collection = remove(collection, MISSING)
     with (options.out / "photos" / "missing.csv").open(encoding="utf-8") as file:
         files = [options.out / "photos" / row["image"] for row in csv.DictReader(file)]
     labels = [label or "" for label in collection.labels] + [MISSING] * len(files)

@@ -23,6 +23,7 @@ if CHROMIUM is None:
     pytest.skip("no Chromium on this machine's PATH", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
+expect.set_options(timeout=15_000)
 
 FLAGS = [
     "--no-sandbox",
