@@ -531,7 +531,7 @@ def _serve(options: argparse.Namespace) -> None:
                 "there is no password and no encryption",
                 file=sys.stderr,
             )
-        print(f"{len(collection)} pictures at {address}  (Ctrl-C stops)", flush=True)
+        print(f"{len(collection):,} pictures at {address}  (Ctrl-C stops)", flush=True)
         if options.open:
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):

@@ -112,6 +112,7 @@ function showIdentity(identity) {
   const known = identity.label !== null;
   const { threshold } = identity;
   place.classList.toggle("unknown", !known);
+  place.classList.toggle("unsure", threshold === null);
   const title = threshold === null ? "Nearest class" : known ? "Looks like" : "No class is near enough";
   const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
   let note = ["No threshold is known, so a picture of no class gets a name, too: fedss evaluate measures one, --threshold sets one."];
@@ -302,7 +303,7 @@ async function render() {
       await fill(new URLSearchParams(query), signal);
     } catch (error) {
       if (error.name !== "AbortError") {
-        at(grid).replaceChildren();
+        for (const id of [grid, "classes-note", "classes-pager", "class-note", "pictures-pager"]) at(id).replaceChildren();
         if (view === "search") { at("amount").hidden = true; showIdentity(null); showFound("No picture to search with", "", []); }
       }
       throw error;
