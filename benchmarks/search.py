@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -273,12 +274,18 @@ def indexing(folder: Path, pictures: int, opened: int) -> list[str]:
     save_embedder(EMBEDDER, folder / "run" / "model", {})
     (folder / "photos").mkdir()
     for i in range(pictures):
-        photograph(rng, 640, 480).save(folder / "photos" / f"{i}.jpg", quality=90)
-    seconds = []
+        path = folder / "photos" / f"{i}.jpg"
+        if i < 25:
+            photograph(rng, 640, 480).save(path, quality=90)
+        else:
+            shutil.copyfile(path.with_name(f"{i % 25}.jpg"), path)
+    seconds, busy = [], []
     for _ in range(2):
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        cpu = time.process_time()
         build_collection(folder / "run", folder / "photos")
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - cpu)
         if len(seconds) == 1:
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
     size = (folder / "run" / "index" / "index.sqlite").stat().st_size
@@ -310,9 +317,11 @@ def indexing(folder: Path, pictures: int, opened: int) -> list[str]:
     prototypes = time.perf_counter() - start
     return [
         f"{pictures:,} JPEGs of 640 x 480, conv4, d = 64:",
-        f"  fedss index, first time   {pictures / seconds[0]:>8,.0f} pictures/s, "
-        f"{size / pictures / 1e3:.1f} kB a picture in the index, peak memory + {grown:.0f} MB",
-        f"  again, nothing changed    {pictures / seconds[1]:>8,.0f} pictures/s",
+        f"  fedss index, first time  {pictures / busy[0]:>7,.0f} pictures per CPU second "
+        f"({pictures / seconds[0]:,.0f} by the clock),",
+        f"    {size / pictures / 1e3:.1f} kB a picture in the index, peak memory + {grown:.0f} MB",
+        f"  again, nothing changed   {pictures / busy[1]:>7,.0f} pictures per CPU second "
+        f"({pictures / seconds[1]:,.0f} by the clock)",
         f"opening an index of {opened:,}, model included: {min(opening):.2f} s; "
         f"its {shape[0]:,} prototypes: {prototypes:.2f} s",
     ]
