@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,40 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--watch", action="store_true", help="write it again as records come in, until all is done"
     )
+
+    serve = command(
+        _serve, "RUN [OPTIONS]", "a web page of this machine: search by picture, browse, enrol"
+    )
+    serve.add_argument("folder", metavar="RUN", help="a run folder with an index (fedss index)")
+    _add_index(serve)
+    serve.add_argument(
+        "--threshold",
+        type=float,
+        metavar="NUMBER",
+        help="least cosine, below it is unknown (default: that of RUN/verification.json)",
+    )
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="TEXT",
+        help="address to listen on; 0.0.0.0 lets other machines in, without a password "
+        "(default: 127.0.0.1, this machine alone)",
+    )
+    serve.add_argument(
+        "--port",
+        type=int,
+        default=8600,
+        metavar="INT",
+        help="port to listen on; 0: any free one (default: 8600)",
+    )
+    serve.add_argument(
+        "--max-upload-mb",
+        type=float,
+        default=20.0,
+        metavar="NUMBER",
+        help="largest picture that is taken, in megabytes (default: 20)",
+    )
+    serve.add_argument("--open", action="store_true", help="open the page in the browser")
 
     app = command(
         _app,
@@ -508,6 +543,31 @@ def _report(options: argparse.Namespace) -> None:
         watch_report(folder, partial(print, flush=True))
     else:
         print(write_report(folder))
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from fedss.search import open_collection, server, stored_threshold
+
+    limits = server.make_limits(
+        options.max_upload_mb, options.threshold, stored_threshold(options.folder)
+    )
+    with server.listen(options.host, options.port) as listener:
+        run = Path(options.folder)
+        collection = open_collection(options.index or run / "index", run)
+        title, address = run.resolve().name, server.address_of(listener)
+        if not server.is_loopback(listener):
+            print(
+                f"warning: --host {options.host} lets other machines in. Whoever reaches port "
+                f"{listener.getsockname()[1]} sees all pictures and can enrol and remove classes: "
+                "there is no password and no encryption",
+                file=sys.stderr,
+            )
+        print(f"{len(collection):,} pictures at {address}  (Ctrl-C stops)", flush=True)
+        if options.open:
+            webbrowser.open(address)
+        with suppress(KeyboardInterrupt):
+            server.serve(collection, title, listener, options.host, limits)
+    print("stopped")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", 
     "search",
     "enrol",
     "identify",
+    "serve",
 }
 
 
@@ -121,6 +122,15 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("export", capsys)[0] == {"--help", "--format", "--out"}
     assert options_of("report", capsys)[0] == {"--help", "--watch"}
+    assert options_of("serve", capsys)[0] == {
+        "--help",
+        "--host",
+        "--index",
+        "--max-upload-mb",
+        "--open",
+        "--port",
+        "--threshold",
+    }
     assert options_of("index", capsys)[0] == {"--help", "--index", "--skip-broken"}
     assert options_of("search", capsys)[0] == {"--help", "--index", "--count", "--json", "--show"}
     assert options_of("enrol", capsys)[0] == {"--help", "--index", "--remove"}

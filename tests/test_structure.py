@@ -112,6 +112,7 @@ def test_heavy_extras_are_imported_where_they_are_used():
             for node in top
         }
         heavy = {"timm", "pyarrow", "flwr", "onnx", "onnxruntime", "onnxscript"}
+        heavy |= {"starlette", "uvicorn", "python_multipart"}
         if path.parent == PACKAGE / "engines" / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path

@@ -1,0 +1,346 @@
+"use strict";
+// Names come from files and people: they are only ever set as text, never as markup.
+
+const at = (id) => document.getElementById(id);
+const many = (count, one, more = one + "s") => `${count.toLocaleString("en")} ${count === 1 ? one : more}`;
+const link = (view, values) => `#${view}` + (values ? `?${new URLSearchParams(values)}` : "");
+const views = ["search", "classes", "class", "enrol"];
+let about = null;  // what the server says of itself
+let asked = null;  // the picture that was dropped, a File
+let chosen = [];   // the pictures to enrol, Files
+let latest = new AbortController();  // of the view that is being filled
+
+function made(tag, values = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(values)) {
+    if (key in element) element[key] = value;
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+async function ask(path, options = {}) {
+  let answer;
+  try {
+    answer = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("No answer from the server: is fedss serve still running?");
+  }
+  const content = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(content.error || `The server answered ${answer.status}.`);
+  return content;
+}
+
+function show(failure) {
+  at("failure").textContent = failure || "";
+  at("failure").hidden = !failure;
+  if (failure) at("failure").scrollIntoView({ block: "nearest" });
+}
+
+// What a person asked for; what it raises is shown, unless something newer was asked for.
+async function attempt(work) {
+  show("");
+  try {
+    await work();
+  } catch (error) {
+    if (error.name !== "AbortError") show(error.message);
+  }
+}
+
+function score(value, threshold = null) {
+  const percent = (part) => `${100 * Math.min(1, Math.max(0, part))}%`;
+  const fill = made("span", { className: "fill" });
+  fill.style.width = percent(value);
+  const track = made("span", { className: "track", "aria-hidden": "true" }, fill);
+  if (threshold !== null) {
+    const tick = made("span", { className: "tick" });
+    tick.style.left = percent(threshold);
+    track.append(tick);
+  }
+  return made("span", { className: "score" }, track, made("span", { className: "number" }, value.toFixed(3)));
+}
+
+// A name in a sentence: letters from right to left do not turn what follows.
+const named = (name) => made("bdi", {}, name);
+
+function thumbnail(picture) {
+  return made("img", { src: `thumbnail/${picture.position}`, alt: "", loading: "lazy" });
+}
+
+function badge(item) {
+  return item.enrolled ? [made("span", { className: "badge" }, "enrolled")] : [];
+}
+
+function className({ label }) {
+  if (label === null) return made("span", { className: "name none" }, "no class");
+  return made("a", { className: "name", href: link("class", { name: label }), title: label }, label);
+}
+
+function pictureItem(picture, withClass) {
+  const frame = made("a", { className: "frame", href: link("search", { at: picture.position }), "aria-label": `Search with ${picture.name}`, title: picture.name }, thumbnail(picture));
+  const parts = [frame];
+  if (withClass) parts.push(className(picture), ...badge(picture));
+  else parts.push(made("span", { className: "file" }, picture.name));
+  if (picture.score !== undefined) parts.push(score(picture.score));
+  return made("li", {}, ...parts);
+}
+
+function pager(place, page, pages, to) {
+  const step = (text, target) => made("button", { type: "button", disabled: target < 1 || target > pages, onclick: () => { location.hash = to(target); } }, text);
+  place.replaceChildren(...(pages > 1 ? [step("Previous", page - 1), made("span", {}, `${page.toLocaleString("en")} of ${pages.toLocaleString("en")}`), step("Next", page + 1)] : []));
+}
+
+// ---- search
+
+function showQuery(source, name) {
+  const place = at("query");
+  place.hidden = !source;
+  at("search-drop").classList.toggle("filled", Boolean(source));
+  if (!source) return place.replaceChildren();
+  const image = made("img", { src: source, alt: `The picture searched with: ${name}` });
+  image.onerror = () => image.remove();  // a kind that the server reads and the browser does not
+  image.onload = () => { if (source.startsWith("blob:")) URL.revokeObjectURL(source); };
+  place.replaceChildren(image, made("span", {}, name));
+}
+
+function showIdentity(identity) {
+  const place = at("identity");
+  place.hidden = !identity;
+  if (!identity) return;
+  const known = identity.label !== null;
+  const { threshold } = identity;
+  place.classList.toggle("unknown", !known);
+  place.classList.toggle("unsure", threshold === null);
+  const title = threshold === null ? "Nearest class" : known ? "Looks like" : "No class is near enough";
+  const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
+  let note = ["No threshold is known, so a picture of no class gets a name, too: fedss evaluate measures one, --threshold sets one."];
+  if (threshold !== null) {
+    const limit = `the threshold, ${threshold.toFixed(3)}${about.threshold_note && ` (${about.threshold_note})`}.`;
+    note = known ? [`Not below ${limit}`] : ["The nearest is ", named(identity.nearest), `, below ${limit}`];
+  }
+  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold), made("p", { className: "note" }, ...note));
+}
+
+function showFound(title, note, pictures) {
+  at("found").textContent = title;
+  at("found-note").textContent = note;
+  at("neighbours").replaceChildren(...pictures.map((picture) => pictureItem(picture, true)));
+}
+
+async function searchView(values, signal) {
+  const position = values.get("at");
+  const count = at("count").value;
+  if (position === null && asked === null) {
+    showQuery(null);
+    showIdentity(null);
+    at("amount").hidden = true;
+    const { pictures } = await ask("sample", { signal });
+    showFound(pictures.length ? "Or start from one of these" : "Nothing to find", pictures.length ? "" : "This index holds no pictures.", pictures);
+    return;
+  }
+  let answer;
+  if (position !== null) {
+    showQuery(`thumbnail/${encodeURIComponent(position)}`, "…");
+    answer = await ask(`neighbours/${encodeURIComponent(position)}?count=${count}`, { signal });
+    showQuery(`thumbnail/${answer.query.position}`, [answer.query.label, answer.query.name].filter(Boolean).join(", "));
+  } else {
+    showQuery(URL.createObjectURL(asked), asked.name);
+    const body = new FormData();
+    body.append("picture", asked);
+    answer = await ask(`search?count=${count}`, { method: "POST", body, signal });
+  }
+  at("amount").hidden = false;
+  showIdentity(answer.identity);
+  showFound("Nearest pictures", `Of ${many(about.pictures, "picture")}, with the cosine of their embeddings. Click one to search with it.`, answer.neighbours);
+}
+
+function tooLarge(files) {
+  const large = files.find((file) => file.size > about.limit_bytes);
+  return large && `${large.name} has ${(large.size / 1e6).toFixed(1)} MB; this server takes pictures of up to ${(about.limit_bytes / 1e6).toLocaleString("en")} MB.`;
+}
+
+function searchWith(files) {
+  if (!files.length) return;
+  attempt(async () => {
+    const fault = files.length > 1 ? `Search with one picture at a time, not ${files.length}.` : tooLarge(files);
+    if (fault) throw new Error(fault);
+    asked = files[0];
+    if (location.hash === link("search")) render();
+    else location.hash = link("search");
+  });
+}
+
+// ---- classes
+
+async function classesView(values, signal) {
+  const contains = values.get("contains") || "";
+  const page = Number(values.get("page")) || 1;
+  if (document.activeElement !== at("contains")) at("contains").value = contains;
+  const found = await ask(`classes?${new URLSearchParams({ contains, page })}`, { signal });
+  const matching = many(found.matching, "class", "classes");
+  at("classes-note").replaceChildren(...(contains ? [`${matching} of ${found.total.toLocaleString("en")} with “`, named(contains), "” in the name"] : [matching, about.unlabelled ? `, and ${many(about.unlabelled, "picture")} without a class` : ""]));
+  at("classes").replaceChildren(...found.classes.map((item) => {
+    const href = link("class", { name: item.name });
+    return made("li", {}, made("a", { className: "frame", href, "aria-hidden": "true", tabIndex: -1 }, thumbnail(item)), made("a", { className: "name", href, title: item.name }, item.name), ...badge(item), made("span", { className: "of" }, many(item.count, "picture")));
+  }));
+  pager(at("classes-pager"), found.page, found.pages, (to) => link("classes", { contains, page: to }));
+}
+
+async function classView(values, signal) {
+  const name = values.get("name") || "";
+  const page = Number(values.get("page")) || 1;
+  at("class-title").textContent = name;
+  const found = await ask(`pictures?${new URLSearchParams({ class: name, page })}`, { signal });
+  at("class-note").textContent = `${many(found.count, "picture")}${found.enrolled ? ", enrolled here" : ""}. Click one to search with it.`;
+  at("pictures").replaceChildren(...found.pictures.map((picture) => pictureItem(picture, false)));
+  pager(at("pictures-pager"), found.page, found.pages, (to) => link("class", { name, page: to }));
+}
+
+// ---- enrol
+
+function choose(files) {
+  show(chosen.length + files.length > about.most_pictures ? `A class is enrolled from at most ${about.most_pictures} pictures.` : tooLarge(files));
+  chosen = [...chosen, ...files.filter((file) => file.size <= about.limit_bytes)].slice(0, about.most_pictures);
+  at("enrolled-note").hidden = true;
+  showChosen();
+}
+
+function showChosen() {
+  at("chosen").replaceChildren(...chosen.map((file, number) => {
+    const source = URL.createObjectURL(file);
+    const image = made("img", { src: source, alt: file.name, title: file.name });
+    image.onload = () => URL.revokeObjectURL(source);
+    const drop = () => { chosen = chosen.filter((other) => other !== file); showChosen(); };
+    return made("li", {}, image, made("button", { type: "button", onclick: drop, "aria-label": `Leave out picture ${number + 1}, ${file.name}` }, "×"));
+  }));
+  mayEnrol();
+}
+
+function mayEnrol() {
+  at("enrol-button").disabled = !chosen.length || !at("name").value.trim();
+  at("enrol-button").textContent = chosen.length ? `Enrol from ${many(chosen.length, "picture")}` : "Enrol";
+}
+
+async function enrol() {
+  const body = new FormData();
+  body.append("name", at("name").value);
+  for (const file of chosen) body.append("picture", file);
+  at("enrol-button").disabled = true;
+  try {
+    const done = await ask("enrol", { method: "POST", body });
+    const find = made("button", { type: "button", onclick: () => { location.hash = link("search", { at: done.position }); } }, "Find it");
+    at("enrolled-note").replaceChildren(named(done.name), ` is enrolled from ${many(done.count, "picture")}. Search with another picture of it, or:`, find);
+    at("enrolled-note").hidden = false;
+    chosen = [];
+    at("name").value = "";
+    showChosen();
+  } finally {
+    mayEnrol();
+  }
+  await refresh();
+}
+
+async function enrolView(values, signal) {
+  at("enrol-help").textContent = `Up to ${about.most_pictures} pictures of up to ${(about.limit_bytes / 1e6).toLocaleString("en")} MB.`;
+  mayEnrol();
+  const { classes } = await ask("enrolled", { signal });
+  at("none-enrolled").hidden = classes.length > 0;
+  at("enrolled").replaceChildren(...classes.map(enrolledItem));
+}
+
+function enrolledItem(item) {
+  const remove = async () => {
+    await ask(`enrolled?${new URLSearchParams({ name: item.name })}`, { method: "DELETE" });
+    at("enrolled-note").hidden = true;
+    await refresh();
+    at("enrolled-title").scrollIntoView({ block: "nearest" });
+  };
+  const actions = made("span");
+  const second = (text, onclick, kind = "") => made("button", { type: "button", className: `second ${kind}`, "aria-label": `${text} ${item.name}`, onclick }, text);
+  const offer = () => actions.replaceChildren(second("Remove", () => {
+    const sure = second("Remove for good", () => attempt(remove), "danger");
+    actions.replaceChildren(sure, " ", second("Keep", offer));
+    sure.focus();
+  }));
+  offer();
+  return made("li", {}, thumbnail(item), made("span", { className: "who" }, made("a", { href: link("class", { name: item.name }) }, item.name), made("span", { className: "of" }, many(item.count, "picture"))), actions);
+}
+
+// ---- the page
+
+async function describe() {
+  about = await ask("about");
+  at("about").textContent = `fedss search · ${about.title}`;
+  at("title").textContent = `${many(about.pictures, "picture")} of ${many(about.classes, "class", "classes")}`;
+  document.title = `${about.title} – fedss search`;
+  at("name").maxLength = about.longest_name;
+}
+
+async function refresh() {
+  await describe();
+  await render();
+}
+
+async function render() {
+  const [word, query] = location.hash.slice(1).split(/\?(.*)/s);
+  const view = views.includes(word) ? word : "search";
+  latest.abort();
+  latest = new AbortController();
+  const { signal } = latest;
+  for (const name of views) at(`${name}-view`).hidden = name !== view;
+  for (const item of document.querySelectorAll("nav a")) {
+    const here = item.hash === `#${view === "class" ? "classes" : view}`;
+    if (here) item.setAttribute("aria-current", "page");
+    else item.removeAttribute("aria-current");
+  }
+  const grid = { search: "neighbours", classes: "classes", class: "pictures", enrol: "enrolled" }[view];
+  at(grid).setAttribute("aria-busy", "true");
+  const fill = { search: searchView, classes: classesView, class: classView, enrol: enrolView }[view];
+  await attempt(async () => {
+    try {
+      await fill(new URLSearchParams(query), signal);
+    } catch (error) {
+      if (error.name !== "AbortError") {
+        for (const id of [grid, "classes-note", "classes-pager", "class-note", "pictures-pager"]) at(id).replaceChildren();
+        if (view === "search") { at("amount").hidden = true; showIdentity(null); showFound("No picture to search with", "", []); }
+      }
+      throw error;
+    } finally {
+      if (!signal.aborted) at(grid).removeAttribute("aria-busy");
+    }
+  });
+}
+
+function takesFiles(zone, input, take) {
+  input.addEventListener("change", () => { const files = [...input.files]; input.value = ""; take(files); });
+  zone.addEventListener("dragover", () => zone.classList.add("over"));
+  for (const name of ["dragleave", "drop"]) zone.addEventListener(name, () => zone.classList.remove("over"));
+}
+
+const enrolling = () => !at("enrol-view").hidden;
+const take = (files) => (enrolling() ? choose(files) : searchWith(files));
+
+// A picture dropped beside the zone is meant for it; the browser would leave the page and open it.
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  if (about && event.dataTransfer.files.length) take([...event.dataTransfer.files]);
+});
+addEventListener("paste", (event) => {
+  if (about && event.clipboardData.files.length) take([...event.clipboardData.files]);
+});
+takesFiles(at("search-drop"), at("search-file"), searchWith);
+takesFiles(at("enrol-drop"), at("enrol-files"), choose);
+at("count").addEventListener("change", render);
+at("name").addEventListener("input", mayEnrol);
+at("enrol-form").addEventListener("submit", (event) => { event.preventDefault(); if (!at("enrol-button").disabled) attempt(enrol); });
+
+let typing = 0;
+at("contains").addEventListener("input", () => {
+  clearTimeout(typing);
+  typing = setTimeout(() => location.replace(link("classes", { contains: at("contains").value })), 150);
+});
+addEventListener("hashchange", () => { at("enrolled-note").hidden = true; scrollTo(0, 0); render(); });
+attempt(refresh);
