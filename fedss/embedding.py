@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import decode
+from fedss.data.cache import decode, quiet_pillow
 from fedss.data.folder import EXTENSIONS
 from fedss.data.manifest import read_table
 from fedss.errors import ConfigError, DataError
@@ -60,11 +61,14 @@ def embed_files(
 
     def attempt(path: str | Path) -> np.ndarray | Exception:
         try:
+            # A pipe would keep whoever opens it waiting.
+            if not os.path.isfile(path) and os.path.exists(path):
+                raise OSError("not a file")
             return decode(Path(path), embedder.spec.image_size, embedder.spec.channels)
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor() as pool:
+    with quiet_pillow(), ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), _BLOCK):
             block = paths[start : start + _BLOCK]
             pixels = []

@@ -109,7 +109,7 @@ def test_heavy_extras_are_imported_where_they_are_used():
             (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
             for node in top
         }
-        heavy = {"timm", "pyarrow", "flwr"}
+        heavy = {"timm", "pyarrow", "pillow_heif", "flwr"}
         if path.parent == PACKAGE / "engines" / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path
