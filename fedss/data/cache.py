@@ -63,7 +63,6 @@ def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
         ImportError: HEIC, and pillow-heif is not installed.
         OSError, SyntaxError or others of Pillow's: no picture.
     """
-    advice = f"above the limit of {MAX_PIXELS:,}: save it smaller"
     try:
         try:
             image = Image.open(picture)
@@ -72,16 +71,20 @@ def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
             image = Image.open(picture)
     except Image.DecompressionBombError as error:
         # Pillow's own limit, which lies above ours. It says how many pixels, not width and height.
-        raise ValueError(f"{error}; {advice}") from error
+        raise _too_large(f"{error};") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise ValueError(f"{width:,} x {height:,} = {width * height:,} pixels, {advice}")
+        raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels,")
     if image.format == "EPS":
         image.close()
         # Pillow would have Ghostscript run it.
         raise ValueError("PostScript is a program, not a picture: save it as PNG")
     return image
+
+
+def _too_large(found: str) -> ValueError:
+    return ValueError(f"{found} above the limit of {MAX_PIXELS:,}: save it smaller")
 
 
 def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:
