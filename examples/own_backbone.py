@@ -35,17 +35,16 @@ class TwoScales(nn.Module):
         return torch.cat(list(parts), dim=1)
 
 
-def main(rounds: int = 30) -> float:
+def main(rounds: int = 30, classes: int = 320) -> float:
     """Train it on glyphs, load it, embed two files; the cosine of the two."""
-    config = fedss.Config(rounds=rounds, glyphs_classes=320, glyphs_clients=64, eval_every=0)
+    config = fedss.Config(rounds=rounds, glyphs_classes=classes, glyphs_clients=64, eval_every=0)
     data = fedss.load_data(config)
-    query = data.test.query
     with tempfile.TemporaryDirectory() as folder:
         run = fedss.train(config, Path(folder) / "run", data=data, backbone=TwoScales())
         # The weights come from the run folder, the structure from the module.
         model = fedss.load(run.folder, backbone=TwoScales())
         files = [Path(folder) / f"{i}.png" for i in range(2)]
-        for file, pixels in zip(files, query.pixels[:2], strict=True):
+        for file, pixels in zip(files, data.test.query.pixels[:2], strict=True):
             Image.fromarray(pixels[0]).save(file)
         one, other = fedss.embed_files(model, files).embeddings_ND
     print(f"MAP@10 on unseen classes: {run.summary['map_at_10']:.3f}")

@@ -41,9 +41,9 @@ def smoothed_softmax(smoothing: float) -> Objective:
     return smoothed_loss
 
 
-def main(rounds: int = 30) -> dict[str, float]:
+def main(rounds: int = 30, classes: int = 320) -> dict[str, float]:
     """Train on glyphs with and without it; MAP@10 on unseen classes."""
-    config = fedss.Config(rounds=rounds, glyphs_classes=320, glyphs_clients=64, eval_every=0)
+    config = fedss.Config(rounds=rounds, glyphs_classes=classes, glyphs_clients=64, eval_every=0)
     data, found = fedss.load_data(config), {}
     for name, loss in (("softmax", None), ("smoothed by 0.1", smoothed_softmax(0.1))):
         with tempfile.TemporaryDirectory() as folder:
