@@ -128,6 +128,7 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
 
     Raises:
         ConfigError: another ending, or pyarrow is not installed.
+        DataError: parquet, and a name that is no UTF-8.
         RunFolderError: the place cannot be written.
     """
     buffer = io.BytesIO()
@@ -145,7 +146,13 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
             ) from error
         size = result.embeddings_ND.shape[1]
         rows = pyarrow.FixedSizeListArray.from_arrays(result.embeddings_ND.ravel(), size)
-        table = pyarrow.table({"name": list(result.names), "embedding": rows})
+        try:
+            table = pyarrow.table({"name": list(result.names), "embedding": rows})
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}: parquet keeps names in UTF-8, which {error.object!r} is not; rename the "
+                "picture, or write .npy"
+            ) from error
         pyarrow.parquet.write_table(table, buffer)
         files = {path: buffer.getvalue()}
     else:
