@@ -17,13 +17,14 @@ from fedss.data import (
     rotate_classes,
     split_clients,
 )
+from fedss.engines.stacked import stacked_losses
 from fedss.errors import ConfigError, DataError
 from fedss.methods import METHODS
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
 from fedss.samplers import SAMPLERS, Sampler
 from fedss.seeds import generator
-from fedss.softmax import Scoring
+from fedss.softmax import ClassSample, Objective, Scoring, sampled_softmax
 from fedss.wire import WireFormat
 
 
@@ -142,13 +143,77 @@ def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFor
     )
 
 
+def scoring(config: Config) -> Scoring:
+    """How the configuration makes logits of cosines."""
+    return Scoring(config.scale, config.margin_kind, config.margin, config.correction)
+
+
+def objective_name(objective: Objective) -> str:
+    """A loss's name for people: that of its function, or of its class."""
+    return getattr(objective, "__name__", type(objective).__name__)
+
+
+def check_objective(config: Config, objective: Objective) -> None:
+    """Try a loss of a user's own on two clients of two pictures and three classes.
+
+    Raises:
+        ConfigError: the method is made by its loss, or this is none; says what came.
+    """
+    named = f"objective {objective_name(objective)!r}"
+    if METHODS[config.method].objective is not sampled_softmax:
+        free = [name for name, method in METHODS.items() if method.objective is sampled_softmax]
+        raise ConfigError(
+            f"{named}: method {config.method} is what its own loss makes of it; expected method "
+            f"to be one of {', '.join(free)}"
+        )
+    h_KBD = torch.eye(4).view(2, 2, 4).requires_grad_()
+    rows_KSD = torch.linspace(-1, 1, 24).view(2, 3, 4).requires_grad_()
+    target_KB = torch.tensor([[0, 2], [2, 2]])
+    own_S = torch.tensor([True, False, True])
+    sample = ClassSample(torch.arange(3), torch.where(own_S, 0.0, -1.0), own_S)
+    before = torch.get_rng_state()
+    try:
+        loss_B = objective(h_KBD[0], rows_KSD[0], target_KB[0], sample, scoring(config), None)
+    except Exception as error:
+        raise ConfigError(f"{named} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(loss_B, torch.Tensor) or loss_B.shape != (2,):
+        came = list(loss_B.shape) if isinstance(loss_B, torch.Tensor) else type(loss_B).__name__
+        raise ConfigError(f"{named}: expected a tensor with a loss per picture, [2], got {came}")
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ConfigError(
+            f"{named} draws random numbers from torch's global generator, so that results would "
+            "depend on the number and order of workers"
+        )
+    for tensor, what in ((h_KBD, "embeddings h_BD"), (rows_KSD, "class rows rows_SD")):
+        grad = None
+        if loss_B.requires_grad:
+            total = loss_B.sum()
+            (grad,) = torch.autograd.grad(total, tensor, retain_graph=True, allow_unused=True)
+        if grad is None:
+            raise ConfigError(f"{named} has no gradient with respect to the {what}")
+    if config.stack > 1:
+        try:
+            stacked_losses(objective, scoring(config), h_KBD, rows_KSD, target_KB, [sample] * 2)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ConfigError(
+                f"stack: torch.func.vmap cannot run {named} for several clients at once; leave "
+                f"--stack out. It said: {type(error).__name__}: {reason[0] if reason else ''}"
+            ) from error
+
+
 def round_plan(
-    config: Config, num_classes: int, round: int, sampler: Sampler | None = None
+    config: Config,
+    num_classes: int,
+    round: int,
+    sampler: Sampler | None = None,
+    objective: Objective | None = None,
 ) -> RoundPlan:
     """What the clients of a round (0-based) are told; learning rates decay over the rounds.
 
     ``sampler``, if given, in place of the one that ``config`` names. Where there is nothing to
-    choose, the client draws: no server need be told its own classes.
+    choose, the client draws: no server need be told its own classes. ``objective``, if given, in
+    place of the method's.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
@@ -161,6 +226,8 @@ def round_plan(
     chosen = SAMPLERS["uniform"]
     if method.negatives == "sampled" or (method.negatives == "cover" and config.cover):
         chosen = sampler or SAMPLERS[config.sampler]
+    if objective is not None:
+        method = replace(method, objective=objective)
     return RoundPlan(
         round,
         config.seed,
@@ -169,7 +236,7 @@ def round_plan(
         num_classes,
         sample_size(config, num_classes),
         config.cover,
-        Scoring(config.scale, config.margin_kind, config.margin, config.correction),
+        scoring(config),
         LocalTraining(
             config.local_epochs,
             config.local_steps,

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             lost = isinstance(error, LostRankError)
             # Whoever is there speaks then: it may be the first that is not.
-            print(f"{command}: {error}", file=sys.__stderr__ if lost or not met else sys.stderr)
+            speaks = sys.__stderr__ if lost or not met else sys.stderr
+            print(f"{command}: {_printable(str(error))}", file=speaks)
             return 1 if lost else 2
         except KeyboardInterrupt:
             print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)
@@ -682,9 +683,14 @@ def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = (), links:
     ):
         if names:
             first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            print(f"left out {len(names)} {what}: {first}", file=sys.stderr)
+            print(f"left out {len(names)} {what}: {_printable(first)}", file=sys.stderr)
     if links:
         print(f"left out {links} symbolic links: list them in a CSV", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """One line that does nothing to a terminal, whatever the names of files have in them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:

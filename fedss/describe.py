@@ -11,6 +11,7 @@ from fedss.build import (
     build_model,
     evaluation_task,
     num_trainable,
+    objective_name,
     round_plan,
     wire_format,
 )
@@ -23,7 +24,7 @@ from fedss.models import Embedder
 from fedss.moments import Moments, RowMap
 from fedss.samplers import Sampler
 from fedss.seeds import generator
-from fedss.softmax import ClassSample
+from fedss.softmax import ClassSample, Objective
 from fedss.wire import (
     WireFormat,
     encode_answer,
@@ -56,14 +57,17 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
     }
 
 
-def describe_model(embedder: Embedder, sampler: Sampler | None) -> dict[str, Any]:
-    """What a run writes down of what code may bring along: a model's structure, a sampler."""
+def describe_model(
+    embedder: Embedder, sampler: Sampler | None, objective: Objective | None
+) -> dict[str, Any]:
+    """What a run writes down of what code may bring along: a model's structure, sampler, loss."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
         "parameters": num_trainable(embedder),
         "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
         "sampler": sampler and sampler.name,
+        "objective": objective and objective_name(objective),
     }
 
 

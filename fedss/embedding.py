@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedss.data.folder import EXTENSIONS
-from fedss.data.manifest import read_table
+from fedss.data.manifest import composed, read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
 from fedss.models import Embedder
@@ -125,7 +124,7 @@ def list_pictures(path: Path) -> PictureList:
 
 def class_name(text: str) -> str | None:
     """A class's name as people see it: one form of accents (NFC), no outer spaces; None: none."""
-    return unicodedata.normalize("NFC", text.strip()) or None
+    return composed(text.strip()) or None
 
 
 def _below(root: Path) -> tuple[list[str], int]:
@@ -162,6 +161,7 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
 
     Raises:
         ConfigError: another ending, or pyarrow is not installed.
+        DataError: parquet, and a name that is no UTF-8.
         RunFolderError: the place cannot be written.
     """
     buffer = io.BytesIO()
@@ -179,7 +179,13 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
             ) from error
         size = result.embeddings_ND.shape[1]
         rows = pyarrow.FixedSizeListArray.from_arrays(result.embeddings_ND.ravel(), size)
-        table = pyarrow.table({"name": list(result.names), "embedding": rows})
+        try:
+            table = pyarrow.table({"name": list(result.names), "embedding": rows})
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}: parquet keeps names in UTF-8, which {error.object!r} is not; rename the "
+                "picture, or write .npy"
+            ) from error
         pyarrow.parquet.write_table(table, buffer)
         files = {path: buffer.getvalue()}
     else:

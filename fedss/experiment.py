@@ -29,6 +29,7 @@ from fedss.allocator import keep_freed_memory
 from fedss.board import add_neighbours, add_projection, add_scalars, open_board
 from fedss.build import (
     build_model,
+    check_objective,
     compute_device,
     evaluation_task,
     load_data,
@@ -64,8 +65,11 @@ from fedss.run_folder import (
 )
 from fedss.samplers import Sampler
 from fedss.seeds import generator
+from fedss.softmax import Objective
 
 OnRound = Callable[[Record], None]
+PlanOf = Callable[[int, int], RoundPlan]
+"""``plan_of(num_classes, round)``: what the clients of a round (0-based) are told."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def train(
     data: Dataset | None = None,
     backbone: nn.Module | None = None,
     sampler: Sampler | None = None,
+    objective: Objective | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
@@ -141,6 +146,9 @@ def train(
             place of ``config.backbone``. Where its output is not of size ``embedding_size``, a
             linear layer is added.
         sampler: a way to draw negatives of your own, in place of ``config.sampler``.
+        objective: a loss of your own, in place of the softmax of ``full``, ``fedss``, ``pos-only``
+            and ``central``; see :data:`fedss.softmax.Objective`. A run that goes on needs one of
+            the same name.
         on_round: called with each round's record, those of an interrupted run first, at the first
             rank alone; None: progress is shown on stderr.
 
@@ -153,7 +161,7 @@ def train(
     """
     label = f"{config.method} seed {config.seed}"
     with join() as ranks:
-        return _train(config, Path(out), label, data, backbone, sampler, on_round, ranks)
+        return _train(config, Path(out), label, data, backbone, sampler, objective, on_round, ranks)
 
 
 def _train(
@@ -163,6 +171,7 @@ def _train(
     data: Dataset | None,
     backbone: nn.Module | None,
     sampler: Sampler | None,
+    objective: Objective | None,
     on_round: OnRound | None,
     ranks: Ranks,
 ) -> Run:
@@ -170,6 +179,8 @@ def _train(
     sample_size(config, len(data.train.class_names))
     evaluation_task(config, data)
     compute_device(config)
+    if objective is not None:
+        check_objective(config, objective)
     return train_federation(
         config,
         folder,
@@ -179,6 +190,7 @@ def _train(
         label=label,
         backbone=backbone,
         sampler=sampler,
+        objective=objective,
         on_round=on_round,
         ranks=ranks,
     )
@@ -194,6 +206,7 @@ def train_federation(
     label: str,
     backbone: nn.Module | None = None,
     sampler: Sampler | None = None,
+    objective: Objective | None = None,
     on_round: OnRound | None = None,
     ranks: Ranks = ALONE,
 ) -> Run:
@@ -208,6 +221,7 @@ def train_federation(
         label: the run's name, where progress is shown.
         backbone: as in :func:`train`.
         sampler: as in :func:`train`.
+        objective: as in :func:`train`.
         on_round: as in :func:`train`.
         ranks: the processes that train together here.
 
@@ -216,13 +230,14 @@ def train_federation(
     """
     if config.keep_memory:
         keep_freed_memory()
+    plan_of = partial(round_plan, config, sampler=sampler, objective=objective)
     with hold(folder) if ranks.first else nullcontext():
-        claim_run(folder, config, data, describe_model(embedder, sampler), ranks)
+        claim_run(folder, config, data, describe_model(embedder, sampler, objective), ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             with _observer(label, config, on_round, ranks) as see:
                 num_classes, records = _train_rounds(
-                    config, embedder, federate, sampler, folder, see, ranks
+                    config, embedder, federate, plan_of, folder, see, ranks
                 )
         if ranks.first:
             if not already_done:
@@ -274,6 +289,7 @@ def compare(
     data: Dataset | None = None,
     backbone: nn.Module | None = None,
     sampler: Sampler | None = None,
+    objective: Objective | None = None,
     on_round: OnRound | None = None,
 ) -> list[dict[str, Any]]:
     """Train each method with each seed under the same settings, and report on all.
@@ -291,6 +307,7 @@ def compare(
         data: pictures; None: those that ``config`` names.
         backbone: as in :func:`train`.
         sampler: as in :func:`train`.
+        objective: as in :func:`train`.
         on_round: as in :func:`train`.
 
     Returns:
@@ -311,13 +328,17 @@ def compare(
         for _, run in runs:
             sample_size(run, len(data.train.class_names))
             compute_device(run)
+            if objective is not None:
+                check_objective(run, objective)
         with hold(folder) if ranks.first else nullcontext():
             if ranks.first:
                 claim_comparison(folder, config, list(methods), list(seeds))
             for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
-                done = _train(run, folder / name, title, data, backbone, sampler, on_round, ranks)
+                done = _train(
+                    run, folder / name, title, data, backbone, sampler, objective, on_round, ranks
+                )
                 summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
                 now = {summary["folder"] for summary in summaries}
@@ -362,7 +383,7 @@ def _train_rounds(
     config: Config,
     embedder: Embedder,
     federate: Federate,
-    sampler: Sampler | None,
+    plan_of: PlanOf,
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
@@ -375,7 +396,7 @@ def _train_rounds(
     optimizer, clock = server_optimizer(config), _Clock()
     theta_P = flatten_(embedder).theta_P
     with federate(embedder, optimizer, clock.lap) as federation:
-        state = _first_state(config, federation, sampler, theta_P, folder)
+        state = _first_state(config, federation, plan_of, theta_P, folder)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
         for record in records:
@@ -390,7 +411,7 @@ def _train_rounds(
             while state.round < config.rounds:
                 try:
                     state, record, found = _next_round(
-                        config, federation, sampler, state, clock, ranks
+                        config, federation, plan_of, state, clock, ranks
                     )
                 except QuorumError as error:
                     if {failure.reason for failure in error.failures} == {"not finite"}:
@@ -435,14 +456,14 @@ def _train_rounds(
 def _next_round(
     config: Config,
     federation: Federation,
-    sampler: Sampler | None,
+    plan_of: PlanOf,
     state: ServerState,
     clock: "_Clock",
     ranks: Ranks,
 ) -> tuple[ServerState, Record, Evaluation | None]:
     """The state after one more round, the round's record, and its evaluation if it has one."""
     round, optimizer = state.round, server_optimizer(config)
-    plan = round_plan(config, state.class_rows.num_classes, round, sampler)
+    plan = plan_of(state.class_rows.num_classes, round)
     method = plan.method
     state, updates, failures, attempts = _attempt_round(
         config, federation, optimizer, state, plan, clock
@@ -529,7 +550,7 @@ def _attempt_round(
 def _first_state(
     config: Config,
     federation: Federation,
-    sampler: Sampler | None,
+    plan_of: PlanOf,
     theta_P: torch.Tensor,
     folder: Path,
 ) -> ServerState:
@@ -549,7 +570,7 @@ def _first_state(
             rows = with_history(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
         state = ServerState(theta_P.clone(), slots, rows, round=0)
-    plan = round_plan(config, rows.num_classes, state.round, sampler)
+    plan = plan_of(rows.num_classes, state.round)
     return _with_index(config, state, plan.sampler)
 
 

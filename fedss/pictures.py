@@ -1,6 +1,7 @@
 """From picture files to vectors and thumbnails, a block at a time."""
 
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from fedss.data.cache import in_threads, pixels_of, upright
+from fedss.data.cache import in_threads, open_picture, pixels_of, upright
 from fedss.errors import DataError
 from fedss.models import Embedder, EmbedderSpec, embed_pixels
 
@@ -119,13 +120,10 @@ def _opened(picture: Picture) -> Image.Image:
         return picture.copy()
     if not isinstance(picture, str | Path):
         picture.seek(0)
-    image = Image.open(picture)
-    # Pillow warns of these; turning warnings into errors is not safe in a server's threads.
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        image.close()
-        raise ValueError(f"{pixels:,} pixels are more than the limit of {limit:,}")
-    return image
+    elif not os.path.isfile(picture) and os.path.exists(picture):
+        # A pipe would keep whoever opens it waiting.
+        raise OSError("not a file")
+    return open_picture(picture)
 
 
 def name_of(picture: Picture, position: int) -> str:

@@ -97,7 +97,11 @@ class AbsentClasses:
 
 Objective = Callable[[Tensor, Tensor, Tensor, ClassSample, Scoring, AbsentClasses | None], Tensor]
 """``objective(h_BD, rows_SD, target_B, sample, scoring, absent)``: one loss per picture, [B].
-``absent`` is None for methods that do not use it, and where no class is absent."""
+
+Arguments as for :func:`sampled_softmax`. ``absent`` is None for methods that do not use it, and
+where no class is absent. A client takes the mean of a batch and differentiates it with respect to
+``h_BD`` and ``rows_SD``; a loss of your own (:func:`fedss.train`) must have gradients for both, and
+draw no random numbers."""
 
 
 def sampled_softmax(

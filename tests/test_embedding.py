@@ -92,6 +92,14 @@ def test_any_name_is_read_back_and_no_other_file_is_touched(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_a_name_that_parquet_cannot_keep_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    odd = Embeddings(("a.png", "caf\udce9.png"), RESULT.embeddings_ND)
+    with pytest.raises(DataError, match=r"in UTF-8, which 'caf\\udce9\.png' is not; .*\.npy"):
+        write_embeddings(tmp_path / "e.parquet", odd)
+    assert not list(tmp_path.iterdir())
+
+
 def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"ends in \.npy or \.parquet"):
         write_embeddings(tmp_path / "e.txt", RESULT)

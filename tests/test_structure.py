@@ -111,7 +111,7 @@ def test_heavy_extras_are_imported_where_they_are_used():
             (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
             for node in top
         }
-        heavy = {"timm", "pyarrow", "flwr", "onnx", "onnxruntime", "onnxscript"}
+        heavy = {"timm", "pyarrow", "pi_heif", "flwr", "onnx", "onnxruntime", "onnxscript"}
         heavy |= {"starlette", "uvicorn", "python_multipart"}
         if path.parent == PACKAGE / "engines" / "flower":
             heavy -= {"flwr"}

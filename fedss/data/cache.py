@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
 from fedss.errors import DataError
 from fedss.files import atomic, remove_litter
 
+MAX_PIXELS = 2**27
+"""Pixels of the largest picture that is decoded: half a gigabyte, at Pillow's 4 bytes a pixel."""
+
 # Part of every key: raise it when the same files would give other pixels.
-_VERSION = 1
+_VERSION = 2
 _BATCH = 32
 _DAY = 24 * 3600.0
 _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+# ISO/IEC 23008-12, annex B: what a HEIC file begins with, after the four bytes of a length.
+_HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"))
 
 
 T = TypeVar("T")
@@ -50,17 +55,76 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(named) if named else Path.home() / ".cache" / "fedss"
 
 
+def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
+    """``PIL.Image.open`` for files that nobody has looked at; pixels are not decoded yet.
+
+    Raises:
+        ValueError: more than MAX_PIXELS, or PostScript.
+        ImportError: HEIC, and pi-heif is not installed.
+        OSError, SyntaxError or others of Pillow's: no picture.
+    """
+    try:
+        try:
+            image = Image.open(picture)
+        except UnidentifiedImageError as error:
+            _prepare_for(picture, error)
+            image = Image.open(picture)
+    except Image.DecompressionBombError as error:
+        # Pillow's own limit, which lies above ours. It says how many pixels, not width and height.
+        raise _too_large(f"{error};") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels,")
+    if image.format == "EPS":
+        image.close()
+        # Pillow would have Ghostscript run it.
+        raise ValueError("PostScript is a program, not a picture: save it as PNG")
+    return image
+
+
+def _too_large(found: str) -> ValueError:
+    return ValueError(f"{found} above the limit of {MAX_PIXELS:,}: save it smaller")
+
+
+def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:
+    """Let Pillow read HEIC, if that is what it is; otherwise say what it is instead."""
+    if isinstance(picture, str | Path):
+        with open(picture, "rb") as file:
+            start = file.read(12)
+    else:
+        picture.seek(0)
+        start = picture.read(12)
+    if start[4:].startswith(_HEIC):
+        try:
+            from pi_heif import register_heif_opener
+        except ImportError as missing:
+            raise ImportError(
+                'HEIC, which needs the package pi-heif: pip install "fedss[heic]", or save it '
+                "as JPEG"
+            ) from missing
+        register_heif_opener()
+        return
+    raise UnidentifiedImageError(
+        f"no picture, it begins with {start!r}" if start else "an empty file"
+    ) from error
+
+
 def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
     """One picture as uint8 [C, image_size, image_size], cut to its central square.
 
-    The camera's rotation is undone and transparency laid on white; of an animation the first
-    frame counts; 16 bits a pixel become 8 by leaving out the lower half.
+    The camera's rotation is undone and transparency laid on white; of an animation or of several
+    pages the first counts; 16 bits a pixel become 8 by leaving out the lower half.
+    ``docs/pictures.md`` has all rules, and why.
 
     Raises:
-        OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
+        ValueError: see ``open_picture``; or pixels whose range nobody knows: floating-point ones,
+            integers below 0 or above 65535.
+        ImportError: HEIC, and pi-heif is not installed.
+        OSError, SyntaxError or others of Pillow's for a file that is no picture.
     """
     image: Image.Image
-    with Image.open(picture) as image:
+    with open_picture(picture) as image:
         return pixels_of(upright(image, image_size), image_size, channels)
 
 
@@ -78,8 +142,16 @@ def upright(image: Image.Image, image_size: int) -> Image.Image:
     image.draft(None, (2 * image_size, 2 * image_size))
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
-        wide = np.clip(np.asarray(image), 0, 65535)
-        return Image.fromarray((wide >> 8).astype(np.uint8))
+        wide = np.asarray(image)
+        if image.mode == "I" and not 0 <= wide.min() <= wide.max() < 2**16:
+            raise ValueError(
+                f"integers from {wide.min()} to {wide.max()} have no known range; save it with "
+                "8 or 16 bits a pixel"
+            )
+        narrow = (wide >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            narrow[wide == image.info["transparency"]] = 255
+        return Image.fromarray(narrow)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
     if image.has_transparency_data:
@@ -154,14 +226,19 @@ def decode_files(
                 yield pixels
         if broken:
             reasons = [(i, str(error) or type(error).__name__) for i, error in broken.items()]
-            # A file that the system would not hand over (rights, network) may be fine tomorrow.
-            if not any(isinstance(e, OSError) and e.errno is not None for e in broken.values()):
+            if not any(map(_may_be_mended, broken.values())):
                 with _cache_file(note) as file:
                     file.write(json.dumps(reasons).encode())
             raise BrokenPicturesError({paths[i]: reason for i, reason in reasons}, len(paths))
 
     shape = (len(paths), channels, image_size, image_size)
     return cached_array(key, shape, batches(), cache=cache, title=title)
+
+
+def _may_be_mended(error: Exception) -> bool:
+    """Whether a picture may be read tomorrow though its file stays as it is."""
+    refused = isinstance(error, OSError) and error.errno is not None
+    return refused or isinstance(error, ImportError | MemoryError)
 
 
 def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> bool:
@@ -177,7 +254,7 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
     def colourless(some: range) -> bool:
         for position in some:
             # What cannot be opened has no colour; decoding will say what is wrong with it.
-            with suppress(Exception), Image.open(paths[position]) as image:
+            with suppress(Exception), open_picture(paths[position]) as image:
                 if image.mode not in _COLOURLESS:
                     return False
         return True
@@ -194,7 +271,7 @@ def in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
     Workers go on while a result is used, but not far: few results wait in memory.
     """
     cores = os.cpu_count() or 1
-    with _bombs_are_broken(), ThreadPoolExecutor(cores) as pool:
+    with quiet_pillow(), ThreadPoolExecutor(cores) as pool:
         waiting: deque[Future[T]] = deque()
         for start in range(0, count, _BATCH):
             waiting.append(pool.submit(work, range(start, min(start + _BATCH, count))))
@@ -264,8 +341,12 @@ def _cache_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _bombs_are_broken() -> Iterator[None]:
-    """Pillow only warns of a picture so large that it may be an attack; here it is an error."""
+def quiet_pillow() -> Iterator[None]:
+    """No warnings of Pillow's, in any thread, for a ``with`` block.
+
+    They name no file, and each has its answer: of size, ``MAX_PIXELS``; of damaged EXIF, that the
+    picture is taken as it is stored.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

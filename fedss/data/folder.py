@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedss.data.images import Dataset
-from fedss.data.manifest import Listing, Row, build_dataset
+from fedss.data.manifest import Listing, Row, build_dataset, composed
 from fedss.errors import DataError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif"),
+)
 
 
 def folder_dataset(
@@ -25,12 +28,13 @@ def folder_dataset(
 ) -> Dataset:
     """Pictures from folders ``root/client/class/picture``; some classes are held out as the test.
 
-    Hidden files and files without the extension of a picture (EXTENSIONS) are passed over. The
-    arguments and the result are those of ``csv_dataset``.
+    Hidden files and files without the extension of a picture (EXTENSIONS) are passed over. Links
+    are followed as long as they stay below ``root``. The arguments and the result are those of
+    ``csv_dataset``.
 
     Raises:
-        DataError: No pictures, a client without pictures, a picture at another depth, or
-            anything amiss with a picture.
+        DataError: No pictures, a client without pictures, a picture at another depth, a link that
+            leads out of ``root``, a folder that cannot be read, or anything amiss with a picture.
     """
     return build_dataset(
         "folder",
@@ -55,36 +59,54 @@ def read_folder(root: Path) -> Listing:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
     rows: list[Row] = []
-    for parts in _pictures(str(root), ()):
+    for parts in _pictures(str(root), os.path.realpath(root), ()):
         if len(parts) != 3:
             raise DataError(f"{root.joinpath(*parts)}: a picture at the wrong depth; {layout}")
+        client, label, _ = parts
         # Of millions of pictures, each name of a class is kept once.
-        rows.append(Row(parts[0], sys.intern(parts[1]), "/".join(parts), None, 0))
+        rows.append(Row(composed(client), sys.intern(composed(label)), "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no pictures found; {layout}")
     clients = {row.client for row in rows}
     for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in clients:
+        hidden = folder.name.startswith(".")
+        if folder.is_dir() and not hidden and composed(folder.name) not in clients:
             raise DataError(
                 f"{folder}: a client without pictures; {layout}. Add pictures or remove the folder"
             )
     return Listing(root, os.path.abspath(root), rows)
 
 
-def _pictures(folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _pictures(folder: str, root: str, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Paths of pictures below a folder, in parts, down to the fourth level.
 
-    Links to folders are followed; with so few levels they cannot run in circles.
+    Links within ``root``, a real path, are followed; with so few levels they cannot run in
+    circles. What is called a picture and is no file comes too: it will be missed.
     """
     try:
         entries = list(os.scandir(folder))
-    except PermissionError:
-        return
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot read this folder: {error.strerror}; mend its rights or move it away"
+        ) from error
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if entry.is_symlink():
+            _check_inside(entry.path, root)
+        # Unlike entry.is_dir(), it has an answer to a link that leads to itself.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
             if len(above) < 3:
-                yield from _pictures(entry.path, (*above, entry.name))
-        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
+                yield from _pictures(entry.path, root, (*above, entry.name))
+        elif entry.name.lower().endswith(EXTENSIONS):
             yield (*above, entry.name)
+
+
+def _check_inside(link: str, root: str) -> None:
+    target = os.path.realpath(link)
+    if not target.startswith(os.path.join(root, "")):
+        raise DataError(
+            f"{link}: a link out of the folder, to {target}; what a folder shares should lie in "
+            "it. Remove the link, move its target here, or list the pictures in a CSV, which may "
+            "name any file"
+        )

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -152,7 +153,8 @@ def read_rows(path: Path) -> Listing:
                 f"got {split!r}" + (f"; is {near[0]!r} meant?" if near else "")
             )
         # Of millions of lines, each name is kept once.
-        rows.append(Row(sys.intern(client), sys.intern(label), name, split, line))
+        client, label = sys.intern(composed(client)), sys.intern(composed(label))
+        rows.append(Row(client, label, name, split, line))
     twice = repeated(LazyNames(len(rows), lambda i: os.path.normcase(rows[i].name)))
     if twice is not None:
         first, second, *_ = (row for row in rows if os.path.normcase(row.name) == twice)
@@ -161,6 +163,15 @@ def read_rows(path: Path) -> Listing:
             "each picture has one class and one client: remove one of the lines"
         )
     return Listing(path, root, rows)
+
+
+def composed(name: str) -> str:
+    """A client's or class's name in Unicode's form NFC.
+
+    macOS writes names of files decomposed (NFD), most others composed: without this, the same
+    name at two sites would be two classes. (Unicode Standard Annex 15.)
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def read_table(
@@ -283,13 +294,13 @@ def build_dataset(
     if len(kept) < len(rows) and not skip_broken:
         present = set(kept)
         first = next(row for row in rows if row not in present)
-        advice = "Paths are relative to the CSV; mend them"
+        advice = "Paths are relative to the CSV; mend them" if first.line else "Mend them"
         if listing.published:
             advice = "Unpack the rest of the archives there"
         raise DataError(
             f"{listing.where(first)}: no such picture file: {file(first)} "
-            f"({len(rows) - len(kept)} of {len(rows)} are missing). {advice}, or leave missing "
-            "pictures out with skip_broken (--skip-broken)"
+            f"({len(rows) - len(kept)} of {len(rows)} are missing{_spelled(file(first))}). "
+            f"{advice}, or leave missing pictures out with skip_broken (--skip-broken)"
         )
 
     while True:
@@ -350,6 +361,15 @@ def assemble(
     validation = RetrievalTask(images["validation"]) if "validation" in images else None
     left_out = tuple(row.name for row in unpaired)
     return Dataset(kind, images["train"], test, validation, skipped, left_out, remarks)
+
+
+def _spelled(file: str) -> str:
+    """For messages: whether a missing file is there under a name that looks the same."""
+    for form in ("NFC", "NFD"):
+        other = unicodedata.normalize(form, file)
+        if other != file and os.path.isfile(other):
+            return f"; this one is there under the same name in another Unicode form, {form}"
+    return ""
 
 
 def _files(listing: Listing, rows: Sequence[Row]) -> LazyNames:

@@ -5,7 +5,7 @@ its own. Objectives, class rows and steps are those of :func:`fedss.client.train
 results are the same up to rounding.
 
 Shape suffixes: K clients, B pictures of a batch, C channels, H height, W width, D embedding size,
-P backbone parameters.
+P backbone parameters, S classes of a class sample.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedss.client import ClientUpdate, Learner, RoundPlan, batch_loss, client_update, step_own_rows_
 from fedss.errors import ConfigError
-from fedss.softmax import ClassSample
+from fedss.softmax import ClassSample, Objective, Scoring
 
 
 class Stackable(Protocol):
@@ -77,23 +77,40 @@ def batch_losses(
         each = zip(learners, h_KBD, targets, strict=True)
         return torch.stack([batch_loss(plan, one, h[: len(t)], t) for one, h, t in each])
 
-    def losses(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, *sample: Tensor) -> Tensor:
-        of_one = ClassSample(*sample)
-        return plan.method.objective(h_BD, rows_SD, target_B, of_one, plan.scoring, None)
-
-    samples = [(s.ids_S, s.log_q_S, s.own_S) for s in (learner.sample for learner in learners)]
     target_KB = pad_sequence(list(targets), batch_first=True, padding_value=-1.0)
-    loss_KB = vmap(losses)(
+    loss_KB = stacked_losses(
+        plan.method.objective,
+        plan.scoring,
         h_KBD,
         torch.stack([learner.rows_SD for learner in learners]),
         target_KB.clamp_min(0),
-        *map(torch.stack, zip(*samples, strict=True)),
+        [learner.sample for learner in learners],
     )
     counts_KB = target_KB >= 0
     loss_K = (loss_KB * counts_KB).sum(dim=1) / counts_KB.sum(dim=1)
     for learner, loss in zip(learners, loss_K.detach(), strict=True):
         learner.losses.append(loss)
     return loss_K
+
+
+def stacked_losses(
+    objective: Objective,
+    scoring: Scoring,
+    h_KBD: Tensor,
+    rows_KSD: Tensor,
+    target_KB: Tensor,
+    samples: Sequence[ClassSample],
+) -> Tensor:
+    """The loss of each client's pictures, [K, B], in one call of the objective."""
+
+    def losses(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, *sample: Tensor) -> Tensor:
+        return objective(h_BD, rows_SD, target_B, ClassSample(*sample), scoring, None)
+
+    parts = [(sample.ids_S, sample.log_q_S, sample.own_S) for sample in samples]
+    loss_KB: Tensor = vmap(losses)(
+        h_KBD, rows_KSD, target_KB, *map(torch.stack, zip(*parts, strict=True))
+    )
+    return loss_KB
 
 
 def embed_stacked(embedder: nn.Module, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:

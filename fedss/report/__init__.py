@@ -32,7 +32,8 @@ def write_report(folder: Path) -> Path:
     folder = Path(folder)
     html, path = render(read_runs(folder), folder), folder / "report.html"
     try:
-        write_file(path, html.encode())
+        # Names of classes may hold bytes that are no UTF-8, which a page cannot.
+        write_file(path, html.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written ({error})") from error
     return path

@@ -42,7 +42,7 @@ try:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError as error:
     raise ConfigError(
-        f'fedss serve needs a web server ({error}): pip install "fedss[search]"'
+        f'fedss serve needs a web server ({error}): pip install "fedss[serve]"'
     ) from error
 
 T = TypeVar("T")
