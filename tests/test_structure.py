@@ -41,7 +41,7 @@ LAYERS = [
     {"errors", "seeds", "allocator"},
     {"files", "ranks"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
-    {"samplers", "moments", "methods"},
+    {"samplers", "moments", "methods", "verification", "confusions"},
     {"class_rows"},
     {"optimizers", "client"},
     {"algorithm"},
