@@ -44,7 +44,7 @@ from fedss.data import Dataset, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, QuorumError, RunFolderError
-from fedss.evaluation import embed_task, panels, score
+from fedss.evaluation import embed_task, findings, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
@@ -78,7 +78,9 @@ class Federation:
         client_name: a client's name for people.
         evaluate: retrieval figures under a backbone, after so many rounds; None where nobody can
             tell, and at all ranks but the first.
-        panels: pictures for the report, see :func:`fedss.evaluation.panels`; None: there are none.
+        findings: files for the run folder, by name, on how well a backbone does; see
+            :func:`fedss.evaluation.findings`. None of them where nobody can tell, and at all ranks
+            but the first.
         quorum: the part of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
@@ -90,7 +92,7 @@ class Federation:
     cohort_size: int
     client_name: Callable[[int], str]
     evaluate: Callable[[torch.Tensor, int], dict[str, Any] | None]
-    panels: Callable[[torch.Tensor], bytes | None]
+    findings: Callable[[torch.Tensor], dict[str, bytes]]
     quorum: float = 1.0
     attempts: int = 1
     pause: float = 0.0
@@ -398,9 +400,8 @@ def _train_rounds(
                 elif due:
                     state.class_rows.changed.clear()
         theta_P.copy_(state.backbone_P)
-        shown = federation.panels(state.backbone_P)
-        if ranks.first and shown is not None:
-            write_file(folder / "retrieval.npz", shown)
+        for name, content in federation.findings(state.backbone_P).items():
+            write_file(folder / name, content)
     return state.class_rows.num_classes, records
 
 
@@ -561,6 +562,13 @@ def local_federation(
             with intra_op_threads(engine.workers.count * ranks.local_size):
                 return dataclasses.asdict(score(task, *embedded))
 
+        def find(backbone_P: torch.Tensor) -> dict[str, bytes]:
+            embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
+            if not ranks.first:
+                return {}
+            with intra_op_threads(engine.workers.count * ranks.local_size):
+                return findings(task, *embedded, config.data_seed)
+
         yield Federation(
             engine=engine,
             num_classes=lambda round: num_classes,
@@ -568,9 +576,7 @@ def local_federation(
             cohort_size=cohort_size,
             client_name=images.client_names.__getitem__,
             evaluate=evaluate,
-            panels=lambda backbone_P: panels(
-                partial(engine.embed, backbone_P), task, config.data_seed
-            ),
+            findings=find,
         )
 
 

@@ -591,6 +591,7 @@ def unit_rows(rows_ND: Tensor, side: str) -> Tensor:
 
 
 def checked_labels(labels_N: Tensor, rows_ND: Tensor, side: str) -> Tensor:
+    """Labels as int64 where their rows are."""
     if labels_N.shape != rows_ND.shape[:1]:
         raise ValueError(
             f"{side} labels must be one per row, [{len(rows_ND)}], not {list(labels_N.shape)}"

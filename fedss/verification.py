@@ -240,7 +240,7 @@ def identification(
     fpir: float = 0.01,
     draws: int = 10,
     seed: int = 0,
-) -> Identification:
+) -> Identification | None:
     """Open-set identification: does the nearest enrolled class say right who it is, if anybody?
 
     In each draw half of the classes are enrolled, a class by the mean of the unit embeddings of
@@ -266,8 +266,11 @@ def identification(
         draws: how often to draw.
         seed: of the draws.
 
+    Returns:
+        None if there is nobody to find, or nobody to refuse: no mated or no nonmated search.
+
     Raises:
-        ValueError: as in `count_pairs`; no mated or no nonmated search; fpir or draws out of range.
+        ValueError: as in `count_pairs`; fpir or draws out of range.
     """
     if not 0 < fpir <= 1 or draws < 1:
         raise ValueError(f"need a FPIR above 0 and at most 1 and a draw, got {fpir} and {draws}")
@@ -313,18 +316,16 @@ def identification(
         false_C += torch.bincount(cell_N[torch.from_numpy(~known_N)], minlength=_CELLS)
         mated[draw] = known_N.sum()
     nonmated = int(false_C.sum())
-    if not mated.all() or not nonmated:
-        raise ValueError(
-            f"identification needs searches for enrolled and for other classes, got "
-            f"{int(mated.sum())} and {nonmated}"
-        )
+    if not mated.any() or not nonmated:
+        return None
     t = _lowest(_accepted_share(false_C), fpir)
     right_D = right_DC[:, t:].sum(1).numpy()
+    share_D = (right_D / np.maximum(mated, 1))[mated > 0]
     return Identification(
         fpir=fpir,
         dir=float(right_D.sum() / mated.sum()),
-        dir_low=float((right_D / mated).min()),
-        dir_high=float((right_D / mated).max()),
+        dir_low=float(share_D.min()),
+        dir_high=float(share_D.max()),
         threshold=_threshold(t),
         supported=fpir * nonmated / draws >= ERRORS,
         draws=draws,
@@ -362,7 +363,9 @@ def _accepted_share(counts_C: Tensor) -> Tensor:
 
 def _lowest(rate_T: Tensor, limit: float) -> int:
     """The lowest threshold at which a rate that falls with it keeps to the limit."""
-    keeping = torch.searchsorted(rate_T.flip(0), torch.tensor(limit, dtype=rate_T.dtype), right=True)
+    keeping = torch.searchsorted(
+        rate_T.flip(0), torch.tensor(limit, dtype=rate_T.dtype), right=True
+    )
     return len(rate_T) - int(keeping)
 
 

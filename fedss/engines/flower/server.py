@@ -23,7 +23,7 @@ from fedss.engines.flower.registry import Registry, check_registry, load_registr
 from fedss.engines.flower.settings import Deployment, explicit, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
-from fedss.evaluation import embed_task, panels, score
+from fedss.evaluation import embed_task, findings, score
 from fedss.experiment import Federation, Lap, Run, train_federation
 from fedss.models import Embedder, build_embedder
 from fedss.optimizers import ServerOptimizer
@@ -132,10 +132,12 @@ def _federation(
             with intra_op_threads(workers.count):
                 return dataclasses.asdict(score(task, *embedded))
 
-        def show(backbone_P: torch.Tensor) -> bytes | None:
+        def find(backbone_P: torch.Tensor) -> dict[str, bytes]:
             if task is None or workers is None:
-                return None
-            return panels(partial(workers.embed, backbone_P), task, config.data_seed)
+                return {}
+            embedded = embed_task(partial(workers.embed, backbone_P), task)
+            with intra_op_threads(workers.count):
+                return findings(task, *embedded, config.data_seed)
 
         yield Federation(
             engine=engine,
@@ -144,7 +146,7 @@ def _federation(
             cohort_size=config.clients_per_round,
             client_name=lambda client: engine.registry.clients[client],
             evaluate=evaluate,
-            panels=show,
+            findings=find,
             quorum=deployment.quorum,
             attempts=deployment.attempts,
             pause=deployment.pause,
