@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_out(compare)
 
     evaluate = command(
-        _evaluate, "RUN [OPTIONS]", "retrieval, verification and identification with a trained model"
+        _evaluate,
+        "RUN [OPTIONS]",
+        "retrieval, verification and identification with a trained model",
     )
     evaluate.add_argument("folder", metavar="RUN", help="a run folder")
     evaluate.add_argument(
@@ -292,7 +294,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     fars = options.far or FARS
     if not all(0 < far <= 1 for far in fars):
         raise ConfigError(
-            f"--far: expected shares above 0 and at most 1, such as 0.001, got {', '.join(map(str, fars))}"
+            "--far: expected shares above 0 and at most 1, such as 0.001, got "
+            + ", ".join(map(str, fars))
         )
     embedder = load(options.folder)
     stored = read_json(Path(options.folder) / "config.json")["config"]
@@ -514,7 +517,9 @@ def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | Non
     console.print(open_set)
     print(f"{known['enrolled']:,} classes enrolled in each of {known['draws']} draws")
     if not known["supported"]:
-        print(f"* too few searches for other classes: fewer than {ERRORS} false positives in a draw")
+        print(
+            f"* too few searches for other classes: fewer than {ERRORS} false positives in a draw"
+        )
 
 
 def _cosine(figures: Mapping[str, Any], part: str = "") -> str:

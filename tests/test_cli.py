@@ -157,7 +157,10 @@ def test_train_then_everything_else(tmp_path, capsys):
     assert main(["evaluate", str(out), "--far", "0.5", "0.0000001"]) == 0
     printed = capsys.readouterr().out
     assert f"equal error rate  {at_the_end['eer']:.4f}" in printed
-    assert f"{at_the_end['genuine']:,} pairs of one class, {at_the_end['impostor']:,} of two" in printed
+    assert (
+        f"{at_the_end['genuine']:,} pairs of one class, {at_the_end['impostor']:,} of two"
+        in printed
+    )
     assert re.search(r"^ +0\.5 +0\.\d{3} +-?0\.\d{4}", printed, re.M)
     assert re.search(r"^ +1e-07\* ", printed, re.M)
     assert "too few impostor pairs for a FAR below" in printed
