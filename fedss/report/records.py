@@ -432,7 +432,7 @@ def _confused(path: Path) -> Confused | None:
     return Confused(**arrays)
 
 
-def _arrays(path: Path, kind: type) -> dict[str, np.ndarray]:
+def _arrays(path: Path, kind: type[Neighbours | Confused]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in kind.__dataclass_fields__}

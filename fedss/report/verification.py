@@ -131,7 +131,7 @@ def number(rate: float) -> str:
     factor, _, exponent = f"{rate:.1e}".partition("e")
     power = f"10{int(exponent)}".replace("-", "⁻")
     power = power[:2] + power[2:].translate(_SUPERSCRIPT)
-    return power if factor == "1.0" else f"{factor}\u00a0·\u00a0{power}"
+    return power if factor == "1.0" else f"{float(factor):g}\u00a0·\u00a0{power}"
 
 
 def _supported(found: Verified, far: float) -> bool:
