@@ -211,21 +211,23 @@ def verification(pairs: PairCounts, fars: Sequence[float] = FARS) -> Verificatio
     far_T, tar_T = _accepted_share(pairs.impostor_C), _accepted_share(pairs.genuine_C)
     frr_T = 1 - tar_T
     gap_T = far_T - frr_T  # falls from 1 to -1
-    after = _lowest(gap_T, 0.0)
+    (after,) = _lowest(gap_T, [0.0])
     along = float(gap_T[after - 1] / (gap_T[after - 1] - gap_T[after]))
     smallest = ERRORS / impostor
 
-    def point(far: float) -> Point:
-        t = _lowest(far_T, far)
-        return Point(far, float(tar_T[t]), _threshold(t), far >= smallest)
+    def at(fars: Sequence[float]) -> tuple[Point, ...]:
+        return tuple(
+            Point(far, float(tar_T[t]), _threshold(t), far >= smallest)
+            for far, t in zip(fars, _lowest(far_T, fars), strict=True)
+        )
 
     first = min(smallest, 1.0)
     steps = int(np.ceil(-np.log10(first) * _PER_DECADE))
     return Verification(
         eer=float(far_T[after - 1] + along * (far_T[after] - far_T[after - 1])),
         eer_threshold=_threshold(after - 1 + along),
-        points=tuple(point(far) for far in fars),
-        roc=tuple(point(float(far)) for far in np.geomspace(first, 1, steps + 1)),
+        points=at(fars),
+        roc=at(np.geomspace(first, 1, steps + 1).tolist()),
         genuine=genuine,
         impostor=impostor,
         smallest_far=smallest,
@@ -318,7 +320,7 @@ def identification(
     nonmated = int(false_C.sum())
     if not mated.any() or not nonmated:
         return None
-    t = _lowest(_accepted_share(false_C), fpir)
+    (t,) = _lowest(_accepted_share(false_C), [fpir])
     right_D = right_DC[:, t:].sum(1).numpy()
     share_D = (right_D / np.maximum(mated, 1))[mated > 0]
     return Identification(
@@ -361,12 +363,11 @@ def _accepted_share(counts_C: Tensor) -> Tensor:
     return accepted_T.double() / accepted_T[0]
 
 
-def _lowest(rate_T: Tensor, limit: float) -> int:
-    """The lowest threshold at which a rate that falls with it keeps to the limit."""
-    keeping = torch.searchsorted(
-        rate_T.flip(0), torch.tensor(limit, dtype=rate_T.dtype), right=True
-    )
-    return len(rate_T) - int(keeping)
+def _lowest(rate_T: Tensor, limits: Sequence[float]) -> list[int]:
+    """For each limit the lowest threshold at which a rate, which falls, keeps to it."""
+    limits_L = torch.tensor(limits, dtype=rate_T.dtype)
+    keeping_L = torch.searchsorted(rate_T.flip(0), limits_L, right=True)
+    return [int(t) for t in len(rate_T) - keeping_L]
 
 
 def _threshold(t: float) -> float:
