@@ -148,31 +148,34 @@ def count_pairs(
         sums.put(torch.zeros(2, _CELLS, dtype=torch.int64, device=device))
 
     def count(first: int) -> None:
-        rows = slice(first, first + _ROWS)
-        labels_B = labels_Q[rows]
-        # In units of a cell, and from 0 on, by a column more: exact, as all are multiples of 2^-32.
-        row_BD = F.pad(unit_QD[rows].double(), (0, 1), value=1.0) / STEP
-        all_C, genuine_C = own = sums.get()
-        start, width = (first, len(labels_B)) if alone else (0, _COLUMNS)
-        while start < len(labels_G):
-            columns = slice(start, start + width)
-            column_MD = F.pad(unit_GD[columns].double(), (0, 1), value=1.0)
-            # Rounding may have made a row a bit longer than 1.
-            cell_BM = (row_BD @ column_MD.T).to(torch.int32).clamp_(0, _CELLS - 1)
-            labels_M = labels_G[columns]
-            same_BM = None
-            if labels_M[0] <= labels_B[-1] and labels_B[0] <= labels_M[-1]:
-                same_BM = labels_B[:, None] == labels_M
-            if alone and start == first:
-                once_BM = torch.ones_like(cell_BM, dtype=torch.bool).triu_(1)
-                same_BM = once_BM if same_BM is None else same_BM.logical_and_(once_BM)
-                all_C += torch.bincount(cell_BM[once_BM], minlength=_CELLS)
-            else:
-                all_C += torch.bincount(cell_BM.view(-1), minlength=_CELLS)
-            if same_BM is not None:
-                genuine_C += torch.bincount(cell_BM[same_BM], minlength=_CELLS)
-            start, width = start + width, _COLUMNS
-        sums.put(own)
+        sum_2C = sums.get()
+        try:
+            rows = slice(first, first + _ROWS)
+            labels_B = labels_Q[rows]
+            # In units of a cell, and from 0 on, by one column more: exact, as all intermediates are
+            # multiples of 2^-32 below 2^18.
+            row_BD = F.pad(unit_QD[rows].double(), (0, 1), value=1.0) / STEP
+            # Among themselves the first columns are the rows.
+            start, width = (first, len(labels_B)) if alone else (0, _COLUMNS)
+            while start < len(labels_G):
+                columns = slice(start, start + width)
+                column_MD = F.pad(unit_GD[columns].double(), (0, 1), value=1.0)
+                # Rounding may have made a row a bit longer than 1.
+                cell_BM = (row_BD @ column_MD.T).to(torch.int32).clamp_(0, _CELLS - 1)
+                labels_M = labels_G[columns]
+                once_BM = None
+                if alone and start == first:
+                    once_BM = torch.ones_like(cell_BM, dtype=torch.bool).triu_(1)
+                cell_P = cell_BM.view(-1) if once_BM is None else cell_BM[once_BM]
+                sum_2C[0] += torch.bincount(cell_P, minlength=_CELLS)
+                if labels_M[0] <= labels_B[-1] and labels_B[0] <= labels_M[-1]:
+                    same_BM = labels_B[:, None] == labels_M
+                    if once_BM is not None:
+                        same_BM &= once_BM
+                    sum_2C[1] += torch.bincount(cell_BM[same_BM], minlength=_CELLS)
+                start, width = start + width, _COLUMNS
+        finally:
+            sums.put(sum_2C)
 
     shared_out(count, range(0, len(labels_Q), _ROWS), workers)
     all_C, genuine_C = torch.stack([sums.get().cpu() for _ in range(workers)]).sum(0)
