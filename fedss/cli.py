@@ -287,7 +287,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fedss.build import evaluation_task, load_data
     from fedss.evaluation import embed_task, score, verify
     from fedss.experiment import load
-    from fedss.files import read_json
+    from fedss.files import read_json, write_json
     from fedss.models import embed_pixels
     from fedss.verification import FARS
 
@@ -309,8 +309,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     measured = verify(task, *embedded, config.data_seed, fars)
     if options.json:
         print(json.dumps({**metrics, "verification": measured}, indent=2))
+    else:
+        _print_figures(metrics, measured)
+    path = Path(options.folder) / "verification.json"
+    if measured is None or options.far or _given(options) or path.exists():
         return
-    _print_figures(metrics, measured)
+    # A run of an earlier version lacks it; of other pictures it would not be the run's.
+    try:
+        write_json(path, measured)
+    except OSError as error:
+        print(f"{path} is missing and cannot be written: {error}", file=sys.stderr)
 
 
 def _embed(options: argparse.Namespace) -> None:

@@ -152,6 +152,12 @@ def test_train_then_everything_else(tmp_path, capsys):
     (summary,) = json.loads((out / "summary.json").read_text())
     assert metrics["map_at_10"] == pytest.approx(summary["map_at_10"], abs=1e-6)
     at_the_end = json.loads((out / "verification.json").read_text())
+    (out / "verification.json").unlink()
+    for options in (["--far", "0.5"], ["--data-seed", "0"], ["--json"]):
+        assert not (out / "verification.json").exists()
+        assert main(["evaluate", str(out), *options]) == 0
+    capsys.readouterr()
+    assert json.loads((out / "verification.json").read_text()) == metrics["verification"]
     assert metrics["verification"]["impostor"] == at_the_end["impostor"]
     assert metrics["verification"]["eer"] == pytest.approx(at_the_end["eer"], abs=1e-6)
     assert main(["evaluate", str(out), "--far", "0.5", "0.0000001"]) == 0

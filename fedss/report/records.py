@@ -37,7 +37,8 @@ _ADVICE = {
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
     "retrieval.npz": "delete it: the report is then written without pictures",
     "confusions.npz": "delete it: the report is then written without pictures",
-    "verification.json": "delete it: the report is then written without these figures",
+    "verification.json": "delete it: the report is then written without these figures, "
+    "and fedss evaluate measures them again",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
 _COUNTS = (
