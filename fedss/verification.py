@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedss.retrieval import both_sides, checked_labels, nearest, shared_out, unit_rows
+from fedss.retrieval import both_sides, checked_labels, shared_out, unit_rows
 from fedss.seeds import generator
 
 STEP = 2.0**-16
@@ -307,16 +307,12 @@ def identification(
         probe_N = torch.from_numpy(np.flatnonzero(searched_N))
         if not len(probe_N):
             continue
-        score_N1, nearest_N1 = (
-            found.cpu()
-            for found in nearest(
-                unit_QD[probe_N].to(query_QD.device), sum_ED.to(query_QD.device), k=1
-            )
-        )
-        cell_N = ((score_N1[:, 0].double() + 1) / STEP).to(torch.int64).clamp_(0, _CELLS - 1)
+        centre_ED = unit_rows(sum_ED, "enrolled").to(query_QD.device).double()
+        score_N, nearest_N = _best(unit_QD[probe_N].to(query_QD.device), centre_ED)
+        cell_N = ((score_N + 1) / STEP).to(torch.int64).clamp_(0, _CELLS - 1)
         wanted_N = labels_Q[searched_N]
         known_N = np.isin(wanted_N, enrolled_E)
-        right_N = enrolled_E[nearest_N1[:, 0].numpy()] == wanted_N
+        right_N = enrolled_E[nearest_N.numpy()] == wanted_N
         right_DC[draw] = torch.bincount(cell_N[torch.from_numpy(right_N)], minlength=_CELLS)
         false_C += torch.bincount(cell_N[torch.from_numpy(~known_N)], minlength=_CELLS)
         mated[draw] = known_N.sum()
@@ -358,6 +354,23 @@ def _enrol(
     _, first_E, size_E = np.unique(labels_G[rows_G], return_index=True, return_counts=True)
     place_G = np.arange(len(rows_G)) - np.repeat(first_E, size_E)
     return enrolled_E, rows_G[place_G < np.repeat(size_E // 2, size_E)]
+
+
+def _best(unit_ND: Tensor, centre_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and position of each row's nearest centre, the first of equals; on the CPU.
+
+    For one neighbour among few centres the screens of `nearest` cost more than they save.
+    """
+    step = max(1, _ROWS * _COLUMNS // len(centre_ED))
+
+    def search(first: int) -> tuple[Tensor, Tensor]:
+        best = (unit_ND[first : first + step].double() @ centre_ED.T).max(1)
+        return best.values.cpu(), best.indices.cpu()
+
+    workers = torch.get_num_threads() if unit_ND.device.type == "cpu" else 1
+    found = shared_out(search, range(0, len(unit_ND), step), workers)
+    score_N, nearest_N = (torch.cat(part) for part in zip(*found, strict=True))
+    return score_N, nearest_N
 
 
 def _accepted_share(counts_C: Tensor) -> Tensor:
