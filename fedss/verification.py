@@ -362,12 +362,21 @@ def _best(unit_ND: Tensor, centre_ED: Tensor) -> tuple[Tensor, Tensor]:
     For one neighbour among few centres the screens of `nearest` cost more than they save.
     """
     step = max(1, _ROWS * _COLUMNS // len(centre_ED))
+    workers = torch.get_num_threads() if unit_ND.device.type == "cpu" else 1
+    # Memory for scores is used again: what threads free stays with them.
+    rooms: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(workers):
+        rooms.put(centre_ED.new_empty(step, len(centre_ED)))
 
     def search(first: int) -> tuple[Tensor, Tensor]:
-        best = (unit_ND[first : first + step].double() @ centre_ED.T).max(1)
-        return best.values.cpu(), best.indices.cpu()
+        room = rooms.get()
+        try:
+            row_BD = unit_ND[first : first + step].double()
+            best = torch.mm(row_BD, centre_ED.T, out=room[: len(row_BD)]).max(1)
+            return best.values.cpu(), best.indices.cpu()
+        finally:
+            rooms.put(room)
 
-    workers = torch.get_num_threads() if unit_ND.device.type == "cpu" else 1
     found = shared_out(search, range(0, len(unit_ND), step), workers)
     score_N, nearest_N = (torch.cat(part) for part in zip(*found, strict=True))
     return score_N, nearest_N
