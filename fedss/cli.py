@@ -112,8 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(compare, without=("method", "seed"))
     _add_out(compare)
 
-    evaluate = command(_evaluate, "RUN [OPTIONS]", "retrieval with a trained model")
+    evaluate = command(
+        _evaluate,
+        "RUN [OPTIONS]",
+        "retrieval, verification and identification with a trained model",
+    )
     evaluate.add_argument("folder", metavar="RUN", help="a run folder")
+    evaluate.add_argument(
+        "--far",
+        nargs="+",
+        type=float,
+        metavar="NUMBER",
+        help="rates of false accepts to give the TAR at (default: 0.1 0.01 0.001 0.0001)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="all figures, and the ROC, as JSON")
     _add_config(evaluate, groups=("data",), config=False)
 
     embed = command(
@@ -379,18 +391,40 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from fedss.build import evaluation_task, load_data
-    from fedss.evaluation import evaluate
+    from fedss.evaluation import embed_task, score, verify
     from fedss.experiment import load
-    from fedss.files import read_json
+    from fedss.files import read_json, write_json
+    from fedss.models import embed_pixels
+    from fedss.verification import FARS
 
+    fars = options.far or FARS
+    if not all(0 < far <= 1 for far in fars):
+        raise ConfigError(
+            "--far: expected shares above 0 and at most 1, such as 0.001, got "
+            + ", ".join(map(str, fars))
+        )
     embedder = load(options.folder)
     stored = read_json(Path(options.folder) / "config.json")["config"]
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = _config(options, {**stored, **shape})
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired)
-    metrics = evaluate(embedder, evaluation_task(config, data))
-    print(json.dumps(dataclasses.asdict(metrics), indent=2))
+    task = evaluation_task(config, data)
+    embedded = embed_task(partial(embed_pixels, embedder), task)
+    metrics = dataclasses.asdict(score(task, *embedded))
+    measured = verify(task, embedded, config.data_seed, fars)
+    if options.json:
+        print(json.dumps({**metrics, "verification": measured}, indent=2))
+    else:
+        _print_figures(metrics, measured)
+    path = Path(options.folder) / "verification.json"
+    if measured is None or options.far or _given(options) or path.exists():
+        return
+    # A run of an earlier version lacks it; of other pictures it would not be the run's.
+    try:
+        write_json(path, measured)
+    except OSError as error:
+        print(f"{path} is missing and cannot be written: {error}", file=sys.stderr)
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -739,6 +773,60 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
     console = _console()
     console.print(found)
     console.print(moved)
+
+
+def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | None) -> None:
+    from fedss.verification import ERRORS
+
+    console = _console()
+    found = _table("retrieval")
+    names = {"map_at_10": "MAP@10", "recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}
+    for heading in names.values():
+        found.add_column(heading, justify="right")
+    found.add_row(*(_score(metrics[name]) for name in names))
+    console.print(found)
+    print(f"{metrics['queries']:,} queries\n")
+    if measured is None:
+        print("all test pictures are of one class: nothing to verify or identify")
+        return
+    pairs = _table("verification")
+    for heading in ("", "FAR", "TAR", "threshold"):
+        pairs.add_column(heading, justify="left" if not heading else "right")
+    eer = measured["eer"]
+    pairs.add_row("equal error rate", f"{eer:.4f}", _score(1 - eer), _cosine(measured, "eer_"))
+    for point in measured["points"]:
+        few = "" if point["supported"] else "*"
+        pairs.add_row("", f"{point['far']:g}{few}", _score(point["tar"]), _cosine(point))
+    console.print(pairs)
+    print(f"{measured['genuine']:,} pairs of one class, {measured['impostor']:,} of two")
+    if not all(point["supported"] for point in measured["points"]):
+        least = measured["smallest_far"]
+        lowest = f"a FAR below {least:.2g}" if least <= 1 else "any FAR"
+        print(f"* too few impostor pairs for {lowest}: fewer than {ERRORS} false accepts")
+    known = measured["identification"]
+    if known is None:
+        return
+    print()
+    open_set = _table("identification")
+    for heading in ("", "FPIR", "DIR", "of draws", "threshold"):
+        open_set.add_column(heading, justify="left" if not heading else "right")
+    open_set.add_row(
+        "open set, rank 1",
+        f"{known['fpir']:g}" + ("" if known["supported"] else "*"),
+        _score(known["dir"]),
+        f"{known['dir_low']:.3f} to {known['dir_high']:.3f}",
+        _cosine(known),
+    )
+    console.print(open_set)
+    print(f"{known['enrolled']:,} classes enrolled in each of {known['draws']} draws")
+    if not known["supported"]:
+        print(
+            f"* too few searches for other classes: fewer than {ERRORS} false positives in a draw"
+        )
+
+
+def _cosine(figures: Mapping[str, Any], part: str = "") -> str:
+    return f"{figures[part + 'threshold']:.4f}"
 
 
 def _score(value: float | None) -> str:

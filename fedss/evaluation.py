@@ -1,7 +1,9 @@
 """Retrieval with an embedding: figures, and pictures to look at."""
 
+import dataclasses
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedss.confusions import hardest_confusions
 from fedss.data import RetrievalTask
 from fedss.models import Embedder, embed_pixels
 from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
 from fedss.seeds import generator
+from fedss.verification import FARS, count_pairs, identification, verification
 
 _PANEL_QUERIES, _PANEL_NEIGHBOURS = 48, 5
 
@@ -54,18 +58,42 @@ def embed_task(embed: Embed, task: RetrievalTask) -> Embedded:
 
 def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
     """Retrieval with embeddings of a task's pictures."""
-    query, gallery = task.query, task.gallery
-    if gallery is None:
-        return evaluate_retrieval(query_QD, torch.from_numpy(query.labels))
-    # Labels are numbers within each set; names hold across both.
-    number = {name: i for i, name in enumerate(gallery.class_names)}
-    renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
-    return evaluate_retrieval(
-        query_QD,
-        torch.from_numpy(renumbered[query.labels]),
-        gallery_GD,
-        torch.from_numpy(gallery.labels),
-    )
+    return evaluate_retrieval(*_labelled(task, query_QD, gallery_GD))
+
+
+def verify(
+    task: RetrievalTask, embedded: Embedded, seed: int, fars: Sequence[float] = FARS
+) -> dict[str, Any] | None:
+    """What ``verification.json`` says: the fields of `Verification`, and under ``identification``
+    those of `Identification`, or null; None where no two pictures are of two classes.
+
+    Args:
+        task: the pictures.
+        embedded: their embeddings.
+        seed: of the draws of enrolled classes.
+        fars: rates of false accepts to give the TAR at.
+    """
+    sides = _labelled(task, *embedded)
+    pairs = count_pairs(*sides)
+    if not pairs.impostor_C.any():
+        return None
+    known = identification(*sides, seed=seed)
+    return {
+        **dataclasses.asdict(verification(pairs, fars)),
+        "identification": None if known is None else dataclasses.asdict(known),
+    }
+
+
+def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> dict[str, bytes]:
+    """What else is found with a task's embeddings, as files of a run folder, by their names."""
+    files = {
+        "retrieval.npz": panels(task, embedded, seed),
+        "confusions.npz": confused(task, embedded),
+    }
+    measured = verify(task, embedded, seed)
+    if measured is not None:
+        files["verification.json"] = (json.dumps(measured, indent=2) + "\n").encode()
+    return files
 
 
 def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
@@ -74,10 +102,7 @@ def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
     Returns:
         An ``.npz`` file of what :func:`find_neighbours` finds.
     """
-    buffer = io.BytesIO()
-    arrays: dict[str, Any] = find_neighbours(task, embedded, seed, _PANEL_QUERIES)
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
+    return _npz(**find_neighbours(task, embedded, seed, _PANEL_QUERIES))
 
 
 def find_neighbours(
@@ -90,22 +115,21 @@ def find_neighbours(
         scores (cosines) float32 [Q, 5] and query_index int64 [Q].
     """
     query, gallery = task.query, task.gallery or task.query
-    among_queries = task.gallery is None
+    query_QD, gallery_GD = embedded
+    among_queries = gallery_GD is None
     count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
     chosen = generator(seed, "panels").permutation(len(query))[:queries]
-    all_QD, gallery_GD = embedded
-    found_QK = nearest(
-        all_QD[chosen], all_QD if gallery_GD is None else gallery_GD, count + among_queries
-    )
+    among_GD = query_QD if gallery_GD is None else gallery_GD
+    found_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
     scores_QK, index_QK = (t.cpu().numpy() for t in found_QK)
     # A query in the gallery is among its own neighbours, or as many others are just as near.
     other_QK = index_QK != chosen[:, None] if among_queries else np.ones_like(index_QK, bool)
     others = [np.flatnonzero(other_K)[:count] for other_K in other_QK]
-    found = np.stack([index_K[k] for index_K, k in zip(index_QK, others, strict=True)])
+    shown = np.stack([index_K[k] for index_K, k in zip(index_QK, others, strict=True)])
     scores = np.stack([scores_K[k] for scores_K, k in zip(scores_QK, others, strict=True)])
-    pixels = np.concatenate([query.pixels[chosen][:, None], gallery.pixels[found]], axis=1)
+    pixels = np.concatenate([query.pixels[chosen][:, None], gallery.pixels[shown]], axis=1)
     query_names = [query.class_names[i] for i in query.labels[chosen]]
-    found_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[found]]
+    found_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[shown]]
     names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
     # Labels are numbers within each set; the report compares them, so they are numbered by name.
     labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
@@ -116,3 +140,53 @@ def find_neighbours(
         "scores": scores,
         "query_index": chosen,
     }
+
+
+def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
+    """The classes most often taken for each other, for the report; see `hardest_confusions`.
+
+    Returns:
+        An ``.npz`` file of P pairs: pixels uint8 [P, 2, C, H, W], a query and its wrong nearest
+        picture; shown str [P, 2], the classes of these two; class_names str [P, 2], confused and
+        queries int64 [P, 2] as in `Confusion`; scores float64 [P].
+    """
+    sides = _labelled(task, *embedded)
+    query, gallery = task.query, task.gallery or task.query
+    found = hardest_confusions(*sides)
+    pairs = [((query, c.query), (gallery, c.neighbour)) for c in found]
+
+    def table(values: list[Any], dtype: type) -> np.ndarray:
+        return np.array(values, dtype).reshape(len(found), 2)
+
+    return _npz(
+        pixels=np.array(
+            [[images.pixels[i] for images, i in pair] for pair in pairs], np.uint8
+        ).reshape(len(found), 2, *query.pixels.shape[1:]),
+        shown=table(
+            [[images.class_names[images.labels[i]] for images, i in p] for p in pairs], str
+        ),
+        class_names=table([[gallery.class_names[k] for k in c.classes] for c in found], str),
+        confused=table([c.confused for c in found], np.int64),
+        queries=table([c.queries for c in found], np.int64),
+        scores=np.array([c.score for c in found], np.float64),
+    )
+
+
+def _labelled(
+    task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Both sides with labels that mean the same class on either: the gallery's, if there is one."""
+    query, gallery = task.query, task.gallery
+    if gallery is None:
+        return query_QD, torch.from_numpy(query.labels), None, None
+    # Labels are numbers within each set; names hold across both.
+    number = {name: i for i, name in enumerate(gallery.class_names)}
+    renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
+    labels_Q = torch.from_numpy(renumbered[query.labels])
+    return query_QD, labels_Q, gallery_GD, torch.from_numpy(gallery.labels)
+
+
+def _npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -47,7 +47,7 @@ from fedss.data import Dataset, RetrievalTask, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, QuorumError, RunFolderError
-from fedss.evaluation import Evaluation, embed_task, panels, score
+from fedss.evaluation import Evaluation, embed_task, findings, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
@@ -445,11 +445,15 @@ def _train_rounds(
             if done_before and federation.task:
                 # It was stopped before its pictures were written.
                 found = federation.evaluate(state.backbone_P, state.round)
+            last = None
             if board and federation.task and found and found.embedded:
-                seen = federation.task, found.embedded, config.data_seed
-                write_file(folder / "retrieval.npz", panels(*seen))
-                add_projection(board, *seen, state.round)
+                last = federation.task, found.embedded, config.data_seed
+                add_projection(board, *last, state.round)
         theta_P.copy_(state.backbone_P)
+    if last is not None:
+        # Outside, where torch may use all cores again.
+        for name, content in findings(*last).items():
+            write_file(folder / name, content)
     return state.class_rows.num_classes, records
 
 

@@ -90,7 +90,7 @@ def nearest(
     >>> index_QK.squeeze(1).tolist()
     [2, 2, 1]
     """
-    unit_QD, unit_GD = _both_sides(query_QD, gallery_GD)
+    unit_QD, unit_GD = both_sides(query_QD, gallery_GD)
     alone = gallery_GD is None
     candidates = len(unit_GD) - alone
     if not 1 <= k <= candidates:
@@ -149,13 +149,13 @@ def evaluate_retrieval(
     """
     if (gallery_GD is None) != (gallery_labels_G is None):
         raise ValueError("give gallery embeddings and gallery labels together, or neither")
-    unit_QD, unit_GD = _both_sides(query_QD, gallery_GD)
+    unit_QD, unit_GD = both_sides(query_QD, gallery_GD)
     alone = gallery_labels_G is None
-    labels_Q = _checked_labels(query_labels_Q, unit_QD, "query")
+    labels_Q = checked_labels(query_labels_Q, unit_QD, "query")
     labels_G = (
         labels_Q
         if gallery_labels_G is None
-        else _checked_labels(gallery_labels_G, unit_GD, "gallery")
+        else checked_labels(gallery_labels_G, unit_GD, "gallery")
     )
     relevant_Q = _count_of_label(labels_Q, labels_G) - int(alone)
     used_Q = relevant_Q > 0
@@ -276,7 +276,36 @@ def _searched(rows_GD: Tensor, k: int) -> _Gallery:
     )
 
 
+Item = TypeVar("Item")
 Found = TypeVar("Found")
+
+
+def shared_out(treat: Callable[[Item], Found], items: Sequence[Item], workers: int) -> list[Found]:
+    """`treat` of each item, in their order.
+
+    Workers are threads, among which torch's threads are shared out. An operation that is split over
+    threads waits for the slowest, and there are many small ones here: with anything else running on
+    the machine that took twenty times as long.
+    """
+    workers = min(workers, len(items))
+    if workers == 1:
+        return [treat(item) for item in items]
+    inference = torch.is_inference_mode_enabled()
+
+    def treat_there(item: Item) -> Found:
+        with torch.inference_mode(inference):  # which a thread does not take over by itself
+            return treat(item)
+
+    threads = torch.get_num_threads()
+    share = threads // workers
+    torch.set_num_threads(share)
+    try:
+        with ThreadPoolExecutor(
+            workers, initializer=torch.set_num_threads, initargs=(share,)
+        ) as pool:
+            return list(pool.map(treat_there, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _search(
@@ -286,12 +315,7 @@ def _search(
     blocks: Sequence[tuple[Tensor, int]],
     use: Callable[[Tensor, Tensor, Tensor], Found],
 ) -> list[Found]:
-    """`use(rows_B, scores_BK, index_BK)` for each block, that is, rows of queries and k.
-
-    Workers are threads, among which torch's threads are shared out. An operation that is split over
-    threads waits for the slowest, and there are many small ones here: with anything else running on
-    the machine that took twenty times as long.
-    """
+    """`use(rows_B, scores_BK, index_BK)` for each block, that is, rows of queries and k."""
     items = len(gallery.rows_GD)
     longest = max(len(rows_B) for rows_B, _ in blocks)
     workers = min(gallery.workers, len(blocks))
@@ -300,30 +324,17 @@ def _search(
     for _ in range(workers):
         size = max(items, longest * _padded(items) // 2)
         rooms.put(gallery.rows_GD.new_empty(size, dtype=torch.float64))
-    inference = torch.is_inference_mode_enabled()
 
     def treat(block: tuple[Tensor, int]) -> Found:
         rows_B, k = block
         room = rooms.get()
         try:
-            with torch.inference_mode(inference):  # which a thread does not take over by itself
-                own_B = rows_B if alone else None
-                return use(rows_B, *_top(query_QD[rows_B], gallery, own_B, k, room))
+            own_B = rows_B if alone else None
+            return use(rows_B, *_top(query_QD[rows_B], gallery, own_B, k, room))
         finally:
             rooms.put(room)
 
-    if workers == 1:
-        return [treat(block) for block in blocks]
-    threads = torch.get_num_threads()
-    share = threads // workers
-    torch.set_num_threads(share)
-    try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(share,)
-        ) as pool:
-            return list(pool.map(treat, blocks))
-    finally:
-        torch.set_num_threads(threads)
+    return shared_out(treat, blocks, workers)
 
 
 def _top(
@@ -542,14 +553,14 @@ def _by_position(scores_BG: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values_BK, index_BK
 
 
-def _both_sides(query_QD: Tensor, gallery_GD: Tensor | None) -> tuple[Tensor, Tensor]:
+def both_sides(query_QD: Tensor, gallery_GD: Tensor | None) -> tuple[Tensor, Tensor]:
     """Queries and gallery checked and normalised; one tensor twice if there is no gallery."""
-    unit_QD = _unit_rows(query_QD, "query")
+    unit_QD = unit_rows(query_QD, "query")
     if gallery_GD is None:
         if len(unit_QD) < 2:
             raise ValueError("one query without a gallery has nothing to be compared with")
         return unit_QD, unit_QD
-    unit_GD = _unit_rows(gallery_GD, "gallery")
+    unit_GD = unit_rows(gallery_GD, "gallery")
     if unit_QD.shape[1] != unit_GD.shape[1]:
         raise ValueError(
             f"queries have {unit_QD.shape[1]} dimensions and gallery items {unit_GD.shape[1]}: "
@@ -558,7 +569,7 @@ def _both_sides(query_QD: Tensor, gallery_GD: Tensor | None) -> tuple[Tensor, Te
     return unit_QD, unit_GD
 
 
-def _unit_rows(rows_ND: Tensor, side: str) -> Tensor:
+def unit_rows(rows_ND: Tensor, side: str) -> Tensor:
     """Rows of length 1 in whole multiples of 2^-24, float32 without loss; zero rows stay zero."""
     if rows_ND.ndim != 2 or rows_ND.numel() == 0:
         raise ValueError(
@@ -579,7 +590,8 @@ def _unit_rows(rows_ND: Tensor, side: str) -> Tensor:
     return rows_ND.div_(norms_N1).mul_(_GRID).round_().div_(_GRID).float()
 
 
-def _checked_labels(labels_N: Tensor, rows_ND: Tensor, side: str) -> Tensor:
+def checked_labels(labels_N: Tensor, rows_ND: Tensor, side: str) -> Tensor:
+    """Labels as int64 where their rows are."""
     if labels_N.shape != rows_ND.shape[:1]:
         raise ValueError(
             f"{side} labels must be one per row, [{len(rows_ND)}], not {list(labels_N.shape)}"

@@ -118,6 +118,8 @@ def test_commands_and_options_are_pinned(capsys):
         "--help",
         "--no-skip-broken",
         "--no-rotations",
+        "--far",
+        "--json",
     }
     assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
     assert options_of("export", capsys)[0] == {"--help", "--format", "--out"}
@@ -165,10 +167,31 @@ def test_train_then_everything_else(tmp_path, capsys):
     assert "MAP@10" in capsys.readouterr().out
     assert main(["train", "--config", str(out / "config.json"), "--out", str(out)]) == 0
     assert "is done: 2 rounds" in capsys.readouterr().out
-    assert main(["evaluate", str(out)]) == 0
+    assert main(["evaluate", str(out), "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)
     (summary,) = json.loads((out / "summary.json").read_text())
     assert metrics["map_at_10"] == pytest.approx(summary["map_at_10"], abs=1e-6)
+    at_the_end = json.loads((out / "verification.json").read_text())
+    (out / "verification.json").unlink()
+    for options in (["--far", "0.5"], ["--data-seed", "0"], ["--json"]):
+        assert not (out / "verification.json").exists()
+        assert main(["evaluate", str(out), *options]) == 0
+    capsys.readouterr()
+    assert json.loads((out / "verification.json").read_text()) == metrics["verification"]
+    assert metrics["verification"]["impostor"] == at_the_end["impostor"]
+    assert metrics["verification"]["eer"] == pytest.approx(at_the_end["eer"], abs=1e-6)
+    assert main(["evaluate", str(out), "--far", "0.5", "0.0000001"]) == 0
+    printed = capsys.readouterr().out
+    assert f"equal error rate  {at_the_end['eer']:.4f}" in printed
+    assert (
+        f"{at_the_end['genuine']:,} pairs of one class, {at_the_end['impostor']:,} of two"
+        in printed
+    )
+    assert re.search(r"^ +0\.5 +0\.\d{3} +-?0\.\d{4}", printed, re.M)
+    assert re.search(r"^ +1e-07\* ", printed, re.M)
+    assert "too few impostor pairs for a FAR below" in printed
+    known = at_the_end["identification"]
+    assert f"{known['enrolled']} classes enrolled in each of 10 draws" in printed
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0
     assert (out / "report.html").exists()

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fedss import RetrievalTask
-from fedss.evaluation import evaluate_embedding, panels
+from fedss.evaluation import confused, embed_task, evaluate_embedding, findings, panels, verify
 from tests import reference
 
 QUERY = reference.tiny_dataset().test.query
@@ -16,10 +16,14 @@ def flat(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(len(pixels), -1) / 255).float()
 
 
+def embedded(task: RetrievalTask) -> tuple:
+    return task, embed_task(flat, task)
+
+
 def test_panels_show_each_query_with_its_nearest_others():
     twins = dataclasses.replace(QUERY, pixels=QUERY.pixels.copy())
     twins.pixels[3] = twins.pixels[9]
-    found = np.load(io.BytesIO(panels(RetrievalTask(twins), (flat(twins.pixels), None), seed=0)))
+    found = np.load(io.BytesIO(panels(*embedded(RetrievalTask(twins)), seed=0)))
     h = F.normalize(flat(twins.pixels).double(), dim=1)
     cos = (h @ h.T).fill_diagonal_(-2)
     assert sorted(found["query_index"]) == list(range(len(twins)))
@@ -41,10 +45,39 @@ def test_panels_and_figures_with_a_gallery_match_classes_by_name():
         QUERY, class_names=QUERY.class_names[::-1], labels=3 - QUERY.labels
     )
     task = RetrievalTask(QUERY, gallery)
-    found = np.load(io.BytesIO(panels(task, (flat(QUERY.pixels), flat(gallery.pixels)), seed=0)))
+    found = np.load(io.BytesIO(panels(*embedded(task), seed=0)))
     # Each query is in the gallery too, and nothing is nearer.
     assert np.array_equal(found["pixels"][:, 0], found["pixels"][:, 1])
     same_name = found["class_names"][:, :1] == found["class_names"]
     assert np.array_equal(same_name, found["labels"][:, :1] == found["labels"])
     assert same_name[:, 1].all()
     assert evaluate_embedding(flat, task).recall_at_1 == 1.0
+
+
+def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():
+    gallery = dataclasses.replace(
+        QUERY,
+        class_names=QUERY.class_names[::-1],
+        labels=3 - QUERY.labels,
+        pixels=np.roll(QUERY.pixels, 3, axis=0),  # some look like the class before
+    )
+    task = RetrievalTask(QUERY, gallery)
+    measured = verify(*embedded(task), seed=0)
+    assert (measured["genuine"], measured["impostor"]) == (4 * 5 * 5, 4 * 3 * 5 * 5)
+    assert measured["identification"]["enrolled"] == 2
+    found = np.load(io.BytesIO(confused(*embedded(task))))
+    nearest = (flat(QUERY.pixels) @ F.normalize(flat(gallery.pixels), dim=1).T).argmax(1).numpy()
+    name_of = [gallery.class_names[i] for i in gallery.labels]
+    own = [QUERY.class_names[i] for i in QUERY.labels]
+    wrong = [(a, name_of[n]) for a, n in zip(own, nearest, strict=True) if a != name_of[n]]
+    assert found["confused"].sum() == len(wrong) > 0
+    for (a, b), (there, back) in zip(found["class_names"], found["confused"], strict=True):
+        assert (there, back) == (wrong.count((a, b)), wrong.count((b, a)))
+
+
+def test_pictures_of_one_class_have_no_pairs_to_tell_apart():
+    one = dataclasses.replace(QUERY, labels=np.zeros(len(QUERY), np.int64))
+    task = RetrievalTask(one)
+    assert verify(*embedded(task), seed=0) is None
+    assert set(findings(*embedded(task), seed=0)) == {"retrieval.npz", "confusions.npz"}
+    assert len(np.load(io.BytesIO(confused(*embedded(task))))["scores"]) == 0

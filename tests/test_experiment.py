@@ -69,6 +69,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         "checkpoint",
         "model",
         "retrieval.npz",
+        "confusions.npz",
+        "verification.json",
         "summary.json",
         "report.html",
     }

@@ -319,7 +319,7 @@ def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> 
     spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(d**-0.5))
     steps = torch.randint(-9, 9, (300, d), generator=generator)
     rows = d**-0.5 + spacing * (steps + torch.linspace(-0.5, 0.5, 300)[:, None])
-    rows = retrieval._unit_rows(torch.cat([rows, torch.randn(300, d, generator=generator)]), "")
+    rows = retrieval.unit_rows(torch.cat([rows, torch.randn(300, d, generator=generator)]), "")
     with screening(dtype, group=1):
         (screen,) = retrieval._searched(rows, 1).screens
     rounded = rows.to(dtype)

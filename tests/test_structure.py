@@ -42,7 +42,7 @@ LAYERS = [
     {"errors", "seeds", "allocator", "pace"},
     {"files", "ranks"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
-    {"samplers", "moments", "methods"},
+    {"samplers", "moments", "methods", "verification", "confusions"},
     {"class_rows"},
     {"optimizers", "client"},
     {"algorithm"},

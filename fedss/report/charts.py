@@ -86,7 +86,7 @@ def rounds_chart(name: str, lines: Sequence[Line], last_round: int, alt: str) ->
     """Curves over rounds up to ``last_round``, each labelled at its end."""
     figure, ax = new_figure((WIDTH, tall(len(lines))))
     for line in lines:
-        _draw(ax, line, band=len(lines) <= FEW)
+        draw_line(ax, line, band=len(lines) <= FEW)
     ax.set_xlim(0, max(last_round, 1))
     ax.set_ylim(bottom=min(0.0, *(float(line.low.min()) for line in lines)))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
@@ -122,7 +122,7 @@ def _bytes_figure(
     labelled = list(lines)
     ax.set_xscale("log")
     for line in lines:
-        _draw(ax, line, colors, end=True)
+        draw_line(ax, line, colors, end=True)
     first = min(float(line.x[0]) for line in lines)
     last = max(float(line.x[-1]) for line in lines)
     if last <= first:
@@ -252,13 +252,14 @@ def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> list[str]:
     return texts
 
 
-def _draw(
+def draw_line(
     ax: Axes,
     line: Line,
     colors: Mapping[str, str] = STAND_IN,
     end: bool = False,
     band: bool = True,
 ) -> None:
+    """Draw a curve in its slot's colour and pattern, with a mark at its ``end`` if wanted."""
     color = colors[line.slot]
     if band and np.any(line.high > line.low):
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
@@ -290,18 +291,35 @@ def _label_ends(
 ) -> None:
     """Labels right of all lines in the order of their ends, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
+    _label(ax, lines, texts, ends, max(float(x) for x, _ in ends) + LABEL_GAP, colors)
+
+
+def label_starts(ax: Axes, lines: Sequence[Line], texts: Sequence[str]) -> None:
+    """Labels left of all lines in the order of their starts, tied to them, none touching."""
+    ends = [ax.transData.transform((line.x[0], line.mean[0])) for line in lines]
+    _label(ax, lines, texts, ends, min(float(x) for x, _ in ends) - LABEL_GAP, STAND_IN)
+
+
+def _label(
+    ax: Axes,
+    lines: Sequence[Line],
+    texts: Sequence[str],
+    ends: Sequence[np.ndarray],
+    x: float,
+    colors: Mapping[str, str],
+) -> None:
+    """Labels that begin, or left of the ends, end at ``x``."""
     heights = [text_height(text) + 3 for text in texts]
     places = apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
-    last_x = max(float(end_x) for end_x, _ in ends)
-    x = last_x + LABEL_GAP
+    way = 1 if x > float(ends[0][0]) else -1
     for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
         color = colors[line.slot]
-        if abs(y - end_y) > 4 or end_x < last_x - 12:
+        if abs(y - end_y) > 4 or abs(x - end_x) > LABEL_GAP + 12:
             tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
             ax.annotate(
                 "",
                 (end_x, end_y),
-                (x - 3, y),
+                (x - 3 * way, y),
                 xycoords="figure points",
                 textcoords="figure points",
                 arrowprops={**tie, "shrinkA": 0, "shrinkB": 5},
@@ -311,6 +329,7 @@ def _label_ends(
             (x, y),
             xycoords="figure points",
             color=color,
+            ha="left" if way > 0 else "right",
             va="center",
             annotation_clip=False,
             linespacing=1.1,

@@ -28,6 +28,7 @@ from fedss.report.labels import wrap
 from fedss.report.panels import retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
 from fedss.report.rounds import PHASES, failures, paces
+from fedss.report.verification import number, verification
 
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
@@ -125,6 +126,8 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         phases=PHASES,
         failures=failures(groups),
         retrieval=retrieval(groups, slots),
+        verification=verification(groups, slots),
+        number=number,
         settings=_settings(groups),
         commands=_commands(groups),
         versions=_versions(runs),

@@ -92,7 +92,9 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None
         panels = []
         for position in positions:
             first, first_row = shown[0][2], rows[0][position]
-            query = Picture(_uri(first.pixels[first_row, 0]), str(first.class_names[first_row, 0]))
+            query = Picture(
+                data_uri(first.pixels[first_row, 0]), str(first.class_names[first_row, 0])
+            )
             answers = [
                 Answer(group.label, slot, _pictures(found, row[position], depth))
                 for (group, slot, found), row in zip(shown, rows, strict=True)
@@ -144,7 +146,7 @@ def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
 def _pictures(found: Neighbours, row: int, depth: int) -> list[Picture]:
     return [
         Picture(
-            _uri(found.pixels[row, k]),
+            data_uri(found.pixels[row, k]),
             str(found.class_names[row, k]),
             bool(found.labels[row, k] == found.labels[row, 0]),
             float(found.scores[row, k - 1]),
@@ -153,7 +155,7 @@ def _pictures(found: Neighbours, row: int, depth: int) -> list[Picture]:
     ]
 
 
-def _uri(pixels_CHW: np.ndarray) -> str:
+def data_uri(pixels_CHW: np.ndarray) -> str:
     """Small pictures as PNG, bit for bit; larger ones shrunk to a JPEG thumbnail."""
     grey = pixels_CHW.shape[0] == 1
     array = pixels_CHW[0] if grey else np.moveaxis(pixels_CHW, 0, -1)

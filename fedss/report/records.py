@@ -36,6 +36,9 @@ KNOWN_METHODS = (
 _ADVICE = {
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
     "retrieval.npz": "delete it: the report is then written without pictures",
+    "confusions.npz": "delete it: the report is then written without pictures",
+    "verification.json": "delete it: the report is then written without these figures, "
+    "and fedss evaluate measures them again",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
 _COUNTS = (
@@ -103,6 +106,63 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """TAR at a FAR, and the threshold that gives it."""
+
+    tar: float
+    threshold: float
+    supported: bool
+
+
+@dataclass(frozen=True)
+class Identified:
+    """Open-set identification: DIR at a FPIR."""
+
+    fpir: float
+    dir: float
+    threshold: float
+    supported: bool
+    draws: int
+    enrolled: int
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What verification.json says; ``points`` by FAR, ``far`` rising and ``tar`` are the ROC."""
+
+    eer: float
+    eer_threshold: float
+    points: Mapping[float, Rate]
+    far: np.ndarray
+    tar: np.ndarray
+    genuine: int
+    impostor: int
+    smallest_far: float
+    identification: Identified | None
+
+
+@dataclass(frozen=True)
+class Confused:
+    """P pairs of classes that are taken for each other, the hardest first.
+
+    Attributes:
+        pixels: uint8 [P, 2, C, H, W], a query and its wrong nearest picture.
+        shown: str [P, 2], the classes of these two.
+        class_names: str [P, 2].
+        confused: int64 [P, 2], queries of each class whose nearest is of the other.
+        queries: int64 [P, 2], queries of each class.
+        scores: float64 [P], cosines of the pictures.
+    """
+
+    pixels: np.ndarray
+    shown: np.ndarray
+    class_names: np.ndarray
+    confused: np.ndarray
+    queries: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
 class Run:
     """One variant of a method with one seed.
 
@@ -124,6 +184,8 @@ class Run:
     rounds: tuple[Round, ...]
     results: Mapping[str, float | None]
     neighbours: Neighbours | None
+    verified: Verified | None
+    confused: Confused | None
 
     @property
     def last_round(self) -> int:
@@ -279,6 +341,8 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         rounds=rounds,
         results=results,
         neighbours=_neighbours(folder / "retrieval.npz"),
+        verified=_verified(folder / "verification.json"),
+        confused=_confused(folder / "confusions.npz"),
     )
 
 
@@ -359,11 +423,7 @@ def _results_so_far(
 def _neighbours(path: Path) -> Neighbours | None:
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in Neighbours.__dataclass_fields__}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
+    arrays = _arrays(path, Neighbours)
     scores, pixels = arrays["scores"], arrays["pixels"]
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise _damaged(path, f"scores: expected [queries, neighbours], got {scores.shape}")
@@ -375,10 +435,89 @@ def _neighbours(path: Path) -> Neighbours | None:
         raise _damaged(path, f"shapes do not fit {count} queries with {depth} neighbours each")
     if pixels.ndim != 5 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape[3:]:
         raise _damaged(path, f"pixels: expected [Q, 1 + K, 1 or 3, H, W], got {pixels.shape}")
-    for name, kinds in (("pixels", "u"), ("labels", "iu"), ("query_index", "iu"), ("scores", "f")):
-        if arrays[name].dtype.kind not in kinds or (name == "pixels" and pixels.itemsize > 1):
-            raise _damaged(path, f"{name}: unexpected type {arrays[name].dtype}")
+    _check_types(path, arrays, pixels="u", labels="iu", query_index="iu", scores="f")
     return Neighbours(**arrays)
+
+
+def _confused(path: Path) -> Confused | None:
+    if not path.is_file():
+        return None
+    arrays = _arrays(path, Confused)
+    pixels, count = arrays["pixels"], len(np.atleast_1d(arrays["scores"]))
+    names = ("shown", "class_names", "confused", "queries")
+    if arrays["scores"].ndim != 1 or any(arrays[name].shape != (count, 2) for name in names):
+        raise _damaged(path, f"shapes do not fit {count} pairs of classes")
+    if pixels.ndim != 5 or pixels.shape[:2] != (count, 2) or pixels.shape[2] not in (1, 3):
+        raise _damaged(path, f"pixels: expected [{count}, 2, 1 or 3, H, W], got {pixels.shape}")
+    _check_types(path, arrays, pixels="u", confused="iu", queries="iu", scores="f")
+    return Confused(**arrays)
+
+
+def _arrays(path: Path, kind: type[Neighbours | Confused]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in kind.__dataclass_fields__}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, f"cannot be read ({error})") from error
+
+
+def _check_types(path: Path, arrays: Mapping[str, np.ndarray], **kinds: str) -> None:
+    for name, kind in kinds.items():
+        array = arrays[name]
+        if array.dtype.kind not in kind or (name == "pixels" and array.itemsize > 1):
+            raise _damaged(path, f"{name}: unexpected type {array.dtype}")
+
+
+def _verified(path: Path) -> Verified | None:
+    if not path.is_file():
+        return None
+    found = _json(path)
+    points, roc = (_list(found, key, path) for key in ("points", "roc"))
+    known = _get(found, "identification", path)
+    fars, tars = ([_share(point, key, path) for point in roc] for key in ("far", "tar"))
+    if not fars or min(fars) <= 0 or fars != sorted(fars):
+        raise _damaged(path, "'roc': expected points whose 'far' is above 0 and rises")
+    return Verified(
+        eer=_share(found, "eer", path),
+        eer_threshold=_number(found, "eer_threshold", path),
+        points={
+            _share(point, "far", path): Rate(
+                _share(point, "tar", path),
+                _number(point, "threshold", path),
+                bool(_get(point, "supported", path)),
+            )
+            for point in points
+        },
+        far=np.array(fars),
+        tar=np.array(tars),
+        genuine=_integer(found, "genuine", path),
+        impostor=_integer(found, "impostor", path),
+        smallest_far=_number(found, "smallest_far", path),
+        identification=None
+        if known is None
+        else Identified(
+            fpir=_share(known, "fpir", path),
+            dir=_share(known, "dir", path),
+            threshold=_number(known, "threshold", path),
+            supported=bool(_get(known, "supported", path)),
+            draws=_integer(known, "draws", path),
+            enrolled=_integer(known, "enrolled", path),
+        ),
+    )
+
+
+def _list(value: Any, key: str, where: Path) -> list[Any]:
+    found = _get(value, key, where)
+    if not isinstance(found, list):
+        raise _damaged(where, f"{key!r}: expected a list, got {reprlib.repr(found)}")
+    return found
+
+
+def _share(value: Any, key: str, where: Path) -> float:
+    share = _number(value, key, where)
+    if not 0 <= share <= 1:
+        raise _damaged(where, f"{key!r}: expected a share from 0 to 1, got {share}")
+    return float(share)
 
 
 def _data(config: Any, path: Path) -> Mapping[str, Any]:
