@@ -176,16 +176,21 @@ def record_step_(
         round: number of rounds complete before this one.
         before_UZ: float64, states of the touched rows before this round.
         after_UZ: float64, the same after it.
-
-    Raises:
-        DivergedError: the mean square of a state is above ``MOST_SPREAD``: what rounding leaves of
-            such rows when they are taken out again would no longer be small beside unit vectors.
     """
     map_ = torch.cat([row_map.matrix_DD, row_map.shift_D[:, None]], dim=1)
     T = transition(map_)
     history.second_ZZ.copy_(T @ history.second_ZZ @ T.T)
     history.second_ZZ.sub_(second_moment(before_UZ @ T.T)).add_(second_moment(after_UZ))
     history.maps[round] = map_
+
+
+def check_spread(history: RowHistory, round: int) -> None:
+    """Whether the sums still tell: what rounding leaves of rows that are taken out of them must be
+    small beside unit vectors.
+
+    Raises:
+        DivergedError: the mean square of a row's state is above ``MOST_SPREAD``.
+    """
     squares_Z = history.second_ZZ.diagonal()
     if not float(squares_Z[:-1].sum()) <= MOST_SPREAD * float(squares_Z[-1]):
         raise DivergedError(

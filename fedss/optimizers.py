@@ -30,7 +30,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedss.class_rows import ClassRows, grow, id_blocks, read, write_
-from fedss.moments import RowHistory, RowMap, catch_up, forget_, record_step_, second_moment
+from fedss.moments import (
+    RowHistory,
+    RowMap,
+    catch_up,
+    check_spread,
+    forget_,
+    record_step_,
+    second_moment,
+)
 
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
 
@@ -151,6 +159,14 @@ def step_rows_(
     if row_map is not None and history is not None:
         after_UZ = _whole_state(optimizer, rows, ids_U, round + 1)
         record_step_(history, partial(transition, optimizer), row_map, round, before_UZ, after_UZ)
+        if rows.num_classes <= len(history.second_ZZ):
+            # Counted anew at no more than the cost of a step: where few rows learn fast, those that
+            # nobody held for a while grow, and their share in the sums would leave its rounding.
+            all_N = torch.arange(rows.num_classes)
+            states_NZ = _whole_state(optimizer, rows, all_N, round + 1)
+            history.second_ZZ.copy_(second_moment(states_NZ))
+        else:
+            check_spread(history, round)
         if round % _FORGET_EVERY == 0:
             forget_(history, int(rows.updated_N.min()))
 
