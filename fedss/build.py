@@ -80,6 +80,8 @@ def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Em
         embedding_size=config.embedding_size,
         seed=config.seed,
         pretrained=config.pretrained,
+        weights=config.weights,
+        trainable=config.trainable,
     )
 
 
@@ -209,6 +211,11 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
             "rows of the manifest the split 'validation'"
         )
     return data.validation
+
+
+def num_frozen(embedder: Embedder) -> int:
+    """Number of parameters that are neither trained nor sent; a frozen batch norm's are none."""
+    return sum(p.numel() for p in embedder.parameters() if not p.requires_grad)
 
 
 def num_trainable(embedder: Embedder) -> int:

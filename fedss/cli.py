@@ -316,7 +316,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from fedss.build import load_data
+    from fedss.build import build_model, load_data, num_frozen, num_trainable
     from fedss.describe import costs, describe
 
     config = _config(options, _stored(options).get("config"))
@@ -324,6 +324,8 @@ def _info(options: argparse.Namespace) -> None:
     _print_left_out(data.skipped, data.unpaired)
     console = _console()
     facts = describe(config, data)
+    embedder = build_model(config, data, None)
+    trained, frozen = num_trainable(embedder), num_frozen(embedder)
     low, median, high = facts["own_classes"]
     gallery = facts["test_gallery"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery pictures"
@@ -347,6 +349,7 @@ def _info(options: argparse.Namespace) -> None:
             f"{facts['test_classes']:,}, {facts['test_classes_seen']:,} of them seen in training",
         ),
         ("pictures", "{} x {} x {} (channels, height, width)".format(*facts["image_shape"])),
+        ("parameters trained and sent", f"{trained:,}, {frozen:,} more stay as they are"),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -360,7 +363,7 @@ def _info(options: argparse.Namespace) -> None:
         "bytes up",
     ):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for cost in costs(config, data):
+    for cost in costs(config, data, embedder):
         table.add_row(
             cost.method,
             f"{cost.class_rows:,.1f}",

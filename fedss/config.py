@@ -12,7 +12,7 @@ from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
-from fedss.models import ForwardPrecision
+from fedss.models import ForwardPrecision, is_trainable
 from fedss.optimizers import ServerOptimizerKind
 from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
@@ -77,6 +77,12 @@ class Config:
 
     backbone: str = _option("conv4-32", "conv4, conv4-<width> or timm:<name>", "model")
     pretrained: bool = _option(False, "start from timm's pretrained weights", "model")
+    weights: str | None = _option(
+        None, "file with weights of a timm model: .safetensors, .pth or .pt", "model"
+    )
+    trainable: str = _option(
+        "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
+    )
     embedding_size: int = _option(64, "d, numbers per embedding", "model")
 
     rounds: int = _option(120, "number of rounds", "training")
@@ -210,6 +216,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
     ("lr_decay_start", lambda v: 0 <= v <= 1, "0 to 1"),
     ("test_classes", lambda v: 0 <= v < 1, "0 or more and below 1"),
+    ("trainable", is_trainable, "all, head or last-<number>"),
 )
 
 

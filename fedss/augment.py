@@ -1,0 +1,133 @@
+"""Changes of training pictures at the client: parameters are drawn first, then applied.
+
+All of a client's parameters of a round come from one generator of its own, and applying them draws
+nothing. So what a client sees in a round depends on seed, round and client alone: not on threads,
+engine, or who trains beside it. torchvision's own random transforms draw from torch's global
+generator, which threads share; its kernels, which are used here, draw nothing.
+
+Shape suffixes: B pictures, C channels, H height, W width, A parameters of a picture.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedss.extras import import_extra
+
+Augment = Literal["none", "photos", "drawings"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One way to change pictures.
+
+    Attributes:
+        name: of this way.
+        ranges: of each parameter of a picture: lowest and highest; drawn uniformly between them.
+        apply: pictures uint8 [B, C, H, W] on the CPU, H = W, and parameters float64 [B, A] to
+            changed pictures uint8 of the same shape. Picture and parameters decide each result.
+    """
+
+    name: str
+    ranges: tuple[tuple[float, float], ...]
+    apply: Callable[[Tensor, np.ndarray], Tensor]
+
+
+def draw_parameters(
+    augmentation: Augmentation, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Parameters for so many pictures, float64 [count, A]."""
+    low_A, high_A = np.array(augmentation.ranges).T
+    return rng.uniform(low_A, high_A, (count, len(augmentation.ranges)))
+
+
+def _photos(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
+    """A part of the picture, resized to the whole; perhaps mirrored; other light and colour."""
+    kernels = import_extra("torchvision.transforms.v2.functional", "augment")
+    side, changed = pixels_BCHW.shape[-1], []
+    for pixels_CHW, drawn in zip(pixels_BCHW, drawn_BA.tolist(), strict=True):
+        area, log_ratio, x, y, mirrored, brightness, contrast, saturation = drawn
+        width = min(side, round(side * math.sqrt(area * math.exp(log_ratio))))
+        height = min(side, round(side * math.sqrt(area / math.exp(log_ratio))))
+        top, left = int(y * (side - height + 1)), int(x * (side - width + 1))
+        part = kernels.resized_crop_image(pixels_CHW, top, left, height, width, [side, side])
+        if mirrored < 0.5:
+            part = kernels.horizontal_flip_image(part)
+        # In fractions, so that three steps are rounded once.
+        part = kernels.adjust_brightness_image(part / 255, brightness)
+        part = kernels.adjust_contrast_image(part, contrast)
+        changed.append(kernels.adjust_saturation_image(part, saturation))
+    return _bytes(torch.stack(changed) * 255)
+
+
+def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
+    """Turned, moved, scaled and sheared, on the picture's own background."""
+    kernels = import_extra("torchvision.transforms.v2.functional", "augment")
+    side, turned = pixels_BCHW.shape[-1], []
+    # What comes in from outside becomes 0: so the background is to be 0 meanwhile.
+    background_BC11 = _background(pixels_BCHW)
+    strokes_BCHW = pixels_BCHW.float() - background_BC11
+    for strokes_CHW, drawn in zip(strokes_BCHW, drawn_BA.tolist(), strict=True):
+        angle, x, y, log_scale, shear_x, shear_y = drawn
+        turned.append(
+            kernels.affine_image(
+                strokes_CHW,
+                angle,
+                [x * side, y * side],
+                math.exp(log_scale),
+                [shear_x, shear_y],
+                kernels.InterpolationMode.BILINEAR
+                if hasattr(kernels, "InterpolationMode")
+                else "bilinear",
+            )
+        )
+    return _bytes(torch.stack(turned) + background_BC11)
+
+
+def _background(pixels_BCHW: Tensor) -> Tensor:
+    """The median of the pixels on the four edges, float32 [B, C, 1, 1]."""
+    rows, columns = pixels_BCHW[..., [0, -1], :], pixels_BCHW[..., [0, -1]]
+    edges_BCE = torch.cat([rows.flatten(2), columns.flatten(2)], dim=2)
+    return edges_BCE.median(dim=2).values.float()[..., None, None]
+
+
+def _bytes(pixels_BCHW: Tensor) -> Tensor:
+    return pixels_BCHW.round_().clamp_(0, 255).to(torch.uint8)
+
+
+_MIRRORED = (0.0, 1.0)
+
+AUGMENTATIONS = {
+    "photos": Augmentation(
+        "photos",
+        (
+            (0.5, 1.0),  # area of the part, as a share of the picture's
+            (math.log(3 / 4), math.log(4 / 3)),  # its width to its height
+            (0.0, 1.0),  # where it lies from left to right
+            (0.0, 1.0),  # and from top to bottom
+            (0.0, 1.0),  # below a half: mirrored
+            (0.8, 1.2),  # brightness
+            (0.8, 1.2),  # contrast
+            (0.8, 1.2),  # saturation
+        ),
+        _photos,
+    ),
+    "drawings": Augmentation(
+        "drawings",
+        (
+            (-10.0, 10.0),  # turned by so many degrees
+            (-0.07, 0.07),  # moved to the right, as a share of the side
+            (-0.07, 0.07),  # and down
+            (math.log(0.85), math.log(1.15)),  # scaled
+            (-8.0, 8.0),  # sheared by so many degrees along x
+            (-8.0, 8.0),  # and y
+        ),
+        _drawings,
+    ),
+}
+"""By name. Drawings are never mirrored: many characters are others in a mirror."""
