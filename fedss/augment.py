@@ -8,6 +8,7 @@ generator, which threads share; its kernels, which are used here, draw nothing.
 Shape suffixes: B pictures, C channels, H height, W width, A parameters of a picture.
 """
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from fedss.extras import import_extra
+from fedss.seeds import generator
 
 Augment = Literal["none", "photos", "drawings"]
+_PREVIEWED, _VERSIONS = 8, 5
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,35 @@ class Augmentation:
     apply: Callable[[Tensor, np.ndarray], Tensor]
 
 
-def draw_parameters(
-    augmentation: Augmentation, count: int, rng: np.random.Generator
-) -> np.ndarray:
+def draw_parameters(augmentation: Augmentation, count: int, rng: np.random.Generator) -> np.ndarray:
     """Parameters for so many pictures, float64 [count, A]."""
     low_A, high_A = np.array(augmentation.ranges).T
     return rng.uniform(low_A, high_A, (count, len(augmentation.ranges)))
+
+
+def change(augmentation: Augmentation, pixels: Tensor, drawn: np.ndarray) -> Tensor:
+    """Changed pictures uint8 [..., C, H, W], by their parameters [..., A]."""
+    flat_BCHW = pixels.reshape(-1, *pixels.shape[-3:])
+    changed_BCHW = augmentation.apply(flat_BCHW, drawn.reshape(-1, drawn.shape[-1]))
+    return changed_BCHW.view(pixels.shape)
+
+
+def preview(augmentation: Augmentation, pixels_NCHW: np.ndarray, seed: int) -> bytes:
+    """Training pictures, each with what clients may make of it, for the report.
+
+    Returns:
+        A file of numpy's (npz) with ``pixels``: uint8 [8, 1 + 5, C, H, W], the picture itself
+        first; fewer where there are fewer pictures.
+    """
+    rng = generator(seed, "augment preview")
+    chosen = np.sort(rng.permutation(len(pixels_NCHW))[:_PREVIEWED])
+    before_B1CHW = pixels_NCHW[chosen][:, None]
+    drawn_BA = draw_parameters(augmentation, len(chosen) * _VERSIONS, rng)
+    pixels_BCHW = torch.from_numpy(before_B1CHW.repeat(_VERSIONS, axis=1))
+    after = change(augmentation, pixels_BCHW, drawn_BA).numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, pixels=np.concatenate([before_B1CHW, after], axis=1))
+    return buffer.getvalue()
 
 
 def _photos(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
@@ -81,9 +107,7 @@ def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
                 [x * side, y * side],
                 math.exp(log_scale),
                 [shear_x, shear_y],
-                kernels.InterpolationMode.BILINEAR
-                if hasattr(kernels, "InterpolationMode")
-                else "bilinear",
+                "bilinear",
             )
         )
     return _bytes(torch.stack(turned) + background_BC11)
@@ -99,8 +123,6 @@ def _background(pixels_BCHW: Tensor) -> Tensor:
 def _bytes(pixels_BCHW: Tensor) -> Tensor:
     return pixels_BCHW.round_().clamp_(0, 255).to(torch.uint8)
 
-
-_MIRRORED = (0.0, 1.0)
 
 AUGMENTATIONS = {
     "photos": Augmentation(

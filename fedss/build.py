@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fedss.augment import AUGMENTATIONS
 from fedss.client import LocalTraining, RoundPlan
 from fedss.config import Config
 from fedss.data import (
@@ -174,6 +175,7 @@ def round_plan(
             decay * config.client_lr,
             decay * config.class_row_lr,
         ),
+        AUGMENTATIONS.get(config.augment),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.algorithm import RowMean
+from fedss.augment import Augment
 from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.errors import ConfigError
@@ -94,6 +95,7 @@ class Config:
     batch_size: int = _option(8, "pictures per local step", "training")
     client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
     class_row_lr: float = _option(2.0, "learning rate of the class rows at clients", "training")
+    augment: Augment = _option("none", "changes of training pictures at clients", "training")
     precision: ForwardPrecision = _option("float32", "of the network's forward pass", "training")
     lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
     lr_decay_start: float = _option(0.5, "share of rounds before the decay starts", "training")

@@ -26,6 +26,7 @@ from fedss.algorithm import (
     without_deltas,
 )
 from fedss.allocator import keep_freed_memory
+from fedss.augment import AUGMENTATIONS, preview
 from fedss.build import (
     build_model,
     compute_device,
@@ -79,6 +80,8 @@ class Federation:
         evaluate: retrieval figures under a backbone, after so many rounds; None where nobody can
             tell, and at all ranks but the first.
         panels: pictures for the report, see :func:`fedss.evaluation.panels`; None: there are none.
+        preview: training pictures as clients see them, see :func:`fedss.augment.preview`; None
+            where they see them as they are, or nobody here may.
         quorum: the part of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
@@ -91,6 +94,7 @@ class Federation:
     client_name: Callable[[int], str]
     evaluate: Callable[[torch.Tensor, int], dict[str, Any] | None]
     panels: Callable[[torch.Tensor], bytes | None]
+    preview: bytes | None = None
     quorum: float = 1.0
     attempts: int = 1
     pause: float = 0.0
@@ -369,6 +373,8 @@ def _train_rounds(
         records = read_records(folder / "records.jsonl", state.round)
         for record in records:
             on_round(record)
+        if ranks.first and federation.preview is not None:
+            write_file(folder / "augmentation.npz", federation.preview)
         with open_records(folder, records) if ranks.first else nullcontext() as add_record:
             clock.restart()
             while state.round < config.rounds:
@@ -541,6 +547,10 @@ def local_federation(
         images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
     clients, num_classes = index_clients(images), len(images.class_names)
     task = evaluation_task(config, data)
+    changes, shown = AUGMENTATIONS.get(config.augment), None
+    if changes is not None:
+        # First of all: this needs a package that may not be there.
+        shown = preview(changes, images.pixels, config.seed)
     with local_engine(
         embedder,
         clients,
@@ -571,6 +581,7 @@ def local_federation(
             panels=lambda backbone_P: panels(
                 partial(engine.embed, backbone_P), task, config.data_seed
             ),
+            preview=shown,
         )
 
 

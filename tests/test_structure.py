@@ -40,7 +40,7 @@ PUBLIC = {
 LAYERS = [
     {"errors", "seeds", "allocator"},
     {"extras", "files", "ranks"},
-    {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
+    {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
     {"samplers", "moments", "methods"},
     {"class_rows"},
     {"optimizers", "client"},

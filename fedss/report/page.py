@@ -24,7 +24,7 @@ from fedss.report.frontier import (
     on_frontier,
 )
 from fedss.report.labels import wrap
-from fedss.report.panels import retrieval
+from fedss.report.panels import augmented, retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
 from fedss.report.rounds import PHASES, failures, paces
 
@@ -113,6 +113,7 @@ def render(folder: Path) -> str:
         phases=PHASES,
         failures=failures(groups),
         retrieval=retrieval(groups, slots),
+        augmented=augmented(groups),
         settings=_settings(groups),
         commands=_commands(groups),
         versions=_versions(runs),

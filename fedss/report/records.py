@@ -6,7 +6,7 @@ import re
 import reprlib
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ KNOWN_METHODS = (
 _ADVICE = {
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
     "retrieval.npz": "delete it: the report is then written without pictures",
+    "augmentation.npz": "delete it: the report is then written without these pictures",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
 _COUNTS = (
@@ -104,7 +105,8 @@ class Run:
 
     ``results`` has the keys of a line of summary.json, and ``row_bytes_*``: class rows and moments
     together. Those of an unfinished run are those of its last evaluated round. ``label`` names the
-    variant wherever it is shown.
+    variant wherever it is shown. ``augmented``: uint8 [P, 1 + V, C, H, W], training pictures, each
+    followed by what clients may make of it.
     """
 
     method: str
@@ -120,6 +122,7 @@ class Run:
     rounds: tuple[Round, ...]
     results: Mapping[str, float | None]
     neighbours: Neighbours | None
+    augmented: np.ndarray | None
 
     @property
     def last_round(self) -> int:
@@ -263,6 +266,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         rounds=rounds,
         results=results,
         neighbours=_neighbours(folder / "retrieval.npz"),
+        augmented=_augmented(folder / "augmentation.npz"),
     )
 
 
@@ -339,11 +343,7 @@ def _results_so_far(
 def _neighbours(path: Path) -> Neighbours | None:
     if not path.is_file():
         return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: np.asarray(file[name]) for name in Neighbours.__dataclass_fields__}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise _damaged(path, f"cannot be read ({error})") from error
+    arrays = _arrays(path, Neighbours.__dataclass_fields__)
     scores, pixels = arrays["scores"], arrays["pixels"]
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise _damaged(path, f"scores: expected [queries, neighbours], got {scores.shape}")
@@ -359,6 +359,25 @@ def _neighbours(path: Path) -> Neighbours | None:
         if arrays[name].dtype.kind not in kinds or (name == "pixels" and pixels.itemsize > 1):
             raise _damaged(path, f"{name}: unexpected type {arrays[name].dtype}")
     return Neighbours(**arrays)
+
+
+def _augmented(path: Path) -> np.ndarray | None:
+    if not path.is_file():
+        return None
+    pixels = _arrays(path, ["pixels"])["pixels"]
+    fits = pixels.ndim == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] > 1
+    if pixels.dtype != np.uint8 or not fits or 0 in pixels.shape:
+        got = f"{pixels.dtype} {pixels.shape}"
+        raise _damaged(path, f"pixels: expected uint8 [P, 1 + V, 1 or 3, H, W], got {got}")
+    return pixels
+
+
+def _arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in names}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, f"cannot be read ({error})") from error
 
 
 def _data(config: Any, path: Path) -> Mapping[str, Any]:
