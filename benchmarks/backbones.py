@@ -25,6 +25,7 @@ from omniglot import processor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fedss
+from fedss.build import build_model, num_frozen, num_trainable
 from fedss.models import build_embedder
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
 from tests.pretrained import write_lite0
@@ -76,6 +77,12 @@ def main() -> None:
             name = f"trained: {told.trainable}, augment {told.augment}, 256 numbers"
             sizes = run.summary["backbone_bytes_down_per_client_round"]
             add(name, run.summary["map_at_10"], sizes)
+        lines += ["", f"{'parameters':<24}{'trained':>12}{'frozen':>12}{'MB each way':>14}"]
+        for trainable in ("all", "last-4", "last-2", "last-1", "head"):
+            net = build_model(replace(config, trainable=trainable), photos, None)
+            trained = num_trainable(net)
+            size = f"{4 * trained / 1e6:.2f}"
+            lines.append(f"{trainable:<24}{trained:>12,}{num_frozen(net):>12,}{size:>14}")
     text = "\n".join(lines) + "\n"
     if not options.short:
         RESULTS.write_text(text)
