@@ -15,9 +15,10 @@ from torchvision.transforms.v2 import functional
 import fedss
 from fedss import Config, ConfigError, RunFolderError
 from fedss.augment import AUGMENTATIONS, change, draw_parameters, preview
+from fedss.client import prepare
 from fedss.seeds import generator
 from tests.test_algorithm import plan
-from tests.test_engine_stacked import assert_near, train
+from tests.test_engine_stacked import assert_near, ragged, train, work
 
 PHOTOS, DRAWINGS = AUGMENTATIONS["photos"], AUGMENTATIONS["drawings"]
 BOTH = pytest.mark.parametrize("augmentation", [PHOTOS, DRAWINGS], ids=lambda a: a.name)
@@ -127,6 +128,21 @@ def test_what_a_client_sees_depends_on_seed_round_and_client_alone(augmentation)
     without = train("tiny", replace(told, augmentation=None))
     for one, other in zip(plain, without, strict=True):
         assert not torch.equal(one.backbone_delta_P, other.backbone_delta_P)
+
+
+def test_rounds_and_clients_differ():
+    told = replace(plan(batch_size=2), augmentation=DRAWINGS)
+    images = ragged([3, 4])
+
+    def drawn(round: int) -> list[np.ndarray]:
+        of_round = replace(told, round=round)
+        learners = [prepare(of_round, *one, torch.device("cpu")) for one in work(images, of_round)]
+        return [np.concatenate([batch[2] for batch in learner.batches]) for learner in learners]
+
+    (first, second), again, later = drawn(0), drawn(0), drawn(1)
+    assert [first.shape, second.shape] == [(3, 6), (4, 6)]
+    assert np.array_equal(first, again[0])
+    assert not set(first.ravel()) & {*second.ravel(), *later[0].ravel(), *later[1].ravel()}
 
 
 def test_every_draw_is_another():
