@@ -134,7 +134,7 @@ def test_weights_of_another_architecture_are_listed(resnet: Path, tmp_path: Path
     assert [len(names.split(" and ")[0].split(", ")) for names in lists[:2]] == [8, 8]
     with pytest.raises(ConfigError, match=r"missing \(cls_token"):
         build(VIT, resnet)
-    with pytest.raises(ConfigError, match=r"\(head.weight, head.bias: its classifier, not needed"):
+    with pytest.raises(ConfigError, match=r"\(head.bias, head.weight: its classifier, not needed"):
         build("vit_tiny_patch16_224", vit_weights(resnet.parent))
 
 
