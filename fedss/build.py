@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from fedss.augment import AUGMENTATIONS
 from fedss.client import LocalTraining, RoundPlan
 from fedss.config import Config
 from fedss.data import (
@@ -86,6 +87,8 @@ def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Em
         embedding_size=config.embedding_size,
         seed=config.seed,
         pretrained=config.pretrained,
+        weights=config.weights,
+        trainable=config.trainable,
     )
 
 
@@ -244,6 +247,7 @@ def round_plan(
             decay * config.client_lr,
             decay * config.class_row_lr,
         ),
+        AUGMENTATIONS.get(config.augment),
     )
 
 
@@ -281,6 +285,11 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
             "rows of the manifest the split 'validation'"
         )
     return data.validation
+
+
+def num_frozen(embedder: Embedder) -> int:
+    """Number of parameters that are neither trained nor sent; a frozen batch norm's are none."""
+    return sum(p.numel() for p in embedder.parameters() if not p.requires_grad)
 
 
 def num_trainable(embedder: Embedder) -> int:

@@ -606,7 +606,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from fedss.build import load_data
+    from fedss.build import build_model, load_data, num_frozen, num_trainable
     from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
     from fedss.describe import costs, describe
 
@@ -620,6 +620,8 @@ def _info(options: argparse.Namespace) -> None:
     held = clients_P, classes_P, count_P = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
     dealt = dealt or DEFAULT_PARTITIONS.get(config.data)
+    embedder = build_model(config, data, None)
+    trained, frozen = num_trainable(embedder), num_frozen(embedder)
     gallery = facts["test_gallery"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery pictures"
     table = _table(f"data set {data.name}")
@@ -648,6 +650,7 @@ def _info(options: argparse.Namespace) -> None:
             f"{facts['test_classes']:,}, {facts['test_classes_seen']:,} of them seen in training",
         ),
         ("pictures", "{} x {} x {} (channels, height, width)".format(*facts["image_shape"])),
+        ("parameters trained and sent", f"{trained:,}, {frozen:,} more stay as they are"),
     ):
         table.add_row(name, value)
     console.print(table)
@@ -665,7 +668,7 @@ def _info(options: argparse.Namespace) -> None:
         "bytes up",
     ):
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-    for cost in costs(config, data):
+    for cost in costs(config, data, embedder):
         table.add_row(
             cost.method,
             f"{cost.class_rows:,.1f}",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedss.augment import Augmentation, change, draw_parameters
 from fedss.methods import Method
 from fedss.moments import Moments, RowMap, absent_classes, absent_step
 from fedss.samplers import Sampler, check_negatives, class_sample, limit, own_budget, whole_sample
@@ -82,7 +83,7 @@ class RoundPlan:
     """What every client of a round is told.
 
     ``sample_size`` is |S| where negatives are sampled, ``cover`` their number where the method
-    does not need them.
+    does not need them. ``augmentation`` changes training pictures, at the client.
     """
 
     round: int
@@ -94,12 +95,20 @@ class RoundPlan:
     cover: int
     scoring: Scoring
     local: LocalTraining
+    augmentation: Augmentation | None = None
 
 
-class Trainable(Protocol):
+class HasPictures(Protocol):
+    """Where training pictures are read."""
+
+    def pictures(self, example: np.ndarray) -> Tensor:
+        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
+
+
+class Trainable(HasPictures, Protocol):
     """One trainable copy of the backbone; its parameters and gradients are flat vectors.
 
-    All of it lies on one device.
+    All of it lies on one device; pictures come from the CPU.
     """
 
     @property
@@ -110,8 +119,8 @@ class Trainable(Protocol):
     def grad_P(self) -> Tensor:
         """Their gradients; ``backward`` adds to them."""
 
-    def embed(self, example_B: np.ndarray) -> Tensor:
-        """Unit-norm embeddings [B, D] of training pictures, by their numbers."""
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, D] of pictures, uint8 on the CPU."""
 
 
 def own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
@@ -170,14 +179,15 @@ class Learner:
     """A client at work: what it trains on, and what it trains beside the backbone.
 
     Its tensors lie where the backbone is trained. ``batches`` has, for each local step, the numbers
-    of the pictures and the positions of their labels in S. ``rows_SD`` and ``losses`` change.
+    of the pictures, the positions of their labels in S, and the parameters by which the pictures
+    are changed, [B, A]. ``rows_SD`` and ``losses`` change.
     """
 
     client: int
     submodel: Submodel
     sample: ClassSample
     num_examples: int
-    batches: Sequence[tuple[np.ndarray, Tensor]]
+    batches: Sequence[tuple[np.ndarray, Tensor, np.ndarray]]
     rows_SD: Tensor
     absent: AbsentClasses | None
     losses: list[Tensor]
@@ -198,13 +208,18 @@ def prepare(
     target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
     rng = generator(plan.seed, "batches", plan.round, client)
     order = list(batches(len(example_N), plan.local, rng))
+    sizes = [*map(len, order)]
+    drawn_NA = np.empty((sum(sizes), 0))
+    if plan.augmentation is not None:
+        rng = generator(plan.seed, "augment", plan.round, client)
+        drawn_NA = draw_parameters(plan.augmentation, sum(sizes), rng)
     sent = to_device(submodel.broadcast, device)
     target = torch.from_numpy(target_N[np.concatenate(order)])
     target, rows_SD, *of_sample = (
         tensor.to(device, non_blocking=True)
         for tensor in (target, submodel.rows_SD, sample.ids_S, sample.log_q_S, sample.own_S)
     )
-    targets = torch.split(target, [*map(len, order)])
+    targets, drawn = torch.split(target, sizes), np.split(drawn_NA, np.cumsum(sizes)[:-1])
     absent = None
     if sent.moments is not None:
         absent = absent_classes(sent.moments, plan.num_classes, rows_SD)
@@ -213,11 +228,19 @@ def prepare(
         Submodel(sent, submodel.ids_S, rows_SD),
         ClassSample(*of_sample),
         len(example_N),
-        [*zip((example_N[batch_B] for batch_B in order), targets, strict=True)],
+        [*zip((example_N[batch_B] for batch_B in order), targets, drawn, strict=True)],
         rows_SD.clone().requires_grad_(),
         absent,
         [],
     )
+
+
+def training_pictures(
+    plan: RoundPlan, model: HasPictures, example: np.ndarray, drawn: np.ndarray
+) -> Tensor:
+    """Line 3: pictures by their numbers [...], as the client trains on them: [..., C, H, W]."""
+    pixels = model.pictures(example)
+    return pixels if plan.augmentation is None else change(plan.augmentation, pixels, drawn)
 
 
 def batch_loss(plan: RoundPlan, learner: Learner, h_BD: Tensor, target_B: Tensor) -> Tensor:
@@ -275,9 +298,10 @@ def train_client(
     device = model.theta_P.device
     learner = prepare(plan, client, submodel, sample, example_N, label_N, device)
     model.theta_P.copy_(learner.submodel.broadcast.backbone_P)
-    for example_B, target_B in learner.batches:
+    for example_B, target_B, drawn_BA in learner.batches:
         model.grad_P.zero_()
-        batch_loss(plan, learner, model.embed(example_B), target_B).backward()  # type: ignore[no-untyped-call]
+        h_BD = model.embed(training_pictures(plan, model, example_B, drawn_BA))
+        batch_loss(plan, learner, h_BD, target_B).backward()  # type: ignore[no-untyped-call]
         model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
         step_own_rows_(plan, learner)
     return client_update(plan, learner, model.theta_P)

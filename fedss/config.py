@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.algorithm import RowMean
+from fedss.augment import Augment
 from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.data import parse_partition
 from fedss.errors import ConfigError
 from fedss.methods import METHODS
-from fedss.models import ForwardPrecision
+from fedss.models import ForwardPrecision, is_trainable
 from fedss.optimizers import ServerOptimizerKind
 from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
@@ -84,6 +85,12 @@ class Config:
 
     backbone: str = _option("conv4-32", "conv4, conv4-<width> or timm:<name>", "model")
     pretrained: bool = _option(False, "start from timm's pretrained weights", "model")
+    weights: str | None = _option(
+        None, "file with weights of a timm model: .safetensors, .pth or .pt", "model"
+    )
+    trainable: str = _option(
+        "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
+    )
     embedding_size: int = _option(64, "d, numbers per embedding", "model")
 
     rounds: int = _option(120, "number of rounds", "training")
@@ -95,6 +102,7 @@ class Config:
     batch_size: int = _option(8, "pictures per local step", "training")
     client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
     class_row_lr: float = _option(2.0, "learning rate of the class rows at clients", "training")
+    augment: Augment = _option("none", "changes of training pictures at clients", "training")
     precision: ForwardPrecision = _option("float32", "of the network's forward pass", "training")
     lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
     lr_decay_start: float = _option(0.5, "share of rounds before the decay starts", "training")
@@ -218,6 +226,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
     ("lr_decay_start", lambda v: 0 <= v <= 1, "0 to 1"),
     ("test_classes", lambda v: 0 <= v < 1, "0 or more and below 1"),
+    ("trainable", is_trainable, "all, head or last-<number>"),
 )
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from fedss.build import (
-    build_model,
     evaluation_task,
     num_trainable,
     objective_name,
@@ -20,7 +19,7 @@ from fedss.client import own_classes as own_classes_of
 from fedss.config import Config
 from fedss.data import Dataset, fingerprint, own_classes, seen_classes
 from fedss.methods import METHODS
-from fedss.models import Embedder
+from fedss.models import Embedder, frozen_fingerprint
 from fedss.moments import Moments, RowMap
 from fedss.samplers import Sampler
 from fedss.seeds import generator
@@ -60,12 +59,15 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
 def describe_model(
     embedder: Embedder, sampler: Sampler | None, objective: Objective | None
 ) -> dict[str, Any]:
-    """What a run writes down of what code may bring along: a model's structure, sampler, loss."""
+    """What a run writes down of what code or files may bring along: a model's structure, the
+    weights that it came with and those that stay as they are, a sampler, a loss."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
         "parameters": num_trainable(embedder),
         "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
+        "weights_file": embedder.spec.weights,
+        "frozen": frozen_fingerprint(embedder),
         "sampler": sampler and sampler.name,
         "objective": objective and objective_name(objective),
     }
@@ -87,14 +89,13 @@ class Cost:
     bytes_up: float | None
 
 
-def costs(config: Config, data: Dataset) -> list[Cost]:
+def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
     """What each method would move, worked out on messages of zeros, before any training.
 
     Raises:
-        ConfigError: ``sample_size`` is above the number of classes, or no such backbone.
+        ConfigError: ``sample_size`` is above the number of classes.
     """
     num_classes = len(data.train.class_names)
-    embedder = build_model(config, data, None)
     own, clients = np.unique(own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():

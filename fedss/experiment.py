@@ -26,6 +26,7 @@ from fedss.algorithm import (
     without_deltas,
 )
 from fedss.allocator import keep_freed_memory
+from fedss.augment import AUGMENTATIONS, preview
 from fedss.board import add_neighbours, add_projection, add_scalars, open_board
 from fedss.build import (
     build_model,
@@ -84,6 +85,8 @@ class Federation:
         client_name: a client's name for people.
         evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
         task: the test pictures that ``evaluate`` embeds, to be looked at; None: they are not here.
+        preview: training pictures as clients see them, see :func:`fedss.augment.preview`; None
+            where they see them as they are, or nobody here may.
         quorum: the part of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
@@ -96,6 +99,7 @@ class Federation:
     client_name: Callable[[int], str]
     evaluate: Callable[[torch.Tensor, int], Evaluation | None]
     task: RetrievalTask | None
+    preview: bytes | None = None
     quorum: float = 1.0
     attempts: int = 1
     pause: float = 0.0
@@ -401,6 +405,8 @@ def _train_rounds(
         records = read_records(folder / "records.jsonl", state.round)
         for record in records:
             on_round(record)
+        if ranks.first and federation.preview is not None:
+            write_file(folder / "augmentation.npz", federation.preview)
         failed = any(record.get("failures") for record in records)
         found, done_before = None, state.round == config.rounds
         with (
@@ -612,6 +618,10 @@ def local_federation(
         images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
     clients, num_classes = index_clients(images), len(images.class_names)
     task = evaluation_task(config, data)
+    changes, shown = AUGMENTATIONS.get(config.augment), None
+    if changes is not None:
+        # First of all: this needs a package that may not be there.
+        shown = preview(changes, images.pixels, config.seed)
     with local_engine(
         embedder,
         clients,
@@ -640,6 +650,7 @@ def local_federation(
             client_name=images.client_names.__getitem__,
             evaluate=evaluate,
             task=task,
+            preview=shown,
         )
 
 

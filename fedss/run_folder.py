@@ -18,7 +18,7 @@ from fedss.files import RUN_FOLDER_ADVICE, read_json, remove_litter, write_json,
 from fedss.ranks import Ranks
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
-# and a stack decide their rounding).
+# and a stack decide their rounding). Files may have moved: what is in them is compared.
 _FREE_FIELDS = (
     "device",
     "stack",
@@ -27,6 +27,7 @@ _FREE_FIELDS = (
     "checkpoint_every",
     "row_store",
     "data_path",
+    "weights",
     "skip_broken",
 )
 _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
@@ -70,7 +71,7 @@ def claim_run(
 
     Args:
         folder: the run folder.
-        config: the run's configuration; a data path is stored as an absolute one.
+        config: the run's configuration; paths are stored as absolute ones.
         data: what :func:`fedss.describe.describe` says of the data.
         model: what is known of the model's structure.
         ranks: the processes of this run.
@@ -150,8 +151,9 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
 
 def _stored(config: Config) -> dict[str, Any]:
     values = dataclasses.asdict(config)
-    if config.data_path is not None:
-        values["data_path"] = str(Path(config.data_path).resolve())
+    for name in ("data_path", "weights"):
+        if values[name] is not None:
+            values[name] = str(Path(values[name]).resolve())
     return values
 
 

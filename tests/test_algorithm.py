@@ -66,8 +66,11 @@ class Model:
         flat = flatten_(self.embedder)
         self.theta_P, self.grad_P = flat.theta_P, flat.grad_P
 
-    def embed(self, example_B: np.ndarray) -> torch.Tensor:
-        return self.embedder(torch.from_numpy(DATA.train.pixels[example_B]))
+    def pictures(self, example: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(DATA.train.pixels[example])
+
+    def embed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.embedder(pixels_BCHW)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ VARIANTS = {
         "rows_down": "int8",
         "moments_rank": 3,
     },
+    "augmented": {"augment": "drawings"},
     "bfloat16": {"rows_down": "bfloat16", "rows_up": "bfloat16", "backbone_up": "bfloat16"},
 }
 

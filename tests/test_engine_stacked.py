@@ -207,11 +207,14 @@ def test_who_has_no_batch_left_is_not_computed():
     model, seen = replica(images), []
 
     class Spy:
-        def embed_stacked(self, theta_KP: torch.Tensor, example_KB: np.ndarray) -> torch.Tensor:
+        def pictures(self, example_KB: np.ndarray) -> torch.Tensor:
             seen.append(example_KB.shape)
             # What fills up a batch is the client's own.
             assert all(len(np.unique(images.clients[example_B])) == 1 for example_B in example_KB)
-            return model.embed_stacked(theta_KP, example_KB)
+            return model.pictures(example_KB)
+
+        def embed_stacked(self, theta_KP: torch.Tensor, pixels_KBCHW: torch.Tensor) -> torch.Tensor:
+            return model.embed_stacked(theta_KP, pixels_KBCHW)
 
     learners = [prepare(told, *of_one, torch.device("cpu")) for of_one in work(images, told)]
     train_clients(told, Spy(), learners)

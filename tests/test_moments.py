@@ -143,7 +143,7 @@ def test_the_client_returns_the_sum_over_its_steps():
     held, step = W0[own].clone(), torch.zeros(len(others), W0.shape[1])
     for batch in batches(len(example_N), told.local, keyed(told.seed, "batches", 0, client)):
         model.grad_P.zero_()
-        h = model.embed(example_N[batch])
+        h = model.embed(model.pictures(example_N[batch]))
         rows, absent_W = held.clone().requires_grad_(), W0[others].clone().requires_grad_()
         target = torch.from_numpy(np.searchsorted(own, labels[example_N[batch]]))
         absent = AbsentClasses(len(others), *moments_of(absent_W))

@@ -82,7 +82,7 @@ def holding(embedder: Embedder, trained: Path, place: Path) -> Path:
     shutil.copytree(trained, place)
     save_embedder(embedder, place / "model", {})
     about = json.loads((place / "config.json").read_text())
-    about["model"] = describe_model(embedder, None)
+    about["model"] = describe_model(embedder, None, None)
     (place / "config.json").write_text(json.dumps(about))
     return place
 

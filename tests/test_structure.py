@@ -40,8 +40,8 @@ PUBLIC = {
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
     {"errors", "seeds", "allocator", "pace"},
-    {"files", "ranks"},
-    {"softmax", "codec", "rff", "retrieval", "models", "data", "report"},
+    {"extras", "files", "ranks"},
+    {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
     {"samplers", "moments", "methods", "verification", "confusions"},
     {"class_rows"},
     {"optimizers", "client"},
@@ -111,8 +111,8 @@ def test_heavy_extras_are_imported_where_they_are_used():
             (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
             for node in top
         }
-        heavy = {"timm", "pyarrow", "pi_heif", "flwr", "onnx", "onnxruntime", "onnxscript"}
-        heavy |= {"starlette", "uvicorn", "python_multipart"}
+        heavy = {"timm", "torchvision", "pyarrow", "pi_heif", "flwr", "starlette", "uvicorn"}
+        heavy |= {"python_multipart", "onnx", "onnxruntime", "onnxscript"}
         if path.parent == PACKAGE / "engines" / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path

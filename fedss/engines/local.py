@@ -73,17 +73,21 @@ class Replica:
     grad_P: Tensor
     pixels: np.ndarray
 
-    def embed(self, example_B: np.ndarray) -> Tensor:
-        """Unit-norm embeddings [B, D] of training pictures, by their numbers."""
-        h_BD: Tensor = self.embedder(self._pictures(example_B))
+    def pictures(self, example: np.ndarray) -> Tensor:
+        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
+        return torch.from_numpy(self.pixels[example])
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, D] of pictures."""
+        h_BD: Tensor = self.embedder(self._there(pixels_BCHW))
         return h_BD
 
-    def embed_stacked(self, theta_KP: Tensor, example_KB: np.ndarray) -> Tensor:
-        """Unit-norm embeddings [K, B, D] of training pictures, those of row k under weights k."""
-        return embed_stacked(self.embedder, theta_KP, self._pictures(example_KB))
+    def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
+        """Unit-norm embeddings [K, B, D] of pictures, those of row k under weights k."""
+        return embed_stacked(self.embedder, theta_KP, self._there(pixels_KBCHW))
 
-    def _pictures(self, example: np.ndarray) -> Tensor:
-        pixels = torch.from_numpy(self.pixels[example])
+    def _there(self, pixels: Tensor) -> Tensor:
+        """Pictures where the model is."""
         if self.theta_P.is_cuda:
             # Out of pinned memory they travel while the GPU still works on what came before.
             pixels = pixels.pin_memory()

@@ -17,16 +17,25 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 
-from fedss.client import ClientUpdate, Learner, RoundPlan, batch_loss, client_update, step_own_rows_
+from fedss.client import (
+    ClientUpdate,
+    HasPictures,
+    Learner,
+    RoundPlan,
+    batch_loss,
+    client_update,
+    step_own_rows_,
+    training_pictures,
+)
 from fedss.errors import ConfigError
 from fedss.softmax import ClassSample, Objective, Scoring
 
 
-class Stackable(Protocol):
+class Stackable(HasPictures, Protocol):
     """A backbone whose weights can be given from outside, several sets of them at once."""
 
-    def embed_stacked(self, theta_KP: Tensor, example_KB: np.ndarray) -> Tensor:
-        """Unit-norm embeddings [K, B, D] of training pictures, those of row k under weights k."""
+    def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
+        """Unit-norm embeddings [K, B, D] of pictures, those of row k under weights k."""
 
 
 def train_clients(
@@ -42,11 +51,14 @@ def train_clients(
     theta_KP = backbone_P.repeat(len(learners), 1)
     for step in range(len(learners[0].batches)):
         active = [learner for learner in learners if step < len(learner.batches)]
-        examples, targets = zip(*(learner.batches[step] for learner in active), strict=True)
+        examples, targets, drawn = zip(*(learner.batches[step] for learner in active), strict=True)
         widest = max(map(len, examples))
+        example_KB = np.stack([np.resize(e, widest) for e in examples])
+        drawn_KBA = np.stack([np.resize(d, (widest, d.shape[1])) for d in drawn])
         # The weights of those still active: a leaf of autograd that shares memory with all.
         active_KP = theta_KP[: len(active)].requires_grad_()
-        h_KBD = model.embed_stacked(active_KP, np.stack([np.resize(e, widest) for e in examples]))
+        pixels_KBCHW = training_pictures(plan, model, example_KB, drawn_KBA)
+        h_KBD = model.embed_stacked(active_KP, pixels_KBCHW)
         batch_losses(plan, active, h_KBD, targets).sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             active_KP.sub_(active_KP.grad, alpha=plan.local.lr)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from fedss.models.embedder import (
     embed_pixels,
 )
 from fedss.models.flat import FlatParameters, flatten_
+from fedss.models.frozen import frozen_fingerprint, is_trainable
 from fedss.models.layout import pool_before_relu_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
 from fedss.models.saving import fingerprint, load_embedder, safetensors_of, save_embedder
@@ -30,6 +31,8 @@ __all__ = [
     "fingerprint",
     "flatten_",
     "freeze_batch_norm",
+    "frozen_fingerprint",
+    "is_trainable",
     "load_embedder",
     "pool_before_relu_",
     "replace_batch_norm",

@@ -1,7 +1,6 @@
 """Backbones by name: a network of this library's own, and timm's."""
 
 import difflib
-import importlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from fedss.errors import ConfigError
+from fedss.extras import import_extra
 from fedss.models.checks import check_image
 from fedss.models.norms import largest_groups
 
@@ -107,7 +107,7 @@ def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) 
 
 
 def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
-    timm = _import_timm()
+    timm = import_extra("timm", "timm")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
@@ -125,20 +125,3 @@ def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> 
             f"{type(error).__name__}: {error}"
         ) from error
     return model
-
-
-def _import_timm() -> Any:
-    try:
-        return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'timm models need {error.name}: pip install "fedss[timm]"') from error
-    except (RuntimeError, ImportError, AttributeError) as error:
-        # A torchvision of another build fails with "operator torchvision::nms does not exist";
-        # a second attempt in the same process with errors of a half imported package.
-        if "torchvision" not in str(error):
-            raise
-        raise ConfigError(
-            "timm cannot be imported because torchvision does not fit torch "
-            f"{torch.__version__}: install both from the same build, from one index "
-            f"(CPU or the same CUDA version; see pytorch.org/get-started). Python said: {error}"
-        ) from error

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,10 @@ from fedss.models.checks import (
     refuse_hidden_state,
     refuse_lazy_layers,
 )
+from fedss.models.frozen import freeze_
 from fedss.models.layout import channels_last, channels_last_pays
 from fedss.models.norms import freeze_batch_norm, replace_batch_norm
+from fedss.models.weights import load_weights_, weights_fingerprint
 
 ForwardPrecision = Literal["float32", "bfloat16"]
 
@@ -37,7 +40,8 @@ class EmbedderSpec:
 
     `backbone` is the name given to `build_embedder`, or None for a module of the user's own.
     `pretrained` says that batch norms were frozen rather than replaced; rebuilding downloads
-    nothing.
+    nothing. `weights` is the SHA-256 of the file that trained weights came from, if they came from
+    one, and `trainable` which part trains.
     """
 
     backbone: str | None
@@ -45,6 +49,8 @@ class EmbedderSpec:
     image_size: int
     embedding_size: int
     pretrained: bool = False
+    weights: str | None = None
+    trainable: str = "all"
 
     def __post_init__(self) -> None:
         if self.embedding_size < 1:
@@ -130,12 +136,14 @@ def build_embedder(
     embedding_size: int,
     seed: int,
     pretrained: bool = False,
+    weights: str | Path | None = None,
+    trainable: str = "all",
 ) -> Embedder:
     """An embedder fit for federated training.
 
-    Batch norms are replaced by group norms (`replace_batch_norm`), or frozen if `pretrained`
-    (`freeze_batch_norm`). A projection to `embedding_size` follows every named backbone, and a
-    module of your own unless its output has that size already.
+    Batch norms are replaced by group norms (`replace_batch_norm`), or frozen if `pretrained` or
+    with `weights` (`freeze_batch_norm`). A projection to `embedding_size` follows every named
+    backbone, and a module of your own unless its output has that size already.
 
     Args:
         backbone: "conv4", "conv4-<width>" (see `conv4`), "timm:<model>" (any image model of timm:
@@ -149,31 +157,53 @@ def build_embedder(
         pretrained: download weights for a timm model, and scale pixels as they expect (otherwise
             to -1 … 1); for a module of your own: it holds trained weights, so keep its batch
             norms' statistics.
+        weights: a file with weights of a timm model, in place of the download; see
+            `fedss.models.weights.load_weights_`. All else is as with `pretrained`.
+        trainable: "all"; "head": the projection alone; or "last-K": the last K blocks of the
+            backbone (`fedss.models.frozen.blocks`) and the projection. What does not train is
+            neither sent nor returned.
 
     Raises:
-        ConfigError: an unknown name; no weights to be had; a module whose output is not
-            [B, features], that draws random numbers (dropout), changes its buffers in training or
-            keeps batch statistics which cannot be replaced; a size or number out of range.
+        ConfigError: an unknown name; no weights to be had, or those of another architecture; no
+            such part to train; a module whose output is not [B, features], that draws random
+            numbers (dropout), changes its buffers in training or keeps batch statistics which
+            cannot be replaced; a size or number out of range.
     """
     spec = EmbedderSpec(
         backbone=backbone if isinstance(backbone, str) else None,
         channels=channels,
         image_size=image_size,
         embedding_size=embedding_size,
-        pretrained=pretrained,
+        pretrained=pretrained or weights is not None,
+        weights=None if weights is None else weights_fingerprint(weights),
+        trainable=trainable,
     )
-    return assemble(backbone, spec, seed, pretrained)
+    return assemble(backbone, spec, seed, pretrained and weights is None, weights)
 
 
-def assemble(backbone: str | nn.Module, spec: EmbedderSpec, seed: int, download: bool) -> Embedder:
-    """`build_embedder` from a description; timm's weights are downloaded or drawn."""
+def assemble(
+    backbone: str | nn.Module,
+    spec: EmbedderSpec,
+    seed: int,
+    download: bool,
+    weights: str | Path | None = None,
+) -> Embedder:
+    """`build_embedder` from a description; timm's weights are downloaded, read or drawn."""
+    if weights is not None and not (spec.backbone or "").startswith("timm:"):
+        raise ConfigError(
+            f"weights: only timm models take a file, expected a backbone timm:<model>, got "
+            f"{spec.backbone or 'a module of your own: load it yourself, and set pretrained'}"
+        )
     with own_random_state(seed):
         if isinstance(backbone, nn.Module):
             body = copy.deepcopy(backbone).cpu()
         else:
             body = named_backbone(backbone, spec.channels, spec.image_size, download)
+        if weights is not None:
+            load_weights_(body, weights, spec.channels)
         mean, std = _pixel_statistics(body, spec)
         refuse_lazy_layers(body)
+        freeze_(body, spec.trainable)
         body = freeze_batch_norm(body) if spec.pretrained else replace_batch_norm(body)
         refuse_batch_statistics(body)
         refuse_dropout(body)
@@ -183,6 +213,12 @@ def assemble(backbone: str | nn.Module, spec: EmbedderSpec, seed: int, download:
         if spec.backbone is not None or features != spec.embedding_size:
             projection = nn.Linear(features, spec.embedding_size, bias=False)
             nn.init.kaiming_normal_(projection.weight, nonlinearity="linear")
+        elif spec.trainable == "head":
+            raise ConfigError(
+                "trainable: the backbone gives embedding_size numbers itself, so there is no "
+                "projection, and with head nothing would train; choose another embedding_size, or "
+                "last-<number>"
+            )
         layout = channels_last_pays(body, spec.channels, spec.image_size)
         return Embedder(body, projection, mean=mean, std=std, spec=spec, channels_last=layout)
 

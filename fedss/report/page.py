@@ -25,7 +25,7 @@ from fedss.report.frontier import (
     on_frontier,
 )
 from fedss.report.labels import wrap
-from fedss.report.panels import retrieval
+from fedss.report.panels import augmented, retrieval
 from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
 from fedss.report.rounds import PHASES, failures, paces
 from fedss.report.verification import number, verification
@@ -128,6 +128,7 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         retrieval=retrieval(groups, slots),
         verification=verification(groups, slots),
         number=number,
+        augmented=augmented(groups),
         settings=_settings(groups),
         commands=_commands(groups),
         versions=_versions(runs),

@@ -65,6 +65,31 @@ class Retrieval:
     small: bool
 
 
+@dataclass(frozen=True)
+class Augmented:
+    """Training pictures, each followed by what clients may make of it, as data URIs."""
+
+    name: str
+    rows: list[list[str]]
+    small: bool
+
+
+def augmented(groups: Sequence[Group]) -> list[Augmented]:
+    """For each augmentation, the pictures of the first run with it that stored some."""
+    found: dict[str, np.ndarray] = {}
+    for run in (run for group in groups for run in group.runs):
+        if run.augmented is not None:
+            found.setdefault(str(run.settings.get("augment")), run.augmented)
+    return [
+        Augmented(
+            name,
+            [[data_uri(picture) for picture in row] for row in pixels],
+            max(pixels.shape[-2:]) <= SMALL_SIDE,
+        )
+        for name, pixels in found.items()
+    ]
+
+
 def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None:
     """Choose queries and draw them; None if no run stored its neighbours.
 

@@ -6,7 +6,7 @@ import re
 import reprlib
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _ADVICE = {
     "confusions.npz": "delete it: the report is then written without pictures",
     "verification.json": "delete it: the report is then written without these figures, "
     "and fedss evaluate measures them again",
+    "augmentation.npz": "delete it: the report is then written without these pictures",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
 _COUNTS = (
@@ -168,7 +169,8 @@ class Run:
 
     ``results`` has the keys of a line of summary.json, and ``row_bytes_*``: class rows and moments
     together. Those of an unfinished run are those of its last evaluated round. ``label`` names the
-    variant wherever it is shown.
+    variant wherever it is shown. ``augmented``: uint8 [P, 1 + V, C, H, W], training pictures, each
+    followed by what clients may make of it.
     """
 
     method: str
@@ -186,6 +188,7 @@ class Run:
     neighbours: Neighbours | None
     verified: Verified | None
     confused: Confused | None
+    augmented: np.ndarray | None
 
     @property
     def last_round(self) -> int:
@@ -343,6 +346,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         neighbours=_neighbours(folder / "retrieval.npz"),
         verified=_verified(folder / "verification.json"),
         confused=_confused(folder / "confusions.npz"),
+        augmented=_augmented(folder / "augmentation.npz"),
     )
 
 
@@ -423,7 +427,7 @@ def _results_so_far(
 def _neighbours(path: Path) -> Neighbours | None:
     if not path.is_file():
         return None
-    arrays = _arrays(path, Neighbours)
+    arrays = _arrays(path, Neighbours.__dataclass_fields__)
     scores, pixels = arrays["scores"], arrays["pixels"]
     if scores.ndim != 2 or scores.shape[1] < 1:
         raise _damaged(path, f"scores: expected [queries, neighbours], got {scores.shape}")
@@ -442,7 +446,7 @@ def _neighbours(path: Path) -> Neighbours | None:
 def _confused(path: Path) -> Confused | None:
     if not path.is_file():
         return None
-    arrays = _arrays(path, Confused)
+    arrays = _arrays(path, Confused.__dataclass_fields__)
     pixels, count = arrays["pixels"], len(np.atleast_1d(arrays["scores"]))
     names = ("shown", "class_names", "confused", "queries")
     if arrays["scores"].ndim != 1 or any(arrays[name].shape != (count, 2) for name in names):
@@ -453,10 +457,21 @@ def _confused(path: Path) -> Confused | None:
     return Confused(**arrays)
 
 
-def _arrays(path: Path, kind: type[Neighbours | Confused]) -> dict[str, np.ndarray]:
+def _augmented(path: Path) -> np.ndarray | None:
+    if not path.is_file():
+        return None
+    pixels = _arrays(path, ["pixels"])["pixels"]
+    fits = pixels.ndim == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] > 1
+    if pixels.dtype != np.uint8 or not fits or 0 in pixels.shape:
+        got = f"{pixels.dtype} {pixels.shape}"
+        raise _damaged(path, f"pixels: expected uint8 [P, 1 + V, 1 or 3, H, W], got {got}")
+    return pixels
+
+
+def _arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: np.asarray(file[name]) for name in kind.__dataclass_fields__}
+            return {name: np.asarray(file[name]) for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, f"cannot be read ({error})") from error
 

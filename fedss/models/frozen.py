@@ -1,0 +1,90 @@
+"""Which part of a backbone trains, and what tells the rest from that of another machine."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fedss.errors import ConfigError
+from fedss.extras import import_extra
+from fedss.models.checks import few
+
+_TRAINABLE = re.compile(r"all|head|last-[1-9]\d{0,3}")
+
+
+def is_trainable(text: str) -> bool:
+    """Whether a text says which part trains: ``all``, ``head`` or ``last-<number>``."""
+    return bool(_TRAINABLE.fullmatch(text))
+
+
+def freeze_(backbone: nn.Module, trainable: str) -> None:
+    """Freeze the parameters that are not to train, in place: neither sent nor returned.
+
+    Args:
+        backbone: as it was made, with its batch norms: they count for what a block is.
+        trainable: ``all`` leaves everything as it is; ``head`` freezes the whole backbone, so that
+            the projection alone trains; ``last-K`` freezes all but the last K of :func:`blocks`.
+
+    Raises:
+        ConfigError: another text, or more blocks than there are.
+    """
+    if not is_trainable(trainable):
+        raise ConfigError(f"trainable: expected all, head or last-<number>, got {trainable!r}")
+    if trainable == "all":
+        return
+    parts = blocks(backbone)
+    count = 0 if trainable == "head" else int(trainable.removeprefix("last-"))
+    if count > len(parts):
+        raise ConfigError(
+            f"trainable: expected last-1 to last-{len(parts)}, got {trainable}; the backbone's "
+            f"blocks are {few(list(parts), 40)}"
+        )
+    last = [name for names in list(parts.values())[len(parts) - count :] for name in names]
+    for name, parameter in backbone.named_parameters():
+        if name not in last:
+            parameter.requires_grad_(False)
+
+
+def blocks(backbone: nn.Module) -> Mapping[str, list[str]]:
+    """The names of a backbone's parameters by block, in the order of the forward pass.
+
+    For a model of timm, its own groups (``timm.models.group_parameters`` with
+    ``group_matcher(coarse=True)``): the stem, each stage of a convolutional network or each block
+    of a transformer, and what comes after them, which counts with the last or is one more block,
+    as timm has it. For any other module, its top-level children that have parameters, in the order
+    in which it lists them (``conv4``: its four blocks), and before them what it holds itself.
+
+    Returns:
+        By the name of each block's first parameter without its last part, such as ``blocks.6.0``.
+    """
+    names = [name for name, _ in backbone.named_parameters()]
+    matcher = getattr(backbone, "group_matcher", None)
+    if matcher is not None:
+        timm = import_extra("timm.models", "timm")
+        groups = [*timm.group_parameters(backbone, matcher(coarse=True)).values()]
+    else:
+        heads = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] for name in names)
+        order = sorted(heads, key=lambda head: head != "")
+        groups = [[n for n in names if n.rpartition(".")[0].partition(".")[0] == h] for h in order]
+    return {group[0].rpartition(".")[0] or group[0]: group for group in groups}
+
+
+def frozen_fingerprint(embedder: nn.Module) -> str | None:
+    """SHA-256 of what is not trained, hence not sent, and must be the same at server and sites.
+
+    Of parameters that do not require grad and buffers: names, types, shapes and bits, in the order
+    of the state dict. None if the backbone has none of these (the statistics of pixels alone, which
+    the backbone's name decides, make no difference).
+    """
+    trained = {n for n, p in embedder.named_parameters(remove_duplicate=False) if p.requires_grad}
+    frozen = {n: t for n, t in embedder.state_dict().items() if n not in trained}
+    if not any(name.startswith("backbone.") for name in frozen):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in frozen.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
