@@ -135,7 +135,12 @@ def add_projection(
     logs = Path(board.log_dir)
     # A run that was stopped right after writing it writes it again.
     shutil.rmtree(logs / f"{round:05d}", ignore_errors=True)
-    names = [" ".join(images.class_names[i].split()) or "–" for i in images.labels[chosen]]
+    # TensorBoard's tables are UTF-8, one name a line; names of folders may be any bytes.
+    plain = [
+        images.class_names[i].encode("utf-8", "backslashreplace").decode()
+        for i in images.labels[chosen]
+    ]
+    names = [" ".join(name.split()) or "–" for name in plain]
     side = min(_THUMBNAIL, images.pixels.shape[-1])
     tiles = [np.asarray(_thumbnail(pixels, side)) for pixels in images.pixels[chosen]]
     tiles_NCHW = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255

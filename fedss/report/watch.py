@@ -52,8 +52,8 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
                 runs = read_runs(folder)
                 late = not done and _late(folder, runs)
                 _write(path, runs, folder, None if done else late)
-                say(f"{_now()}  {_line(runs, folder, done, late)}")
                 shown = True
+                say(f"{_now()}  {_line(runs, folder, done, late)}")
             if done:
                 return path
             rest = time.monotonic() + (time.process_time() - began) * (1 / _SHARE - 1)
