@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{command}: {_printable(str(error))}", file=speaks)
             return 1 if lost else 2
         except KeyboardInterrupt:
-            print("\nfedss: interrupted; start the same command again to go on", file=sys.stderr)
+            again = command.removeprefix("fedss ") in ("train", "compare", "index")
+            then = "; start the same command again to go on" if again else ""
+            print(f"\nfedss: interrupted{then}", file=sys.stderr)
             return 130
     return 0
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,7 +72,8 @@ def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
             image = Image.open(picture)
     except Image.DecompressionBombError as error:
         # Pillow's own limit, which lies above ours. It says how many pixels, not width and height.
-        raise _too_large(f"{error};") from error
+        pixels = re.search(r"\d+", str(error))
+        raise _too_large(f"{int(pixels[0]):,} pixels," if pixels else str(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()

@@ -123,5 +123,6 @@ def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> 
         raise ConfigError(
             f'timm cannot build "{name}" {what}for {channels} channels at {image_size} px: '
             f"{type(error).__name__}: {error}"
+            + ("; without a network give a file with them, --weights FILE" if pretrained else "")
         ) from error
     return model

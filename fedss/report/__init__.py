@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
         # Names of classes may hold bytes that are no UTF-8, which a page cannot.
         write_file(path, html.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error})") from error
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror})") from error
     return path
 
 

@@ -88,7 +88,10 @@ def rounds_chart(name: str, lines: Sequence[Line], last_round: int, alt: str) ->
     for line in lines:
         draw_line(ax, line, band=len(lines) <= FEW)
     ax.set_xlim(0, max(last_round, 1))
-    ax.set_ylim(bottom=min(0.0, *(float(line.low.min()) for line in lines)))
+    top = max(float(line.high.max()) for line in lines)
+    bottom = min(0.0, *(float(line.low.min()) for line in lines))
+    # Room for a line that runs along the top.
+    ax.set_ylim(bottom, top * 1.06 if top > 0 else max(top, bottom + 1))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("round", loc="right")
     _label_ends(ax, lines, _place(ax, lines))

@@ -79,7 +79,7 @@ def _write(path: Path, runs: Sequence[Run], folder: Path, late: bool | None) -> 
         last_round = "" if last is None else _clock(datetime.fromtimestamp(last))
         watched = Watched(_now(), last_round, late, REFRESH)
     with writing(folder, "make room or mend the place, then start the same command again"):
-        write_file(path, render(runs, folder, watched).encode())
+        write_file(path, render(runs, folder, watched).encode("utf-8", "backslashreplace"))
 
 
 def _stamp(folder: Path) -> Mapping[str, tuple[int, int]]:
