@@ -376,11 +376,16 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
             f"{path / runs[0]}"
         )
     if not path.exists():
-        raise RunFolderError(f"{path}: expected a finished run, got no such folder; give the --out of a fedss train command")
+        raise RunFolderError(
+            f"{path}: expected a finished run, got no such folder; give the --out of a fedss train "
+            "command"
+        )
     if not (path / "config.json").exists():
         below = sorted(place.parent.name for place in path.glob("*/config.json"))
         hint = f"; runs in it: {', '.join(below[:5])}" if below else ""
-        raise RunFolderError(f"{path}: expected a finished run, found none: it has no config.json{hint}")
+        raise RunFolderError(
+            f"{path}: expected a finished run, found none: it has no config.json{hint}"
+        )
     done = (path / "summary.json").exists()
     raise RunFolderError(
         f"{path}: expected a finished run with model/model.safetensors, found none; "
