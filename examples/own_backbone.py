@@ -9,30 +9,33 @@ of size `embedding_size`, a linear layer is added; embeddings are brought to len
 import tempfile
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 import fedss
 
 
-class TwoScales(nn.Module):
-    """Strokes and their arrangement: features before and after a second convolution."""
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    # A group per channel: statistics of a picture alone, the same at every client.
+    return nn.Sequential(layer, nn.GroupNorm(outputs, outputs))
 
-    def __init__(self, channels: int = 1, width: int = 24) -> None:
+
+class Residual(nn.Module):
+    """Four convolutions, the second of which adds to what it was given."""
+
+    def __init__(self, channels: int = 1, width: int = 32) -> None:
         super().__init__()
-        self.fine = nn.Sequential(
-            nn.Conv2d(channels, width, 5, stride=2, padding=2), nn.GroupNorm(4, width), nn.ReLU()
-        )
-        self.coarse = nn.Sequential(
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GroupNorm(4, 2 * width)
-        )
+        self.stem = convolution(channels, width, stride=2)
+        self.middle, self.fine, self.last = (convolution(width, width) for _ in range(3))
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        fine = self.fine(pixels_BCHW)
-        coarse = self.coarse(fine)
-        parts = (nn.functional.adaptive_avg_pool2d(part, 4).flatten(1) for part in (fine, coarse))
-        return torch.cat(list(parts), dim=1)
+        x = nn.functional.relu(self.stem(pixels_BCHW))
+        x = nn.functional.max_pool2d(nn.functional.relu(x + self.middle(x)), 2)
+        x = nn.functional.max_pool2d(nn.functional.relu(self.fine(x)), 2)
+        # No ReLU at the end: the linear layer that follows wants both signs.
+        return nn.functional.adaptive_max_pool2d(self.last(x), 3).flatten(1)
 
 
 def main(rounds: int = 30, classes: int = 320) -> float:
@@ -40,9 +43,9 @@ def main(rounds: int = 30, classes: int = 320) -> float:
     config = fedss.Config(rounds=rounds, glyphs_classes=classes, glyphs_clients=64, eval_every=0)
     data = fedss.load_data(config)
     with tempfile.TemporaryDirectory() as folder:
-        run = fedss.train(config, Path(folder) / "run", data=data, backbone=TwoScales())
+        run = fedss.train(config, Path(folder) / "run", data=data, backbone=Residual())
         # The weights come from the run folder, the structure from the module.
-        model = fedss.load(run.folder, backbone=TwoScales())
+        model = fedss.load(run.folder, backbone=Residual())
         files = [Path(folder) / f"{i}.png" for i in range(2)]
         for file, pixels in zip(files, data.test.query.pixels[:2], strict=True):
             Image.fromarray(pixels[0]).save(file)
