@@ -426,6 +426,42 @@ def test_what_cannot_be_enrolled_leaves_nothing(place):
     assert not (collection.folder / "enrolled.sqlite").exists()
 
 
+def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(made, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8))
+    noise.save(tmp_path / "a.jpg", quality=95)
+    collection = opened(made)
+    expected_1D = collection.embed([tmp_path / "a.jpg"])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert torch.equal(collection.embed([image]), expected_1D)
+        (taken,) = enrol(collection, "open", [image]).search(expected_1D, 1)[0]
+        assert taken.score == pytest.approx(1)
+        remove(collection, "open")
+        assert image.size == (400, 300)
+        with Image.open(tmp_path / "a.jpg") as untouched:
+            assert np.array_equal(np.asarray(image), np.asarray(untouched))
+        # Decoded now, it is what it is; nothing but its pixels counts.
+        plain_1D = collection.embed([Image.fromarray(np.asarray(image))])
+        assert torch.equal(collection.embed([image]), plain_1D)
+        assert not torch.equal(plain_1D, expected_1D)
+    content = io.BytesIO((tmp_path / "a.jpg").read_bytes())
+    assert torch.equal(collection.embed([Image.open(content)]), expected_1D)
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("L", None)
+        told_1D = collection.embed([image.copy()])
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("L", None)
+        assert torch.equal(collection.embed([image]), told_1D)
+        assert not torch.equal(told_1D, expected_1D)
+    first, second = picture(1), picture(2)
+    first.save(tmp_path / "two.gif", save_all=True, append_images=[second])
+    with Image.open(tmp_path / "two.gif") as image:
+        image.seek(1)
+        page_1D = collection.embed([image])
+        assert torch.equal(page_1D, collection.embed([image.copy()]))
+        assert not torch.equal(page_1D, collection.embed([tmp_path / "two.gif"]))
+
+
 def test_several_enrol_at_once(place):
     collection = opened(place)
     with ThreadPoolExecutor(6) as pool:
