@@ -162,7 +162,8 @@ def test_help_gives_each_default(capsys):
 
 def test_train_then_everything_else(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", *GLYPHS, "--method", "fedss", "--seed", "1", "--out", str(out)]) == 0
+    words = [*GLYPHS, "--method", "fedss", "--seed", "1", "--data-seed", "3", "--out", str(out)]
+    assert main(["train", *words]) == 0
     assert list((out / "model").glob("*.safetensors"))
     assert "MAP@10" in capsys.readouterr().out
     assert main(["train", "--config", str(out / "config.json"), "--out", str(out)]) == 0
@@ -188,6 +189,8 @@ def test_train_then_everything_else(tmp_path, capsys):
     assert json.loads((out / "verification.json").read_text()) == metrics["verification"]
     assert metrics["verification"]["impostor"] == at_the_end["impostor"]
     assert metrics["verification"]["eer"] == pytest.approx(at_the_end["eer"], abs=1e-6)
+    known = metrics["verification"]["identification"]
+    assert known == pytest.approx(at_the_end["identification"], abs=1e-4)
     assert main(["evaluate", str(out), "--far", "0.5", "0.0000001"]) == 0
     printed = capsys.readouterr().out
     assert f"equal error rate  {at_the_end['eer']:.4f}" in printed

@@ -35,8 +35,9 @@ from fedss.search import (
     stored_threshold,
     why_no_threshold,
 )
-from fedss.search.collection import Collection
+from fedss.search.collection import Collection, check_model
 from fedss.search.page import neighbours_page
+from fedss.search.shelf import changing, note
 from fedss.verification import NOTHING
 from tests import reference
 
@@ -338,6 +339,33 @@ def test_the_model_that_made_an_index_is_asked_for(place):
         build_collection(place / "run", place / "photos")
     (collection.folder / "enrolled.sqlite").unlink()
     assert build_collection(place / "run", place / "photos").embedded == 12
+
+
+@pytest.mark.parametrize("place_of_digit", [0, 11, 12, 40, -1])
+def test_models_whose_fingerprints_differ_in_one_digit_are_two(place, place_of_digit):
+    path = place / "run" / "index" / "index.sqlite"
+    check_model(path, MODEL)
+    digits = list(fingerprint(MODEL))
+    digits[place_of_digit] = "0" if digits[place_of_digit] != "0" else "1"
+    with changing(path) as file:
+        note(file, {"model": "".join(digits)})
+    with pytest.raises(RunFolderError, match="made with another model"):
+        check_model(path, MODEL)
+
+
+def test_a_change_within_a_second_that_keeps_the_size_is_seen(made, tmp_path):
+    photo, moment = tmp_path / "photos" / "a.bmp", 10**18 + 5 * 10**8
+    photo.parent.mkdir()
+    picture(1).save(photo)
+    size = photo.stat().st_size
+    os.utime(photo, ns=(moment, moment))
+    before = build_collection(made / "run", photo.parent, tmp_path / "index").vectors_ND
+    picture(2).save(photo)
+    os.utime(photo, ns=(moment, moment + 1000))
+    assert photo.stat().st_size == size
+    after = build_collection(made / "run", photo.parent, tmp_path / "index")
+    assert after.embedded == 1
+    assert not torch.allclose(after.vectors_ND, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("length", [3, 100, 5000, -100])
