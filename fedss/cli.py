@@ -21,7 +21,7 @@ from rich.table import Table
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.engines.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
-from fedss.errors import ConfigError, FedssError, LostRankError
+from fedss.errors import ConfigError, FedssError, LostRankError, RunFolderError
 from fedss.methods import METHODS
 from fedss.ranks import join, this_rank
 
@@ -397,6 +397,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fedss.experiment import load
     from fedss.files import read_json, write_json
     from fedss.models import embed_pixels
+    from fedss.report.records import read_verified
     from fedss.verification import FARS
 
     fars = options.far or FARS
@@ -420,13 +421,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         _print_figures(metrics, measured)
     path = Path(options.folder) / "verification.json"
-    if measured is None or options.far or _given(options) or path.exists():
+    # Of other pictures it would not be the run's.
+    writes = not (measured is None or options.far or _given(options))
+    try:
+        if read_verified(path) is not None:
+            return
+    except RunFolderError as error:
+        if not writes:
+            print(error, file=sys.stderr)
+    if not writes:
         return
-    # A run of an earlier version lacks it; of other pictures it would not be the run's.
     try:
         write_json(path, measured)
     except OSError as error:
-        print(f"{path} is missing and cannot be written: {error}", file=sys.stderr)
+        print(f"{path} cannot be written: {error}", file=sys.stderr)
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -523,33 +531,27 @@ def _enrol(options: argparse.Namespace) -> None:
 
 
 def _identify(options: argparse.Namespace) -> None:
-    from fedss.search import identify, open_collection, stored_threshold
+    from fedss.search import identify, open_collection, stored_threshold, why_no_threshold
     from fedss.search.page import shown
 
     collection = open_collection(_place(options), options.folder)
-    threshold = options.threshold
-    about = "as given"
-    if threshold is None:
+    if options.threshold is None:
         stored = stored_threshold(options.folder)
         if stored is None:
-            raise ConfigError(
-                f"{options.folder} has no threshold of its own: fedss evaluate {options.folder} "
-                "measures one, or give a least cosine with --threshold, such as 0.6"
-            )
-        threshold = stored.threshold
-        about = (
-            f"of strangers {stored.fpir:.1%} are named among {stored.enrolled:,} classes, as "
-            f"measured; here about {stored.fpir_among(len(collection.classes)):.1%}"
-        )
-        if not stored.supported:
-            about += "; too few pictures were at hand to be sure"
+            raise ConfigError(why_no_threshold(options.folder))
+        threshold, about = stored.threshold, stored.worth(len(collection.classes))
+    else:
+        threshold, about = options.threshold, "as given"
     found = identify(collection, collection.embed(options.pictures), threshold)
     if options.json:
         named = zip(options.pictures, found, strict=True)
         rows = [{"picture": name, **dataclasses.asdict(identity)} for name, identity in named]
         print(json.dumps({"threshold": threshold, "pictures": rows}, indent=2))
+        if threshold > 1:
+            print(about, file=sys.stderr)
         return
-    print(f"among {len(collection.classes):,} classes, threshold {threshold:.3f} ({about})")
+    least = about if threshold > 1 else f"threshold {threshold:.3f} ({about})"
+    print(f"among {len(collection.classes):,} classes, {least}")
     table = _table()
     for heading in ("picture", "class", "nearest"):
         table.add_column(heading, overflow="fold")
@@ -792,7 +794,10 @@ def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | Non
     console.print(found)
     print(f"{metrics['queries']:,} queries\n")
     if measured is None:
-        print("all test pictures are of one class: nothing to verify or identify")
+        print(
+            "all test pictures are of one class: nothing to verify or identify, and no threshold "
+            "for fedss identify: give it one with --threshold"
+        )
         return
     pairs = _table("verification")
     for heading in ("", "FAR", "TAR", "threshold"):
@@ -810,6 +815,10 @@ def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | Non
         print(f"* too few impostor pairs for {lowest}: fewer than {ERRORS} false accepts")
     known = measured["identification"]
     if known is None:
+        print(
+            "nobody to find or nobody to refuse: no threshold for fedss identify; give it one "
+            "with --threshold"
+        )
         return
     print()
     open_set = _table("identification")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fedss.data.cache import in_threads, open_picture, pixels_of, upright
 from fedss.errors import DataError
@@ -50,7 +50,9 @@ def read_pictures(
 
     Args:
         embedder: the model.
-        pictures: files, their content, or open pictures (these are copied).
+        pictures: files, their content, or open pictures. These stay as they are: what is not
+            decoded yet is read from its file, else its pixels are copied. Decoded from the start,
+            a large JPEG gives slightly other pixels than its file, of which fewer are decoded.
         thumbnails: whether to make them.
         broken: gets the positions of pictures that cannot be read, and why. None: the first such
             picture is an error.
@@ -117,13 +119,36 @@ def _prepared(picture: Picture, spec: EmbedderSpec, thumbnails: bool) -> tuple[n
 
 def _opened(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.copy()
+        content = _content(picture)
+        return picture.copy() if content is None else open_picture(io.BytesIO(content))
     if not isinstance(picture, str | Path):
         picture.seek(0)
     elif not os.path.isfile(picture) and os.path.exists(picture):
         # A pipe would keep whoever opens it waiting.
         raise OSError("not a file")
     return open_picture(picture)
+
+
+def _content(picture: Image.Image) -> bytes | None:
+    """The file of an open picture that nobody has decoded yet, so that it is read as files are.
+
+    None where there is none, or where it was opened and then told to be another size or page.
+    """
+    if not isinstance(picture, ImageFile.ImageFile) or picture.fp is None or not picture.tile:
+        return None
+    before = picture.fp.tell()
+    try:
+        picture.fp.seek(0)
+        content = picture.fp.read()
+    finally:
+        picture.fp.seek(before)
+    with Image.open(io.BytesIO(content)) as again:
+        same = (again.size, again.mode, again.tell()) == (
+            picture.size,
+            picture.mode,
+            picture.tell(),
+        )
+    return content if same else None
 
 
 def name_of(picture: Picture, position: int) -> str:

@@ -10,9 +10,10 @@ E enrolled classes.
 Cells and thresholds: cosines are counted in cells of 2^-16, cell c from -1 + c 2^-16 (inclusive) to
 -1 + (c + 1) 2^-16, the last one for a cosine of 1. A threshold t = -1 + c 2^-16 accepts cell c and
 all above, so at a threshold of this grid every rate is exact, a ratio of two whole numbers; only
-that thresholds lie on the grid is a choice. The last threshold, 1 + 2^-16, accepts nothing. Cosines
-are those of `fedss.retrieval`, products of rows rounded to 2^-24 that float64 gives without error,
-and counts are whole numbers: the result does not depend on blocks, threads or the order of rows.
+that thresholds lie on the grid is a choice. The last threshold, `NOTHING`, 1 + 2^-16, accepts
+nothing. Cosines are those of `fedss.retrieval`, products of rows rounded to 2^-24 that float64
+gives without error, and counts are whole numbers: the result does not depend on blocks, threads or
+the order of rows.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from fedss.seeds import generator
 
 STEP = 2.0**-16
 """The distance between two thresholds."""
+NOTHING = 1 + STEP
+"""The last threshold: no cosine reaches it."""
 
 FARS = (0.1, 0.01, 0.001, 0.0001)
 ERRORS = 30

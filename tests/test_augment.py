@@ -58,6 +58,22 @@ def test_pictures_stay_pictures_and_each_depends_on_its_own_draw(
     assert torch.equal(stacked, torch.stack([together, together]))
 
 
+def test_the_ranges_are_the_documented_ones():
+    """docs/backbones.md has them in words."""
+    assert [tuple(np.round(r, 9)) for r in PHOTOS.ranges] == [
+        (0.5, 1.0),
+        tuple(np.round(np.log([3 / 4, 4 / 3]), 9)),
+        *[(0.0, 1.0)] * 3,
+        *[(0.8, 1.2)] * 3,
+    ]
+    assert [tuple(np.round(r, 9)) for r in DRAWINGS.ranges] == [
+        (-10.0, 10.0),
+        *[(-0.07, 0.07)] * 2,
+        tuple(np.round(np.log([0.85, 1.15]), 9)),
+        *[(-8.0, 8.0)] * 2,
+    ]
+
+
 def test_no_change_is_the_same_bits():
     pixels = pictures(2)
     assert torch.equal(change(DRAWINGS, pixels, np.zeros((2, 6))), pixels)

@@ -109,6 +109,15 @@ def test_points_are_whole_classes_as_far_as_there_is_room(labels, seed):
         assert (counts[np.isin(classes, taken)] > 1).all()
 
 
+@pytest.mark.parametrize(("pairs", "singles"), [(60, 200), (20, 200)])
+def test_classes_of_several_pictures_come_first(pairs, singles):
+    labels = np.concatenate([np.arange(pairs).repeat(2), pairs + np.arange(singles)])
+    for seed in range(3):
+        taken = np.unique(labels[choose_points(labels, seed)])
+        assert len(taken) == 50
+        assert (taken < pairs).sum() == min(pairs, 50)
+
+
 def test_frames_tell_right_from_wrong_also_without_colours():
     pixels = np.zeros((1, 3, 3, 100, 100), np.uint8)
     sheet = draw_neighbours(pixels, np.array([[4, 4, 5]]))

@@ -162,7 +162,8 @@ def test_help_gives_each_default(capsys):
 
 def test_train_then_everything_else(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", *GLYPHS, "--method", "fedss", "--seed", "1", "--out", str(out)]) == 0
+    words = [*GLYPHS, "--method", "fedss", "--seed", "1", "--data-seed", "3", "--out", str(out)]
+    assert main(["train", *words]) == 0
     assert list((out / "model").glob("*.safetensors"))
     assert "MAP@10" in capsys.readouterr().out
     assert main(["train", "--config", str(out / "config.json"), "--out", str(out)]) == 0
@@ -178,8 +179,18 @@ def test_train_then_everything_else(tmp_path, capsys):
         assert main(["evaluate", str(out), *options]) == 0
     capsys.readouterr()
     assert json.loads((out / "verification.json").read_text()) == metrics["verification"]
+    # A damaged one is named where it stays, and written anew where it can be.
+    (out / "verification.json").write_text('{"eer": ')
+    assert main(["evaluate", str(out), "--far", "0.5"]) == 0
+    assert "verification.json: damaged JSON" in capsys.readouterr().err
+    assert (out / "verification.json").read_text() == '{"eer": '
+    assert main(["evaluate", str(out)]) == 0
+    assert capsys.readouterr().err == ""
+    assert json.loads((out / "verification.json").read_text()) == metrics["verification"]
     assert metrics["verification"]["impostor"] == at_the_end["impostor"]
     assert metrics["verification"]["eer"] == pytest.approx(at_the_end["eer"], abs=1e-6)
+    known = metrics["verification"]["identification"]
+    assert known == pytest.approx(at_the_end["identification"], abs=1e-4)
     assert main(["evaluate", str(out), "--far", "0.5", "0.0000001"]) == 0
     printed = capsys.readouterr().out
     assert f"equal error rate  {at_the_end['eer']:.4f}" in printed
@@ -219,6 +230,27 @@ def test_compare_on_a_csv_of_pictures(photos, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "full" in printed
     assert str(out / "report.html") in printed
+
+
+def test_where_nothing_can_be_measured_evaluate_says_so(photos, tmp_path, capsys):
+    rows = list(csv.reader((photos / "photos.csv").read_text().splitlines()))
+    with (photos / "one.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [*rows[0], "split"] if not i else [*row, "test" if row[1] == "class 0" else "train"]
+            for i, row in enumerate(rows)
+        )
+    run = tmp_path / "run"
+    options = ["--data", "csv", "--data-path", str(photos / "one.csv"), "--sample-size", "6"]
+    assert main(["train", *TINY, *options, "--out", str(run)]) == 0
+    assert not (run / "verification.json").exists()
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "all test pictures are of one class: nothing to verify or identify" in said
+    assert "no threshold for fedss identify: give it one with --threshold" in said
+    (run / "verification.json").write_text("[]")
+    assert main(["evaluate", str(run)]) == 0
+    assert "expected an object, got []; delete it" in capsys.readouterr().err
 
 
 def test_a_run_that_nobody_could_evaluate_is_printed(tmp_path, capsys):

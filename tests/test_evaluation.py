@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 
 import numpy as np
 import torch
@@ -7,6 +8,7 @@ from torch.nn import functional as F
 
 from fedss import RetrievalTask
 from fedss.evaluation import confused, embed_task, evaluate_embedding, findings, panels, verify
+from fedss.verification import identification
 from tests import reference
 
 QUERY = reference.tiny_dataset().test.query
@@ -73,6 +75,20 @@ def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():
     assert found["confused"].sum() == len(wrong) > 0
     for (a, b), (there, back) in zip(found["class_names"], found["confused"], strict=True):
         assert (there, back) == (wrong.count((a, b)), wrong.count((b, a)))
+
+
+def test_the_seed_draws_who_is_enrolled():
+    labels = torch.from_numpy(QUERY.labels)
+    task, (rows, _) = embedded(RetrievalTask(QUERY))
+    noisy = rows + torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for seed in (0, 3):
+        direct = dataclasses.asdict(identification(noisy, labels, seed=seed))
+        assert verify(task, (noisy, None), seed)["identification"] == direct
+        written = json.loads(findings(task, (noisy, None), seed)["verification.json"])
+        assert written["identification"] == direct
+        found[seed] = direct
+    assert found[0] != found[3]
 
 
 def test_pictures_of_one_class_have_no_pairs_to_tell_apart():

@@ -13,7 +13,9 @@ from fedss import DataError, load_dataset
 from fedss.cli import main
 from fedss.data import own_classes
 from fedss.data.landmarks import read_gld23k
+from fedss.data.manifest import Row
 from fedss.data.products import read_products
+from fedss.data.published import Counts, published_listing
 
 SHADES = {}
 
@@ -247,6 +249,22 @@ def test_a_list_of_products_without_its_header(tmp_path):
     (tmp_path / "Ebay_test.txt").write_text("\n".join(lines["test"][1:]))
     with pytest.raises(DataError, match=r"Ebay_test\.txt, line 1: expected 'image_id class_id"):
         load("sop", tmp_path, tmp_path)
+
+
+def test_more_than_was_published_is_a_remark_too(tmp_path):
+    rows = [Row(f"user {i}", f"class {i}", f"{i}.jpg", "train", i) for i in range(1200)]
+    lists = {"train": tmp_path / "train.csv"}
+
+    def remarks(number):
+        counts = {"train": Counts(number, number, number)}
+        return published_listing(lists, tmp_path, rows, counts).remarks
+
+    assert remarks(1200) == ()
+    for number in (1199, 1201):
+        assert remarks(number) == tuple(
+            f"train {what}: the lists have 1,200, published are {number:,}"
+            for what in ("pictures", "classes", "clients")
+        )
 
 
 def test_lists_of_the_published_size_have_no_remark(tmp_path):

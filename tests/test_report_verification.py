@@ -176,7 +176,11 @@ def test_few_pairs_make_no_chart_and_no_claim(tmp_path: Path) -> None:
         (lambda f: f | {"roc": []}, "'roc': expected points"),
         (lambda f: f | {"roc": f["roc"][::-1]}, "'roc': expected points"),
         (lambda f: f | {"impostor": 1.5}, "'impostor': expected an integer"),
-        (lambda f: f | {"identification": {"fpir": 0.01}}, "'dir' is missing"),
+        (lambda f: f | {"identification": {"fpir": 0.01}}, "'threshold' is missing"),
+        (
+            lambda f: f | {"identification": f["identification"] | {"enrolled": 0}},
+            "expected a threshold from -1 on and classes",
+        ),
     ],
 )
 def test_damaged_figures(
@@ -185,7 +189,7 @@ def test_damaged_figures(
     fake_run(tmp_path, rounds=5)
     found, _, _ = write_findings(tmp_path, classes=5)
     (tmp_path / "verification.json").write_text(json.dumps(change(found)))
-    advice = "delete it: the report is then written without these figures"
+    advice = "delete it and run fedss evaluate"
     with pytest.raises(RunFolderError, match=rf"verification\.json: {message}.*{advice}"):
         write_report(tmp_path)
 

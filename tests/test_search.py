@@ -19,8 +19,10 @@ from PIL import Image
 
 import fedss
 from fedss.cli import main
+from fedss.data import RetrievalTask
 from fedss.embedding import embed_files, list_pictures
 from fedss.errors import ConfigError, DataError, RunFolderError
+from fedss.evaluation import verify
 from fedss.models import build_embedder, fingerprint, save_embedder
 from fedss.pictures import preview
 from fedss.search import (
@@ -31,9 +33,13 @@ from fedss.search import (
     remove,
     reopen,
     stored_threshold,
+    why_no_threshold,
 )
-from fedss.search.collection import Collection
+from fedss.search.collection import Collection, check_model
 from fedss.search.page import neighbours_page
+from fedss.search.shelf import changing, note
+from fedss.verification import NOTHING
+from tests import reference
 
 MODEL = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
 
@@ -78,6 +84,15 @@ def with_vectors(collection: Collection, rows_ND: torch.Tensor) -> Collection:
     return replace(
         collection, names=names, labels=labels, vectors_ND=unit_ND, indexed=len(names), _ids=()
     )
+
+
+def measured(rows_ND: torch.Tensor | None = None, **identification: object) -> dict:
+    """What an evaluation writes of embeddings (unless given: at random), and changes to it."""
+    query = reference.tiny_dataset().test.query
+    if rows_ND is None:
+        rows_ND = torch.randn(len(query), 6, generator=torch.Generator().manual_seed(0))
+    found = verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0)
+    return found | {"identification": found["identification"] | identification}
 
 
 @settings(max_examples=30)
@@ -326,6 +341,33 @@ def test_the_model_that_made_an_index_is_asked_for(place):
     assert build_collection(place / "run", place / "photos").embedded == 12
 
 
+@pytest.mark.parametrize("place_of_digit", [0, 11, 12, 40, -1])
+def test_models_whose_fingerprints_differ_in_one_digit_are_two(place, place_of_digit):
+    path = place / "run" / "index" / "index.sqlite"
+    check_model(path, MODEL)
+    digits = list(fingerprint(MODEL))
+    digits[place_of_digit] = "0" if digits[place_of_digit] != "0" else "1"
+    with changing(path) as file:
+        note(file, {"model": "".join(digits)})
+    with pytest.raises(RunFolderError, match="made with another model"):
+        check_model(path, MODEL)
+
+
+def test_a_change_within_a_second_that_keeps_the_size_is_seen(made, tmp_path):
+    photo, moment = tmp_path / "photos" / "a.bmp", 10**18 + 5 * 10**8
+    photo.parent.mkdir()
+    picture(1).save(photo)
+    size = photo.stat().st_size
+    os.utime(photo, ns=(moment, moment))
+    before = build_collection(made / "run", photo.parent, tmp_path / "index").vectors_ND
+    picture(2).save(photo)
+    os.utime(photo, ns=(moment, moment + 1000))
+    assert photo.stat().st_size == size
+    after = build_collection(made / "run", photo.parent, tmp_path / "index")
+    assert after.embedded == 1
+    assert not torch.allclose(after.vectors_ND, before, atol=1e-3)
+
+
 @pytest.mark.parametrize("length", [3, 100, 5000, -100])
 def test_a_damaged_index_is_named_and_can_be_made_anew(place, length):
     path = place / "run" / "index" / "index.sqlite"
@@ -412,6 +454,42 @@ def test_what_cannot_be_enrolled_leaves_nothing(place):
     assert not (collection.folder / "enrolled.sqlite").exists()
 
 
+def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(made, tmp_path):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8))
+    noise.save(tmp_path / "a.jpg", quality=95)
+    collection = opened(made)
+    expected_1D = collection.embed([tmp_path / "a.jpg"])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert torch.equal(collection.embed([image]), expected_1D)
+        (taken,) = enrol(collection, "open", [image]).search(expected_1D, 1)[0]
+        assert taken.score == pytest.approx(1)
+        remove(collection, "open")
+        assert image.size == (400, 300)
+        with Image.open(tmp_path / "a.jpg") as untouched:
+            assert np.array_equal(np.asarray(image), np.asarray(untouched))
+        # Decoded now, it is what it is; nothing but its pixels counts.
+        plain_1D = collection.embed([Image.fromarray(np.asarray(image))])
+        assert torch.equal(collection.embed([image]), plain_1D)
+        assert not torch.equal(plain_1D, expected_1D)
+    content = io.BytesIO((tmp_path / "a.jpg").read_bytes())
+    assert torch.equal(collection.embed([Image.open(content)]), expected_1D)
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("L", None)
+        told_1D = collection.embed([image.copy()])
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("L", None)
+        assert torch.equal(collection.embed([image]), told_1D)
+        assert not torch.equal(told_1D, expected_1D)
+    first, second = picture(1), picture(2)
+    first.save(tmp_path / "two.gif", save_all=True, append_images=[second])
+    with Image.open(tmp_path / "two.gif") as image:
+        image.seek(1)
+        page_1D = collection.embed([image])
+        assert torch.equal(page_1D, collection.embed([image.copy()]))
+        assert not torch.equal(page_1D, collection.embed([tmp_path / "two.gif"]))
+
+
 def test_several_enrol_at_once(place):
     collection = opened(place)
     with ThreadPoolExecutor(6) as pool:
@@ -470,23 +548,90 @@ def test_identify_needs_classes(made, tmp_path):
     assert identify(named, collection.vectors_ND, 0.99)[0].label == "new"
 
 
+def test_a_score_at_the_threshold_is_named_whatever_else_is_asked_for(place):
+    collection = opened(place)
+    query_QD = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    scores_Q1, rows_Q1 = fedss.nearest(query_QD, collection.prototypes_CD, 1)
+    together = identify(collection, query_QD, -1.0)
+    assert [one.score for one in together] == scores_Q1[:, 0].tolist()
+    names = list(collection.classes)
+    assert [one.nearest for one in together] == [names[row] for row in rows_Q1[:, 0].tolist()]
+    for at, one in enumerate(together):
+        query_1D = query_QD[at : at + 1]
+        assert identify(collection, query_1D, one.score) == [one]
+        above = float(np.nextafter(one.score, 2))
+        assert identify(collection, query_1D, above)[0].label is None
+    assert identify(collection, query_QD[:0], 0.5) == []
+    for query, message in ((query_QD[0], "expected"), (query_QD / 0, "expected finite numbers")):
+        with pytest.raises(DataError, match=message):
+            identify(collection, query, 0.5)
+
+
 def test_the_threshold_of_an_evaluation_is_read(tmp_path):
     assert stored_threshold(tmp_path) is None
     path = tmp_path / "verification.json"
-    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.62, "enrolled": 120, "supported": True}
-    path.write_text(json.dumps({"eer": 0.1, "identification": part}))
+    path.write_text(json.dumps(measured(threshold=0.62, fpir=0.01, enrolled=120)))
     stored = stored_threshold(tmp_path)
     assert stored is not None
     assert (stored.threshold, stored.fpir, stored.enrolled) == (0.62, 0.01, 120)
     assert stored.fpir_among(120) == pytest.approx(0.01)
     # A stranger is passed by two independent halves.
     assert 1 - stored.fpir_among(240) == pytest.approx((1 - stored.fpir_among(120)) ** 2)
-    path.write_text(json.dumps({"eer": 0.1}))
-    assert stored_threshold(tmp_path) is None
-    for wrong in ({"threshold": "high"}, {**part, "enrolled": 0}, {**part, "threshold": 1e999}):
-        path.write_text(json.dumps({"identification": wrong}))
-        with pytest.raises(RunFolderError, match=r"verification\.json is damaged .*fedss evaluate"):
+    wrong = ({"threshold": "high"}, {"enrolled": 0}, {"threshold": 1e999}, {"threshold": -1.5})
+    for change in wrong:
+        path.write_text(json.dumps(measured(**change)))
+        with pytest.raises(
+            RunFolderError, match=r"verification\.json: .*; delete it and run fedss evaluate"
+        ):
             stored_threshold(tmp_path)
+
+
+def test_where_no_threshold_can_be_measured_it_is_said_why(tmp_path):
+    assert "fedss evaluate" in why_no_threshold(tmp_path)
+    assert "if its test pictures are of several classes" in why_no_threshold(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"data": {"name": "federation", "evaluated_at": "sites"}}))
+    assert "evaluated at the sites, which gives none" in why_no_threshold(tmp_path)
+    config.write_text(json.dumps({"data": {"name": "federation", "evaluated_at": "server"}}))
+    assert "evaluated at the sites" not in why_no_threshold(tmp_path)
+    path = tmp_path / "verification.json"
+    path.write_text(json.dumps(measured() | {"identification": None}))
+    assert stored_threshold(tmp_path) is None
+    why = why_no_threshold(tmp_path)
+    assert "nobody to find or nobody to refuse. Or give a least cosine with --threshold" in why
+    assert "fedss evaluate" not in why
+
+
+def test_a_model_that_collapsed_names_nobody(place, capsys):
+    flat = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
+    last = flat.backbone.block4.norm
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.ones_(last.bias)
+    run = place / "run"
+    save_embedder(flat, run / "model", {})
+    collection = build_collection(run, place / "photos")
+    rows_ND = collection.vectors_ND
+    assert (rows_ND == rows_ND[0]).all()
+    (run / "verification.json").write_text(json.dumps(measured(rows_ND[:1].expand(500, 6))))
+    stored = stored_threshold(run)
+    assert stored.threshold == NOTHING > 1
+    (one, other) = identify(collection, rows_ND[:2], stored.threshold)
+    assert one.label is other.label is None
+    assert one.nearest == "class 0"
+    with pytest.raises(ConfigError, match="expected a cosine from -1 to 1"):
+        identify(collection, rows_ND[:2], 1.5)
+    told = "the test of this run allows no name at a false-positive rate of 1.0%"
+    words = ["identify", str(run), str(place / "photos" / "class 1" / "1.png")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"among 4 classes, {told}" in said
+    assert "unknown" in said
+    assert main([*words, "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["pictures"][0]["label"] is None
+    assert told in said.err
+    assert main([*words, "--threshold", "1.5"]) == 2
+    assert "expected a cosine from -1 to 1, got 1.5" in capsys.readouterr().err
 
 
 def test_more_than_there_is_gives_all_and_nonsense_is_refused(made):
@@ -552,13 +697,13 @@ def test_the_commands(place, capsys, monkeypatch):
     assert main(["enrol", "run", "new one", one, two]) == 0
     assert "enrolled 2 pictures of new one; 5 classes now" in capsys.readouterr().out
     assert main(["identify", "run", one]) == 2
-    assert "fedss evaluate run measures one, or give" in capsys.readouterr().err
+    assert "fedss evaluate run measures one, if its test" in capsys.readouterr().err
     assert main(["identify", "run", one, two, "--threshold", "0.99999", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["threshold"] == 0.99999
     assert [row["label"] for row in found["pictures"]] == [None, None]
-    part = {"fpir": 0.01, "dir": 0.8, "threshold": 0.1, "enrolled": 5, "supported": False}
-    Path("run/verification.json").write_text(json.dumps({"identification": part}))
+    found = measured(threshold=0.1, enrolled=5)
+    Path("run/verification.json").write_text(json.dumps(found))
     assert main(["identify", "run", one]) == 0
     said = capsys.readouterr().out
     assert "among 5 classes, threshold 0.100 (of strangers 1.0% are named among 5 classes" in said

@@ -37,6 +37,7 @@ from fedss.search import (
     remove,
 )
 from fedss.search import server as pages
+from fedss.verification import NOTHING
 from tests.serving import COPIES, NAMES, Site, make_site
 
 MEGABYTE = 1_000_000
@@ -568,8 +569,21 @@ def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
     with served(site.collection, limits) as server:
         note = server.get("/about").json["threshold_note"]
     # Twice as many classes: 1 - 0.99 ** 2.
-    assert "1.0% among 15 classes, here about 2.0%" in note
+    assert "1.0% are named among 15 classes, as measured; here about 2.0%" in note
     assert "too few pictures" in note
+
+
+def test_a_test_that_allows_no_name_names_nobody_and_shows_neighbours(site: Site) -> None:
+    limits = pages.make_limits(1, None, Threshold(NOTHING, 0.01, 15))
+    with served(site.collection, limits) as server:
+        note = server.get("/about").json["threshold_note"]
+        answer = server.send("/search?count=3", [("x.png", png())])
+    assert "the test of this run allows no name at a false-positive rate of 1.0%" in note
+    assert answer.status == 200
+    assert len(answer.json["neighbours"]) == 3
+    assert answer.json["identity"]["label"] is None
+    assert answer.json["identity"]["nearest"] in NAMES
+    assert answer.json["identity"]["threshold"] > 1
 
 
 def test_pictures_without_a_class_are_found(site: Site, tmp_path: Path) -> None:

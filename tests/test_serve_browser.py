@@ -14,7 +14,11 @@ import pytest
 
 import fedss
 from fedss.search import open_collection, remove
+from fedss.search.classes import Threshold
+from fedss.search.server import make_limits
+from fedss.verification import NOTHING
 from tests.serving import COPIES, NAMES, Site, make_site
+from tests.test_serve import served
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -269,3 +273,18 @@ def test_narrow_windows_scroll_only_downwards(page: Any, site: Site, width: int)
         page.get_by_role("link", name=view, exact=True).click()
         expect(page.locator("section.view:visible")).to_have_count(1)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_test_that_allows_no_name_is_told(browser: Any, site: Site) -> None:
+    limits = make_limits(1, None, Threshold(NOTHING, 0.01, 15))
+    with served(site.collection, limits) as server:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.locator("#search-file").set_input_files(site.new / "new-3.png")
+        identity = page.locator("#identity")
+        expect(identity.locator(".who")).to_have_text("Unknown")
+        expect(identity).to_contain_text("No class can be named")
+        expect(identity).to_contain_text("allows no name at a false-positive rate of 1.0%")
+        expect(identity.locator(".tick")).to_have_count(0)
+        expect(page.locator("#neighbours > li")).to_have_count(24)
+        page.close()

@@ -245,6 +245,17 @@ def test_identification_is_that_of_each_search_by_itself(sides):
     assert 0 < found.dir < 1
 
 
+@pytest.mark.parametrize("draws", [1, 4])
+def test_a_rate_of_strangers_needs_thirty_of_them_in_a_draw(draws):
+    """Six classes of 20, of which three are enrolled: 60 strangers in each draw."""
+    labels = torch.arange(6).repeat_interleave(20)
+    rows = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
+    for fpir, supported in ((0.5, True), (0.49, False)):
+        found = v.identification(rows, labels, fpir=fpir, draws=draws)
+        assert found.nonmated == 60 * draws
+        assert found.supported == supported
+
+
 def test_half_of_the_pictures_of_half_of_the_classes_are_enrolled():
     labels = np.repeat(np.arange(10), [1, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     drawn = set()

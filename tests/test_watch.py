@@ -196,6 +196,23 @@ def test_a_run_that_stopped_is_said_to_be_late(
     assert "Not finished" in words
 
 
+def test_late_is_a_minute_and_three_times_the_longest_of_recent_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_run(tmp_path, rounds=50)
+    path = tmp_path / "records.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        # Before the last 30 rounds one took an hour; of the last ones the longest took 100 s.
+        longest = {10: 3600.0, 40: 70.0}.get(record["round"], 1.0)
+        record["seconds"] = {"train": longest, "evaluate": 30.0 if record["round"] == 40 else 0.0}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    last, runs = path.stat().st_mtime, read_runs(tmp_path)
+    for seconds, late in ((359, False), (361, True)):
+        monkeypatch.setattr(watch.time, "time", lambda at=last + seconds: at)
+        assert watch._late(tmp_path, runs) == late
+
+
 def test_ctrl_c_ends_quietly_and_leaves_a_page_that_stays(tmp_path: Path) -> None:
     begin(tmp_path, stop=7)
     (tmp_path / "all.jsonl").rename(tmp_path / "records.jsonl")

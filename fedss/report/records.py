@@ -37,8 +37,8 @@ _ADVICE = {
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
     "retrieval.npz": "delete it: the report is then written without pictures",
     "confusions.npz": "delete it: the report is then written without pictures",
-    "verification.json": "delete it: the report is then written without these figures, "
-    "and fedss evaluate measures them again",
+    "verification.json": "delete it and run fedss evaluate on this run, which measures these "
+    "figures again; without them the report is written, too",
     "augmentation.npz": "delete it: the report is then written without these pictures",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
@@ -344,7 +344,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         rounds=rounds,
         results=results,
         neighbours=_neighbours(folder / "retrieval.npz"),
-        verified=_verified(folder / "verification.json"),
+        verified=read_verified(folder / "verification.json"),
         confused=_confused(folder / "confusions.npz"),
         augmented=_augmented(folder / "augmentation.npz"),
     )
@@ -483,8 +483,13 @@ def _check_types(path: Path, arrays: Mapping[str, np.ndarray], **kinds: str) -> 
             raise _damaged(path, f"{name}: unexpected type {array.dtype}")
 
 
-def _verified(path: Path) -> Verified | None:
-    if not path.is_file():
+def read_verified(path: Path) -> Verified | None:
+    """What a ``verification.json`` says; None where there is none.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    if not path.exists():
         return None
     found = _json(path)
     points, roc = (_list(found, key, path) for key in ("points", "roc"))
@@ -492,6 +497,12 @@ def _verified(path: Path) -> Verified | None:
     fars, tars = ([_share(point, key, path) for point in roc] for key in ("far", "tar"))
     if not fars or min(fars) <= 0 or fars != sorted(fars):
         raise _damaged(path, "'roc': expected points whose 'far' is above 0 and rises")
+    if known is not None:
+        least, enrolled = _number(known, "threshold", path), _integer(known, "enrolled", path)
+        if not least >= -1 or enrolled < 1:
+            raise _damaged(
+                path, f"expected a threshold from -1 on and classes, got {least} and {enrolled}"
+            )
     return Verified(
         eer=_share(found, "eer", path),
         eer_threshold=_number(found, "eer_threshold", path),

@@ -12,6 +12,7 @@ from fedss.search.classes import (
     identify,
     remove,
     stored_threshold,
+    why_no_threshold,
 )
 from fedss.search.collection import Collection, Match, open_collection, reopen
 
@@ -27,4 +28,5 @@ __all__ = [
     "remove",
     "reopen",
     "stored_threshold",
+    "why_no_threshold",
 ]

@@ -1,20 +1,22 @@
 """Classes without training: enrol one from a few pictures, say which one a picture shows."""
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedss.embedding import class_name
-from fedss.errors import ConfigError, DataError, RunFolderError
+from fedss.errors import ConfigError, DataError
 from fedss.files import read_json
 from fedss.models import fingerprint
 from fedss.pictures import Picture, name_of, read_pictures
-from fedss.search.collection import ENROLLED, Collection, check_model, reopen
+from fedss.report.records import read_verified
+from fedss.retrieval import nearest
+from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
 from fedss.search.shelf import Item, changing, is_there, make_shelf, put, take_out
+from fedss.verification import NOTHING
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list
 
     A class is known by its prototype, p_c = m_c / ‖m_c‖ with m_c the mean embedding of its
     pictures. A picture h shows argmax_c cos(h, p_c), if that cosine is ``threshold`` or more. Of
-    equal scores the class of the first name wins.
+    equal scores the class of the first name wins. Scores are those of ``fedss.nearest``: exact, so
+    that they do not depend on what else is asked for at one time.
 
     The more classes there are, the more often a picture of none of them comes near to one: a
     threshold measured with N classes is right for about N.
@@ -113,25 +116,29 @@ def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list
     Args:
         collection: with classes, of its folders or enrolled.
         query_QD: floating point [Q, D], such as from ``Collection.embed``.
-        threshold: the least cosine, -1 to 1.
+        threshold: the least cosine, -1 to 1; or ``fedss.verification.NOTHING``, as a run's test
+            may have measured it: then all pictures are unknown.
 
     Raises:
-        DataError: no picture of the collection has a class.
+        DataError: no picture of the collection has a class; queries of another size, NaN or
+            infinite.
         ConfigError: a threshold out of range.
     """
-    if not -1.0 <= threshold <= 1.0:
+    if not -1.0 <= threshold <= 1.0 and threshold != NOTHING:
         raise ConfigError(f"threshold: expected a cosine from -1 to 1, got {threshold}")
     if not collection.classes:
         raise DataError(
             f"no picture of {collection.folder} has a class: sort the pictures into folders named "
             "by class, add a column label to the CSV, or enrol classes (fedss enrol)"
         )
-    labels = list(collection.classes)
-    unit_QD = nn.functional.normalize(query_QD.float(), dim=1)
-    best_Q, rows_Q = (unit_QD @ collection.prototypes_CD.T).max(1)
+    labels, prototypes_CD = list(collection.classes), collection.prototypes_CD
+    query_QD = checked_queries(query_QD, prototypes_CD.shape[1])
+    if not len(query_QD):
+        return []
+    best_Q1, rows_Q1 = nearest(query_QD, prototypes_CD, 1)
     return [
         Identity(labels[row] if score >= threshold else None, score, labels[row])
-        for score, row in zip(best_Q.tolist(), rows_Q.tolist(), strict=True)
+        for score, row in zip(best_Q1[:, 0].tolist(), rows_Q1[:, 0].tolist(), strict=True)
     ]
 
 
@@ -140,7 +147,8 @@ class Threshold:
     """What a run's evaluation says of identification.
 
     Attributes:
-        threshold: the least cosine at which a class is named.
+        threshold: the least cosine at which a class is named; ``fedss.verification.NOTHING``: at
+            every other one more strangers than ``fpir`` were named, so that no class ever is.
         fpir: false-positive identification rate: the share of pictures of no enrolled class for
             which one is named all the same.
         enrolled: with so many enrolled classes.
@@ -159,6 +167,19 @@ class Threshold:
         """
         return 1.0 - float((1.0 - self.fpir) ** (classes / self.enrolled))
 
+    def worth(self, classes: int) -> str:
+        """What to know of it where there are so many classes, in words."""
+        if self.threshold > 1:
+            return (
+                "the test of this run allows no name at a false-positive rate of "
+                f"{self.fpir:.1%}: at every threshold more strangers had one"
+            )
+        doubt = "" if self.supported else "; too few pictures were at hand to be sure"
+        return (
+            f"of strangers {self.fpir:.1%} are named among {self.enrolled:,} classes, as measured; "
+            f"here about {self.fpir_among(classes):.1%}{doubt}"
+        )
+
 
 def stored_threshold(run: str | Path) -> Threshold | None:
     """The threshold in a run's ``verification.json``; None if it has none.
@@ -166,24 +187,28 @@ def stored_threshold(run: str | Path) -> Threshold | None:
     Raises:
         RunFolderError: the file is damaged.
     """
-    path = Path(run) / "verification.json"
-    if not path.exists():
+    found = read_verified(Path(run) / "verification.json")
+    known = None if found is None else found.identification
+    if known is None:
         return None
-    found = read_json(path)
-    try:
-        part = found.get("identification")
-        if part is None:
-            return None
-        stored = Threshold(
-            threshold=float(part["threshold"]),
-            fpir=float(part["fpir"]),
-            enrolled=int(part["enrolled"]),
-            supported=bool(part.get("supported", True)),
+    return Threshold(min(known.threshold, NOTHING), known.fpir, known.enrolled, known.supported)
+
+
+def why_no_threshold(run: str | Path) -> str:
+    """Why ``stored_threshold`` gives None, and what to do."""
+    config = Path(run) / "config.json"
+    about = read_json(config) if config.exists() else None
+    data = about.get("data") if isinstance(about, dict) else None
+    if (Path(run) / "verification.json").exists():
+        why = "its test pictures left nobody to find or nobody to refuse"
+    elif isinstance(data, dict) and data.get("evaluated_at") == "sites":
+        why = (
+            "its pictures were evaluated at the sites, which gives none. To measure one on other "
+            f"pictures: fedss evaluate {run} with their --data-path"
         )
-        if not (math.isfinite(stored.threshold) and 0 <= stored.fpir <= 1 and stored.enrolled > 0):
-            raise ValueError(f"out of range: {stored}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({error}): fedss evaluate {run} writes it"
-        ) from error
-    return stored
+    else:
+        why = f"fedss evaluate {run} measures one, if its test pictures are of several classes"
+    return (
+        f"{run} has no threshold of its own: {why}. Or give a least cosine with --threshold, such "
+        "as 0.6"
+    )

@@ -153,16 +153,11 @@ class Collection:
         Raises:
             DataError: k below 1, queries of another size, NaN or infinite.
         """
-        size = self.vectors_ND.shape[1]
         if k < 1:
             raise DataError(f"k: expected 1 or more, got {k}")
-        if query_QD.ndim != 2 or query_QD.shape[1] != size:
-            raise DataError(f"queries: expected [Q, {size}], got {list(query_QD.shape)}")
-        if not bool(torch.isfinite(query_QD).all()):
-            raise DataError("queries: expected finite numbers; did training diverge?")
+        query_QD, k = checked_queries(query_QD, self.vectors_ND.shape[1]), min(k, len(self))
         if not len(self):
             return [[] for _ in query_QD]
-        query_QD, k = query_QD.detach().cpu(), min(k, len(self))
         gallery_DN = self.vectors_ND.numpy().T
         rows = max(1, _BLOCK_BYTES // (4 * len(self)))
         found = []
@@ -185,6 +180,19 @@ class Collection:
         scores_1K, index_1K = nearest(query_D[None], self.vectors_ND[torch.from_numpy(places)], k)
         found = zip(places[index_1K[0].numpy()].tolist(), scores_1K[0].tolist(), strict=True)
         return [Match(at, self.names[at], self.labels[at], score) for at, score in found]
+
+
+def checked_queries(query_QD: Tensor, size: int) -> Tensor:
+    """Queries on the CPU.
+
+    Raises:
+        DataError: of another size, NaN or infinite.
+    """
+    if query_QD.ndim != 2 or query_QD.shape[1] != size:
+        raise DataError(f"queries: expected [Q, {size}], got {list(query_QD.shape)}")
+    if not bool(torch.isfinite(query_QD).all()):
+        raise DataError("queries: expected finite numbers; did training diverge?")
+    return query_QD.detach().cpu()
 
 
 def open_collection(

@@ -113,14 +113,16 @@ function showIdentity(identity) {
   const { threshold } = identity;
   place.classList.toggle("unknown", !known);
   place.classList.toggle("unsure", threshold === null);
-  const title = threshold === null ? "Nearest class" : known ? "Looks like" : "No class is near enough";
+  const title = threshold === null ? "Nearest class" : known ? "Looks like" : threshold > 1 ? "No class can be named" : "No class is near enough";
   const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
-  let note = ["No threshold is known, so a picture of no class gets a name, too: fedss evaluate measures one, --threshold sets one."];
-  if (threshold !== null) {
+  let note = ["No threshold is known, so a picture of no class gets a name, too: fedss identify says why, --threshold sets one."];
+  if (threshold > 1) {
+    note = ["The nearest is ", named(identity.nearest), `, but ${about.threshold_note}.`];
+  } else if (threshold !== null) {
     const limit = `the threshold, ${threshold.toFixed(3)}${about.threshold_note && ` (${about.threshold_note})`}.`;
     note = known ? [`Not below ${limit}`] : ["The nearest is ", named(identity.nearest), `, below ${limit}`];
   }
-  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold), made("p", { className: "note" }, ...note));
+  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold > 1 ? null : threshold), made("p", { className: "note" }, ...note));
 }
 
 function showFound(title, note, pictures) {

@@ -298,13 +298,7 @@ class _Site:
 
     def _threshold_note(self, classes: int) -> str:
         measured = self._limits.measured
-        if measured is None:
-            return ""
-        doubt = "" if measured.supported else "; too few pictures were at hand to be sure"
-        return (
-            f"as measured: of strangers it names {measured.fpir:.1%} among "
-            f"{measured.enrolled:,} classes, here about {measured.fpir_among(classes):.1%}{doubt}"
-        )
+        return "" if measured is None else measured.worth(classes)
 
     def sample(self, request: Request) -> dict[str, Any]:
         def some(there: Collection) -> list[dict[str, Any]]:
