@@ -199,7 +199,7 @@ def test_clients_of_any_sizes_train_in_lockstep(sizes, batch, epochs, steps):
     expected = [train_client(told, c, model, *rest) for c, *rest in work(images, told)]
     learners = [prepare(told, *of_one, cpu) for of_one in work(images, told)]
     updates = sorted(train_clients(told, model, learners), key=lambda update: update.client)
-    # Rounding grows with the steps, of which there are up to 33; a wrong batch would show far above.
+    # Rounding grows with the steps, of which there are up to 33.
     assert_near(updates, expected, 1e-3)
 
 

@@ -338,7 +338,23 @@ def test_the_model_that_made_an_index_is_asked_for(place):
     ):
         build_collection(place / "run", place / "photos")
     (collection.folder / "enrolled.sqlite").unlink()
+    with pytest.raises(RunFolderError, match=r"delete index\.sqlite and run fedss index again"):
+        build_collection(place / "run", place / "photos")
+    (collection.folder / "index.sqlite").unlink()
     assert build_collection(place / "run", place / "photos").embedded == 12
+
+
+def test_an_index_of_other_pictures_is_not_replaced(place, tmp_path):
+    picture(0).save(tmp_path / "another.png")
+    before = (place / "run" / "index" / "index.sqlite").read_bytes()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "another.png").rename(tmp_path / "others" / "another.png")
+    with pytest.raises(RunFolderError, match=r"is the index of .*photos, not of .*others: choose"):
+        build_collection(place / "run", tmp_path / "others")
+    assert (place / "run" / "index" / "index.sqlite").read_bytes() == before
+    # A folder that was moved is the same one.
+    (place / "photos").rename(place / "moved")
+    assert len(build_collection(place / "run", place / "moved")) == 12
 
 
 @pytest.mark.parametrize("place_of_digit", [0, 11, 12, 40, -1])
@@ -609,6 +625,7 @@ def test_a_model_that_collapsed_names_nobody(place, capsys):
     torch.nn.init.ones_(last.bias)
     run = place / "run"
     save_embedder(flat, run / "model", {})
+    shutil.rmtree(run / "index")
     collection = build_collection(run, place / "photos")
     rows_ND = collection.vectors_ND
     assert (rows_ND == rows_ND[0]).all()

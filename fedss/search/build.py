@@ -74,7 +74,8 @@ def build_collection(
     Raises:
         DataError: no pictures, or one that cannot be read.
         RunFolderError: no finished run; another process is building this index; the place cannot
-            be written; classes were enrolled there with another model.
+            be written; an index or enrolled classes of another model are there, or
+            an index without any of these pictures.
     """
     embedder = load(run, backbone)
     folder = Path(run) / "index" if folder is None else Path(folder)
@@ -85,8 +86,29 @@ def build_collection(
     with hold(folder, _ADVICE):
         if is_there(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
+        _check_old(folder / INDEX, found, embedder)
         _build(folder, found, embedder, skip_broken, on_progress)
         return open_with(folder, embedder)
+
+
+def _check_old(index: Path, found: PictureList, embedder: Embedder) -> None:
+    """Whether an index that is there is this one's predecessor; a damaged one is made anew.
+
+    Raises:
+        RunFolderError: it is of another model or has none of these pictures; it may have taken
+            hours to make.
+    """
+    try:
+        source = json.loads(read_about(index)["facts"])["source"]
+    except (RunFolderError, KeyError, TypeError, ValueError):
+        return
+    check_model(index, embedder)
+    # A folder that was moved has the same names of pictures.
+    if source != str(found.source) and not read_stamps(index).keys() & set(found.names):
+        raise RunFolderError(
+            f"{index} is the index of {source}, not of {found.source}: choose another place "
+            "(--index), or delete it"
+        )
 
 
 def _build(
