@@ -344,7 +344,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         rounds=rounds,
         results=results,
         neighbours=_neighbours(folder / "retrieval.npz"),
-        verified=_verified(folder / "verification.json"),
+        verified=read_verified(folder / "verification.json"),
         confused=_confused(folder / "confusions.npz"),
         augmented=_augmented(folder / "augmentation.npz"),
     )
@@ -483,7 +483,12 @@ def _check_types(path: Path, arrays: Mapping[str, np.ndarray], **kinds: str) -> 
             raise _damaged(path, f"{name}: unexpected type {array.dtype}")
 
 
-def _verified(path: Path) -> Verified | None:
+def read_verified(path: Path) -> Verified | None:
+    """What a run's ``verification.json`` says; None if there is none.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
     if not path.is_file():
         return None
     found = _json(path)
