@@ -38,6 +38,8 @@ def smoothed_softmax(smoothing: float) -> Objective:
         mean_B = o_BS @ weight_S / weight_S.sum()
         return log_z_B - (1 - smoothing) * label_B - smoothing * mean_B
 
+    # By its name a run knows its loss again.
+    smoothed_loss.__name__ = f"smoothed_loss({smoothing})"
     return smoothed_loss
 
 

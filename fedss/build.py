@@ -1,8 +1,10 @@
 """From a configuration to the things it names: data, model, optimizer, plan of a round."""
 
+import hashlib
 import math
 import os
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,6 +62,8 @@ def load_data(config: Config) -> Dataset:
 
 
 DEFAULT_SAMPLE_SIZE = 64
+# Characters of a partial's arguments that are shown as they are.
+_LONGEST = 100
 
 
 def sample_size(config: Config, num_classes: int) -> int:
@@ -152,8 +156,46 @@ def scoring(config: Config) -> Scoring:
 
 
 def objective_name(objective: Objective) -> str:
-    """A loss's name for people: that of its function, or of its class."""
-    return getattr(objective, "__name__", type(objective).__name__)
+    """A loss's name, by which a run knows it again: that of its function, or of its class.
+
+    Of a ``functools.partial`` it is the function's name with the arguments, such as
+    ``smoothed(0.1, rest='mean')``, or with a SHA-256 of them where they are long.
+
+    Raises:
+        ConfigError: a lambda, or a partial of one or with arguments that cannot be told from
+            others.
+    """
+    if isinstance(objective, partial):
+        told = [_told(value) for value in objective.args]
+        told += [f"{key}={_told(value)}" for key, value in sorted(objective.keywords.items())]
+        inside = ", ".join(told)
+        if len(inside) > _LONGEST:
+            inside = f"sha256 {hashlib.sha256(inside.encode()).hexdigest()[:16]}"
+        return f"{objective_name(objective.func)}({inside})"
+    name = getattr(objective, "__name__", type(objective).__name__)
+    if name == "<lambda>":
+        raise ConfigError(
+            "objective: expected a function with a name, by which a run knows its loss again, got "
+            "a lambda; give it a name with def"
+        )
+    return name
+
+
+def _told(value: object) -> str:
+    """What tells an argument of a partial from others, the same in every process."""
+    # Not the repr of anything: some hold an address, some leave most of the numbers out.
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}({', '.join(map(_told, value))})"
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        return f"{value.dtype}{list(value.shape)} sha256 {digest}"
+    raise ConfigError(
+        "objective: expected a partial of numbers, strings, tensors and lists of these, by which a "
+        f"run knows its loss again, got one of type {type(value).__name__}; give it a name with def"
+    )
 
 
 def check_objective(config: Config, objective: Objective) -> None:

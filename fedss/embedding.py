@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedss.data.folder import EXTENSIONS
-from fedss.data.manifest import composed, read_table
+from fedss.data.manifest import check_listed_once, composed, listed_name, read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
 from fedss.models import Embedder
@@ -76,8 +76,8 @@ class PictureList:
     Attributes:
         source: the folder or the CSV, as an absolute path.
         root: what names are relative to: the folder, or that of the CSV.
-        names: relative to the folder, or as written in the CSV; in the order of a folder's sorted
-            names or of the CSV's lines.
+        names: relative to ``root``, with forward slashes; absolute if a CSV names a picture that is
+            not below it. In the order of a folder's sorted names or of the CSV's lines.
         labels: a class per picture; None where it has none.
         links: how many symbolic links of the folder were passed over.
     """
@@ -99,20 +99,23 @@ def list_pictures(path: Path) -> PictureList:
 
     A picture's class is the name of the folder that it lies in (none for a picture directly in
     ``path``), or what the CSV has in its column ``label``. Hidden files and folders are passed
-    over, and so are symbolic links: what a folder holds cannot lead out of it or in a circle.
+    over, and so are symbolic links: what a folder holds cannot lead out of it or in a circle. A CSV
+    lists a picture once, by whatever path, as in training.
 
     Raises:
         DataError: no such place, no picture in it, a folder that cannot be read, or anything
             amiss with the CSV.
     """
-    source = path.resolve()
-    root = source if source.is_dir() else source.parent
+    source = root = path.resolve()
     if source.is_dir():
         names, links = _below(source)
         labels = [class_name(Path(name).parent.name) for name in names]
     elif source.is_file():
-        rows = [cells for _, cells in read_table(source, ("image",), optional="label")]
-        names, links = [cells[0] for cells in rows], 0
+        # As in training: pictures lie beside the CSV that was named, be it a link.
+        root = Path(os.path.abspath(path.parent))
+        lines, rows = zip(*read_table(path, ("image",), optional="label"), strict=True)
+        names, links = [listed_name(str(root), cells[0]) for cells in rows], 0
+        check_listed_once(path, names, lines.__getitem__)
         labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
@@ -123,8 +126,8 @@ def list_pictures(path: Path) -> PictureList:
 
 
 def class_name(text: str) -> str | None:
-    """A class's name as people see it: one form of accents (NFC), no outer spaces; None: none."""
-    return composed(text.strip()) or None
+    """A class's name by the one rule for names (``composed``); None where nothing is left of it."""
+    return composed(text) or None
 
 
 def _below(root: Path) -> tuple[list[str], int]:

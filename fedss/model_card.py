@@ -14,6 +14,7 @@ from fedss.errors import RunFolderError
 from fedss.files import read_json
 from fedss.methods import METHODS
 from fedss.models import EmbedderSpec
+from fedss.report.records import Verified, read_verified
 from fedss.report.words import human_bytes
 from fedss.run_folder import read_summaries
 
@@ -86,6 +87,8 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         _table(("setting", "value", "what it is"), _setting_rows(settings, summary, backbone)),
         "## Results",
         *_results(data, settings, summary),
+        "## Thresholds",
+        *_thresholds(read_verified(folder / "verification.json"), settings),
         "## What training moved",
         *_traffic(summary),
         "## Limits",
@@ -185,6 +188,47 @@ def _results(
     ]
 
 
+def _thresholds(found: Verified | None, settings: Mapping[str, Any]) -> list[str]:
+    if found is None:
+        return [
+            f"{UNKNOWN.capitalize()}: no `verification.json` lay beside the run. `fedss evaluate` "
+            "measures them where there are test pictures of two classes or more."
+        ]
+    few = "; these are fewer than 30, so it is a rough figure"
+    rows = [
+        (
+            "EER",
+            f"{found.eer:.4f}",
+            f"{found.eer_threshold:.4f}",
+            "equal error rate: the share of pairs of two classes that are accepted, where as large "
+            "a share of pairs of one class is refused",
+        )
+    ]
+    for far, at in found.points.items():
+        means = f"share of pairs of one class accepted, where at most {far:g} of those of two are"
+        means += "" if at.supported else few
+        rows.append((f"TAR at FAR {far:g}", f"{at.tar:.4f}", f"{at.threshold:.4f}", means))
+    counted = (
+        f"{found.genuine:,} pairs of pictures of one class and {found.impostor:,} of two, of the "
+        f"split `{settings.get('eval_split', 'test')}`. A pair is accepted as one class if its "
+        "cosine reaches the threshold."
+    )
+    known = found.identification
+    if known is not None:
+        means = (
+            "share of pictures of enrolled classes that get the right name, where at most "
+            f"{known.fpir:g} of the pictures of other classes get any"
+        )
+        means += "" if known.supported else few
+        dir_at = f"DIR at FPIR {known.fpir:g}"
+        rows.append((dir_at, f"{known.dir:.4f}", f"{known.threshold:.4f}", means))
+        counted += (
+            f" DIR is that of {known.enrolled:,} enrolled classes, drawn {known.draws:,} times; "
+            "with more classes, more pictures of others get a name at the same threshold."
+        )
+    return [_table(("figure", "value", "threshold", "what it is"), rows), counted]
+
+
 def _traffic(summary: Mapping[str, Any]) -> list[str]:
     down = summary.get("bytes_down_per_client_round")
     if down is None:
@@ -207,7 +251,7 @@ _LIMITS = [
     "- The figures above hold for pictures like those that were tested. For other cameras, places, "
     "classes or people they are unknown, and so are biases: none was looked for.\n"
     '- A cosine is no probability. A threshold for "the same" or "unknown" has to be chosen on '
-    "pictures of your own.\n"
+    "pictures of your own, also where some stand above.\n"
     "- Only the central square of a picture is seen, at the size stated below.\n"
     "- Not for recognising or following people without their consent, nor for decisions about "
     "people.",

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -30,9 +31,7 @@ from fedss.data import (
     Images,
     LazyNames,
     RetrievalTask,
-    csv_dataset,
     fingerprint,
-    folder_dataset,
     load_dataset,
     locate,
     omniglot_dataset,
@@ -42,8 +41,10 @@ from fedss.data import (
     split_clients,
 )
 from fedss.data.cache import cache_folder, cached_array, decode, in_threads
-from fedss.data.manifest import Listing, Row, arrange, lot
+from fedss.data.folder import read_folder
+from fedss.data.manifest import Listing, Row, arrange, composed, lot
 from fedss.describe import describe
+from fedss.embedding import list_pictures
 from fedss.errors import DataError
 from tests import reference
 from tests.reference import tiny_backbone, tiny_dataset
@@ -86,7 +87,11 @@ GOOD = [
 
 
 def load(path, **options):
-    return csv_dataset(path, image_size=8, cache=path.parent / "cache", **options)
+    return load_dataset("csv", path, image_size=8, cache=path.parent / "cache", **options)
+
+
+def load_folder(path, tmp_path):
+    return load_dataset("folder", path, image_size=8, cache=tmp_path / "cache")
 
 
 def same(left, right):
@@ -419,6 +424,8 @@ def test_only_train_and_validation_rows_still_hold_out_a_test(root):
         (None, ["p0.png,cat,ann,train,x"], "line 2: expected 4 cells, got 5; .*double quotes"),
         (None, ["p0.png,cat,ann,train", "", "./p0.png,dog,bob,train"],
          "line 4: p0.png is listed already in line 2"),
+        (None, ["p0.png,a,x,train", "./p0.png,b,x,train"],
+         "line 3: p0.png is listed already in line 2"),
         (None, ["q.png,cat,ann,train", *GOOD], r"line 2: no such picture file: .*q\.png \(1 of 8"),
         (None, [*GOOD, "p7.png,elk,ann,test"], "line 9, split 'test': class 'elk' has a single "
          "picture .*add a second"),
@@ -442,7 +449,7 @@ def test_each_mistake_in_a_csv_is_named(root, header, lines, message):
 
 def test_mistakes_about_the_file_itself(root):
     with pytest.raises(DataError, match=r"none\.csv: expected a CSV file .*No such file"):
-        csv_dataset(root / "none.csv")
+        load_dataset("csv", root / "none.csv")
     path = root / "latin.csv"
     path.write_bytes("image,label,client\np0.png,café,ann\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"expected text in UTF-8, got byte 0xe9 .*Save"):
@@ -461,7 +468,7 @@ def test_mistakes_in_the_settings(root):
     with pytest.raises(DataError, match=r"channels: expected 1 .* or 3 .*, got 4"):
         load(path, channels=4)
     with pytest.raises(DataError, match="image_size: expected at least 1, got 0"):
-        csv_dataset(path, image_size=0)
+        load_dataset("csv", path, image_size=0)
 
 
 # Broken pictures
@@ -651,7 +658,7 @@ def test_the_same_relative_path_elsewhere_is_another_file(tmp_path, monkeypatch)
                 save(file, picture(number, (8, 8)))
                 os.utime(file, (0, 0))
         monkeypatch.chdir(tmp_path / place)
-        found.append(folder_dataset("root", image_size=8, cache=tmp_path / "cache"))
+        found.append(load_dataset("folder", "root", image_size=8, cache=tmp_path / "cache"))
     assert not np.array_equal(found[0].train.pixels, found[1].train.pixels)
 
 
@@ -771,34 +778,67 @@ def test_folders_are_the_csv_that_lists_them(folders, tmp_path):
     random.Random(0).shuffle(names)
     lines = [f"{name.as_posix()},{name.parts[1]},{name.parts[0]}" for name in names]
     path = write_csv(folders, lines, "image,label,client")
-    data = folder_dataset(folders, image_size=8, cache=tmp_path / "cache")
+    data = load_folder(folders, tmp_path)
     assert same(data, load(path))
     assert len(data.train) + len(data.test.query) == 5
     assert data.test.query.class_names[0] in ("cat", "dog")
     assert data.train.pixels.shape[1:] == (3, 8, 8)
 
 
+def test_names_are_compared_without_outer_spaces(folders, tmp_path):
+    """By training on folders, training on a CSV and by search: nobody sees these spaces."""
+    expected = load_folder(folders, tmp_path)
+    (folders / "bob" / "dog").rename(folders / "bob" / " dog\u00a0")
+    (folders / "ann").rename(folders / "ann ")
+    save(folders / "ann" / "cat " / "5.png", picture(9))
+    data = load_folder(folders, tmp_path)
+    parts = [data.train, data.test.query]
+    assert {name for part in parts for name in part.class_names} == {"cat", "dog", "fox"}
+    assert {name for part in parts for name in part.client_names} == {"ann", "bob"}
+    assert len(data.train) + len(data.test.query) == 6
+    assert set(list_pictures(folders).labels) == {"cat", "dog", "fox"}
+    listing = read_folder(folders)
+    lines = [f'"{row.name}"," {row.label} ",{row.client} ' for row in listing.rows]
+    assert same(load(write_csv(folders, lines, "image,label,client")), data)
+    assert list(expected.test.query.class_names) == list(data.test.query.class_names)
+
+
+@pytest.mark.parametrize("place", ["ann/ /1.png", " /cat/1.png"])
+def test_a_name_of_spaces_is_refused(folders, tmp_path, place):
+    save(folders / place, picture(0))
+    with pytest.raises(DataError, match=f"{place}: a client or class whose name is nothing but"):
+        load_folder(folders, tmp_path)
+
+
+@given(st.text())
+def test_the_rule_for_names_leaves_what_it_made(name):
+    once = composed(name)
+    assert composed(once) == once == once.strip() == unicodedata.normalize("NFC", once)
+    for form in ("NFC", "NFD"):
+        assert composed(f" {unicodedata.normalize(form, name)}\t") == once
+
+
 def test_folders_may_be_links_even_in_circles(folders, tmp_path):
-    expected = folder_dataset(folders, image_size=8, cache=tmp_path / "cache")
+    expected = load_folder(folders, tmp_path)
     (folders / ".store").mkdir()
     (folders / "bob").rename(folders / ".store" / "bob")
     (folders / "bob").symlink_to(folders / ".store" / "bob")
     (folders / "ann" / "cat" / "loop").symlink_to(folders / "ann")
-    assert same(folder_dataset(folders, image_size=8, cache=tmp_path / "cache"), expected)
+    assert same(load_folder(folders, tmp_path), expected)
 
 
 def test_mistakes_in_folders(folders, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        folder_dataset(tmp_path / "none")
+        load_dataset("folder", tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no pictures found; expected pictures as .*client/class"):
-        folder_dataset(tmp_path / "empty")
+        load_dataset("folder", tmp_path / "empty")
     (folders / "cid" / "cat").mkdir(parents=True)
     with pytest.raises(DataError, match="cid: a client without pictures"):
-        folder_dataset(folders)
+        load_dataset("folder", folders)
     save(folders / "cid" / "p.png", picture(0))
     with pytest.raises(DataError, match=r"p\.png: a picture at the wrong depth"):
-        folder_dataset(folders)
+        load_dataset("folder", folders)
 
 
 # Omniglot

@@ -74,6 +74,28 @@ def test_each_mistake_in_a_csv_is_named_as_in_training(pictures, content, messag
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("second", ["p0.png", "./p0.png", "x/../p0.png", "absolute"])
+def test_a_csv_lists_a_picture_once_as_in_training(pictures, second):
+    second = pictures / "p0.png" if second == "absolute" else second
+    path = write_csv(pictures, f"image,label\np0.png,a\np1.png,a\n{second},b\n")
+    message = r"pictures\.csv, line 4: p0\.png is listed already in line 2; each picture has one"
+    with pytest.raises(DataError, match=message):
+        list_pictures(path)
+
+
+def test_names_of_a_csv_are_paths_from_where_it_lies(pictures, tmp_path):
+    path = write_csv(pictures, f"image\n./p1.png\n{pictures / 'p0.png'}\n../other.png\n")
+    found = list_pictures(path)
+    assert found.names == ("p1.png", "p0.png", str(pictures.parent / "other.png"))
+    assert found.paths == [pictures / "p1.png", pictures / "p0.png", pictures.parent / "other.png"]
+    # A link to a CSV lists what lies beside the link, as in training.
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "list.csv"
+    link.symlink_to(path)
+    Image.new("L", (9, 9)).save(tmp_path / "links" / "p1.png")
+    assert list_pictures(link).paths[0] == tmp_path / "links" / "p1.png"
+
+
 def test_places_without_pictures_are_named(tmp_path):
     with pytest.raises(DataError, match="no picture found"):
         list_pictures(tmp_path)

@@ -1,19 +1,25 @@
 """A run's model card: read as a model hub reads it, with the run's own figures and nothing else."""
 
+import dataclasses
 import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedss import RetrievalTask
 from fedss.errors import RunFolderError
+from fedss.evaluation import verify
 from fedss.model_card import model_card
 from fedss.models import EmbedderSpec
+from tests import reference
 
 SPEC = EmbedderSpec("conv4-32", channels=3, image_size=64, embedding_size=16)
 ABOUT: dict[str, Any] = {
@@ -58,11 +64,16 @@ SUMMARY: dict[str, Any] = {
 
 
 def card_of(
-    about: object = ABOUT, summary: dict[str, Any] = SUMMARY, spec: EmbedderSpec = SPEC
+    about: object = ABOUT,
+    summary: dict[str, Any] = SUMMARY,
+    spec: EmbedderSpec = SPEC,
+    verification: str | None = None,
 ) -> str:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(about))
         Path(folder, "summary.json").write_text(json.dumps([summary]))
+        if verification is not None:
+            Path(folder, "verification.json").write_text(verification)
         return model_card(Path(folder), spec, "f" * 64, "Cut out the square.")
 
 
@@ -135,6 +146,61 @@ def test_pooled_training_moves_nothing_and_own_networks_are_named():
     assert "`central`: pictures pooled" in text
     assert table(text, "Training")["`backbone`"][0] == "`Sequential (a module of its owner's)`"
     assert 'fedss.load("model.safetensors", backbone=net)  # net: a module' in text
+
+
+def measured(classes: int, seed: int = 0) -> dict[str, Any]:
+    """What a run writes of six pictures a class, under embeddings of some quality."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(classes), 6)
+    noise = 0.7 * rng.normal(size=(len(labels), 4))
+    h_ND = torch.from_numpy(rng.normal(size=(classes, 4))[labels] + noise)
+    query = dataclasses.replace(
+        reference.tiny_dataset().test.query,
+        pixels=np.zeros((len(labels), 1, 8, 8), np.uint8),
+        labels=labels,
+        clients=np.zeros(len(labels), np.int64),
+        class_names=[str(i) for i in range(classes)],
+        names=[str(i) for i in range(len(labels))],
+    )
+    found = verify(RetrievalTask(query), (h_ND, None), 0)
+    assert found is not None
+    return found
+
+
+def test_rates_and_thresholds_are_those_of_the_run():
+    found = measured(classes=24)
+    text = card_of(verification=json.dumps(found))
+    shown = table(text, "Thresholds")
+    assert shown["EER"][:2] == [f"{found['eer']:.4f}", f"{found['eer_threshold']:.4f}"]
+    for point in found["points"]:
+        tar, threshold, means = shown[f"TAR at FAR {point['far']:g}"]
+        assert (tar, threshold) == (f"{point['tar']:.4f}", f"{point['threshold']:.4f}")
+        assert ("fewer than 30" in means) == (not point["supported"])
+    assert {point["supported"] for point in found["points"]} == {True, False}
+    known = found["identification"]
+    name, threshold, means = shown["DIR at FPIR 0.01"]
+    assert (name, threshold) == (f"{known['dir']:.4f}", f"{known['threshold']:.4f}")
+    assert ("fewer than 30" in means) == (not known["supported"])
+    assert len(shown) == len(found["points"]) + 2
+    assert f"{24 * 15:,} pairs of pictures of one class and {(24 * 23 // 2) * 36:,} of two" in text
+    assert f"{known['enrolled']:,} enrolled classes, drawn {known['draws']:,} times" in text
+    # The rest of the card is as without them.
+    without = card_of()
+    assert text.split("## What training moved")[1] == without.split("## What training moved")[1]
+    assert ModelCard(text).data.to_dict() == ModelCard(without).data.to_dict()
+
+
+def test_thresholds_without_identification_or_without_a_file():
+    text = card_of(verification=json.dumps({**measured(classes=24), "identification": None}))
+    assert "EER" in table(text, "Thresholds")
+    assert "DIR" not in text
+    assert "\n## Thresholds\n\nUnknown: no `verification.json` lay beside the run." in card_of()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"eer": 2}'])
+def test_a_damaged_file_of_rates_is_refused(content):
+    with pytest.raises(RunFolderError, match=r"verification\.json.*delete it"):
+        card_of(verification=content)
 
 
 @given(st.text(min_size=1))

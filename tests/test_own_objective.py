@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 import fedss
+from examples.own_loss import smoothed_softmax
+from fedss.build import objective_name
 from fedss.methods import METHODS
 from fedss.softmax import logits, positive_hinge
 from tests import reference
@@ -148,6 +152,67 @@ def test_a_loss_that_cannot_be_stacked_is_told_so(tmp_path):
     assert trained(tmp_path / "run", SMALL, objective=with_a_branch) == trained(
         tmp_path / "theirs", SMALL
     )
+
+
+def scaled(factor, *arguments, plus=0.0):
+    return factor * mine(*arguments) + plus
+
+
+def weighted(*arguments, weights):
+    return mine(*arguments) * weights.mean()
+
+
+@pytest.mark.parametrize(
+    ("objective", "others"),
+    [
+        (partial(scaled, 2), [partial(scaled, 3), partial(scaled, 2.0), scaled]),
+        (partial(scaled, 2, plus=1), [partial(scaled, 2), partial(partial(scaled, 2), plus=0)]),
+        (partial(scaled, [1] * 900), [partial(scaled, [1] * 899 + [2])]),
+        (
+            partial(weighted, weights=torch.linspace(0, 1, 5000)),
+            [
+                partial(weighted, weights=torch.linspace(0, 1, 5000).roll(1)),
+                partial(weighted, weights=torch.linspace(0, 1, 5000).view(50, 100)),
+                partial(weighted, weights=torch.linspace(0, 1, 5000).double()),
+            ],
+        ),
+    ],
+    ids=["positional", "keywords", "long", "tensor"],
+)
+def test_a_partial_is_named_by_what_is_in_it(objective, others):
+    names = [objective_name(one) for one in (objective, *others)]
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) < 200
+    again = partial(objective.func, *objective.args, **dict(reversed(objective.keywords.items())))
+    assert objective_name(again) == names[0]
+    assert objective_name(partial(scaled, 2, plus="a")) == "scaled(2, plus='a')"
+    # A function's own name counts, also where it was given.
+    assert objective_name(partial(smoothed_softmax(0.5), x=1)) == "smoothed_loss(0.5)(x=1)"
+
+
+def test_a_run_does_not_go_on_with_a_partial_of_another_number(tmp_path):
+    train(tmp_path / "run", objective=partial(scaled, 2))
+    assert train(tmp_path / "run", objective=partial(scaled, 2)).already_done
+    message = r"objective: 'scaled\(2\)' there, 'scaled\(3\)' now"
+    with pytest.raises(fedss.RunFolderError, match=message):
+        train(tmp_path / "run", objective=partial(scaled, 3))
+
+
+@pytest.mark.parametrize(
+    ("objective", "got"),
+    [
+        (lambda *arguments: mine(*arguments), "got a lambda"),
+        (partial(lambda *arguments: mine(*arguments)), "got a lambda"),
+        (partial(scaled, np.float32(2)), "got one of type float32"),
+        (partial(scaled, plus=[object()]), "got one of type object"),
+    ],
+)
+def test_a_loss_without_a_name_is_refused(tmp_path, objective, got):
+    with pytest.raises(fedss.ConfigError, match=f"^objective: .*{got}; give .* a name with def$"):
+        train(tmp_path / "run", objective=objective)
+    with pytest.raises(fedss.ConfigError, match=got):
+        fedss.compare(SMALL, ["fedss"], [0], tmp_path / "c", data=DATA, objective=objective)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_remembers_the_name_of_its_loss(tmp_path):

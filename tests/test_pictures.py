@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 
 from fedss.cli import main
 from fedss.data import cache as cache_module
-from fedss.data import csv_dataset, folder_dataset
+from fedss.data import load_dataset
 from fedss.data.cache import MAX_PIXELS, decode, open_picture, quiet_pillow
 from fedss.embedding import embed_files
 from fedss.errors import DataError
@@ -296,7 +296,7 @@ def folders(tmp_path):
 
 
 def load(root, **options):
-    return folder_dataset(root, image_size=8, cache=root.parent / "cache", **options)
+    return load_dataset("folder", root, image_size=8, cache=root.parent / "cache", **options)
 
 
 def pictures(data):
@@ -347,7 +347,7 @@ def test_what_is_called_a_picture_and_is_no_file_is_missing(folders, what):
         assert pictures(load(folders)) == expected
     path_of_csv = as_csv(folders, ["a/x/0.png", "a/x/1.png", "a/y/0.png", "a/x/9.jpg"])
     with pytest.raises(DataError, match=r"line 5: no such picture file.*Paths are relative to the"):
-        csv_dataset(path_of_csv, cache=folders.parent / "cache")
+        load_dataset("csv", path_of_csv, cache=folders.parent / "cache")
     with pytest.raises(DataError, match=r"cannot read picture .*9\.jpg: "):
         embed_files(MODEL, [path])
     assert embed_files(MODEL, [folders / "a/x/0.png", path], skip_broken=True).skipped == (
@@ -379,7 +379,7 @@ def test_links_out_of_the_folder_are_refused(folders, place):
         load(folders, skip_broken=True)
     # A CSV says what it means, one by one.
     names = ["a/x/0.png", "a/x/1.png", "a/y/0.png", "../rooted/w/w/0.png"]
-    data = csv_dataset(as_csv(folders, names), image_size=8, cache=folders.parent / "cache")
+    data = load_dataset("csv", as_csv(folders, names), image_size=8, cache=folders.parent / "cache")
     assert str(target) in {*data.train.names, *data.test.query.names}
 
 
@@ -493,17 +493,17 @@ def test_composed_and_decomposed_names_are_one_name(tmp_path):
     lines.append("ann/x.png,dog,ann")
     csv = save(root / "ann" / "x.png", noise(5)).parents[1] / "p.csv"
     csv.write_text("\n".join(["image,label,client", *lines]) + "\n")
-    listed = csv_dataset(csv, image_size=8, cache=tmp_path / "cache", test_classes=0)
+    listed = load_dataset("csv", csv, image_size=8, cache=tmp_path / "cache", test_classes=0)
     assert list(listed.train.class_names) == [composed, "dog"]
     assert list(listed.train.client_names) == ["ann", composed]
     # Files have the names that they have.
     csv.write_text(f"image,label,client\nann/{composed}/1.png,a,b\n")
     with pytest.raises(DataError, match="no such picture file"):
-        csv_dataset(csv)
+        load_dataset("csv", csv)
     save(root / f"{decomposed}.png", noise(6))
     csv.write_text(f"image,label,client\n{composed}.png,a,b\n")
     with pytest.raises(DataError, match="under the same name in another Unicode form, NFD"):
-        csv_dataset(csv)
+        load_dataset("csv", csv)
 
 
 def test_upper_and_lower_case_are_different_names(tmp_path):

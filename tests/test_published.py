@@ -133,6 +133,18 @@ def test_a_picture_listed_twice_is_a_remark(tmp_path):
         file.write("9,ffaa01,3\n")
     remarks = load("gld23k", tmp_path, tmp_path).remarks
     assert "pictures listed more than once: 1, the first is images/ffaa01.jpg" in remarks
+    # It is for testing and for training: that is worse.
+    leak = "pictures listed both for training and for testing: 1, the first is images/ffaa01.jpg; "
+    assert sum(remark.startswith(leak) for remark in remarks) == 1
+
+
+def test_a_picture_of_two_people_is_no_leak(tmp_path):
+    landmarks(tmp_path, ("mini_gld_train_split.csv", "mini_gld_test.csv"), False)
+    with (tmp_path / "mini_gld_train_split.csv").open("a") as file:
+        file.write("9,0123ab,3\n")
+    remarks = load("gld23k", tmp_path, tmp_path).remarks
+    assert "pictures listed more than once: 1, the first is images/0123ab.jpg" in remarks
+    assert not any("for testing" in remark for remark in remarks)
 
 
 # iNaturalist-User-120k

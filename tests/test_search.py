@@ -169,7 +169,7 @@ def test_a_csv_gives_names_and_classes_and_each_picture_once(made, tmp_path):
     assert collection.labels == ("pot", None)
     assert collection.path(0) == tmp_path / "2.png"
     listed.write_text("image\n2.png\n2.png\n")
-    with pytest.raises(DataError, match=r"2\.png is listed more than once"):
+    with pytest.raises(DataError, match=r"list\.txt, line 3: 2\.png is listed already in line 2"):
         build_collection(made / "run", listed, tmp_path / "index")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from fedss.data.cache import cache_folder
 from fedss.data.celeba import read_celeba
 from fedss.data.cifar100 import cifar100_dataset
-from fedss.data.folder import folder_dataset, read_folder
+from fedss.data.folder import read_folder
 from fedss.data.glyphs import glyphs_dataset
 from fedss.data.images import (
     ClientIndex,
@@ -28,7 +28,7 @@ from fedss.data.images import (
 from fedss.data.inaturalist import read_inaturalist
 from fedss.data.landmarks import read_gld23k, read_landmarks
 from fedss.data.lfw import read_lfw
-from fedss.data.manifest import Listing, build_dataset, csv_dataset, read_rows
+from fedss.data.manifest import Listing, build_dataset, read_rows
 from fedss.data.omniglot import omniglot_dataset
 from fedss.data.partition import (
     Partition,
@@ -51,10 +51,8 @@ __all__ = [
     "RetrievalTask",
     "cache_folder",
     "cifar100_dataset",
-    "csv_dataset",
     "deal_pictures",
     "fingerprint",
-    "folder_dataset",
     "glyphs_dataset",
     "holdings",
     "index_clients",
@@ -107,9 +105,10 @@ def load_dataset(
 
     Args:
         name: One of DATASETS.
-        path: The CSV or the root folder; for ``omniglot`` the folder of its archives, which are
-            fetched into the cache folder if it is None. ``glyphs`` takes none. Of the other
-            published sets nothing is fetched: docs/datasets.md says where to get what.
+        path: The CSV (``read_rows`` has its columns) or the root folder (``read_folder``); for
+            ``omniglot`` the folder of its archives, which are fetched into the cache folder if it
+            is None. ``glyphs`` takes none. Of the other published sets nothing is fetched:
+            docs/datasets.md says where to get what.
         image_size: Side of the pictures; None is ``usual_side(name)``.
         channels: 1 or 3; None is 1 for glyphs and Omniglot, 3 for CIFAR-100, else 1 if every
             picture is stored in grayscale and 3 otherwise.
@@ -120,7 +119,7 @@ def load_dataset(
         cache: Folder for decoded pictures; see ``cache_folder``.
         seed: The data's seed (which glyphs, which classes are held out, who holds what in a
             partition), not the training's.
-        at_site: The pictures are a site's part of a federation; see ``csv_dataset``.
+        at_site: The pictures are a site's part of a federation; see ``build_dataset``.
         glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
         glyphs_clients: Training clients.
         partition: ``classes:K``, ``dirichlet:ALPHA`` or ``class``: deals the training pictures to

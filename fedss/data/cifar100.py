@@ -45,10 +45,10 @@ def cifar100_dataset(
             that holds ``cifar-100-binary/``.
         image_size: Side of the pictures; the originals have 32.
         channels: 1 or 3; None is 3.
-        test_classes: As for ``csv_dataset``.
+        test_classes: As for ``build_dataset``.
         cache: Folder for the resized pictures; see ``cache_folder``.
         seed: Decides which classes are held out.
-        at_site: As for ``csv_dataset``.
+        at_site: As for ``build_dataset``.
 
     Raises:
         DataError: A file is missing or of another form, or a setting cannot be.

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedss.data.images import Dataset
-from fedss.data.manifest import Listing, Row, build_dataset, composed
+from fedss.data.manifest import Listing, Row, composed
 from fedss.errors import DataError
 
 EXTENSIONS = (
@@ -15,45 +14,15 @@ EXTENSIONS = (
 )
 
 
-def folder_dataset(
-    root: str | Path,
-    *,
-    image_size: int = 64,
-    channels: int | None = None,
-    test_classes: float = 0.2,
-    skip_broken: bool = False,
-    cache: Path | None = None,
-    seed: int = 0,
-    at_site: bool = False,
-) -> Dataset:
-    """Pictures from folders ``root/client/class/picture``; some classes are held out as the test.
+def read_folder(root: Path) -> Listing:
+    """The pictures in folders ``root/client/class/picture``; opens none.
 
     Hidden files and files without the extension of a picture (EXTENSIONS) are passed over. Links
-    are followed as long as they stay below ``root``. The arguments and the result are those of
-    ``csv_dataset``.
+    are followed as long as they stay below ``root``.
 
     Raises:
         DataError: No pictures, a client without pictures, a picture at another depth, a link that
-            leads out of ``root``, a folder that cannot be read, or anything amiss with a picture.
-    """
-    return build_dataset(
-        "folder",
-        read_folder(Path(root)),
-        image_size=image_size,
-        channels=channels,
-        test_classes=test_classes,
-        skip_broken=skip_broken,
-        cache=cache,
-        seed=seed,
-        at_site=at_site,
-    )
-
-
-def read_folder(root: Path) -> Listing:
-    """A row for each picture below ``root``; opens none.
-
-    Raises:
-        DataError: See ``folder_dataset``.
+            leads out of ``root``, a name of nothing but spaces, or a folder that cannot be read.
     """
     layout = f"expected pictures as {root}/client/class/picture, of {', '.join(EXTENSIONS)}"
     if not root.is_dir():
@@ -62,9 +31,14 @@ def read_folder(root: Path) -> Listing:
     for parts in _pictures(str(root), os.path.realpath(root), ()):
         if len(parts) != 3:
             raise DataError(f"{root.joinpath(*parts)}: a picture at the wrong depth; {layout}")
-        client, label, _ = parts
+        client, label = map(composed, parts[:2])
+        if not (client and label):
+            raise DataError(
+                f"{root.joinpath(*parts)}: a client or class whose name is nothing but spaces; "
+                "give the folder a name"
+            )
         # Of millions of pictures, each name of a class is kept once.
-        rows.append(Row(composed(client), sys.intern(composed(label)), "/".join(parts), None, 0))
+        rows.append(Row(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no pictures found; {layout}")
     clients = {row.client for row in rows}

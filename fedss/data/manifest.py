@@ -8,7 +8,7 @@ import os
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -80,71 +80,20 @@ class Listing:
         return f"{path}, line {row.line}" if row.line else row.name
 
 
-def csv_dataset(
-    path: str | Path,
-    *,
-    image_size: int = 64,
-    channels: int | None = None,
-    test_classes: float = 0.2,
-    skip_broken: bool = False,
-    cache: Path | None = None,
-    seed: int = 0,
-    at_site: bool = False,
-) -> Dataset:
-    """Pictures from a CSV in UTF-8 with the columns image, label, client and perhaps split.
+def read_rows(path: Path) -> Listing:
+    """The lines of a CSV in UTF-8 with the columns image, label, client and perhaps split.
 
     ``image`` is a file, relative to the CSV's folder or absolute. ``split`` is ``train``, ``test``
     (each such picture is searched among all the others), ``query`` and ``gallery`` (instead of
-    ``test``), or ``validation`` (like ``test``, for choosing settings). Without ``test``, ``query``
-    and ``gallery`` some of the training classes are held out as the test: those whose ``lot`` is
-    below ``test_classes``, see ``arrange``.
-
-    Args:
-        path: The CSV.
-        image_size: Side of the pictures after cutting to the central square and resizing.
-        channels: 1 or 3; None is 1 if every picture is stored in grayscale, else 3.
-        test_classes: Share of the classes to hold out, where the CSV names no test pictures; that
-            of a few classes is up to chance. 0: none, and no test.
-        skip_broken: Leave out pictures that are missing or cannot be read; ``Dataset.skipped``
-            names them. The rest is as if they had never been listed.
-        cache: Folder for the decoded pictures; see ``cache_folder``.
-        seed: Decides which classes are held out.
-        at_site: The pictures are a site's part of a federation. With the same seed and
-            ``test_classes`` a class is trained on at all sites or at none, and a site may have no
-            test. A column ``split`` is obeyed, and pictures for testing that have no other one of
-            their class here are left out as ``Dataset.unpaired``.
-
-    Returns:
-        Dataset of uint8 [N, C, image_size, image_size]; the same whatever the order of the lines.
+    ``test``), or ``validation`` (like ``test``, for choosing settings). Opens no picture.
 
     Raises:
-        DataError: Anything amiss with the CSV or its pictures; says where and what to do.
-    """
-    return build_dataset(
-        "csv",
-        read_rows(Path(path)),
-        image_size=image_size,
-        channels=channels,
-        test_classes=test_classes,
-        skip_broken=skip_broken,
-        cache=cache,
-        seed=seed,
-        at_site=at_site,
-    )
-
-
-def read_rows(path: Path) -> Listing:
-    """The CSV's lines, checked one by one; opens no picture.
-
-    Raises:
-        DataError: See ``csv_dataset``.
+        DataError: Anything amiss with the file or a line; says where and what to do.
     """
     root = os.path.abspath(path.parent)
-    below = os.path.join(root, "")
     rows: list[Row] = []
     for line, (image, label, client, *rest) in read_table(path, COLUMNS, optional="split"):
-        file = os.path.normpath(os.path.join(root, image))
-        name = file.removeprefix(below).replace(os.sep, "/")
+        name = listed_name(root, image)
         split = sys.intern(rest[0]) if rest else None
         if split is not None and split not in SPLITS:
             near = difflib.get_close_matches(split.lower(), SPLITS, 1)
@@ -155,23 +104,47 @@ def read_rows(path: Path) -> Listing:
         # Of millions of lines, each name is kept once.
         client, label = sys.intern(composed(client)), sys.intern(composed(label))
         rows.append(Row(client, label, name, split, line))
-    twice = repeated(LazyNames(len(rows), lambda i: os.path.normcase(rows[i].name)))
-    if twice is not None:
-        first, second, *_ = (row for row in rows if os.path.normcase(row.name) == twice)
-        raise DataError(
-            f"{path}, line {second.line}: {second.name} is listed already in line {first.line}; "
-            "each picture has one class and one client: remove one of the lines"
-        )
+    names = LazyNames(len(rows), lambda i: rows[i].name)
+    check_listed_once(path, names, lambda i: rows[i].line)
     return Listing(path, root, rows)
 
 
-def composed(name: str) -> str:
-    """A client's or class's name in Unicode's form NFC.
+def listed_name(root: str, image: str) -> str:
+    """The name (see ``Row``) of a picture that a CSV in the folder ``root``, absolute, lists."""
+    file = os.path.normpath(os.path.join(root, image))
+    return file.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
-    macOS writes names of files decomposed (NFD), most others composed: without this, the same
-    name at two sites would be two classes. (Unicode Standard Annex 15.)
+
+def check_listed_once(path: Path, names: Sequence[str], line: Callable[[int], int]) -> None:
+    """Refuse a CSV that lists a picture twice.
+
+    Args:
+        path: The CSV, for the message.
+        names: The pictures, as ``listed_name`` gives them.
+        line: The line of each, by its position in ``names``.
+
+    Raises:
+        DataError: One of them is there twice.
     """
-    return unicodedata.normalize("NFC", name)
+    twice = repeated(LazyNames(len(names), lambda i: os.path.normcase(names[i])))
+    if twice is not None:
+        first, second, *_ = (i for i, name in enumerate(names) if os.path.normcase(name) == twice)
+        raise DataError(
+            f"{path}, line {line(second)}: {names[second]} is listed already in line "
+            f"{line(first)}; each picture has one line, with one class and one client: remove one "
+            "of the lines"
+        )
+
+
+def composed(name: str) -> str:
+    """The name of a client or a class: in Unicode's form NFC, without outer spaces.
+
+    The one rule for names, wherever they come from: cells of a CSV, folders, sites, what people
+    enrol. Two that are the same after this are one client or one class. macOS writes names of
+    files decomposed (NFD), most others composed (Unicode Standard Annex 15), and nobody sees a
+    space at the end of a folder's name: without this, one name at two sites would be two classes.
+    """
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def read_table(
@@ -280,10 +253,29 @@ def build_dataset(
     seed: int,
     at_site: bool,
 ) -> Dataset:
-    """Decode listed pictures into a ``Dataset``; arguments as for ``csv_dataset``.
+    """Decode listed pictures into a ``Dataset``; without a test it holds classes out (``arrange``).
+
+    Args:
+        kind: The data set's name.
+        listing: The pictures.
+        image_size: Side of the pictures after cutting to the central square and resizing.
+        channels: 1 or 3; None is 1 if every picture is stored in grayscale, else 3.
+        test_classes: Share of the classes to hold out, where the listing names no test pictures;
+            that of a few classes is up to chance. 0: none, and no test.
+        skip_broken: Leave out pictures that are missing or cannot be read; ``Dataset.skipped``
+            names them. The rest is as if they had never been listed.
+        cache: Folder for the decoded pictures; see ``cache_folder``.
+        seed: Decides which classes are held out.
+        at_site: The pictures are a site's part of a federation. With the same seed and
+            ``test_classes`` a class is trained on at all sites or at none, and a site may have no
+            test. A column ``split`` is obeyed, and pictures for testing that have no other one of
+            their class here are left out as ``Dataset.unpaired``.
+
+    Returns:
+        Dataset of uint8 [N, C, image_size, image_size]; the same whatever the order of the rows.
 
     Raises:
-        DataError: See ``csv_dataset``.
+        DataError: Anything amiss with the pictures or an argument; says where and what to do.
     """
     if image_size < 1:
         raise DataError(f"image_size: expected at least 1, got {image_size}")

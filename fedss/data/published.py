@@ -126,5 +126,12 @@ def published_listing(
     twice = [name for name, count in times.items() if count > 1]
     if twice:
         found.append(f"pictures listed more than once: {len(twice):,}, the first is {twice[0]}")
+    trained = {row.name for row in rows if row.split == "train"}
+    leaked = {row.name: None for row in rows if row.split != "train" and row.name in trained}
+    if leaked:
+        found.append(
+            f"pictures listed both for training and for testing: {len(leaked):,}, the first is "
+            f"{next(iter(leaked))}; figures of the test are better than on pictures never seen"
+        )
     source = next(iter(lists.values()))
     return Listing(source, os.path.abspath(root), rows, lists, True, tuple(found))

@@ -66,8 +66,7 @@ def blocks(backbone: nn.Module) -> Mapping[str, list[str]]:
         groups = [*timm.group_parameters(backbone, matcher(coarse=True)).values()]
     else:
         heads = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] for name in names)
-        order = sorted(heads, key=lambda head: head != "")
-        groups = [[n for n in names if n.rpartition(".")[0].partition(".")[0] == h] for h in order]
+        groups = [[n for n in names if n.rpartition(".")[0].partition(".")[0] == h] for h in heads]
     return {group[0].rpartition(".")[0] or group[0]: group for group in groups}
 
 

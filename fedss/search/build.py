@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -80,9 +79,6 @@ def build_collection(
     embedder = load(run, backbone)
     folder = Path(run) / "index" if folder is None else Path(folder)
     found = list_pictures(Path(pictures))
-    twice = next((name for name, count in Counter(found.names).items() if count > 1), None)
-    if twice is not None:
-        raise DataError(f"{pictures}: {twice} is listed more than once; remove one of the lines")
     with hold(folder, _ADVICE):
         if is_there(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)

@@ -15,7 +15,6 @@ holds a share of the clients of the data set that the server's configuration nam
 
 import dataclasses
 import traceback
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from fedss.build import build_model, compute_device, load_data, round_plan, wire
 from fedss.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
 from fedss.config import Config, config_from_dict
 from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
+from fedss.data.manifest import composed
 from fedss.engines.flower.messages import (
     Tensors,
     buffer,
@@ -186,15 +186,14 @@ def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
     secret = _secret(Path(str(node["secret-file"]))) if "secret-file" in node else None
 
     def known_as(kind: str, name: str) -> str:
-        # Some file systems take letters with accents apart: the same name all the same.
-        name = unicodedata.normalize("NFC", name)
+        name = composed(name)  # Names of published sets come as the file system writes them.
         return name if secret is None else token(secret, kind, name)
 
     images = data.train
     classes = [known_as("class", name) for name in images.class_names]
     clients = [known_as("client", prefix + name) for name in images.client_names]
     if len(set(clients)) < len(clients):
-        raise ConfigError("two clients of this site have one name but for how letters are encoded")
+        raise ConfigError("two clients of this site have one name but for outer spaces and accents")
     unique = sorted(set(classes))
     place = {name: i for i, name in enumerate(unique)}
     order = sorted(range(len(clients)), key=clients.__getitem__)
