@@ -587,9 +587,8 @@ def _report(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from fedss.search import open_collection, server, stored_threshold
 
-    limits = server.make_limits(
-        options.max_upload_mb, options.threshold, stored_threshold(options.folder)
-    )
+    measured = stored_threshold(options.folder) if options.threshold is None else None
+    limits = server.make_limits(options.max_upload_mb, options.threshold, measured)
     with server.listen(options.host, options.port) as listener:
         run = Path(options.folder)
         collection = open_collection(options.index or run / "index", run)

@@ -470,11 +470,11 @@ def test_what_cannot_be_enrolled_leaves_nothing(place):
     assert not (collection.folder / "enrolled.sqlite").exists()
 
 
-def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(made, tmp_path):
+def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(place, tmp_path):
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8))
     noise.save(tmp_path / "a.jpg", quality=95)
-    collection = opened(made)
+    collection = opened(place)
     expected_1D = collection.embed([tmp_path / "a.jpg"])
     with Image.open(tmp_path / "a.jpg") as image:
         assert torch.equal(collection.embed([image]), expected_1D)
@@ -593,6 +593,8 @@ def test_the_threshold_of_an_evaluation_is_read(tmp_path):
     assert stored.fpir_among(120) == pytest.approx(0.01)
     # A stranger is passed by two independent halves.
     assert 1 - stored.fpir_among(240) == pytest.approx((1 - stored.fpir_among(120)) ** 2)
+    path.write_text(json.dumps(measured(threshold=1.5)))
+    assert stored_threshold(tmp_path).threshold == NOTHING
     wrong = ({"threshold": "high"}, {"enrolled": 0}, {"threshold": 1e999}, {"threshold": -1.5})
     for change in wrong:
         path.write_text(json.dumps(measured(**change)))

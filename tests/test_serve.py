@@ -659,6 +659,21 @@ def test_other_machines_are_let_in_with_a_warning(
     assert capsys.readouterr().err == ""
 
 
+def test_a_damaged_evaluation_stops_nobody_who_gives_a_threshold(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "serve", lambda *_: None)
+    path = site.run / "verification.json"
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:100])
+        assert main(["serve", str(site.run), "--port", "0"]) == 2
+        assert "delete it and run fedss evaluate" in capsys.readouterr().err
+        assert main(["serve", str(site.run), "--port", "0", "--threshold", "0.5"]) == 0
+    finally:
+        path.write_bytes(whole)
+
+
 def test_the_threshold_of_an_evaluation_is_taken_unless_one_is_given() -> None:
     measured = Threshold(0.7, 0.01, 500)
     limits = pages.make_limits(20, None, measured)
