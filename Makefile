@@ -28,12 +28,13 @@ format: $(VENV)/.lint
 
 # The short forms; benchmarks/README.md says how the figures in it were made.
 bench: $(VENV)/.core
-	for theme in engine distributed scale clients pictures stacks verification; do \
+	for theme in engine distributed scale clients pictures stacks; do \
 		$(BIN)/python benchmarks/$$theme.py --short || exit 1; done
 
 # Each peer in an environment of its own.
 bench-peers: $(VENV)/.core .venv-retrieval/.done .venv-search/.done .venv-pfl/.done .venv-flower/.done .venv-fedjax/.done
 	.venv-retrieval/bin/python benchmarks/retrieval.py --short
+	.venv-retrieval/bin/python benchmarks/verification.py --short
 	.venv-search/bin/python benchmarks/search.py --short
 	$(BIN)/python benchmarks/engine.py --classes 964 --rounds 5 \
 		$(foreach peer,pfl flower fedjax,--peer $(peer)=.venv-$(peer)/bin/python)
