@@ -459,7 +459,6 @@ def _export(options: argparse.Namespace) -> None:
 
 def _index(options: argparse.Namespace) -> None:
     from fedss.search import build_collection
-    from fedss.search.page import shown
 
     found = build_collection(
         options.folder, options.pictures, _place(options), skip_broken=options.skip_broken
@@ -468,7 +467,7 @@ def _index(options: argparse.Namespace) -> None:
     enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
     print(
         f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
-        f"{found.embedded:,} pictures were new or changed\n{shown(str(found.folder))}"
+        f"{found.embedded:,} pictures were new or changed\n{_printable(str(found.folder))}"
     )
 
 
@@ -479,7 +478,7 @@ def _place(options: argparse.Namespace) -> Path:
 def _search(options: argparse.Namespace) -> None:
     from fedss.files import write_file, writing
     from fedss.search import open_collection
-    from fedss.search.page import neighbours_page, shown
+    from fedss.search.page import neighbours_page
 
     collection, names = open_collection(_place(options), options.folder), options.pictures
     found = collection.search(collection.embed(names), options.count)
@@ -501,14 +500,14 @@ def _search(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for name, matches in zip(names, found, strict=True):
-        print(f"nearest to {shown(name)} in {shown(str(collection.source))}")
+        print(f"nearest to {_printable(name)} in {_printable(str(collection.source))}")
         table = _table()
         table.add_column("score", justify="right", no_wrap=True)
         table.add_column("class", overflow="fold")
         table.add_column("picture", overflow="fold")
         for match in matches:
-            label = "–" if match.label is None else shown(match.label)
-            table.add_row(_score(match.score), escape(label), escape(shown(match.name)))
+            label = "–" if match.label is None else _printable(match.label)
+            table.add_row(_score(match.score), escape(label), escape(_printable(match.name)))
         _console().print(table)
     if options.show is not None:
         print(options.show)
@@ -516,23 +515,21 @@ def _search(options: argparse.Namespace) -> None:
 
 def _enrol(options: argparse.Namespace) -> None:
     from fedss.search import enrol, open_collection, remove
-    from fedss.search.page import shown
 
     if options.remove and options.pictures:
         raise ConfigError("--remove takes a whole class out: give no pictures with it")
     collection = open_collection(_place(options), options.folder)
     if options.remove:
         collection = remove(collection, options.label)
-        done = f"removed the enrolled pictures of {shown(options.label)}"
+        done = f"removed the enrolled pictures of {_printable(options.label)}"
     else:
         collection = enrol(collection, options.label, options.pictures)
-        done = f"enrolled {len(options.pictures)} pictures of {shown(options.label)}"
+        done = f"enrolled {len(options.pictures)} pictures of {_printable(options.label)}"
     print(f"{done}; {len(collection.classes):,} classes now")
 
 
 def _identify(options: argparse.Namespace) -> None:
     from fedss.search import identify, open_collection, stored_threshold, why_no_threshold
-    from fedss.search.page import shown
 
     collection = open_collection(_place(options), options.folder)
     if options.threshold is None:
@@ -557,8 +554,8 @@ def _identify(options: argparse.Namespace) -> None:
         table.add_column(heading, overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
     for name, identity in zip(options.pictures, found, strict=True):
-        label = "unknown" if identity.label is None else shown(identity.label)
-        words = [escape(word) for word in (shown(name), label, shown(identity.nearest))]
+        label = "unknown" if identity.label is None else _printable(identity.label)
+        words = [escape(word) for word in (_printable(name), label, _printable(identity.nearest))]
         table.add_row(*words, _score(identity.score))
     _console().print(table)
 

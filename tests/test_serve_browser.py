@@ -23,6 +23,7 @@ from tests.test_serve import served
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+# A newcomer has Python and make: a browser is no package that pip could install. CI installs one.
 if CHROMIUM is None:
     pytest.skip("no Chromium on this machine's PATH", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api")
