@@ -306,14 +306,17 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
 
 
 def check_finite_state(state: ServerState, ids_U: Tensor) -> None:
-    """Whether the backbone and the touched rows are finite after the server's step.
+    """Whether backbone, touched rows and the optimizer's slots are finite after the server's step.
 
     Raises:
         DivergedError: they are not; the state must not be kept.
     """
-    if not _all_finite((state.backbone_P, state.class_rows.weight_ND.index_select(0, ids_U))):
+    rows = state.class_rows
+    touched = (table.index_select(0, ids_U) for table in (rows.weight_ND, *rows.slots.values()))
+    # A slot that is infinite gives steps of zero for good: finite weights alone tell nothing.
+    if not _all_finite((state.backbone_P, *state.backbone_slots.values(), *touched)):
         raise DivergedError(
-            f"round {state.round}: the server's step gave weights that are not finite; the last "
+            f"round {state.round}: the server's step gave numbers that are not finite; the last "
             "checkpoint is kept. Start in another folder with a lower server_lr"
         )
 
