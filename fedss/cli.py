@@ -24,6 +24,7 @@ from fedss.engines.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_a
 from fedss.errors import ConfigError, FedssError, LostRankError, RunFolderError
 from fedss.methods import METHODS
 from fedss.ranks import join, this_rank
+from fedss.text import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lost = isinstance(error, LostRankError)
             # Whoever is there speaks then: it may be the first that is not.
             speaks = sys.__stderr__ if lost or not met else sys.stderr
-            print(f"{command}: {_printable(str(error))}", file=speaks)
+            print(f"{command}: {printable(str(error))}", file=speaks)
             return 1 if lost else 2
         except KeyboardInterrupt:
             again = command.removeprefix("fedss ") in ("train", "compare", "index")
@@ -467,7 +468,7 @@ def _index(options: argparse.Namespace) -> None:
     enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
     print(
         f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
-        f"{found.embedded:,} pictures were new or changed\n{_printable(str(found.folder))}"
+        f"{found.embedded:,} pictures were new or changed\n{printable(str(found.folder))}"
     )
 
 
@@ -500,14 +501,14 @@ def _search(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for name, matches in zip(names, found, strict=True):
-        print(f"nearest to {_printable(name)} in {_printable(str(collection.source))}")
+        print(f"nearest to {printable(name)} in {printable(str(collection.source))}")
         table = _table()
         table.add_column("score", justify="right", no_wrap=True)
         table.add_column("class", overflow="fold")
         table.add_column("picture", overflow="fold")
         for match in matches:
-            label = "–" if match.label is None else _printable(match.label)
-            table.add_row(_score(match.score), escape(label), escape(_printable(match.name)))
+            label = "–" if match.label is None else printable(match.label)
+            table.add_row(_score(match.score), escape(label), escape(printable(match.name)))
         _console().print(table)
     if options.show is not None:
         print(options.show)
@@ -521,10 +522,10 @@ def _enrol(options: argparse.Namespace) -> None:
     collection = open_collection(_place(options), options.folder)
     if options.remove:
         collection = remove(collection, options.label)
-        done = f"removed the enrolled pictures of {_printable(options.label)}"
+        done = f"removed the enrolled pictures of {printable(options.label)}"
     else:
         collection = enrol(collection, options.label, options.pictures)
-        done = f"enrolled {len(options.pictures)} pictures of {_printable(options.label)}"
+        done = f"enrolled {len(options.pictures)} pictures of {printable(options.label)}"
     print(f"{done}; {len(collection.classes):,} classes now")
 
 
@@ -554,8 +555,8 @@ def _identify(options: argparse.Namespace) -> None:
         table.add_column(heading, overflow="fold")
     table.add_column("score", justify="right", no_wrap=True)
     for name, identity in zip(options.pictures, found, strict=True):
-        label = "unknown" if identity.label is None else _printable(identity.label)
-        words = [escape(word) for word in (_printable(name), label, _printable(identity.nearest))]
+        label = "unknown" if identity.label is None else printable(identity.label)
+        words = [escape(word) for word in (printable(name), label, printable(identity.nearest))]
         table.add_row(*words, _score(identity.score))
     _console().print(table)
 
@@ -720,14 +721,9 @@ def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = (), links:
     ):
         if names:
             first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            print(f"left out {len(names)} {what}: {_printable(first)}", file=sys.stderr)
+            print(f"left out {len(names)} {what}: {printable(first)}", file=sys.stderr)
     if links:
         print(f"left out {links} symbolic links: list them in a CSV", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """One line that does nothing to a terminal, whatever the names of files have in them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:

@@ -1,0 +1,31 @@
+"""Text from elsewhere (names of files, labels, what a server says), fit to be shown."""
+
+import codecs
+
+
+def printable(text: str) -> str:
+    """One line that does nothing to a terminal, whatever the text has in it.
+
+    Control characters, line breaks, marks of direction and bytes that are no text become escapes,
+    as in ``\\x1b`` and ``\\u202e``; all else stays.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def encodable(text: str, encoding: str) -> str:
+    """The text as a stream of this encoding shows it, so that its width is known before."""
+    return text.encode(encoding, PLAIN).decode(encoding)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    shown = (_ALIKE.get(c) or c.encode("ascii", "backslashreplace").decode() for c in letters)
+    return "".join(shown), error.end
+
+
+PLAIN = "fedss.plain"
+"""What an encoding lacks is written in ASCII: a name of an error handler, as for ``str.encode``."""
+_ALIKE = {"–": "-", "—": "-", "…": "...", "×": "x", "≤": "<=", "≥": ">=", "‖": "|", "·": "."}
+codecs.register_error(PLAIN, _plain)
