@@ -12,9 +12,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def encodable(text: str, encoding: str) -> str:
-    """The text as a stream of this encoding shows it, so that its width is known before."""
-    return text.encode(encoding, PLAIN).decode(encoding)
+def encodable(text: str, encoding: str | None) -> str:
+    """The text in what an encoding has, the rest of it as escapes: none is taken for another."""
+    return text.encode(encoding, "backslashreplace").decode(encoding) if encoding else text
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -26,6 +26,6 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 
 
 PLAIN = "fedss.plain"
-"""What an encoding lacks is written in ASCII: a name of an error handler, as for ``str.encode``."""
+"""An error handler, as ``str.encode`` takes one: our own words in what an encoding has."""
 _ALIKE = {"–": "-", "—": "-", "…": "...", "×": "x", "≤": "<=", "≥": ">=", "‖": "|", "·": "."}
 codecs.register_error(PLAIN, _plain)
