@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import re
+import sys
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -49,11 +52,35 @@ class BrokenPicturesError(DataError):
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss."""
+    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss.
+
+    For a user without a home directory that can be written, a folder of the user's own among the
+    temporary files of the machine.
+    """
     if cache is not None:
         return Path(cache)
     named = os.environ.get("FEDSS_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "fedss"
+    return Path(named) if named else _home() / "fedss"
+
+
+@lru_cache
+def _home() -> Path:
+    with suppress(RuntimeError, OSError):
+        usual = Path.home() / ".cache"
+        usual.mkdir(parents=True, exist_ok=True)
+        if os.access(usual, os.W_OK):
+            return usual
+    place = Path(tempfile.gettempdir()) / f"fedss-cache-{os.getuid()}"
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():
+        raise DataError(f"{place} belongs to somebody else: name a folder with FEDSS_CACHE")
+    print(
+        f"fedss: no home directory that can be written; decoded pictures are kept in {place} (name "
+        "another folder with FEDSS_CACHE)",
+        file=sys.stderr,
+    )
+    return place
 
 
 def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
