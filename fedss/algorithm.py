@@ -299,7 +299,7 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "
             f"got a loss of {update.loss}; the last checkpoint is kept. Start in another folder "
             f"with a lower client_lr ({plan.local.lr:g} in this round), class_row_lr "
-            f"({plan.local.row_lr:g}) or server_lr",
+            f"({plan.local.row_lr:g}), server_lr or scale ({plan.scoring.scale:g})",
             update.client,
         )
     return update

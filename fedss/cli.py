@@ -372,16 +372,18 @@ def _config(options: argparse.Namespace, stored: Mapping[str, Any] | None = None
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
     """The content of ``--config FILE``, or nothing."""
 
-    if options.config is None:
-        return {}
+    return (
+        {} if options.config is None else _run_config(options.config, f"--config {options.config}")
+    )
+
+
+def _run_config(path: str | Path, named: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(options.config).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {options.config}: cannot read it as JSON: {error}") from error
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ConfigError(
-            f"--config {options.config}: expected the config.json of a run, with a 'config' object"
-        )
+        raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
     return content
 
 
@@ -420,7 +422,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fedss.build import evaluation_task, load_data
     from fedss.evaluation import embed_task, score, verify
     from fedss.experiment import load
-    from fedss.files import read_json, write_json
+    from fedss.files import write_json
     from fedss.models import embed_pixels
     from fedss.report.records import read_verified
     from fedss.verification import FARS
@@ -432,7 +434,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             + ", ".join(map(str, fars))
         )
     embedder = load(options.folder)
-    stored = read_json(Path(options.folder) / "config.json")["config"]
+    path = Path(options.folder) / "config.json"
+    stored = _run_config(path, str(path))["config"]
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = _config(options, {**stored, **shape})
     data = load_data(config)
