@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.class_rows import ClassRows, add_rows_, read, rows_of, union, write_
+from fedss.class_rows import ClassRows, add_rows_, read, union, write_
 from fedss.client import Broadcast, ClientUpdate, RoundPlan, draw_classes, num_negatives
 from fedss.errors import DivergedError, QuorumError
-from fedss.moments import RowMap, mean_map, moments_now
+from fedss.moments import moments_of
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from fedss.ranks import ALONE, Ranks
 from fedss.samplers import (
@@ -49,7 +49,7 @@ class ServerState:
 def without_deltas(update: ClientUpdate) -> ClientUpdate:
     """An update as other ranks hear of it: what it is, not what it changes."""
     nothing = torch.zeros(0)
-    return replace(update, backbone_delta_P=nothing, rows_delta_SD=nothing, row_map=None)
+    return replace(update, backbone_delta_P=nothing, rows_delta_SD=nothing)
 
 
 def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np.ndarray:
@@ -92,35 +92,14 @@ def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
     """Line 2, at the server: what all clients get. O(P + D^2), whatever n is."""
     rows, moments = state.class_rows, None
     if plan.method.moments:
-        assert rows.history is not None
-        moments = moments_now(rows.history, rows.num_classes, rows.dim)
+        assert rows.sums_EE is not None
+        moments = moments_of(rows.sums_EE)
     return Broadcast(state.backbone_P, moments)
 
 
 def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Tensor:
     """Line 2, at the server: the rows of a class sample, [S, D]. O(S D), whatever n is."""
     return read_rows(optimizer, state.class_rows, ids_S, state.round)[0]
-
-
-def on_top_of_map(
-    optimizer: ServerOptimizer, state: ServerState, updates: Sequence[ClientUpdate]
-) -> list[ClientUpdate]:
-    """Line 5, for moments: each client's row deltas less what its map does to these rows.
-
-    The server will apply the mean map to all rows, and a client's own map is only meant for those
-    that it did not hold.
-    """
-    if updates[0].row_map is None:
-        return list(updates)
-    ids_U = union([update.ids_S for update in updates])
-    rows_UD = select(optimizer, state, ids_U)
-    taken_off = []
-    for update in updates:
-        assert update.row_map is not None
-        rows_SD = rows_of(rows_UD, ids_U, update.ids_S)
-        mapped_SD = update.row_map.shift_D + rows_SD @ update.row_map.matrix_DD
-        taken_off.append(replace(update, rows_delta_SD=update.rows_delta_SD - mapped_SD))
-    return taken_off
 
 
 @dataclass(frozen=True)
@@ -130,15 +109,13 @@ class MeanUpdate:
     backbone_delta_P: Tensor
     ids_U: Tensor
     rows_delta_UD: Tensor
-    row_map: RowMap | None = None
 
 
-def no_update(state: ServerState, plan: RoundPlan) -> ClientUpdate:
+def no_update(state: ServerState) -> ClientUpdate:
     """An update that weighs nothing: that of a rank without a client in this round."""
     dim, ids_S = state.class_rows.dim, torch.zeros(0, dtype=torch.int64)
-    row_map = RowMap(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
     zeros_P = torch.zeros_like(state.backbone_P)
-    return ClientUpdate(-1, zeros_P, ids_S, torch.zeros(0, dim), 0, 0.0, row_map)
+    return ClientUpdate(-1, zeros_P, ids_S, torch.zeros(0, dim), 0, 0.0)
 
 
 def aggregate(
@@ -150,7 +127,7 @@ def aggregate(
     with ``p_k = n_k / sum_j n_j`` over the whole cohort: a client that did not hold row i counts
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
-    is divided by the weight of its holders alone. Steps of all rows are averaged over the cohort.
+    is divided by the weight of its holders alone.
     Sums run in float64 in client order, so the order of arrival does not change a bit; where
     several ``ranks`` have trained the cohort, each sums up its own, then they add up.
     """
@@ -171,9 +148,7 @@ def aggregate(
         add_rows_(holders_U1, ids_U, torch.ones(len(ids_S), 1), ids_S, num_examples)
     ranks.add_up(sums)
     rows_UD /= total if row_mean == "cohort" else holders_U1
-    maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
-    row_map = mean_map(maps, ranks) if maps else None
-    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)
+    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float())
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:
@@ -182,7 +157,7 @@ def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpd
         optimizer, state.backbone_P, state.backbone_slots, update.backbone_delta_P, state.round
     )
     rows, ids_U = state.class_rows, update.ids_U
-    step_rows_(optimizer, rows, ids_U, update.rows_delta_UD, state.round, update.row_map)
+    step_rows_(optimizer, rows, ids_U, update.rows_delta_UD, state.round)
     return replace(
         state, backbone_P=backbone_P, backbone_slots=backbone_slots, round=state.round + 1
     )
@@ -254,8 +229,7 @@ def run_round(
             updates.append(check_finite(result, plan))
     check_quorum(updates, failures, quorum, plan)
     lap("train")
-    own_steps = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
-    mean = aggregate(own_steps, row_mean, engine.ranks)
+    mean = aggregate(updates or [no_update(state)], row_mean, engine.ranks)
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:
@@ -292,8 +266,6 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
         DivergedError: they are not; names round and client.
     """
     numbers = [torch.tensor(update.loss), update.backbone_delta_P, update.rows_delta_SD]
-    if update.row_map is not None:
-        numbers += [update.row_map.shift_D, update.row_map.matrix_DD]
     if not _all_finite(numbers):
         raise DivergedError(
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "

@@ -60,8 +60,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     assert state is not None
     found = {"backbone": state.backbone_P, "rows": whole(state.class_rows), **rows.slots}
     found |= {f"backbone {name}": slot for name, slot in state.backbone_slots.items()}
-    if state.class_rows.history is not None:
-        found["second moments"] = state.class_rows.history.second_ZZ
+    if state.class_rows.sums_EE is not None:
+        found["row sums"] = state.class_rows.sums_EE
     return found
 
 
