@@ -9,7 +9,7 @@ U classes touched in a round.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedss.class_rows import ClassRows, add_rows_, read, union, write_
 from fedss.client import Broadcast, ClientUpdate, RoundPlan, draw_classes, num_negatives
 from fedss.errors import DivergedError, QuorumError
+from fedss.methods import RowMean
 from fedss.moments import moments_of
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from fedss.ranks import ALONE, Ranks
@@ -28,8 +29,6 @@ from fedss.samplers import (
 )
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, spread_out
-
-RowMean = Literal["cohort", "holders"]
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,15 @@ def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class MeanUpdate:
-    """A round's weighted mean update: the pseudo-gradient of the server optimizer."""
+    """A round's weighted mean update: the pseudo-gradient of the server optimizer.
+
+    ``rows_held`` is how many rows a client held, on the same weighted average.
+    """
 
     backbone_delta_P: Tensor
     ids_U: Tensor
     rows_delta_UD: Tensor
+    rows_held: float
 
 
 def no_update(state: ServerState) -> ClientUpdate:
@@ -148,7 +151,24 @@ def aggregate(
         add_rows_(holders_U1, ids_U, torch.ones(len(ids_S), 1), ids_S, num_examples)
     ranks.add_up(sums)
     rows_UD /= total if row_mean == "cohort" else holders_U1
-    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float())
+    rows_held = float(holders_U.sum()) / total
+    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), rows_held)
+
+
+def balance(update: MeanUpdate, num_classes: int) -> MeanUpdate:
+    """Line 5, for moments: row steps less the push that rows of no holder miss.
+
+    The gradients of a full softmax with respect to all rows, ``sum_b (p_bi - y_bi) h_b`` for row i,
+    sum up to zero, since both p_b and y_b sum up to 1: rows move against each other. Where absent
+    rows stay, their part is missing, and rows would all be drawn to the mean embedding. So each
+    touched row gives it back when it moves: ``step_i - absent / (U + 1) sum_j step_j``, with
+    ``absent`` the share of rows that a client does not hold; 1 is added to U so that a row that
+    comes alone still moves. With all rows held this changes nothing. (Ours.)
+    """
+    rows_UD = update.rows_delta_UD
+    absent = 1 - update.rows_held / num_classes
+    drift_D = absent * rows_UD.sum(dim=0) / (len(rows_UD) + 1)
+    return replace(update, rows_delta_UD=rows_UD - drift_D)
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:
@@ -230,6 +250,7 @@ def run_round(
     check_quorum(updates, failures, quorum, plan)
     lap("train")
     mean = aggregate(updates or [no_update(state)], row_mean, engine.ranks)
+    mean = balance(mean, plan.num_classes) if plan.method.moments else mean
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:

@@ -547,7 +547,7 @@ def _attempt_round(
                 state,
                 cohort,
                 plan,
-                config.row_mean,
+                config.row_mean or plan.method.row_mean,
                 federation.quorum,
                 clock.lap,
             )
@@ -580,7 +580,7 @@ def _first_state(
     rows = create_class_rows(
         federation.num_classes(newest_round(checkpoints)),
         config.embedding_size,
-        optimizer.slots,
+        optimizer.of_rows.slots,
         config.seed,
         config.row_dtype,
         folder if config.row_store == "file" else None,

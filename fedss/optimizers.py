@@ -18,7 +18,7 @@ Shape suffixes: P backbone parameters, U touched classes, S requested classes, D
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,7 +42,8 @@ class ServerOptimizer:
       ``w += lr m' / (sqrt(v') + epsilon)``; ``m'``, ``v'`` are bias-corrected as in
       ``torch.optim.Adam`` (Reddi et al. leave that out), b1 is ``momentum``.
 
-    ``normalize_rows``: touched class rows get length 1 after their step.
+    ``normalize_rows``: touched class rows get length 1 after their step. ``row_kind``: how class
+    rows are stepped, if not as the backbone is.
     """
 
     kind: ServerOptimizerKind = "momentum"
@@ -51,11 +52,17 @@ class ServerOptimizer:
     second_momentum: float = 0.99
     epsilon: float = 1e-3
     normalize_rows: bool = True
+    row_kind: ServerOptimizerKind | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the values kept for each parameter."""
+        """Names of the values kept for each parameter of the backbone."""
         return {"sgd": (), "momentum": ("momentum",), "adam": ("momentum", "square")}[self.kind]
+
+    @property
+    def of_rows(self) -> "ServerOptimizer":
+        """What steps the class rows; its ``slots`` are kept for each of them."""
+        return replace(self, kind=self.row_kind) if self.row_kind else self
 
 
 def step(
@@ -99,7 +106,7 @@ def read_rows(
         rows_SD and one [S, D] tensor per slot.
     """
     rows_SD, slots, updated_S = read(rows, ids_S)
-    beta = optimizer.momentum
+    optimizer, beta = optimizer.of_rows, optimizer.momentum
     if optimizer.kind == "momentum" and beta > 0:
         missed_S1 = (round - updated_S)[:, None].double()
         decay_S1 = torch.exp(missed_S1 * math.log(beta))
@@ -123,6 +130,6 @@ def step_rows_(
         round: number of rounds complete before this one.
     """
     rows_UD, slots = read_rows(optimizer, rows, ids_U, round)
-    rows_UD, slots = step(optimizer, rows_UD, slots, update_UD, round)
+    rows_UD, slots = step(optimizer.of_rows, rows_UD, slots, update_UD, round)
     rows_UD = F.normalize(rows_UD, dim=1) if optimizer.normalize_rows else rows_UD
     write_(rows, ids_U, rows_UD, slots, round + 1)

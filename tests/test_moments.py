@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedss.algorithm import draw_cohort, run_round
-from fedss.client import Broadcast, Submodel, batches, own_classes, train_client
+from fedss.algorithm import aggregate, balance, draw_cohort, run_round
+from fedss.client import Broadcast, ClientUpdate, Submodel, batches, own_classes, train_client
 from fedss.moments import Moments, absent_classes, moments_of, row_sums
 from fedss.samplers import class_sample, draw_uniform
 from fedss.seeds import generator as keyed
@@ -184,3 +184,37 @@ def test_the_client_never_sees_n():
     assert absent.count == 10**9 - 3
     ids, q = draw_uniform(np.array([1, 2]), 10**9, 0, np.random.default_rng(0))
     assert len(ids) == len(q) == 0
+
+
+def updates_of(rows: list[tuple[list[int], torch.Tensor]]) -> list[ClientUpdate]:
+    return [
+        ClientUpdate(client, torch.zeros(2), torch.tensor(ids), delta_SD, 3, 0.0)
+        for client, (ids, delta_SD) in enumerate(rows)
+    ]
+
+
+def test_own_rows_step_as_if_absent_rows_had_taken_their_push():
+    """The full softmax's gradients sum up to zero over all rows; so do balanced steps, nearly."""
+    g = generator(6)
+    n, h = 40, F.normalize(torch.randn(6, 5, generator=g), dim=1)
+    W, target = torch.randn(n, 5, generator=g).requires_grad_(), torch.arange(6)
+    F.cross_entropy(h @ W.T, target).backward()
+    assert W.grad.sum(dim=0).abs().max() < 1e-6
+    own = -W.grad[:6]
+    assert own.sum(dim=0).norm() > 0.5 * own.norm(dim=1).mean()  # all are drawn one way
+    mean = aggregate(updates_of([([0, 1, 2], own[:3]), ([3, 4, 5], own[3:])]), "holders")
+    assert mean.rows_held == 3
+    left = balance(mean, n).rows_delta_UD
+    # Of the 40 rows a client holds 3, and 1 is added to 6.
+    kept = 1 - (37 / 40) * 6 / 7
+    assert torch.allclose(left.sum(dim=0), kept * own.sum(dim=0), atol=1e-6)
+    # Only what all have in common is taken off.
+    assert torch.allclose(left[1:] - left[:1], own[1:] - own[:1], atol=1e-6)
+
+
+def test_nothing_is_taken_off_where_all_rows_are_held_and_a_row_alone_still_moves():
+    every = torch.randn(4, 3, generator=generator(7))
+    mean = aggregate(updates_of([([0, 1, 2, 3], every), ([0, 1, 2, 3], every)]), "holders")
+    assert torch.equal(balance(mean, 4).rows_delta_UD, mean.rows_delta_UD)
+    (alone,) = balance(aggregate(updates_of([([2], every[:1])]), "holders"), 10**9).rows_delta_UD
+    assert torch.allclose(alone, every[0] / 2)
