@@ -270,7 +270,7 @@ def table(
         "peak MB",
         "from plain",
     )
-    lines = [f"  {'':<20}" + "".join(f"{title:>11}" for title in titles)]
+    lines = [f"  {'':<25}" + "".join(f"{title:>11}" for title in titles)]
     for (method, name), found in times.items():
         ours, loop = times[method, "ours"], times.get((method, "loop"))
         cells = [
@@ -284,7 +284,7 @@ def table(
             found.peak_mb and f"{found.peak_mb:.0f}",
             f"{far[method][name]:.0e}" if name in far.get(method, {}) else None,
         ]
-        lines.append(f"  {method + ' ' + name:<20}" + "".join(f"{c or '-':>11}" for c in cells))
+        lines.append(f"  {method + ' ' + name:<25}" + "".join(f"{c or '-':>11}" for c in cells))
     if ("full", "ours") in times:
         saved = times["full", "ours"].ratio(times["fedss", "ours"])
         lines.append(f"  ours: full takes {saved:.2f} times fedss")

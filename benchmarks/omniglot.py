@@ -85,7 +85,8 @@ DRAWERS = Regime(
         "central": {"client_lr": 0.1, "class_row_lr": 1.0},
     },
 )
-# `pos-only` has nothing to learn from here: the softmax over one class is 1.
+# As in FedAwS's paper each client has all of its class. (With --client-classes 1 it would have a
+# single picture.) `pos-only` has nothing to learn from here: the softmax over one class is 1.
 ONE_CLASS = Regime(
     "omniglot-one-class.txt",
     "964 clients of one character and its 20 pictures each, 40 a round, batches of 20",
