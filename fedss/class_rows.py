@@ -210,17 +210,18 @@ def write_(
     """
     _check_room(rows, len(ids_U))
     if rows.sums_EE is not None:
-        rows.sums_EE.sub_(row_sums(read(rows, ids_U)[0]))
+        before_EE = row_sums(read(rows, ids_U)[0])
+    # First of all: so a table that was interrupted here shows rows of a round that is not complete.
+    rows.updated_N.index_fill_(0, ids_U, completed)
     rng = generator(rows.seed, "row rounding", completed)
     parts = [(rows.weight_ND, rows_UD), *((rows.slots[name], slots[name]) for name in rows.slots)]
     for table_ND, part_UD in parts:
         if table_ND.dtype == torch.bfloat16:
             part_UD = encode_rows(part_UD, "bfloat16", rng)["values"]
         table_ND.index_copy_(0, ids_U, part_UD)
-    rows.updated_N.index_fill_(0, ids_U, completed)
     if rows.sums_EE is not None:
         # As they were rounded.
-        rows.sums_EE.add_(row_sums(read(rows, ids_U)[0]))
+        rows.sums_EE.add_(row_sums(read(rows, ids_U)[0]) - before_EE)
     rows.made.clear()
     if len(ids_U) == rows.num_classes:
         rows.changed[:] = [ids_U]
@@ -228,6 +229,11 @@ def write_(
         rows.changed.append(ids_U)
     if len(rows.changed) > _MOST_CHANGED:
         rows.changed[:] = [torch.unique(torch.cat(rows.changed))]
+
+
+def newest_write(rows: ClassRows) -> int:
+    """Number of rounds that are complete with the newest row, whole or half written; 0: none. O(n)."""
+    return int(rows.updated_N.max())
 
 
 def _check_room(rows: ClassRows, count: int) -> None:
