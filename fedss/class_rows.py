@@ -232,7 +232,7 @@ def write_(
 
 
 def newest_write(rows: ClassRows) -> int:
-    """Number of rounds that are complete with the newest row, whole or half written; 0: none. O(n)."""
+    """The largest of ``updated_N``, also of a row that is only half written. O(n)."""
     return int(rows.updated_N.max())
 
 

@@ -140,7 +140,8 @@ def change_part(client: str, message: Message, reply: Message, change: Change) -
 
 def run(photos: Path, out: Path, grid: ProcessGrid, **more: Any) -> list[str]:
     """Digests of three rounds with any quorum; figures are of no interest here."""
-    deployment = {"quorum": 0.0, **{k: more.pop(k) for k in list(more) if "deadline" in k}}
+    deadline = {k: more.pop(k) for k in list(more) if "deadline" in k}
+    deployment = {"quorum": 0.0, "aside": 0, **deadline}
     config = settings(photos, eval_every=0, **more)
     return digests(lambda: federate(grid, config, out, **deployment))
 
@@ -730,7 +731,7 @@ def test_all_must_diverge_in_each_attempt(offline_in, photos, tmp_path):
 
     assert at_site("south", 1)
     expected = DivergedError if offline_in == 2 else QuorumError
-    with pytest.raises(expected, match="2 times.*What was learnt before is kept") as raised:
+    with pytest.raises(expected, match=r"2 times.*What was learnt before is kept") as raised:
         federate(ProcessGrid(nodes(photos), spoil), config, tmp_path / "run", attempts=2)
     assert ("no client comes to finite numbers" in str(raised.value)) == (offline_in == 2)
     assert newest_round(tmp_path / "run" / "checkpoint") == 1

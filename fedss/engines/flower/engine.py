@@ -164,11 +164,11 @@ class FlowerEngine:
         here, down = self._by_node(present), dict[int, Tensors]()
         coming = self._by_node(self._cohort(plan.round + 1, plan.seed))
         messages = self._training_messages(wire, state, plan, here, coming, ids, dealt, down)
-        done, failed = set[int](), set[int]()
+        done, answered = set[int](), set[int]()
         for node, reply in self._exchange(
-            messages, lambda: self._enough(needed, len(present), done, failed)
+            messages, lambda: self._enough(needed, len(present), done, answered)
         ):
-            failed.update(here[node])
+            answered.update(here[node])
             try:
                 facts, buffers = self._read(node, reply, plan.round)
                 updates = buffers.get("updates", {})
@@ -243,12 +243,12 @@ class FlowerEngine:
                 content = pack(self._facts(node, plan, missing, []), classes=buffer(classes))
                 yield node, self._message(REQUEST, node, plan.round, content)
 
-        failed = set[int]()
+        answered = set[int]()
         for node, reply in self._exchange(
             messages(),
-            lambda: self._enough(needed, len(clients), known.keys() & {*clients}, failed),
+            lambda: self._enough(needed, len(clients), known.keys() & {*clients}, answered),
         ):
-            failed.update(here[node])
+            answered.update(here[node])
             try:
                 facts, buffers = self._read(node, reply, plan.round)
             except RefusedError as error:
@@ -266,12 +266,10 @@ class FlowerEngine:
         self, messages: Iterable[tuple[int, Message]], enough: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[int, "Message | RefusedError"]]:
         of_run = self.deployment
-        return exchange(
-            self.grid, messages, of_run.deadline, enough, of_run.grace, self.unanswered
-        )
+        return exchange(self.grid, messages, of_run.deadline, enough, of_run.grace, self.unanswered)
 
     def _enough(
-        self, needed: float, asked: int, done: Collection[int], failed: Collection[int]
+        self, needed: float, asked: int, done: Collection[int], answered: Collection[int]
     ) -> bool:
         """Whether the others need not be waited for much longer.
 
@@ -279,9 +277,9 @@ class FlowerEngine:
             needed: number of clients that make a quorum.
             asked: number of those that were asked.
             done: those that gave what can be used.
-            failed: those of sites that have answered; the ones that are not done have failed.
+            answered: those whose site has answered; where they are not done, they have failed.
         """
-        hoped_for = asked - len({*failed} - {*done})
+        hoped_for = asked - len({*answered} - {*done})
         return len(done) >= max(needed, self.deployment.share * hoped_for)
 
     def _put_aside(self, node: int, error: RefusedError, round: int) -> None:
@@ -298,10 +296,12 @@ class FlowerEngine:
 
         A reply that comes too late is not used; but who has sent it can take the next message.
         """
-        for reply in once_more(self.grid.pull_messages, list(self.unanswered)):
+        late = list(self.unanswered)
+        for reply in once_more(self.grid.pull_messages, late) if late else []:
             node = self.unanswered.pop(reply.metadata.reply_to_message_id, None)
             # An error is Flower's word, and as a rule that the message has outlived its time.
-            if node is not None and not reply.has_error() and self.aside.pop(node, None):
+            if node in self.aside and not reply.has_error():
+                del self.aside[node]
                 say(f"site {node} has answered at last: it is asked again")
         self.aside = {n: again for n, again in self.aside.items() if n in online and again > round}
         self.unanswered = {id: n for id, n in self.unanswered.items() if n in self.aside}
