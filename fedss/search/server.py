@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from fedss.data.cache import MAX_PIXELS, PixelLimitError, open_picture
+from fedss.data.cache import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
 from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError, FedssError, RunFolderError
 from fedss.models import Embedder
@@ -562,7 +562,8 @@ def _read(embedder: Embedder, uploads: Sequence[_Upload], limits: Limits) -> lis
         if not _BEGINNINGS.match(upload.content):
             raise HTTPException(415, f"{upload.name} {_NO_PICTURE}")
         try:
-            open_picture(io.BytesIO(upload.content), limits.picture_pixels)
+            with quiet_pillow():
+                open_picture(io.BytesIO(upload.content), limits.picture_pixels)
         except PixelLimitError as error:
             raise HTTPException(
                 413,
