@@ -209,10 +209,11 @@ def write_(
         RunFolderError: the tables are files, and their disk may not have room for these rows.
     """
     _check_room(rows, len(ids_U))
-    if rows.sums_EE is not None:
-        before_EE = row_sums(read(rows, ids_U)[0])
+    before_EE = None if rows.sums_EE is None else row_sums(read(rows, ids_U)[0])
     # First of all: so a table that was interrupted here shows rows of a round that is not complete.
     rows.updated_N.index_fill_(0, ids_U, completed)
+    if rows.sums_EE is not None and before_EE is not None:
+        rows.sums_EE.sub_(before_EE)
     rng = generator(rows.seed, "row rounding", completed)
     parts = [(rows.weight_ND, rows_UD), *((rows.slots[name], slots[name]) for name in rows.slots)]
     for table_ND, part_UD in parts:
@@ -221,7 +222,7 @@ def write_(
         table_ND.index_copy_(0, ids_U, part_UD)
     if rows.sums_EE is not None:
         # As they were rounded.
-        rows.sums_EE.add_(row_sums(read(rows, ids_U)[0]) - before_EE)
+        rows.sums_EE.add_(row_sums(read(rows, ids_U)[0]))
     rows.made.clear()
     if len(ids_U) == rows.num_classes:
         rows.changed[:] = [ids_U]
