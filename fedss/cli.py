@@ -241,6 +241,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help="largest picture that is taken, in megabytes (default: 20)",
     )
+    serve.add_argument(
+        "--max-upload-megapixels",
+        type=float,
+        default=25.0,
+        metavar="NUMBER",
+        help="picture of most pixels that is taken, in millions (default: 25)",
+    )
     serve.add_argument("--open", action="store_true", help="open the page in the browser")
 
     app = command(
@@ -585,7 +592,9 @@ def _serve(options: argparse.Namespace) -> None:
     from fedss.search import open_collection, server, stored_threshold
 
     measured = stored_threshold(options.folder) if options.threshold is None else None
-    limits = server.make_limits(options.max_upload_mb, options.threshold, measured)
+    limits = server.make_limits(
+        options.max_upload_mb, options.threshold, measured, options.max_upload_megapixels
+    )
     with server.listen(options.host, options.port) as listener:
         run = Path(options.folder)
         collection = open_collection(options.index or run / "index", run)

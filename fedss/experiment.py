@@ -41,7 +41,7 @@ from fedss.build import (
     wire_format,
 )
 from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
-from fedss.class_rows import create_class_rows, grow, read, with_sums
+from fedss.class_rows import create_class_rows, grow, newest_write, read, with_sums
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config, variant
 from fedss.data import Dataset, RetrievalTask, index_clients
@@ -55,7 +55,14 @@ from fedss.models import Embedder, flatten_, load_embedder, save_embedder
 from fedss.optimizers import ServerOptimizer
 from fedss.progress import show_progress
 from fedss.ranks import ALONE, Ranks, join
-from fedss.records import Record, open_records, read_records, round_traffic, summarise
+from fedss.records import (
+    Record,
+    open_records,
+    read_records,
+    records_to_disk,
+    round_traffic,
+    summarise,
+)
 from fedss.report import write_report
 from fedss.run_folder import (
     check_same_round,
@@ -425,40 +432,32 @@ def _train_rounds(
             open_board(folder, state.round + 1) if ranks.first else nullcontext() as board,
         ):
             clock.restart()
-            while state.round < config.rounds:
-                try:
+            try:
+                while state.round < config.rounds:
                     state, record, found = _next_round(
                         config, federation, plan_of, state, clock, ranks
                     )
-                except QuorumError as error:
-                    if {failure.reason for failure in error.failures} == {"not finite"}:
-                        raise DivergedError(
-                            f"{error}: as the weights are, no client comes to finite numbers. The "
-                            "last checkpoint is kept; start in another folder with a lower "
-                            "client_lr, class_row_lr or server_lr"
-                        ) from error
-                    if state.round:
+                    due = _due(state.round, config.checkpoint_every, config.rounds)
+                    failed = failed or bool(record.get("failures"))
+                    if add_record:
+                        add_record(record, due)
+                    records.append(record)
+                    if board:
+                        add_scalars(board, record, failed)
+                        if federation.task and found and found.embedded:
+                            seen = federation.task, found.embedded, config.data_seed
+                            add_neighbours(board, *seen, state.round)
+                            clock.lap("evaluate")
+                    on_round(record)
+                    if due and ranks.first:
                         save_checkpoint(folder / "checkpoint", state)
-                    raise QuorumError(
-                        f"{error}. What was learnt before is kept; see to the clients and start "
-                        "the same run again: it goes on from there"
-                    ) from error
-                due = _due(state.round, config.checkpoint_every, config.rounds)
-                records.append(record)
-                failed = failed or bool(record.get("failures"))
-                if add_record and board:
-                    add_record(record, due)
-                    add_scalars(board, record, failed)
-                    if federation.task and found and found.embedded:
-                        seen = federation.task, found.embedded, config.data_seed
-                        add_neighbours(board, *seen, state.round)
-                        clock.lap("evaluate")
-                on_round(record)
-                if due and ranks.first:
-                    save_checkpoint(folder / "checkpoint", state)
-                    clock.lap("checkpoint")
-                elif due:
-                    state.class_rows.changed.clear()
+                        clock.lap("checkpoint")
+                    elif due:
+                        state.class_rows.changed.clear()
+            except BaseException:
+                if ranks.first:
+                    _keep_what_was_learnt(folder, state, len(records))
+                raise
             if done_before and federation.task:
                 # It was stopped before its pictures were written.
                 found = federation.evaluate(state.backbone_P, state.round)
@@ -472,6 +471,19 @@ def _train_rounds(
         for name, content in findings(*last).items():
             write_file(folder / name, content)
     return state.class_rows.num_classes, records
+
+
+def _keep_what_was_learnt(folder: Path, state: ServerState, recorded: int) -> None:
+    """A checkpoint of a run that ends too early, of its last complete round.
+
+    Whatever ended it (an error, Ctrl-C, too few clients), the state is that of the last record
+    while no row of the next round is written. There is none where a step was bad or half done: its
+    rows are in the table.
+    """
+    whole = newest_write(state.class_rows) <= state.round == recorded
+    if whole and state.round > newest_round(folder / "checkpoint"):
+        records_to_disk(folder)
+        save_checkpoint(folder / "checkpoint", state)
 
 
 def _next_round(
@@ -539,6 +551,7 @@ def _attempt_round(
     """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
     number, size = federation.num_clients(plan.round), federation.cohort_size
     cohort, failures = draw_cohort(number, size, config.seed, plan.round), list[Failure]()
+    everyone, all_diverged = set(cohort.tolist()), True
     for attempt in count(1):
         try:
             state, updates, failed = run_round(
@@ -554,9 +567,20 @@ def _attempt_round(
             break
         except QuorumError as error:
             failures += error.failures
+            diverged = {f.client for f in error.failures if f.reason == "not finite"}
+            all_diverged = all_diverged and diverged == everyone
             if attempt >= federation.attempts:
+                why = f"{error}, {attempt} times" if attempt > 1 else str(error)
+                if all_diverged:
+                    raise DivergedError(
+                        f"{why}: as the weights are, no client comes to finite numbers. What was "
+                        "learnt before is kept; start in another folder with a lower client_lr, "
+                        "class_row_lr or server_lr"
+                    ) from error
                 raise QuorumError(
-                    f"{error}, {attempt} times" if attempt > 1 else str(error), failures
+                    f"{why}. What was learnt before is kept; see to the clients and start the "
+                    "same run again: it goes on from there",
+                    failures,
                 ) from error
             time.sleep(federation.pause)
             clock.lap("pause")

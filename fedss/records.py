@@ -77,6 +77,12 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
         yield add
 
 
+def records_to_disk(folder: Path) -> None:
+    """Every record that was added is on the disk, as a checkpoint needs it."""
+    with (folder / "records.jsonl").open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 _PER_CLIENT = (
     "bytes_down",
     "bytes_up",

@@ -15,12 +15,22 @@ from safetensors.torch import load_file
 
 import fedss
 import fedss.cli
-from fedss import Config, ConfigError, DivergedError, RunFolderError
+from fedss import (
+    Config,
+    ConfigError,
+    DivergedError,
+    RunFolderError,
+    algorithm,
+    checkpoint,
+    class_rows,
+    experiment,
+)
 from fedss.algorithm import draw_cohort
 from fedss.board import add_scalars, open_board
 from fedss.build import compute_device, pool_pictures, round_plan
-from fedss.checkpoint import load_checkpoint
+from fedss.checkpoint import load_checkpoint, newest_round
 from fedss.class_rows import ClassRows, create_class_rows
+from fedss.engines.local import LocalEngine
 from fedss.methods import METHODS
 from fedss.records import open_records, read_records, summarise
 from fedss.samplers import Sampler
@@ -285,6 +295,53 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, settings):
     assert lines(tmp_path / "whole") == lines(tmp_path / "stopped")
 
 
+MOMENTS_OF_A_ROUND = {
+    # What is called, how often in a round, and the newest checkpoint if the last call of round 4
+    # fails.
+    "training": ((LocalEngine, "train"), 1, 3),
+    "the sum": ((algorithm, "aggregate"), 1, 3),
+    "the first table": ((class_rows, "encode_rows"), 2, 2),
+    "a bad step": ((algorithm, "check_finite_state"), 1, 2),
+    "the record": ((experiment, "round_traffic"), 1, 2),
+    "the scalars": ((experiment, "add_scalars"), 1, 4),
+    # It is tried once more.
+    "the checkpoint": ((checkpoint, "save"), 0.5, 4),
+}
+
+
+KEPT = dataclasses.replace(SMALL, row_dtype="bfloat16", rounds=5, eval_every=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"), KEPT).folder
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, DivergedError])
+@pytest.mark.parametrize("moment", MOMENTS_OF_A_ROUND)
+def test_whatever_ends_a_run_what_was_learnt_is_kept(
+    moment, error, undisturbed, tmp_path, monkeypatch
+):
+    """Checkpoints are due every 2 rounds. A step that is bad or half done has taught nothing."""
+    (place, name), per_round, kept = MOMENTS_OF_A_ROUND[moment]
+    call, calls = getattr(place, name), []
+
+    def fails_in_round_4(*arguments, **named):
+        calls.append(name)
+        if len(calls) == 4 * per_round:
+            raise error("told to")
+        return call(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, fails_in_round_4)
+        with pytest.raises(error, match="told to"):
+            train(tmp_path / "run", KEPT)
+    assert newest_round(tmp_path / "run" / "checkpoint") == kept
+    train(tmp_path / "run", KEPT)
+    assert digest(tmp_path / "run") == digest(undisturbed)
+    assert lines(tmp_path / "run") == lines(undisturbed)
+
+
 def test_a_run_goes_on_stacked_but_not_in_another_precision(tmp_path):
     def stop(record: dict) -> None:
         if record["round"] == 3:
@@ -400,7 +457,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path, file, damage):
     def stop(record: dict) -> None:
-        if record["round"] == 5:
+        if record["round"] == 4:
             raise StopError
 
     with pytest.raises(StopError):

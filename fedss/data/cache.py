@@ -56,11 +56,18 @@ def cache_folder(cache: Path | None = None) -> Path:
     return Path(named) if named else Path.home() / ".cache" / "fedss"
 
 
-def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
+class PixelLimitError(ValueError):
+    """A picture of more pixels than are decoded."""
+
+
+def open_picture(
+    picture: str | Path | BinaryIO, most_pixels: int = MAX_PIXELS
+) -> ImageFile.ImageFile:
     """``PIL.Image.open`` for files that nobody has looked at; pixels are not decoded yet.
 
     Raises:
-        ValueError: more than MAX_PIXELS, or PostScript.
+        PixelLimitError: more than ``most_pixels``, which are MAX_PIXELS or fewer.
+        ValueError: PostScript.
         ImportError: HEIC, and pi-heif is not installed.
         OSError, SyntaxError or others of Pillow's: no picture.
     """
@@ -73,20 +80,26 @@ def open_picture(picture: str | Path | BinaryIO) -> ImageFile.ImageFile:
     except Image.DecompressionBombError as error:
         # Pillow's own limit, which lies above ours. It says how many pixels, not width and height.
         pixels = re.search(r"\d+", str(error))
-        raise _too_large(f"{int(pixels[0]):,} pixels," if pixels else str(error)) from error
+        found = f"{int(pixels[0]):,} pixels," if pixels else str(error)
+        raise _too_large(found, most_pixels) from error
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        image.close()
-        raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels,")
+    if width * height > most_pixels:
+        _close(image)
+        raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels,", most_pixels)
     if image.format == "EPS":
-        image.close()
+        _close(image)
         # Pillow would have Ghostscript run it.
         raise ValueError("PostScript is a program, not a picture: save it as PNG")
     return image
 
 
-def _too_large(found: str) -> ValueError:
-    return ValueError(f"{found} above the limit of {MAX_PIXELS:,}: save it smaller")
+def _close(image: Image.Image) -> None:
+    with image:
+        pass  # Unlike close(), this leaves a caller's file open.
+
+
+def _too_large(found: str, most_pixels: int) -> PixelLimitError:
+    return PixelLimitError(f"{found} above the limit of {most_pixels:,}: save it smaller")
 
 
 def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:

@@ -121,7 +121,7 @@ def _federation(
         config.clients_per_round,
         optimizer,
         wire_format(config, embedder, 1),
-        deployment.deadline,
+        deployment,
         lap,
         path,
         # Before the first checkpoint nothing has been learnt by which a row would be known.
