@@ -333,6 +333,35 @@ def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> 
         assert (error > 0.5 * doubt).any()
 
 
+def lopsided(raised: int, side: float) -> Tensor:
+    """A row of length 1 that bfloat16 rounds to one side in its first 256 coordinates, by all that
+    it may, and hardly in the others. `raised` of the 256 lie one step higher."""
+    spacing = 2.0**-12  # of bfloat16 between 2^-5 and 2^-4
+    row = 0.055 * torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(128) + 0.0006
+    row = (row / spacing).round() * spacing + 0.49 * side * spacing
+    row[:raised] += spacing
+    rest, tail = 1 - row.square().sum(), []
+    for _ in range(4):
+        tail.append((rest.sqrt() * (1 - 2.0**-8)).bfloat16().double())
+        rest = rest - tail[-1].square()
+    return torch.cat([row, torch.stack([*tail, rest.sqrt()])])
+
+
+@pytest.mark.parametrize("raised", range(128, 256, 16))
+def test_a_screen_keeps_the_nearest_if_rounding_moves_it_down_and_another_up(raised: int) -> None:
+    """Each is off by nearly the bound: their screened scores may differ by twice that."""
+    query = torch.cat([torch.full((256,), 2.0**-4), torch.zeros(5)])[None].double()
+    moved_down, moved_up = lopsided(0, 1.0), lopsided(raised, -1.0)
+    far = torch.eye(261, dtype=torch.float64)[-1].repeat(98, 1)
+    gallery = torch.cat([far, torch.stack([moved_up, moved_down])])
+    cosines = (query @ gallery.T)[0]
+    screened = (query.bfloat16() @ gallery.bfloat16().T)[0]
+    assert cosines.argmax() == 99
+    assert screened.argmax() == 98
+    with screening(torch.bfloat16, group=4):
+        assert nearest(query, gallery, k=1)[1].tolist() == [[99]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_screen_leaves_nothing_of_rows_that_differ(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
