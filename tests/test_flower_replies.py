@@ -119,9 +119,7 @@ def test_numbers_of_an_update_up_to_their_limits(name, values, beyond):
         assert getattr(update, name) == value
     for value in beyond:
         with refused({"num_examples": "examples", "loss": "not finite"}[name]):
-            check_update(
-                wire, plan, 1, IDS, sent(wire, **{name: torch.tensor(value, dtype=dtype)})
-            )
+            check_update(wire, plan, 1, IDS, sent(wire, **{name: torch.tensor(value, dtype=dtype)}))
 
 
 @pytest.mark.parametrize("name", ["backbone.values", "class_rows.values"])
