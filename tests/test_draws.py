@@ -1,4 +1,4 @@
-"""No two draws of a run share a stream: each is keyed by the seed and by whatever tells it apart."""
+"""No two draws share a stream: each is keyed by the seed and by whatever tells it apart."""
 
 import sys
 from collections import Counter
