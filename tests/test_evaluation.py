@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fedss import RetrievalTask
+from fedss.data import Images
 from fedss.evaluation import (
     confused,
     embed_task,
@@ -60,17 +61,15 @@ def test_the_seed_draws_which_queries_are_shown():
 
 
 def test_a_small_gallery_is_shown_whole():
-    few = dataclasses.replace(
-        QUERY,
-        pixels=QUERY.pixels[::7],
-        labels=QUERY.labels[::7],
-        clients=QUERY.clients[::7],
-        names=QUERY.names[::7],
-    )
-    shown = find_neighbours(*embedded(RetrievalTask(QUERY, few)), 0, 4)
+    def only(picture: list[int]) -> Images:
+        arrays = {name: getattr(QUERY, name)[picture] for name in ("pixels", "labels", "clients")}
+        return dataclasses.replace(QUERY, **arrays, names=[QUERY.names[i] for i in picture])
+
+    one_of_each, pairs = only([0, 5, 10, 15]), only([0, 1, 5, 6])
+    shown = find_neighbours(*embedded(RetrievalTask(QUERY, one_of_each)), 0, 20)
+    assert shown["scores"].shape == (20, 4)
+    shown = find_neighbours(*embedded(RetrievalTask(pairs)), 0, 20)
     assert shown["scores"].shape == (4, 3)
-    alone = find_neighbours(*embedded(RetrievalTask(few)), 0, 4)
-    assert alone["scores"].shape == (3, 2)
 
 
 def test_panels_and_figures_with_a_gallery_match_classes_by_name():
