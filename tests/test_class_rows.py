@@ -43,6 +43,15 @@ def test_a_row_is_a_function_of_seed_and_id_alone():
     assert len(everything.unique(dim=0)) == N
 
 
+def test_rows_made_for_one_request_are_not_those_of_the_next():
+    rows = create_class_rows(N, D, SLOTS, 3)
+    everything = whole(rows)
+    for ids in (torch.tensor([1, 4]), torch.tensor([2, 4]), torch.tensor([2, 4])):
+        found = read(rows, ids)[0]
+        assert torch.equal(found, everything[ids])
+        found.zero_()  # what a reader does to its rows stays with it
+
+
 def test_initial_rows_have_uniform_direction():
     rows = whole(create_class_rows(20_000, 3, (), 0))
     assert torch.allclose(rows.norm(dim=1), torch.ones(20_000))
