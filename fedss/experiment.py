@@ -20,6 +20,7 @@ from fedss.algorithm import (
     Failure,
     ServerState,
     check_finite_state,
+    check_growth,
     draw_cohort,
     run_round,
     spread_rows_out,
@@ -432,11 +433,13 @@ def _train_rounds(
             open_board(folder, state.round + 1) if ranks.first else nullcontext() as board,
         ):
             clock.restart()
+            first_loss = records[0]["loss"] if records else None
             try:
                 while state.round < config.rounds:
                     state, record, found = _next_round(
-                        config, federation, plan_of, state, clock, ranks
+                        config, federation, plan_of, state, clock, ranks, first_loss
                     )
+                    first_loss = first_loss or record["loss"]
                     due = _due(state.round, config.checkpoint_every, config.rounds)
                     failed = failed or bool(record.get("failures"))
                     if add_record:
@@ -493,6 +496,7 @@ def _next_round(
     state: ServerState,
     clock: "_Clock",
     ranks: Ranks,
+    first_loss: float | None,
 ) -> tuple[ServerState, Record, Evaluation | None]:
     """The state after one more round, the round's record, and its evaluation if it has one."""
     round, optimizer = state.round, server_optimizer(config)
@@ -517,6 +521,8 @@ def _next_round(
         found = federation.evaluate(state.backbone_P, state.round)
         clock.lap("evaluate")
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    if first_loss is not None:
+        check_growth([update.loss for update in updates], first_loss, plan)
     moved = round_traffic(updates)
     record = {
         "round": state.round,

@@ -25,7 +25,7 @@ from fedss import (
     class_rows,
     experiment,
 )
-from fedss.algorithm import draw_cohort
+from fedss.algorithm import check_growth, draw_cohort
 from fedss.board import add_scalars, open_board
 from fedss.build import compute_device, pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint, newest_round
@@ -494,6 +494,35 @@ def test_a_diverging_server_stops_the_run_and_keeps_finite_checkpoints(tmp_path)
         train(tmp_path / "run", config)
     kept = load_checkpoint(tmp_path / "run" / "checkpoint", new_rows())
     assert kept is None or kept.backbone_P.isfinite().all()
+
+
+def without_a_bound(h_BD, rows_SD, target_B, sample, scoring, absent=None):
+    """A squared distance, of which a step that is too long makes more."""
+    return (h_BD - 5 * rows_SD[target_B]).square().sum(dim=1)
+
+
+def test_a_loss_that_runs_away_stops_the_run(tmp_path):
+    config = dataclasses.replace(
+        SMALL, method="pos-only", class_row_lr=3.0, rounds=40, normalize_rows=False
+    )
+    with pytest.raises(
+        DivergedError, match=r"round \d+: expected a loss of the order of the first"
+    ):
+        fedss.train(config, tmp_path / "run", data=DATA, objective=without_a_bound)
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run/records.jsonl").read_text().splitlines()
+    ]
+    assert all(loss <= 100 * losses[0] for loss in losses)
+    assert newest_round(tmp_path / "run" / "checkpoint") <= len(losses)
+
+
+def test_one_client_that_lies_about_its_loss_stops_nobody():
+    told = round_plan(SMALL, 10, 3)
+    check_growth([2.0, 1e30, 3.0], 4.0, told)
+    check_growth([80.0], 0.01, told)
+    with pytest.raises(DivergedError, match=r"round 4: .*first round's \(4\), got 500"):
+        check_growth([500.0, 1e30, 3.0], 4.0, told)
 
 
 def test_one_process_at_a_time(tmp_path):
