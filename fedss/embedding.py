@@ -135,7 +135,9 @@ def list_pictures(path: Path) -> PictureList:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
     if not names:
         advice = "; list what links lead to in a CSV" if LINKS in over else ""
-        raise DataError(f"{path}: no picture found, such as 1.jpg or 1.png{counted(over)}{advice}")
+        raise DataError(
+            f"{path}: no picture found{counted(over)}{advice}; expected files such as 1.jpg"
+        )
     return PictureList(source, root, tuple(names), tuple(labels), over, remarks)
 
 

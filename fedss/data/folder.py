@@ -28,9 +28,8 @@ _SYSTEM_FOLDERS = (
 def extensions() -> frozenset[str]:
     """Endings of the files that count as pictures in a folder: of all that can be decoded here."""
     known = Image.registered_extensions()
-    return frozenset(_HEIF) | {
-        ending for ending, kind in known.items() if kind in Image.OPEN and kind not in _UNDECODED
-    }
+    decoded = {*Image.OPEN, "MPO"} - {*_UNDECODED}  # MPO comes as JPEG
+    return frozenset(_HEIF) | {ending for ending, kind in known.items() if kind in decoded}
 
 
 def passed_over(name: str, is_folder: bool) -> str | None:
@@ -71,7 +70,7 @@ def read_folder(root: Path) -> Listing:
         client, label = map(composed, parts[:2])
         if not (client and label):
             raise DataError(
-                f"{root.joinpath(*parts)}: a client or class whose name has nothing but spaces; "
+                f"{root.joinpath(*parts)}: a client or class whose name is nothing but spaces; "
                 "give the folder a name"
             )
         # Of millions of pictures, each name of a class is kept once.
