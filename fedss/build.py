@@ -130,6 +130,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
         config.server_second_momentum,
         config.server_epsilon,
         config.normalize_rows,
+        "sgd" if METHODS[config.method].moments else None,
     )
 
 
@@ -287,7 +288,7 @@ def round_plan(
             config.local_steps,
             config.batch_size,
             decay * config.client_lr,
-            decay * config.class_row_lr,
+            decay * (config.class_row_lr or method.class_row_lr),
         ),
         AUGMENTATIONS.get(config.augment),
     )

@@ -41,7 +41,7 @@ from fedss.build import (
     wire_format,
 )
 from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
-from fedss.class_rows import create_class_rows, read
+from fedss.class_rows import create_class_rows, grow, read, with_sums
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config, variant
 from fedss.data import Dataset, RetrievalTask, index_clients
@@ -52,7 +52,7 @@ from fedss.evaluation import Evaluation, embed_task, findings, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
-from fedss.optimizers import ServerOptimizer, add_classes, with_history
+from fedss.optimizers import ServerOptimizer
 from fedss.progress import show_progress
 from fedss.ranks import ALONE, Ranks, join
 from fedss.records import Record, open_records, read_records, round_traffic, summarise
@@ -547,7 +547,7 @@ def _attempt_round(
                 state,
                 cohort,
                 plan,
-                config.row_mean,
+                config.row_mean or plan.method.row_mean,
                 federation.quorum,
                 clock.lap,
             )
@@ -580,7 +580,7 @@ def _first_state(
     rows = create_class_rows(
         federation.num_classes(newest_round(checkpoints)),
         config.embedding_size,
-        optimizer.slots,
+        optimizer.of_rows.slots,
         config.seed,
         config.row_dtype,
         folder if config.row_store == "file" else None,
@@ -588,7 +588,7 @@ def _first_state(
     state = load_checkpoint(checkpoints, rows)
     if state is None:
         if METHODS[config.method].moments:
-            rows = with_history(rows)
+            rows = with_sums(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
         state = ServerState(theta_P.clone(), slots, rows, round=0)
     plan = plan_of(rows.num_classes, state.round)
@@ -601,7 +601,7 @@ def _with_classes(
     """The state with the classes that were registered in the last round."""
     if num_classes == state.class_rows.num_classes:
         return state
-    rows = add_classes(state.class_rows, num_classes, state.round)
+    rows = grow(state.class_rows, num_classes)
     return _with_index(config, replace(state, class_rows=rows), sampler)
 
 

@@ -17,10 +17,10 @@ from fedss.class_rows import (
     ClassRows,
     add_rows_,
     create_class_rows,
-    id_blocks,
     read,
     rows_of,
     union,
+    with_sums,
     write_,
 )
 from fedss.errors import ConfigError, RunFolderError
@@ -186,8 +186,11 @@ def test_going_back_to_the_checkpoint_before(tmp_path):
     same_tables(loaded.class_rows, kept)
 
 
-def test_blocks_of_ids_are_all_ids():
-    assert torch.equal(torch.cat(list(id_blocks(10, 4))), torch.arange(10))
+def test_sums_of_more_rows_than_a_block():
+    rows = with_sums(create_class_rows(70_000, 2, (), 0))
+    every = read(rows, torch.arange(70_000))[0].double()
+    with_one = torch.cat([every, torch.ones(70_000, 1)], dim=1)
+    assert torch.allclose(rows.sums_EE, with_one.T @ with_one, rtol=1e-12, atol=1e-9)
 
 
 @given(st.lists(st.sets(st.integers(0, 6)), min_size=1), st.booleans())

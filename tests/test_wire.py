@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedss.client import Broadcast, ClientUpdate
-from fedss.moments import Moments, RowMap
+from fedss.moments import Moments
 from fedss.samplers import class_sample
 from fedss.seeds import generator
 from fedss.wire import (
@@ -56,8 +56,7 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
     )
     matrix = symmetric(dim)
     sent = Broadcast(backbone, Moments(rows.mean(dim=0), matrix) if moments else None)
-    row_map = RowMap(rows.mean(dim=0), matrix) if moments else None
-    update = ClientUpdate(3, backbone, ids, rows, 17, 0.5, row_map)
+    update = ClientUpdate(3, backbone, ids, rows, 17, 0.5)
     to_all = encode_broadcast(format_, sent)
     answer = encode_answer(format_, ids, rows, None)
     up = encode_update(format_, update, generator(0, "test"))
@@ -69,7 +68,7 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         received.append(load(encoded))
     got, got_rows = decode_broadcast(format_, received[0]), decode_answer(format_, received[1])
     got_update = decode_update(format_, received[2], 3)
-    assert (got.moments is None, got_update.row_map is None) == (not moments, not moments)
+    assert (got.moments is None) == (not moments)
     assert torch.equal(got_update.ids_S, ids)
     assert (got_update.num_examples, got_update.loss, got_update.client) == (17, 0.5, 3)
     step = {"float32": 0.0, "bfloat16": 1 / 128, "int8": 1 / 60, "int4": 0.3}[precision]
@@ -80,13 +79,14 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         (got_update.rows_delta_SD, rows),
     ]
     if moments and rank is None:
-        pairs += [(got.moments.covariance_DD, matrix), (got_update.row_map.matrix_DD, matrix)]
+        pairs.append((got.moments.covariance_DD, matrix))
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= step * theirs.abs().max()
     counted = traffic({**to_all, **answer}, request, up)
     assert counted["bytes_up"] == len(save(dict(up))) + len(save(dict(request)))
     assert counted["bytes_down"] == len(save({**to_all, **answer}))
     assert (counted["moment_bytes_down"] > 0) == moments
+    assert counted["moment_bytes_up"] == 0
 
 
 @pytest.mark.parametrize(("requested", "n"), [(64, 964), (256, 100_000), (964, 964)])
@@ -120,7 +120,6 @@ def test_what_goes_up_is_rounded_at_random_and_right_on_average():
         torch.randn(5, 8, generator=g),
         3,
         1.0,
-        RowMap(torch.randn(8, generator=g), symmetric(8)),
     )
     decoded = [
         decode_update(format_, encode_update(format_, update, generator(i, "test")), 0)
@@ -129,8 +128,6 @@ def test_what_goes_up_is_rounded_at_random_and_right_on_average():
     for of in (
         lambda u: u.backbone_delta_P,
         lambda u: u.rows_delta_SD,
-        lambda u: u.row_map.shift_D,
-        lambda u: u.row_map.matrix_DD,
     ):
         found = torch.stack([of(u) for u in decoded]).double()
         error = found.std(dim=0) / 2000**0.5
