@@ -33,7 +33,7 @@ from fedss.build import build_model, compute_device, load_data, round_plan, wire
 from fedss.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
 from fedss.config import Config, config_from_dict
 from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
-from fedss.data.manifest import composed
+from fedss.data.names import composed
 from fedss.engines.flower.messages import (
     Tensors,
     buffer,
