@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -29,9 +28,12 @@ from fedss.models import (
 from fedss.models.frozen import blocks, freeze_
 from fedss.models.weights import weights_fingerprint
 from tests.flower_grid import ProcessGrid, digests
+from tests.installed import needs_timm, timm
 from tests.test_engine_flower import federate, nodes, photos, settings
 
 __all__ = ["photos"]
+
+pytestmark = needs_timm
 
 RESNET, VIT = "test_resnet", "test_vit"
 
