@@ -130,6 +130,8 @@ def _what_it_is(path: Path) -> str:
             return what
     if start.startswith(b"PK"):
         return _what_the_zip_is(path, named_safetensors)
+    if start.isascii() and b"\0" not in start:
+        return f"is a text: it begins with {start.decode().split(chr(10))[0][:60]!r}"
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header < 100_000_000:
         if not named_safetensors:
@@ -138,8 +140,6 @@ def _what_it_is(path: Path) -> str:
     if named_safetensors:
         torchs = " (torch.save wrote it: .pth)" if start.startswith(b"\x80") else ""
         return f"is not of the format safetensors, in spite of its name{torchs}"
-    if start.isascii() and b"\0" not in start:
-        return f"is a text: it begins with {start.decode().split(chr(10))[0][:60]!r}"
     return "" if start.startswith(b"\x80") else "is of no format that is known here"
 
 
