@@ -222,9 +222,15 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
         ("safetensors, cut", "is damaged or cut short at .* bytes|is of the format safetensors"),
         ("torch", "is not of the format safetensors, in spite of its name"),
         ("torch, cut", "is damaged or cut short at .* bytes"),
-        ("model", r"holds objects of Python's beside tensors \(.* more\)|in spite of its name"),
-        ("old model", "holds objects of Python's beside tensors, as|in spite of its name"),
-        ("list", "holds no tensors by name|in spite of its name"),
+        (
+            "model",
+            r"holds objects of Python's beside tensors \(.* more\)|is not of the format safetensors",
+        ),
+        (
+            "old model",
+            "holds objects of Python's beside tensors, as|is not of the format safetensors",
+        ),
+        ("list", "holds no tensors by name|is not of the format safetensors"),
     ],
 )
 def test_a_file_is_called_what_it_is(
