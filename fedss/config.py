@@ -13,7 +13,7 @@ from fedss.codec import Precision
 from fedss.data import parse_partition
 from fedss.errors import ConfigError
 from fedss.methods import METHODS, RowMean
-from fedss.models import ForwardPrecision, is_trainable
+from fedss.models import BatchNormRule, ForwardPrecision, is_trainable
 from fedss.optimizers import ServerOptimizerKind
 from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
@@ -92,6 +92,13 @@ class Config:
     trainable: str = _option(
         "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
     )
+    batch_norm: BatchNormRule = _option(
+        "auto", "batch norms; auto: freeze with trained weights, else replace", "model"
+    )
+    pixel_mean: str | None = _option(
+        None, "that weights expect, such as 0.485,0.456,0.406", "model"
+    )
+    pixel_std: str | None = _option(None, "that weights expect, beside pixel_mean", "model")
     embedding_size: int = _option(64, "d, numbers per embedding", "model")
 
     rounds: int = _option(120, "number of rounds", "training")
@@ -141,6 +148,10 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for name in ("pixel_mean", "pixel_std"):
+            value = getattr(self, name)
+            if isinstance(value, tuple | list):
+                object.__setattr__(self, name, ",".join(map(str, value)))
         check_choice("method", self.method, METHODS)
         check_choice("sampler", self.sampler, SAMPLERS)
         for option in OPTIONS:
@@ -150,6 +161,8 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
+        numbers(self, "pixel_mean")
+        numbers(self, "pixel_std")
         parse_partition(self.partition, self.partition_clients)
         if METHODS[self.method].moments:
             self._check_moments()
@@ -164,6 +177,21 @@ class Config:
                 f"moments_rank: expected below embedding_size = {self.embedding_size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
             )
+
+
+def numbers(config: Config, name: str) -> tuple[float, ...] | None:
+    """The numbers of an option that holds them as text, separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    text = getattr(config, name)
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{name}: expected numbers separated by commas, such as 0.485,0.456,0.406, got {text!r}"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedss import retrieval
 from fedss.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
+from tests.installed import needs_torchvision
 
 
 # Slow and exact: the rows the module defines (length 1, in whole multiples of 2^-24), as Python
@@ -172,6 +173,7 @@ def test_equals_pytorch_metric_learning() -> None:
         assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-12)
 
 
+@needs_torchvision
 def test_equals_torchmetrics() -> None:
     from torchmetrics.functional.retrieval import (
         retrieval_average_precision,
