@@ -327,7 +327,9 @@ def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]
 def digest(config: fedss.Config, folder: Path, num_classes: int) -> str:
     """SHA-256 of the model's file and of every number of the server's state."""
     optimizer = server_optimizer(config)
-    rows = create_class_rows(num_classes, config.embedding_size, optimizer.slots, config.seed)
+    rows = create_class_rows(
+        num_classes, config.embedding_size, optimizer.of_rows.slots, config.seed
+    )
     state = load_checkpoint(folder / "checkpoint", rows)
     assert state is not None
     assert state.round == config.rounds

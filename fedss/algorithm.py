@@ -9,16 +9,18 @@ U classes touched in a round.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from statistics import median
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.class_rows import ClassRows, add_rows_, read, rows_of, union, write_
+from fedss.class_rows import ClassRows, add_rows_, read, union, write_
 from fedss.client import Broadcast, ClientUpdate, RoundPlan, draw_classes, num_negatives
 from fedss.errors import DivergedError, QuorumError
-from fedss.moments import RowMap, mean_map, moments_now
+from fedss.methods import RowMean
+from fedss.moments import moments_of
 from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from fedss.ranks import ALONE, Ranks
 from fedss.samplers import (
@@ -28,8 +30,6 @@ from fedss.samplers import (
 )
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, spread_out
-
-RowMean = Literal["cohort", "holders"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ServerState:
 def without_deltas(update: ClientUpdate) -> ClientUpdate:
     """An update as other ranks hear of it: what it is, not what it changes."""
     nothing = torch.zeros(0)
-    return replace(update, backbone_delta_P=nothing, rows_delta_SD=nothing, row_map=None)
+    return replace(update, backbone_delta_P=nothing, rows_delta_SD=nothing)
 
 
 def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np.ndarray:
@@ -92,8 +92,8 @@ def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
     """Line 2, at the server: what all clients get. O(P + D^2), whatever n is."""
     rows, moments = state.class_rows, None
     if plan.method.moments:
-        assert rows.history is not None
-        moments = moments_now(rows.history, rows.num_classes, rows.dim)
+        assert rows.sums_EE is not None
+        moments = moments_of(rows.sums_EE)
     return Broadcast(state.backbone_P, moments)
 
 
@@ -102,43 +102,24 @@ def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Ten
     return read_rows(optimizer, state.class_rows, ids_S, state.round)[0]
 
 
-def on_top_of_map(
-    optimizer: ServerOptimizer, state: ServerState, updates: Sequence[ClientUpdate]
-) -> list[ClientUpdate]:
-    """Line 5, for moments: each client's row deltas less what its map does to these rows.
-
-    The server will apply the mean map to all rows, and a client's own map is only meant for those
-    that it did not hold.
-    """
-    if updates[0].row_map is None:
-        return list(updates)
-    ids_U = union([update.ids_S for update in updates])
-    rows_UD = select(optimizer, state, ids_U)
-    taken_off = []
-    for update in updates:
-        assert update.row_map is not None
-        rows_SD = rows_of(rows_UD, ids_U, update.ids_S)
-        mapped_SD = update.row_map.shift_D + rows_SD @ update.row_map.matrix_DD
-        taken_off.append(replace(update, rows_delta_SD=update.rows_delta_SD - mapped_SD))
-    return taken_off
-
-
 @dataclass(frozen=True)
 class MeanUpdate:
-    """A round's weighted mean update: the pseudo-gradient of the server optimizer."""
+    """A round's weighted mean update: the pseudo-gradient of the server optimizer.
+
+    ``rows_held`` is how many rows a client held, on the same weighted average.
+    """
 
     backbone_delta_P: Tensor
     ids_U: Tensor
     rows_delta_UD: Tensor
-    row_map: RowMap | None = None
+    rows_held: float
 
 
-def no_update(state: ServerState, plan: RoundPlan) -> ClientUpdate:
+def no_update(state: ServerState) -> ClientUpdate:
     """An update that weighs nothing: that of a rank without a client in this round."""
     dim, ids_S = state.class_rows.dim, torch.zeros(0, dtype=torch.int64)
-    row_map = RowMap(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
     zeros_P = torch.zeros_like(state.backbone_P)
-    return ClientUpdate(-1, zeros_P, ids_S, torch.zeros(0, dim), 0, 0.0, row_map)
+    return ClientUpdate(-1, zeros_P, ids_S, torch.zeros(0, dim), 0, 0.0)
 
 
 def aggregate(
@@ -150,7 +131,7 @@ def aggregate(
     with ``p_k = n_k / sum_j n_j`` over the whole cohort: a client that did not hold row i counts
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
-    is divided by the weight of its holders alone. Steps of all rows are averaged over the cohort.
+    is divided by the weight of its holders alone.
     Sums run in float64 in client order, so the order of arrival does not change a bit; where
     several ``ranks`` have trained the cohort, each sums up its own, then they add up.
     """
@@ -171,9 +152,24 @@ def aggregate(
         add_rows_(holders_U1, ids_U, torch.ones(len(ids_S), 1), ids_S, num_examples)
     ranks.add_up(sums)
     rows_UD /= total if row_mean == "cohort" else holders_U1
-    maps = [(u.row_map, u.num_examples / total) for u in updates if u.row_map is not None]
-    row_map = mean_map(maps, ranks) if maps else None
-    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), row_map)
+    rows_held = float(holders_U.sum()) / total
+    return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), rows_held)
+
+
+def balance(update: MeanUpdate, num_classes: int) -> MeanUpdate:
+    """Line 5, for moments: row steps less the push that rows of no holder miss.
+
+    The gradients of a full softmax with respect to all rows, ``sum_b (p_bi - y_bi) h_b`` for row i,
+    sum up to zero, since both p_b and y_b sum up to 1: rows move against each other. Where absent
+    rows stay, their part is missing, and rows would all be drawn to the mean embedding. So each
+    touched row gives it back when it moves: ``step_i - absent / (U + 1) sum_j step_j``, with
+    ``absent`` the share of rows that a client does not hold; 1 is added to U so that a row that
+    comes alone still moves. With all rows held this changes nothing. (Ours.)
+    """
+    rows_UD = update.rows_delta_UD
+    absent = 1 - update.rows_held / num_classes
+    drift_D = absent * rows_UD.sum(dim=0) / (len(rows_UD) + 1)
+    return replace(update, rows_delta_UD=rows_UD - drift_D)
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:
@@ -182,7 +178,7 @@ def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpd
         optimizer, state.backbone_P, state.backbone_slots, update.backbone_delta_P, state.round
     )
     rows, ids_U = state.class_rows, update.ids_U
-    step_rows_(optimizer, rows, ids_U, update.rows_delta_UD, state.round, update.row_map)
+    step_rows_(optimizer, rows, ids_U, update.rows_delta_UD, state.round)
     return replace(
         state, backbone_P=backbone_P, backbone_slots=backbone_slots, round=state.round + 1
     )
@@ -254,8 +250,8 @@ def run_round(
             updates.append(check_finite(result, plan))
     check_quorum(updates, failures, quorum, plan)
     lap("train")
-    own_steps = on_top_of_map(optimizer, state, updates or [no_update(state, plan)])
-    mean = aggregate(own_steps, row_mean, engine.ranks)
+    mean = aggregate(updates or [no_update(state)], row_mean, engine.ranks)
+    mean = balance(mean, plan.num_classes) if plan.method.moments else mean
     state = apply_update(optimizer, state, mean)
     check_finite_state(state, mean.ids_U)
     if plan.sampler.index is not None:
@@ -292,8 +288,6 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
         DivergedError: they are not; names round and client.
     """
     numbers = [torch.tensor(update.loss), update.backbone_delta_P, update.rows_delta_SD]
-    if update.row_map is not None:
-        numbers += [update.row_map.shift_D, update.row_map.matrix_DD]
     if not _all_finite(numbers):
         raise DivergedError(
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "
@@ -303,6 +297,29 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
             update.client,
         )
     return update
+
+
+MOST_GROWTH = 100.0
+"""The loss of a softmax of cosines is at most ``2 s + log n``, a few times the first round's."""
+
+
+def check_growth(losses: Sequence[float], first_loss: float, plan: RoundPlan) -> None:
+    """Whether the losses of a round's clients are of the order of the first round's.
+
+    The median is asked, since any one client may say what it likes. First losses below 1 count as
+    1: of next to nothing a multiple tells nothing.
+
+    Raises:
+        DivergedError: it is more than ``MOST_GROWTH`` times as large; the state must not be kept.
+    """
+    now = median(losses)
+    if now > MOST_GROWTH * max(first_loss, 1.0):
+        raise DivergedError(
+            f"round {plan.round + 1}: expected a loss of the order of the first round's "
+            f"({first_loss:.3g}), got {now:.3g} at half of the clients or more; the last "
+            f"checkpoint is kept. Start in another folder with a lower client_lr "
+            f"({plan.local.lr:g} in this round), class_row_lr ({plan.local.row_lr:g}) or server_lr"
+        )
 
 
 def check_finite_state(state: ServerState, ids_U: Tensor) -> None:

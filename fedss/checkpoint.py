@@ -31,7 +31,6 @@ from fedss.algorithm import ServerState
 from fedss.class_rows import ClassRows
 from fedss.errors import RunFolderError
 from fedss.files import atomic, write_file, write_json
-from fedss.moments import RowHistory
 
 KEPT = 2
 _STATE, _RECORD = "state.safetensors", "checkpoint.json"
@@ -50,10 +49,8 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"backbone": state.backbone_P}
     tensors |= {f"backbone.{name}": slot for name, slot in state.backbone_slots.items()}
-    history = state.class_rows.history
-    if history is not None:
-        tensors["history.second"] = history.second_ZZ
-        tensors |= {f"history.map.{round}": map_DE for round, map_DE in history.maps.items()}
+    if state.class_rows.sums_EE is not None:
+        tensors["row_sums"] = state.class_rows.sums_EE
     content = save(tensors)
     temporary, final = folder / ".unfinished", folder / f"round-{state.round:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -117,11 +114,8 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
         raise RunFolderError(
             f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
         ) from error
-    if "history.second" in tensors:
-        maps = {
-            int(round): map_DE for round, map_DE in _with_prefix(tensors, "history.map.").items()
-        }
-        rows = replace(rows, history=RowHistory(tensors["history.second"], maps))
+    if "row_sums" in tensors:
+        rows = replace(rows, sums_EE=tensors["row_sums"])
     backbone_slots = _with_prefix(tensors, "backbone.")
     return ServerState(tensors["backbone"], backbone_slots, rows, record["round"])
 

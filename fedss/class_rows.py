@@ -9,7 +9,7 @@ Shape suffixes: N all classes, D embedding size, S or U some classes.
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from fedss.codec import encode_rows
 from fedss.errors import ConfigError, RunFolderError
-from fedss.moments import RowHistory
+from fedss.moments import row_sums
 from fedss.seeds import generator, numbered_normals
 
 RowDtype = Literal["float32", "bfloat16"]
 
 _MOST_CHANGED = 64
+_BLOCK = 65536
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class ClassRows:
         updated_N: int32, number of rounds that were complete when the row was last written;
             0: never.
         seed: what rows are made from until they are written.
-        history: steps that rounds took on every row, if the method takes such steps.
+        sums_EE: :func:`fedss.moments.row_sums` of all rows as written, kept by every write, if
+            the method needs them.
         changed: ids of the rows written since the last checkpoint, round by round.
         made: ids and rows of the last that were read before they were written; a round reads them
             twice, for its clients and for its step.
@@ -50,7 +52,7 @@ class ClassRows:
     slots: Mapping[str, Tensor]
     updated_N: Tensor
     seed: int
-    history: RowHistory | None = None
+    sums_EE: Tensor | None = None
     changed: list[Tensor] = field(default_factory=list)
     made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     folder: Path | None = None
@@ -135,7 +137,23 @@ def grow(rows: ClassRows, num_classes: int) -> ClassRows:
     for block in torch.split(rows.updated_N.nonzero()[:, 0], 65536):
         for new, old in zip(_tables(grown), _tables(rows), strict=True):
             new.index_copy_(0, block, old.index_select(0, block))
-    return replace(grown, history=rows.history, changed=rows.changed)
+    grown = replace(grown, changed=rows.changed)
+    if rows.sums_EE is None:
+        return grown
+    return replace(grown, sums_EE=rows.sums_EE + _sums(grown, range(rows.num_classes, num_classes)))
+
+
+def with_sums(rows: ClassRows) -> ClassRows:
+    """The same table with the sums of its rows, which every write keeps from now on. O(n D^2)."""
+    return replace(rows, sums_EE=_sums(rows, range(rows.num_classes)))
+
+
+def _sums(rows: ClassRows, ids: range) -> Tensor:
+    sums_EE = torch.zeros(rows.dim + 1, rows.dim + 1, dtype=torch.float64)
+    for start in ids[::_BLOCK]:
+        block_S = torch.arange(start, min(start + _BLOCK, ids.stop))
+        sums_EE += row_sums(read(rows, block_S)[0])
+    return sums_EE
 
 
 def _tables(rows: ClassRows) -> list[Tensor]:
@@ -178,7 +196,7 @@ def _written(table_ND: Tensor, ids_S: Tensor, old_S: Tensor | None) -> Tensor:
 def write_(
     rows: ClassRows, ids_U: Tensor, rows_UD: Tensor, slots: Mapping[str, Tensor], completed: int
 ) -> None:
-    """Replace some rows and their slots, in place. O(U D).
+    """Replace some rows and their slots, in place. O(U D), with sums O(U D^2).
 
     Args:
         rows: the table.
@@ -191,13 +209,20 @@ def write_(
         RunFolderError: the tables are files, and their disk may not have room for these rows.
     """
     _check_room(rows, len(ids_U))
+    before_EE = None if rows.sums_EE is None else row_sums(read(rows, ids_U)[0])
+    # First of all: so a table that was interrupted here shows rows of a round that is not complete.
+    rows.updated_N.index_fill_(0, ids_U, completed)
+    if rows.sums_EE is not None and before_EE is not None:
+        rows.sums_EE.sub_(before_EE)
     rng = generator(rows.seed, "row rounding", completed)
     parts = [(rows.weight_ND, rows_UD), *((rows.slots[name], slots[name]) for name in rows.slots)]
     for table_ND, part_UD in parts:
         if table_ND.dtype == torch.bfloat16:
             part_UD = encode_rows(part_UD, "bfloat16", rng)["values"]
         table_ND.index_copy_(0, ids_U, part_UD)
-    rows.updated_N.index_fill_(0, ids_U, completed)
+    if rows.sums_EE is not None:
+        # As they were rounded.
+        rows.sums_EE.add_(row_sums(read(rows, ids_U)[0]))
     rows.made.clear()
     if len(ids_U) == rows.num_classes:
         rows.changed[:] = [ids_U]
@@ -205,6 +230,11 @@ def write_(
         rows.changed.append(ids_U)
     if len(rows.changed) > _MOST_CHANGED:
         rows.changed[:] = [torch.unique(torch.cat(rows.changed))]
+
+
+def newest_write(rows: ClassRows) -> int:
+    """The largest of ``updated_N``, also of a row that is only half written. O(n)."""
+    return int(rows.updated_N.max())
 
 
 def _check_room(rows: ClassRows, count: int) -> None:
@@ -249,9 +279,3 @@ def add_rows_(rows_UD: Tensor, ids_U: Tensor, rows_SD: Tensor, ids_S: Tensor, we
         rows_UD.add_(rows_SD, alpha=weight)
     else:
         rows_UD.index_add_(0, torch.searchsorted(ids_U, ids_S), weight * rows_SD.double())
-
-
-def id_blocks(num_classes: int, block: int = 65536) -> Iterator[Tensor]:
-    """All class ids, in order, block by block."""
-    for start in range(0, num_classes, block):
-        yield torch.arange(start, min(start + block, num_classes))

@@ -266,6 +266,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NUMBER",
         help="largest picture that is taken, in megabytes (default: 20)",
     )
+    serve.add_argument(
+        "--max-upload-megapixels",
+        type=float,
+        default=25.0,
+        metavar="NUMBER",
+        help="picture of most pixels that is taken, in millions (default: 25)",
+    )
     serve.add_argument("--open", action="store_true", help="open the page in the browser")
 
     app = command(
@@ -393,7 +400,7 @@ def _train(options: argparse.Namespace) -> None:
 
     config = _config(options, _stored(options).get("config"))
     data = load_together(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     run = train(config, options.out, data=data)
     if run.already_done:
         _say(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
@@ -411,7 +418,7 @@ def _compare(options: argparse.Namespace) -> None:
     methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
     seeds = options.seeds or stored.get("seeds") or [0]
     data = load_together(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     summaries = compare(config, methods, seeds, options.out, data=data)
     _print_results(summaries, seen_classes(data))
     _say(f"summary  {Path(options.out) / 'summary.json'}")
@@ -439,7 +446,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = _config(options, {**stored, **shape})
     data = load_data(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     task = evaluation_task(config, data)
     embedded = embed_task(partial(embed_pixels, embedder), task)
     metrics = dataclasses.asdict(score(task, *embedded))
@@ -472,7 +479,7 @@ def _embed(options: argparse.Namespace) -> None:
     embedder = load(options.folder)
     found = list_pictures(Path(options.pictures))
     result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
-    _print_left_out(result.skipped, links=found.links)
+    _print_left_out(result.skipped, (), found.passed_over, found.remarks)
     written = write_embeddings(Path(options.out), result)
     print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
     _say(*written)
@@ -486,12 +493,18 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _index(options: argparse.Namespace) -> None:
+    from fedss.data.names import look_alikes
     from fedss.search import build_collection
 
     found = build_collection(
         options.folder, options.pictures, _place(options), skip_broken=options.skip_broken
     )
-    _print_left_out(found.skipped, links=found.links)
+    _print_left_out(
+        found.skipped,
+        (),
+        found.passed_over,
+        (*found.remarks, *look_alikes(found.classes, "classes")),
+    )
     enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
     _say(
         f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
@@ -614,7 +627,9 @@ def _serve(options: argparse.Namespace) -> None:
     from fedss.search import open_collection, server, stored_threshold
 
     measured = stored_threshold(options.folder) if options.threshold is None else None
-    limits = server.make_limits(options.max_upload_mb, options.threshold, measured)
+    limits = server.make_limits(
+        options.max_upload_mb, options.threshold, measured, options.max_upload_megapixels
+    )
     with server.listen(options.host, options.port) as listener:
         run = Path(options.folder)
         collection = open_collection(options.index or run / "index", run)
@@ -643,7 +658,7 @@ def _info(options: argparse.Namespace) -> None:
     if options.plot is not None and not options.plot.lower().endswith(".png"):
         raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     data = load_data(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, ())
     facts = describe(config, data)
     held = clients_P, classes_P, count_P = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
@@ -768,7 +783,15 @@ def _bytes(count: float | None) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = (), links: int = 0) -> None:
+def _print_left_out(
+    skipped: Sequence[str],
+    unpaired: Sequence[str],
+    passed_over: Mapping[str, int],
+    remarks: Sequence[str],
+) -> None:
+    """What is there and not used, and what is easily mistaken, on stderr."""
+    from fedss.data.folder import counted
+
     for names, what in (
         (skipped, "unreadable pictures"),
         (unpaired, "pictures of held-out classes, each the only one of its class"),
@@ -776,8 +799,11 @@ def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = (), links:
         if names:
             first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             _say(f"left out {len(names)} {what}: {first}", file=sys.stderr)
-    if links:
-        print(f"left out {links} symbolic links: list them in a CSV", file=sys.stderr)
+    if passed_over:
+        links = "; list what links lead to in a CSV" if "symbolic links" in passed_over else ""
+        _say(counted(passed_over).removeprefix("; ") + links, file=sys.stderr)
+    for remark in remarks:
+        _say(f"remark: {remark}", file=sys.stderr)
 
 
 def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedss.augment import Augmentation, change, draw_parameters
 from fedss.methods import Method
-from fedss.moments import Moments, RowMap, absent_classes, absent_step
+from fedss.moments import Moments, absent_classes
 from fedss.samplers import Sampler, check_negatives, class_sample, limit, own_budget, whole_sample
 from fedss.seeds import generator
 from fedss.softmax import AbsentClasses, ClassSample, Scoring
@@ -50,7 +50,6 @@ class Submodel:
 class ClientUpdate:
     """What a client returns: its changes, and how many examples they stand for.
 
-    With moments, ``row_map`` is its step of the rows that it did not hold.
     ``traffic`` is filled in by the engine: bytes of its messages, by direction and part.
     """
 
@@ -60,7 +59,6 @@ class ClientUpdate:
     rows_delta_SD: Tensor
     num_examples: int
     loss: float
-    row_map: RowMap | None = None
     traffic: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -260,10 +258,7 @@ def step_own_rows_(plan: RoundPlan, learner: Learner) -> None:
 
 def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientUpdate:
     """Line 4: what local training changed, on the CPU."""
-    submodel, row_map = learner.submodel, None
-    if submodel.broadcast.moments is not None:
-        row_map = absent_step(learner.absent, learner.rows_SD.shape[1], plan.local.row_lr)
-        row_map = RowMap(row_map.shift_D.cpu(), row_map.matrix_DD.cpu())
+    submodel = learner.submodel
     return ClientUpdate(
         learner.client,
         (theta_P - submodel.broadcast.backbone_P).cpu(),
@@ -271,7 +266,6 @@ def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientU
         (learner.rows_SD.detach() - submodel.rows_SD).cpu(),
         learner.num_examples,
         float(torch.stack(learner.losses).mean().cpu()),
-        row_map,
     )
 
 

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from fedss.algorithm import RowMean
 from fedss.augment import Augment
 from fedss.class_rows import RowDtype
 from fedss.codec import Precision
 from fedss.data import parse_partition
 from fedss.errors import ConfigError
-from fedss.methods import METHODS
-from fedss.models import ForwardPrecision, is_trainable
+from fedss.methods import METHODS, RowMean
+from fedss.models import BatchNormRule, ForwardPrecision, is_trainable
 from fedss.optimizers import ServerOptimizerKind
 from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
@@ -76,7 +75,9 @@ class Config:
     scale: float = _option(10.0, "s, inverse temperature of the softmax", "method")
     margin_kind: MarginKind = _option("none", "margin of the softmax", "method")
     margin: float = _option(0.2, "margin m: cosface in cosine, arcface in radians", "method")
-    row_mean: RowMean = _option("cohort", "whose weight divides a row's sum", "method")
+    row_mean: RowMean | None = _option(
+        None, "whose weight divides a row's sum; default: cohort; moments: holders", "method"
+    )
     normalize_rows: bool = _option(
         True, "class rows get length 1 in the rounds that touch them", "method"
     )
@@ -92,6 +93,13 @@ class Config:
     trainable: str = _option(
         "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
     )
+    batch_norm: BatchNormRule = _option(
+        "auto", "batch norms; auto: freeze with trained weights, else replace", "model"
+    )
+    pixel_mean: str | None = _option(
+        None, "that weights expect, such as 0.485,0.456,0.406", "model"
+    )
+    pixel_std: str | None = _option(None, "that weights expect, beside pixel_mean", "model")
     embedding_size: int = _option(64, "d, numbers per embedding", "model")
 
     rounds: int = _option(120, "number of rounds", "training")
@@ -102,7 +110,9 @@ class Config:
     )
     batch_size: int = _option(8, "pictures per local step", "training")
     client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
-    class_row_lr: float = _option(2.0, "learning rate of the class rows at clients", "training")
+    class_row_lr: float | None = _option(
+        None, "learning rate of the class rows at clients; default 2; moments: 1", "training"
+    )
     augment: Augment = _option("none", "changes of training pictures at clients", "training")
     precision: ForwardPrecision = _option("float32", "of the network's forward pass", "training")
     lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
@@ -139,6 +149,10 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for name in ("pixel_mean", "pixel_std"):
+            value = getattr(self, name)
+            if isinstance(value, tuple | list):
+                object.__setattr__(self, name, ",".join(map(str, value)))
         for option in OPTIONS:
             _check_type(option, getattr(self, option.name))
         check_choice("method", self.method, METHODS)
@@ -148,27 +162,37 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
+        numbers(self, "pixel_mean")
+        numbers(self, "pixel_std")
         parse_partition(self.partition, self.partition_clients)
         if METHODS[self.method].moments:
             self._check_moments()
 
     def _check_moments(self) -> None:
-        if self.server_optimizer == "adam":
-            raise ConfigError(
-                "server_optimizer: method moments steps all class rows at once, which adam can't; "
-                "expected sgd or momentum, got adam"
-            )
         if not self.normalize_rows:
             raise ConfigError(
                 "normalize_rows: method moments takes rows for unit vectors; leave it on"
             )
-        if self.row_mean != "cohort":
-            raise ConfigError(f"row_mean: method moments needs cohort, got {self.row_mean}")
         if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
             raise ConfigError(
                 f"moments_rank: expected below embedding_size = {self.embedding_size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
             )
+
+
+def numbers(config: Config, name: str) -> tuple[float, ...] | None:
+    """The numbers of an option that holds them as text, separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    text = getattr(config, name)
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{name}: expected numbers separated by commas, such as 0.485,0.456,0.406, got {text!r}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -192,8 +216,9 @@ def _options() -> tuple[Option, ...]:
     for item in dataclasses.fields(Config):
         hint, args = hints[item.name], get_args(hints[item.name])
         optional = type(None) in args
-        choices = args if args and not optional else ()
-        kind = str if choices else args[0] if optional else hint
+        values = args[0] if optional else hint
+        choices = get_args(values)
+        kind = str if choices else values
         options.append(Option(item.name, kind, optional, choices, item.default, **item.metadata))
     return tuple(options)
 

@@ -20,7 +20,7 @@ from fedss.config import Config
 from fedss.data import Dataset, fingerprint, own_classes, seen_classes
 from fedss.methods import METHODS
 from fedss.models import Embedder, frozen_fingerprint
-from fedss.moments import Moments, RowMap
+from fedss.moments import Moments
 from fedss.samplers import Sampler
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Objective
@@ -122,10 +122,7 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
     count = len(own_P) + num_negatives(plan, len(own_P))
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
-    moments, row_map = None, None
-    if plan.method.moments:
-        moments = Moments(torch.zeros(dim), torch.zeros(dim, dim))
-        row_map = RowMap(moments.mean_D, moments.covariance_DD)
+    moments = Moments(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
     dealt, asked = None, ids_S
     if plan.sampler.drawn_by == "server":
         own_S = ids_S < len(own_P)
@@ -137,6 +134,6 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
         **encode_broadcast(wire, Broadcast(backbone_P, moments)),
         **encode_answer(wire, ids_S, zeros_SD, dealt),
     }
-    update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0, row_map)
+    update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0)
     up = encode_update(wire, update, generator(0, "costs"))
     return {**traffic(down, encode_request(wire, asked), up), "class_rows": count}

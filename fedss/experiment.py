@@ -20,6 +20,7 @@ from fedss.algorithm import (
     Failure,
     ServerState,
     check_finite_state,
+    check_growth,
     draw_cohort,
     run_round,
     spread_rows_out,
@@ -41,7 +42,7 @@ from fedss.build import (
     wire_format,
 )
 from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
-from fedss.class_rows import create_class_rows, read
+from fedss.class_rows import create_class_rows, grow, newest_write, read, with_sums
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config, variant
 from fedss.data import Dataset, RetrievalTask, index_clients
@@ -52,10 +53,17 @@ from fedss.evaluation import Evaluation, embed_task, findings, score
 from fedss.files import write_file, write_json
 from fedss.methods import METHODS
 from fedss.models import Embedder, flatten_, load_embedder, save_embedder
-from fedss.optimizers import ServerOptimizer, add_classes, with_history
+from fedss.optimizers import ServerOptimizer
 from fedss.progress import show_progress
 from fedss.ranks import ALONE, Ranks, join
-from fedss.records import Record, open_records, read_records, round_traffic, summarise
+from fedss.records import (
+    Record,
+    open_records,
+    read_records,
+    records_to_disk,
+    round_traffic,
+    summarise,
+)
 from fedss.report import write_report
 from fedss.run_folder import (
     check_same_round,
@@ -431,40 +439,34 @@ def _train_rounds(
             open_board(folder, state.round + 1) if ranks.first else nullcontext() as board,
         ):
             clock.restart()
-            while state.round < config.rounds:
-                try:
+            first_loss = records[0]["loss"] if records else None
+            try:
+                while state.round < config.rounds:
                     state, record, found = _next_round(
-                        config, federation, plan_of, state, clock, ranks
+                        config, federation, plan_of, state, clock, ranks, first_loss
                     )
-                except QuorumError as error:
-                    if {failure.reason for failure in error.failures} == {"not finite"}:
-                        raise DivergedError(
-                            f"{error}: as the weights are, no client comes to finite numbers. The "
-                            "last checkpoint is kept; start in another folder with a lower "
-                            "client_lr, class_row_lr or server_lr"
-                        ) from error
-                    if state.round:
+                    first_loss = first_loss or record["loss"]
+                    due = _due(state.round, config.checkpoint_every, config.rounds)
+                    failed = failed or bool(record.get("failures"))
+                    if add_record:
+                        add_record(record, due)
+                    records.append(record)
+                    if board:
+                        add_scalars(board, record, failed)
+                        if federation.task and found and found.embedded:
+                            seen = federation.task, found.embedded, config.data_seed
+                            add_neighbours(board, *seen, state.round)
+                            clock.lap("evaluate")
+                    on_round(record)
+                    if due and ranks.first:
                         save_checkpoint(folder / "checkpoint", state)
-                    raise QuorumError(
-                        f"{error}. What was learnt before is kept; see to the clients and start "
-                        "the same run again: it goes on from there"
-                    ) from error
-                due = _due(state.round, config.checkpoint_every, config.rounds)
-                records.append(record)
-                failed = failed or bool(record.get("failures"))
-                if add_record and board:
-                    add_record(record, due)
-                    add_scalars(board, record, failed)
-                    if federation.task and found and found.embedded:
-                        seen = federation.task, found.embedded, config.data_seed
-                        add_neighbours(board, *seen, state.round)
-                        clock.lap("evaluate")
-                on_round(record)
-                if due and ranks.first:
-                    save_checkpoint(folder / "checkpoint", state)
-                    clock.lap("checkpoint")
-                elif due:
-                    state.class_rows.changed.clear()
+                        clock.lap("checkpoint")
+                    elif due:
+                        state.class_rows.changed.clear()
+            except BaseException:
+                if ranks.first:
+                    _keep_what_was_learnt(folder, state, len(records))
+                raise
             if done_before and federation.task:
                 # It was stopped before its pictures were written.
                 found = federation.evaluate(state.backbone_P, state.round)
@@ -480,6 +482,19 @@ def _train_rounds(
     return state.class_rows.num_classes, records
 
 
+def _keep_what_was_learnt(folder: Path, state: ServerState, recorded: int) -> None:
+    """A checkpoint of a run that ends too early, of its last complete round.
+
+    Whatever ended it (an error, Ctrl-C, too few clients), the state is that of the last record
+    while no row of the next round is written. There is none where a step was bad or half done: its
+    rows are in the table.
+    """
+    whole = newest_write(state.class_rows) <= state.round == recorded
+    if whole and state.round > newest_round(folder / "checkpoint"):
+        records_to_disk(folder)
+        save_checkpoint(folder / "checkpoint", state)
+
+
 def _next_round(
     config: Config,
     federation: Federation,
@@ -487,6 +502,7 @@ def _next_round(
     state: ServerState,
     clock: "_Clock",
     ranks: Ranks,
+    first_loss: float | None,
 ) -> tuple[ServerState, Record, Evaluation | None]:
     """The state after one more round, the round's record, and its evaluation if it has one."""
     round, optimizer = state.round, server_optimizer(config)
@@ -511,6 +527,8 @@ def _next_round(
         found = federation.evaluate(state.backbone_P, state.round)
         clock.lap("evaluate")
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    if first_loss is not None:
+        check_growth([update.loss for update in updates], first_loss, plan)
     moved = round_traffic(updates)
     record = {
         "round": state.round,
@@ -545,6 +563,7 @@ def _attempt_round(
     """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
     number, size = federation.num_clients(plan.round), federation.cohort_size
     cohort, failures = draw_cohort(number, size, config.seed, plan.round), list[Failure]()
+    everyone, all_diverged = set(cohort.tolist()), True
     for attempt in count(1):
         try:
             state, updates, failed = run_round(
@@ -553,16 +572,27 @@ def _attempt_round(
                 state,
                 cohort,
                 plan,
-                config.row_mean,
+                config.row_mean or plan.method.row_mean,
                 federation.quorum,
                 clock.lap,
             )
             break
         except QuorumError as error:
             failures += error.failures
+            diverged = {f.client for f in error.failures if f.reason == "not finite"}
+            all_diverged = all_diverged and diverged == everyone
             if attempt >= federation.attempts:
+                why = f"{error}, {attempt} times" if attempt > 1 else str(error)
+                if all_diverged:
+                    raise DivergedError(
+                        f"{why}: as the weights are, no client comes to finite numbers. What was "
+                        "learnt before is kept; start in another folder with a lower client_lr, "
+                        "class_row_lr or server_lr"
+                    ) from error
                 raise QuorumError(
-                    f"{error}, {attempt} times" if attempt > 1 else str(error), failures
+                    f"{why}. What was learnt before is kept; see to the clients and start the "
+                    "same run again: it goes on from there",
+                    failures,
                 ) from error
             time.sleep(federation.pause)
             clock.lap("pause")
@@ -586,7 +616,7 @@ def _first_state(
     rows = create_class_rows(
         federation.num_classes(newest_round(checkpoints)),
         config.embedding_size,
-        optimizer.slots,
+        optimizer.of_rows.slots,
         config.seed,
         config.row_dtype,
         folder if config.row_store == "file" else None,
@@ -594,7 +624,7 @@ def _first_state(
     state = load_checkpoint(checkpoints, rows)
     if state is None:
         if METHODS[config.method].moments:
-            rows = with_history(rows)
+            rows = with_sums(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
         state = ServerState(theta_P.clone(), slots, rows, round=0)
     plan = plan_of(rows.num_classes, state.round)
@@ -607,7 +637,7 @@ def _with_classes(
     """The state with the classes that were registered in the last round."""
     if num_classes == state.class_rows.num_classes:
         return state
-    rows = add_classes(state.class_rows, num_classes, state.round)
+    rows = grow(state.class_rows, num_classes)
     return _with_index(config, replace(state, class_rows=rows), sampler)
 
 

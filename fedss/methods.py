@@ -12,6 +12,8 @@ from fedss.softmax import (
     uncorrected_softmax,
 )
 
+RowMean = Literal["cohort", "holders"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -24,10 +26,12 @@ class Method:
             to the sample size; a ``"cover"``, of any number, that its loss does not need; or
             ``"none"``. Which ones, a sampler says.
         objective: the loss it trains on.
-        moments: the mean and covariance of all class rows go to the client, and what its loss
-            makes of them comes back.
+        moments: the mean and covariance of all class rows go to the client, and only own rows come
+            back: they take a plain step, balanced for the push that the others miss.
         spread_out: the server pushes near class rows apart after each round (FedAwS).
         pooled: pictures are pooled first: a reference, not federated learning.
+        row_mean: default of the setting: whose weight divides a row's sum.
+        class_row_lr: default of the setting.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Method:
     moments: bool = False
     spread_out: bool = False
     pooled: bool = False
+    row_mean: RowMean = "cohort"
+    class_row_lr: float = 2.0
 
 
 METHODS: dict[str, Method] = {
@@ -55,6 +61,8 @@ METHODS: dict[str, Method] = {
             "cover",
             moments_softmax,
             moments=True,
+            row_mean="holders",
+            class_row_lr=1.0,
         ),
         Method(
             "fedss-uncorrected",

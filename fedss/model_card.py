@@ -156,6 +156,9 @@ def _setting_rows(
             told, value = True, summary.get("sample_size", UNKNOWN)
         elif option.name == "backbone":
             value = backbone
+        elif value is None and settings.get("method") in METHODS:
+            # Some defaults are the method's.
+            value = getattr(METHODS[settings["method"]], option.name, None)
         if told or option.name in _SETTINGS:
             # Where a file lay on some machine is nobody's business.
             shown = Path(value).name if isinstance(value, str) and "/" in value else value

@@ -96,6 +96,12 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
         yield add
 
 
+def records_to_disk(folder: Path) -> None:
+    """Every record that was added is on the disk, as a checkpoint needs it."""
+    with (folder / "records.jsonl").open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """A run in one object: what it was, how the model is judged, means per client and round.
 

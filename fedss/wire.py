@@ -26,7 +26,7 @@ from fedss.codec import (
     encode_rows,
     encode_symmetric,
 )
-from fedss.moments import Moments, RowMap
+from fedss.moments import Moments
 from fedss.softmax import ClassSample
 
 Message = Mapping[str, Tensor]
@@ -132,7 +132,7 @@ def encode_update(wire: WireFormat, update: ClientUpdate, rng: np.random.Generat
 
     Numbers are rounded at random, so that their mean over clients is unbiased.
     """
-    message = {
+    return {
         **_prefixed(
             "backbone",
             encode_backbone(update.backbone_delta_P, wire.layout, wire.backbone_up, rng),
@@ -142,19 +142,10 @@ def encode_update(wire: WireFormat, update: ClientUpdate, rng: np.random.Generat
         "loss": torch.tensor(update.loss, dtype=torch.float64),
         **encode_request(wire, update.ids_S),
     }
-    if update.row_map is not None:
-        shift = encode_rows(update.row_map.shift_D[None], wire.rows_up, rng)
-        matrix = encode_symmetric(update.row_map.matrix_DD, wire.rows_up, wire.moments_rank, rng)
-        message |= {**_prefixed("moments.shift", shift), **_prefixed("moments.matrix", matrix)}
-    return message
 
 
 def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpdate:
     """The inverse of :func:`encode_update`, up to rounding."""
-    shift, row_map = _under("moments.shift", message), None
-    if shift:
-        matrix_DD = decode_symmetric(_under("moments.matrix", message), wire.dim)
-        row_map = RowMap(decode_rows(shift, wire.dim)[0], matrix_DD)
     return ClientUpdate(
         client,
         decode_backbone(_under("backbone", message), wire.layout),
@@ -162,7 +153,6 @@ def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpda
         decode_rows(_under("class_rows", message), wire.dim),
         int(message["num_examples"]),
         float(message["loss"]),
-        row_map,
     )
 
 

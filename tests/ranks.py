@@ -85,9 +85,8 @@ def digest(state: ServerState) -> str:
     rows, content = state.class_rows, hashlib.sha256()
     tensors = [state.backbone_P, *state.backbone_slots.values()]
     tensors += [reference.whole(rows), *rows.slots.values(), rows.updated_N]
-    if rows.history is not None:
-        maps = rows.history.maps
-        tensors += [rows.history.second_ZZ, *(maps[round] for round in sorted(maps))]
+    if rows.sums_EE is not None:
+        tensors.append(rows.sums_EE)
     for tensor in tensors:
         content.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

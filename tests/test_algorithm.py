@@ -26,7 +26,7 @@ from fedss.algorithm import (
     select,
     spread_rows_out,
 )
-from fedss.class_rows import create_class_rows, write_
+from fedss.class_rows import create_class_rows, with_sums, write_
 from fedss.client import (
     Broadcast,
     ClientUpdate,
@@ -42,7 +42,7 @@ from fedss.data import ClientIndex, index_clients
 from fedss.errors import DivergedError
 from fedss.methods import METHODS
 from fedss.models import build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer, read_rows, with_history
+from fedss.optimizers import ServerOptimizer, read_rows
 from fedss.ranks import ALONE, Ranks
 from fedss.samplers import SAMPLERS
 from fedss.seeds import generator
@@ -105,7 +105,7 @@ def start(optimizer: ServerOptimizer = SGD, told: RoundPlan | None = None) -> Se
     theta_P, told = Model().theta_P, told or plan()
     rows = create_class_rows(N, 6, optimizer.slots, 0)
     if told.method.moments:
-        rows = with_history(rows)
+        rows = with_sums(rows)
     index = told.sampler.index and told.sampler.index.build(whole(rows), generator(0, "index"))
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     return ServerState(theta_P.clone(), slots, rows, 0, index)
@@ -416,9 +416,7 @@ def test_what_a_round_makes_does_not_depend_on_the_number_of_classes(method, sam
         told = replace(plan(method, 64, sampler, cover=8), num_classes=n)
         rows = create_class_rows(n, 6, MOMENTUM.slots, 0)
         if method == "moments":
-            rows = replace(
-                rows, history=with_history(create_class_rows(N, 6, MOMENTUM.slots, 0)).history
-            )
+            rows = replace(rows, sums_EE=with_sums(create_class_rows(N, 6, (), 0)).sums_EE)
         theta_P = Model().theta_P
         state = ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
         tracemalloc.start()

@@ -17,10 +17,10 @@ from fedss.class_rows import (
     ClassRows,
     add_rows_,
     create_class_rows,
-    id_blocks,
     read,
     rows_of,
     union,
+    with_sums,
     write_,
 )
 from fedss.errors import ConfigError, RunFolderError
@@ -41,6 +41,15 @@ def test_a_row_is_a_function_of_seed_and_id_alone():
     assert torch.equal(read(more, ids)[0], everything[ids])
     assert not torch.equal(whole(create_class_rows(N, D, SLOTS, 4)), everything)
     assert len(everything.unique(dim=0)) == N
+
+
+def test_rows_made_for_one_request_are_not_those_of_the_next():
+    rows = create_class_rows(N, D, SLOTS, 3)
+    everything = whole(rows)
+    for ids in (torch.tensor([1, 4]), torch.tensor([2, 4]), torch.tensor([2, 4])):
+        found = read(rows, ids)[0]
+        assert torch.equal(found, everything[ids])
+        found.zero_()  # what a reader does to its rows stays with it
 
 
 def test_initial_rows_have_uniform_direction():
@@ -201,8 +210,11 @@ def test_the_newest_checkpoint_is_that_of_the_highest_round(last, tmp_path):
     assert kept == {"round-000009.old", f"round-{last + 1:06d}", f"round-{last + 2:06d}"}
 
 
-def test_blocks_of_ids_are_all_ids():
-    assert torch.equal(torch.cat(list(id_blocks(10, 4))), torch.arange(10))
+def test_sums_of_more_rows_than_a_block():
+    rows = with_sums(create_class_rows(70_000, 2, (), 0))
+    every = read(rows, torch.arange(70_000))[0].double()
+    with_one = torch.cat([every, torch.ones(70_000, 1)], dim=1)
+    assert torch.allclose(rows.sums_EE, with_one.T @ with_one, rtol=1e-12, atol=1e-9)
 
 
 @given(st.lists(st.sets(st.integers(0, 6)), min_size=1), st.booleans())

@@ -38,6 +38,9 @@ PINNED = [
     "pretrained",
     "weights",
     "trainable",
+    "batch_norm",
+    "pixel_mean",
+    "pixel_std",
     "embedding_size",
     "rounds",
     "clients_per_round",
@@ -77,7 +80,8 @@ def test_the_options_are_pinned():
 
 
 def test_json_round_trip():
-    config = Config(method="pos-only", local_steps=3, margin_kind="cosface", client_lr=1)
+    config = Config(method="pos-only", local_steps=3, client_lr=1, pixel_mean=(0.485, 0.456, 0.4))
+    assert config.pixel_mean == "0.485,0.456,0.4"
     assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
@@ -95,6 +99,7 @@ def test_json_round_trip():
         ({"client_lr": "fast"}, "client_lr: expected float"),
         ({"margin_kind": "cosfacce"}, "did you mean cosface"),
         ({"row_mean": "all"}, "row_mean: 'all' is unknown; choose from cohort, holders"),
+        ({"class_row_lr": 0.0}, "class_row_lr: expected a number above 0"),
         ({"channels": 2}, "channels: expected 1 or 3, got 2"),
         ({"device": "gpu"}, "device: expected cpu, cuda or cuda:<number>, got gpu"),
         ({"device": "cuda:01"}, "device: expected cpu, cuda or cuda:<number>, got cuda:01"),
@@ -108,10 +113,11 @@ def test_json_round_trip():
         ({"correction": 1.5}, r"correction: expected 0 \(none\) to 1 \(full\), got 1.5"),
         ({"cover": -1}, "cover: expected 0 or more"),
         ({"trainable": "last-0"}, "trainable: expected all, head or last-<number>, got last-0"),
+        ({"pixel_mean": "0.5;0.4"}, "pixel_mean: expected numbers separated by commas.*'0.5;0.4'"),
+        ({"pixel_std": ("wide",)}, "pixel_std: expected numbers separated by commas"),
+        ({"batch_norm": "freze"}, "'freze' is unknown; did you mean freeze"),
         ({"rows_up": "int2"}, "rows_up: 'int2' is unknown; did you mean int"),
-        ({"method": "moments", "server_optimizer": "adam"}, "expected sgd or momentum, got adam"),
         ({"method": "moments", "normalize_rows": False}, "takes rows for unit vectors"),
-        ({"method": "moments", "row_mean": "holders"}, "moments needs cohort, got holders"),
         ({"method": "moments", "moments_rank": 64}, "expected below embedding_size = 64"),
     ],
 )

@@ -54,14 +54,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that the newest checkpoint holds."""
     stored = json.loads((folder / "config.json").read_text())
     config, n = config_from_dict(stored["config"]), stored["data"]["train_classes"]
-    slots = server_optimizer(config).slots
+    slots = server_optimizer(config).of_rows.slots
     rows = create_class_rows(n, config.embedding_size, slots, config.seed)
     state = load_checkpoint(folder / "checkpoint", rows)
     assert state is not None
     found = {"backbone": state.backbone_P, "rows": whole(state.class_rows), **rows.slots}
     found |= {f"backbone {name}": slot for name, slot in state.backbone_slots.items()}
-    if state.class_rows.history is not None:
-        found["second moments"] = state.class_rows.history.second_ZZ
+    if state.class_rows.sums_EE is not None:
+        found["row sums"] = state.class_rows.sums_EE
     return found
 
 

@@ -46,9 +46,6 @@ def test_threads_give_the_bits_of_the_plain_loop(workers, method, sampler):
         assert torch.equal(one.ids_S, other.ids_S)
         assert torch.equal(one.rows_delta_SD, other.rows_delta_SD)
         assert (one.num_examples, one.loss) == (other.num_examples, other.loss)
-        if method == "moments":
-            assert torch.equal(one.row_map.matrix_DD, other.row_map.matrix_DD)
-            assert torch.equal(one.row_map.shift_D, other.row_map.shift_D)
 
 
 def own_network() -> nn.Sequential:
@@ -137,7 +134,6 @@ def test_a_client_works_with_what_it_decodes(monkeypatch):
             assert near(row, scale)
             assert (row - original).abs().max() <= scale * 1.001
         assert not torch.equal(update.backbone_delta_P, exact.backbone_delta_P)
-        assert not torch.equal(update.row_map.matrix_DD, exact.row_map.matrix_DD)
 
 
 def test_each_client_and_round_rounds_for_itself(monkeypatch):

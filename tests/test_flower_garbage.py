@@ -17,14 +17,14 @@ from safetensors.torch import save
 
 from fedss.algorithm import Failure, ServerState
 from fedss.build import round_plan
-from fedss.class_rows import create_class_rows
+from fedss.class_rows import create_class_rows, with_sums
 from fedss.client import ClientUpdate
 from fedss.config import Config
 from fedss.engines.flower.engine import FlowerEngine, Site
 from fedss.engines.flower.registry import Growth, Registry
 from fedss.engines.flower.replies import MOST_EXAMPLES
-from fedss.moments import RowMap
-from fedss.optimizers import ServerOptimizer, with_history
+from fedss.engines.flower.settings import Deployment
+from fedss.optimizers import ServerOptimizer
 from fedss.seeds import generator
 from fedss.wire import WireFormat, encode_update
 from tests.flower_grid import through_the_wire
@@ -60,6 +60,13 @@ class GarbageGrid:
         return [5, 6]
 
 
+class Impatient(Deployment):
+    """Whatever was not answered at once never is."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "fedss": {},
     "moments int8": {"method": "moments", "rows_up": "int8", "backbone_up": "int8"},
@@ -85,7 +92,7 @@ def engine_of(changes: dict[str, Any], answers: dict[str, Content], folder: Path
         2,
         optimizer,
         wire,
-        0.0,
+        Impatient("/srv/run", deadline=0.0),
         lambda phase: None,
         folder / "registry.json",
         known,
@@ -94,7 +101,7 @@ def engine_of(changes: dict[str, Any], answers: dict[str, Content], folder: Path
     rows = create_class_rows(N, D, optimizer.slots, 0)
     plan = round_plan(config, N, ROUND)
     if plan.method.moments:
-        rows = with_history(rows)
+        rows = with_sums(rows)
     theta_P = torch.zeros(29)
     return engine, ServerState(theta_P, {"momentum": theta_P.clone()}, rows, ROUND), plan
 
@@ -154,9 +161,8 @@ def tensors(draw: Any) -> torch.Tensor:
 
 
 def honest(plan: Any, wire: WireFormat, client: int) -> dict[str, torch.Tensor]:
-    row_map = RowMap(torch.ones(D), torch.ones(D, D)) if plan.method.moments else None
     ids_S = torch.arange(N) if plan.method.negatives == "all" else IDS
-    update = ClientUpdate(client, torch.ones(29), ids_S, torch.ones(len(ids_S), D), 2, 0.5, row_map)
+    update = ClientUpdate(client, torch.ones(29), ids_S, torch.ones(len(ids_S), D), 2, 0.5)
     return dict(encode_update(wire, update, generator(0, "x")))
 
 

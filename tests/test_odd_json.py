@@ -134,7 +134,7 @@ def test_a_configuration_of_odd_values_is_refused_or_keeps_them():
     for option in OPTIONS:
         for _, values in replaced(defaults, option.name):
             refused_or_used(lambda v=values: config_from_dict(v), ConfigError)
-        for odd in (10**400, math.nan, "a\0b", [8], {"a": 1}):
+        for odd in (10**400, math.nan, "a\0b", {"a": 1}):
             with pytest.raises(ConfigError, match=option.name):
                 config_from_dict({**defaults, option.name: odd})
 

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -6,13 +8,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedss.client import Broadcast, ClientUpdate
-from fedss.moments import Moments, RowMap
+from fedss.moments import Moments
 from fedss.samplers import class_sample
 from fedss.seeds import generator
 from fedss.wire import (
     WireFormat,
     decode_answer,
     decode_broadcast,
+    decode_dealt,
     decode_update,
     encode_answer,
     encode_broadcast,
@@ -56,8 +59,7 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
     )
     matrix = symmetric(dim)
     sent = Broadcast(backbone, Moments(rows.mean(dim=0), matrix) if moments else None)
-    row_map = RowMap(rows.mean(dim=0), matrix) if moments else None
-    update = ClientUpdate(3, backbone, ids, rows, 17, 0.5, row_map)
+    update = ClientUpdate(3, backbone, ids, rows, 17, 0.5)
     to_all = encode_broadcast(format_, sent)
     answer = encode_answer(format_, ids, rows, None)
     up = encode_update(format_, update, generator(0, "test"))
@@ -69,7 +71,7 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         received.append(load(encoded))
     got, got_rows = decode_broadcast(format_, received[0]), decode_answer(format_, received[1])
     got_update = decode_update(format_, received[2], 3)
-    assert (got.moments is None, got_update.row_map is None) == (not moments, not moments)
+    assert (got.moments is None) == (not moments)
     assert torch.equal(got_update.ids_S, ids)
     assert (got_update.num_examples, got_update.loss, got_update.client) == (17, 0.5, 3)
     step = {"float32": 0.0, "bfloat16": 1 / 128, "int8": 1 / 60, "int4": 0.3}[precision]
@@ -80,13 +82,14 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         (got_update.rows_delta_SD, rows),
     ]
     if moments and rank is None:
-        pairs += [(got.moments.covariance_DD, matrix), (got_update.row_map.matrix_DD, matrix)]
+        pairs.append((got.moments.covariance_DD, matrix))
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= step * theirs.abs().max()
     counted = traffic({**to_all, **answer}, request, up)
     assert counted["bytes_up"] == len(save(dict(up))) + len(save(dict(request)))
     assert counted["bytes_down"] == len(save({**to_all, **answer}))
     assert (counted["moment_bytes_down"] > 0) == moments
+    assert counted["moment_bytes_up"] == 0
 
 
 @pytest.mark.parametrize(("requested", "n"), [(64, 964), (256, 100_000), (964, 964)])
@@ -120,7 +123,6 @@ def test_what_goes_up_is_rounded_at_random_and_right_on_average():
         torch.randn(5, 8, generator=g),
         3,
         1.0,
-        RowMap(torch.randn(8, generator=g), symmetric(8)),
     )
     decoded = [
         decode_update(format_, encode_update(format_, update, generator(i, "test")), 0)
@@ -129,8 +131,6 @@ def test_what_goes_up_is_rounded_at_random_and_right_on_average():
     for of in (
         lambda u: u.backbone_delta_P,
         lambda u: u.rows_delta_SD,
-        lambda u: u.row_map.shift_D,
-        lambda u: u.row_map.matrix_DD,
     ):
         found = torch.stack([of(u) for u in decoded]).double()
         error = found.std(dim=0) / 2000**0.5
@@ -143,7 +143,9 @@ def test_a_request_tells_ids_and_nothing_else():
     format_ = wire(8, 2, 9)
     assert list(encode_request(format_, torch.tensor([1, 5]))) == ["ids"]
     assert list(encode_request(format_, torch.arange(9))) == []
-    assert encode_request(wire(8, 2, 2**33), torch.tensor([2**32]))["ids"].tolist() == [2**32]
+    for n, dtype in ((2**31 - 1, torch.int32), (2**31, torch.int64), (2**33, torch.int64)):
+        ids = encode_request(wire(8, 2, n), torch.tensor([n - 1]))["ids"]
+        assert (ids.dtype, ids.tolist()) == (dtype, [n - 1])
 
 
 def test_a_dealt_answer_tells_q_once_where_it_is_the_same_for_all():
@@ -154,3 +156,36 @@ def test_a_dealt_answer_tells_q_once_where_it_is_the_same_for_all():
         answer = encode_answer(format_, sample.ids_S, rows, sample)
         assert answer["log_q"].exp().tolist() == q[:numbers]
         assert answer["ids"].tolist() == [2, 4, 7]
+        got = decode_dealt(format_, answer, own)
+        assert torch.equal(got.ids_S, sample.ids_S)
+        assert torch.equal(got.own_S, sample.own_S)
+        assert torch.equal(got.log_q_S, sample.log_q_S)
+
+
+@pytest.mark.parametrize("precisions", list(itertools.permutations(PRECISIONS))[::5])
+def test_each_part_travels_in_its_own_precision(precisions):
+    rows_down, rows_up, backbone_down, backbone_up = precisions
+    d, parameters = 8, 64
+    format_ = WireFormat((torch.Size([4, 16]),), d, 20, *precisions)
+    ids, rows, backbone = torch.arange(5), torch.rand(5, d), torch.rand(parameters)
+    update = ClientUpdate(0, backbone, ids, rows, 3, 1 / 3)
+    down = {
+        **encode_broadcast(format_, Broadcast(backbone, None)),
+        **encode_answer(format_, ids, rows, None),
+    }
+    up = encode_update(format_, update, generator(0, "test"))
+    assert decode_update(format_, up, 0).loss == 1 / 3
+    counted = traffic(down, {}, up)
+    for part, way, precision, values, scales in (
+        ("class_row", "down", rows_down, 5 * d, 5),
+        ("class_row", "up", rows_up, 5 * d, 5),
+        ("backbone", "down", backbone_down, parameters, 4),
+        ("backbone", "up", backbone_up, parameters, 4),
+    ):
+        expected = {
+            "float32": 4 * values,
+            "bfloat16": 2 * values,
+            "int8": values + 2 * scales,
+            "int4": values // 2 + 2 * scales,
+        }[precision]
+        assert counted[f"{part}_bytes_{way}"] == expected, (part, way)

@@ -24,6 +24,8 @@ _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _FORMAT = "fedss-embedder-1"
 _HEADER = "fedss"
+# Of models whose description does not say: as many groups as divide the channels, up to 32.
+_OLD_GROUP_VALUES = 1
 
 
 def save_embedder(embedder: Embedder, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -119,7 +121,11 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
 
 def fingerprint(embedder: Embedder) -> str:
     """A digest, in hex, of a model's structure and of every number in it; sha256."""
-    digest = hashlib.sha256(json.dumps(asdict(embedder.spec), sort_keys=True).encode())
+    spec = asdict(embedder.spec)
+    # Models of before there was a choice keep the fingerprint that indexes and cards know them by.
+    if spec["group_values"] == _OLD_GROUP_VALUES:
+        del spec["group_values"]
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(embedder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -183,7 +189,7 @@ def _spec(description: Any, where: str) -> EmbedderSpec:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ConfigError(f'{where} does not describe a model: its "format" must be "{_FORMAT}"')
     try:
-        spec = EmbedderSpec(**description["embedder"])
+        spec = EmbedderSpec(**{"group_values": _OLD_GROUP_VALUES, **description["embedder"]})
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f'{where}: "embedder" does not describe a model: {error}') from error
     return spec

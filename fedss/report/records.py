@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedss.errors import RunFolderError
+from fedss.text import printable
 
 METRICS = ("map_at_10", "recall_at_1", "recall_at_5", "map_at_r")
 BYTES = tuple(
@@ -455,8 +456,9 @@ def _failures(record: Any, where: str) -> tuple[Failure, ...]:
     failures = _mapping(record, where).get("failures", [])
     if not isinstance(failures, list):
         raise _damaged(where, f"'failures': expected a list, got {reprlib.repr(failures)}")
+    # Sites have named these clients.
     return tuple(
-        Failure(*(_word(failure, key, where) for key in ("client", "reason")))
+        Failure(*(printable(_word(failure, key, where)) for key in ("client", "reason")))
         for failure in failures
     )
 

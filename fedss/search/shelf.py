@@ -37,7 +37,7 @@ class Item(NamedTuple):
     Attributes:
         name: its name, for people.
         label: its class, or None.
-        stamp: size and time of last change of its file, or None.
+        stamp: of its file, as ``fedss.data.cache.stamp`` gives it, or None.
         vector_D: its embedding, float32.
         thumbnail: a JPEG.
     """

@@ -17,10 +17,10 @@ from fedss.algorithm import Failure
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.engines.flower.messages import MessageError, Tensors, by_client, unpack
 from fedss.engines.flower.registry import Registry, digest
-from fedss.moments import RowMap
 from fedss.retrieval import RetrievalMetrics
 from fedss.samplers import own_budget
 from fedss.seeds import generator
+from fedss.text import printable
 from fedss.wire import WireFormat, decode_request, decode_update, encode_update
 
 MOST_EXAMPLES = 2**31
@@ -43,8 +43,7 @@ class RefusedError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         # It is shown on a terminal, and a site may have had a hand in it.
-        shown = "".join(c if c.isprintable() else "?" for c in detail[:300])
-        self.reason, self.detail = reason, shown
+        self.reason, self.detail = reason, printable(detail[:300])
 
     def of(self, client: int) -> Failure:
         """As the failure of a client."""
@@ -158,8 +157,6 @@ def check_update(
         raise RefusedError("examples", f"expected 1 or more pictures, got {num_examples}")
     update = decode_update(wire, message, client)
     numbers = [update.backbone_delta_P, update.rows_delta_SD]
-    if update.row_map is not None:
-        numbers += [update.row_map.shift_D, update.row_map.matrix_DD]
     # A loss is a float32 there: of larger ones the mean might not be finite.
     usual = abs(update.loss) <= torch.finfo(torch.float32).max
     if not usual or not all(bool(t.isfinite().all()) for t in numbers):
@@ -170,11 +167,7 @@ def check_update(
 def _template(wire: WireFormat, plan: RoundPlan, client: int, ids_S: Tensor) -> Tensors:
     """An update of zeros: what encoded tensors look like depends on shapes alone."""
     zeros_P = torch.zeros(sum(shape.numel() for shape in wire.layout))
-    zeros_DD = torch.zeros(wire.dim, wire.dim)
-    row_map = RowMap(zeros_DD[0], zeros_DD) if plan.method.moments else None
-    update = ClientUpdate(
-        client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0, row_map
-    )
+    update = ClientUpdate(client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0)
     return encode_update(wire, update, generator(0, "template"))
 
 

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedss.build import compute_device, evaluation_task, load_data, wire_format
+from fedss.build import compute_device, evaluation_task, load_data, model_for, wire_format
 from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
@@ -25,7 +25,7 @@ from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation import Evaluation, embed_task, score
 from fedss.experiment import Federation, Lap, Run, train_federation
-from fedss.models import Embedder, build_embedder, frozen_fingerprint
+from fedss.models import Embedder, frozen_fingerprint
 from fedss.optimizers import ServerOptimizer
 from fedss.pace import TimeLeft
 from fedss.progress import estimate
@@ -59,16 +59,7 @@ def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     config = explicit(config)
     assert config.channels is not None
     assert config.image_size is not None
-    embedder = build_embedder(
-        config.backbone,
-        channels=config.channels,
-        image_size=config.image_size,
-        embedding_size=config.embedding_size,
-        seed=config.seed,
-        pretrained=config.pretrained,
-        weights=config.weights,
-        trainable=config.trainable,
-    )
+    embedder = model_for(config, config.channels, config.image_size)
     shape = [config.channels, config.image_size, config.image_size]
     data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
     folder, left = Path(deployment.out), estimate(config)
@@ -121,7 +112,7 @@ def _federation(
         config.clients_per_round,
         optimizer,
         wire_format(config, embedder, 1),
-        deployment.deadline,
+        deployment,
         lap,
         path,
         # Before the first checkpoint nothing has been learnt by which a row would be known.
