@@ -355,19 +355,18 @@ def read_summary(entry: Any, summary: Path) -> dict[str, float | None]:
     Raises:
         RunFolderError: something is missing, or of another type.
     """
-    for key in ("method", "folder"):
-        _word(entry, key, summary)
-    for key in ("seed", "rounds"):
-        _integer(entry, key, summary)
-    folder = entry["folder"]
+    folder = _word(entry, "folder", summary)
     if "\0" in folder or folder.encode("utf-8", "ignore").decode() != folder:
         raise _damaged(summary, f"'folder': expected a path, got {reprlib.repr(folder)}")
-    _given_label(entry, summary)
     keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
     nullable = ("class_rows_per_client", *METRICS, *BYTES)
     results = {key: _number(entry, key, summary, key in nullable) for key in keys}
     for key in MOMENTS:  # older records lack them
         results[key] = _number(entry, key, summary, True) if key in entry else 0.0
+    _word(entry, "method", summary)
+    for key in ("seed", "rounds"):
+        _integer(entry, key, summary)
+    _given_label(entry, summary)
     return results
 
 
