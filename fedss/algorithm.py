@@ -293,7 +293,7 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "
             f"got a loss of {update.loss}; the last checkpoint is kept. Start in another folder "
             f"with a lower client_lr ({plan.local.lr:g} in this round), class_row_lr "
-            f"({plan.local.row_lr:g}) or server_lr",
+            f"({plan.local.row_lr:g}), server_lr or scale ({plan.scoring.scale:g})",
             update.client,
         )
     return update
@@ -323,14 +323,17 @@ def check_growth(losses: Sequence[float], first_loss: float, plan: RoundPlan) ->
 
 
 def check_finite_state(state: ServerState, ids_U: Tensor) -> None:
-    """Whether the backbone and the touched rows are finite after the server's step.
+    """Whether backbone, touched rows and the optimizer's slots are finite after the server's step.
 
     Raises:
         DivergedError: they are not; the state must not be kept.
     """
-    if not _all_finite((state.backbone_P, state.class_rows.weight_ND.index_select(0, ids_U))):
+    rows = state.class_rows
+    touched = (table.index_select(0, ids_U) for table in (rows.weight_ND, *rows.slots.values()))
+    # A slot that is infinite gives steps of zero for good: finite weights alone tell nothing.
+    if not _all_finite((state.backbone_P, *state.backbone_slots.values(), *touched)):
         raise DivergedError(
-            f"round {state.round}: the server's step gave weights that are not finite; the last "
+            f"round {state.round}: the server's step gave numbers that are not finite; the last "
             "checkpoint is kept. Start in another folder with a lower server_lr"
         )
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -152,10 +153,10 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, tuple | list):
                 object.__setattr__(self, name, ",".join(map(str, value)))
-        check_choice("method", self.method, METHODS)
-        check_choice("sampler", self.sampler, SAMPLERS)
         for option in OPTIONS:
             _check_type(option, getattr(self, option.name))
+        check_choice("method", self.method, METHODS)
+        check_choice("sampler", self.sampler, SAMPLERS)
         for names, valid, expected in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -242,10 +243,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("eval_every spread_out_neighbours data_seed seed cover", lambda v: v >= 0, "0 or more"),
     (
-        "scale client_lr class_row_lr server_lr server_epsilon",
+        "client_lr class_row_lr server_lr server_epsilon",
         lambda v: 0 < v <= 1e30,
         "a number above 0 and at most 1e30",
     ),
+    # Above, rounding of a cosine in float32 decides.
+    ("scale", lambda v: 0 < v <= 1e6, "a number above 0 and at most 1e6"),
     ("correction", lambda v: 0 <= v <= 1, "0 (none) to 1 (full)"),
     ("margin spread_out_weight spread_out_margin", lambda v: 0 <= v <= 2, "0 to 2"),
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
@@ -265,8 +268,12 @@ def _check_type(option: Option, value: Any) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and option.type is not bool):
         raise ConfigError(
             f"{option.name}: expected {option.type.__name__}, "
-            f"got {value!r} ({type(value).__name__})"
+            f"got {reprlib.repr(value)} ({type(value).__name__})"
         )
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{option.name}: expected below 2^63, got {reprlib.repr(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{option.name}: expected text without NUL, got {reprlib.repr(value)}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

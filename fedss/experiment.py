@@ -71,6 +71,7 @@ from fedss.run_folder import (
     claim_run,
     hold,
     read_summaries,
+    with_absolute_paths,
 )
 from fedss.samplers import Sampler
 from fedss.seeds import generator
@@ -172,8 +173,10 @@ def train(
         FedssError: another process of the run failed or is gone; the last checkpoint is kept.
     """
     label = f"{config.method} seed {config.seed}"
+    # Absolute: whoever is called in between may change the working directory.
+    folder = Path(out).absolute()
     with join() as ranks:
-        return _train(config, Path(out), label, data, backbone, sampler, objective, on_round, ranks)
+        return _train(config, folder, label, data, backbone, sampler, objective, on_round, ranks)
 
 
 def _train(
@@ -187,7 +190,7 @@ def _train(
     on_round: OnRound | None,
     ranks: Ranks,
 ) -> Run:
-    data = data or load_together(config)
+    data, config = data or load_together(config), with_absolute_paths(config)
     sample_size(config, len(data.train.class_names))
     evaluation_task(config, data)
     compute_device(config)
@@ -331,12 +334,15 @@ def compare(
     for name, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values) or not values:
             raise ConfigError(f"{name}: expected one or more, each once, got {list(values)}")
-    runs = [
-        (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
-    ]
-    folder, summaries = Path(out), []
+    variant_of = {label: variant(config, label) for label in methods}
+    folder, summaries = Path(out).absolute(), []
     with join() as ranks:
-        data = data or load_together(config)
+        data, config = data or load_together(config), with_absolute_paths(config)
+        runs = [
+            (label, with_absolute_paths(replace(variant_of[label], seed=seed)))
+            for label in methods
+            for seed in seeds
+        ]
         for _, run in runs:
             sample_size(run, len(data.train.class_names))
             compute_device(run)

@@ -40,7 +40,7 @@ PUBLIC = {
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
     {"errors", "seeds", "allocator", "pace", "text"},
-    {"extras", "files", "ranks"},
+    {"extras", "files", "ranks", "output"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
     {"samplers", "moments", "methods", "verification", "confusions"},
     {"class_rows"},

@@ -5,12 +5,15 @@ import io
 import json
 import os
 import re
+import sys
+import tempfile
 import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -63,11 +66,42 @@ class BrokenPicturesError(DataError):
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss."""
+    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss.
+
+    For a user without a home directory that can be written, a folder of the user's own among the
+    temporary files of the machine.
+    """
     if cache is not None:
         return Path(cache)
     named = os.environ.get("FEDSS_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "fedss"
+    if named:
+        return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither $HOME nor an entry in /etc/passwd
+        home = None
+    return _caches(home) / "fedss"
+
+
+@lru_cache
+def _caches(home: Path | None) -> Path:
+    if home is not None:
+        usual = home / ".cache"
+        with suppress(OSError):
+            usual.mkdir(parents=True, exist_ok=True)
+        if os.access(usual, os.W_OK):
+            return usual
+    place = Path(tempfile.gettempdir()) / f"fedss-cache-{os.getuid()}"
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():
+        raise DataError(f"{place} belongs to somebody else: name a folder with FEDSS_CACHE")
+    print(
+        f"fedss: no home directory that can be written; decoded pictures are kept in {place} (name "
+        "another folder with FEDSS_CACHE)",
+        file=sys.stderr,
+    )
+    return place
 
 
 class PixelLimitError(ValueError):

@@ -89,11 +89,11 @@ def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) 
     Raises:
         ConfigError: an unknown name or model; timm missing or unusable; no pretrained weights.
     """
-    own = re.fullmatch(r"conv4(?:-([1-9]\d{0,4}))?", name)
-    if own is not None:
+    width = conv4_width(name)
+    if width is not None:
         if pretrained:
             raise ConfigError(f'there are no pretrained weights for "{name}": only for timm models')
-        return conv4(channels, image_size, width=int(own[1] or 64))
+        return conv4(channels, image_size, width)
     if name.startswith("timm:"):
         return _timm_model(name.removeprefix("timm:"), channels, image_size, pretrained)
     near = difflib.get_close_matches(name, ["conv4", "conv4-32", "conv4-64"], n=1)
@@ -102,6 +102,12 @@ def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) 
         f'unknown backbone "{name}": names are "conv4" (64 channels), "conv4-<width>" or '
         f'"timm:<model>"; {hint}'
     )
+
+
+def conv4_width(name: str | None) -> int | None:
+    """The width of a `conv4` by its name; None if it is the name of something else."""
+    own = re.fullmatch(r"conv4(?:-([1-9][0-9]{0,4}))?", name or "")
+    return None if own is None else int(own[1] or 64)
 
 
 def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:

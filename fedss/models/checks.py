@@ -2,6 +2,7 @@
 
 import copy
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,14 @@ _ADVICE = (
 
 
 def check_image(channels: int, image_size: int) -> None:
-    """Refuse pictures without channels, or below 8 pixels, where four halvings leave nothing."""
-    if channels < 1:
-        raise ConfigError(f"channels must be 1 or more, not {channels}")
-    if image_size < 8:
-        raise ConfigError(f"image_size must be 8 or more, not {image_size}")
+    """Refuse pictures without channels, or below 8 pixels, where four halvings leave nothing.
+
+    Nor are there networks for thousands of channels, or pictures of more than 4,096 pixels a side.
+    """
+    if not 1 <= channels <= 1024:
+        raise ConfigError(f"channels must be 1 to 1024, not {reprlib.repr(channels)}")
+    if not 8 <= image_size <= 4096:
+        raise ConfigError(f"image_size must be 8 to 4096, not {reprlib.repr(image_size)}")
 
 
 def refuse_lazy_layers(body: nn.Module) -> None:

@@ -5,10 +5,12 @@ F features of the backbone, D embedding size.
 """
 
 import copy
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Literal
 
 import numpy as np
@@ -34,6 +36,8 @@ from fedss.models.norms import LEAST_VALUES, freeze_batch_norm, replace_batch_no
 from fedss.models.weights import load_weights_, weights_fingerprint
 
 ForwardPrecision = Literal["float32", "bfloat16"]
+MOST_FEATURES = 2**20
+"""Numbers of the longest embedding."""
 BatchNormRule = Literal["auto", "freeze", "replace"]
 
 
@@ -58,9 +62,30 @@ class EmbedderSpec:
     group_values: int = LEAST_VALUES
 
     def __post_init__(self) -> None:
-        if self.embedding_size < 1:
-            raise ConfigError(f"embedding_size must be 1 or more, not {self.embedding_size}")
+        for item in fields(self):
+            value, kinds = getattr(self, item.name), _KINDS[item.name]
+            if type(value) not in kinds:
+                expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+                raise ConfigError(f"{item.name}: expected {expected}, got {reprlib.repr(value)}")
+        if not 1 <= self.embedding_size <= MOST_FEATURES:
+            got = reprlib.repr(self.embedding_size)
+            raise ConfigError(f"embedding_size must be 1 to {MOST_FEATURES}, not {got}")
+        if not 1 <= self.group_values <= MOST_FEATURES:
+            got = reprlib.repr(self.group_values)
+            raise ConfigError(f"group_values must be 1 to {MOST_FEATURES}, not {got}")
         check_image(self.channels, self.image_size)
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "backbone": (str, NoneType),
+    "channels": (int,),
+    "image_size": (int,),
+    "embedding_size": (int,),
+    "pretrained": (bool,),
+    "weights": (str, NoneType),
+    "trainable": (str,),
+    "group_values": (int,),
+}
 
 
 class Embedder(nn.Module):

@@ -81,7 +81,7 @@ def build_collection(
             an index without any of these pictures.
     """
     embedder = load(run, backbone)
-    folder = Path(run) / "index" if folder is None else Path(folder)
+    folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     found = list_pictures(Path(pictures))
     with hold(folder, _ADVICE):
         if is_there(folder / ENROLLED):

@@ -211,7 +211,7 @@ def open_collection(
         RunFolderError: no index, a damaged one, or one made with another model.
         ConfigError: as ``fedss.load``.
     """
-    return open_with(Path(folder), load(run, backbone))
+    return open_with(Path(folder).absolute(), load(run, backbone))
 
 
 def reopen(collection: Collection) -> Collection:
