@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import mmap
 import resource
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,8 +278,19 @@ def test_a_table_too_large_for_memory_says_what_to_do():
 
 def test_a_full_disk_is_told_before_a_page_is_refused(tmp_path, monkeypatch):
     rows = create_class_rows(N, D, SLOTS, 0, folder=tmp_path)
-    full = SimpleNamespace(f_bavail=1, f_frsize=4096)
-    monkeypatch.setattr("fedss.class_rows.os.statvfs", lambda folder: full)
-    with pytest.raises(RunFolderError, match="free disk for the class rows"):
+    disk = SimpleNamespace(f_bavail=1, f_frsize=mmap.PAGESIZE)
+    monkeypatch.setattr("fedss.class_rows.os.statvfs", lambda folder: disk)
+
+    def write() -> None:
         write_(rows, torch.arange(3), torch.ones(3, D), {n: torch.ones(3, D) for n in SLOTS}, 1)
-    assert not rows.updated_N.any()
+
+    # Of each row a page in W, one in each slot, and one of when it was written; and the rows.
+    pages_needed = 3 * (1 + len(SLOTS) + 1)
+    for pages in (1, pages_needed - 1):
+        disk.f_bavail = pages
+        with pytest.raises(RunFolderError, match="free disk for the class rows"):
+            write()
+        assert not rows.updated_N.any()
+    disk.f_bavail = pages_needed + 1
+    write()
+    assert int(rows.updated_N.sum()) == 3

@@ -119,6 +119,16 @@ def test_sums_of_a_growing_table_are_those_of_its_rows(seed, growth, kind, dtype
 names = st.lists(st.text(st.characters(codec=None), max_size=3), max_size=5)
 
 
+@pytest.mark.parametrize("round", [0, 3])
+def test_who_comes_twice_before_a_round_is_there_in_it(round):
+    registry = register(Registry(), ["b"], ["k"], 0)
+    for name in ("a", "c"):
+        registry = register(registry, [name], [], round)
+    assert registry.classes == ("b", "a", "c")
+    assert registry.at(round).classes == 3
+    assert [growth.round for growth in registry.growth] == sorted({0, round})
+
+
 @given(batches=st.lists(st.tuples(names, names), max_size=6))
 def test_the_registry_only_grows_and_remembers_when(batches, tmp_path_factory):
     registry, path = Registry(), tmp_path_factory.mktemp("registry") / "registry.json"

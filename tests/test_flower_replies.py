@@ -10,7 +10,7 @@ from torch import Tensor
 from fedss.build import round_plan
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config
-from fedss.engines.flower.messages import MessageError, by_client, pack
+from fedss.engines.flower.messages import MessageError, by_client, of_clients, pack
 from fedss.engines.flower.registry import Registry, digest, token
 from fedss.engines.flower.replies import (
     MOST_EXAMPLES,
@@ -19,6 +19,7 @@ from fedss.engines.flower.replies import (
     check_registration,
     check_request,
     check_update,
+    part_of,
     read_reply,
 )
 from fedss.seeds import generator
@@ -134,6 +135,10 @@ def test_each_tensor_of_an_update_is_as_it_was_asked_for(name):
     for other in (good.double(), good.bfloat16(), good[:-1], good[None]):
         with refused("shape"):
             check_update(wire, plan, 1, IDS, sent(wire, **{name: other}))
+    without = {key: tensor for key, tensor in sent(wire).items() if key != name}
+    for parts in (without, sent(wire, more=IDS), {}):
+        with refused("damaged"):
+            check_update(wire, plan, 1, IDS, parts)
     for ids in (IDS, IDS.flip(0).int(), IDS[1:].int(), (IDS + 1).int()):
         with refused("ids"):
             check_update(wire, plan, 1, IDS, sent(wire, ids=ids))
@@ -189,6 +194,11 @@ def test_what_a_site_may_call_itself():
             check_registration({**NAMES, "secret": theirs}, Registry(secret=ours), ())
     with refused("clients"):
         check_registration(NAMES, Registry(), ["l"])
+    stamps = {
+        check_registration({**NAMES, **other}, Registry(), ())[2]
+        for other in ({}, {"classes": ["a"]}, {"clients": ["k"]}, {"secret": "x"})
+    }
+    assert len(stamps) == 3  # of classes and clients
 
 
 def test_a_reply_says_its_round():
@@ -199,6 +209,21 @@ def test_a_reply_says_its_round():
     for facts in ({}, {"round": 2}, {"round": None}, {"round": "3"}):
         with refused("stale"):
             read_reply(reply(facts), 3)
+    for error in (None, "", "raised", ["version"]):
+        with refused("raised"):
+            read_reply(reply({"round": 3, "error": error}), 3)
+    with refused("version"):
+        read_reply(reply({"round": 3, "error": "version"}), 3)
+
+
+def test_a_client_that_failed_at_its_site_has_no_part():
+    parts = {k: {"x": torch.full((1,), float(k))} for k in (1, 7)}
+    assert by_client(of_clients(parts)) == parts
+    facts = {"failed": {"7": "ValueError"}}
+    assert part_of(facts, parts, 1) == parts[1]
+    assert part_of(facts, parts, 2) == {}
+    with refused("raised"):
+        part_of(facts, parts, 7)
 
 
 def test_what_a_terminal_would_obey_is_not_shown():

@@ -69,6 +69,9 @@ def test_whole_numbers_do_for_seconds():
         ({**APART, "sites": "3"}, "sites: expected int, got '3'"),
         ({**APART, "sites": True}, "sites: expected int, got True"),
         ({**APART, "deadline": 0}, "deadline: expected 1 to 1e7 seconds"),
+        ({**APART, "deadline": 0.99}, "deadline: expected 1 to 1e7 seconds, got 0.99"),
+        ({**APART, "deadline": 10000001}, "deadline: expected 1 to 1e7 seconds"),
+        ({**APART, "deadline": True}, "deadline: expected float, got True"),
         ({**APART, "deadline": float("nan")}, "deadline: expected 1 to 1e7 seconds"),
         ({**APART, "pause": -1}, "pause: expected 0 to"),
         ({**APART, "quorum": 1.5}, "quorum: expected 0 to 1, got 1.5"),
@@ -83,6 +86,11 @@ def test_whole_numbers_do_for_seconds():
         ({**APART, "simple-size": 3}, "configuration field: 'simple_size' is unknown.*sample_size"),
         ({**APART, "method": "central"}, "method: central pools pictures"),
         ({**APART, "rotations": True}, "rotations: sites read their pictures as they are"),
+        ({**APART, "client-classes": 3}, "client_classes: sites read their pictures as they are"),
+        (
+            {**APART, "partition": "dirichlet:0.5", "partition-clients": 3},
+            "partition: sites read their pictures as they are",
+        ),
         ({**APART, "rounds": 1.5}, "rounds: expected int, got 1.5"),
     ],
 )

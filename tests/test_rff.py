@@ -188,11 +188,15 @@ def test_only_the_ways_to_the_drawn_classes_are_read():
 
 def test_the_index_is_its_own_copy_and_follows_its_seed():
     rows = some_rows(10, 6)
+    before = rows.clone()
     index, same = rff.build(rows, rng(2)), rff.build(rows, rng(2))
     assert torch.equal(index.tree_V2F, same.tree_V2F)
     assert index.frequencies_FD.shape == (rff.NUM_FEATURES, 6)
     rows.zero_()
-    assert torch.equal(index.rows_ND, same.rows_ND)
+    assert torch.equal(index.rows_ND, before)
+    rff.update_index_(index, torch.tensor([3]), torch.ones(1, 6))
+    assert torch.equal(same.rows_ND, before)
+    assert not rows.any()
     p = rff.class_probability(rff.build(rows, rng(2)), rows[:1], np.arange(10))
     np.testing.assert_allclose(p, 1 / 10)  # rows of zeros are all alike
 
