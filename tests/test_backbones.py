@@ -224,7 +224,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
         ("torch, cut", "is damaged or cut short at .* bytes"),
         (
             "model",
-            r"holds objects of Python's beside tensors \(.* more\)|is not of the format safe",
+            r"holds objects of Python.s beside tensors \(.* more\)|is not of the format",
         ),
         (
             "old model",

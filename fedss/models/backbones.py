@@ -146,7 +146,7 @@ def _without_dropout(
         try:
             return create(name, **settings)
         except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(drop_(?:path_)?rate)'", str(error))
+            unknown = re.search(r"unexpected keyword argument.*'(drop_(?:path_)?rate)'", str(error))
             if unknown is None or unknown[1] not in settings:
                 raise
             del settings[unknown[1]]
