@@ -420,11 +420,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     about = read_json(Path(options.folder) / "config.json")
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = _config(options, {**about["config"], **shape})
+    other = why_not_own(options.folder, about["data"], config.data)
+    if about["data"].get("name") != config.data and not _given(options):
+        raise ConfigError(other)
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired)
     own = about["data"].get("fingerprint") == fingerprint(data)
     if not own and not _given(options):
-        raise ConfigError(why_not_own(options.folder, about["data"], data.name))
+        raise ConfigError(other)
     task = evaluation_task(config, data)
     check_tellable(task, data.name, config.test_classes)
     embedded = embed_task(partial(embed_pixels, embedder), task)

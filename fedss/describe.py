@@ -103,7 +103,8 @@ def notes(config: Config, data: Dataset) -> list[str]:
     """What makes a run other than it looks; each in a line of up to 80 columns."""
     classes, own_K = len(data.train.class_names), own_classes(data.train)
     size = sample_size(config, classes)
-    told = []
+    weak = weakness(len(count_classes(evaluation_task(config, data).query)))
+    told = [weak] if weak else []
     if METHODS[config.method].negatives == "sampled":
         if size >= classes:
             told.append(f"|S| = {size} is all of the {classes} classes: this is the full softmax")
@@ -113,8 +114,7 @@ def notes(config: Config, data: Dataset) -> list[str]:
                 f"own classes fill more than half of |S| = {size} at {crowded:,} of "
                 f"{len(own_K):,} clients"
             )
-    weak = weakness(len(count_classes(evaluation_task(config, data).query)))
-    return [*told, weak] if weak else told
+    return told
 
 
 def _cut(text: str, most: int) -> str:

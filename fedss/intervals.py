@@ -119,7 +119,7 @@ def weakness(classes: int) -> str:
     """What is to be said of a test of so many classes; empty if it has enough."""
     if classes < FEWEST:
         few = "one class" if classes == 1 else f"{classes} classes"
-        return f"a test of {few} tells nothing for sure: it takes {FEWEST}, better {SOME} or more"
+        return f"a test of {few} tells nothing for sure: take {FEWEST}, better {SOME} or more"
     if classes < SOME:
         return f"a test of {classes} classes is weak: with {SOME} figures are good to about 0.1"
     return ""
