@@ -63,12 +63,16 @@ def backbone_floors(
     Args:
         embedder: with its first weights; left as it is.
         task: the test.
-        train: PCA is fitted on these, up to 10,000 of them spread evenly.
+        train: PCA is fitted on these, up to 10,000 of them spread evenly; without two there is
+            none.
         device: where to compute.
     """
     if not embedder.spec.pretrained:
         return Floors()
     features = _features(embedder).to(device)
+    frozen = floor("frozen", _scores(lambda pixels: embed_pixels(features, pixels), task))
+    if len(train) < 2:
+        return frozen
     whiten = fit_whitening(
         embed_pixels(features, train.pixels[_spread(len(train), _FITTED)]),
         embedder.spec.embedding_size,
@@ -77,8 +81,7 @@ def backbone_floors(
     def whitened(pixels: np.ndarray) -> Tensor:
         return whiten(embed_pixels(features, pixels))
 
-    as_it_comes = _scores(lambda pixels: embed_pixels(features, pixels), task)
-    return floor("frozen", as_it_comes) | floor("frozen_whitened", _scores(whitened, task))
+    return frozen | floor("frozen_whitened", _scores(whitened, task))
 
 
 def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedss.baselines import Floors, data_floors, floor
+from fedss.baselines import Floors, backbone_floors, data_floors, floor
 from fedss.build import compute_device, evaluation_task, load_data, wire_format
 from fedss.checkpoint import newest_round
 from fedss.config import Config
@@ -129,10 +129,11 @@ def _federation(
         # Before the first checkpoint nothing has been learnt by which a row would be known.
         load_registry(path) if newest else Registry(),
     )
-    task = None
+    task, train = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
         task = evaluation_task(config, data)
+        train = data.train
         check_tellable(task, data.name, config.test_classes)
     engine.start(deployment.sites, newest)
     with _judge(config, embedder, task) as workers:
@@ -145,11 +146,13 @@ def _federation(
                 return judge(task, embedded)
 
         def floors(backbone_P: torch.Tensor) -> Floors:
-            if task is None or workers is None:
+            if task is None or workers is None or train is None:
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                found = data_floors(task)
+                found = data_floors(task) | backbone_floors(
+                    embedder, task, train, compute_device(config)
+                )
             return found if untrained is None else found | floor("untrained", untrained)
 
         yield Federation(
