@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedss.confusions import hardest_confusions
 from fedss.data import Images, RetrievalTask
-from fedss.errors import DataError
+from fedss.errors import DataError, DivergedError
 from fedss.intervals import ClassScores
 from fedss.models import Embedder, embed_pixels
 from fedss.retrieval import RetrievalMetrics, evaluate_by_label, nearest
@@ -78,7 +78,16 @@ def score_classes(
 
 
 def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
-    """How a model does whose embeddings of a task's pictures are here."""
+    """How a model does whose embeddings of a task's pictures are here.
+
+    Raises:
+        DivergedError: NaN or infinite ones.
+    """
+    if not all(bool(h_ND.isfinite().all()) for h_ND in embedded if h_ND is not None):
+        raise DivergedError(
+            "the model gives NaN or infinite embeddings of the test pictures: expected finite "
+            "weights, and none so large that they overflow"
+        )
     metrics, by_class = score_classes(task, *embedded)
     return Evaluation(dataclasses.asdict(metrics), embedded, by_class)
 

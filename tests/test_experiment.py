@@ -17,7 +17,7 @@ import fedss
 import fedss.cli
 from fedss import Config, ConfigError, DivergedError, RunFolderError, experiment
 from fedss.algorithm import draw_cohort
-from fedss.baselines import data_floors
+from fedss.baselines import data_floors, write_scores
 from fedss.board import add_scalars, open_board
 from fedss.build import build_model, compute_device, pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint
@@ -493,6 +493,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path
 def test_a_diverging_client_stops_the_run(tmp_path):
     broken = reference.tiny_backbone()
     broken[1].weight.data.fill_(float("inf"))
+    with pytest.raises(DivergedError, match="embeddings of the test pictures"):
+        fedss.train(SMALL, tmp_path / "run", data=DATA, backbone=broken)
+    # As it would come out later on.
+    write_scores(tmp_path / "run" / "floors.json", {}, {})
     with pytest.raises(DivergedError, match=r"round 1, client (\d): .*is 'client \1'"):
         fedss.train(SMALL, tmp_path / "run", data=DATA, backbone=broken)
     assert not (tmp_path / "run" / "summary.json").exists()
