@@ -10,8 +10,10 @@ Participants are processes of their own that take turns, a round each: ``ours`` 
 ``loop`` the best loop we could write by hand, ``plain`` a simple one on one thread,
 ``convolutions`` nothing but the network's convolutions, forward and backward. Each peer runs as its
 users run it, by the Python of an environment with ``pip install "fedss[peer-pfl]"`` (or
-``peer-fedjax``, ``peer-flower``); ``pfl-1`` is ``pfl`` with one torch thread. Before anything is
-timed, each trains one round alone, and must end at the weights of ``plain`` to 1e-4 (not if short).
+``peer-fedjax``, ``peer-flower``), in all its variants: ``pfl`` is one process, ``pfl-torchrun`` one
+process of one torch thread for each core, as our workers have, and ``-tuned`` has what ours does to
+memory (freed memory is kept, channels lie side by side). Before anything is timed, each trains one
+round alone, and must end at the weights of ``plain`` to 1e-4 (not if short).
 
 Writes ``benchmarks/results/engine.txt`` (not with --short, --classes or --rounds).
 """
@@ -58,6 +60,11 @@ TABLES = {
     1_000_000: {"full": ("ours",), "fedss": LOOPS},
 }
 SHORT = {964: {"full": LOOPS, "fedss": LOOPS}, 100_000: {"fedss": LOOPS}}
+VARIANTS = {
+    "pfl": ("pfl", "pfl-torchrun", "pfl-torchrun-tuned"),
+    "flower": ("flower", "flower-tuned"),
+    "fedjax": ("fedjax",),
+}
 PACKAGES = {
     "pfl": ("pfl", "torch"),
     "flower": ("flwr", "ray", "torch"),
@@ -162,18 +169,22 @@ def participant(
     name: str, folder: Path, pythons: Mapping[str, str], workers: int, **more: str
 ) -> Iterator[Participant]:
     """Start one, and wait until it is ready; it is ended with the block. ``more``: environment."""
-    peer, _, threads = name.partition("-")
-    script = PEERS / (f"with_{peer}.py" if name in pythons else f"{name}.py")
-    environment = {**os.environ, **more, **({"OMP_NUM_THREADS": threads} if threads else {})}
+    peer, *variant = name.split("-")
+    command = [pythons.get(peer, sys.executable)]
+    if "torchrun" in variant:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(workers)]
+        more["OMP_NUM_THREADS"] = "1"
+    command.append(str(PEERS / (f"with_{peer}.py" if peer in pythons else f"{name}.py")))
     with (
         open(folder / f"{name}.log", "w") as log,
         subprocess.Popen(
-            [pythons.get(name, sys.executable), script, folder, str(workers), name],
+            [*command, folder, str(workers), name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env={**os.environ, **more},
         ) as process,
     ):
         started = Participant(name, folder, process)
@@ -259,7 +270,7 @@ def table(
         "peak MB",
         "from plain",
     )
-    lines = [f"  {'':<20}" + "".join(f"{title:>11}" for title in titles)]
+    lines = [f"  {'':<25}" + "".join(f"{title:>11}" for title in titles)]
     for (method, name), found in times.items():
         ours, loop = times[method, "ours"], times.get((method, "loop"))
         cells = [
@@ -273,7 +284,7 @@ def table(
             found.peak_mb and f"{found.peak_mb:.0f}",
             f"{far[method][name]:.0e}" if name in far.get(method, {}) else None,
         ]
-        lines.append(f"  {method + ' ' + name:<20}" + "".join(f"{c or '-':>11}" for c in cells))
+        lines.append(f"  {method + ' ' + name:<25}" + "".join(f"{c or '-':>11}" for c in cells))
     if ("full", "ours") in times:
         saved = times["full", "ours"].ratio(times["fedss", "ours"])
         lines.append(f"  ours: full takes {saved:.2f} times fedss")
@@ -305,16 +316,20 @@ def main() -> None:
                     print("\n".join(profile(Path(place) / "job", method, n)), flush=True)
         return
     pythons = dict(peer.split("=", 1) for peer in options.peer)
+    if unknown := pythons.keys() - VARIANTS:
+        parser.error(f"--peer knows {', '.join(VARIANTS)}, not {', '.join(sorted(unknown))}")
+    peers = [name for peer in pythons for name in VARIANTS[peer]]
     words = re.sub("=[^ ]+", "=PYTHON", " ".join(sys.argv[1:]))
     lines = [
         "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",
         f"command   python benchmarks/engine.py {words}",
         f"date      {datetime.date.today().isoformat()}",
         f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
-        f"threads   {options.workers} in ours, loop and convolutions; 1 in plain; peers: their own",
+        f"threads   {options.workers} in ours, loop and convolutions; 1 in plain; torchrun: "
+        f"{options.workers} processes of 1; other peers: their own",
         f"software  {versions(sys.executable, ('fedss', 'torch', 'numpy'))}, "
         f"Python {platform.python_version()}",
-        *(f"{n:<9} {versions(p, PACKAGES[n.partition('-')[0]])}" for n, p in pythons.items()),
+        *(f"{peer:<9} {versions(p, PACKAGES[peer])}" for peer, p in pythons.items()),
     ]
     print("\n".join(lines), flush=True)
     tables = SHORT if options.short else TABLES
@@ -323,7 +338,7 @@ def main() -> None:
         if n == 1_000_000:
             rounds["full"] = 2  # each takes as long as 100 of fedss
         who = {
-            method: [p for name in names for p in (pythons if name == "peers" else [name])]
+            method: [p for name in names for p in (peers if name == "peers" else [name])]
             for method, names in tables[n].items()
         }
         with tempfile.TemporaryDirectory() as place:

@@ -209,15 +209,17 @@ def write_(
         RunFolderError: the tables are files, and their disk may not have room for these rows.
     """
     _check_room(rows, len(ids_U))
-    if rows.sums_EE is not None:
-        rows.sums_EE.sub_(row_sums(read(rows, ids_U)[0]))
+    before_EE = None if rows.sums_EE is None else row_sums(read(rows, ids_U)[0])
+    # First of all: so a table that was interrupted here shows rows of a round that is not complete.
+    rows.updated_N.index_fill_(0, ids_U, completed)
+    if rows.sums_EE is not None and before_EE is not None:
+        rows.sums_EE.sub_(before_EE)
     rng = generator(rows.seed, "row rounding", completed)
     parts = [(rows.weight_ND, rows_UD), *((rows.slots[name], slots[name]) for name in rows.slots)]
     for table_ND, part_UD in parts:
         if table_ND.dtype == torch.bfloat16:
             part_UD = encode_rows(part_UD, "bfloat16", rng)["values"]
         table_ND.index_copy_(0, ids_U, part_UD)
-    rows.updated_N.index_fill_(0, ids_U, completed)
     if rows.sums_EE is not None:
         # As they were rounded.
         rows.sums_EE.add_(row_sums(read(rows, ids_U)[0]))
@@ -228,6 +230,11 @@ def write_(
         rows.changed.append(ids_U)
     if len(rows.changed) > _MOST_CHANGED:
         rows.changed[:] = [torch.unique(torch.cat(rows.changed))]
+
+
+def newest_write(rows: ClassRows) -> int:
+    """The largest of ``updated_N``, also of a row that is only half written. O(n)."""
+    return int(rows.updated_N.max())
 
 
 def _check_room(rows: ClassRows, count: int) -> None:

@@ -19,6 +19,7 @@ from fedss.algorithm import (
     Failure,
     ServerState,
     check_finite_state,
+    check_growth,
     draw_cohort,
     run_round,
     spread_rows_out,
@@ -48,7 +49,7 @@ from fedss.build import (
     wire_format,
 )
 from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
-from fedss.class_rows import create_class_rows, grow, read, with_sums
+from fedss.class_rows import create_class_rows, grow, newest_write, read, with_sums
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config, variant
 from fedss.data import Dataset, RetrievalTask, index_clients
@@ -63,7 +64,14 @@ from fedss.models import Embedder, fingerprint, flatten_, load_embedder, save_em
 from fedss.optimizers import ServerOptimizer
 from fedss.progress import show_progress
 from fedss.ranks import ALONE, Ranks, join
-from fedss.records import Record, open_records, read_records, round_traffic, summarise
+from fedss.records import (
+    Record,
+    open_records,
+    read_records,
+    records_to_disk,
+    round_traffic,
+    summarise,
+)
 from fedss.report import write_report
 from fedss.report.records import read_scores
 from fedss.run_folder import (
@@ -72,6 +80,7 @@ from fedss.run_folder import (
     claim_run,
     hold,
     read_summaries,
+    with_absolute_paths,
 )
 from fedss.samplers import Sampler
 from fedss.seeds import generator
@@ -177,9 +186,11 @@ def train(
         FedssError: another process of the run failed or is gone; the last checkpoint is kept.
     """
     label = f"{config.method} seed {config.seed}"
+    # Absolute: whoever is called in between may change the working directory.
+    folder = Path(out).absolute()
     with join() as ranks:
         return _train(
-            config, Path(out), label, data, backbone, sampler, objective, on_round, ranks, {}
+            config, folder, label, data, backbone, sampler, objective, on_round, ranks, {}
         )
 
 
@@ -195,7 +206,7 @@ def _train(
     ranks: Ranks,
     known: Known,
 ) -> Run:
-    data = data or load_together(config)
+    data, config = data or load_together(config), with_absolute_paths(config)
     check_trainable(data)
     sample_size(config, len(data.train.class_names))
     check_tellable(evaluation_task(config, data), data.name, config.test_classes)
@@ -343,14 +354,17 @@ def compare(
     for name, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values) or not values:
             raise ConfigError(f"{name}: expected one or more, each once, got {list(values)}")
-    runs = [
-        (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
-    ]
-    folder, summaries = Path(out), []
+    variant_of = {label: variant(config, label) for label in methods}
+    folder, summaries = Path(out).absolute(), []
     with join() as ranks:
-        data = data or load_together(config)
+        data, config = data or load_together(config), with_absolute_paths(config)
         check_trainable(data)
         known: Known = {}
+        runs = [
+            (label, with_absolute_paths(replace(variant_of[label], seed=seed)))
+            for label in methods
+            for seed in seeds
+        ]
         for _, run in runs:
             check_tellable(evaluation_task(run, data), data.name, run.test_classes)
             sample_size(run, len(data.train.class_names))
@@ -469,40 +483,34 @@ def _train_rounds(
             if board and not state.round and "untrained" in floors.map_at_10:
                 board.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
             clock.restart()
-            while state.round < config.rounds:
-                try:
+            first_loss = records[0]["loss"] if records else None
+            try:
+                while state.round < config.rounds:
                     state, record, found = _next_round(
-                        config, federation, plan_of, state, clock, ranks
+                        config, federation, plan_of, state, clock, ranks, first_loss
                     )
-                except QuorumError as error:
-                    if {failure.reason for failure in error.failures} == {"not finite"}:
-                        raise DivergedError(
-                            f"{error}: as the weights are, no client comes to finite numbers. The "
-                            "last checkpoint is kept; start in another folder with a lower "
-                            "client_lr, class_row_lr or server_lr"
-                        ) from error
-                    if state.round:
+                    first_loss = first_loss or record["loss"]
+                    due = _due(state.round, config.checkpoint_every, config.rounds)
+                    failed = failed or bool(record.get("failures"))
+                    if add_record:
+                        add_record(record, due)
+                    records.append(record)
+                    if board:
+                        add_scalars(board, record, failed)
+                        if federation.task and found and found.embedded:
+                            seen = federation.task, found.embedded, config.data_seed
+                            add_neighbours(board, *seen, state.round)
+                            clock.lap("evaluate")
+                    on_round(record)
+                    if due and ranks.first:
                         save_checkpoint(folder / "checkpoint", state)
-                    raise QuorumError(
-                        f"{error}. What was learnt before is kept; see to the clients and start "
-                        "the same run again: it goes on from there"
-                    ) from error
-                due = _due(state.round, config.checkpoint_every, config.rounds)
-                records.append(record)
-                failed = failed or bool(record.get("failures"))
-                if add_record and board:
-                    add_record(record, due)
-                    add_scalars(board, record, failed)
-                    if federation.task and found and found.embedded:
-                        seen = federation.task, found.embedded, config.data_seed
-                        add_neighbours(board, *seen, state.round)
-                        clock.lap("evaluate")
-                on_round(record)
-                if due and ranks.first:
-                    save_checkpoint(folder / "checkpoint", state)
-                    clock.lap("checkpoint")
-                elif due:
-                    state.class_rows.changed.clear()
+                        clock.lap("checkpoint")
+                    elif due:
+                        state.class_rows.changed.clear()
+            except BaseException:
+                if ranks.first:
+                    _keep_what_was_learnt(folder, state, len(records))
+                raise
             if done_before and federation.task:
                 # It was stopped before its pictures were written.
                 found = federation.evaluate(state.backbone_P, state.round)
@@ -537,6 +545,19 @@ def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: 
     return floors
 
 
+def _keep_what_was_learnt(folder: Path, state: ServerState, recorded: int) -> None:
+    """A checkpoint of a run that ends too early, of its last complete round.
+
+    Whatever ended it (an error, Ctrl-C, too few clients), the state is that of the last record
+    while no row of the next round is written. There is none where a step was bad or half done: its
+    rows are in the table.
+    """
+    whole = newest_write(state.class_rows) <= state.round == recorded
+    if whole and state.round > newest_round(folder / "checkpoint"):
+        records_to_disk(folder)
+        save_checkpoint(folder / "checkpoint", state)
+
+
 def _next_round(
     config: Config,
     federation: Federation,
@@ -544,6 +565,7 @@ def _next_round(
     state: ServerState,
     clock: "_Clock",
     ranks: Ranks,
+    first_loss: float | None,
 ) -> tuple[ServerState, Record, Evaluation | None]:
     """The state after one more round, the round's record, and its evaluation if it has one."""
     round, optimizer = state.round, server_optimizer(config)
@@ -568,6 +590,8 @@ def _next_round(
         found = federation.evaluate(state.backbone_P, state.round)
         clock.lap("evaluate")
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    if first_loss is not None:
+        check_growth([update.loss for update in updates], first_loss, plan)
     moved = round_traffic(updates)
     record = {
         "round": state.round,
@@ -602,6 +626,7 @@ def _attempt_round(
     """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
     number, size = federation.num_clients(plan.round), federation.cohort_size
     cohort, failures = draw_cohort(number, size, config.seed, plan.round), list[Failure]()
+    everyone, all_diverged = set(cohort.tolist()), True
     for attempt in count(1):
         try:
             state, updates, failed = run_round(
@@ -617,9 +642,20 @@ def _attempt_round(
             break
         except QuorumError as error:
             failures += error.failures
+            diverged = {f.client for f in error.failures if f.reason == "not finite"}
+            all_diverged = all_diverged and diverged == everyone
             if attempt >= federation.attempts:
+                why = f"{error}, {attempt} times" if attempt > 1 else str(error)
+                if all_diverged:
+                    raise DivergedError(
+                        f"{why}: as the weights are, no client comes to finite numbers. What was "
+                        "learnt before is kept; start in another folder with a lower client_lr, "
+                        "class_row_lr or server_lr"
+                    ) from error
                 raise QuorumError(
-                    f"{error}, {attempt} times" if attempt > 1 else str(error), failures
+                    f"{why}. What was learnt before is kept; see to the clients and start the "
+                    "same run again: it goes on from there",
+                    failures,
                 ) from error
             time.sleep(federation.pause)
             clock.lap("pause")

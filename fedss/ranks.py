@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedss.errors import ConfigError, FedssError, LostRankError, RankError
+from fedss.text import printable
 
 T = TypeVar("T")
 
@@ -80,7 +81,7 @@ class Ranks:
             dist.all_gather_object(found, (value, failed))
         for rank, (_, message) in enumerate(found):
             if message is not None:
-                raise RankError(f"rank {rank}: {message}")
+                raise RankError(f"rank {rank}: {printable(message)}")
         return [value for value, _ in found]
 
 

@@ -130,6 +130,7 @@ def test_commands_and_options_are_pinned(capsys):
         "--host",
         "--index",
         "--max-upload-mb",
+        "--max-upload-megapixels",
         "--open",
         "--port",
         "--threshold",

@@ -33,7 +33,7 @@ from fedss.engines.flower import site as site_module
 from fedss.engines.flower.messages import buffer, pack, unpack
 from fedss.engines.flower.replies import MOST_EXAMPLES
 from fedss.engines.local import LocalEngine, Workers
-from fedss.errors import ConfigError, QuorumError
+from fedss.errors import ConfigError, DivergedError, QuorumError
 from fedss.models import build_embedder
 from tests.flower_grid import ProcessGrid, digests
 from tests.test_engine_flower import CLIENTS, SITES, federate, nodes, settings, write_photos
@@ -142,7 +142,8 @@ def change_part(client: str, message: Message, reply: Message, change: Change) -
 
 def run(photos: Path, out: Path, grid: ProcessGrid, **more: Any) -> list[str]:
     """Digests of three rounds with any quorum; figures are of no interest here."""
-    deployment = {"quorum": 0.0, **{k: more.pop(k) for k in list(more) if "deadline" in k}}
+    deadline = {k: more.pop(k) for k in list(more) if "deadline" in k}
+    deployment = {"quorum": 0.0, "aside": 0, **deadline}
     config = settings(photos, eval_every=0, **more)
     return digests(lambda: federate(grid, config, out, **deployment))
 
@@ -180,8 +181,7 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "NaN as a scale of int8": (INT8, put("class_rows.scale", NAN), "not finite"),
     "infinity as a scale of int8": (INT8, put("backbone.scale", INF), "not finite"),
     "NaN in bfloat16": (INT8, put("backbone.small", NAN), "not finite"),
-    "NaN in the shift": (MOMENTS, put("moments.shift.values", NAN), "not finite"),
-    "infinity in the map": (MOMENTS, put("moments.matrix.values", INF), "not finite"),
+    "NaN in an own row": (MOMENTS, put("class_rows.values", NAN), "not finite"),
     "NaN as loss": ({}, put("loss", NAN), "not finite"),
     "infinity as loss": ({}, put("loss", -INF), "not finite"),
     "a loss that float32 has not": ({}, put("loss", 1e308), "not finite"),
@@ -201,11 +201,10 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "no backbone": ({}, without("backbone.values"), "damaged"),
     "no rows": ({}, without("class_rows.values"), "damaged"),
     "no scale": (INT8, without("class_rows.scale"), "damaged"),
-    "no map": (MOMENTS, without("moments.matrix.values"), "damaged"),
     "no loss": ({}, without("loss"), "damaged"),
     "nothing": ({}, dict.clear, "damaged"),
     "one tensor more": ({}, lambda part: part.update(x=torch.ones(1)), "damaged"),
-    "a map unasked": ({}, lambda p: p.update({"moments.shift.values": p["loss"]}), "damaged"),
+    "moments unasked": ({}, lambda p: p.update({"moments.shift.values": p["loss"]}), "damaged"),
     "no ids": ({}, without("ids"), "ids"),
     "ids of all": (FULL, lambda p: p.update(ids=torch.arange(10).int()), "ids"),
     "an id less": ({}, as_("ids", lambda t: t[1:]), "ids"),
@@ -687,6 +686,55 @@ def test_the_run_ends_with_a_message_and_goes_on(checkpoint_every, photos, tmp_p
     after = digests(lambda: federate(grid, config, out, attempts=3))
     assert before + after == twin(config, tmp_path / "twin", {})
     assert [record["round"] for record in records(out)] == [1, 2, 3]
+
+
+def diverging(*clients: str, from_round: int) -> Spoil:
+    """These clients' updates are NaN from a round (0-based) on."""
+
+    def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
+        kind, round = message.metadata.message_type, int(message.metadata.group_id)
+        if kind == "train" and round >= from_round:
+            for client in {*clients} & {*cohort(round)}:
+                if HOME[client] == node:
+                    reply = change_part(client, message, reply, put("backbone.values", NAN))
+        return [reply]
+
+    return spoil
+
+
+def test_some_that_diverge_are_not_all(photos, tmp_path):
+    """With three good updates nobody may say that no client comes to finite numbers."""
+    config = settings(photos, eval_every=0, checkpoint_every=9)
+    out, bad = tmp_path / "run", cohort(2)[1]
+    grid = ProcessGrid(nodes(photos), diverging(bad, from_round=2))
+    with pytest.raises(QuorumError, match=r"got 3 \(1 not finite.*2 times") as raised:
+        federate(grid, config, out, quorum=0.9, attempts=2)
+    assert "What was learnt before is kept" in str(raised.value)
+    assert newest_round(out / "checkpoint") == 2
+    assert [record["round"] for record in records(out)] == [1, 2]
+
+
+@pytest.mark.parametrize("offline_in", [0, 1, 2])
+def test_all_must_diverge_in_each_attempt(offline_in, photos, tmp_path):
+    """In the given attempt (of two; 2: in neither) one site is not there to diverge."""
+    config = settings(photos, eval_every=0, checkpoint_every=9)
+    attempts: Counter[int] = Counter()
+    diverge = diverging(*NAMES, from_round=1)
+
+    def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
+        where = (message.metadata.message_type, message.metadata.group_id)
+        if where == ("train", "1") and node == NODES["south"]:
+            attempts[node] += 1
+            if attempts[node] - 1 == offline_in:
+                return [Message(Error(8, "x"), reply_to=message)]
+        return diverge(node, message, reply)
+
+    assert at_site("south", 1)
+    expected = DivergedError if offline_in == 2 else QuorumError
+    with pytest.raises(expected, match=r"2 times.*What was learnt before is kept") as raised:
+        federate(ProcessGrid(nodes(photos), spoil), config, tmp_path / "run", attempts=2)
+    assert ("no client comes to finite numbers" in str(raised.value)) == (offline_in == 2)
+    assert newest_round(tmp_path / "run" / "checkpoint") == 1
 
 
 def test_too_few_for_the_quorum(photos, tmp_path):

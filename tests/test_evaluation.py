@@ -7,7 +7,16 @@ import torch
 from torch.nn import functional as F
 
 from fedss import RetrievalTask
-from fedss.evaluation import confused, embed_task, evaluate_embedding, findings, panels, verify
+from fedss.data import Images
+from fedss.evaluation import (
+    confused,
+    embed_task,
+    evaluate_embedding,
+    find_neighbours,
+    findings,
+    panels,
+    verify,
+)
 from fedss.verification import identification
 from tests import reference
 
@@ -42,6 +51,27 @@ def test_panels_show_each_query_with_its_nearest_others():
         assert np.allclose(scores, cos[q, nearest], atol=1e-5)
 
 
+def test_the_seed_draws_which_queries_are_shown():
+    task, found = embedded(RetrievalTask(QUERY)), {}
+    for seed in (0, 1):
+        found[seed] = find_neighbours(*task, seed, 6)["query_index"].tolist()
+        assert found[seed] == find_neighbours(*task, seed, 6)["query_index"].tolist()
+        assert len({*found[seed]}) == 6
+    assert found[0] != found[1]
+
+
+def test_a_small_gallery_is_shown_whole():
+    def only(picture: list[int]) -> Images:
+        arrays = {name: getattr(QUERY, name)[picture] for name in ("pixels", "labels", "clients")}
+        return dataclasses.replace(QUERY, **arrays, names=[QUERY.names[i] for i in picture])
+
+    one_of_each, pairs = only([0, 5, 10, 15]), only([0, 1, 5, 6])
+    shown = find_neighbours(*embedded(RetrievalTask(QUERY, one_of_each)), 0, 20)
+    assert shown["scores"].shape == (20, 4)
+    shown = find_neighbours(*embedded(RetrievalTask(pairs)), 0, 20)
+    assert shown["scores"].shape == (4, 3)
+
+
 def test_panels_and_figures_with_a_gallery_match_classes_by_name():
     gallery = dataclasses.replace(
         QUERY, class_names=QUERY.class_names[::-1], labels=3 - QUERY.labels
@@ -67,8 +97,17 @@ def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():
     measured = verify(*embedded(task), seed=0)
     assert (measured["genuine"], measured["impostor"]) == (4 * 5 * 5, 4 * 3 * 5 * 5)
     assert measured["identification"]["enrolled"] == 2
+    points = verify(*embedded(task), seed=0, fars=(0.5, 0.2))["points"]
+    assert [point["far"] for point in points] == [0.5, 0.2]
     found = np.load(io.BytesIO(confused(*embedded(task))))
     nearest = (flat(QUERY.pixels) @ F.normalize(flat(gallery.pixels), dim=1).T).argmax(1).numpy()
+    for (query, neighbour), (own_name, other_name) in zip(
+        found["pixels"], found["shown"], strict=True
+    ):
+        (q,) = np.flatnonzero((QUERY.pixels == query).all((1, 2, 3)))
+        assert np.array_equal(neighbour, gallery.pixels[nearest[q]])
+        assert own_name == QUERY.class_names[QUERY.labels[q]]
+        assert other_name == gallery.class_names[gallery.labels[nearest[q]]]
     name_of = [gallery.class_names[i] for i in gallery.labels]
     own = [QUERY.class_names[i] for i in QUERY.labels]
     wrong = [(a, name_of[n]) for a, n in zip(own, nearest, strict=True) if a != name_of[n]]

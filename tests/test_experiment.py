@@ -15,13 +15,23 @@ from safetensors.torch import load_file
 
 import fedss
 import fedss.cli
-from fedss import Config, ConfigError, DivergedError, RunFolderError, experiment
-from fedss.algorithm import draw_cohort
+from fedss import (
+    Config,
+    ConfigError,
+    DivergedError,
+    RunFolderError,
+    algorithm,
+    checkpoint,
+    class_rows,
+    experiment,
+)
+from fedss.algorithm import check_growth, draw_cohort
 from fedss.baselines import data_floors, write_scores
 from fedss.board import add_scalars, open_board
 from fedss.build import build_model, compute_device, pool_pictures, round_plan
-from fedss.checkpoint import load_checkpoint
+from fedss.checkpoint import load_checkpoint, newest_round
 from fedss.class_rows import ClassRows, create_class_rows
+from fedss.engines.local import LocalEngine
 from fedss.intervals import FLOORS, interval
 from fedss.methods import METHODS
 from fedss.records import open_records, read_records, summarise
@@ -352,6 +362,53 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, settings):
     assert lines(tmp_path / "whole") == lines(tmp_path / "stopped")
 
 
+MOMENTS_OF_A_ROUND = {
+    # What is called, how often in a round, and the newest checkpoint if the last call of round 4
+    # fails.
+    "training": ((LocalEngine, "train"), 1, 3),
+    "the sum": ((algorithm, "aggregate"), 1, 3),
+    "the first table": ((class_rows, "encode_rows"), 2, 2),
+    "a bad step": ((algorithm, "check_finite_state"), 1, 2),
+    "the record": ((experiment, "round_traffic"), 1, 2),
+    "the scalars": ((experiment, "add_scalars"), 1, 4),
+    # It is tried once more.
+    "the checkpoint": ((checkpoint, "save"), 0.5, 4),
+}
+
+
+KEPT = dataclasses.replace(SMALL, row_dtype="bfloat16", rounds=5, eval_every=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole"), KEPT).folder
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, DivergedError])
+@pytest.mark.parametrize("moment", MOMENTS_OF_A_ROUND)
+def test_whatever_ends_a_run_what_was_learnt_is_kept(
+    moment, error, undisturbed, tmp_path, monkeypatch
+):
+    """Checkpoints are due every 2 rounds. A step that is bad or half done has taught nothing."""
+    (place, name), per_round, kept = MOMENTS_OF_A_ROUND[moment]
+    call, calls = getattr(place, name), []
+
+    def fails_in_round_4(*arguments, **named):
+        calls.append(name)
+        if len(calls) == 4 * per_round:
+            raise error("told to")
+        return call(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, fails_in_round_4)
+        with pytest.raises(error, match="told to"):
+            train(tmp_path / "run", KEPT)
+    assert newest_round(tmp_path / "run" / "checkpoint") == kept
+    train(tmp_path / "run", KEPT)
+    assert digest(tmp_path / "run") == digest(undisturbed)
+    assert lines(tmp_path / "run") == lines(undisturbed)
+
+
 def test_a_run_goes_on_stacked_but_not_in_another_precision(tmp_path):
     def stop(record: dict) -> None:
         if record["round"] == 3:
@@ -467,7 +524,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path, file, damage):
     def stop(record: dict) -> None:
-        if record["round"] == 5:
+        if record["round"] == 4:
             raise StopError
 
     with pytest.raises(StopError):
@@ -508,6 +565,35 @@ def test_a_diverging_server_stops_the_run_and_keeps_finite_checkpoints(tmp_path)
         train(tmp_path / "run", config)
     kept = load_checkpoint(tmp_path / "run" / "checkpoint", new_rows())
     assert kept is None or kept.backbone_P.isfinite().all()
+
+
+def without_a_bound(h_BD, rows_SD, target_B, sample, scoring, absent=None):
+    """A squared distance, of which a step that is too long makes more."""
+    return (h_BD - 5 * rows_SD[target_B]).square().sum(dim=1)
+
+
+def test_a_loss_that_runs_away_stops_the_run(tmp_path):
+    config = dataclasses.replace(
+        SMALL, method="pos-only", class_row_lr=3.0, rounds=40, normalize_rows=False
+    )
+    with pytest.raises(
+        DivergedError, match=r"round \d+: expected a loss of the order of the first"
+    ):
+        fedss.train(config, tmp_path / "run", data=DATA, objective=without_a_bound)
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run/records.jsonl").read_text().splitlines()
+    ]
+    assert all(loss <= 100 * losses[0] for loss in losses)
+    assert newest_round(tmp_path / "run" / "checkpoint") <= len(losses)
+
+
+def test_one_client_that_lies_about_its_loss_stops_nobody():
+    told = round_plan(SMALL, 10, 3)
+    check_growth([2.0, 1e30, 3.0], 4.0, told)
+    check_growth([80.0], 0.01, told)
+    with pytest.raises(DivergedError, match=r"round 4: .*first round's \(4\), got 500"):
+        check_growth([500.0, 1e30, 3.0], 4.0, told)
 
 
 def test_one_process_at_a_time(tmp_path):

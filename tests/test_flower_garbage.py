@@ -24,6 +24,7 @@ from fedss.config import Config
 from fedss.engines.flower.engine import FlowerEngine, Site
 from fedss.engines.flower.registry import Growth, Registry
 from fedss.engines.flower.replies import MOST_EXAMPLES
+from fedss.engines.flower.settings import Deployment
 from fedss.intervals import FLOORS
 from fedss.optimizers import ServerOptimizer
 from fedss.retrieval import RetrievalMetrics
@@ -62,6 +63,13 @@ class GarbageGrid:
         return [5, 6]
 
 
+class Impatient(Deployment):
+    """Whatever was not answered at once never is."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "fedss": {},
     "moments int8": {"method": "moments", "rows_up": "int8", "backbone_up": "int8"},
@@ -87,7 +95,7 @@ def engine_of(changes: dict[str, Any], answers: dict[str, Content], folder: Path
         2,
         optimizer,
         wire,
-        0.0,
+        Impatient("/srv/run", deadline=0.0),
         lambda phase: None,
         folder / "registry.json",
         known,

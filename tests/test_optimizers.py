@@ -37,10 +37,11 @@ def test_dense_steps_are_torch_optims(optimizer):
     peer = dense_peer(optimizer, theirs)
     for round in range(ROUNDS):
         update = torch.randn(5, generator=g, dtype=torch.float64)
-        before = weight.clone()
-        new, slots = step(optimizer, weight, slots, update, round)
-        assert torch.equal(weight, before)
-        weight = new
+        before = weight.clone(), {name: slot.clone() for name, slot in slots.items()}
+        new, new_slots = step(optimizer, weight, slots, update, round)
+        assert torch.equal(weight, before[0])
+        assert all(torch.equal(slots[name], slot) for name, slot in before[1].items())
+        weight, slots = new, new_slots
         theirs.grad = -update
         peer.step()
         assert (weight - theirs).abs().max() < 1e-12

@@ -1047,7 +1047,7 @@ def test_failures_are_counted_by_reason_and_client(tmp_path: Path) -> None:
     single(tmp_path, rounds=10)
     assert "What failed" not in read(tmp_path)[1].words
     fail(tmp_path, {3: [("shop 1", "deadline")], 4: []})
-    assert "1 of 200 times (0.5\u00a0%) a client that was asked" in read(tmp_path)[1].words
+    assert "1 of 200 times (0.5\u00a0%) a client of a cohort" in read(tmp_path)[1].words
     fail(
         tmp_path,
         {
@@ -1058,7 +1058,7 @@ def test_failures_are_counted_by_reason_and_client(tmp_path: Path) -> None:
         attempts=3,
     )
     html, page = read(tmp_path)
-    assert "6 of 200 times (3\u00a0%) a client that was asked gave no update" in page.words
+    assert "6 of 200 times (3\u00a0%) a client of a cohort gave no update" in page.words
     assert "6 times a round was begun again" in page.words
     cells = table_after(page, "reason")
     deadline, offline, undefined = (

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedss import retrieval
 from fedss.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
+from tests.installed import needs_torchvision
 
 
 # Slow and exact: the rows the module defines (length 1, in whole multiples of 2^-24), as Python
@@ -176,6 +177,7 @@ def test_equals_pytorch_metric_learning() -> None:
         assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-12)
 
 
+@needs_torchvision
 def test_equals_torchmetrics() -> None:
     from torchmetrics.functional.retrieval import (
         retrieval_average_precision,
@@ -350,6 +352,47 @@ def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> 
     assert (error <= doubt).all()
     if dtype == torch.bfloat16 and d > 1:
         assert (error > 0.5 * doubt).any()
+
+
+def lopsided(raised: int, side: float, negative: int = 128) -> Tensor:
+    """A row of length 1 that bfloat16 rounds to one side in its first 256 coordinates, by `side`
+    times all that it may, and hardly in the others. So many of the 256 are negative, and `raised`
+    of them lie one step higher."""
+    spacing = 2.0**-12  # of bfloat16 between 2^-5 and 2^-4
+    sign = torch.ones(256, dtype=torch.float64)
+    sign[:negative] = -1
+    row = ((0.055 * sign + 0.0006) / spacing).round() * spacing + side * spacing / 2
+    row[:raised] += spacing
+    rest, tail = 1 - row.square().sum(), []
+    for _ in range(4):
+        tail.append((rest.sqrt() * (1 - 2.0**-8)).bfloat16().double())
+        rest = rest - tail[-1].square()
+    return torch.cat([row, torch.stack([*tail, rest.sqrt()])])
+
+
+@pytest.mark.parametrize("raised", range(128, 256, 16))
+def test_a_screen_keeps_the_nearest_if_rounding_moves_it_down_and_another_up(raised: int) -> None:
+    """Each is off by nearly the bound: their screened scores may differ by twice that."""
+    assert the_screen_finds_what_it_takes_for_less(lopsided(0, 0.98), lopsided(raised, -0.98))
+
+
+def test_a_screen_keeps_the_nearest_if_its_score_is_rounded_down_and_another_up() -> None:
+    """Rows hardly move, but their scores lie on either side of where bfloat16 rounds."""
+    pairs = [
+        (lopsided(raised, 0.1, 40), lopsided(raised + 20, -0.1, 40)) for raised in range(0, 236, 8)
+    ]
+    assert sum(the_screen_finds_what_it_takes_for_less(*pair) for pair in pairs) >= 2
+
+
+def the_screen_finds_what_it_takes_for_less(first: Tensor, second: Tensor) -> bool:
+    """Whether the first of two rows, which is nearest, has the lower score in bfloat16."""
+    query = torch.cat([torch.full((256,), 2.0**-4), torch.zeros(5)])[None].double()
+    far = torch.eye(261, dtype=torch.float64)[-1].repeat(98, 1)
+    gallery = torch.cat([far, torch.stack([second, first])])
+    assert (query @ gallery.T).argmax() == 99
+    with screening(torch.bfloat16, group=4):
+        assert nearest(query, gallery, k=1)[1].tolist() == [[99]]
+    return int((query.bfloat16() @ gallery.bfloat16().T).argmax()) == 98
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

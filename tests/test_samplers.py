@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from fedss.errors import ConfigError
 from fedss.samplers import (
     SAMPLERS,
     Negatives,
     ServerRows,
+    check_negatives,
     class_sample,
     deal_deck,
     deal_hard,
@@ -214,6 +216,34 @@ def test_a_class_sample_is_sorted_and_tells_own_from_negative():
 def test_an_eighth_is_left_for_negatives(size, n):
     budget = own_budget(size, n)
     assert budget == n if size >= n else size - budget >= max(1, size / 8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "q", "fault"),
+    [
+        ([0, 3, 9], [1.0, 1e-9, 1.0], None),
+        ([], [], None),
+        ([0, 3, 5, 9], [0.5] * 4, "at most 3 negatives, got 4"),
+        ([0, 3, 3], [0.5] * 3, "sorted ids, each once"),
+        ([3, 0], [0.5] * 2, "sorted ids, each once"),
+        ([-1, 3], [0.5] * 2, "ids from 0 to 9"),
+        ([3, 10], [0.5] * 2, "ids from 0 to 9"),
+        ([3, 4], [0.5] * 2, "no own class"),
+        ([3], [0.0], "q above 0 and at most 1"),
+        ([3], [1 + 1e-9], "q above 0 and at most 1"),
+        ([3], [math.nan], "q above 0 and at most 1"),
+        ([3, 5], [0.5], "as many q as ids"),
+        ([0.0, 3.0], [0.5] * 2, "ids of int64, got float64"),
+    ],
+)
+def test_what_a_sampler_may_return(ids, q, fault):
+    found = np.array(ids, None if ids else np.int64), np.array(q)
+    check = lambda: check_negatives("own", np.array([4, 7]), 10, 3, found)  # noqa: E731
+    if fault is None:
+        assert [part.tolist() for part in check()] == [ids, q]
+        return
+    with pytest.raises(ConfigError, match=f"sampler 'own': expected {fault}"):
+        check()
 
 
 def test_every_part_of_own_classes_can_be_kept():

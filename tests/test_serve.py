@@ -27,6 +27,7 @@ from PIL import Image
 
 import fedss
 from fedss.cli import main
+from fedss.data.cache import open_picture, quiet_pillow
 from fedss.errors import ConfigError
 from fedss.search import (
     Collection,
@@ -148,14 +149,14 @@ def png(seed: int = 0) -> bytes:
     return out.getvalue()
 
 
-def huge_png() -> bytes:
-    """50,000 x 50,000 pixels, said in 60 bytes."""
+def huge_png(width: int, height: int) -> bytes:
+    """A picture of many pixels, said in 60 bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
 
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0")), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -327,11 +328,10 @@ def test_searching_stores_nothing(site: Site, server: Server) -> None:
         (b"<!doctype html><script>alert(1)</script>", "expected PNG, JPEG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "expected PNG, JPEG"),
         (png()[:700], "cannot be read"),
-        (huge_png(), "2,500,000,000 pixels"),
         (b"BM" + bytes(60), "cannot be read"),
         (b"\xff\xd8\xff and no more", "no picture, it begins with"),
     ],
-    ids=["empty", "text", "svg", "html", "eps", "truncated", "bomb", "bmp", "jpeg"],
+    ids=["empty", "text", "svg", "html", "eps", "truncated", "bmp", "jpeg"],
 )
 def test_what_is_no_picture_is_refused_by_its_content(
     server: Server, content: bytes, said: str
@@ -342,6 +342,77 @@ def test_what_is_no_picture_is_refused_by_its_content(
         assert answer.error.startswith("holiday.png ")
         assert said in answer.error
         assert "0x" not in answer.error
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "said"),
+    [
+        (50_000, 50_000, "2,500,000,000 pixels,"),
+        (11_585, 11_585, "11,585 x 11,585 = 134,212,225 pixels,"),
+        (25_000_001, 1, "25,000,001 x 1 = 25,000,001 pixels,"),
+    ],
+)
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
+    server: Server, width: int, height: int, said: str
+) -> None:
+    """The first is above Pillow's own limit, too, the second below that of training."""
+    large = huge_png(width, height)
+    limit = "above the limit of 25,000,000: save it smaller; fedss serve --max-upload-megapixels"
+    for path in ("/search", "/enrol"):
+        answer = server.send(
+            path, [("good.png", png()), ("large.png", large)][path == "/search" :], name="x"
+        )
+        assert answer.status == 413
+        assert answer.error == f"large.png has {said} {limit} sets the limit"
+    # One of just as many pixels as are allowed is looked at: this one has no data.
+    answer = server.send("/search", [("full.png", huge_png(25_000_000, 1))])
+    assert answer.status == 415
+    assert answer.error.startswith("full.png cannot be read")
+
+
+def test_pictures_of_too_many_pixels_leave_the_callers_file_open(site: Site) -> None:
+    for content in (huge_png(11_586, 11_586), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
+        file = io.BytesIO(content)
+        with (
+            quiet_pillow(),
+            pytest.raises(ValueError, match=r"above the limit of 134,217,728|PostScript"),
+        ):
+            open_picture(file)
+        assert not file.closed
+
+
+def test_others_are_answered_while_a_picture_is_decoded(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one is decoded at a time; who sends none need not wait for it."""
+    begun, go_on, at_once = threading.Event(), threading.Event(), list[int]()
+    read = pages.read_pictures
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        at_once.append(1)
+        begun.set()
+        assert go_on.wait(30)
+        assert len(at_once) == 1
+        yield from read(*arguments, **named)
+        at_once.clear()
+
+    monkeypatch.setattr(pages, "read_pictures", slow)
+    with served(site.collection, pages.Limits()) as server:
+        answers: list[Answer] = []
+
+        def send(path: str) -> None:
+            answers.append(server.send(path, [("x.png", png())], name="slow one"))
+
+        threads = [threading.Thread(target=send, args=(path,)) for path in ("/search", "/enrol")]
+        for thread in threads:
+            thread.start()
+        assert begun.wait(30)
+        for path in ("/about", "/sample", "/thumbnail/0", "/neighbours/0", "/classes"):
+            assert server.get(path).status == 200
+        go_on.set()
+        for thread in threads:
+            thread.join()
+        assert [answer.status for answer in answers] == [200, 200]
 
 
 def test_a_picture_may_have_any_name(server: Server) -> None:
@@ -625,6 +696,7 @@ def test_a_port_in_use_is_named(site: Site, capsys: pytest.CaptureFixture[str]) 
         (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1: this machine cannot listen"),
         (["--host", "x" * 300, "--port", "0"], "not the name of a host"),
         (["--max-upload-mb", "0"], "--max-upload-mb: expected 0.001 to 1000"),
+        (["--max-upload-megapixels", "200"], "--max-upload-megapixels: expected 0.01 to 134.218"),
         (["--threshold", "2"], "--threshold: expected a cosine"),
         (["--threshold", "nan"], "--threshold: expected a cosine"),
         (["--index", "nowhere", "--port", "0"], "nowhere"),
@@ -680,6 +752,7 @@ def test_the_threshold_of_an_evaluation_is_taken_unless_one_is_given() -> None:
     assert limits.threshold == 0.7
     assert limits.measured == measured
     assert pages.make_limits(20, 0.5, measured) == pages.Limits(20 * MEGABYTE, 0.5)
+    assert pages.make_limits(20, None, None, 7.5).picture_pixels == 7_500_000
     assert pages.make_limits(20) == pages.Limits(20 * MEGABYTE, None)
     with pytest.raises(ConfigError):
         pages.make_limits(20, torch.inf)

@@ -18,7 +18,7 @@ from fedss.search.classes import Threshold
 from fedss.search.server import make_limits
 from fedss.verification import NOTHING
 from tests.serving import COPIES, NAMES, Site, make_site
-from tests.test_serve import served
+from tests.test_serve import huge_png, served
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -239,12 +239,28 @@ def test_pictures_can_be_dropped_and_pasted(page: Any, site: Site) -> None:
 
 def test_what_cannot_be_taken_is_said_on_the_page(page: Any, site: Site, tmp_path: Path) -> None:
     alert = page.get_by_role("alert")
-    text, large = tmp_path / "notes.txt", tmp_path / "large.png"
+    text, large, pixels = (
+        tmp_path / f"{name}" for name in ("notes.txt", "large.png", "pixels.png")
+    )
     text.write_text("no picture")
     large.write_bytes((site.photos / "00-0.png").read_bytes() + bytes(300_000))
     choose = page.locator("#search-file").set_input_files
     choose(text)
     expect(alert).to_contain_text("notes.txt is not a picture that can be read here")
+    # The page is as it was before, and stays so: one can start from a sample, or go and come back.
+    start = page.get_by_role("heading", name="Or start from one of these")
+    expect(start).to_be_visible()
+    expect(page.locator("#neighbours > li")).to_have_count(24)
+    expect(page.locator("#query")).to_be_hidden()
+    expect(page.get_by_text("Drop a picture here", exact=True)).to_be_visible()
+    page.get_by_role("link", name="Classes", exact=True).click()
+    page.get_by_role("link", name="Search", exact=True).click()
+    expect(start).to_be_visible()
+    expect(alert).to_be_hidden()
+    pixels.write_bytes(huge_png(11_000, 11_000))
+    choose(pixels)
+    expect(alert).to_contain_text("pixels.png has 11,000 x 11,000 = 121,000,000 pixels, above")
+    expect(start).to_be_visible()
     choose(large)
     expect(alert).to_contain_text("large.png has 0.3 MB; this server takes pictures of up to 0.2")
     choose(site.photos / "00-0.png")

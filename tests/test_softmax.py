@@ -63,6 +63,24 @@ def test_sampled_softmax_against_the_loop(scoring, dtype):
             assert loss[b].item() == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("correction", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("objective", [sampled_softmax, negatives_only_softmax])
+def test_a_tempered_correction_weighs_negatives_by_a_power_of_q(objective, correction):
+    h, rows, target, sample = problem(7)
+    loss = objective(h, rows, target, sample, Scoring(10.0, correction=correction))
+    for b in range(len(h)):
+        label = int(target[b])
+        expected = reference.sampled_softmax_loss(
+            h[b].tolist(),
+            rows.tolist(),
+            label,
+            (sample.log_q_S.exp() ** correction).tolist(),
+            10.0,
+            left_out=sorted({0, 2, 3} - {label}) if objective is negatives_only_softmax else (),
+        )
+        assert loss[b].item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_uncorrected_leaves_log_q_out():
     h, rows, target, sample = problem(1)
     loss = uncorrected_softmax(h, rows, target, sample, Scoring(10.0))

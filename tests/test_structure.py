@@ -39,8 +39,8 @@ PUBLIC = {
 
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
-    {"errors", "seeds", "allocator", "pace"},
-    {"extras", "files", "ranks", "intervals"},
+    {"errors", "seeds", "allocator", "pace", "text"},
+    {"extras", "files", "ranks", "output", "intervals"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
     {"samplers", "moments", "methods", "verification", "confusions"},
     {"class_rows"},

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fedss.wire import (
     WireFormat,
     decode_answer,
     decode_broadcast,
+    decode_dealt,
     decode_update,
     encode_answer,
     encode_broadcast,
@@ -140,7 +143,9 @@ def test_a_request_tells_ids_and_nothing_else():
     format_ = wire(8, 2, 9)
     assert list(encode_request(format_, torch.tensor([1, 5]))) == ["ids"]
     assert list(encode_request(format_, torch.arange(9))) == []
-    assert encode_request(wire(8, 2, 2**33), torch.tensor([2**32]))["ids"].tolist() == [2**32]
+    for n, dtype in ((2**31 - 1, torch.int32), (2**31, torch.int64), (2**33, torch.int64)):
+        ids = encode_request(wire(8, 2, n), torch.tensor([n - 1]))["ids"]
+        assert (ids.dtype, ids.tolist()) == (dtype, [n - 1])
 
 
 def test_a_dealt_answer_tells_q_once_where_it_is_the_same_for_all():
@@ -151,3 +156,36 @@ def test_a_dealt_answer_tells_q_once_where_it_is_the_same_for_all():
         answer = encode_answer(format_, sample.ids_S, rows, sample)
         assert answer["log_q"].exp().tolist() == q[:numbers]
         assert answer["ids"].tolist() == [2, 4, 7]
+        got = decode_dealt(format_, answer, own)
+        assert torch.equal(got.ids_S, sample.ids_S)
+        assert torch.equal(got.own_S, sample.own_S)
+        assert torch.equal(got.log_q_S, sample.log_q_S)
+
+
+@pytest.mark.parametrize("precisions", list(itertools.permutations(PRECISIONS))[::5])
+def test_each_part_travels_in_its_own_precision(precisions):
+    rows_down, rows_up, backbone_down, backbone_up = precisions
+    d, parameters = 8, 64
+    format_ = WireFormat((torch.Size([4, 16]),), d, 20, *precisions)
+    ids, rows, backbone = torch.arange(5), torch.rand(5, d), torch.rand(parameters)
+    update = ClientUpdate(0, backbone, ids, rows, 3, 1 / 3)
+    down = {
+        **encode_broadcast(format_, Broadcast(backbone, None)),
+        **encode_answer(format_, ids, rows, None),
+    }
+    up = encode_update(format_, update, generator(0, "test"))
+    assert decode_update(format_, up, 0).loss == 1 / 3
+    counted = traffic(down, {}, up)
+    for part, way, precision, values, scales in (
+        ("class_row", "down", rows_down, 5 * d, 5),
+        ("class_row", "up", rows_up, 5 * d, 5),
+        ("backbone", "down", backbone_down, parameters, 4),
+        ("backbone", "up", backbone_up, parameters, 4),
+    ):
+        expected = {
+            "float32": 4 * values,
+            "bfloat16": 2 * values,
+            "int8": values + 2 * scales,
+            "int4": values // 2 + 2 * scales,
+        }[precision]
+        assert counted[f"{part}_bytes_{way}"] == expected, (part, way)

@@ -1,12 +1,21 @@
 """The floor: the job's convolutions alone, forward and backward, as often as a round has them."""
 
-import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from job import BATCH, BLOCKS, COHORT, PICTURES, WIDTH, finish, read_job, turns
+from job import (
+    BATCH,
+    BLOCKS,
+    COHORT,
+    PICTURES,
+    WIDTH,
+    finish,
+    keep_freed_memory,
+    read_job,
+    turns,
+)
 from torch import Tensor, nn
 
 
@@ -18,9 +27,7 @@ def one_client(_: int) -> None:
 
 
 job, threads = read_job(Path(sys.argv[1])), int(sys.argv[2])
-libc = ctypes.CDLL(None)
-for parameter, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):
-    assert libc.mallopt(parameter, value)
+keep_freed_memory()
 torch.set_num_threads(1)
 LAYERS = []
 for block in range(BLOCKS):

@@ -6,17 +6,19 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from job import BATCH, LR, SCALE, Job, read_job
-from network import loss, network, scaled
+from job import BATCH, LR, SCALE, Job, keep_freed_memory, read_job
+from network import channels_last, loss, network, scaled
 
 client = ClientApp()
-job_of = cache(read_job)
+job_of, keep_once = cache(read_job), cache(keep_freed_memory)
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
     told = message.content["config"]
     job: Job = job_of(Path(told["job"]))
+    if told["tuned"]:
+        keep_once()
     number = job.cohorts[told["round"], told["slot"]]
     state = message.content["arrays"].to_torch_state_dict()
     rows = torch.nn.Parameter(state.pop("rows"))
@@ -26,7 +28,8 @@ def train(message: Message, context: Context) -> Message:
     for batch in job.orders[told["round"], told["slot"]].reshape(-1, BATCH):
         optimizer.zero_grad()
         labels = torch.from_numpy(job.labels[number, batch])
-        h = model(scaled(job.pixels[number, batch]))
+        pictures = scaled(job.pixels[number, batch])
+        h = model(channels_last(pictures) if told["tuned"] else pictures)
         loss(h, rows, labels, torch.zeros(1), SCALE).backward()
         optimizer.step()
     arrays = ArrayRecord({**model.state_dict(), "rows": rows.detach()})

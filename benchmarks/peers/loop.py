@@ -4,7 +4,6 @@ Threads of one torch thread and one model each; channels_last, with one channel 
 ReLU; one call for all gradients, no ``.grad``; freed memory is kept; pictures are scaled once.
 """
 
-import ctypes
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +11,8 @@ from queue import SimpleQueue
 
 import numpy as np
 import torch
-from job import BATCH, LR, SCALE, finish, read_job, turns
-from network import loss, network, scaled
+from job import BATCH, LR, SCALE, finish, keep_freed_memory, read_job, turns
+from network import channels_last, loss, network, scaled
 from torch import Tensor, nn
 
 Change = tuple[list[Tensor], Tensor | slice, Tensor]
@@ -26,16 +25,9 @@ def pools_first(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """With one channel ``.to()`` would leave the strides as they are."""
-    return x.as_strided(x.shape, (28 * 28, 1, 28, 1), x.storage_offset())
-
-
 def main() -> None:
     job, threads = read_job(Path(sys.argv[1])), int(sys.argv[2])
-    libc = ctypes.CDLL(None)
-    for parameter, value in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):
-        assert libc.mallopt(parameter, value)
+    keep_freed_memory()
     torch.set_num_threads(1)
     models: SimpleQueue[nn.Sequential] = SimpleQueue()
     for _ in range(threads):

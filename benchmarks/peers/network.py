@@ -28,6 +28,11 @@ def scaled(pixels: np.ndarray) -> Tensor:
     return (torch.from_numpy(pixels) / 255 - 0.5) / 0.5
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A pixel's channels side by side. With one channel ``.to()`` would leave the strides."""
+    return x.as_strided(x.shape, (28 * 28, 1, 28, 1), x.storage_offset())
+
+
 def loss(h: Tensor, rows: Tensor, target: Tensor, log_q: Tensor, scale: float) -> Tensor:
     """Softmax cross-entropy over the rows, corrected for how they were sampled."""
     logits = scale * F.normalize(h, dim=1) @ F.normalize(rows, dim=1).T - log_q

@@ -1,4 +1,7 @@
-"""The common job in Flower's simulation: 600 virtual nodes, a Ray worker on each core, FedAvg."""
+"""The common job in Flower's simulation: 600 virtual nodes, a Ray worker on each core, FedAvg.
+
+``tuned``: with what fedss does to memory, which is no part of Flower, in its clients.
+"""
 
 import os
 import sys
@@ -39,6 +42,7 @@ class InTurn(FedAvg):
         ]
         for slot, node in enumerate(nodes):
             told = ConfigRecord({"round": server_round - 1, "slot": slot, "job": str(job.folder)})
+            told["tuned"] = sys.argv[3].endswith("-tuned")
             content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: told})
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
 

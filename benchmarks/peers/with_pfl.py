@@ -1,12 +1,17 @@
-"""The common job in pfl-research (Apple), as its tutorials train a PyTorch model, one process."""
+"""The common job in pfl-research (Apple), as its tutorials train a PyTorch model.
 
+In one process, or in those that torchrun starts, as its documentation distributes a simulation;
+``tuned``: with what fedss does to memory, which is no part of pfl-research.
+"""
+
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from job import BATCH, COHORT, LR, SCALE, finish, read_job, turns
-from network import loss, network, scaled
+from job import BATCH, COHORT, LR, SCALE, finish, keep_freed_memory, read_job, turns
+from network import channels_last, loss, network, scaled
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
@@ -18,6 +23,9 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 
+RANK, RANKS = (int(os.environ.get(name, alone)) for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)))
+TUNED = sys.argv[3].endswith("-tuned")
+
 
 class Model(nn.Module):
     def __init__(self, theta: Any, rows: Any) -> None:
@@ -26,6 +34,7 @@ class Model(nn.Module):
 
     def loss(self, pictures: Tensor, labels: Tensor, eval: bool = False) -> Tensor:
         self.eval() if eval else self.train()
+        pictures = channels_last(pictures) if TUNED else pictures
         return loss(self.network(pictures), self.rows, labels, torch.zeros(1), SCALE)
 
     def metrics(self, pictures: Tensor, labels: Tensor, eval: bool = False) -> dict[str, Any]:
@@ -33,19 +42,29 @@ class Model(nn.Module):
 
 
 class Turns(TrainingProcessCallback):
+    """The first rank speaks and listens for all; the others wait until it goes on."""
+
     def __init__(self) -> None:
-        self.turn = turns()
+        self._turn = turns() if RANK == 0 else None
+
+    def _wait(self) -> None:
+        if self._turn:
+            self._turn()
+        if RANKS > 1:
+            torch.distributed.barrier()
 
     def on_train_begin(self, *, model: Any) -> Metrics:
-        self.turn()
+        self._wait()
         return Metrics()
 
     def after_central_iteration(self, *_: Any, **__: Any) -> tuple[bool, Metrics]:
-        self.turn()
+        self._wait()
         return False, Metrics()
 
 
 def main() -> None:
+    if TUNED:
+        keep_freed_memory()
     job = read_job(Path(sys.argv[1]))
     pictures, labels = scaled(job.pixels), torch.from_numpy(job.labels)
     clients, orders = job.cohorts.ravel(), job.orders.reshape(-1, job.orders.shape[2])
@@ -74,7 +93,8 @@ def main() -> None:
         callbacks=[Turns()],
     )
     theta = nn.utils.parameters_to_vector(model.network.parameters())
-    finish(job, theta.detach().numpy(), model.rows.detach().numpy())
+    if RANK == 0:
+        finish(job, theta.detach().numpy(), model.rows.detach().numpy(), RANKS)
 
 
 main()

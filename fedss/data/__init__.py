@@ -106,9 +106,9 @@ def load_dataset(
     Args:
         name: One of DATASETS.
         path: The CSV (``read_rows`` has its columns) or the root folder (``read_folder``); for
-            ``omniglot`` the folder of its archives, which are fetched into the cache folder if it
-            is None. ``glyphs`` takes none. Of the other published sets nothing is fetched:
-            docs/datasets.md says where to get what.
+            ``omniglot`` the folder of its archives, which are fetched into it if they are missing
+            (None: a folder in the cache folder). ``glyphs`` takes none. Of the other published sets
+            nothing is fetched: docs/datasets.md says where to get what.
         image_size: Side of the pictures; None is ``usual_side(name)``.
         channels: 1 or 3; None is 1 for glyphs and Omniglot, 3 for CIFAR-100, else 1 if every
             picture is stored in grayscale and 3 otherwise.

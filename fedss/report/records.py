@@ -16,6 +16,7 @@ import numpy as np
 
 from fedss.errors import RunFolderError
 from fedss.intervals import ClassScores, Interval, difference, interval
+from fedss.text import printable
 
 METRICS = ("map_at_10", "recall_at_1", "recall_at_5", "map_at_r")
 BYTES = tuple(
@@ -272,10 +273,12 @@ def read_runs(folder: Path) -> list[Run]:
     if not is_list or (exists and not entries):
         got = reprlib.repr(entries)
         raise _damaged(summary, f"expected a list with one object per run, got {got}")
-    runs = [_run(folder / str(_get(entry, "folder", summary)), entry, summary) for entry in entries]
+    for entry in entries:
+        read_summary(entry, summary)
+    runs = [_run(folder / entry["folder"], entry, summary) for entry in entries]
     # A run's folder is named after it: the label, with some signs replaced, and the seed.
     names = {_plain(run.label): run.label for run in runs if run.label}
-    seen = {(folder / str(entry["folder"])).resolve() for entry in entries}
+    seen = {(folder / entry["folder"]).resolve() for entry in entries}
     for candidate in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         is_run = (candidate / "config.json").is_file() and (candidate / "records.jsonl").is_file()
         if is_run and candidate.resolve() not in seen:
@@ -361,13 +364,7 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     if entry is None:
         results = _results_so_far(rounds, means)
     else:
-        keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
-        nullable = ("class_rows_per_client", *METRICS, *BYTES)
-        results = {key: _number(entry, key, summary, key in nullable) for key in keys}
-        key = "map_at_10_by_class"
-        results[key] = _number(entry, key, summary, True) if key in entry else None
-        for key in MOMENTS:  # older records lack them
-            results[key] = _number(entry, key, summary, True) if key in entry else 0.0
+        results = read_summary(entry, summary)
         method, seed = str(_get(entry, "method", summary)), _integer(entry, "seed", summary)
     command = config.get("command")
     floors, floor_classes = _scores(folder / "floors.json")
@@ -401,6 +398,40 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     )
 
 
+def read_summary(entry: Any, summary: Path) -> dict[str, float | None]:
+    """The figures of a run in ``summary.json``, checked: every reader sees it through this.
+
+    Raises:
+        RunFolderError: something is missing, or of another type.
+    """
+    for key in ("method", "folder"):
+        _word(entry, key, summary)
+    for key in ("seed", "rounds"):
+        _integer(entry, key, summary)
+    folder = entry["folder"]
+    if "\0" in folder or folder.encode("utf-8", "ignore").decode() != folder:
+        raise _damaged(summary, f"'folder': expected a path, got {reprlib.repr(folder)}")
+    _given_label(entry, summary)
+    keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
+    nullable = ("class_rows_per_client", *METRICS, *BYTES)
+    results = {key: _number(entry, key, summary, key in nullable) for key in keys}
+    for key in MOMENTS:  # older records lack them
+        results[key] = _number(entry, key, summary, True) if key in entry else 0.0
+    key = "map_at_10_by_class"
+    results[key] = _number(entry, key, summary, True) if key in entry else None
+    floors = _mapping(entry.get("floors", {}), summary)
+    for name in floors:
+        _share(floors, name, summary)
+    ends = entry.get("map_at_10_interval")
+    if ends is not None and not (
+        isinstance(ends, list) and len(ends) == 2 and all(isinstance(v, float) for v in ends)
+    ):
+        raise _damaged(
+            summary, f"'map_at_10_interval': expected two numbers, got {reprlib.repr(ends)}"
+        )
+    return results
+
+
 def _given_label(entry: Mapping[str, Any] | None, summary: Path) -> str:
     label = None if entry is None else entry.get("label")
     if label is not None and not isinstance(label, str):
@@ -419,34 +450,14 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
     for number, line in enumerate(text.splitlines(), start=1):
         where = f"{path}, line {number}"
         record = _parse(line, where)
-        down, up = (_number(record, f"bytes_{way}", where, True) for way in ("down", "up"))
+        this_round = read_round(record, where)
         for name, key in _COUNTED.items():
             total = sums[key]
             lacking = 0.0 if key in MOMENTS else None  # older records have no moments
             value = _number(record, name, where, True) if name in record else lacking
             sums[key] = None if total is None or value is None else total + value
-        cohort = _number(record, "clients", where)
-        clients += cohort
-        timing = _mapping(_get(record, "seconds", where), where)
-        by_phase = {phase: _number(timing, phase, where) for phase in timing}
-        seconds += sum(by_phase.values())
-        metrics, sites = _get(record, "metrics", where), None
-        if metrics is not None:
-            sites = _whole(metrics, "sites", where)
-            metrics = {key: _number(metrics, key, where) for key in METRICS}
-        this_round = Round(
-            number=_integer(record, "round", where),
-            loss=_number(record, "loss", where),
-            clients=cohort,
-            bytes_moved=None if down is None or up is None else down + up,
-            seconds=by_phase,
-            metrics=metrics,
-            failures=_failures(record, where),
-            attempts=_integer(record, "attempts", where) if "attempts" in record else 1,
-            num_classes=_whole(record, "num_classes", where),
-            num_clients=_whole(record, "num_clients", where),
-            sites=sites,
-        )
+        clients += this_round.clients
+        seconds += sum(this_round.seconds.values())
         if rounds and this_round.number <= rounds[-1].number:
             raise _damaged(
                 where,
@@ -457,13 +468,58 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
     return tuple(rounds), {"seconds": seconds, **means}
 
 
+def read_round(record: Any, where: str) -> Round:
+    """A record, checked: every reader of ``records.jsonl`` sees it through this.
+
+    Args:
+        record: a line's value.
+        where: file and line, for the error.
+
+    Raises:
+        RunFolderError: something is missing, or of another type.
+    """
+    down, up = (_number(record, f"bytes_{way}", where, True) for way in ("down", "up"))
+    cohort = _number(record, "clients", where)
+    if not cohort >= 1:
+        raise _damaged(where, f"'clients': expected 1 or more, got {cohort:g}")
+    timing = _mapping(_get(record, "seconds", where), where)
+    metrics, sites = _get(record, "metrics", where), None
+    if metrics is not None:
+        sites = _whole(metrics, "sites", where)
+        metrics = {key: _number(metrics, key, where) for key in METRICS}
+    return Round(
+        number=_integer(record, "round", where),
+        loss=_number(record, "loss", where),
+        clients=cohort,
+        bytes_moved=None if down is None or up is None else down + up,
+        seconds={phase: _number(timing, phase, where) for phase in timing},
+        metrics=metrics,
+        failures=_failures(record, where),
+        attempts=_integer(record, "attempts", where) if "attempts" in record else 1,
+        num_classes=_whole(record, "num_classes", where),
+        num_clients=_whole(record, "num_clients", where),
+        sites=sites,
+    )
+
+
+def check_counts(record: Any, names: Iterable[str], where: str) -> None:
+    """Whether a record has these counts: numbers, or null where nothing was counted.
+
+    Raises:
+        RunFolderError: it has not.
+    """
+    for name in names:
+        _number(record, name, where, nullable=True)
+
+
 def _failures(record: Any, where: str) -> tuple[Failure, ...]:
     """The clients that failed in a round; none where the record does not speak of any."""
     failures = _mapping(record, where).get("failures", [])
     if not isinstance(failures, list):
         raise _damaged(where, f"'failures': expected a list, got {reprlib.repr(failures)}")
+    # Sites have named these clients.
     return tuple(
-        Failure(*(_word(failure, key, where) for key in ("client", "reason")))
+        Failure(*(printable(_word(failure, key, where)) for key in ("client", "reason")))
         for failure in failures
     )
 
@@ -688,7 +744,10 @@ def _number(value: Any, key: str, where: Path | str, nullable: bool = False) -> 
         return None
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise _damaged(where, f"{key!r}: expected a number, got {reprlib.repr(number)}")
-    return float(number) if math.isfinite(number) else math.nan
+    try:
+        return float(number) if math.isfinite(number) else math.nan
+    except OverflowError as error:
+        raise _damaged(where, f"{key!r}: expected a number, got {reprlib.repr(number)}") from error
 
 
 def _word(value: Any, key: str, where: Path | str) -> str:
@@ -707,4 +766,6 @@ def _integer(value: Any, key: str, where: Path | str) -> int:
     number = _get(value, key, where)
     if isinstance(number, bool) or not isinstance(number, int):
         raise _damaged(where, f"{key!r}: expected an integer, got {reprlib.repr(number)}")
+    if abs(number) >= 2**53:
+        raise _damaged(where, f"{key!r}: expected below 2^53, got {reprlib.repr(number)}")
     return number

@@ -22,6 +22,8 @@ PHASES = {
 REASONS = {
     "offline": "the site was not connected",
     "deadline": "no reply in time",
+    "late": "no reply when most others had answered and the grace was over",
+    "aside": "not asked, as the site had let the others wait",
     "raised": "an error at the site",
     "died": "the site’s process ended",
     "lost": "a message got lost",

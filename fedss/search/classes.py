@@ -11,7 +11,7 @@ from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError
 from fedss.files import read_json
 from fedss.models import fingerprint
-from fedss.pictures import Picture, name_of, read_pictures
+from fedss.pictures import Picture, Read, name_of, read_pictures
 from fedss.report.records import read_verified
 from fedss.retrieval import nearest
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
@@ -67,10 +67,15 @@ def enrol(
     if names is None:
         names = [name_of(picture, at) for at, picture in enumerate(pictures)]
     blocks = read_pictures(collection.embedder, pictures, thumbnails=True)
+    return keep(collection, named, [read for block in blocks for read in block], names)
+
+
+def keep(
+    collection: Collection, label: str, pictures: Sequence[Read], names: Sequence[str]
+) -> Collection:
+    """:func:`enrol`, for pictures that were read before, with thumbnails."""
     items = [
-        Item(names[read.position], named, None, read.vector_D, read.thumbnail)
-        for block in blocks
-        for read in block
+        Item(names[read.position], label, None, read.vector_D, read.thumbnail) for read in pictures
     ]
     path = collection.folder / ENROLLED
     model = fingerprint(collection.embedder)

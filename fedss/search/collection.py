@@ -5,7 +5,7 @@ Shape suffixes: Q queries, N pictures of the collection, D embedding size, C cla
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +59,8 @@ class Collection:
         vectors_ND: float32, rows of length 1.
         indexed: the first so many pictures are those of ``source``.
         skipped: pictures of ``source`` that could not be read when the index was built.
-        links: symbolic links of ``source`` that were passed over then.
+        passed_over: files and folders of ``source`` that were none of the pictures then, by kind.
+        remarks: sentences on what else was not read then.
         embedded: how many pictures were embedded then; the others were there before.
     """
 
@@ -72,7 +73,8 @@ class Collection:
     vectors_ND: Tensor
     indexed: int
     skipped: tuple[str, ...]
-    links: int
+    passed_over: Mapping[str, int]
+    remarks: tuple[str, ...]
     embedded: int
     _builds: tuple[str, str]
     _ids: tuple[int, ...]
@@ -208,7 +210,7 @@ def open_collection(
         RunFolderError: no index, a damaged one, or one made with another model.
         ConfigError: as ``fedss.load``.
     """
-    return open_with(Path(folder), load(run, backbone))
+    return open_with(Path(folder).absolute(), load(run, backbone))
 
 
 def reopen(collection: Collection) -> Collection:
@@ -237,7 +239,8 @@ def open_with(folder: Path, embedder: Embedder) -> Collection:
             vectors_ND=torch.from_numpy(np.concatenate([part.vectors_ND for part in both])),
             indexed=len(shelf.names),
             skipped=tuple(facts["skipped"]),
-            links=facts["links"],
+            passed_over=facts.get("passed_over", {}),
+            remarks=tuple(facts.get("remarks", ())),
             embedded=facts["embedded"],
             _builds=(shelf.about["build"], enrolled.about["build"] if enrolled else ""),
             _ids=tuple(number for part in both for number in part.ids),

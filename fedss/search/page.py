@@ -8,6 +8,7 @@ from jinja2 import Environment
 
 from fedss.pictures import preview
 from fedss.search.collection import Collection, Match
+from fedss.text import printable
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Nearest pictures</title>
@@ -44,10 +45,10 @@ def neighbours_page(
     """
     environment = Environment(autoescape=True, trim_blocks=True)
     return environment.from_string(_PAGE).render(
-        source=shown(str(collection.source)),
+        source=printable(str(collection.source)),
         queries=[
             {
-                "name": shown(str(query)),
+                "name": printable(str(query)),
                 "picture": _inline(preview(query)),
                 "found": [(_shown(m), _inline(collection.thumbnail(m.position))) for m in matches],
             }
@@ -56,16 +57,9 @@ def neighbours_page(
     )
 
 
-def shown(name: str) -> str:
-    """A name fit to be printed: a file's may hold anything, also what moves a terminal's cursor."""
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name
-    )
-
-
 def _shown(match: Match) -> Match:
-    label = None if match.label is None else shown(match.label)
-    return Match(match.position, shown(match.name), label, match.score)
+    label = None if match.label is None else printable(match.label)
+    return Match(match.position, printable(match.name), label, match.score)
 
 
 def _inline(jpeg: bytes) -> str:

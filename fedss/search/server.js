@@ -29,7 +29,7 @@ async function ask(path, options = {}) {
     throw new Error("No answer from the server: is fedss serve still running?");
   }
   const content = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(content.error || `The server answered ${answer.status}.`);
+  if (!answer.ok) throw Object.assign(new Error(content.error || `The server answered ${answer.status}.`), { refused: answer.status < 500 });
   return content;
 }
 
@@ -131,17 +131,18 @@ function showFound(title, note, pictures) {
   at("neighbours").replaceChildren(...pictures.map((picture) => pictureItem(picture, true)));
 }
 
+async function startView(signal) {
+  showQuery(null);
+  showIdentity(null);
+  at("amount").hidden = true;
+  const { pictures } = await ask("sample", { signal });
+  showFound(pictures.length ? "Or start from one of these" : "Nothing to find", pictures.length ? "" : "This index holds no pictures.", pictures);
+}
+
 async function searchView(values, signal) {
   const position = values.get("at");
   const count = at("count").value;
-  if (position === null && asked === null) {
-    showQuery(null);
-    showIdentity(null);
-    at("amount").hidden = true;
-    const { pictures } = await ask("sample", { signal });
-    showFound(pictures.length ? "Or start from one of these" : "Nothing to find", pictures.length ? "" : "This index holds no pictures.", pictures);
-    return;
-  }
+  if (position === null && asked === null) return startView(signal);
   let answer;
   if (position !== null) {
     showQuery(`thumbnail/${encodeURIComponent(position)}`, "…");
@@ -306,7 +307,15 @@ async function render() {
     } catch (error) {
       if (error.name !== "AbortError") {
         for (const id of [grid, "classes-note", "classes-pager", "class-note", "pictures-pager"]) at(id).replaceChildren();
-        if (view === "search") { at("amount").hidden = true; showIdentity(null); showFound("No picture to search with", "", []); }
+        if (view === "search") {
+          at("amount").hidden = true;
+          showIdentity(null);
+          showFound("No picture to search with", "", []);
+          if (error.refused) {
+            asked = null;  // it would be refused again
+            await startView(signal).catch(() => {});
+          }
+        }
       }
       throw error;
     } finally {

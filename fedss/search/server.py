@@ -5,6 +5,7 @@ names a file. What the page's script asks for is answered in JSON, mistakes as
 ``{"error": "what is wrong and what to do"}``.
 """
 
+import asyncio
 import errno
 import io
 import ipaddress
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from torch import Tensor
+import torch
 
+from fedss.data.cache import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
 from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError, FedssError, RunFolderError
-from fedss.pictures import read_pictures
-from fedss.search.classes import Threshold, enrol, identify, remove
+from fedss.models import Embedder
+from fedss.pictures import Read, read_pictures
+from fedss.search.classes import Threshold, identify, keep, remove
 from fedss.search.collection import ENROLLED, INDEX, Collection, Match, reopen
 
 try:
@@ -84,15 +87,21 @@ class Limits:
         picture_bytes: the largest picture.
         threshold: the least cosine at which a class is named; None: nothing is said of that.
         measured: where the threshold comes from; None: from the command line.
+        picture_pixels: the picture of most pixels. Decoding takes up to 18 bytes for each, and a
+            file of few bytes may have very many.
     """
 
     picture_bytes: int = 20_000_000
     threshold: float | None = None
     measured: Threshold | None = None
+    picture_pixels: int = 25_000_000
 
 
 def make_limits(
-    max_upload_mb: float, threshold: float | None = None, measured: Threshold | None = None
+    max_upload_mb: float,
+    threshold: float | None = None,
+    measured: Threshold | None = None,
+    max_upload_megapixels: float = 25.0,
 ) -> Limits:
     """Checked limits, with a threshold as given, or else as an evaluation has measured it.
 
@@ -101,11 +110,17 @@ def make_limits(
     """
     if not 0.001 <= max_upload_mb <= 1000:
         raise ConfigError(f"--max-upload-mb: expected 0.001 to 1000, got {max_upload_mb:g}")
+    most = MAX_PIXELS / 1e6
+    if not 0.01 <= max_upload_megapixels <= most:
+        raise ConfigError(
+            f"--max-upload-megapixels: expected 0.01 to {most:g}, got {max_upload_megapixels:g}"
+        )
     if threshold is not None and not -1.0 <= threshold <= 1.0:
         raise ConfigError(f"--threshold: expected a cosine from -1 to 1, got {threshold:g}")
+    size, pixels = round(max_upload_mb * 1e6), round(max_upload_megapixels * 1e6)
     if threshold is not None or measured is None:
-        return Limits(round(max_upload_mb * 1e6), threshold)
-    return Limits(round(max_upload_mb * 1e6), measured.threshold, measured)
+        return Limits(size, threshold, None, pixels)
+    return Limits(size, measured.threshold, measured, pixels)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -194,7 +209,7 @@ def make_app(
         names: of this machine, in requests; any other name is refused, any address is not.
         limits: what it takes.
     """
-    site = _Site(collection, title, limits)
+    site, decoding = _Site(collection, title, limits), asyncio.Lock()
 
     def most_bytes(path: str) -> int:
         pictures = {"/search": 1, "/enrol": MOST_PICTURES}.get(path, 0)
@@ -203,14 +218,22 @@ def make_app(
     def answer(work: Callable[[Request], Any]) -> Callable[[Request], Response]:
         return lambda request: JSONResponse(work(request))
 
+    async def read(uploads: Sequence[_Upload]) -> list[Read]:
+        # One upload at a time, so that memory is bounded; whoever sends none need not wait.
+        async with decoding:
+            return await run_in_threadpool(_read, collection.embedder, uploads, limits)
+
     async def search(request: Request) -> Response:
         count = _number(request, "count", 24, _MOST_NEIGHBOURS)
-        _, (upload,) = await _form(request, limits, most=1)
-        return JSONResponse(await run_in_threadpool(site.search, upload, count))
+        _, uploads = await _form(request, limits, most=1)
+        (query,) = await read(uploads)
+        return JSONResponse(await run_in_threadpool(site.search, query, count))
 
     async def enrol_class(request: Request) -> Response:
         name, uploads = await _form(request, limits, most=MOST_PICTURES)
-        return JSONResponse(await run_in_threadpool(site.enrol, name, uploads))
+        name, names = _new_name(name), [upload.name for upload in uploads]
+        pictures = await read(uploads)
+        return JSONResponse(await run_in_threadpool(site.enrol, name, pictures, names))
 
     def file(name: str, request: Request) -> Response:
         return FileResponse(_HERE / name)
@@ -328,11 +351,10 @@ class _Site:
 
         return self._with_collection(near)
 
-    def search(self, upload: _Upload, count: int) -> dict[str, Any]:
-        limits = self._limits
+    def search(self, query: Read, count: int) -> dict[str, Any]:
+        limits, query_1D = self._limits, torch.from_numpy(query.vector_D)[None]
 
         def near(there: Collection) -> dict[str, Any]:
-            query_1D = _embedded(there, [upload])
             (found,) = there.search(query_1D, count)
             identity = None
             if there.classes:
@@ -384,25 +406,15 @@ class _Site:
 
         return {"classes": self._with_collection(of_all)}
 
-    def enrol(self, name: str, uploads: Sequence[_Upload]) -> dict[str, Any]:
-        name = class_name(" ".join(name.split())) or ""
-        visible = all(letter.isprintable() or letter in _JOINERS for letter in name)
-        if not visible or len(name) > _LONGEST_NAME:
-            raise DataError(
-                f"the name of a class: expected up to {_LONGEST_NAME} characters that can be seen, "
-                f"got {len(name)}: {name[:40]!r}"
-            )
-
+    def enrol(self, name: str, pictures: Sequence[Read], names: Sequence[str]) -> dict[str, Any]:
         def add(there: Collection) -> dict[str, Any]:
             label = self._labels.get(name, name)
-            _embedded(there, uploads)  # says what is wrong with which
-            files = [io.BytesIO(upload.content) for upload in uploads]
-            now = enrol(there, label, files, names=[upload.name for upload in uploads])
+            now = keep(there, label, pictures, names)
             self._show(now)
             # The last one of the class: its first pictures may lie in the index.
             return {
                 "name": _text(label),
-                "count": len(uploads),
+                "count": len(pictures),
                 "position": max(now.pictures_of(label)),
             }
 
@@ -538,28 +550,49 @@ async def _form(request: Request, limits: Limits, most: int) -> tuple[str, list[
         return name if isinstance(name, str) else "", uploads
 
 
-def _embedded(there: Collection, uploads: Sequence[_Upload]) -> Tensor:
-    """Embeddings of what was sent, float32 [Q, D]; nothing of it is stored.
+def _read(embedder: Embedder, uploads: Sequence[_Upload], limits: Limits) -> list[Read]:
+    """What was sent, embedded, with thumbnails; nothing of it is stored.
 
     Raises:
-        HTTPException: it is no picture, or cannot be read (named, and why).
+        HTTPException: it is no picture, too large, or cannot be read (named, and why).
     """
     for upload in uploads:
         if not upload.content:
             raise HTTPException(415, f"{upload.name} is empty")
         if not _BEGINNINGS.match(upload.content):
             raise HTTPException(415, f"{upload.name} {_NO_PICTURE}")
-    files = [io.BytesIO(upload.content) for upload in uploads]
-    try:
-        return there.embed(files)
-    except DataError:
-        # Which one it was, and why, in words for who sees no command line.
-        broken: dict[int, str] = {}
-        list(read_pictures(there.embedder, files, thumbnails=False, broken=broken))
-        for position, reason in broken.items():
-            what = _NO_PICTURE if "identify" in reason else f"cannot be read: {reason}"
-            raise HTTPException(415, f"{uploads[position].name} {what}") from None
-        raise
+        try:
+            with quiet_pillow():
+                open_picture(io.BytesIO(upload.content), limits.picture_pixels)
+        except PixelLimitError as error:
+            raise HTTPException(
+                413,
+                f"{upload.name} has {error}; fedss serve --max-upload-megapixels sets the limit",
+            ) from error
+        except Exception:
+            continue  # What else is wrong with it is said below.
+    files, broken = [io.BytesIO(upload.content) for upload in uploads], dict[int, str]()
+    blocks = read_pictures(embedder, files, thumbnails=True, broken=broken)
+    pictures = [read for block in blocks for read in block]
+    for position, reason in broken.items():
+        raise HTTPException(415, f"{uploads[position].name} cannot be read: {reason}")
+    return pictures
+
+
+def _new_name(text: str) -> str:
+    """A class's name as a page sends it.
+
+    Raises:
+        DataError: there is none, or it has letters that cannot be seen.
+    """
+    name = class_name(" ".join(text.split())) or ""
+    visible = all(letter.isprintable() or letter in _JOINERS for letter in name)
+    if not name or not visible or len(name) > _LONGEST_NAME:
+        raise DataError(
+            f"the name of a class: expected 1 to {_LONGEST_NAME} characters that can be seen, "
+            f"got {len(name)}: {name[:40]!r}"
+        )
+    return name
 
 
 def _page(request: Request, items: Sequence[T]) -> tuple[Sequence[T], dict[str, int]]:

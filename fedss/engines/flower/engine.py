@@ -8,7 +8,7 @@ site sends is used before :mod:`fedss.engines.flower.replies` has checked it.
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ from fedss.engines.flower.replies import (
     part_of,
     read_reply,
 )
+from fedss.engines.flower.settings import Deployment
 from fedss.errors import QuorumError
 from fedss.intervals import FLOORS
 from fedss.optimizers import ServerOptimizer
@@ -57,6 +58,8 @@ T = TypeVar("T")
 
 # Reasons that may be gone in a moment: a node that was just restarted, say.
 _PASSING = ("offline", "lost", "died")
+# Those of a site that let the others wait.
+_WAITED_FOR = ("late", "deadline")
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,15 @@ class FlowerEngine:
         cohort_size: clients per round.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded; n is that of each round.
-        deadline: seconds that sites have to answer a message.
+        deployment: how long sites have to answer, and how many must.
         lap: told when a phase is over.
         path: the registry's file.
         registry: rows of classes and numbers of clients.
         sites: those that are online, by node.
         refused: nodes online that could not register, and why.
         requests: what clients ask for, as far as it is known, by round and n.
+        aside: sites that let the others wait, and the first round (0-based) that asks them again.
+        unanswered: the messages that these have not answered, by id, and the site of each.
     """
 
     grid: Nodes
@@ -101,13 +106,15 @@ class FlowerEngine:
     cohort_size: int
     optimizer: ServerOptimizer
     wire: WireFormat
-    deadline: float
+    deployment: Deployment
     lap: Callable[[str], None]
     path: Path
     registry: Registry
     sites: dict[int, Site] = field(default_factory=dict)
     refused: dict[int, RefusedError] = field(default_factory=dict)
     requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
+    aside: dict[int, int] = field(default_factory=dict)
+    unanswered: dict[str, int] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Ranks:
@@ -137,11 +144,16 @@ class FlowerEngine:
         homes = self._homes()
         yield from (Failure(k, "offline") for k in cohort.tolist() if k not in homes)
         online = [k for k in cohort.tolist() if k in homes]
-        yield from self._ask(wire, plan, online)
+        needed = max(1.0, self.deployment.quorum * len(cohort))
+        called = [k for k in online if homes[k] not in self.aside]
+        if len(called) < needed:
+            called = online
+        yield from (Failure(k, "aside") for k in online if k not in called)
+        yield from self._ask(wire, plan, called, needed)
         asked, homes = self.requests[plan.round, plan.num_classes], self._homes()
         # Those whose site was refused meanwhile.
-        yield from (Failure(k, "offline") for k in online if k in asked and k not in homes)
-        present = [k for k in online if k in asked and k in homes]
+        yield from (Failure(k, "offline") for k in called if k in asked and k not in homes)
+        present = [k for k in called if k in asked and k in homes]
         self.lap("request")
         if not present:
             return
@@ -154,13 +166,18 @@ class FlowerEngine:
         here, down = self._by_node(present), dict[int, Tensors]()
         coming = self._by_node(self._cohort(plan.round + 1, plan.seed))
         messages = self._training_messages(wire, state, plan, here, coming, ids, dealt, down)
-        for node, reply in exchange(self.grid, messages, self.deadline):
+        done, answered = set[int](), set[int]()
+        for node, reply in self._exchange(
+            messages, lambda: self._enough(needed, len(present), done, answered)
+        ):
+            answered.update(here[node])
             try:
                 facts, buffers = self._read(node, reply, plan.round)
                 updates = buffers.get("updates", {})
                 if not updates.keys() <= set(here[node]):
                     raise RefusedError("damaged", "updates of clients that were not asked")
             except RefusedError as error:
+                self._put_aside(node, error, plan.round + 1)
                 for k in here[node]:
                     asked.pop(k, None)
                     yield error.of(k)
@@ -176,6 +193,7 @@ class FlowerEngine:
                     yield error.of(k)
                     continue
                 counted = traffic(down[k], encode_request(wire, asked[k]), message)
+                done.add(k)
                 yield replace(update, traffic=counted)
 
     def _training_messages(
@@ -213,7 +231,9 @@ class FlowerEngine:
             down[clients[0]] = {**to_all, **classes, **told, **answers[clients[0]]}
             yield node, self._message(TRAIN, node, plan.round, content)
 
-    def _ask(self, wire: WireFormat, plan: RoundPlan, clients: Sequence[int]) -> Iterator[Failure]:
+    def _ask(
+        self, wire: WireFormat, plan: RoundPlan, clients: Sequence[int], needed: float
+    ) -> Iterator[Failure]:
         """Line 2: requests of those clients that have not sent theirs ahead."""
         self.requests = {key: known for key, known in self.requests.items() if key[0] >= plan.round}
         known = self.requests.setdefault((plan.round, plan.num_classes), {})
@@ -225,10 +245,16 @@ class FlowerEngine:
                 content = pack(self._facts(node, plan, missing, []), classes=buffer(classes))
                 yield node, self._message(REQUEST, node, plan.round, content)
 
-        for node, reply in exchange(self.grid, messages(), self.deadline):
+        answered = set[int]()
+        for node, reply in self._exchange(
+            messages(),
+            lambda: self._enough(needed, len(clients), known.keys() & {*clients}, answered),
+        ):
+            answered.update(here[node])
             try:
                 facts, buffers = self._read(node, reply, plan.round)
             except RefusedError as error:
+                self._put_aside(node, error, plan.round + 1)
                 yield from map(error.of, here[node])
                 continue
             for k in here[node]:
@@ -237,6 +263,50 @@ class FlowerEngine:
                     known[k] = check_request(wire, plan, message)
                 except RefusedError as error:
                     yield error.of(k)
+
+    def _exchange(
+        self, messages: Iterable[tuple[int, Message]], enough: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, "Message | RefusedError"]]:
+        of_run = self.deployment
+        return exchange(self.grid, messages, of_run.deadline, enough, of_run.grace, self.unanswered)
+
+    def _enough(
+        self, needed: float, asked: int, done: Collection[int], answered: Collection[int]
+    ) -> bool:
+        """Whether the others need not be waited for much longer.
+
+        Args:
+            needed: number of clients that make a quorum.
+            asked: number of those that were asked.
+            done: those that gave what can be used.
+            answered: those whose site has answered; where they are not done, they have failed.
+        """
+        hoped_for = asked - len({*answered} - {*done})
+        return len(done) >= max(needed, self.deployment.share * hoped_for)
+
+    def _put_aside(self, node: int, error: RefusedError, round: int) -> None:
+        """A site that let the others wait is not asked in some rounds from ``round`` on."""
+        if error.reason in _WAITED_FOR and self.deployment.aside:
+            self.aside[node] = again = round + self.deployment.aside
+            say(
+                f"site {node} let the others wait ({error.reason}): it is not asked before round "
+                f"{again + 1}, unless it answers or starts anew before"
+            )
+
+    def _take_back(self, online: Collection[int], round: int) -> None:
+        """Of the sites put aside, those whose time is over, or that are seen to be well again.
+
+        A reply that comes too late is not used; but who has sent it can take the next message.
+        """
+        late = list(self.unanswered)
+        for reply in once_more(self.grid.pull_messages, late) if late else []:
+            node = self.unanswered.pop(reply.metadata.reply_to_message_id, None)
+            # An error is Flower's word, and as a rule that the message has outlived its time.
+            if node in self.aside and not reply.has_error():
+                del self.aside[node]
+                say(f"site {node} has answered at last: it is asked again")
+        self.aside = {n: again for n, again in self.aside.items() if n in online and again > round}
+        self.unanswered = {id: n for id, n in self.unanswered.items() if n in self.aside}
 
     def _keep_requests(
         self,
@@ -271,18 +341,19 @@ class FlowerEngine:
             none could. Before the first round also the floors that all of these sites have.
         """
         wire, online = replace(self.wire, backbone_down="float32"), self._online()
+        asked = {n: site for n, site in self.sites.items() if n in online}
+        asked = {n: site for n, site in asked.items() if n not in self.aside} or asked
         packed = buffer(encode_broadcast(wire, Broadcast(backbone_P, None)))
 
         def messages() -> Iterator[tuple[int, Message]]:
-            for node, site in list(self.sites.items()):
-                if node in online:
-                    content = pack(
-                        {**self.told, "round": round, "stamp": site.stamp}, broadcast=packed
-                    )
-                    yield node, self._message(EVALUATE, node, round, content)
+            for node, site in asked.items():
+                facts = {**self.told, "round": round, "stamp": site.stamp}
+                content = pack(facts, broadcast=packed)
+                yield node, self._message(EVALUATE, node, round, content)
 
         found, floors = [], []
-        for node, reply in exchange(self.grid, messages(), self.deadline):
+        # All are waited for: who is left out would be left out of the figures.
+        for node, reply in self._exchange(messages()):
             try:
                 facts = self._read(node, reply, round)[0]
                 metrics = check_metrics(facts)
@@ -290,6 +361,7 @@ class FlowerEngine:
                     floors.append({**check_floors(facts), "untrained": metrics["map_at_10"]})
                     found.append(metrics)
             except RefusedError as error:
+                self._put_aside(node, error, round)
                 say(f"site {node} did not evaluate: {error.reason} {error.detail}")
         counts = {n: sum(m[n] for m in found) for n in ("queries", "classes", "skipped")}
         if not counts["queries"] or not counts["classes"]:
@@ -326,7 +398,8 @@ class FlowerEngine:
             QuorumError: they are not there in time.
         """
         arrived: dict[int, dict[str, Any]] = {}
-        end, shown, before = time.monotonic() + self.deadline, -1, self.registry
+        deadline = self.deployment.deadline
+        end, shown, before = time.monotonic() + deadline, -1, self.registry
         while True:
             online = self._online()
             arrived = {node: facts for node, facts in arrived.items() if node in online}
@@ -352,7 +425,7 @@ class FlowerEngine:
                 there = {n for n, error in self.refused.items() if error.reason != "deadline"}
                 self._introduce(there, round)
                 raise QuorumError(
-                    f"expected {sites} sites within {self.deadline:g} s, found {shown}{reasons}. "
+                    f"expected {sites} sites within {deadline:g} s, found {shown}{reasons}. "
                     "Start the others and submit again, or set sites to what there is"
                 )
             time.sleep(1)
@@ -375,6 +448,7 @@ class FlowerEngine:
         self._admit(arrived, round)
         if self.registry is not before:
             save_registry(self.path, self.registry)
+        self._take_back(online, round)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
         """What sites say of themselves; those that were refused hear why, for their own log."""
@@ -387,7 +461,7 @@ class FlowerEngine:
                 yield node, self._message(REGISTER, node, round, pack(facts))
 
         arrived: dict[int, dict[str, Any]] = {}
-        for node, reply in exchange(self.grid, messages(), self.deadline):
+        for node, reply in exchange(self.grid, messages(), self.deployment.deadline):
             try:
                 arrived[node], _ = read_reply(reply, round)
             except RefusedError as error:
@@ -458,7 +532,7 @@ class FlowerEngine:
     def _message(self, kind: str, node: int, round: int, content: RecordDict) -> Message:
         # Flower says of a message that has outlived its time that it is lost: not before the
         # deadline has been noticed here.
-        ttl = self.deadline + 2.0
+        ttl = self.deployment.deadline + 2.0
         return Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(round))
 
     def _cohort(self, round: int, seed: int) -> list[int]:
@@ -480,7 +554,12 @@ class FlowerEngine:
 
 
 def exchange(
-    grid: Nodes, messages: Iterable[tuple[int, Message]], deadline: float
+    grid: Nodes,
+    messages: Iterable[tuple[int, Message]],
+    deadline: float,
+    enough: Callable[[], bool] = lambda: False,
+    grace: float = 0.0,
+    unanswered: dict[str, int] | None = None,
 ) -> Iterator[tuple[int, "Message | RefusedError"]]:
     """Send a message to each node, and give their replies as they come.
 
@@ -489,6 +568,11 @@ def exchange(
         messages: with the node of each. They are sent one by one, as they are made: so one of them
             is in memory at a time, and it is known which one Flower does not take.
         deadline: seconds after which those that are missing are given as refused.
+        enough: whether so many have answered that the others have the grace alone, looked at
+            whenever the replies that are there have been used. They have as long again as it took,
+            and ``grace`` seconds at least, but no longer than the deadline.
+        grace: seconds.
+        unanswered: gets the ids of messages that were not answered in time, with their nodes.
     """
     waiting, answered = dict[str, int](), dict[str, int]()
     for node, message in messages:
@@ -498,7 +582,8 @@ def exchange(
             waiting[message_id] = node
         else:
             yield node, RefusedError("lost", "Flower did not take the message")
-    end, pause = time.monotonic() + deadline, 0.05
+    began, pause, missing = time.monotonic(), 0.05, "deadline"
+    end = began + deadline
     while waiting:
         # What came while the last replies were looked at is in time.
         late = time.monotonic() >= end
@@ -511,9 +596,14 @@ def exchange(
                 yield answered[message_id], RefusedError("twice", "a second reply to one message")
         if late or not waiting:
             break
+        now = time.monotonic()
+        if missing == "deadline" and enough() and now + max(grace, now - began) < end:
+            end, missing = now + max(grace, now - began), "late"
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
-    yield from ((node, RefusedError("deadline")) for node in waiting.values())
+    if unanswered is not None:
+        unanswered.update(waiting)
+    yield from ((node, RefusedError(missing)) for node in waiting.values())
 
 
 def _why(node: int, error: RefusedError) -> str:

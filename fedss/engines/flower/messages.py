@@ -8,6 +8,7 @@ every array costs requests of its own, so what one site alone gets is one buffer
 import json
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedss.errors import FedssError
+from fedss.text import printable
 
 REGISTER, REQUEST, TRAIN, EVALUATE = "query.register", "query.classes", "train", "evaluate"
 
@@ -95,5 +97,11 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
 
 
 def say(text: str) -> None:
-    """A line for whoever watches this process."""
-    print(f"fedss: {text}", file=sys.stderr, flush=True)
+    """A line for whoever watches this process, though others may have had a hand in the text."""
+    print(f"fedss: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def say_traceback() -> None:
+    """Where the error that is being handled came from, each line marked as a part of that."""
+    for line in traceback.format_exc().splitlines():
+        print(f"  | {printable(line)}", file=sys.stderr, flush=True)

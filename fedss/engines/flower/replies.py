@@ -21,6 +21,7 @@ from fedss.intervals import FLOORS
 from fedss.retrieval import RetrievalMetrics
 from fedss.samplers import own_budget
 from fedss.seeds import generator
+from fedss.text import printable
 from fedss.wire import WireFormat, decode_request, decode_update, encode_update
 
 MOST_EXAMPLES = 2**31
@@ -43,8 +44,7 @@ class RefusedError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
         # It is shown on a terminal, and a site may have had a hand in it.
-        shown = "".join(c if c.isprintable() else "?" for c in detail[:300])
-        self.reason, self.detail = reason, shown
+        self.reason, self.detail = reason, printable(detail[:300])
 
     def of(self, client: int) -> Failure:
         """As the failure of a client."""

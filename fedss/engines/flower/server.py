@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedss.baselines import Floors, backbone_floors, data_floors, floor
-from fedss.build import compute_device, evaluation_task, load_data, wire_format
+from fedss.build import compute_device, evaluation_task, load_data, model_for, wire_format
 from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
@@ -26,7 +26,7 @@ from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation import Evaluation, check_tellable, embed_task, judge
 from fedss.experiment import Federation, Lap, Run, train_federation
-from fedss.models import Embedder, build_embedder, frozen_fingerprint
+from fedss.models import Embedder, frozen_fingerprint
 from fedss.optimizers import ServerOptimizer
 from fedss.pace import TimeLeft
 from fedss.progress import estimate
@@ -60,16 +60,7 @@ def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     config = explicit(config)
     assert config.channels is not None
     assert config.image_size is not None
-    embedder = build_embedder(
-        config.backbone,
-        channels=config.channels,
-        image_size=config.image_size,
-        embedding_size=config.embedding_size,
-        seed=config.seed,
-        pretrained=config.pretrained,
-        weights=config.weights,
-        trainable=config.trainable,
-    )
+    embedder = model_for(config, config.channels, config.image_size)
     shape = [config.channels, config.image_size, config.image_size]
     data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
     folder, left = Path(deployment.out), estimate(config)
@@ -123,7 +114,7 @@ def _federation(
         config.clients_per_round,
         optimizer,
         wire_format(config, embedder, 1),
-        deployment.deadline,
+        deployment,
         lap,
         path,
         # Before the first checkpoint nothing has been learnt by which a row would be known.

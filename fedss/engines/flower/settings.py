@@ -33,6 +33,15 @@ class Deployment:
     )
     deadline: float = _setting(600.0, "seconds that sites have for each of a round's messages")
     quorum: float = _setting(0.5, "part of a round's clients without which there is no step")
+    share: float = _setting(
+        0.8, "part of the clients asked whose answers are always waited for, up to the deadline"
+    )
+    grace: float = _setting(
+        60.0, "seconds, at least, that the other sites have then: as long again, if that is more"
+    )
+    aside: int = _setting(
+        10, "rounds that a site which let the others wait is not asked in, unless it answers before"
+    )
     attempts: int = _setting(5, "how often a round is begun before the run ends")
     pause: float = _setting(60.0, "seconds between two attempts")
 
@@ -41,9 +50,12 @@ class Deployment:
             ("out", Path(self.out).is_absolute(), "a full path at the server"),
             ("sites", self.sites >= 1, "at least 1"),
             ("attempts", self.attempts >= 1, "at least 1"),
+            ("aside", self.aside >= 0, "at least 0"),
             ("deadline", 1 <= self.deadline <= 1e7, "1 to 1e7 seconds"),
             ("pause", 0 <= self.pause <= 1e7, "0 to 1e7 seconds"),
+            ("grace", 0 <= self.grace <= 1e7, "0 to 1e7 seconds"),
             ("quorum", 0 <= self.quorum <= 1, "0 to 1"),
+            ("share", 0 <= self.share <= 1, "0 to 1"),
             ("evaluate_at", self.evaluate_at in ("sites", "server"), "sites or server"),
         ):
             if not valid:

@@ -14,7 +14,6 @@ holds a share of the clients of the data set that the server's configuration nam
 """
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ from fedss.build import build_model, compute_device, load_data, round_plan, wire
 from fedss.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
 from fedss.config import Config, config_from_dict
 from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
-from fedss.data.manifest import composed
+from fedss.data.names import composed
 from fedss.engines.flower.messages import (
     Tensors,
     buffer,
@@ -43,6 +42,7 @@ from fedss.engines.flower.messages import (
     of_clients,
     pack,
     say,
+    say_traceback,
     unpack,
 )
 from fedss.engines.flower.registry import digest, token
@@ -128,7 +128,7 @@ def _answer(
         facts, tensors = unpack(message)
         content = _checked(facts, tensors, context.node_config, work)
     except Exception as error:
-        traceback.print_exc()
+        say_traceback()
         content = pack({"error": "raised", "detail": type(error).__name__})
     return Message(content, reply_to=message)
 
@@ -275,7 +275,7 @@ def _each_client(
                 raise ValueError("all classes of this client are new in this round")
             done[client] = do(client, example_N)
         except Exception as error:
-            traceback.print_exc()
+            say_traceback()
             failed[str(client)] = type(error).__name__
     return done, failed
 
@@ -345,7 +345,7 @@ def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tenso
             try:
                 return workers.train(plan, part)
             except Exception as error:
-                traceback.print_exc()
+                say_traceback()
                 return error
 
         for part, result in zip(parts, workers.pool.map(train_part, parts), strict=True):

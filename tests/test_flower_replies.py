@@ -1,0 +1,239 @@
+"""What the server takes of a reply, at each limit: the last value that may be, and the next."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedss.build import round_plan
+from fedss.client import ClientUpdate, RoundPlan
+from fedss.config import Config
+from fedss.engines.flower.messages import MessageError, by_client, pack
+from fedss.engines.flower.registry import Registry, digest, token
+from fedss.engines.flower.replies import (
+    MOST_EXAMPLES,
+    RefusedError,
+    check_metrics,
+    check_registration,
+    check_request,
+    check_update,
+    read_reply,
+)
+from fedss.seeds import generator
+from fedss.wire import WireFormat, encode_update
+
+N, D, LAYOUT = 20, 4, (torch.Size([3, 8]), torch.Size([5]))
+IDS = torch.tensor([0, 2, 19])
+
+
+def asked(n: int = N, **changes: Any) -> tuple[WireFormat, RoundPlan]:
+    config = Config(**{"sample_size": 8, "embedding_size": D, **changes})
+    return WireFormat(LAYOUT, D, n), round_plan(config, n, 0)
+
+
+def refused(reason: str) -> Any:
+    return pytest.raises(RefusedError, match=reason)
+
+
+def some(count: int) -> dict[str, Tensor]:
+    return {"ids": torch.arange(count, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"method": "full"}, N),
+        ({"method": "fedss"}, 8),
+        ({"method": "fedss", "sampler": "deck"}, 7),  # an eighth is left for negatives
+        ({"method": "pos-only"}, 8),
+        ({"method": "moments", "cover": 3}, 11),
+        ({"method": "moments", "cover": 3, "sampler": "deck"}, 8),
+    ],
+    ids=str,
+)
+def test_as_many_ids_as_a_client_may_ask_for(changes, most):
+    wire, plan = asked(**changes)
+    for count in (1, most):
+        assert check_request(wire, plan, some(count)).tolist() == list(range(count))
+    for count in (0, most + 1):
+        with refused("request"):
+            check_request(wire, plan, some(count))
+    if most == N:
+        assert check_request(wire, plan, {}).tolist() == list(range(N))
+    else:
+        with refused("request"):
+            check_request(wire, plan, {})
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[0, 0], [3, 1], [-1, 4], [0, N], [1, 2, 2], [[0, 1]], [0.0, 1.0]],
+    ids=str,
+)
+def test_ids_are_sorted_unique_and_of_the_table(ids):
+    wire, plan = asked()
+    assert check_request(wire, plan, {"ids": IDS.int()}).tolist() == IDS.tolist()
+    tensor = torch.tensor(ids)
+    with refused("request"):
+        check_request(wire, plan, {"ids": tensor if tensor.is_floating_point() else tensor.int()})
+    with refused("request"):
+        check_request(wire, plan, {"ids": IDS.int(), "more": IDS})
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype", "other"),
+    [(2**31 - 1, torch.int32, torch.int64), (2**31, torch.int64, torch.int32)],
+)
+def test_ids_are_as_wide_as_the_number_of_classes_needs(n, dtype, other):
+    wire, plan = asked(n)
+    assert check_request(wire, plan, {"ids": torch.tensor([n - 1], dtype=dtype)}).item() == n - 1
+    with refused("request"):
+        check_request(wire, plan, {"ids": torch.tensor([5], dtype=other)})
+
+
+def sent(wire: WireFormat, **parts: Tensor) -> dict[str, Tensor]:
+    rows_SD = torch.ones(len(IDS), D)
+    update = ClientUpdate(1, torch.ones(29), IDS, rows_SD, 2, 0.5)
+    return {**encode_update(wire, update, generator(0, "x")), **parts}
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "beyond"),
+    [
+        ("num_examples", [1, MOST_EXAMPLES], [0, -1, MOST_EXAMPLES + 1]),
+        ("loss", [-LARGEST, LARGEST], [2 * LARGEST, -2 * LARGEST, float("nan")]),
+    ],
+)
+def test_numbers_of_an_update_up_to_their_limits(name, values, beyond):
+    wire, plan = asked()
+    dtype = sent(wire)[name].dtype
+    for value in values:
+        update = check_update(
+            wire, plan, 1, IDS, sent(wire, **{name: torch.tensor(value, dtype=dtype)})
+        )
+        assert getattr(update, name) == value
+    for value in beyond:
+        with refused({"num_examples": "examples", "loss": "not finite"}[name]):
+            check_update(wire, plan, 1, IDS, sent(wire, **{name: torch.tensor(value, dtype=dtype)}))
+
+
+@pytest.mark.parametrize("name", ["backbone.values", "class_rows.values"])
+def test_each_tensor_of_an_update_is_as_it_was_asked_for(name):
+    wire, plan = asked()
+    good = sent(wire)[name]
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoilt = good.clone()
+        spoilt.view(-1)[3] = bad
+        with refused("not finite"):
+            check_update(wire, plan, 1, IDS, sent(wire, **{name: spoilt}))
+    for other in (good.double(), good.bfloat16(), good[:-1], good[None]):
+        with refused("shape"):
+            check_update(wire, plan, 1, IDS, sent(wire, **{name: other}))
+    for ids in (IDS, IDS.flip(0).int(), IDS[1:].int(), (IDS + 1).int()):
+        with refused("ids"):
+            check_update(wire, plan, 1, IDS, sent(wire, ids=ids))
+
+
+FIGURES = {
+    "recall_at_1": 0,
+    "recall_at_5": 1,
+    "map_at_10": 1.0,
+    "map_at_r": 0.0,
+    "queries": MOST_EXAMPLES,
+    "skipped": 0,
+}
+
+
+def test_figures_up_to_their_limits():
+    assert check_metrics({"metrics": FIGURES}) == FIGURES
+    assert check_metrics({"metrics": None}) is None
+    for name, bad in [
+        ("recall_at_1", 1 + 1e-9),
+        ("recall_at_5", -1e-9),
+        ("map_at_10", float("nan")),
+        ("map_at_r", "1"),
+        ("map_at_r", None),
+        ("queries", True),
+        ("queries", 3.0),
+        ("queries", MOST_EXAMPLES + 1),
+        ("skipped", -1),
+        ("more", 1),
+    ]:
+        with refused("damaged"):
+            check_metrics({"metrics": {**FIGURES, name: bad}})
+    for name in FIGURES:
+        with refused("damaged"):
+            check_metrics({"metrics": {k: v for k, v in FIGURES.items() if k != name}})
+
+
+NAMES = {"classes": ["a", "b"], "clients": ["k", "l"], "secret": ""}
+
+
+def test_what_a_site_may_call_itself():
+    assert check_registration(NAMES, Registry(), ())[:2] == (["a", "b"], ["k", "l"])
+    assert check_registration(NAMES, Registry(secret=""), ["m"])[:2] == (["a", "b"], ["k", "l"])
+    for kind in ("classes", "clients"):
+        for names in (["b", "a"], ["a", "a"], [], "ab", ["a", 1], None):
+            with refused("damaged"):
+                check_registration({**NAMES, kind: names}, Registry(), ())
+    for secret in (None, 1):
+        with refused("damaged"):
+            check_registration({**NAMES, "secret": secret}, Registry(), ())
+    for ours, theirs in (("", "x"), ("x", ""), ("x", "y")):
+        with refused("secret"):
+            check_registration({**NAMES, "secret": theirs}, Registry(secret=ours), ())
+    with refused("clients"):
+        check_registration(NAMES, Registry(), ["l"])
+
+
+def test_a_reply_says_its_round():
+    def reply(facts: dict[str, Any]) -> Any:
+        return SimpleNamespace(has_error=lambda: False, content=pack(facts))
+
+    assert read_reply(reply({"round": 3}), 3) == ({"round": 3}, {})
+    for facts in ({}, {"round": 2}, {"round": None}, {"round": "3"}):
+        with refused("stale"):
+            read_reply(reply(facts), 3)
+
+
+def test_what_a_terminal_would_obey_is_not_shown():
+    shown = RefusedError("x", "a\x1b[31m\r\n\u202eb").detail
+    assert shown.isprintable()
+    assert (shown[0], shown[-1]) == ("a", "b")
+    assert len(RefusedError("x", "a" * 999).detail) == 300
+
+
+def test_tensors_are_named_by_client_in_one_way_alone():
+    one = torch.ones(1)
+    names = ["0/x", f"{10**17}/y/z", "7/"]
+    assert by_client(dict.fromkeys(names, one)) == {
+        0: {"x": one},
+        10**17: {"y/z": one},
+        7: {"": one},
+    }
+    for name in ("00/x", "01/x", "-1/x", "+1/x", " 1/x", "1", "x", "/x", f"{10**18}/x", "1.0/x"):
+        with pytest.raises(MessageError, match="expected tensors named"):
+            by_client({name: one})
+
+
+def test_tokens_and_digests_tell_apart_what_differs():
+    tokens = [
+        token(secret, kind, name)
+        for secret in (b"s" * 16, b"t" * 16)
+        for kind in ("class", "client")
+        for name in ("a", "b")
+    ]
+    assert len({*tokens}) == 8
+    digests = [
+        digest(["a", "b"], ["c"]),
+        digest(["a"], ["b", "c"]),
+        digest(["b", "a"], ["c"]),
+        digest(["c"], ["a", "b"]),
+        digest(["a,b"], ["c"]),
+    ]
+    assert len({*digests}) == 5
