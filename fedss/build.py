@@ -53,6 +53,8 @@ def load_data(config: Config) -> Dataset:
         partition=config.partition,
         partition_clients=config.partition_clients,
     )
+    if not len(data.train):
+        return data
     if config.rotations:
         data = replace(data, train=rotate_classes(data.train))
     if config.client_classes is not None:
@@ -315,6 +317,19 @@ def pool_pictures(images: Images, cohort_size: int, seed: int) -> Images:
     return replace(
         images, clients=order % shards, client_names=[f"pool {k}" for k in range(shards)]
     )
+
+
+def check_trainable(data: Dataset) -> None:
+    """Whether there is anything to train on.
+
+    Raises:
+        DataError: there are test pictures alone.
+    """
+    if not len(data.train):
+        raise DataError(
+            f"data set {data.name!r} has no training pictures, only pictures to test with: give "
+            "some the split 'train'. To judge a trained model on them: fedss evaluate"
+        )
 
 
 def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from rich import box
@@ -21,13 +21,17 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.config import OPTIONS, Config, Option, config_from_dict, variant
 from fedss.engines.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
 from fedss.errors import ConfigError, FedssError, LostRankError, RunFolderError
 from fedss.methods import METHODS
 from fedss.output import lasting_output
 from fedss.ranks import join, this_rank
 from fedss.text import encodable, printable
+
+if TYPE_CHECKING:
+    from fedss.data import Dataset
+    from fedss.intervals import Interval
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -401,10 +405,11 @@ def _train(options: argparse.Namespace) -> None:
     config = _config(options, _stored(options).get("config"))
     data = load_together(config)
     _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    _print_found([config], data)
     run = train(config, options.out, data=data)
     if run.already_done:
         _say(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
-    _print_results([run.summary], seen_classes(data))
+    _print_results([run.summary], seen_classes(data), run.folder)
     _say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
 
 
@@ -419,19 +424,24 @@ def _compare(options: argparse.Namespace) -> None:
     seeds = options.seeds or stored.get("seeds") or [0]
     data = load_together(config)
     _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    _print_found([variant(config, method) for method in methods], data)
     summaries = compare(config, methods, seeds, options.out, data=data)
-    _print_results(summaries, seen_classes(data))
+    _print_results(summaries, seen_classes(data), Path(options.out))
     _say(f"summary  {Path(options.out) / 'summary.json'}")
     _say(f"report   {Path(options.out) / 'report.html'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from fedss.baselines import Floors, data_floors
     from fedss.build import evaluation_task, load_data
-    from fedss.evaluation import embed_task, score, verify
+    from fedss.data import fingerprint
+    from fedss.describe import why_not_own
+    from fedss.evaluation import check_tellable, embed_task, judge, verify
     from fedss.experiment import load
     from fedss.files import write_json
+    from fedss.intervals import interval
     from fedss.models import embed_pixels
-    from fedss.report.records import read_verified
+    from fedss.report.records import read_scores, read_verified
     from fedss.verification import FARS
 
     fars = options.far or FARS
@@ -442,22 +452,41 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     embedder = load(options.folder)
     path = Path(options.folder) / "config.json"
-    stored = _run_config(path, str(path))["config"]
+    about = _run_config(path, str(path))
+    known: dict[str, Any] = about["data"] if isinstance(about.get("data"), dict) else {}
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
-    config = _config(options, {**stored, **shape})
+    config = _config(options, {**about["config"], **shape})
+    other = why_not_own(options.folder, known, config.data)
+    if known.get("name") != config.data and not _given(options):
+        raise ConfigError(other)
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    own = known.get("fingerprint") == fingerprint(data)
+    if not own and not _given(options):
+        raise ConfigError(other)
     task = evaluation_task(config, data)
+    check_tellable(task, data.name, config.test_classes)
     embedded = embed_task(partial(embed_pixels, embedder), task)
-    metrics = dataclasses.asdict(score(task, *embedded))
+    found = judge(task, embedded)
+    assert found.metrics is not None
+    assert found.by_class is not None
+    ends = interval([found.by_class])
+    floors = data_floors(task)
+    path = Path(options.folder) / "floors.json"
+    if own and path.exists():
+        floors |= Floors(*read_scores(path))
     measured = verify(task, embedded, config.data_seed, fars)
+    assert measured is not None
     if options.json:
-        print(json.dumps({**metrics, "verification": measured}, indent=2))
+        told = {"map_at_10_interval": [ends.low, ends.high], "floors": floors.map_at_10}
+        print(json.dumps({**found.metrics, **told, "verification": measured}, indent=2))
     else:
-        _print_figures(metrics, measured)
+        if not own:
+            _say(f"pictures of {data.name}, other than the run's own")
+        _print_figures(found.metrics, ends, floors.map_at_10, measured)
     path = Path(options.folder) / "verification.json"
     # Of other pictures it would not be the run's.
-    writes = not (measured is None or options.far or _given(options))
+    writes = own and not options.far
     try:
         if read_verified(path) is not None:
             return
@@ -650,7 +679,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from fedss.build import build_model, load_data, num_frozen, num_trainable
+    from fedss.build import build_model, check_trainable, load_data, num_frozen, num_trainable
     from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
     from fedss.describe import costs, describe
 
@@ -659,6 +688,7 @@ def _info(options: argparse.Namespace) -> None:
         raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired, data.passed_over, ())
+    check_trainable(data)
     facts = describe(config, data)
     held = clients_P, classes_P, count_P = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
@@ -806,23 +836,45 @@ def _print_left_out(
         _say(f"remark: {remark}", file=sys.stderr)
 
 
-def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
+def _print_found(configs: Sequence[Config], data: "Dataset") -> None:
+    """What there is to train on and to test with, before any training."""
+    from fedss.build import check_trainable
+    from fedss.describe import found, notes
+
+    check_trainable(data)
+    told = dict.fromkeys(note for config in configs for note in notes(config, data))
+    lines = [*found(configs[0], data), *(f"note     {note}" for note in told)]
+    _say(*lines)
+
+
+def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Path) -> None:
     """What was retrieved and what was moved: means over seeds, one row per method."""
+    from fedss.intervals import FLOORS
+    from fedss.report.records import Group, group_runs, read_runs
+    from fedss.report.words import finding
+
+    groups: Sequence[Group] = ()
+    # With a damaged file of the report the figures are here all the same.
+    with suppress(RunFolderError):
+        groups = group_runs(read_runs(folder), folder)
+    intervals = {group.label: group.interval for group in groups}
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for summary in summaries:
         by_method.setdefault(str(summary.get("label", summary["method"])), []).append(summary)
 
     def mean(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
-        values = [run[name] for run in runs]
+        values: list[Any] = [run.get(name) for run in runs]
         return None if None in values else sum(values) / len(values)
 
     classes = "unseen classes" if not seen else f"test classes ({seen} of them seen in training)"
-    found = _table(f"{classes} after {summaries[0]['rounds']} rounds")
+    sites = ", in each site's gallery" if any("sites" in s for s in summaries) else ""
+    found = _table(f"{classes} after {summaries[0]['rounds']} rounds{sites}")
     moved = _table("per client and round; sums with ids and headers")
     full = mean(by_method["full"], "map_at_10") if "full" in by_method else None
     found.add_column("method")
     moved.add_column("method")
-    for heading in ("MAP@10", *(("/ full",) if full else ()), "R@1", "seeds", "seconds"):
+    numbers = ("MAP@10", "95 %", "by class", *(("/ full",) if full else ()), "R@1", "seeds")
+    for heading in (*numbers, "time s"):
         found.add_column(heading, justify="right")
     moved.add_column("class rows", justify="right")
     for way in ("down", "up"):
@@ -833,6 +885,8 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
         found.add_row(
             name,
             _score(map_at_10),
+            _ends(intervals.get(method)),
+            _score(mean(runs, "map_at_10_by_class")),
             *((_score(None if map_at_10 is None else map_at_10 / full),) if full else ()),
             _score(mean(runs, "recall_at_1")),
             str(len(runs)),
@@ -851,26 +905,40 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
             "–" if rows is None else f"{rows:.0f}",
             *("–" if size is None else f"{size / 1000:.1f}" for size in sizes),
         )
+    found.add_section()
+    measured = [run.get("floors", {}) for run in summaries]
+    for name, told in FLOORS.items():
+        values = [floors[name] for floors in measured if name in floors]
+        if values:
+            found.add_row(told, _score(sum(values) / len(values)))
     _print_table(found)
+    if groups:
+        _say(finding(groups), "")
     _print_table(moved)
 
 
-def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | None) -> None:
+def _print_figures(
+    metrics: Mapping[str, Any],
+    ends: "Interval",
+    floors: Mapping[str, float],
+    measured: Mapping[str, Any],
+) -> None:
+    from fedss.intervals import FLOORS, weakness
     from fedss.verification import ERRORS
 
     found = _table("retrieval")
-    names = {"map_at_10": "MAP@10", "recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}
-    for heading in names.values():
+    names = {"recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}
+    found.add_column("")
+    for heading in ("MAP@10", "95 %", "by class", *names.values()):
         found.add_column(heading, justify="right")
-    found.add_row(*(_score(metrics[name]) for name in names))
+    both = _score(metrics["map_at_10"]), _ends(ends), _score(metrics["map_at_10_by_class"])
+    found.add_row("this model", *both, *(_score(metrics[name]) for name in names))
+    for name in (name for name in FLOORS if name in floors):
+        found.add_row(FLOORS[name], _score(floors[name]))
     _print_table(found)
-    print(f"{metrics['queries']:,} queries\n")
-    if measured is None:
-        print(
-            "all test pictures are of one class: nothing to verify or identify, and no threshold "
-            "for fedss identify: give it one with --threshold"
-        )
-        return
+    _say(f"{metrics['queries']:,} queries of {metrics['classes']:,} classes")
+    weak = weakness(metrics["classes"])
+    _say(*([weak, ""] if weak else [""]))
     pairs = _table("verification")
     for heading in ("", "FAR", "TAR", "threshold"):
         pairs.add_column(heading, justify="left" if not heading else "right")
@@ -913,6 +981,10 @@ def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | Non
 
 def _cosine(figures: Mapping[str, Any], part: str = "") -> str:
     return f"{figures[part + 'threshold']:.4f}"
+
+
+def _ends(ends: "Interval | None") -> str:
+    return _score(None) if ends is None else f"{ends.low:.3f}–{ends.high:.3f}"
 
 
 def _score(value: float | None) -> str:

@@ -173,14 +173,16 @@ class Dataset:
 
     ``test`` is reported; None: there is nothing to test with, as at a site of a federation that
     holds none of the test's pictures. ``validation``, where a data set has one, is for choosing
-    settings. ``skipped`` names the pictures left out because they could not be read
-    (``skip_broken``), ``unpaired`` those that are for testing and left out because no other picture
-    here could be right (see ``fedss.data.manifest.arrange``). ``remarks`` are sentences about what
-    is not as it was published, not read, or easily taken for something else. ``passed_over`` counts
-    files and folders of a folder that are none of its pictures, by kind.
+    settings. ``train`` may be without pictures where there are some to test with: then there is
+    nothing to train on, but a trained model can be judged. ``skipped`` names the pictures left out
+    because they could not be read (``skip_broken``), ``unpaired`` those that are for testing and
+    left out because no other picture here could be right (see ``fedss.data.manifest.arrange``).
+    ``remarks`` are sentences about what is not as it was published, not read, or easily taken for
+    something else. ``passed_over`` counts files and folders of a folder that are none of its
+    pictures, by kind.
 
     Raises:
-        DataError: No training pictures, or parts with pictures of different shapes.
+        DataError: No pictures, or parts with pictures of different shapes.
     """
 
     name: str
@@ -193,7 +195,7 @@ class Dataset:
     passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not len(self.train):
+        if not len(self.train) and self.test is None and self.validation is None:
             raise DataError(f"data set {self.name!r} has no training pictures")
         tasks = {"test": self.test, "validation": self.validation}
         queries = {name: task.query for name, task in tasks.items() if task is not None}

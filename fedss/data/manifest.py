@@ -253,7 +253,12 @@ def assemble(
     test = RetrievalTask(query, images.get("gallery")) if query is not None else None
     validation = RetrievalTask(images["validation"]) if "validation" in images else None
     left_out = tuple(row.name for row in unpaired)
-    return Dataset(kind, images["train"], test, validation, skipped, left_out, remarks)
+    train = images.get("train")
+    if train is None:
+        # A list to judge a trained model on.
+        shape = next(iter(images.values())).pixels.shape[1:]
+        train = _images(np.empty((0, *shape), np.uint8), [], [])
+    return Dataset(kind, train, test, validation, skipped, left_out, remarks)
 
 
 def _files(listing: Listing, rows: Sequence[Row]) -> LazyNames:
@@ -289,7 +294,8 @@ def arrange(
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in sorted(listing.rows):
         splits[row.split or "train"].append(row)
-    if not splits["train"]:
+    to_test = splits["test"] or splits["query"] or splits["validation"]
+    if not splits["train"] and (at_site or not to_test):
         raise DataError(
             f"no training pictures: {len(listing.rows)} rows, none with split 'train'; give some "
             "that split"

@@ -8,12 +8,14 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedss.errors import RunFolderError
+from fedss.intervals import ClassScores, Interval, difference, interval
 from fedss.text import printable
 
 METRICS = ("map_at_10", "recall_at_1", "recall_at_5", "map_at_r")
@@ -40,6 +42,8 @@ _ADVICE = {
     "confusions.npz": "delete it: the report is then written without pictures",
     "verification.json": "delete it and run fedss evaluate on this run, which measures these "
     "figures again; without them the report is written, too",
+    "floors.json": "delete it: the report is then written without floors",
+    "by_class.json": "delete it: the report is then written without intervals",
     "augmentation.npz": "delete it: the report is then written without these pictures",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
@@ -171,7 +175,8 @@ class Run:
     ``results`` has the keys of a line of summary.json, and ``row_bytes_*``: class rows and moments
     together. Those of an unfinished run are those of its last evaluated round. ``label`` names the
     variant wherever it is shown. ``augmented``: uint8 [P, 1 + V, C, H, W], training pictures, each
-    followed by what clients may make of it.
+    followed by what clients may make of it. ``floors`` is MAP@10 by the name of the floor,
+    ``floor_classes`` that of each class, and ``by_class`` the trained model's.
     """
 
     method: str
@@ -190,6 +195,14 @@ class Run:
     verified: Verified | None
     confused: Confused | None
     augmented: np.ndarray | None
+    floors: Mapping[str, float]
+    floor_classes: Mapping[str, ClassScores]
+    by_class: ClassScores | None
+
+    @property
+    def at_sites(self) -> bool:
+        """Whether retrieval is measured in the gallery of each site."""
+        return any(r.sites for r in self.rounds[-1:])
 
     @property
     def last_round(self) -> int:
@@ -218,6 +231,37 @@ class Group:
         """The mean of the result ``key`` over the runs; None if a run lacks it."""
         values = self.values(key)
         return sum(values) / len(values) if len(values) == len(self.runs) else None
+
+    @cached_property
+    def interval(self) -> Interval | None:
+        """MAP@10 with its 95 % interval, where each class's is known of every run."""
+        known = self.by_class and self.mean("map_at_10") is not None
+        return interval(self.by_class) if known else None
+
+    @property
+    def by_class(self) -> list[ClassScores]:
+        """MAP@10 of each class, run by run; empty if a run lacks it."""
+        found = [run.by_class for run in self.runs if run.by_class is not None]
+        return found if len(found) == len(self.runs) else []
+
+    def floor(self, name: str) -> float | None:
+        """The mean of a floor over the runs; None if a run lacks it."""
+        values = [run.floors[name] for run in self.runs if name in run.floors]
+        return sum(values) / len(values) if len(values) == len(self.runs) else None
+
+    def over(self, other: "Group") -> Interval | None:
+        """What MAP@10 is better by than that of others, on the same classes; None if not known."""
+        seeds = [[run.seed for run in group.runs] for group in (self, other)]
+        if not self.by_class or not other.by_class:
+            return None
+        return difference(self.by_class, other.by_class, paired=seeds[0] == seeds[1])
+
+    def over_floor(self, name: str) -> Interval | None:
+        """What MAP@10 is better by than a floor; None if not known."""
+        floors = [run.floor_classes[name] for run in self.runs if name in run.floor_classes]
+        if not self.by_class or len(floors) < len(self.runs):
+            return None
+        return difference(self.by_class, floors, paired=True)
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -323,6 +367,8 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         results = read_summary(entry, summary)
         method, seed = str(_get(entry, "method", summary)), _integer(entry, "seed", summary)
     command = config.get("command")
+    floors, floor_classes = _scores(folder / "floors.json")
+    by_class = _scores(folder / "by_class.json")[1].get("trained") if entry is not None else None
     for way, moments in zip(("down", "up"), MOMENTS, strict=True):
         rows, more = results[f"class_row_bytes_{way}_per_client_round"], results[moments]
         together = None if rows is None or more is None else rows + more
@@ -346,6 +392,9 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         verified=read_verified(folder / "verification.json"),
         confused=_confused(folder / "confusions.npz"),
         augmented=_augmented(folder / "augmentation.npz"),
+        floors=floors,
+        floor_classes=floor_classes,
+        by_class=by_class,
     )
 
 
@@ -367,6 +416,18 @@ def read_summary(entry: Any, summary: Path) -> dict[str, float | None]:
     for key in ("seed", "rounds"):
         _integer(entry, key, summary)
     _given_label(entry, summary)
+    key = "map_at_10_by_class"
+    results[key] = _number(entry, key, summary, True) if key in entry else None
+    floors = _mapping(entry.get("floors", {}), summary)
+    for name in floors:
+        _share(floors, name, summary)
+    ends = entry.get("map_at_10_interval")
+    if ends is not None and not (
+        isinstance(ends, list) and len(ends) == 2 and all(isinstance(v, float) for v in ends)
+    ):
+        raise _damaged(
+            summary, f"'map_at_10_interval': expected two numbers, got {reprlib.repr(ends)}"
+        )
     return results
 
 
@@ -466,7 +527,11 @@ def _results_so_far(
     rounds: Sequence[Round], means: Mapping[str, float | None]
 ) -> dict[str, float | None]:
     evaluated = [r.metrics for r in rounds if r.metrics is not None]
-    return {**dict.fromkeys(METRICS), **(evaluated[-1] if evaluated else {}), **means}
+    return {
+        **dict.fromkeys((*METRICS, "map_at_10_by_class")),
+        **(evaluated[-1] if evaluated else {}),
+        **means,
+    }
 
 
 def _neighbours(path: Path) -> Neighbours | None:
@@ -575,6 +640,34 @@ def read_verified(path: Path) -> Verified | None:
             enrolled=_integer(known, "enrolled", path),
         ),
     )
+
+
+def _scores(path: Path) -> tuple[dict[str, float], dict[str, ClassScores]]:
+    return read_scores(path) if path.exists() else ({}, {})
+
+
+def read_scores(path: Path) -> tuple[dict[str, float], dict[str, ClassScores]]:
+    """MAP@10 by name in a ``floors.json`` or ``by_class.json``, and that of each class.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    found = _json(path)
+    told = _mapping(_get(found, "map_at_10", path), path)
+    means = {name: _share(told, name, path) for name in told}
+    names, queries = _list(found, "class_names", path), _list(found, "queries", path)
+    counted = all(type(count) is int and count > 0 for count in queries)
+    if not all(isinstance(name, str) for name in names) or not counted:
+        raise _damaged(path, "expected names of classes and their numbers of queries")
+    by_class = {}
+    for name, values in _mapping(_get(found, "by_class", path), path).items():
+        fits = isinstance(values, list) and len(values) == len(names) == len(queries) > 0
+        if not fits or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
+            raise _damaged(path, f"{name!r}: expected a share from 0 to 1 for each class")
+        by_class[name] = ClassScores(
+            tuple(names), np.array(queries, np.int64), np.array(values, np.float64)
+        )
+    return means, by_class
 
 
 def _list(value: Any, key: str, where: Path) -> list[Any]:

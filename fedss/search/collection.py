@@ -18,7 +18,7 @@ from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
 from fedss.models import Embedder, fingerprint
 from fedss.pictures import Picture, read_pictures
-from fedss.retrieval import nearest
+from fedss.retrieval import nearest, unit_rows
 from fedss.search.shelf import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
@@ -163,9 +163,8 @@ class Collection:
         gallery_DN = self.vectors_ND.numpy().T
         rows = max(1, _BLOCK_BYTES // (4 * len(self)))
         found = []
-        for block_BD in torch.split(query_QD, rows):
-            unit_BD = nn.functional.normalize(block_BD.double(), dim=1).float()
-            scores_BN = unit_BD.numpy() @ gallery_DN
+        for block_BD in torch.split(query_QD, rows) if len(query_QD) else ():
+            scores_BN = unit_rows(block_BD, "query").numpy() @ gallery_DN
             found += [
                 self._first(query_D, scores_N, k)
                 for query_D, scores_N in zip(block_BD, scores_BN, strict=True)
