@@ -382,17 +382,17 @@ def _config(options: argparse.Namespace, stored: Mapping[str, Any] | None = None
 
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
     """The content of ``--config FILE``, or nothing."""
-
-    return (
-        {} if options.config is None else _run_config(options.config, f"--config {options.config}")
-    )
-
-
-def _run_config(path: str | Path, named: str) -> dict[str, Any]:
+    if options.config is None:
+        return {}
+    named = f"--config {options.config}"
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(options.config).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
+    return _checked_config(content, named)
+
+
+def _checked_config(content: Any, named: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
     return content
@@ -438,7 +438,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from fedss.describe import why_not_own
     from fedss.evaluation import check_tellable, embed_task, judge, verify
     from fedss.experiment import load
-    from fedss.files import write_json
+    from fedss.files import read_json, write_json
     from fedss.intervals import interval
     from fedss.models import embed_pixels
     from fedss.report.records import read_scores, read_verified
@@ -452,7 +452,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     embedder = load(options.folder)
     path = Path(options.folder) / "config.json"
-    about = _run_config(path, str(path))
+    about = _checked_config(read_json(path), str(path))
     known: dict[str, Any] = about["data"] if isinstance(about.get("data"), dict) else {}
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = _config(options, {**about["config"], **shape})

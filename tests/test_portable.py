@@ -479,7 +479,8 @@ def test_mistakes_on_the_command_line_are_one_line(run, tmp_path, capsys):
         words = ("--format", "safetensors", "--out", str(tmp_path / place))
         assert "expected a folder, found a file" in refused(str(run), *words)
     assert "expected a finished run" in refused(str(tmp_path), "--format", "onnx")
-    comparison = [{"method": "full", "seed": 0, "folder": "full-seed0"}]
+    (of_one,) = json.loads((run / "summary.json").read_text())
+    comparison = [{**of_one, "folder": "full-seed0"}]
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "summary.json").write_text(json.dumps(comparison))
     assert "name one of them, such as" in refused(str(tmp_path / "both"), "--format", "onnx")

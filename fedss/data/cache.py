@@ -109,16 +109,17 @@ class PixelLimitError(ValueError):
 
 
 def open_picture(
-    picture: str | Path | BinaryIO, most_pixels: int = MAX_PIXELS
+    picture: str | Path | BinaryIO, most_pixels: int | None = None
 ) -> ImageFile.ImageFile:
     """``PIL.Image.open`` for files that nobody has looked at; pixels are not decoded yet.
 
     Raises:
-        PixelLimitError: more than ``most_pixels``, which are MAX_PIXELS or fewer.
+        PixelLimitError: more than ``most_pixels``, by default and at most MAX_PIXELS.
         ValueError: PostScript.
         ImportError: HEIC, and pi-heif is not installed.
         OSError, SyntaxError or others of Pillow's: no picture.
     """
+    most_pixels = MAX_PIXELS if most_pixels is None else most_pixels
     try:
         try:
             image = Image.open(picture)

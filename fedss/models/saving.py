@@ -214,10 +214,11 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
     elif spec.backbone is not None:
         features = held.get("projection.weight", ())[-1:]
         expected["projection.weight"] = (spec.embedding_size, *features)
+    # What is missing or left over is told of all names, once the network is there.
     problems = [
-        f"{name} is {list(held.get(name, ()))}, expected {list(shape)}"
+        f"{name} is {list(held[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if held.get(name) != shape
+        if name in held and held[name] != shape
     ]
     if problems:
         raise ConfigError(f"{file} does not fit its description: {few(problems)}")
