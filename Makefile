@@ -15,7 +15,7 @@ federation: $(VENV)/.flower
 	$(BIN)/python examples/federation.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 -rs
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ U classes touched in a round.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
@@ -292,21 +293,47 @@ def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
             f"round {plan.round + 1}, client {update.client}: expected a finite loss and update, "
             f"got a loss of {update.loss}; the last checkpoint is kept. Start in another folder "
             f"with a lower client_lr ({plan.local.lr:g} in this round), class_row_lr "
-            f"({plan.local.row_lr:g}) or server_lr",
+            f"({plan.local.row_lr:g}), server_lr or scale ({plan.scoring.scale:g})",
             update.client,
         )
     return update
 
 
+MOST_GROWTH = 100.0
+"""The loss of a softmax of cosines is at most ``2 s + log n``, a few times the first round's."""
+
+
+def check_growth(losses: Sequence[float], first_loss: float, plan: RoundPlan) -> None:
+    """Whether the losses of a round's clients are of the order of the first round's.
+
+    The median is asked, since any one client may say what it likes. First losses below 1 count as
+    1: of next to nothing a multiple tells nothing.
+
+    Raises:
+        DivergedError: it is more than ``MOST_GROWTH`` times as large; the state must not be kept.
+    """
+    now = median(losses)
+    if now > MOST_GROWTH * max(first_loss, 1.0):
+        raise DivergedError(
+            f"round {plan.round + 1}: expected a loss of the order of the first round's "
+            f"({first_loss:.3g}), got {now:.3g} at half of the clients or more; the last "
+            f"checkpoint is kept. Start in another folder with a lower client_lr "
+            f"({plan.local.lr:g} in this round), class_row_lr ({plan.local.row_lr:g}) or server_lr"
+        )
+
+
 def check_finite_state(state: ServerState, ids_U: Tensor) -> None:
-    """Whether the backbone and the touched rows are finite after the server's step.
+    """Whether backbone, touched rows and the optimizer's slots are finite after the server's step.
 
     Raises:
         DivergedError: they are not; the state must not be kept.
     """
-    if not _all_finite((state.backbone_P, state.class_rows.weight_ND.index_select(0, ids_U))):
+    rows = state.class_rows
+    touched = (table.index_select(0, ids_U) for table in (rows.weight_ND, *rows.slots.values()))
+    # A slot that is infinite gives steps of zero for good: finite weights alone tell nothing.
+    if not _all_finite((state.backbone_P, *state.backbone_slots.values(), *touched)):
         raise DivergedError(
-            f"round {state.round}: the server's step gave weights that are not finite; the last "
+            f"round {state.round}: the server's step gave numbers that are not finite; the last "
             "checkpoint is kept. Start in another folder with a lower server_lr"
         )
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.extras import import_extra
 from fedss.seeds import generator
 
 Augment = Literal["none", "photos", "drawings"]
@@ -74,22 +73,43 @@ def preview(augmentation: Augmentation, pixels_NCHW: np.ndarray, seed: int) -> b
 
 
 def _photos(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
-    """A part of the picture, resized to the whole; perhaps mirrored; other light and colour."""
-    kernels = import_extra("torchvision.transforms.v2.functional", "augment")
-    side, changed = pixels_BCHW.shape[-1], []
+    """A part of the picture, resized to the whole; perhaps mirrored; other light and colour.
+
+    What torchvision's kernels of these names compute, bit for bit, without its compiled library,
+    which has to be of the same build as torch.
+    """
+    side = pixels_BCHW.shape[-1]
+    changed: list[Tensor] = []
     for pixels_CHW, drawn in zip(pixels_BCHW, drawn_BA.tolist(), strict=True):
         area, log_ratio, x, y, mirrored, brightness, contrast, saturation = drawn
         width = min(side, round(side * math.sqrt(area * math.exp(log_ratio))))
         height = min(side, round(side * math.sqrt(area / math.exp(log_ratio))))
         top, left = int(y * (side - height + 1)), int(x * (side - width + 1))
-        part = kernels.resized_crop_image(pixels_CHW, top, left, height, width, [side, side])
+        part_CHW = pixels_CHW[:, top : top + height, left : left + width]
+        if part_CHW.shape != pixels_CHW.shape:
+            (part_CHW,) = torch.nn.functional.interpolate(
+                part_CHW[None], (side, side), mode="bilinear", antialias=True
+            )
         if mirrored < 0.5:
-            part = kernels.horizontal_flip_image(part)
+            part_CHW = part_CHW.flip(-1)
         # In fractions, so that three steps are rounded once.
-        part = kernels.adjust_brightness_image(part / 255, brightness)
-        part = kernels.adjust_contrast_image(part, contrast)
-        changed.append(kernels.adjust_saturation_image(part, saturation))
+        part_CHW = (part_CHW / 255).mul_(brightness).clamp_(0, 1)
+        part_CHW = _blend(part_CHW, _gray(part_CHW).mean(), contrast)
+        changed.append(_blend(part_CHW, _gray(part_CHW), saturation))
     return _bytes(torch.stack(changed) * 255)
+
+
+def _gray(pixels_CHW: Tensor) -> Tensor:
+    """Luma (ITU-R BT.601), [1, H, W]; gray images as they are."""
+    if len(pixels_CHW) == 1:
+        return pixels_CHW
+    red_HW, green_HW, blue_HW = pixels_CHW.unbind()
+    return (red_HW * 0.2989).add_(green_HW, alpha=0.587).add_(blue_HW, alpha=0.114)[None]
+
+
+def _blend(pixels_CHW: Tensor, other: Tensor, share: float) -> Tensor:
+    """``share`` of the first, the rest of the second; a share above 1 leads away from it."""
+    return (pixels_CHW * share).add_(other, alpha=1 - share).clamp_(0, 1)
 
 
 def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedss.augment import AUGMENTATIONS
 from fedss.client import LocalTraining, RoundPlan
-from fedss.config import Config
+from fedss.config import Config, numbers
 from fedss.data import (
     Dataset,
     Images,
@@ -53,6 +53,8 @@ def load_data(config: Config) -> Dataset:
         partition=config.partition,
         partition_clients=config.partition_clients,
     )
+    if not len(data.train):
+        return data
     if config.rotations:
         data = replace(data, train=rotate_classes(data.train))
     if config.client_classes is not None:
@@ -84,6 +86,13 @@ def sample_size(config: Config, num_classes: int) -> int:
 def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
     """The model for these pictures; ``backbone``, if given, in place of ``config.backbone``."""
     _, channels, image_size, _ = data.train.pixels.shape
+    return model_for(config, channels, image_size, backbone)
+
+
+def model_for(
+    config: Config, channels: int, image_size: int, backbone: nn.Module | None = None
+) -> Embedder:
+    """As :func:`build_model`, for images of so many channels and pixels a side."""
     return build_embedder(
         backbone if backbone is not None else config.backbone,
         channels=channels,
@@ -93,6 +102,9 @@ def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Em
         pretrained=config.pretrained,
         weights=config.weights,
         trainable=config.trainable,
+        batch_norm=config.batch_norm,
+        pixel_mean=numbers(config, "pixel_mean"),
+        pixel_std=numbers(config, "pixel_std"),
     )
 
 
@@ -305,6 +317,19 @@ def pool_pictures(images: Images, cohort_size: int, seed: int) -> Images:
     return replace(
         images, clients=order % shards, client_names=[f"pool {k}" for k in range(shards)]
     )
+
+
+def check_trainable(data: Dataset) -> None:
+    """Whether there is anything to train on.
+
+    Raises:
+        DataError: there are test pictures alone.
+    """
+    if not len(data.train):
+        raise DataError(
+            f"data set {data.name!r} has no training pictures, only pictures to test with: give "
+            "some the split 'train'. To judge a trained model on them: fedss evaluate"
+        )
 
 
 def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -33,6 +34,7 @@ from fedss.files import atomic, write_file, write_json
 
 KEPT = 2
 _STATE, _RECORD = "state.safetensors", "checkpoint.json"
+_NAME = re.compile(r"round-[0-9]{6,}")
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:
@@ -75,7 +77,7 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
 def newest_round(folder: Path) -> int:
     """The round of the newest checkpoint in ``folder``; 0 if there is none."""
     found = _checkpoints(folder)
-    return int(found[-1].name.removeprefix("round-")) if found else 0
+    return _round(found[-1]) if found else 0
 
 
 def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
@@ -199,7 +201,12 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-*"))
+    # By number: a name has six digits or more.
+    return sorted((p for p in folder.glob("round-*") if _NAME.fullmatch(p.name)), key=_round)
+
+
+def _round(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("round-"))
 
 
 def _flush_folder(folder: Path) -> None:

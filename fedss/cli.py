@@ -11,30 +11,50 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.config import OPTIONS, Config, Option, config_from_dict, variant
 from fedss.engines.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
 from fedss.errors import ConfigError, FedssError, LostRankError, RunFolderError
 from fedss.methods import METHODS
+from fedss.output import lasting_output
 from fedss.ranks import join, this_rank
+from fedss.text import encodable, printable
+
+if TYPE_CHECKING:
+    from fedss.data import Dataset
+    from fedss.intervals import Interval
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 2 a mistake to mend, 1 a rank lost, 130 interrupted.
 
-    Where torchrun has started several of it, the first speaks for all.
+    Where torchrun has started several of it, the first speaks for all. Output that nobody reads
+    any more changes neither what is done nor the code.
     """
+    with lasting_output() as written:
+        code = _run(arguments)
+        sys.stdout.flush()
+        if written is not None and written.error is not None:
+            print(f"fedss: cannot write its output: {written.error.strerror}", file=sys.stderr)
+            code = code or 2
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    stderr = sys.stderr
     try:
         ranks = this_rank()
     except ConfigError as error:
-        print(f"fedss: {error}", file=sys.stderr)
+        print(f"fedss: {printable(str(error))}", file=stderr)
         return 2
     command, met = "fedss", False
     with nullcontext() if ranks.first else _silence():
@@ -50,9 +70,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             lost = isinstance(error, LostRankError)
             # Whoever is there speaks then: it may be the first that is not.
-            speaks = sys.__stderr__ if lost or not met else sys.stderr
-            print(f"{command}: {_printable(str(error))}", file=speaks)
+            speaks = stderr if lost or not met else sys.stderr
+            print(f"{command}: {printable(str(error))}", file=speaks)
             return 1 if lost else 2
+        except UnicodeEncodeError as error:
+            # No output fails so: it is the name of a file.
+            print(
+                f"{command}: the name {printable(str(error.object))} has letters that this "
+                f"system's encoding, {sys.getfilesystemencoding()}, lacks: set LC_ALL=C.UTF-8 (or "
+                "PYTHONUTF8=1)",
+                file=stderr,
+            )
+            return 2
         except KeyboardInterrupt:
             again = command.removeprefix("fedss ") in ("train", "compare", "index")
             then = "; start the same command again to go on" if again else ""
@@ -354,16 +383,18 @@ def _config(options: argparse.Namespace, stored: Mapping[str, Any] | None = None
 def _stored(options: argparse.Namespace) -> dict[str, Any]:
     """The content of ``--config FILE``, or nothing."""
 
-    if options.config is None:
-        return {}
+    return (
+        {} if options.config is None else _run_config(options.config, f"--config {options.config}")
+    )
+
+
+def _run_config(path: str | Path, named: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(options.config).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {options.config}: cannot read it as JSON: {error}") from error
+        content = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ConfigError(
-            f"--config {options.config}: expected the config.json of a run, with a 'config' object"
-        )
+        raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
     return content
 
 
@@ -373,12 +404,13 @@ def _train(options: argparse.Namespace) -> None:
 
     config = _config(options, _stored(options).get("config"))
     data = load_together(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    _print_found([config], data)
     run = train(config, options.out, data=data)
     if run.already_done:
-        print(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
-    _print_results([run.summary], seen_classes(data))
-    print(f"model   {run.folder / 'model'}\nreport  {run.folder / 'report.html'}")
+        _say(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
+    _print_results([run.summary], seen_classes(data), run.folder)
+    _say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -391,20 +423,25 @@ def _compare(options: argparse.Namespace) -> None:
     methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
     seeds = options.seeds or stored.get("seeds") or [0]
     data = load_together(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    _print_found([variant(config, method) for method in methods], data)
     summaries = compare(config, methods, seeds, options.out, data=data)
-    _print_results(summaries, seen_classes(data))
-    print(f"summary  {Path(options.out) / 'summary.json'}")
-    print(f"report   {Path(options.out) / 'report.html'}")
+    _print_results(summaries, seen_classes(data), Path(options.out))
+    _say(f"summary  {Path(options.out) / 'summary.json'}")
+    _say(f"report   {Path(options.out) / 'report.html'}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from fedss.baselines import Floors, data_floors
     from fedss.build import evaluation_task, load_data
-    from fedss.evaluation import embed_task, score, verify
+    from fedss.data import fingerprint
+    from fedss.describe import why_not_own
+    from fedss.evaluation import check_tellable, embed_task, judge, verify
     from fedss.experiment import load
-    from fedss.files import read_json, write_json
+    from fedss.files import write_json
+    from fedss.intervals import interval
     from fedss.models import embed_pixels
-    from fedss.report.records import read_verified
+    from fedss.report.records import read_scores, read_verified
     from fedss.verification import FARS
 
     fars = options.far or FARS
@@ -414,34 +451,54 @@ def _evaluate(options: argparse.Namespace) -> None:
             + ", ".join(map(str, fars))
         )
     embedder = load(options.folder)
-    stored = read_json(Path(options.folder) / "config.json")["config"]
+    path = Path(options.folder) / "config.json"
+    about = _run_config(path, str(path))
+    known: dict[str, Any] = about["data"] if isinstance(about.get("data"), dict) else {}
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
-    config = _config(options, {**stored, **shape})
+    config = _config(options, {**about["config"], **shape})
+    other = why_not_own(options.folder, known, config.data)
+    if known.get("name") != config.data and not _given(options):
+        raise ConfigError(other)
     data = load_data(config)
-    _print_left_out(data.skipped, data.unpaired)
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    own = known.get("fingerprint") == fingerprint(data)
+    if not own and not _given(options):
+        raise ConfigError(other)
     task = evaluation_task(config, data)
+    check_tellable(task, data.name, config.test_classes)
     embedded = embed_task(partial(embed_pixels, embedder), task)
-    metrics = dataclasses.asdict(score(task, *embedded))
+    found = judge(task, embedded)
+    assert found.metrics is not None
+    assert found.by_class is not None
+    ends = interval([found.by_class])
+    floors = data_floors(task)
+    path = Path(options.folder) / "floors.json"
+    if own and path.exists():
+        floors |= Floors(*read_scores(path))
     measured = verify(task, embedded, config.data_seed, fars)
+    assert measured is not None
     if options.json:
-        print(json.dumps({**metrics, "verification": measured}, indent=2))
+        told = {"map_at_10_interval": [ends.low, ends.high], "floors": floors.map_at_10}
+        print(json.dumps({**found.metrics, **told, "verification": measured}, indent=2))
     else:
-        _print_figures(metrics, measured)
+        if not own:
+            _say(f"pictures of {data.name}, other than the run's own")
+        _print_figures(found.metrics, ends, floors.map_at_10, measured)
     path = Path(options.folder) / "verification.json"
     # Of other pictures it would not be the run's.
-    writes = not (measured is None or options.far or _given(options))
+    writes = own and not options.far
     try:
         if read_verified(path) is not None:
             return
     except RunFolderError as error:
         if not writes:
-            print(error, file=sys.stderr)
+            _say(error, file=sys.stderr)
     if not writes:
         return
     try:
         write_json(path, measured)
     except OSError as error:
-        print(f"{path} cannot be written: {error}", file=sys.stderr)
+        _say(f"{path} cannot be written: {error}", file=sys.stderr)
 
 
 def _embed(options: argparse.Namespace) -> None:
@@ -451,30 +508,37 @@ def _embed(options: argparse.Namespace) -> None:
     embedder = load(options.folder)
     found = list_pictures(Path(options.pictures))
     result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
-    _print_left_out(result.skipped, links=found.links)
+    _print_left_out(result.skipped, (), found.passed_over, found.remarks)
     written = write_embeddings(Path(options.out), result)
     print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
-    print("\n".join(str(path) for path in written))
+    _say(*written)
 
 
 def _export(options: argparse.Namespace) -> None:
     from fedss.portable import CARD, export
 
     path = export(options.folder, options.format, options.out)
-    print(f"model  {path}\ncard   {path.with_name(CARD)}")
+    _say(f"model  {path}", f"card   {path.with_name(CARD)}")
 
 
 def _index(options: argparse.Namespace) -> None:
+    from fedss.data.names import look_alikes
     from fedss.search import build_collection
 
     found = build_collection(
         options.folder, options.pictures, _place(options), skip_broken=options.skip_broken
     )
-    _print_left_out(found.skipped, links=found.links)
+    _print_left_out(
+        found.skipped,
+        (),
+        found.passed_over,
+        (*found.remarks, *look_alikes(found.classes, "classes")),
+    )
     enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
-    print(
+    _say(
         f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
-        f"{found.embedded:,} pictures were new or changed\n{_printable(str(found.folder))}"
+        f"{found.embedded:,} pictures were new or changed",
+        found.folder,
     )
 
 
@@ -507,17 +571,17 @@ def _search(options: argparse.Namespace) -> None:
         print(json.dumps(content, indent=2))
         return
     for name, matches in zip(names, found, strict=True):
-        print(f"nearest to {_printable(name)} in {_printable(str(collection.source))}")
+        _say(f"nearest to {name} in {collection.source}")
         table = _table()
-        table.add_column("score", justify="right", no_wrap=True)
-        table.add_column("class", overflow="fold")
-        table.add_column("picture", overflow="fold")
+        table.add_column("score", justify="right")
+        table.add_column("class")
+        table.add_column("picture")
         for match in matches:
-            label = "–" if match.label is None else _printable(match.label)
-            table.add_row(_score(match.score), escape(label), escape(_printable(match.name)))
-        _console().print(table)
+            label = "–" if match.label is None else match.label
+            table.add_row(_score(match.score), _cell(label), _cell(match.name))
+        _print_table(table)
     if options.show is not None:
-        print(options.show)
+        _say(options.show)
 
 
 def _enrol(options: argparse.Namespace) -> None:
@@ -528,11 +592,11 @@ def _enrol(options: argparse.Namespace) -> None:
     collection = open_collection(_place(options), options.folder)
     if options.remove:
         collection = remove(collection, options.label)
-        done = f"removed the enrolled pictures of {_printable(options.label)}"
+        done = f"removed the enrolled pictures of {options.label}"
     else:
         collection = enrol(collection, options.label, options.pictures)
-        done = f"enrolled {len(options.pictures)} pictures of {_printable(options.label)}"
-    print(f"{done}; {len(collection.classes):,} classes now")
+        done = f"enrolled {len(options.pictures)} pictures of {options.label}"
+    _say(f"{done}; {len(collection.classes):,} classes now")
 
 
 def _identify(options: argparse.Namespace) -> None:
@@ -558,13 +622,13 @@ def _identify(options: argparse.Namespace) -> None:
     print(f"among {len(collection.classes):,} classes, {least}")
     table = _table()
     for heading in ("picture", "class", "nearest"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("score", justify="right", no_wrap=True)
+        table.add_column(heading)
+    table.add_column("score", justify="right")
     for name, identity in zip(options.pictures, found, strict=True):
-        label = "unknown" if identity.label is None else _printable(identity.label)
-        words = [escape(word) for word in (_printable(name), label, _printable(identity.nearest))]
+        label = "unknown" if identity.label is None else identity.label
+        words = (_cell(word) for word in (name, label, identity.nearest))
         table.add_row(*words, _score(identity.score))
-    _console().print(table)
+    _print_table(table)
 
 
 def _app(options: argparse.Namespace) -> None:
@@ -574,7 +638,7 @@ def _app(options: argparse.Namespace) -> None:
     # to be lost.
     usual = {"data": "folder", "checkpoint_every": 1}
     config = _config(options, {**usual, **_stored(options).get("config", {})})
-    print(write_app(Path(options.folder), config, Deployment(**given)))
+    _say(write_app(Path(options.folder), config, Deployment(**given)))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -583,9 +647,9 @@ def _report(options: argparse.Namespace) -> None:
 
     folder = Path(options.folder)
     if options.watch:
-        watch_report(folder, partial(print, flush=True))
+        watch_report(folder, _say)
     else:
-        print(write_report(folder))
+        _say(write_report(folder))
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -606,7 +670,7 @@ def _serve(options: argparse.Namespace) -> None:
                 "there is no password and no encryption",
                 file=sys.stderr,
             )
-        print(f"{len(collection):,} pictures at {address}  (Ctrl-C stops)", flush=True)
+        _say(f"{len(collection):,} pictures at {address}  (Ctrl-C stops)")
         if options.open:
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):
@@ -615,7 +679,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from fedss.build import build_model, load_data, num_frozen, num_trainable
+    from fedss.build import build_model, check_trainable, load_data, num_frozen, num_trainable
     from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
     from fedss.describe import costs, describe
 
@@ -623,8 +687,8 @@ def _info(options: argparse.Namespace) -> None:
     if options.plot is not None and not options.plot.lower().endswith(".png"):
         raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     data = load_data(config)
-    _print_left_out(data.skipped, data.unpaired)
-    console = _console()
+    _print_left_out(data.skipped, data.unpaired, data.passed_over, ())
+    check_trainable(data)
     facts = describe(config, data)
     held = clients_P, classes_P, count_P = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
@@ -662,11 +726,11 @@ def _info(options: argparse.Namespace) -> None:
         ("parameters trained and sent", f"{trained:,}, {frozen:,} more stay as they are"),
     ):
         table.add_row(name, value)
-    console.print(table)
+    _print_table(table)
     for remark in data.remarks:
-        console.print(f"remark: {remark}", markup=False, highlight=False)
+        _say(f"remark: {remark}")
     if data.remarks:
-        console.print()
+        print()
     table = _table(f"per client and round, {config.backbone}, d = {config.embedding_size}")
     for heading in (
         "method",
@@ -676,7 +740,7 @@ def _info(options: argparse.Namespace) -> None:
         "bytes down",
         "bytes up",
     ):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "method" else "right")
     for cost in costs(config, data, embedder):
         table.add_row(
             cost.method,
@@ -686,7 +750,7 @@ def _info(options: argparse.Namespace) -> None:
             _bytes(cost.bytes_down),
             _bytes(cost.bytes_up),
         )
-    console.print(table)
+    _print_table(table)
     if options.plot is not None:
         _plot_clients(Path(options.plot), held, f"{data.name}: who holds the training pictures")
 
@@ -699,7 +763,7 @@ def _plot_clients(path: Path, held: Any, title: str) -> None:
         write_file(path, clients_picture(held, title))
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot write it: {error.strerror}") from error
-    print(path)
+    _say(path)
 
 
 def _spread(values: np.ndarray) -> str:
@@ -707,9 +771,36 @@ def _spread(values: np.ndarray) -> str:
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}, median {median:,g}"
 
 
-def _console() -> Console:
-    """Stdout; wide enough for the tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+def _print_table(table: Table) -> None:
+    """On stdout, and nothing of it is lost: where it is too wide, headings of numbers are broken
+    between words, then text is folded, then lines are longer than the terminal is wide."""
+    # Wide enough for the tables where it is no terminal.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if table.title is not None:
+        # As a line of its own: a title is no wider than its table.
+        console.print(Text(str(table.title), style="bold"), soft_wrap=True)
+        table.title = None
+    unbounded = console.options.update(width=10_000)
+    wide = Measurement.get(console, unbounded, table).maximum > console.width
+    for column in table.columns:
+        column.overflow = "fold"
+        if column.justify == "right":
+            column.no_wrap = True
+            column.header = str(column.header).replace(" ", "\n") if wide else column.header
+    console.width = max(console.width, Measurement.get(console, unbounded, table).minimum)
+    console.print(table)
+
+
+def _say(*lines: object, file: TextIO | None = None) -> None:
+    """A line each, at once, with whatever they have in them from elsewhere."""
+    stream = file or sys.stdout
+    for line in lines:
+        print(encodable(printable(str(line)), stream.encoding), file=stream, flush=True)
+
+
+def _cell(text: str) -> str:
+    """Text from elsewhere for a table, as wide as stdout will show it."""
+    return escape(encodable(printable(text), sys.stdout.encoding))
 
 
 def _bytes(count: float | None) -> str:
@@ -722,48 +813,80 @@ def _bytes(count: float | None) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def _print_left_out(skipped: Sequence[str], unpaired: Sequence[str] = (), links: int = 0) -> None:
+def _print_left_out(
+    skipped: Sequence[str],
+    unpaired: Sequence[str],
+    passed_over: Mapping[str, int],
+    remarks: Sequence[str],
+) -> None:
+    """What is there and not used, and what is easily mistaken, on stderr."""
+    from fedss.data.folder import counted
+
     for names, what in (
         (skipped, "unreadable pictures"),
         (unpaired, "pictures of held-out classes, each the only one of its class"),
     ):
         if names:
             first = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            print(f"left out {len(names)} {what}: {_printable(first)}", file=sys.stderr)
-    if links:
-        print(f"left out {links} symbolic links: list them in a CSV", file=sys.stderr)
+            _say(f"left out {len(names)} {what}: {first}", file=sys.stderr)
+    if passed_over:
+        links = "; list what links lead to in a CSV" if "symbolic links" in passed_over else ""
+        _say(counted(passed_over).removeprefix("; ") + links, file=sys.stderr)
+    for remark in remarks:
+        _say(f"remark: {remark}", file=sys.stderr)
 
 
-def _printable(text: str) -> str:
-    """One line that does nothing to a terminal, whatever the names of files have in them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def _print_found(configs: Sequence[Config], data: "Dataset") -> None:
+    """What there is to train on and to test with, before any training."""
+    from fedss.build import check_trainable
+    from fedss.describe import found, notes
+
+    check_trainable(data)
+    told = dict.fromkeys(note for config in configs for note in notes(config, data))
+    lines = [*found(configs[0], data), *(f"note     {note}" for note in told)]
+    _say(*lines)
 
 
-def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
+def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Path) -> None:
     """What was retrieved and what was moved: means over seeds, one row per method."""
+    from fedss.intervals import FLOORS
+    from fedss.report.records import Group, group_runs, read_runs
+    from fedss.report.words import finding
+
+    groups: Sequence[Group] = ()
+    # With a damaged file of the report the figures are here all the same.
+    with suppress(RunFolderError):
+        groups = group_runs(read_runs(folder), folder)
+    intervals = {group.label: group.interval for group in groups}
     by_method: dict[str, list[Mapping[str, Any]]] = {}
     for summary in summaries:
-        by_method.setdefault(summary.get("label", summary["method"]), []).append(summary)
+        by_method.setdefault(str(summary.get("label", summary["method"])), []).append(summary)
 
     def mean(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
-        values = [run[name] for run in runs]
+        values: list[Any] = [run.get(name) for run in runs]
         return None if None in values else sum(values) / len(values)
 
     classes = "unseen classes" if not seen else f"test classes ({seen} of them seen in training)"
-    found = _table(f"{classes} after {summaries[0]['rounds']} rounds")
-    moved = _table("kB per client and round; sums with ids and headers")
+    sites = ", in each site's gallery" if any("sites" in s for s in summaries) else ""
+    found = _table(f"{classes} after {summaries[0]['rounds']} rounds{sites}")
+    moved = _table("per client and round; sums with ids and headers")
     full = mean(by_method["full"], "map_at_10") if "full" in by_method else None
-    found.add_column("method", overflow="fold")
-    moved.add_column("method", overflow="fold")
-    for heading in ("MAP@10", *(("/ full",) if full else ()), "R@1", "seeds", "seconds"):
-        found.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("rows", "down", "backbone", "rows", "up", "backbone", "rows"):
-        moved.add_column(heading, justify="right", no_wrap=True)
+    found.add_column("method")
+    moved.add_column("method")
+    numbers = ("MAP@10", "95 %", "by class", *(("/ full",) if full else ()), "R@1", "seeds")
+    for heading in (*numbers, "time s"):
+        found.add_column(heading, justify="right")
+    moved.add_column("class rows", justify="right")
+    for way in ("down", "up"):
+        for part in ("kB", "backbone kB", "class-row kB"):
+            moved.add_column(f"{part} {way}", justify="right")
     for method, runs in by_method.items():
-        map_at_10, name = mean(runs, "map_at_10"), method.replace(",", ", ")
+        map_at_10, name = mean(runs, "map_at_10"), _cell(method.replace(",", ", "))
         found.add_row(
             name,
             _score(map_at_10),
+            _ends(intervals.get(method)),
+            _score(mean(runs, "map_at_10_by_class")),
             *((_score(None if map_at_10 is None else map_at_10 / full),) if full else ()),
             _score(mean(runs, "recall_at_1")),
             str(len(runs)),
@@ -782,28 +905,40 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int) -> None:
             "–" if rows is None else f"{rows:.0f}",
             *("–" if size is None else f"{size / 1000:.1f}" for size in sizes),
         )
-    console = _console()
-    console.print(found)
-    console.print(moved)
+    found.add_section()
+    measured = [run.get("floors", {}) for run in summaries]
+    for name, told in FLOORS.items():
+        values = [floors[name] for floors in measured if name in floors]
+        if values:
+            found.add_row(told, _score(sum(values) / len(values)))
+    _print_table(found)
+    if groups:
+        _say(finding(groups), "")
+    _print_table(moved)
 
 
-def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | None) -> None:
+def _print_figures(
+    metrics: Mapping[str, Any],
+    ends: "Interval",
+    floors: Mapping[str, float],
+    measured: Mapping[str, Any],
+) -> None:
+    from fedss.intervals import FLOORS, weakness
     from fedss.verification import ERRORS
 
-    console = _console()
     found = _table("retrieval")
-    names = {"map_at_10": "MAP@10", "recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}
-    for heading in names.values():
+    names = {"recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}
+    found.add_column("")
+    for heading in ("MAP@10", "95 %", "by class", *names.values()):
         found.add_column(heading, justify="right")
-    found.add_row(*(_score(metrics[name]) for name in names))
-    console.print(found)
-    print(f"{metrics['queries']:,} queries\n")
-    if measured is None:
-        print(
-            "all test pictures are of one class: nothing to verify or identify, and no threshold "
-            "for fedss identify: give it one with --threshold"
-        )
-        return
+    both = _score(metrics["map_at_10"]), _ends(ends), _score(metrics["map_at_10_by_class"])
+    found.add_row("this model", *both, *(_score(metrics[name]) for name in names))
+    for name in (name for name in FLOORS if name in floors):
+        found.add_row(FLOORS[name], _score(floors[name]))
+    _print_table(found)
+    _say(f"{metrics['queries']:,} queries of {metrics['classes']:,} classes")
+    weak = weakness(metrics["classes"])
+    _say(*([weak, ""] if weak else [""]))
     pairs = _table("verification")
     for heading in ("", "FAR", "TAR", "threshold"):
         pairs.add_column(heading, justify="left" if not heading else "right")
@@ -812,7 +947,7 @@ def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | Non
     for point in measured["points"]:
         few = "" if point["supported"] else "*"
         pairs.add_row("", f"{point['far']:g}{few}", _score(point["tar"]), _cosine(point))
-    console.print(pairs)
+    _print_table(pairs)
     print(f"{measured['genuine']:,} pairs of one class, {measured['impostor']:,} of two")
     if not all(point["supported"] for point in measured["points"]):
         least = measured["smallest_far"]
@@ -836,7 +971,7 @@ def _print_figures(metrics: Mapping[str, Any], measured: Mapping[str, Any] | Non
         f"{known['dir_low']:.3f} to {known['dir_high']:.3f}",
         _cosine(known),
     )
-    console.print(open_set)
+    _print_table(open_set)
     print(f"{known['enrolled']:,} classes enrolled in each of {known['draws']} draws")
     if not known["supported"]:
         print(
@@ -848,6 +983,10 @@ def _cosine(figures: Mapping[str, Any], part: str = "") -> str:
     return f"{figures[part + 'threshold']:.4f}"
 
 
+def _ends(ends: "Interval | None") -> str:
+    return _score(None) if ends is None else f"{ends.low:.3f}–{ends.high:.3f}"
+
+
 def _score(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
@@ -855,8 +994,6 @@ def _score(value: float | None) -> str:
 def _table(title: str | None = None) -> Table:
     return Table(
         title=title,
-        title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,

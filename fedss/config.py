@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -13,7 +14,7 @@ from fedss.codec import Precision
 from fedss.data import parse_partition
 from fedss.errors import ConfigError
 from fedss.methods import METHODS, RowMean
-from fedss.models import ForwardPrecision, is_trainable
+from fedss.models import BatchNormRule, ForwardPrecision, is_trainable
 from fedss.optimizers import ServerOptimizerKind
 from fedss.samplers import SAMPLERS
 from fedss.softmax import MarginKind
@@ -92,6 +93,13 @@ class Config:
     trainable: str = _option(
         "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
     )
+    batch_norm: BatchNormRule = _option(
+        "auto", "batch norms; auto: freeze with trained weights, else replace", "model"
+    )
+    pixel_mean: str | None = _option(
+        None, "that weights expect, such as 0.485,0.456,0.406", "model"
+    )
+    pixel_std: str | None = _option(None, "that weights expect, beside pixel_mean", "model")
     embedding_size: int = _option(64, "d, numbers per embedding", "model")
 
     rounds: int = _option(120, "number of rounds", "training")
@@ -141,15 +149,21 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        check_choice("sampler", self.sampler, SAMPLERS)
+        for name in ("pixel_mean", "pixel_std"):
+            value = getattr(self, name)
+            if isinstance(value, tuple | list):
+                object.__setattr__(self, name, ",".join(map(str, value)))
         for option in OPTIONS:
             _check_type(option, getattr(self, option.name))
+        check_choice("method", self.method, METHODS)
+        check_choice("sampler", self.sampler, SAMPLERS)
         for names, valid, expected in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
+        numbers(self, "pixel_mean")
+        numbers(self, "pixel_std")
         parse_partition(self.partition, self.partition_clients)
         if METHODS[self.method].moments:
             self._check_moments()
@@ -164,6 +178,21 @@ class Config:
                 f"moments_rank: expected below embedding_size = {self.embedding_size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
             )
+
+
+def numbers(config: Config, name: str) -> tuple[float, ...] | None:
+    """The numbers of an option that holds them as text, separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    text = getattr(config, name)
+    try:
+        return None if text is None else tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ConfigError(
+            f"{name}: expected numbers separated by commas, such as 0.485,0.456,0.406, got {text!r}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -214,10 +243,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("eval_every spread_out_neighbours data_seed seed cover", lambda v: v >= 0, "0 or more"),
     (
-        "scale client_lr class_row_lr server_lr server_epsilon",
+        "client_lr class_row_lr server_lr server_epsilon",
         lambda v: 0 < v <= 1e30,
         "a number above 0 and at most 1e30",
     ),
+    # Above, rounding of a cosine in float32 decides.
+    ("scale", lambda v: 0 < v <= 1e6, "a number above 0 and at most 1e6"),
     ("correction", lambda v: 0 <= v <= 1, "0 (none) to 1 (full)"),
     ("margin spread_out_weight spread_out_margin", lambda v: 0 <= v <= 2, "0 to 2"),
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
@@ -237,8 +268,12 @@ def _check_type(option: Option, value: Any) -> None:
     if not isinstance(value, accepted) or (isinstance(value, bool) and option.type is not bool):
         raise ConfigError(
             f"{option.name}: expected {option.type.__name__}, "
-            f"got {value!r} ({type(value).__name__})"
+            f"got {reprlib.repr(value)} ({type(value).__name__})"
         )
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ConfigError(f"{option.name}: expected below 2^63, got {reprlib.repr(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{option.name}: expected text without NUL, got {reprlib.repr(value)}")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """What is in a data set, and what each method would move: before any training."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +13,15 @@ from fedss.build import (
     num_trainable,
     objective_name,
     round_plan,
+    sample_size,
     wire_format,
 )
 from fedss.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
 from fedss.client import own_classes as own_classes_of
 from fedss.config import Config
 from fedss.data import Dataset, fingerprint, own_classes, seen_classes
+from fedss.evaluation import count_classes
+from fedss.intervals import weakness
 from fedss.methods import METHODS
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.moments import Moments
@@ -54,6 +58,67 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
         "skipped_pictures": len(data.skipped),
         "unpaired_pictures": len(data.unpaired),
     }
+
+
+def found(config: Config, data: Dataset) -> list[str]:
+    """What there is to train on and to test with, in three lines of up to 80 columns."""
+    facts, test = describe(config, data), evaluation_task(config, data)
+    channels, height, width = facts["image_shape"]
+    low, median, high = facts["own_classes"]
+    own = f"{low}" if low == high else f"{low} to {high}, median {median:g}"
+    images = f"{facts['train_images']:,} images of {facts['train_classes']:,} classes"
+    gallery = "the others" if test.gallery is None else f"{len(test.gallery):,} gallery images"
+    seen = seen_classes(data) if config.eval_split == "test" else 0
+    classes = "one class" if facts["test_classes"] == 1 else f"{facts['test_classes']:,} classes"
+    return [
+        f"data     {_cut(data.name, 20)}: {images}, {width} x {height} x {channels}",
+        f"clients  {facts['train_clients']:,}; own classes of a client: {own}",
+        f"test     {facts['test_queries']:,} queries of {classes}, "
+        + (f"{seen:,} of them trained on" if seen else "all held out")
+        + f"; each among {gallery}",
+    ]
+
+
+def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
+    """Why a run is not judged on the pictures that its configuration names, and what to do.
+
+    Args:
+        run: the run folder.
+        data: what the run's ``config.json`` says of its data.
+        name: the name of the data set that its configuration gives now.
+    """
+    if "evaluated_at" in data:
+        why = "its pictures are at the sites, or at the server"
+    elif data.get("name") != name:
+        why = f"it was trained on {data.get('name')!r}, given as data=, not on {name!r}"
+    else:
+        why = f"the pictures of {name!r} are not those that it was trained and tested on any more"
+    return (
+        f"{run}: no pictures of its own to judge it on: {why}. Name the pictures to judge it on "
+        "(--data, --data-path), or use fedss.evaluate in Python"
+    )
+
+
+def notes(config: Config, data: Dataset) -> list[str]:
+    """What makes a run other than it looks; each in a line of up to 80 columns."""
+    classes, own_K = len(data.train.class_names), own_classes(data.train)
+    size = sample_size(config, classes)
+    weak = weakness(len(count_classes(evaluation_task(config, data).query)))
+    told = [weak] if weak else []
+    if METHODS[config.method].negatives == "sampled":
+        if size >= classes:
+            told.append(f"|S| = {size} is all of the {classes} classes: this is the full softmax")
+        crowded = int((2 * own_K > size).sum())
+        if crowded and size < classes:
+            told.append(
+                f"own classes fill more than half of |S| = {size} at {crowded:,} of "
+                f"{len(own_K):,} clients"
+            )
+    return told
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def describe_model(

@@ -3,14 +3,17 @@
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from fedss.data.folder import EXTENSIONS
-from fedss.data.manifest import check_listed_once, composed, listed_name, read_table
+from fedss.data.folder import counted, passed_over
+from fedss.data.manifest import check_listed_once, listed_name
+from fedss.data.names import composed
+from fedss.data.table import read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
 from fedss.models import Embedder
@@ -18,6 +21,9 @@ from fedss.pictures import read_pictures
 
 LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
 """What to do about a picture that cannot be read, where one has the choice."""
+
+LINKS = "symbolic links"
+"""How links are counted in a folder to search in."""
 
 _ADVICE = "make room or mend the place, or choose another one (--out)"
 
@@ -79,14 +85,17 @@ class PictureList:
         names: relative to ``root``, with forward slashes; absolute if a CSV names a picture that is
             not below it. In the order of a folder's sorted names or of the CSV's lines.
         labels: a class per picture; None where it has none.
-        links: how many symbolic links of the folder were passed over.
+        passed_over: files and folders of the folder that are none of these pictures, by kind:
+            those that training passes over too, and symbolic links.
+        remarks: sentences on what else is not read.
     """
 
     source: Path
     root: Path
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
-    links: int = 0
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def paths(self) -> list[Path]:
@@ -98,31 +107,38 @@ def list_pictures(path: Path) -> PictureList:
     """Picture files in a folder (and below it), or in the ``image`` column of a CSV.
 
     A picture's class is the name of the folder that it lies in (none for a picture directly in
-    ``path``), or what the CSV has in its column ``label``. Hidden files and folders are passed
-    over, and so are symbolic links: what a folder holds cannot lead out of it or in a circle. A CSV
-    lists a picture once, by whatever path, as in training.
+    ``path``), or what the CSV has in its column ``label``. In a folder, what training passes over
+    is passed over, and so are symbolic links: what a folder holds cannot lead out of it or in a
+    circle. A CSV lists a picture once, by whatever path, as in training.
 
     Raises:
         DataError: no such place, no picture in it, a folder that cannot be read, or anything
             amiss with the CSV.
     """
     source = root = path.resolve()
+    over: Counter[str] = Counter()
+    remarks: tuple[str, ...] = ()
     if source.is_dir():
-        names, links = _below(source)
+        names = _below(source, over)
         labels = [class_name(Path(name).parent.name) for name in names]
     elif source.is_file():
         # As in training: pictures lie beside the CSV that was named, be it a link.
         root = Path(os.path.abspath(path.parent))
-        lines, rows = zip(*read_table(path, ("image",), optional="label"), strict=True)
-        names, links = [listed_name(str(root), cells[0]) for cells in rows], 0
+        table = read_table(path, ("image",), optional="label")
+        without = () if table.complete else ("no column label: these pictures have no class",)
+        remarks = (*without, *table.remarks)
+        lines, rows = zip(*table.rows, strict=True)
+        names = [listed_name(str(root), cells[0]) for cells in rows]
         check_listed_once(path, names, lines.__getitem__)
         labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
     if not names:
-        passed = f"; {links} symbolic links are not followed: list them in a CSV" if links else ""
-        raise DataError(f"{path}: no picture found ({', '.join(sorted(EXTENSIONS))}){passed}")
-    return PictureList(source, root, tuple(names), tuple(labels), links)
+        advice = "; list what links lead to in a CSV" if LINKS in over else ""
+        raise DataError(
+            f"{path}: no picture found{counted(over)}{advice}; expected files such as 1.jpg"
+        )
+    return PictureList(source, root, tuple(names), tuple(labels), over, remarks)
 
 
 def class_name(text: str) -> str | None:
@@ -130,9 +146,8 @@ def class_name(text: str) -> str | None:
     return composed(text) or None
 
 
-def _below(root: Path) -> tuple[list[str], int]:
+def _below(root: Path, over: Counter[str]) -> list[str]:
     names: list[str] = []
-    links = 0
 
     def fail(error: OSError) -> None:
         raise DataError(
@@ -141,17 +156,20 @@ def _below(root: Path) -> tuple[list[str], int]:
         ) from error
 
     for folder, below, files in os.walk(root, onerror=fail):
-        shown = [name for name in below if not name.startswith(".")]
-        below[:] = [name for name in shown if not os.path.islink(os.path.join(folder, name))]
-        links += len(shown) - len(below)
         inside = Path(folder).relative_to(root)
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(EXTENSIONS):
-                if os.path.islink(os.path.join(folder, name)):
-                    links += 1
-                else:
-                    names.append((inside / name).as_posix())
-    return sorted(names), links
+        entries = [(name, True) for name in below] + [(name, False) for name in files]
+        below.clear()
+        for name, is_folder in entries:
+            kind = passed_over(name, is_folder)
+            if kind is None and os.path.islink(os.path.join(folder, name)):
+                kind = LINKS
+            if kind is not None:
+                over[kind] += 1
+            elif is_folder:
+                below.append(name)
+            else:
+                names.append((inside / name).as_posix())
+    return sorted(names)
 
 
 def write_embeddings(path: Path, result: Embeddings) -> list[Path]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from fedss.confusions import hardest_confusions
-from fedss.data import RetrievalTask
+from fedss.data import Images, RetrievalTask
+from fedss.errors import DataError, DivergedError
+from fedss.intervals import ClassScores
 from fedss.models import Embedder, embed_pixels
-from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
+from fedss.retrieval import RetrievalMetrics, evaluate_by_label, nearest
 from fedss.seeds import generator
 from fedss.verification import FARS, count_pairs, identification, verification
 
@@ -39,10 +41,12 @@ class Evaluation:
     Attributes:
         metrics: retrieval figures; None where nobody can tell.
         embedded: what they were computed from, where the pictures are here.
+        by_class: MAP@10 of each class, likewise.
     """
 
     metrics: dict[str, Any] | None
     embedded: Embedded | None = None
+    by_class: ClassScores | None = None
 
 
 def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
@@ -58,7 +62,62 @@ def embed_task(embed: Embed, task: RetrievalTask) -> Embedded:
 
 def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
     """Retrieval with embeddings of a task's pictures."""
-    return evaluate_retrieval(*_labelled(task, query_QD, gallery_GD))
+    return score_classes(task, query_QD, gallery_GD)[0]
+
+
+def score_classes(
+    task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
+) -> tuple[RetrievalMetrics, ClassScores]:
+    """:func:`score`, and that of each class by its name, in the order of names."""
+    metrics, found = evaluate_by_label(*_labelled(task, query_QD, gallery_GD))
+    names = (task.gallery or task.query).class_names
+    of_name = {names[label]: c for c, label in enumerate(found.labels_C.tolist())}
+    order = [of_name[name] for name in sorted(of_name)]
+    by_class = ClassScores(tuple(sorted(of_name)), found.queries_C[order], found.map_at_10_C[order])
+    return metrics, by_class
+
+
+def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
+    """How a model does whose embeddings of a task's pictures are here.
+
+    Raises:
+        DivergedError: NaN or infinite ones.
+    """
+    if not all(bool(h_ND.isfinite().all()) for h_ND in embedded if h_ND is not None):
+        raise DivergedError(
+            "the model gives NaN or infinite embeddings of the test pictures: expected finite "
+            "weights, and none so large that they overflow"
+        )
+    metrics, by_class = score_classes(task, *embedded)
+    return Evaluation(dataclasses.asdict(metrics), embedded, by_class)
+
+
+def count_classes(images: Images) -> dict[str, int]:
+    """Number of pictures of each class that has any, in the order of names."""
+    labels, counts = np.unique(images.labels, return_counts=True)
+    found = zip(labels.tolist(), counts.tolist(), strict=True)
+    return dict(sorted((images.class_names[label], count) for label, count in found))
+
+
+def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
+    """Refuse a test in which every picture is right.
+
+    Args:
+        task: the test.
+        name: the data set's name.
+        test_classes: the share of classes that was held out, if any was.
+
+    Raises:
+        DataError: all that is searched is of one class.
+    """
+    (first, *others) = count_classes(task.gallery or task.query)
+    if not others:
+        raise DataError(
+            f"data set {name!r}: all test pictures are of one class, {first!r}, so that whatever "
+            "is found is right: that is no test. List pictures of several classes with the split "
+            f"'test', or hold out more of them (test_classes; it is {test_classes}, of which a few "
+            "classes get more or less by chance: another data_seed holds out others)"
+        )
 
 
 def verify(

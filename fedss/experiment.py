@@ -1,10 +1,9 @@
 """The loop over rounds: cohort, engine, checks, aggregate, evaluate, checkpoint, records."""
 
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -20,6 +19,7 @@ from fedss.algorithm import (
     Failure,
     ServerState,
     check_finite_state,
+    check_growth,
     draw_cohort,
     run_round,
     spread_rows_out,
@@ -27,10 +27,18 @@ from fedss.algorithm import (
 )
 from fedss.allocator import keep_freed_memory
 from fedss.augment import AUGMENTATIONS, preview
+from fedss.baselines import (
+    Floors,
+    backbone_floors,
+    data_floors,
+    floor,
+    write_scores,
+)
 from fedss.board import add_neighbours, add_projection, add_scalars, open_board
 from fedss.build import (
     build_model,
     check_objective,
+    check_trainable,
     compute_device,
     evaluation_task,
     load_data,
@@ -48,10 +56,11 @@ from fedss.data import Dataset, RetrievalTask, index_clients
 from fedss.describe import describe, describe_model
 from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.errors import ConfigError, DivergedError, QuorumError, RunFolderError
-from fedss.evaluation import Evaluation, embed_task, findings, score
+from fedss.evaluation import Evaluation, check_tellable, embed_task, findings, judge
 from fedss.files import write_file, write_json
+from fedss.intervals import ClassScores, interval
 from fedss.methods import METHODS
-from fedss.models import Embedder, flatten_, load_embedder, save_embedder
+from fedss.models import Embedder, fingerprint, flatten_, load_embedder, save_embedder
 from fedss.optimizers import ServerOptimizer
 from fedss.progress import show_progress
 from fedss.ranks import ALONE, Ranks, join
@@ -64,12 +73,14 @@ from fedss.records import (
     summarise,
 )
 from fedss.report import write_report
+from fedss.report.records import read_scores
 from fedss.run_folder import (
     check_same_round,
     claim_comparison,
     claim_run,
     hold,
     read_summaries,
+    with_absolute_paths,
 )
 from fedss.samplers import Sampler
 from fedss.seeds import generator
@@ -91,6 +102,7 @@ class Federation:
         cohort_size: clients per round.
         client_name: a client's name for people.
         evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
+        floors: what the test gives for nothing, under the first backbone's weights; likewise.
         task: the test pictures that ``evaluate`` embeds, to be looked at; None: they are not here.
         preview: training pictures as clients see them, see :func:`fedss.augment.preview`; None
             where they see them as they are, or nobody here may.
@@ -105,6 +117,7 @@ class Federation:
     cohort_size: int
     client_name: Callable[[int], str]
     evaluate: Callable[[torch.Tensor, int], Evaluation | None]
+    floors: Callable[[torch.Tensor], Floors | None]
     task: RetrievalTask | None
     preview: bytes | None = None
     quorum: float = 1.0
@@ -113,6 +126,8 @@ class Federation:
 
 
 Lap = Callable[[str], None]
+Known = dict[tuple[object, ...], Floors]
+"""Floors that several runs share, by what they depend on."""
 Federate = Callable[[Embedder, ServerOptimizer, Lap], AbstractContextManager[Federation]]
 """Opens a federation for a model and a server optimizer. It may tell ``lap`` of its phases."""
 
@@ -171,8 +186,12 @@ def train(
         FedssError: another process of the run failed or is gone; the last checkpoint is kept.
     """
     label = f"{config.method} seed {config.seed}"
+    # Absolute: whoever is called in between may change the working directory.
+    folder = Path(out).absolute()
     with join() as ranks:
-        return _train(config, Path(out), label, data, backbone, sampler, objective, on_round, ranks)
+        return _train(
+            config, folder, label, data, backbone, sampler, objective, on_round, ranks, {}
+        )
 
 
 def _train(
@@ -185,10 +204,12 @@ def _train(
     objective: Objective | None,
     on_round: OnRound | None,
     ranks: Ranks,
+    known: Known,
 ) -> Run:
-    data = data or load_together(config)
+    data, config = data or load_together(config), with_absolute_paths(config)
+    check_trainable(data)
     sample_size(config, len(data.train.class_names))
-    evaluation_task(config, data)
+    check_tellable(evaluation_task(config, data), data.name, config.test_classes)
     compute_device(config)
     if objective is not None:
         check_objective(config, objective)
@@ -197,7 +218,7 @@ def _train(
         folder,
         build_model(config, data, backbone),
         describe(config, data),
-        partial(local_federation, config, data, ranks),
+        partial(local_federation, config, data, ranks, known),
         label=label,
         backbone=backbone,
         sampler=sampler,
@@ -247,16 +268,19 @@ def train_federation(
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             with _observer(label, config, on_round, ranks) as see:
-                num_classes, records = _train_rounds(
-                    config, embedder, federate, plan_of, folder, see, ranks
-                )
+                done = _train_rounds(config, embedder, federate, plan_of, folder, see, ranks)
         if ranks.first:
             if not already_done:
                 about = {"method": config.method, "data": data["name"]}
                 save_embedder(embedder, folder / "model", about)
                 run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-                run |= {"sample_size": sample_size(config, num_classes), "folder": "."}
-                summary = summarise(run, records)
+                run |= {"sample_size": sample_size(config, done.num_classes), "folder": "."}
+                summary = summarise(run, done.records)
+                at_sites = "sites" in (done.records[-1]["metrics"] or {})
+                summary["gallery"] = "each site's own" if at_sites else "all test pictures"
+                summary["floors"] = dict(done.floors.map_at_10)
+                ends = None if done.by_class is None else interval([done.by_class])
+                summary["map_at_10_interval"] = ends and [ends.low, ends.high]
                 write_json(folder / "summary.json", [summary])
             # One that was written while it was under way says so.
             if not already_done or not (folder / "report.html").exists():
@@ -330,13 +354,19 @@ def compare(
     for name, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values) or not values:
             raise ConfigError(f"{name}: expected one or more, each once, got {list(values)}")
-    runs = [
-        (label, replace(variant(config, label), seed=seed)) for label in methods for seed in seeds
-    ]
-    folder, summaries = Path(out), []
+    variant_of = {label: variant(config, label) for label in methods}
+    folder, summaries = Path(out).absolute(), []
     with join() as ranks:
-        data = data or load_together(config)
+        data, config = data or load_together(config), with_absolute_paths(config)
+        check_trainable(data)
+        known: Known = {}
+        runs = [
+            (label, with_absolute_paths(replace(variant_of[label], seed=seed)))
+            for label in methods
+            for seed in seeds
+        ]
         for _, run in runs:
+            check_tellable(evaluation_task(run, data), data.name, run.test_classes)
             sample_size(run, len(data.train.class_names))
             compute_device(run)
             if objective is not None:
@@ -348,7 +378,16 @@ def compare(
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
                 done = _train(
-                    run, folder / name, title, data, backbone, sampler, objective, on_round, ranks
+                    run,
+                    folder / name,
+                    title,
+                    data,
+                    backbone,
+                    sampler,
+                    objective,
+                    on_round,
+                    ranks,
+                    known,
                 )
                 summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
@@ -401,6 +440,16 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
     )
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What the rounds leave besides weights and files."""
+
+    num_classes: int
+    records: list[Record]
+    floors: Floors
+    by_class: ClassScores | None
+
+
 def _train_rounds(
     config: Config,
     embedder: Embedder,
@@ -409,11 +458,10 @@ def _train_rounds(
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
-) -> tuple[int, list[Record]]:
+) -> _Trained:
     """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
 
-    Gives n, as it is in the end, and the rounds' records. Every rank has the same state
-    throughout; only the first writes.
+    Every rank has the same state throughout; only the first writes.
     """
     optimizer, clock = server_optimizer(config), _Clock()
     theta_P = flatten_(embedder).theta_P
@@ -421,6 +469,7 @@ def _train_rounds(
         state = _first_state(config, federation, plan_of, theta_P, folder)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
+        floors = _floors(federation, theta_P, folder, ranks)
         for record in records:
             on_round(record)
         if ranks.first and federation.preview is not None:
@@ -431,12 +480,16 @@ def _train_rounds(
             open_records(folder, records) if ranks.first else nullcontext() as add_record,
             open_board(folder, state.round + 1) if ranks.first else nullcontext() as board,
         ):
+            if board and not state.round and "untrained" in floors.map_at_10:
+                board.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
             clock.restart()
+            first_loss = records[0]["loss"] if records else None
             try:
                 while state.round < config.rounds:
                     state, record, found = _next_round(
-                        config, federation, plan_of, state, clock, ranks
+                        config, federation, plan_of, state, clock, ranks, first_loss
                     )
+                    first_loss = first_loss or record["loss"]
                     due = _due(state.round, config.checkpoint_every, config.rounds)
                     failed = failed or bool(record.get("failures"))
                     if add_record:
@@ -470,7 +523,26 @@ def _train_rounds(
         # Outside, where torch may use all cores again.
         for name, content in findings(*last).items():
             write_file(folder / name, content)
-    return state.class_rows.num_classes, records
+    by_class = found.by_class if found else None
+    if by_class is not None:
+        found_now = {"trained": by_class.map_at_10}
+        write_scores(folder / "by_class.json", found_now, {"trained": by_class})
+    return _Trained(state.class_rows.num_classes, records, floors, by_class)
+
+
+def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: Ranks) -> Floors:
+    """What a run's test gives for nothing: measured once, before its first round."""
+    path, floors = folder / "floors.json", None
+    if ranks.first and path.exists():
+        # What cannot be read is measured again.
+        with suppress(RunFolderError):
+            floors = Floors(*read_scores(path))
+    floors = ranks.gather(floors)[0]
+    if floors is None:
+        floors = federation.floors(theta_P) or Floors()
+        if ranks.first:
+            write_scores(path, floors.map_at_10, floors.by_class)
+    return floors
 
 
 def _keep_what_was_learnt(folder: Path, state: ServerState, recorded: int) -> None:
@@ -493,6 +565,7 @@ def _next_round(
     state: ServerState,
     clock: "_Clock",
     ranks: Ranks,
+    first_loss: float | None,
 ) -> tuple[ServerState, Record, Evaluation | None]:
     """The state after one more round, the round's record, and its evaluation if it has one."""
     round, optimizer = state.round, server_optimizer(config)
@@ -517,6 +590,8 @@ def _next_round(
         found = federation.evaluate(state.backbone_P, state.round)
         clock.lap("evaluate")
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    if first_loss is not None:
+        check_growth([update.loss for update in updates], first_loss, plan)
     moved = round_traffic(updates)
     record = {
         "round": state.round,
@@ -643,6 +718,7 @@ def local_federation(
     config: Config,
     data: Dataset,
     ranks: Ranks,
+    known: Known,
     embedder: Embedder,
     optimizer: ServerOptimizer,
     lap: Lap,
@@ -675,7 +751,27 @@ def local_federation(
                 return None
             # Between rounds the workers of all ranks are idle and their cores free.
             with intra_op_threads(engine.workers.count * ranks.local_size):
-                return Evaluation(dataclasses.asdict(score(task, *embedded)), embedded)
+                return judge(task, embedded)
+
+        def floors(backbone_P: torch.Tensor) -> Floors | None:
+            # All ranks embed: whether they need not must be the same at each.
+            untrained = "untrained", config.eval_split, config.precision, fingerprint(embedder)
+            if untrained not in known:
+                found = evaluate(backbone_P, 0)
+                by_class = found and found.by_class
+                known[untrained] = floor("untrained", by_class) if by_class else Floors()
+            if not ranks.first:
+                return None
+            plain = "data", config.eval_split
+            frozen = "frozen", *plain, config.backbone, config.weights, config.embedding_size
+            with intra_op_threads(engine.workers.count * ranks.local_size):
+                if plain not in known:
+                    known[plain] = data_floors(task)
+                if frozen not in known:
+                    known[frozen] = backbone_floors(
+                        embedder, task, data.train, compute_device(config)
+                    )
+            return known[plain] | known[untrained] | known[frozen]
 
         yield Federation(
             engine=engine,
@@ -684,6 +780,7 @@ def local_federation(
             cohort_size=cohort_size,
             client_name=images.client_names.__getitem__,
             evaluate=evaluate,
+            floors=floors,
             task=task,
             preview=shown,
         )

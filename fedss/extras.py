@@ -7,12 +7,17 @@ import torch
 
 from fedss.errors import ConfigError
 
+_CPU_PAIR = (
+    "pip install --force-reinstall torch torchvision "
+    "--index-url https://download.pytorch.org/whl/cpu"
+)
+
 
 def import_extra(module: str, extra: str) -> Any:
-    """A module of timm or torchvision, which ``pip install "fedss[<extra>]"`` brings.
+    """A module of timm, which ``pip install "fedss[<extra>]"`` brings.
 
     Raises:
-        ConfigError: it is not installed, or torchvision does not fit torch.
+        ConfigError: it is not installed, or torchvision, which it imports, does not fit torch.
     """
     try:
         return importlib.import_module(module)
@@ -26,6 +31,6 @@ def import_extra(module: str, extra: str) -> Any:
             raise
         raise ConfigError(
             f"{module} cannot be imported because torchvision does not fit torch "
-            f"{torch.__version__}: install both from the same build, from one index "
-            f"(CPU or the same CUDA version; see pytorch.org/get-started). Python said: {error}"
+            f"{torch.__version__}; install a pair: {_CPU_PAIR} (for a GPU: the two of one CUDA "
+            f"version, see pytorch.org/get-started). Python said: {str(error).strip()}"
         ) from error

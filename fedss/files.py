@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise RunFolderError(f"{path} is missing: is {path.parent} a run folder?") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(
             f"{path} is damaged ({error}); restore it from a backup, or delete {path.parent} "
             "and start again"

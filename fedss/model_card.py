@@ -12,6 +12,7 @@ from typing import Any
 from fedss.config import OPTIONS
 from fedss.errors import RunFolderError
 from fedss.files import read_json
+from fedss.intervals import FLOORS
 from fedss.methods import METHODS
 from fedss.models import EmbedderSpec
 from fedss.report.records import Verified, read_verified
@@ -179,11 +180,18 @@ def _results(
     elif "test_queries" not in data:
         among = f"evaluated at: {data.get('evaluated_at', UNKNOWN)}"
     classes, seen = _number(data.get("test_classes")), _number(data.get("test_classes_seen"))
+    rows = [(_METRICS[m][0], f"{summary[m]:.4f}", _METRICS[m][1]) for m in known]
+    if summary.get("map_at_10_interval"):
+        low, high = summary["map_at_10_interval"]
+        words = "95 % interval of MAP@10: bootstrap over classes"
+        rows.append(("MAP@10, 95 %", f"{low:.4f} to {high:.4f}", words))
+    rows += [
+        (f"MAP@10, {FLOORS[name]}", f"{value:.4f}", "for comparison: to be had without training")
+        for name, value in summary.get("floors", {}).items()
+        if name in FLOORS
+    ]
     return [
-        _table(
-            ("metric", "value", "what it is"),
-            [(_METRICS[m][0], f"{summary[m]:.4f}", _METRICS[m][1]) for m in known],
-        ),
+        _table(("metric", "value", "what it is"), rows),
         f"{_number(queries)} queries of the split `{settings.get('eval_split', 'test')}` "
         f"({among}), {_number(skipped)} more left out for want of anything to find; {classes} "
         f"classes, {seen} of them seen in training. One run with one seed; whether settings were "

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from fedss.data.cache import in_threads, open_picture, pixels_of, upright
+from fedss.data.missing import why_missing
 from fedss.errors import DataError
 from fedss.models import Embedder, EmbedderSpec, embed_pixels
 
@@ -66,6 +67,9 @@ def read_pictures(
     def prepare(position: int) -> tuple[int, np.ndarray, bytes] | _Broken:
         try:
             pixels, small = _prepared(pictures[position], spec, thumbnails)
+        except FileNotFoundError as error:
+            hint = why_missing(os.path.abspath(str(pictures[position])))
+            return _Broken(position, f"{error.strerror}{hint}")
         except Exception as error:
             return _Broken(position, str(error) or type(error).__name__)
         return position, pixels, small
@@ -107,12 +111,12 @@ def read_pictures(
 def _prepared(picture: Picture, spec: EmbedderSpec, thumbnails: bool) -> tuple[np.ndarray, bytes]:
     with _opened(picture) as image:
         full = max(image.size)
-        seen = upright(image, spec.image_size)
-        pixels = pixels_of(seen, spec.image_size, spec.channels)
-        if not thumbnails:
-            return pixels, b""
-        if full == max(seen.size) or max(seen.size) >= THUMBNAIL:
-            return pixels, _small(seen)
+        with upright(image, spec.image_size) as seen:
+            pixels = pixels_of(seen, spec.image_size, spec.channels)
+            if not thumbnails:
+                return pixels, b""
+            if full == max(seen.size) or max(seen.size) >= THUMBNAIL:
+                return pixels, _small(seen)
     # The model wants few pixels: of a JPEG fewer were decoded than people want to see.
     return pixels, preview(picture)
 
@@ -164,8 +168,8 @@ def preview(picture: Picture) -> bytes:
     Raises:
         OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
     """
-    with _opened(picture) as image:
-        return _small(upright(image, THUMBNAIL))
+    with _opened(picture) as image, upright(image, THUMBNAIL) as seen:
+        return _small(seen)
 
 
 def _small(image: Image.Image) -> bytes:

@@ -23,7 +23,7 @@ from fedss.errors import ConfigError, RunFolderError
 from fedss.experiment import load
 from fedss.files import atomic, write_file, writing
 from fedss.model_card import model_card
-from fedss.models import Embedder, fingerprint, load_embedder, safetensors_of
+from fedss.models import Embedder, fingerprint, load_embedder, norm_groups, safetensors_of
 
 CARD = "MODEL_CARD.md"
 TOLERANCE = 1e-5
@@ -161,6 +161,7 @@ def _metadata(embedder: Embedder, mark: str) -> dict[str, str]:
         "fingerprint": mark,
         "backbone": spec.backbone or "a module of its owner's",
         "norm_layers": ", ".join(sorted(norms - {"NormAct"})) or "none",
+        "norm_groups": json.dumps(norm_groups(embedder.backbone)),
         "embedding_size": str(spec.embedding_size),
         "preprocessing": json.dumps(preprocessing),
         "preprocessing_text": text,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedss.client import ClientUpdate
 from fedss.errors import RunFolderError
+from fedss.report.records import check_counts, read_round
 from fedss.retrieval import RetrievalMetrics
 from fedss.wire import PARTS
 
@@ -22,6 +23,15 @@ cohort as serialised (``bytes_down``, ``bytes_up`` and their parts ``backbone_by
 round, where nobody can evaluate), the round's learning rates ``client_lr`` and ``class_row_lr``.
 Where clients may fail also ``failures``, a list of ``{"client": name, "reason": word}``, and
 ``attempts``: how often the round was begun. Without them none failed, and it was begun once."""
+
+
+_PER_CLIENT = (
+    "bytes_down",
+    "bytes_up",
+    *(f"{part}_bytes_{way}" for part in PARTS for way in ("down", "up")),
+)
+_COUNTED = (*_PER_CLIENT, "class_rows")
+_NEEDED = ("examples", "num_classes", "num_clients", "client_lr", "class_row_lr")
 
 
 def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
@@ -36,15 +46,24 @@ def read_records(path: Path, rounds: int) -> list[Record]:
     Raises:
         RunFolderError: a line of these rounds is missing or damaged.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    try:
-        records = [json.loads(line) for line in lines[:rounds]]
-        numbers = [record["round"] for record in records]
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({error}); start again in another folder"
-        ) from error
-    if numbers != list(range(1, rounds + 1)):
+    lines = path.read_bytes().splitlines()[:rounds] if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise RunFolderError(
+                f"{where} is damaged ({error}); start again in another folder"
+            ) from error
+        if read_round(record, where).number != number:
+            raise RunFolderError(
+                f"{where}: expected round {number}, got {record['round']}; start again in another "
+                "folder"
+            )
+        check_counts(record, (*_COUNTED, *_NEEDED), where)
+        records.append(record)
+    if len(records) != rounds:
         raise RunFolderError(
             f"{path}: expected a line for each of the {rounds} rounds in the checkpoint, got "
             f"{len(records)}; start again in another folder"
@@ -83,13 +102,6 @@ def records_to_disk(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-_PER_CLIENT = (
-    "bytes_down",
-    "bytes_up",
-    *(f"{part}_bytes_{way}" for part in PARTS for way in ("down", "up")),
-)
-
-
 def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """A run in one object: what it was, how the model is judged, means per client and round.
 
@@ -101,14 +113,11 @@ def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, An
     unknown = dict.fromkeys(field.name for field in dataclasses.fields(RetrievalMetrics))
     # Of the model that is kept: figures of an earlier round would be another's.
     summary = {**run, **(records[-1]["metrics"] or unknown)}
-    for name in _PER_CLIENT:
-        federated = records[0][name] is not None
-        total = sum(record[name] for record in records) if federated else 0
-        summary[f"{name}_per_client_round"] = total / clients if federated else None
-    rows = records[0]["class_rows"] is not None
-    summary["class_rows_per_client"] = (
-        sum(record["class_rows"] for record in records) / clients if rows else None
-    )
+    for name in _COUNTED:
+        counts = [record[name] for record in records]
+        mean = None if None in counts else sum(counts) / clients
+        shown = "class_rows_per_client" if name == "class_rows" else f"{name}_per_client_round"
+        summary[shown] = mean
     phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
     summary["seconds_by_phase"] = {
         phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in phases

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ _BLOCK = 384  # queries in a block: more gain nothing
 _FEWEST = 64  # fewer make the product slow: rather fewer blocks at one time
 _GROUP = 16  # scores whose maximum is looked at in their place
 _TILE = 2**18  # numbers turned to float64 at a time
+_FAR, _BACK = 400, 600  # exponents of 2: float64 goes from -1074 to 1024, and squares need half
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,35 @@ class RetrievalMetrics:
     """Means over the queries that have something to find.
 
     `recall_at_k` is the share of queries with at least one relevant item among the first k;
-    `map_at_10` and `map_at_r` are defined in `evaluate_retrieval`. `queries` were used, `skipped`
-    had no relevant item in the gallery and are left out of every mean.
+    `map_at_10` and `map_at_r` are defined in `evaluate_retrieval`. `map_at_10_by_class` is the mean
+    over classes of each class's mean AP@10: there a class of few queries counts as much as one of
+    many. `queries` were used, of so many `classes`; `skipped` had no relevant item in the gallery
+    and are left out of every mean.
     """
 
     recall_at_1: float
     recall_at_5: float
     map_at_10: float
     map_at_r: float
+    map_at_10_by_class: float
     queries: int
+    classes: int
     skipped: int
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Retrieval of each of C labels that queries were used of, in rising order.
+
+    Attributes:
+        labels_C: int64 [C].
+        queries_C: queries that were used of each, int64 [C].
+        map_at_10_C: their mean AP@10, float64 [C].
+    """
+
+    labels_C: np.ndarray
+    queries_C: np.ndarray
+    map_at_10_C: np.ndarray
 
 
 def nearest(
@@ -147,6 +168,16 @@ def evaluate_retrieval(
         ValueError: as in `nearest`; labels that are not integers or not one per row; gallery
             without labels or labels without gallery; no query with a relevant item.
     """
+    return evaluate_by_label(query_QD, query_labels_Q, gallery_GD, gallery_labels_G)[0]
+
+
+def evaluate_by_label(
+    query_QD: Tensor,
+    query_labels_Q: Tensor,
+    gallery_GD: Tensor | None = None,
+    gallery_labels_G: Tensor | None = None,
+) -> tuple[RetrievalMetrics, LabelScores]:
+    """:func:`evaluate_retrieval`, and what it found of each class; same arguments and errors."""
     if (gallery_GD is None) != (gallery_labels_G is None):
         raise ValueError("give gallery embeddings and gallery labels together, or neither")
     unit_QD, unit_GD = both_sides(query_QD, gallery_GD)
@@ -193,19 +224,34 @@ def evaluate_retrieval(
         return [column_B.tolist() for column_B in columns]
 
     count = len(order_Q)
-    # fsum rounds once: the mean does not depend on the order in which queries came.
-    first, among_5, at_10, at_r = (
-        math.fsum(itertools.chain(*column)) / count
+    columns = [
+        list(itertools.chain(*column))
         for column in zip(*_search(unit_QD, gallery, alone, blocks, judge), strict=True)
-    )
-    return RetrievalMetrics(
+    ]
+    by_label = _by_label(labels_Q[order_Q].cpu().numpy(), np.array(columns[2]))
+    # fsum rounds once: the mean does not depend on the order in which queries came.
+    first, among_5, at_10, at_r = (math.fsum(column) / count for column in columns)
+    metrics = RetrievalMetrics(
         recall_at_1=first,
         recall_at_5=among_5,
         map_at_10=at_10,
         map_at_r=at_r,
+        map_at_10_by_class=math.fsum(by_label.map_at_10_C) / len(by_label.labels_C),
         queries=count,
+        classes=len(by_label.labels_C),
         skipped=len(unit_QD) - count,
     )
+    return metrics, by_label
+
+
+def _by_label(labels_U: np.ndarray, precision_U: np.ndarray) -> LabelScores:
+    """Means over the queries of each label, whatever the order of queries."""
+    order_U = np.lexsort((precision_U, labels_U))
+    labels_C, first_C, queries_C = np.unique(
+        labels_U[order_U], return_index=True, return_counts=True
+    )
+    sums_C = np.add.reduceat(precision_U[order_U], first_C)
+    return LabelScores(labels_C, queries_C, sums_C / queries_C)
 
 
 def block_rows(gallery: int, k: int, workers: int = 1) -> int:
@@ -582,6 +628,12 @@ def unit_rows(rows_ND: Tensor, side: str) -> Tensor:
     if rows_ND.device.type == "mps":
         rows_ND = rows_ND.cpu()
     rows_ND = rows_ND.to(torch.float64, copy=True)
+    # Squares of numbers far from 1 leave float64. A power of two rounds nothing.
+    most_N1 = torch.linalg.vector_norm(rows_ND, ord=torch.inf, dim=1, keepdim=True)
+    small_N1, large_N1 = (most_N1 > 0) & (most_N1 < 2.0**-_FAR), most_N1 > 2.0**_FAR
+    if bool((small_N1 | large_N1).any()):
+        near_N1 = torch.ones_like(most_N1).masked_fill_(small_N1, 2.0**_BACK)
+        rows_ND.mul_(near_N1.masked_fill_(large_N1, 2.0**-_BACK))
     norms_N1 = torch.linalg.vector_norm(rows_ND, dim=1, keepdim=True)
     if not bool(norms_N1.isfinite().all()):
         first = int((~norms_N1.squeeze(1).isfinite()).nonzero()[0])

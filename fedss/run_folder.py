@@ -16,6 +16,7 @@ from fedss.config import OPTIONS, Config
 from fedss.errors import RunFolderError
 from fedss.files import RUN_FOLDER_ADVICE, read_json, remove_litter, write_json, writing
 from fedss.ranks import Ranks
+from fedss.report.records import read_summary
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding). Files may have moved: what is in them is compared.
@@ -139,22 +140,26 @@ def read_summaries(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = read_json(path)
-    if not isinstance(found, list) or not all(
-        isinstance(item, dict) and {"method", "seed"} <= item.keys() for item in found
-    ):
+    if not isinstance(found, list):
         raise RunFolderError(
             f"{path} is damaged: expected a list with an object for each run; delete the file and "
             "start the same command again, which writes it anew"
         )
+    for entry in found:
+        read_summary(entry, path)
     return found
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The same configuration, whatever the working directory will be."""
+    paths = {name: getattr(config, name) for name in ("data_path", "weights")}
+    known = {name: path for name, path in paths.items() if path is not None}
+    there: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in known.items()}
+    return dataclasses.replace(config, **there)
+
+
 def _stored(config: Config) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    for name in ("data_path", "weights"):
-        if values[name] is not None:
-            values[name] = str(Path(values[name]).resolve())
-    return values
+    return dataclasses.asdict(with_absolute_paths(config))
 
 
 def _versions() -> dict[str, str]:
@@ -193,6 +198,12 @@ def _check_same(
     parts: tuple[str, ...],
     free: tuple[str, ...],
 ) -> None:
+    for part in parts:
+        if not isinstance(found.get(part, {}), dict):
+            raise RunFolderError(
+                f"{folder / 'config.json'} is damaged: expected {part!r} to be an object; restore "
+                "it, or choose another folder"
+            )
     # What an older version did not know had what is the default now.
     defaults = {"config": {option.name: option.default for option in OPTIONS}}
     there = {part: {**defaults.get(part, {}), **found.get(part, {})} for part in parts}

@@ -3,9 +3,10 @@
 import importlib.util
 from pathlib import Path
 
-import timm
 import torch
 from safetensors.torch import save_file
+
+from tests.installed import timm
 
 LITE0 = "tf_efficientnet_lite0"
 

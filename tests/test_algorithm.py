@@ -338,6 +338,27 @@ def test_divergence_names_round_and_client_and_applies_nothing():
     assert torch.equal(state.backbone_P, before)
 
 
+@pytest.mark.parametrize("where", ["backbone_delta_P", "rows_delta_SD"])
+def test_a_finite_update_that_makes_a_slot_infinite_is_no_step(where):
+    """The square of 1e22 is no float32: FedAdam's steps would be zero from then on."""
+    optimizer = ServerOptimizer("adam", 1e-3)
+
+    @dataclass(frozen=True)
+    class Given:
+        size: float
+        ranks: Ranks = ALONE
+
+        def train(self, state, cohort, plan):
+            for update in engine(optimizer).train(state, cohort, plan):
+                delta = getattr(update, where)
+                yield replace(update, **{where: torch.full_like(delta, self.size)})
+
+    state = start(optimizer)
+    state, *_ = run_round(Given(1e17), optimizer, state, np.arange(2), plan(), "cohort")
+    with pytest.raises(DivergedError, match="round 2: the server's step gave numbers"):
+        run_round(Given(1e22), optimizer, state, np.arange(2), plan(), "cohort")
+
+
 def test_fedaws_spreads_the_rows_and_keeps_what_momentum_owes():
     state, where = start(MOMENTUM), engine(MOMENTUM)
     state, *_ = run_round(where, MOMENTUM, state, np.arange(2), plan("fedaws"), "cohort")

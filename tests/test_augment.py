@@ -1,22 +1,22 @@
-"""Changes of training pictures: against torchvision's own, and who may see which."""
+"""Changes of training pictures: against Pillow's and torchvision's, and who may see which."""
 
-import importlib
+import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.transforms.v2 import functional
+from PIL import Image, ImageEnhance
 
 import fedss
-from fedss import Config, ConfigError, RunFolderError
+from fedss import Config, RunFolderError
 from fedss.augment import AUGMENTATIONS, change, draw_parameters, preview
 from fedss.client import prepare
 from fedss.seeds import generator
+from tests.installed import needs_torchvision
 from tests.test_algorithm import plan
 from tests.test_engine_stacked import assert_near, ragged, train, work
 
@@ -83,7 +83,32 @@ def test_no_change_is_the_same_bits():
     assert torch.equal(change(PHOTOS, pixels, np.stack([mirrored] * 2)), pixels.flip(-1))
 
 
+def test_photos_are_what_pillow_makes_of_these_numbers():
+    pixels = pictures(1)
+    drawn = np.array([[0.5, np.log(1.2), 0.3, 0.9, 0.2, 1.1, 0.85, 1.15]])
+    width, height = round(20 * (0.5 * 1.2) ** 0.5), round(20 * (0.5 / 1.2) ** 0.5)
+    top, left = int(0.9 * (21 - height)), int(0.3 * (21 - width))
+    picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    part = picture.crop((left, top, left + width, top + height)).resize((20, 20), Image.BILINEAR)
+    part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    part = ImageEnhance.Contrast(ImageEnhance.Brightness(part).enhance(1.1)).enhance(0.85)
+    expected = torch.from_numpy(np.array(ImageEnhance.Color(part).enhance(1.15))).permute(2, 0, 1)
+    # Pillow rounds to bytes after each step, its mean of the contrast too.
+    assert (change(PHOTOS, pixels, drawn)[0].int() - expected.int()).abs().max() <= 3
+
+
+def test_photos_need_nothing_but_torch(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # an import of it fails
+    drawn = draw_parameters(PHOTOS, 2, np.random.default_rng(0))
+    assert change(PHOTOS, pictures(2), drawn).shape == (2, 3, 20, 20)
+
+
+@needs_torchvision
 def test_photos_are_what_torchvision_makes_of_these_numbers():
+    from torchvision.transforms.v2 import functional
+
     pixels = pictures(1)
     drawn = np.array([[0.5, np.log(1.2), 0.3, 0.9, 0.2, 1.1, 0.85, 1.15]])
     width, height = round(20 * (0.5 * 1.2) ** 0.5), round(20 * (0.5 / 1.2) ** 0.5)
@@ -99,7 +124,10 @@ def test_photos_are_what_torchvision_makes_of_these_numbers():
     assert (found - 255 * part).abs().max() <= 2
 
 
+@needs_torchvision
 def test_drawings_are_what_torchvision_makes_of_these_numbers():
+    from torchvision.transforms.v2 import functional
+
     pixels = torch.full((1, 1, 20, 20), 230, dtype=torch.uint8)
     pixels[..., 3:17, 3:17] = pictures(1, 1, 14)
     drawn = np.array([[7.0, 0.1, -0.05, np.log(0.9), 5.0, -3.0]])
@@ -217,17 +245,3 @@ def test_a_run_with_augmentation(tmp_path: Path):
 def test_a_preview_of_few_pictures_and_with_another_seed():
     few = pictures(3).numpy()
     assert preview(PHOTOS, few, 0) == preview(PHOTOS, few, 0) != preview(PHOTOS, few, 1)
-
-
-def test_a_torchvision_that_is_not_there_is_explained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    config = Config(**TINY, augment="photos")
-    data = fedss.load_data(config)
-
-    def fail(name: str) -> ModuleType:
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-    monkeypatch.setattr(importlib, "import_module", fail)
-    with pytest.raises(ConfigError, match=r'pip install "fedss\[augment\]"'):
-        fedss.train(config, tmp_path / "run", data=data)

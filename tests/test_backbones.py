@@ -2,12 +2,12 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -29,9 +29,12 @@ from fedss.models import (
 from fedss.models.frozen import blocks, freeze_
 from fedss.models.weights import weights_fingerprint
 from tests.flower_grid import ProcessGrid, digests
+from tests.installed import needs_timm, timm
 from tests.test_engine_flower import federate, nodes, photos, settings
 
 __all__ = ["photos"]
+
+pytestmark = needs_timm
 
 RESNET, VIT = "test_resnet", "test_vit"
 
@@ -199,6 +202,95 @@ def test_files_that_hold_no_weights(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedss info: weights: ")
     assert str(path) in line
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (LFS, "is a pointer of Git LFS, not the file it stands for"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"<html><body>404", "is a web page"),
+        (b'{"error": "not found"}', "is a text: it begins with"),
+        (b"", r"is empty \(0 bytes\)"),
+        (b"\x1f\x8b\x08", "is compressed with gzip"),
+        ("zip", r"is a zip archive with a\.txt, which torch did not write"),
+        ("safetensors", "is of the format safetensors: give it a name"),
+        ("safetensors, cut", "is damaged or cut short at .* bytes|is of the format safetensors"),
+        ("torch", "is not of the format safetensors, in spite of its name"),
+        ("torch, cut", "is damaged or cut short at .* bytes"),
+        (
+            "model",
+            r"holds objects of Python.s beside tensors \(.* more\)|is not of the format",
+        ),
+        (
+            "old model",
+            "holds objects of Python's beside tensors, as|is not of the format safetensors",
+        ),
+        ("list", "holds no tensors by name|is not of the format safetensors"),
+    ],
+)
+def test_a_file_is_called_what_it_is(
+    content: bytes | str, message: str, ending: str, tmp_path: Path
+) -> None:
+    path, model = tmp_path / f"w.{ending}", trained(RESNET)
+    kind, _, cut = content.partition(", ") if isinstance(content, str) else ("", "", "")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "text")
+    elif kind == "safetensors":
+        save_file(state(model), path)
+    else:
+        whole = {"torch": state(model), "list": [torch.zeros(3)]}.get(kind, model)
+        torch.save(whole, path, _use_new_zipfile_serialization=kind != "old model")
+    if cut:
+        path.write_bytes(path.read_bytes()[:-300])
+    elif kind == ending or (kind, ending) == ("torch", "pth"):
+        build(RESNET, path)
+        return
+    with pytest.raises(ConfigError, match=rf"weights: \S+ ({message})") as caught:
+        build(RESNET, path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrap, message",
+    [
+        (lambda s: {"net": s, "epoch": 3}, "There are tensors inside net"),
+        (lambda s: {f"backbone.{n}": t for n, t in s.items()}, 'All names have "backbone\\."'),
+    ],
+)
+def test_tensors_that_lie_deeper_are_found(wrap: Any, message: str, tmp_path: Path) -> None:
+    torch.save(wrap(state(trained(RESNET))), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=message):
+        build(RESNET, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "name, size, channels",
+    [("resnest14d", 32, 3), ("skresnet18", 32, 3), ("rexnet_100", 32, 3), ("levit_128s", 224, 3)],
+)
+def test_architectures_that_were_refused_train(name: str, size: int, channels: int) -> None:
+    """Dropout, norms after pooling, norms of vectors; benchmarks/architectures.py has them all."""
+    embedder = build(name, size=size, channels=channels).train()
+    assert all(p.drop_prob == 0 for p in embedder.modules() if type(p).__name__ == "DropPath")
+    flat = flatten_(embedder)
+    pixels = torch.rand(2, channels, size, size)
+    h = embedder(pixels)
+    assert not torch.allclose(h[0], h[1], atol=1e-3)  # a norm of single values gives a constant
+    h[:, 0].sum().backward()
+    assert flat.grad_P.isfinite().all()
+    assert flat.grad_P.any()
+
+
+def test_a_size_that_a_model_does_not_take_names_its_own() -> None:
+    with pytest.raises(ConfigError, match=r"made for 240 px: --image-size 240$"):
+        build("crossvit_tiny_240", size=64)
 
 
 def test_only_timm_models_take_a_file(resnet: Path) -> None:

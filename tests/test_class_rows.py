@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fedss.algorithm import ServerState
-from fedss.checkpoint import load_checkpoint, save_checkpoint
+from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.class_rows import (
     ClassRows,
     add_rows_,
@@ -194,6 +194,21 @@ def test_going_back_to_the_checkpoint_before(tmp_path):
     assert loaded is not None
     assert loaded.round == 1
     same_tables(loaded.class_rows, kept)
+
+
+@pytest.mark.parametrize("last", [10, 100_000, 1_000_000, 10_000_000])
+def test_the_newest_checkpoint_is_that_of_the_highest_round(last, tmp_path):
+    rows = create_class_rows(N, D, SLOTS, 0)
+    (tmp_path / "round-000009.old").mkdir()
+    for round in range(last - 3, last + 3):
+        some_writes(rows, 1, round)
+        save_checkpoint(tmp_path, state_of(rows, round))
+        assert newest_round(tmp_path) == round
+        loaded = load_checkpoint(tmp_path, create_class_rows(N, D, SLOTS, 0))
+        assert loaded.round == round
+        same_tables(loaded.class_rows, rows)
+    kept = {path.name for path in tmp_path.glob("round-*")}
+    assert kept == {"round-000009.old", f"round-{last + 1:06d}", f"round-{last + 2:06d}"}
 
 
 def test_sums_of_more_rows_than_a_block():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fedss
 from fedss.cli import main
 from fedss.config import OPTIONS
 from fedss.engines.flower.settings import Deployment
@@ -233,25 +234,138 @@ def test_compare_on_a_csv_of_pictures(photos, tmp_path, capsys):
     assert str(out / "report.html") in printed
 
 
-def test_where_nothing_can_be_measured_evaluate_says_so(photos, tmp_path, capsys):
+def with_splits(photos: Path, name: str, split: dict[str, str], usual: str = "train") -> list[str]:
+    """Options for the photos with a column split, by class; without one it is the usual one."""
     rows = list(csv.reader((photos / "photos.csv").read_text().splitlines()))
-    with (photos / "one.csv").open("w", newline="") as file:
+    with (photos / name).open("w", newline="") as file:
         csv.writer(file).writerows(
-            [*rows[0], "split"] if not i else [*row, "test" if row[1] == "class 0" else "train"]
-            for i, row in enumerate(rows)
+            [*row, "split" if not i else split.get(row[1], usual)] for i, row in enumerate(rows)
         )
+    return ["--data", "csv", "--data-path", str(photos / name)]
+
+
+def test_a_run_begins_with_what_it_found(photos, tmp_path, capsys):
+    data = with_splits(photos, "some.csv", {f"class {i}": "test" for i in range(3)})
+    words = ["train", *TINY, *data, "--out", str(tmp_path / "run")]
+    assert main([*words, "--sample-size", "6"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "data     csv: 36 images of 9 classes, 12 x 12 x 3",
+        "clients  3; own classes of a client: 9",
+        "test     12 queries of 3 classes, all held out; each among the others",
+    ]
+    assert lines[3].startswith("note     a test of 3 classes tells nothing for sure")
+    assert lines[4] == "note     own classes fill more than half of |S| = 6 at 3 of 3 clients"
+    assert max(map(len, lines[:5])) <= 80
+    whole = ["compare", *words[1:-1], str(tmp_path / "both"), "--methods", "full", "fedss"]
+    assert main(whole) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[4] == "note     |S| = 9 is all of the 9 classes: this is the full softmax"
+    assert main([*whole[:-1], "pos-only"]) == 0
+    assert "full softmax" not in capsys.readouterr().out.split("unseen classes")[0]
+
+
+def test_figures_stand_beside_floors_and_interval(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", *GLYPHS, "--out", run]) == 0
+    printed = capsys.readouterr().out
+    (summary,) = json.loads((tmp_path / "run" / "summary.json").read_text())
+    low, high = summary["map_at_10_interval"]
+    assert low < summary["map_at_10"] < high
+    assert f"{low:.3f}–{high:.3f}" in printed
+    for name, told in (("chance", "chance"), ("pixels", "raw pixels"), ("untrained", "untrained")):
+        assert re.search(rf"^ *{told}.* {summary['floors'][name]:.3f} *$", printed, re.M)
+    assert main(["evaluate", run]) == 0
+    printed = capsys.readouterr().out
+    assert f"{low:.3f}–{high:.3f}" in printed
+    assert re.search(rf"^ *raw pixels +{summary['floors']['pixels']:.3f} *$", printed, re.M)
+    assert main(["evaluate", run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["floors"] == summary["floors"]
+    assert found["map_at_10_interval"] == pytest.approx([low, high], abs=1e-6)
+    assert found["map_at_10_by_class"] == pytest.approx(summary["map_at_10_by_class"], abs=1e-6)
+    # Of other pictures, what belongs to them.
+    assert main(["evaluate", run, "--data-seed", "9", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)["floors"]
+    assert other.keys() == {"chance", "pixels"}
+    assert other["pixels"] != summary["floors"]["pixels"]
+
+
+def test_a_run_is_not_judged_on_pictures_that_are_not_its_own(photos, tmp_path, capsys):
+    config = fedss.Config(
+        rounds=1, clients_per_round=2, backbone="conv4-4", embedding_size=8, sample_size=6
+    )
+    manifest = photos / "photos.csv"
+    data = fedss.load_dataset("csv", manifest, image_size=12, cache=tmp_path / "cache")
     run = tmp_path / "run"
-    options = ["--data", "csv", "--data-path", str(photos / "one.csv"), "--sample-size", "6"]
-    assert main(["train", *TINY, *options, "--out", str(run)]) == 0
+    fedss.train(config, run, data=data, on_round=lambda record: None)
+    before = (run / "verification.json").read_bytes()
+    (run / "verification.json").unlink()
+    message = refused(["evaluate", str(run)], capsys)
+    assert "it was trained on 'csv', given as data=, not on 'glyphs'" in message
     assert not (run / "verification.json").exists()
+    # Named, they are known again; and so are others, of which nothing is kept.
+    words = ["evaluate", str(run), "--data", "csv", "--data-path"]
+    assert main([*words, str(manifest), "--test-classes", "0.4"]) == 0
+    assert "pictures of csv, other than the run's own" in capsys.readouterr().out
+    assert not (run / "verification.json").exists()
+    assert main([*words, str(manifest)]) == 0
+    assert "other than" not in capsys.readouterr().out
+    assert (
+        json.loads((run / "verification.json").read_text())["impostor"]
+        == (json.loads(before)["impostor"])
+    )
+
+
+def test_pictures_that_are_not_the_same_any_more_are_refused(photos, tmp_path, capsys):
+    data = with_splits(photos, "some.csv", {f"class {i}": "test" for i in range(3)})
+    run = str(tmp_path / "run")
+    assert main(["train", *TINY, *data, "--sample-size", "6", "--out", run]) == 0
+    with_splits(photos, "some.csv", {f"class {i}": "test" for i in range(4)})
+    assert "are not those that it was trained and tested on" in refused(["evaluate", run], capsys)
+
+
+def test_a_list_of_test_pictures_alone_can_be_evaluated(photos, tmp_path, capsys):
+    run, data = (
+        tmp_path / "run",
+        with_splits(photos, "some.csv", {"class 1": "test", "class 2": "test"}),
+    )
+    assert main(["train", *TINY, *data, "--sample-size", "6", "--out", str(run)]) == 0
+    alone = with_splits(photos, "alone.csv", {}, usual="test")
     capsys.readouterr()
-    assert main(["evaluate", str(run)]) == 0
-    said = capsys.readouterr().out
-    assert "all test pictures are of one class: nothing to verify or identify" in said
-    assert "no threshold for fedss identify: give it one with --threshold" in said
-    (run / "verification.json").write_text("[]")
-    assert main(["evaluate", str(run)]) == 0
-    assert "expected an object, got []; delete it" in capsys.readouterr().err
+    assert main(["evaluate", str(run), *alone, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["queries"], found["classes"]) == (48, 12)
+    for command in (["train", "--out", str(tmp_path / "none")], ["info"]):
+        assert "no training pictures" in refused([*command, *TINY, *alone], capsys)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_test_of_one_class_is_none(photos, tmp_path, capsys):
+    one = with_splits(photos, "one.csv", {"class 0": "test"})
+    for words in (["train"], ["compare", "--methods", "full"]):
+        out = str(tmp_path / words[0])
+        message = refused([*words, *TINY, *one, "--sample-size", "6", "--out", out], capsys)
+        assert "all test pictures are of one class, 'class 0'" in message
+        assert not Path(out).exists()
+    # Nor is one class with a gallery. Its queries among pictures of others are, if a weak one.
+    rows = (photos / "photos.csv").read_text().splitlines()[1:]
+    splits = ["query", "gallery"] * 2 + ["train"] * (len(rows) - 4)
+    pair = photos / "pair.csv"
+    words = ["train", *TINY, "--data", "csv", "--data-path", str(pair), "--sample-size", "6"]
+    words += ["--out", str(tmp_path / "pair")]
+    for other in ("train", "gallery"):
+        splits[-1] = other
+        lines = [f"{row},{split}" for row, split in zip(rows, splits, strict=True)]
+        pair.write_text("\n".join(["image,label,client,split", *lines]) + "\n")
+        if other == "train":
+            assert "one class" in refused(words, capsys)
+    assert main(words) == 0
+    assert "a test of one class tells nothing for sure" in capsys.readouterr().out
+    (summary,) = json.loads((tmp_path / "pair" / "summary.json").read_text())
+    orders = (1, (1 + 2 / 3) / 2, (1 / 2 + 2 / 3) / 2)  # the wrong one last, second, first
+    assert (summary["classes"], summary["floors"]["chance"]) == (1, pytest.approx(sum(orders) / 3))
+    assert "one class" in refused(["evaluate", str(tmp_path / "pair"), *one], capsys)
 
 
 def test_a_run_that_nobody_could_evaluate_is_printed(tmp_path, capsys):
@@ -261,16 +375,18 @@ def test_a_run_that_nobody_could_evaluate_is_printed(tmp_path, capsys):
     rows = []
     for folder in ("fedss-seed0", "full-seed0"):
         (summary,) = json.loads((out / folder / "summary.json").read_text())
-        unknown = {"map_at_10": None, "recall_at_1": None}
+        unknown = dict.fromkeys(("map_at_10", "recall_at_1", "map_at_10_by_class"))
         (out / folder / "summary.json").write_text(json.dumps([{**summary, **unknown}]))
         capsys.readouterr()
         assert main(words) == 0
         cells = [line.split() for line in capsys.readouterr().out.splitlines()]
         rows += [next(row for row in cells if row[:1] == [name])[:-1] for name in ("full", "fedss")]
     assert re.fullmatch(r"0\.\d{3}", rows[0][1])
-    assert rows[1] == ["fedss", "–", "–", "–", "1"]
+    assert re.fullmatch(r"0\.\d{3}–0\.\d{3}", rows[0][2])
+    # MAP@10, interval, by class, / full, R@1, seeds.
+    assert rows[1] == ["fedss", "–", "–", "–", "–", "–", "1"]
     # Nothing to compare with: no column for it.
-    assert rows[2:] == [["full", "–", "–", "1"], ["fedss", "–", "–", "1"]]
+    assert rows[2:] == [[name, "–", "–", "–", "–", "1"] for name in ("full", "fedss")]
 
 
 @pytest.mark.parametrize("ending", [".npy", ".parquet"])

@@ -38,6 +38,9 @@ PINNED = [
     "pretrained",
     "weights",
     "trainable",
+    "batch_norm",
+    "pixel_mean",
+    "pixel_std",
     "embedding_size",
     "rounds",
     "clients_per_round",
@@ -77,7 +80,8 @@ def test_the_options_are_pinned():
 
 
 def test_json_round_trip():
-    config = Config(method="pos-only", local_steps=3, margin_kind="cosface", client_lr=1)
+    config = Config(method="pos-only", local_steps=3, client_lr=1, pixel_mean=(0.485, 0.456, 0.4))
+    assert config.pixel_mean == "0.485,0.456,0.4"
     assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
@@ -109,6 +113,9 @@ def test_json_round_trip():
         ({"correction": 1.5}, r"correction: expected 0 \(none\) to 1 \(full\), got 1.5"),
         ({"cover": -1}, "cover: expected 0 or more"),
         ({"trainable": "last-0"}, "trainable: expected all, head or last-<number>, got last-0"),
+        ({"pixel_mean": "0.5;0.4"}, "pixel_mean: expected numbers separated by commas.*'0.5;0.4'"),
+        ({"pixel_std": ("wide",)}, "pixel_std: expected numbers separated by commas"),
+        ({"batch_norm": "freze"}, "'freze' is unknown; did you mean freeze"),
         ({"rows_up": "int2"}, "rows_up: 'int2' is unknown; did you mean int"),
         ({"method": "moments", "normalize_rows": False}, "takes rows for unit vectors"),
         ({"method": "moments", "moments_rank": 64}, "expected below embedding_size = 64"),

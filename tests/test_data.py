@@ -436,7 +436,6 @@ def test_only_train_and_validation_rows_still_hold_out_a_test(root):
         (None, ["p0.png,a,x,train", "p1.png,b,x,gallery"], "'gallery' rows but no 'query' rows"),
         (None, ["p0.png,a,x,train", "p1.png,b,x,gallery", "p2.png,c,x,query"],
          "line 4, split 'query': class 'c' is not in the gallery"),
-        (None, ["p0.png,a,x,test", "p1.png,a,x,test"], "no training pictures"),
         ("image,label,client", ["p0.png,a,x", "p1.png,a,x"], "cannot hold out .*got 1 classes"),
         ("image,label,client", ["p0.png,a,x", "p1.png,b,x"], "cannot hold out .*0 of them"),
     ],
@@ -679,6 +678,24 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "named"))
     assert cache_folder() == tmp_path / "named"
     assert cache_folder(tmp_path / "given") == tmp_path / "given"
+
+
+def test_a_user_without_a_home_has_a_cache_of_the_user_s_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("FEDSS_CACHE", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    place = tmp_path / f"fedss-cache-{os.getuid()}"
+    assert cache_folder() == place / "fedss"
+    assert place.stat().st_mode & 0o777 == 0o700
+    assert capsys.readouterr().err.count(str(place)) == 1
+    cache_folder()
+    assert capsys.readouterr().err == ""
+    place.rmdir()
+    place.symlink_to(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "of another"))
+    with pytest.raises(DataError, match="belongs to somebody else"):
+        cache_folder()
 
 
 def rows(count):
@@ -1278,7 +1295,7 @@ def test_queries_that_nothing_could_match_are_refused():
 def test_parts_of_different_shapes_or_without_training_pictures_are_refused():
     data, wide = whole(), np.zeros((2, 3, 4, 4), np.uint8)
     with pytest.raises(DataError, match="'mine' has no training pictures"):
-        dataclasses.replace(data, train=in_memory([]))
+        dataclasses.replace(data, train=in_memory([]), test=None, validation=None)
     message = r"one shape .* train \[3, 4, 4\], test \[1, 4, 4\], validation \[1, 4, 4\]"
     with pytest.raises(DataError, match=message):
         dataclasses.replace(data, train=in_memory([0, 1], pixels=wide))

@@ -23,7 +23,7 @@ CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fa
 def write_photos(folder: Path) -> None:
     """A picture folder for each site, and manifests of each and of all. Same client, same site."""
     rng = np.random.default_rng(0)
-    prototypes = rng.integers(0, 256, (14, 8, 8))
+    prototypes = rng.integers(0, 256, (17, 8, 8))
     rows: dict[str, list[tuple[str, ...]]] = {}
     for site in SITES:
         for client in CLIENTS[site]:
@@ -31,7 +31,7 @@ def write_photos(folder: Path) -> None:
                 for copy in range(int(rng.integers(1, 4))):
                     name = f"{site}/{client}/class {label}/{copy}.png"
                     rows.setdefault(site, []).append((name, f"class {label}", client, "train"))
-    for label in range(10, 14):
+    for label in range(10, 17):  # at least two to test with at each site
         for copy in range(3):
             name = f"{SITES[label % 3]}/test/class {label}/{copy}.png"
             of_test = (name, f"class {label}", "test", "test")

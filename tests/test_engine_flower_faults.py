@@ -24,6 +24,7 @@ from torch import Tensor
 import fedss
 from fedss import experiment
 from fedss.algorithm import Failure, draw_cohort
+from fedss.baselines import data_floors
 from fedss.checkpoint import newest_round
 from fedss.client import ClientUpdate
 from fedss.config import Config
@@ -33,6 +34,7 @@ from fedss.engines.flower.messages import buffer, pack, unpack
 from fedss.engines.flower.replies import MOST_EXAMPLES
 from fedss.engines.local import LocalEngine, Workers
 from fedss.errors import ConfigError, DivergedError, QuorumError
+from fedss.models import build_embedder
 from tests.flower_grid import ProcessGrid, digests
 from tests.test_engine_flower import CLIENTS, SITES, federate, nodes, settings, write_photos
 
@@ -179,8 +181,7 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "NaN as a scale of int8": (INT8, put("class_rows.scale", NAN), "not finite"),
     "infinity as a scale of int8": (INT8, put("backbone.scale", INF), "not finite"),
     "NaN in bfloat16": (INT8, put("backbone.small", NAN), "not finite"),
-    "NaN in the shift": (MOMENTS, put("moments.shift.values", NAN), "not finite"),
-    "infinity in the map": (MOMENTS, put("moments.matrix.values", INF), "not finite"),
+    "NaN in an own row": (MOMENTS, put("class_rows.values", NAN), "not finite"),
     "NaN as loss": ({}, put("loss", NAN), "not finite"),
     "infinity as loss": ({}, put("loss", -INF), "not finite"),
     "a loss that float32 has not": ({}, put("loss", 1e308), "not finite"),
@@ -200,11 +201,10 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "no backbone": ({}, without("backbone.values"), "damaged"),
     "no rows": ({}, without("class_rows.values"), "damaged"),
     "no scale": (INT8, without("class_rows.scale"), "damaged"),
-    "no map": (MOMENTS, without("moments.matrix.values"), "damaged"),
     "no loss": ({}, without("loss"), "damaged"),
     "nothing": ({}, dict.clear, "damaged"),
     "one tensor more": ({}, lambda part: part.update(x=torch.ones(1)), "damaged"),
-    "a map unasked": ({}, lambda p: p.update({"moments.shift.values": p["loss"]}), "damaged"),
+    "moments unasked": ({}, lambda p: p.update({"moments.shift.values": p["loss"]}), "damaged"),
     "no ids": ({}, without("ids"), "ids"),
     "ids of all": (FULL, lambda p: p.update(ids=torch.arange(10).int()), "ids"),
     "an id less": ({}, as_("ids", lambda t: t[1:]), "ids"),
@@ -805,7 +805,7 @@ def test_what_came_while_the_server_was_at_work_is_in_time(photos, tmp_path):
 # Evaluation at sites.
 
 
-def metrics_at(site: str, photos: Path, run: fedss.Run, manifest: str = "{}.csv") -> Any:
+def metrics_at(site: str, photos: Path, run: fedss.Run | None, manifest: str = "{}.csv") -> Any:
     config = settings(photos)
     data = load_dataset(
         "csv",
@@ -818,7 +818,7 @@ def metrics_at(site: str, photos: Path, run: fedss.Run, manifest: str = "{}.csv"
         at_site=True,
     )
     task = data.test or data.validation
-    return None if task is None else fedss.evaluate(run.embedder, task)
+    return task if run is None or task is None else fedss.evaluate(run.embedder, task)
 
 
 def weighted(found: Sequence[Any]) -> dict[str, float]:
@@ -827,8 +827,14 @@ def weighted(found: Sequence[Any]) -> dict[str, float]:
         name: sum(getattr(metrics, name) * metrics.queries for metrics in found) / total
         for name in ("recall_at_1", "recall_at_5", "map_at_10", "map_at_r")
     }
-    skipped = sum(metrics.skipped for metrics in found)
-    return {**means, "queries": total, "skipped": skipped, "sites": len(found)}
+    counts = {
+        name: sum(getattr(metrics, name) for metrics in found)
+        for name in ("queries", "classes", "skipped")
+    }
+    means["map_at_10_by_class"] = (
+        sum(metrics.map_at_10_by_class * metrics.classes for metrics in found) / counts["classes"]
+    )
+    return {**means, **counts, "sites": len(found)}
 
 
 @pytest.mark.parametrize("backbone_down", ["float32", "int4"])
@@ -840,6 +846,22 @@ def test_sites_judge_the_model_together(backbone_down, photos, tmp_path):
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(found))
     assert len({metrics.queries for metrics in found}) > 1
     assert done.summary["map_at_10"] == pytest.approx(weighted(found)["map_at_10"])
+    assert done.summary["gallery"] == "each site's own"
+    assert done.summary["map_at_10_interval"] is None
+    floors = [data_floors(metrics_at(site, photos, None)).map_at_10 for site in SITES]
+    shares = [metrics.queries / sum(m.queries for m in found) for metrics in found]
+    for name in ("chance", "pixels"):
+        expected = sum(s * f[name] for s, f in zip(shares, floors, strict=True))
+        assert done.summary["floors"][name] == pytest.approx(expected)
+    first = build_embedder(
+        config.backbone,
+        channels=config.channels,
+        image_size=config.image_size,
+        embedding_size=config.embedding_size,
+        seed=config.seed,
+    )
+    before = weighted([fedss.evaluate(first, metrics_at(site, photos, None)) for site in SITES])
+    assert done.summary["floors"]["untrained"] == pytest.approx(before["map_at_10"], abs=1e-6)
     # No picture leaves its site.
     assert not (done.folder / "retrieval.npz").exists()
     assert not (done.folder / "tensorboard" / "projector_config.pbtxt").exists()
@@ -890,11 +912,29 @@ def test_a_site_without_tests_and_one_that_fails(photos, tmp_path, untested):
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(of_north)
 
 
+def test_a_site_whose_test_is_of_one_class_tells_nothing(photos, tmp_path):
+    found = nodes(photos)
+    lines = (photos / "west.csv").read_text().splitlines()
+    tested = [line for line in lines if line.endswith(",test")]
+    label = tested[0].split(",")[1]
+    others = [line for line in tested if line.split(",")[1] != label]
+    assert others
+    manifest = photos / "west-one.csv"
+    manifest.write_text("".join(f"{line}\n" for line in lines if line not in others))
+    found[NODES["west"]] = {"data": str(manifest)}
+    done = federate(
+        ProcessGrid(found), settings(photos), tmp_path / "run", **{"evaluate-at": "sites"}
+    )
+    rest = [metrics_at(site, photos, done) for site in SITES if site != "west"]
+    assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(rest))
+
+
 def test_nobody_can_judge(photos, tmp_path, untested):
     grid, out = ProcessGrid(untested(*SITES)), tmp_path / "run"
     done = federate(grid, settings(photos), out, **{"evaluate-at": "sites"})
     assert [record["metrics"] for record in records(out)] == [None] * 3
     assert done.summary["map_at_10"] is None
+    assert done.summary["floors"] == {}
     assert json.loads((out / "summary.json").read_text())[0]["recall_at_1"] is None
     assert (out / "model" / "model.safetensors").exists()
     assert (out / "report.html").exists()

@@ -31,6 +31,7 @@ from fedss.models import Embedder, build_embedder, flatten_
 from fedss.softmax import Scoring
 from fedss.wire import WireFormat
 from tests import reference
+from tests.installed import by_timm
 from tests.test_algorithm import DATA, MOMENTUM, N, plan, start
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -133,7 +134,7 @@ def test_a_stack_is_the_plain_loop_for_every_method(method, local):
         assert_near(train("tiny", told, stack=stack), plain, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["conv4-8", "timm:mobilenetv3_small_050", "own"])
+@pytest.mark.parametrize("name", by_timm("conv4-8", "timm:mobilenetv3_small_050", "own"))
 def test_a_stack_is_the_plain_loop_for_networks(name):
     # Small steps: a network that steps far makes much of a little rounding.
     told = plan("fedss", lr=0.01, row_lr=0.1)

@@ -25,14 +25,17 @@ from fedss import (
     class_rows,
     experiment,
 )
-from fedss.algorithm import draw_cohort
+from fedss.algorithm import check_growth, draw_cohort
+from fedss.baselines import data_floors, write_scores
 from fedss.board import add_scalars, open_board
-from fedss.build import compute_device, pool_pictures, round_plan
+from fedss.build import build_model, compute_device, pool_pictures, round_plan
 from fedss.checkpoint import load_checkpoint, newest_round
 from fedss.class_rows import ClassRows, create_class_rows
 from fedss.engines.local import LocalEngine
+from fedss.intervals import FLOORS, interval
 from fedss.methods import METHODS
 from fedss.records import open_records, read_records, summarise
+from fedss.report.records import read_scores
 from fedss.samplers import Sampler
 from tests import reference
 
@@ -81,6 +84,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         "retrieval.npz",
         "confusions.npz",
         "verification.json",
+        "floors.json",
+        "by_class.json",
         "summary.json",
         "report.html",
     }
@@ -100,11 +105,73 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert metrics["map_at_10"] == pytest.approx(run.summary["map_at_10"])
 
 
+def test_a_run_knows_its_floors_and_how_sure_it_is(tmp_path):
+    run = train(tmp_path / "run")
+    floors = run.summary["floors"]
+    first = build_model(SMALL, DATA, reference.tiny_backbone())
+    assert floors == {
+        **data_floors(DATA.test).map_at_10,
+        "untrained": pytest.approx(fedss.evaluate(first, DATA.test).map_at_10, abs=1e-6),
+    }
+    (trained,) = read_scores(run.folder / "by_class.json")[1].values()
+    assert trained.map_at_10 == pytest.approx(run.summary["map_at_10"])
+    assert trained.map_at_10_C.mean() == pytest.approx(run.summary["map_at_10_by_class"])
+    ends = interval([trained])
+    assert run.summary["map_at_10_interval"] == [ends.low, ends.high]
+    assert run.summary["gallery"] == "all test pictures"
+    # Measured once, and again only where they cannot be read.
+    path = run.folder / "floors.json"
+    before = path.read_bytes()
+    for content in (b"{", before):
+        path.write_bytes(content)
+        for name in ("summary.json", "report.html"):
+            (run.folder / name).unlink()
+        assert train(tmp_path / "run").summary["floors"] == floors
+        assert path.read_bytes() == before
+
+
+def test_a_network_with_trained_weights_has_its_frozen_features_for_a_floor(tmp_path):
+    run = train(tmp_path / "run", dataclasses.replace(SMALL, rounds=1, pretrained=True))
+    assert list(run.summary["floors"]) == [*FLOORS]
+
+
+def test_runs_of_a_comparison_share_their_floors(tmp_path, monkeypatch):
+    measured = []
+    for name in ("data_floors", "backbone_floors"):
+        real = getattr(experiment, name)
+        monkeypatch.setattr(
+            experiment, name, lambda *args, f=real, n=name: (measured.append(n), f(*args))[1]
+        )
+    config = dataclasses.replace(SMALL, rounds=1, pretrained=True)
+    found = fedss.compare(
+        config,
+        ["full", "fedss", "fedss:embedding_size=4"],
+        [0, 1],
+        tmp_path,
+        data=DATA,
+        backbone=reference.tiny_backbone(),
+    )
+    # PCA goes to the size of the embedding.
+    assert measured == ["data_floors", "backbone_floors", "backbone_floors"]
+    floors = [summary["floors"] for summary in found]
+    assert floors[0] == floors[2]
+    assert floors[0]["untrained"] != floors[1]["untrained"]
+    assert floors[0]["frozen"] == floors[5]["frozen"]
+    alone = fedss.train(
+        dataclasses.replace(config, seed=1),
+        tmp_path / "alone",
+        data=DATA,
+        backbone=reference.tiny_backbone(),
+    )
+    assert alone.summary["floors"] == floors[3]
+
+
 def test_tensorboard_reads_the_events(tmp_path):
     run = train(tmp_path / "run")
     drawn = scalars(run.folder)
     assert [step for step, _ in drawn["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert drawn["test/map_at_10"][-1] == (6, pytest.approx(run.summary["map_at_10"]))
+    assert drawn["test/map_at_10"][0] == (0, pytest.approx(run.summary["floors"]["untrained"]))
 
 
 def test_a_run_says_where_its_time_went_and_that_nobody_failed(tmp_path):
@@ -483,6 +550,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_still_works(tmp_path
 def test_a_diverging_client_stops_the_run(tmp_path):
     broken = reference.tiny_backbone()
     broken[1].weight.data.fill_(float("inf"))
+    with pytest.raises(DivergedError, match="embeddings of the test pictures"):
+        fedss.train(SMALL, tmp_path / "run", data=DATA, backbone=broken)
+    # As it would come out later on.
+    write_scores(tmp_path / "run" / "floors.json", {}, {})
     with pytest.raises(DivergedError, match=r"round 1, client (\d): .*is 'client \1'"):
         fedss.train(SMALL, tmp_path / "run", data=DATA, backbone=broken)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -494,6 +565,35 @@ def test_a_diverging_server_stops_the_run_and_keeps_finite_checkpoints(tmp_path)
         train(tmp_path / "run", config)
     kept = load_checkpoint(tmp_path / "run" / "checkpoint", new_rows())
     assert kept is None or kept.backbone_P.isfinite().all()
+
+
+def without_a_bound(h_BD, rows_SD, target_B, sample, scoring, absent=None):
+    """A squared distance, of which a step that is too long makes more."""
+    return (h_BD - 5 * rows_SD[target_B]).square().sum(dim=1)
+
+
+def test_a_loss_that_runs_away_stops_the_run(tmp_path):
+    config = dataclasses.replace(
+        SMALL, method="pos-only", class_row_lr=3.0, rounds=40, normalize_rows=False
+    )
+    with pytest.raises(
+        DivergedError, match=r"round \d+: expected a loss of the order of the first"
+    ):
+        fedss.train(config, tmp_path / "run", data=DATA, objective=without_a_bound)
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "run/records.jsonl").read_text().splitlines()
+    ]
+    assert all(loss <= 100 * losses[0] for loss in losses)
+    assert newest_round(tmp_path / "run" / "checkpoint") <= len(losses)
+
+
+def test_one_client_that_lies_about_its_loss_stops_nobody():
+    told = round_plan(SMALL, 10, 3)
+    check_growth([2.0, 1e30, 3.0], 4.0, told)
+    check_growth([80.0], 0.01, told)
+    with pytest.raises(DivergedError, match=r"round 4: .*first round's \(4\), got 500"):
+        check_growth([500.0, 1e30, 3.0], 4.0, told)
 
 
 def test_one_process_at_a_time(tmp_path):

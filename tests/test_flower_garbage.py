@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from fedss.engines.flower.engine import FlowerEngine, Site
 from fedss.engines.flower.registry import Growth, Registry
 from fedss.engines.flower.replies import MOST_EXAMPLES
 from fedss.engines.flower.settings import Deployment
+from fedss.intervals import FLOORS
 from fedss.optimizers import ServerOptimizer
+from fedss.retrieval import RetrievalMetrics
 from fedss.seeds import generator
 from fedss.wire import WireFormat, encode_update
 from tests.flower_grid import through_the_wire
@@ -124,7 +127,7 @@ values = st.recursive(
 )
 metrics = st.fixed_dictionaries(
     dict.fromkeys(
-        ["recall_at_1", "recall_at_5", "map_at_10", "map_at_r", "queries", "skipped"],
+        [field.name for field in fields(RetrievalMetrics)],
         st.one_of(st.just(1), st.sampled_from([0, 0.5, float("nan"), -1, 2**70, True]), values),
     )
 )
@@ -141,6 +144,9 @@ told = st.fixed_dictionaries(
             st.fixed_dictionaries({"classes": names, "clients": names, "secret": names}),
         ),
         "metrics": st.one_of(metrics, values),
+        "floors": st.one_of(
+            values, st.dictionaries(st.sampled_from(["chance", "pixels", "x"]), values)
+        ),
         "classes": names,
         "clients": names,
         "secret": st.one_of(st.just(""), values),
@@ -225,9 +231,13 @@ def test_the_server_stands_whatever_a_site_sends(method, data):
             assert result.rows_delta_SD.shape == (len(result.ids_S), D)
             assert result.backbone_delta_P.isfinite().all()
             assert result.rows_delta_SD.isfinite().all()
-        found = engine.evaluate(state.backbone_P, ROUND)
-        assert found is None or all(0 <= found[name] <= 1 for name in ("map_at_10", "recall_at_1"))
-        json.dumps(found, allow_nan=False)
+        for round in (ROUND, 0):
+            found, floors = engine.evaluate(state.backbone_P, round)
+            rates = ("map_at_10", "map_at_10_by_class", "recall_at_1")
+            assert found is None or all(0 <= found[name] <= 1 for name in rates)
+            assert floors.keys() <= FLOORS.keys()
+            assert all(0 <= value <= 1 for value in floors.values())
+            json.dumps([found, floors], allow_nan=False)
         for (_, n), requests in engine.requests.items():
             for ids_S in requests.values():
                 assert int(ids_S[0]) >= 0

@@ -51,6 +51,8 @@ SUMMARY: dict[str, Any] = {
     "recall_at_5": 0.75,
     "map_at_10": 0.4375,
     "map_at_r": 0.25,
+    "map_at_10_interval": [0.375, 0.5],
+    "floors": {"chance": 0.0625, "pixels": 0.3125},
     "queries": 40,
     "skipped": 0,
     "bytes_down_per_client_round": 204000.0,
@@ -60,6 +62,7 @@ SUMMARY: dict[str, Any] = {
     "class_row_bytes_down_per_client_round": 16000.0,
     "class_row_bytes_up_per_client_round": 10000.0,
     "class_rows_per_client": 33.0,
+    "seconds": 12.5,
 }
 
 
@@ -112,6 +115,8 @@ def test_figures_are_those_of_the_run():
     assert "`data_path`" not in settings
     assert "somebody" not in text
     assert results["MAP@10"][0] == "0.4375"
+    assert results["MAP@10, 95 %"][0] == "0.3750 to 0.5000"
+    assert results["MAP@10, raw pixels"][0] == "0.3125"
     assert "40 queries of the split `test` (each among all the others), 0 more left out" in text
     assert "11 classes, 3 of them seen in training" in text
     assert table(text, "What training moved")["backbone"] == ["188 kB", "188 kB"]

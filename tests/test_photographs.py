@@ -4,10 +4,12 @@ from pathlib import Path
 
 import fedss
 from fedss.models import build_embedder
+from tests.installed import needs_timm
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
 from tests.pretrained import write_lite0
 
 
+@needs_timm
 def test_trained_features_beat_pixels_and_fine_tuning_beats_both(tmp_path: Path) -> None:
     """On things that neither ImageNet nor the clients have seen."""
     weights, photos = write_lite0(tmp_path), make_photographs()

@@ -6,8 +6,12 @@ import os
 import struct
 import sys
 import tempfile
+import threading
+import time
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +22,10 @@ from fedss.cli import main
 from fedss.data import cache as cache_module
 from fedss.data import load_dataset
 from fedss.data.cache import MAX_PIXELS, decode, open_picture, quiet_pillow
-from fedss.embedding import embed_files
+from fedss.embedding import embed_files, list_pictures
 from fedss.errors import DataError
-from fedss.models import build_embedder
+from fedss.models import build_embedder, save_embedder
+from fedss.search import build_collection
 
 
 def noise(seed, size=(24, 20), channels=3):
@@ -428,6 +433,221 @@ def test_a_folder_that_may_not_be_read_is_named(open_place, request):
     request.getfixturevalue("unprivileged")
     with pytest.raises(DataError, match=r"a/y: cannot read this folder: Permission denied"):
         load(root)
+
+
+# What is passed over, and what is meant
+
+
+def test_every_ending_of_a_picture_that_can_be_read_is_found(tmp_path):
+    """Saved by Pillow under each name that it knows, in training and in search."""
+    Image.init()
+    made = 0
+    for ending, kind in sorted(Image.registered_extensions().items()):
+        image, file = noise(made, (32, 32)), io.BytesIO()
+        mode = {"XBM": "1", "MSP": "1", "PALM": "P", "BLP": "P"}.get(kind, "RGB")
+        try:
+            image.convert(mode).save(file, kind)
+            read(file.getvalue())
+        except Exception:
+            continue
+        for client in "ab":
+            path = tmp_path / "root" / client / f"class {kind}" / f"{made}{ending.upper()}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.getvalue())
+        made += 1
+    assert made > 40
+    data = load(tmp_path / "root")
+    assert len(data.train) + len(data.test.query) == 2 * made
+    assert len(list_pictures(tmp_path / "root").names) == 2 * made
+
+
+def clutter(root):
+    """What cameras, NAS, systems and people leave beside pictures; how it is counted."""
+    thumbnail = root / "a" / "x" / "@eaDir" / "0.png" / "SYNOPHOTO_THUMB_M.jpg"
+    for path in (
+        thumbnail,
+        root / "@eaDir" / "a" / "x" / "t.jpg",
+        root / "__MACOSX" / "a" / "x" / "t.jpg",
+        root / "a" / "#recycle" / "t.jpg",
+        root / "a" / ".thumbnails" / "t.jpg",
+        root / "$RECYCLE.BIN" / "t.jpg",
+    ):
+        save(path, noise(99))
+    for name in ("a/x/notes.txt", "b/y/old.TXT", "a/x/IMG_1.CR2", "a/README", "a/x/._0.png"):
+        (root / name).write_bytes(b"")
+    return {
+        "system folders @eaDir": 2,
+        "system folders __MACOSX": 1,
+        "system folders #recycle": 1,
+        "system folders $RECYCLE.BIN": 1,
+        "hidden folders": 1,
+        "hidden files": 1,
+        ".txt files": 2,
+        ".cr2 files": 1,
+        "files without an ending": 1,
+    }
+
+
+def test_what_is_passed_over_is_counted_the_same_everywhere(folders, capsys, monkeypatch):
+    before, names = pictures(load(folders)), list_pictures(folders).names
+    expected = clutter(folders)
+    data, found = load(folders), list_pictures(folders)
+    assert pictures(data) == before
+    assert found.names == names
+    assert data.passed_over == found.passed_over == expected
+    monkeypatch.setenv("FEDSS_CACHE", str(folders.parent / "cache"))
+    words = ["info", "--data", "folder", "--data-path", str(folders), "--sample-size", "2"]
+    assert main([*words, "--image-size", "8"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("passed over: ")
+    for kind, count in expected.items():
+        assert f"{kind} ({count})" in said
+    save_embedder(MODEL, folders.parent / "run" / "model", {})
+    for words in (["embed", "--out", str(folders.parent / "e.npy")], ["index"]):
+        command, *options = words
+        assert main([command, str(folders.parent / "run"), str(folders), *options]) == 0
+        assert capsys.readouterr().err == said
+
+
+def test_folders_below_those_of_classes_are_counted(folders):
+    save(folders / "a" / "x" / "more" / "still" / "1.png", noise(1))
+    assert load(folders).passed_over == {"folders below those of classes": 1}
+
+
+def test_nothing_but_what_is_passed_over_says_so(tmp_path):
+    save(tmp_path / "root" / "a" / "x" / "1.png", noise(1)).rename(tmp_path / "root/a/x/1.raw")
+    message = r"no pictures? found; passed over: \.raw files \(1\)"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "root")
+    with pytest.raises(DataError, match=message):
+        list_pictures(tmp_path / "root")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a\\x\\0.png", "there with '/' in place of"),
+        (".\\a\\x\\0.png", "there with '/' in place of"),
+        ("C:\\photos\\0.png", "write '/' in place of"),
+        ("a/x/0.PNG", "there is .*a/x/0.png: upper and lower case"),
+        ("A/X/0.png", "there is .*a/x/0.png: upper and lower case"),
+        ("A\\X\\0.PNG", "there is .*a/x/0.png: upper and lower case"),
+        ("a/x/\u200b0.png", "there is .*a/x/0.png: .* unseen characters"),
+        ("~/photos/0.png", "'~' stands for no folder"),
+        ("~ann/0.png", "'~' stands for no folder"),
+        ("https://example.org/0.png", "this is an address"),
+        ("file:///a/x/0.png", "this is an address"),
+        ("a/x%2F0.png", "there as .*a/x/0.png: write it without %"),
+        ("root/a/x/0.png", "root/a/x/0.png is there from the folder that you are in"),
+    ],
+)
+def test_a_missing_picture_has_a_hint_in_training_and_in_search(folders, name, hint, monkeypatch):
+    monkeypatch.chdir(folders.parent)
+    path = as_csv(folders, ["a/x/1.png", "a/y/0.png"])
+    path.write_text(path.read_text() + f"{name},x,a\n")
+    with pytest.raises(DataError, match=rf"line 4: no such picture file: .*{hint}"):
+        load_dataset("csv", path, cache=folders.parent / "cache")
+    found = list_pictures(path)
+    with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
+        embed_files(MODEL, found.paths, names=found.names)
+    save_embedder(MODEL, folders.parent / "run" / "model", {})
+    with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
+        build_collection(folders.parent / "run", path)
+
+
+# The cache
+
+
+def rewritten(folders, how):
+    """Other pictures under the names, sizes and times of the old ones; the new ones by name."""
+    files = sorted(folders.glob("*/*/*.bmp"))
+    contents = [file.read_bytes() for file in files]
+    for file, content in zip(files, contents[1:] + contents[:1], strict=True):
+        before = file.stat()
+        if how == "in place":
+            file.write_bytes(content)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        else:  # as rsync and tar do it
+            beside = file.with_name(".beside")
+            beside.write_bytes(content)
+            os.utime(beside, ns=(before.st_atime_ns, before.st_mtime_ns))
+            beside.replace(file)
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (
+            before.st_size,
+            before.st_mtime_ns,
+        )
+
+
+@pytest.mark.parametrize("how", ["in place", "put in place", "another folder"])
+def test_other_pictures_of_the_same_name_size_and_time_are_seen(tmp_path, how):
+    root, other = tmp_path / "root", tmp_path / "other"
+    for i in range(12):
+        for place in (root, other):
+            j = (i + 1) % 12 if place == other else i
+            file = save(place / "ab"[i // 6] / "xyz"[i // 2 % 3] / f"{i % 2}.bmp", noise(j))
+            os.utime(file, (315532800, 315532800))  # as a ZIP without times
+    run = tmp_path / "run"
+    save_embedder(MODEL, run / "model", {})
+    load(root)
+    assert build_collection(run, root).embedded == 12
+    assert build_collection(run, root).embedded == 0
+    if how == "another folder":
+        root.rename(tmp_path / "old")
+        other.rename(root)
+    else:
+        rewritten(root, how)
+    data = load(root)
+    for part in (data.train, data.test.query):
+        for name, pixels in zip(part.names, part.pixels, strict=True):
+            assert np.array_equal(pixels, decode(root / name, 8, 3))
+    again = build_collection(run, root)
+    assert again.embedded == 12
+    expected = embed_files(MODEL, list_pictures(root).paths).embeddings_ND
+    assert np.allclose(again.vectors_ND, expected, atol=1e-6)
+
+
+# Memory
+
+
+def test_all_threads_together_hold_the_pixels_of_one_large_picture(monkeypatch):
+    """Eight pictures of a third of the bound each, and one above half of it, in nine threads."""
+    monkeypatch.setattr(cache_module, "MAX_PIXELS", 3 * 400)
+    sizes = [(20, 20)] * 8 + [(30, 30)]
+    contents = [encoded(noise(1, size), "PNG") for size in sizes]
+    held, most, lock = [], [], threading.Lock()
+    plain = cache_module._upright
+
+    def watched(image):
+        pixels = image.width * image.height
+        with lock:
+            held.append(pixels)
+            most.append(sum(held))
+        time.sleep(0.02)
+        try:
+            return plain(image)
+        finally:
+            with lock:
+                held.remove(pixels)
+
+    monkeypatch.setattr(cache_module, "_upright", watched)
+    with ThreadPoolExecutor(9) as pool:
+        shapes = [found.shape for found in pool.map(read, contents * 3)]
+    assert shapes == [(3, 16, 16)] * 27
+    assert 800 <= max(most) <= 1200
+    # A picture that cannot be decoded gives its room back.
+    with pytest.raises(OSError, match="truncated"):
+        read(contents[0][:-30])
+    assert cache_module._held == 0
+
+
+def test_of_a_jpeg_what_is_decoded_counts(monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_PIXELS", 640 * 640)
+    asked = []
+    monkeypatch.setattr(cache_module, "_room", lambda pixels: asked.append(pixels) or nullcontext())
+    smooth = noise(1, (8, 8)).resize((640, 640))
+    read(encoded(smooth, "JPEG"))
+    read(encoded(smooth, "JPEG", progressive=True))
+    assert asked == [80 * 80, 640 * 640]
 
 
 # Names

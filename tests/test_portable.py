@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +33,7 @@ from fedss.models import Embedder, EmbedderSpec, build_embedder, fingerprint, sa
 from fedss.models.embedder import assemble
 from fedss.models.layout import channels_last
 from fedss.portable import CARD, FORMATS, export
+from tests.installed import by_timm, needs_timm, timm
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
 TINY = Config(
@@ -65,6 +65,8 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture(scope="module")
 def from_timm(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A timm model in every format, and its run."""
+    if timm is None:
+        pytest.skip(needs_timm.kwargs["reason"])
     embedder = build_embedder(
         "timm:test_efficientnet", channels=3, image_size=64, embedding_size=8, seed=1
     )
@@ -278,10 +280,11 @@ def test_the_page_runs_as_written(from_timm, monkeypatch):
     assert names["about"]["input_size"] == [3, 64, 64]
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "own"])
+@pytest.mark.parametrize("name", by_timm("timm:test_efficientnet", "timm:test_vit", "own"))
 def test_trained_weights_go_straight_into_timm(name, tmp_path):
     own = name == "own"
-    embedder = with_trained_norms(None if own else f"timm:{name}")
+    embedder = with_trained_norms(None if own else name)
+    name = name.removeprefix("timm:")
     path = tmp_path / "model.safetensors"
     path.write_bytes(portable.safetensors_of(embedder, {}))
     photograph(tmp_path / "photo.jpg")

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fedss.baselines import write_scores
 from fedss.errors import ConfigError, RunFolderError
+from fedss.intervals import ClassScores
 from fedss.report import (
     bytes_picture,
     charts,
@@ -312,6 +314,102 @@ def test_finding_is_computed(comparison: tuple[Path, Any]) -> None:
     command = "fedss compare --methods full fedss pos-only central --seeds 0 1 2 --data omniglot "
     assert command in re.sub(r"\s+", " ", page.words)
     assert "seeds 0\u2060–\u20602" in page.words
+
+
+def measured(
+    folder: Path,
+    methods: dict[str, float],
+    seeds: int = 1,
+    classes: int = 60,
+    noise: float = 0.01,
+    pixels: float = 0.1,
+) -> Page:
+    """A comparison whose runs say what each class has, and floors; read."""
+    rng = np.random.default_rng(0)
+    usual = rng.uniform(-0.03, 0.03, classes)
+    usual -= usual.mean()
+    summary = []
+
+    def write(path: Path, by_class: dict[str, np.ndarray]) -> None:
+        scores = {
+            name: ClassScores(tuple(f"{i:03d}" for i in range(classes)), np.full(classes, 5), v)
+            for name, v in by_class.items()
+        }
+        write_scores(path, {name: s.map_at_10 for name, s in scores.items()}, scores)
+
+    for method, level in methods.items():
+        for seed in range(seeds):
+            name = f"{method}-{seed}"
+            entry = fake_run(folder / name, method, seed, rounds=10)
+            values = level + usual + noise * rng.uniform(-1.7, 1.7, classes)
+            values += level - values.mean()
+            write(folder / name / "by_class.json", {"trained": values})
+            floors = {"chance": 0.01, "pixels": pixels, "untrained": 0.05}
+            write(folder / name / "floors.json", {n: v + usual * 0.05 for n, v in floors.items()})
+            mean = float(values.mean())
+            summary.append({**entry, **scores(mean), "map_at_10_by_class": mean, "folder": name})
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return read(folder)[1]
+
+
+def headline(page: Page) -> str:
+    return re.sub(r"\s+", " ", page.words.split("Federated Sampled Softmax ·")[1])
+
+
+def test_a_difference_within_its_interval_is_none(tmp_path: Path) -> None:
+    found = headline(measured(tmp_path / "a", {"full": 0.352, "fedss": 0.351}))
+    assert "No difference shown between fedss and full softmax: MAP@10 0.351 against 0.352" in found
+    assert re.search(r"95 % interval of the difference: −0\.0\d\d to 0\.0\d\d", found)
+    assert "; fedss moves 7" in found
+    assert "reaches 0.9" not in found
+    found = headline(measured(tmp_path / "b", {"full": 0.352, "fedss": 0.2}))
+    assert "falls short" in found
+    assert "No difference shown" not in found
+    # What is not shown to be better is not said to be.
+    found = headline(measured(tmp_path / "c", {"full": 0.35, "fedss": 0.302, "fedaws": 0.303}))
+    assert "retrieves better" not in found
+    found = headline(measured(tmp_path / "d", {"full": 0.35, "fedss": 0.2, "fedaws": 0.303}))
+    assert "fedaws (0.303) retrieves better than fedss here." in found
+
+
+def test_a_demo_that_shows_nothing_says_so(tmp_path: Path) -> None:
+    found = headline(measured(tmp_path / "a", {"fedss": 0.274, "pos-only": 0.275}))
+    assert "No difference shown: fedss reaches MAP@10 0.274 (95 % interval 0.2" in found
+    four = {"fedss": 0.273, "pos-only": 0.2746, "neg-only": 0.2735, "fedaws": 0.274}
+    found = headline(measured(tmp_path / "b", four, seeds=2))
+    assert "No difference shown: MAP@10 goes from 0.273 (fedss) to 0.275 (pos-only)" in found
+    found = headline(measured(tmp_path / "c", {**four, "fedaws": 0.2}, seeds=2))
+    assert "MAP@10 goes from 0.200 (fedaws) to 0.275 (pos-only)." in found
+    assert "No difference shown" not in found
+
+
+def test_what_a_floor_reaches_is_not_praised(tmp_path: Path) -> None:
+    found = headline(measured(tmp_path / "a", {"fedss": 0.158}, pixels=0.106))
+    assert "fedss reaches MAP@10 0.158 (95 % interval 0.1" in found
+    assert "raw pixels 0.106, after 10 rounds" in found
+    found = headline(measured(tmp_path / "b", {"fedss": 0.08}, pixels=0.106))
+    assert "fedss falls below raw pixels: MAP@10 0.080 against 0.106 after 10 rounds." in found
+    assert "reaches" not in found.split("Trained")[0]
+    found = headline(measured(tmp_path / "c", {"fedss": 0.107}, pixels=0.106))
+    assert "No difference shown between fedss and raw pixels: MAP@10 0.107 against 0.106" in found
+    two = {"full": 0.12, "fedss": 0.1}
+    found = headline(measured(tmp_path / "d", two, pixels=0.2, seeds=2))
+    assert "Not shown to beat raw pixels, MAP@10 0.200, after 10 rounds: full (0.120)" in found
+    found = headline(measured(tmp_path / "e", {"full": 0.3, "fedss": 0.1}, pixels=0.2))
+    assert "Not shown to beat raw pixels, MAP@10 0.200, after 10 rounds: fedss (0.100)." in found
+    assert "Above it: full (0.300)." in found
+
+
+def test_the_table_has_floors_intervals_and_averages_over_classes(tmp_path: Path) -> None:
+    page = measured(tmp_path, {"full": 0.352, "fedss": 0.3}, classes=20)
+    assert "A test of 509 classes is weak" not in page.words
+    for name, value in (("chance", "0.010"), ("raw pixels", "0.100"), ("untrained", "0.050")):
+        at = next(i for i, cell in enumerate(page.cells) if cell.startswith(name))
+        assert page.cells[at + 1] == value
+    at = page.cells.index("fedss")
+    assert re.fullmatch("0\\.\\d{3}\u2060–\u20600\\.\\d{3}", page.cells[at + 3])
+    assert page.cells[at + 4] == "0.300"
+    assert "Dotted: raw pixels" in page.words
 
 
 def test_finding_says_when_fedss_loses(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedss import retrieval
 from fedss.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
+from tests.installed import needs_torchvision
 
 
 # Slow and exact: the rows the module defines (length 1, in whole multiples of 2^-24), as Python
@@ -45,6 +47,7 @@ def slow_metrics(
     gallery = query if gallery is None else gallery
     gallery_labels = labels if gallery_labels is None else gallery_labels
     rows = []
+    of_class: dict[int, list[float]] = {}
     for q, row in enumerate(query):
         order = slow_order(row, gallery, q if alone else None)
         rel = [int(gallery_labels[g] == labels[q]) for g in order]
@@ -63,15 +66,17 @@ def slow_metrics(
                 average_precision(total, total),
             )
         )
+        of_class.setdefault(labels[q], []).append(rows[-1][2])
     if not rows:
         return None
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    return RetrievalMetrics(*means, queries=len(rows), skipped=len(query) - len(rows))
+    by_class = sum(sum(found) / len(found) for found in of_class.values()) / len(of_class)
+    return RetrievalMetrics(*means, by_class, len(rows), len(of_class), len(query) - len(rows))
 
 
 def assert_close(a: RetrievalMetrics, b: RetrievalMetrics, tolerance: float = 1e-12) -> None:
-    assert (a.queries, a.skipped) == (b.queries, b.skipped)
-    for name in ("recall_at_1", "recall_at_5", "map_at_10", "map_at_r"):
+    assert (a.queries, a.classes, a.skipped) == (b.queries, b.classes, b.skipped)
+    for name in ("recall_at_1", "recall_at_5", "map_at_10", "map_at_r", "map_at_10_by_class"):
         assert getattr(a, name) == pytest.approx(getattr(b, name), abs=tolerance), name
 
 
@@ -172,6 +177,7 @@ def test_equals_pytorch_metric_learning() -> None:
         assert ours.map_at_r == pytest.approx(theirs["mean_average_precision_at_r"], abs=1e-12)
 
 
+@needs_torchvision
 def test_equals_torchmetrics() -> None:
     from torchmetrics.functional.retrieval import (
         retrieval_average_precision,
@@ -196,8 +202,23 @@ def test_equals_torchmetrics() -> None:
         columns["5"].append(float(retrieval_hit_rate(score + 2, target, top_k=5)))
         columns["10"].append(average_precision(target, score, 10))
         columns["r"].append(average_precision(target, score, int(target.sum())))
-    theirs = RetrievalMetrics(*(sum(c) / len(c) for c in columns.values()), len(rows), 0)
+    of_class = [np.mean(np.array(columns["10"])[labels == label]) for label in labels.unique()]
+    means = [sum(c) / len(c) for c in columns.values()]
+    theirs = RetrievalMetrics(*means, float(np.mean(of_class)), len(rows), len(of_class), 0)
     assert_close(evaluate_retrieval(rows, labels, gallery, gallery_labels), theirs, 1e-6)
+
+
+@pytest.mark.parametrize("power", [-1074, -700, -401, 401, 600, 1021])
+def test_rows_of_any_size_have_the_same_direction(power: int) -> None:
+    # Squares of these leave float64, and 2^-1074 is its smallest number.
+    rows = torch.randint(-2, 3, (60, 5), generator=torch.Generator().manual_seed(1)).double()
+    labels = torch.arange(60) % 7
+    far = rows * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
+    assert bool(far.isfinite().all())
+    assert torch.equal(retrieval.unit_rows(far, ""), retrieval.unit_rows(rows, ""))
+    assert evaluate_retrieval(far, labels) == evaluate_retrieval(rows, labels)
+    mixed = torch.where(torch.arange(60)[:, None] % 2 == 0, far, rows)
+    assert torch.equal(retrieval.unit_rows(mixed, ""), retrieval.unit_rows(rows, ""))
 
 
 def collapsed(n: int) -> Tensor:

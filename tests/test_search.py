@@ -181,9 +181,9 @@ def test_links_are_passed_over_and_counted(made, tmp_path):
     (tmp_path / "photos" / "circle").symlink_to(tmp_path / "photos")
     collection = build_collection(made / "run", tmp_path / "photos", tmp_path / "index")
     assert collection.names == ("a.png",)
-    assert collection.links == 3
+    assert collection.passed_over == {"symbolic links": 3}
     (tmp_path / "photos" / "a.png").unlink()
-    with pytest.raises(DataError, match="3 symbolic links are not followed: list them in a CSV"):
+    with pytest.raises(DataError, match=r"symbolic links \(3\); list what links lead to in a CSV"):
         build_collection(made / "run", tmp_path / "photos", tmp_path / "index")
     assert len(open_collection(tmp_path / "index", made / "run")) == 1
 
@@ -695,7 +695,7 @@ def test_the_commands(place, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "12 pictures; 4 classes; 0 pictures were new or changed" in said.out
     assert "left out 1 unreadable pictures: broken.png" in said.err
-    assert "left out 1 symbolic links" in said.err
+    assert "passed over: symbolic links (1); list what links lead to in a CSV" in said.err
 
     one, two = "photos/class 1/2.png", "photos/class 2/0.png"
     assert main(["search", "run", one, two, "--count", "3", "--json", "--show", "found.html"]) == 0

@@ -40,7 +40,7 @@ PUBLIC = {
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
     {"errors", "seeds", "allocator", "pace", "text"},
-    {"extras", "files", "ranks"},
+    {"extras", "files", "ranks", "output", "intervals"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
     {"samplers", "moments", "methods", "verification", "confusions"},
     {"class_rows"},
@@ -49,7 +49,7 @@ LAYERS = [
     {"config", "wire", "checkpoint", "pictures"},
     {"engines"},
     {"build", "run_folder", "records", "embedding", "evaluation"},
-    {"describe", "progress", "model_card", "board"},
+    {"describe", "progress", "model_card", "board", "baselines"},
     {"experiment"},
     {"portable", "search"},
     {"cli"},

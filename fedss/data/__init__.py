@@ -188,7 +188,7 @@ def load_dataset(
             seed=seed,
             at_site=at_site,
         )
-    if dealt is None:
+    if dealt is None or not len(data.train):
         return data
     return replace(data, train=deal_pictures(data.train, dealt, seed))
 

@@ -1,19 +1,31 @@
 """Pictures decoded once into a memory-mapped file of pixels."""
 
 import hashlib
+import io
 import json
 import os
 import re
+import sys
+import tempfile
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 from rich.console import Console
 from rich.progress import Progress
 
@@ -24,15 +36,20 @@ MAX_PIXELS = 2**27
 """Pixels of the largest picture that is decoded: half a gigabyte, at Pillow's 4 bytes a pixel."""
 
 # Part of every key: raise it when the same files would give other pixels.
-_VERSION = 2
+_VERSION = 3
 _BATCH = 32
 _DAY = 24 * 3600.0
 _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_BANDS = ("R", "C")  # how Pillow names the first channel of planes that are not compressed
 # ISO/IEC 23008-12, annex B: what a HEIC file begins with, after the four bytes of a length.
 _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"))
 
 
 T = TypeVar("T")
+
+# Pixels of pictures in memory, of all threads; and a word that there are fewer.
+_held = 0
+_released = threading.Condition()
 
 
 class BrokenPicturesError(DataError):
@@ -49,11 +66,42 @@ class BrokenPicturesError(DataError):
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss."""
+    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss.
+
+    For a user without a home directory that can be written, a folder of the user's own among the
+    temporary files of the machine.
+    """
     if cache is not None:
         return Path(cache)
     named = os.environ.get("FEDSS_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "fedss"
+    if named:
+        return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither $HOME nor an entry in /etc/passwd
+        home = None
+    return _caches(home) / "fedss"
+
+
+@lru_cache
+def _caches(home: Path | None) -> Path:
+    if home is not None:
+        usual = home / ".cache"
+        with suppress(OSError):
+            usual.mkdir(parents=True, exist_ok=True)
+        if os.access(usual, os.W_OK):
+            return usual
+    place = Path(tempfile.gettempdir()) / f"fedss-cache-{os.getuid()}"
+    with suppress(FileExistsError):
+        place.mkdir(mode=0o700)
+    if place.is_symlink() or place.stat().st_uid != os.getuid():
+        raise DataError(f"{place} belongs to somebody else: name a folder with FEDSS_CACHE")
+    print(
+        f"fedss: no home directory that can be written; decoded pictures are kept in {place} (name "
+        "another folder with FEDSS_CACHE)",
+        file=sys.stderr,
+    )
+    return place
 
 
 class PixelLimitError(ValueError):
@@ -138,13 +186,16 @@ def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np
         ImportError: HEIC, and pi-heif is not installed.
         OSError, SyntaxError or others of Pillow's for a file that is no picture.
     """
-    image: Image.Image
-    with open_picture(picture) as image:
-        return pixels_of(upright(image, image_size), image_size, channels)
+    with open_picture(picture) as image, upright(image, image_size) as seen:
+        return pixels_of(seen, image_size, channels)
 
 
-def upright(image: Image.Image, image_size: int) -> Image.Image:
+@contextmanager
+def upright(image: Image.Image, image_size: int) -> Iterator[Image.Image]:
     """A picture as a person sees it: rotated as the camera says, 8 bits a pixel, laid on white.
+
+    For a ``with`` block, in which the picture is in memory: all threads together hold MAX_PIXELS
+    at a time, and whoever wants more waits. A thread that holds one is not to ask for another.
 
     Of a JPEG that was just opened no more is decoded than ``pixels_of`` needs. ``image`` is not to
     be used afterwards.
@@ -152,9 +203,46 @@ def upright(image: Image.Image, image_size: int) -> Image.Image:
     Raises:
         See ``decode``.
     """
+    width, height = image.size
     # A JPEG decodes at a fraction of its size for much less work; twice the target is left
     # for the filter of pixels_of.
     image.draft(None, (2 * image_size, 2 * image_size))
+    if not image.info.get("progressive"):  # of which all is kept until the last scan
+        width, height = image.size
+    with _room(width * height):
+        used = [image]
+        try:
+            used.append(_upright(image))
+            yield used[-1]
+        finally:
+            for one in used:
+                # Memory is to be free before there is room. The file is its opener's.
+                Image.Image.close(one)
+
+
+@contextmanager
+def _room(pixels: int) -> Iterator[None]:
+    """Wait until all threads together hold MAX_PIXELS at most, or nobody holds any."""
+    global _held
+    with _released:
+        _released.wait_for(lambda: not _held or _held + pixels <= MAX_PIXELS)
+        _held += pixels
+    try:
+        yield
+    finally:
+        with _released:
+            _held -= pixels
+            _released.notify_all()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    stored = stored_as(image)
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    wide_planes = tags.get(PLANAR_CONFIGURATION) == 2 and max(tags.get(BITSPERSAMPLE, (8,))) > 8
+    if wide_planes and stored in _BANDS:
+        # Not compressed: Pillow would read the wrong bytes.
+        raise ValueError("16 bits, channel after channel: save it pixel by pixel, or with 8 bits")
+    _mend_transparency(image, stored)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):
         wide = np.asarray(image)
@@ -163,17 +251,55 @@ def upright(image: Image.Image, image_size: int) -> Image.Image:
                 f"integers from {wide.min()} to {wide.max()} have no known range; save it with "
                 "8 or 16 bits a pixel"
             )
-        narrow = (wide >> 8).astype(np.uint8)
+        narrow = (wide >> (4 if stored == "I;12" else 8)).astype(np.uint8)
+        if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:
+            narrow = 255 - narrow  # white is 0: of fewer bits, Pillow sees to it
         if "transparency" in image.info:
             narrow[wide == image.info["transparency"]] = 255
         return Image.fromarray(narrow)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    if tags.get(SAMPLEFORMAT) == (2,) and np.asarray(image).max() > 127:
+        raise ValueError("integers below 0 have no known range; save it with 8 bits, unsigned")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image)
     return image
+
+
+def stored_as(image: Image.Image) -> str:
+    """How a picture that was just opened keeps a pixel, such as "L;2", as Pillow names it."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return ""
+    details = image.tile[0][3]
+    return str(details[0] if isinstance(details, tuple) else details)
+
+
+def _mend_transparency(image: Image.Image, stored: str) -> None:
+    """One transparent value of a PNG, as Pillow gives pixels: it leaves the value as it is stored.
+
+    Of 16 bits in colour Pillow gives the upper 8, and the value means all 16 (PNG, section 13.12).
+    """
+    value = image.info.get("transparency")
+    if stored in ("L;2", "L;4") and isinstance(value, int):
+        image.info["transparency"] = value * (85 if stored == "L;2" else 17)
+    if stored == "RGB;16B" and isinstance(value, tuple):
+        assert isinstance(image, ImageFile.ImageFile)
+        assert image.fp is not None
+        before = image.fp.tell()
+        image.fp.seek(0)
+        with Image.open(io.BytesIO(image.fp.read())) as lower:
+            image.fp.seek(before)
+            # As if the other end came first.
+            lower.tile = [(*tile[:3], "RGB;16L") for tile in lower.tile]  # type: ignore[misc]
+            wide = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        hidden = Image.fromarray((wide == value).all(2))
+        image.paste((255, 255, 255), mask=hidden)
+        del image.info["transparency"]
 
 
 def pixels_of(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
@@ -187,13 +313,24 @@ def pixels_of(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
 
 
+def stamp(path: str | Path) -> tuple[int, int]:
+    """A file's size, and a number that stands for its times of last change.
+
+    Archives, ``rsync -t`` and backups set the time that a program sees as that of the content, so
+    it may be that of the file that was there before. The time of the status (POSIX's ctime) can
+    only become later and no program can set it: it tells the two apart. It changes with names,
+    rights and hard links, too, and then pictures are decoded once more for nothing.
+    """
+    status = os.stat(path)
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}".encode()
+    return status.st_size, int.from_bytes(hashlib.sha256(times).digest()[:7])
+
+
 def stamp_files(paths: Iterable[str]) -> str:
-    """A digest, in hex, of each file's path, size and time of last change."""
+    """A digest, in hex, of each file's path and ``stamp``."""
     digest = hashlib.sha256()
     for path in paths:
-        status = os.stat(path)
-        words = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        digest.update(words.encode("utf-8", "surrogateescape"))
+        digest.update(f"{path}\0{stamp(path)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -270,7 +407,7 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
         for position in some:
             # What cannot be opened has no colour; decoding will say what is wrong with it.
             with suppress(Exception), open_picture(paths[position]) as image:
-                if image.mode not in _COLOURLESS:
+                if image.mode not in _COLOURLESS and stored_as(image) != "LA;16B":
                     return False
         return True
 
@@ -286,6 +423,9 @@ def in_threads(work: Callable[[range], T], count: int) -> Iterator[T]:
     Workers go on while a result is used, but not far: few results wait in memory.
     """
     cores = os.cpu_count() or 1
+    # Of blocks of 16 MB, Pillow's own choice, glibc keeps what is freed for the thread that had it:
+    # 12 threads came to 2.4 GB in place of 0.65. Larger ones go back at once.
+    Image.core.set_block_size(2**26)  # type: ignore[attr-defined]
     with quiet_pillow(), ThreadPoolExecutor(cores) as pool:
         waiting: deque[Future[T]] = deque()
         for start in range(0, count, _BATCH):

@@ -2,33 +2,69 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row, composed
+from PIL import Image
+
+from fedss.data.manifest import Listing, Row
+from fedss.data.names import composed
 from fedss.errors import DataError
 
-EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif"),
+# What Pillow knows by name and cannot decode: data that need a handler, a player or Windows.
+_UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
+_HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
+# Made by Synology, QNAP, macOS, Windows, Android, ext4: thumbnails, deleted files, snapshots.
+_SYSTEM_FOLDERS = (
+    *("@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
+    *("__macosx", "network trash folder", "temporary items", "$recycle.bin", "recycler"),
+    *("system volume information", "lost.dir", "lost+found", "found.000"),
 )
+
+
+@cache
+def extensions() -> frozenset[str]:
+    """Endings of the files that count as pictures in a folder: of all that can be decoded here."""
+    known = Image.registered_extensions()
+    decoded = {*Image.OPEN, "MPO"} - {*_UNDECODED}  # MPO comes as JPEG
+    return frozenset(_HEIF) | {ending for ending, kind in known.items() if kind in decoded}
+
+
+def passed_over(name: str, is_folder: bool) -> str | None:
+    """What a file or folder within a folder of pictures is, where it is none of the pictures.
+
+    The one rule for what is passed over, in training and in search: hidden files and folders,
+    folders that systems make for themselves, and files without the ending of a picture. It is
+    counted by what this returns, and shown.
+    """
+    if name.startswith("."):
+        return "hidden folders" if is_folder else "hidden files"
+    if is_folder:
+        return f"system folders {name}" if name.casefold() in _SYSTEM_FOLDERS else None
+    ending = os.path.splitext(name)[1].lower()
+    if ending in extensions():
+        return None
+    return f"{ending} files" if ending else "files without an ending"
 
 
 def read_folder(root: Path) -> Listing:
     """The pictures in folders ``root/client/class/picture``; opens none.
 
-    Hidden files and files without the extension of a picture (EXTENSIONS) are passed over. Links
-    are followed as long as they stay below ``root``.
+    What is none of the pictures is passed over and counted (``passed_over``), and so are folders
+    within those of classes. Links are followed as long as they stay below ``root``.
 
     Raises:
         DataError: No pictures, a client without pictures, a picture at another depth, a link that
             leads out of ``root``, a name of nothing but spaces, or a folder that cannot be read.
     """
-    layout = f"expected pictures as {root}/client/class/picture, of {', '.join(EXTENSIONS)}"
+    layout = f"expected pictures as {root}/client/class/picture, such as 1.jpg or 1.png"
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
     rows: list[Row] = []
-    for parts in _pictures(str(root), os.path.realpath(root), ()):
+    over: Counter[str] = Counter()
+    for parts in _pictures(str(root), os.path.realpath(root), (), over):
         if len(parts) != 3:
             raise DataError(f"{root.joinpath(*parts)}: a picture at the wrong depth; {layout}")
         client, label = map(composed, parts[:2])
@@ -40,19 +76,32 @@ def read_folder(root: Path) -> Listing:
         # Of millions of pictures, each name of a class is kept once.
         rows.append(Row(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
-        raise DataError(f"{root}: no pictures found; {layout}")
+        raise DataError(f"{root}: no pictures found{counted(over)}; {layout}")
     clients = {row.client for row in rows}
     for folder in sorted(root.iterdir()):
-        hidden = folder.name.startswith(".")
-        if folder.is_dir() and not hidden and composed(folder.name) not in clients:
-            raise DataError(
-                f"{folder}: a client without pictures; {layout}. Add pictures or remove the folder"
-            )
-    return Listing(root, os.path.abspath(root), rows)
+        if (
+            not folder.is_dir()
+            or passed_over(folder.name, True)
+            or composed(folder.name) in clients
+        ):
+            continue
+        raise DataError(
+            f"{folder}: a client without pictures{counted(over)}; {layout}. Add pictures or remove "
+            "the folder"
+        )
+    return Listing(root, os.path.abspath(root), rows, passed_over=over)
 
 
-def _pictures(folder: str, root: str, above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Paths of pictures below a folder, in parts, down to the fourth level.
+def counted(over: Mapping[str, int]) -> str:
+    """What was passed over, for a message, which begins with "; passed over: ", or nothing."""
+    kinds = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(over.items()))
+    return f"; passed over: {kinds}" if over else ""
+
+
+def _pictures(
+    folder: str, root: str, above: tuple[str, ...], over: Counter[str]
+) -> Iterator[tuple[str, ...]]:
+    """Paths of pictures below a folder, in parts, down to the fourth level; counts others.
 
     Links within ``root``, a real path, are followed; with so few levels they cannot run in
     circles. What is called a picture and is no file comes too: it will be missed.
@@ -64,16 +113,18 @@ def _pictures(folder: str, root: str, above: tuple[str, ...]) -> Iterator[tuple[
             f"{folder}: cannot read this folder: {error.strerror}; mend its rights or move it away"
         ) from error
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink():
-            _check_inside(entry.path, root)
         # Unlike entry.is_dir(), it has an answer to a link that leads to itself.
-        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-            if len(above) < 3:
-                yield from _pictures(entry.path, root, (*above, entry.name))
-        elif entry.name.lower().endswith(EXTENSIONS):
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+        if entry.is_symlink() and not entry.name.startswith("."):
+            _check_inside(entry.path, root)
+        if kind := passed_over(entry.name, is_folder):
+            over[kind] += 1
+        elif not is_folder:
             yield (*above, entry.name)
+        elif len(above) < 3:
+            yield from _pictures(entry.path, root, (*above, entry.name), over)
+        else:
+            over["folders below those of classes"] += 1
 
 
 def _check_inside(link: str, root: str) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: N pictures, C channels, H height, W width.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -75,30 +75,30 @@ class Images:
                 "pixels: expected square pictures of 1 or 3 channels, [N, C, H, W] with C = 1 or "
                 f"3 and H = W, got {list(pixels.shape)}"
             )
-        for field, limit in (("labels", self.class_names), ("clients", self.client_names)):
-            values = getattr(self, field)
+        for name, limit in (("labels", self.class_names), ("clients", self.client_names)):
+            values = getattr(self, name)
             if not (
                 isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype == np.int64
             ):
                 raise DataError(
-                    f"{field}: expected a numpy array, int64 [N], got {_kind(values)}; convert it "
+                    f"{name}: expected a numpy array, int64 [N], got {_kind(values)}; convert it "
                     "with np.asarray(values, np.int64)"
                 )
             if len(values) and (values.min() < 0 or values.max() >= len(limit)):
                 raise DataError(
-                    f"{field}: expected numbers from 0 to {len(limit) - 1}, "
+                    f"{name}: expected numbers from 0 to {len(limit) - 1}, "
                     f"got {values.min()} to {values.max()}"
                 )
-        for field in ("labels", "clients", "names"):
-            if len(getattr(self, field)) != len(pixels):
+        for name in ("labels", "clients", "names"):
+            if len(getattr(self, name)) != len(pixels):
                 raise DataError(
-                    f"{field}: expected {len(pixels)} values, one per picture, "
-                    f"got {len(getattr(self, field))}"
+                    f"{name}: expected {len(pixels)} values, one per picture, "
+                    f"got {len(getattr(self, name))}"
                 )
-        name = repeated(self.class_names)
-        if name is not None:
+        twice = repeated(self.class_names)
+        if twice is not None:
             raise DataError(
-                f"class_names: {name!r} stands there {list(self.class_names).count(name)} times; "
+                f"class_names: {twice!r} stands there {list(self.class_names).count(twice)} times; "
                 "give each class a name of its own"
             )
 
@@ -173,13 +173,16 @@ class Dataset:
 
     ``test`` is reported; None: there is nothing to test with, as at a site of a federation that
     holds none of the test's pictures. ``validation``, where a data set has one, is for choosing
-    settings. ``skipped`` names the pictures left out because they could not be read
-    (``skip_broken``), ``unpaired`` those that are for testing and left out because no other picture
-    here could be right (see ``fedss.data.manifest.arrange``). ``remarks`` are sentences about what
-    is not as it was published.
+    settings. ``train`` may be without pictures where there are some to test with: then there is
+    nothing to train on, but a trained model can be judged. ``skipped`` names the pictures left out
+    because they could not be read (``skip_broken``), ``unpaired`` those that are for testing and
+    left out because no other picture here could be right (see ``fedss.data.manifest.arrange``).
+    ``remarks`` are sentences about what is not as it was published, not read, or easily taken for
+    something else. ``passed_over`` counts files and folders of a folder that are none of its
+    pictures, by kind.
 
     Raises:
-        DataError: No training pictures, or parts with pictures of different shapes.
+        DataError: No pictures, or parts with pictures of different shapes.
     """
 
     name: str
@@ -189,9 +192,10 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     unpaired: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not len(self.train):
+        if not len(self.train) and self.test is None and self.validation is None:
             raise DataError(f"data set {self.name!r} has no training pictures")
         tasks = {"test": self.test, "validation": self.validation}
         queries = {name: task.query for name, task in tasks.items() if task is not None}

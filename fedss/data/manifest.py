@@ -1,14 +1,11 @@
 """Pictures listed in a CSV: which class, whose, and what for."""
 
-import csv
 import difflib
 import hashlib
-import io
 import os
 import sys
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +21,9 @@ from fedss.data.images import (
     repeated,
     unanswerable,
 )
+from fedss.data.missing import why_missing
+from fedss.data.names import composed, look_alikes
+from fedss.data.table import read_table
 from fedss.errors import DataError
 
 COLUMNS = ("image", "label", "client")
@@ -60,7 +60,8 @@ class Listing:
         lists: The file that lists a split's pictures, where that is not ``source``.
         published: The list is someone else's and not to be mended: pictures for testing that no
             other one could match are left out as ``Dataset.unpaired``.
-        remarks: What is not as published, for ``Dataset.remarks``.
+        remarks: What is not as published, or not read, for ``Dataset.remarks``.
+        passed_over: Files and folders that are none of the pictures; see ``fedss.data.folder``.
     """
 
     source: Path
@@ -69,6 +70,7 @@ class Listing:
     lists: Mapping[str, Path] = field(default_factory=dict)
     published: bool = False
     remarks: tuple[str, ...] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def file(self, row: Row) -> str:
         """The picture's file."""
@@ -92,7 +94,8 @@ def read_rows(path: Path) -> Listing:
     """
     root = os.path.abspath(path.parent)
     rows: list[Row] = []
-    for line, (image, label, client, *rest) in read_table(path, COLUMNS, optional="split"):
+    table = read_table(path, COLUMNS, optional="split")
+    for line, (image, label, client, *rest) in table.rows:
         name = listed_name(root, image)
         split = sys.intern(rest[0]) if rest else None
         if split is not None and split not in SPLITS:
@@ -106,7 +109,7 @@ def read_rows(path: Path) -> Listing:
         rows.append(Row(client, label, name, split, line))
     names = LazyNames(len(rows), lambda i: rows[i].name)
     check_listed_once(path, names, lambda i: rows[i].line)
-    return Listing(path, root, rows)
+    return Listing(path, root, rows, remarks=table.remarks)
 
 
 def listed_name(root: str, image: str) -> str:
@@ -134,111 +137,6 @@ def check_listed_once(path: Path, names: Sequence[str], line: Callable[[int], in
             f"{line(first)}; each picture has one line, with one class and one client: remove one "
             "of the lines"
         )
-
-
-def composed(name: str) -> str:
-    """The name of a client or a class: in Unicode's form NFC, without outer spaces.
-
-    The one rule for names, wherever they come from: cells of a CSV, folders, sites, what people
-    enrol. Two that are the same after this are one client or one class. macOS writes names of
-    files decomposed (NFD), most others composed (Unicode Standard Annex 15), and nobody sees a
-    space at the end of a folder's name: without this, one name at two sites would be two classes.
-    """
-    return unicodedata.normalize("NFC", name).strip()
-
-
-def read_table(
-    path: Path, columns: Sequence[str], optional: str | None = None
-) -> Iterator[tuple[int, list[str]]]:
-    """A CSV's lines that are not blank: line number, and cells without outer spaces.
-
-    The cells of ``columns`` come first, then that of ``optional`` if there is such a column.
-
-    Args:
-        path: The CSV, in UTF-8, with a header line.
-        columns: Those that must be there, with no cell empty. Others may be there too.
-        optional: A column that may be there.
-
-    Raises:
-        DataError: Anything amiss with the file, its header or a line; or no line at all.
-    """
-    try:
-        content = path.read_bytes()
-        content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: expected text in UTF-8, got byte 0x{error.object[error.start]:02x} at "
-            f"position {error.start}. Save the file as UTF-8 (in Excel: 'CSV UTF-8')"
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{path}: expected a CSV file with {_listed(columns)}; cannot open it: {error.strerror}"
-        ) from error
-
-    # Decoded anew bit by bit: a whole text takes four bytes a character.
-    text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
-    lines = csv.reader(text)
-    empty = True
-    try:
-        header = [cell.strip() for cell in next(lines, [])]
-        if not any(header):
-            also = f"[,{optional}]" if optional else ""
-            raise DataError(f"{path}: empty; expected a header line {','.join(columns)}{also}")
-        _check_header(path, header, columns, optional)
-        place = {name: i for i, name in enumerate(header)}
-        taken = [place[name] for name in (*columns, optional) if name in place]
-        for cells in lines:
-            cells = [cell.strip() for cell in cells]
-            if any(cells):
-                empty = False
-                where = f"{path}, line {lines.line_num}"
-                yield lines.line_num, _cells(where, cells, len(header), taken, columns)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {lines.line_num}: not CSV: {error}") from error
-    if empty:
-        raise DataError(f"{path}: no pictures: there is a header line and nothing below it")
-
-
-def _listed(columns: Sequence[str]) -> str:
-    return f"the column{'s' if len(columns) > 1 else ''} {', '.join(columns)}"
-
-
-def _check_header(
-    path: Path, header: Sequence[str], columns: Sequence[str], optional: str | None
-) -> None:
-    missing = [column for column in columns if column not in header]
-    if not missing:
-        return
-    hints = []
-    for column in missing:
-        near = difflib.get_close_matches(column, header, 1) or [
-            found for found in header if found.lower() == column
-        ]
-        hints += [f"is {near[0]!r} meant as {column!r}?"] if near else []
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        hints.append("separate the columns with commas")
-    raise DataError(
-        f"{path}, line 1: expected {_listed(columns)}"
-        + (f" and perhaps {optional}" if optional else "")
-        + f"; missing: {', '.join(missing)}; found: {', '.join(header)}"
-        + "".join(f"; {hint}" for hint in hints)
-    )
-
-
-def _cells(
-    where: str, cells: list[str], width: int, taken: Sequence[int], columns: Sequence[str]
-) -> list[str]:
-    if len(cells) > width:
-        raise DataError(
-            f"{where}: expected {width} cells, got {len(cells)}; "
-            'put a value with a comma in it between double quotes: "a,b"'
-        )
-    cells += [""] * (width - len(cells))
-    values = [cells[i] for i in taken]
-    for column, value in zip(columns, values, strict=False):
-        if not value:
-            raise DataError(f"{where}: empty {column}; fill it in or remove the line")
-    return values
 
 
 def build_dataset(
@@ -291,7 +189,7 @@ def build_dataset(
             advice = "Unpack the rest of the archives there"
         raise DataError(
             f"{listing.where(first)}: no such picture file: {file(first)} "
-            f"({len(rows) - len(kept)} of {len(rows)} are missing{_spelled(file(first))}). "
+            f"({len(rows) - len(kept)} of {len(rows)} are missing{why_missing(file(first))}). "
             f"{advice}, or leave missing pictures out with skip_broken (--skip-broken)"
         )
 
@@ -331,7 +229,10 @@ def build_dataset(
 
     readable = {row.name for row in kept}
     skipped = tuple(row.name for row in rows if row.name not in readable)
-    return assemble(kind, splits, pixels, unpaired, skipped, listing.remarks)
+    remarks = [*listing.remarks, *look_alikes({row.label for row in rows}, "classes")]
+    remarks += look_alikes({row.client for row in rows}, "clients")
+    data = assemble(kind, splits, pixels, unpaired, skipped, tuple(remarks))
+    return replace(data, passed_over=listing.passed_over)
 
 
 def assemble(
@@ -352,16 +253,12 @@ def assemble(
     test = RetrievalTask(query, images.get("gallery")) if query is not None else None
     validation = RetrievalTask(images["validation"]) if "validation" in images else None
     left_out = tuple(row.name for row in unpaired)
-    return Dataset(kind, images["train"], test, validation, skipped, left_out, remarks)
-
-
-def _spelled(file: str) -> str:
-    """For messages: whether a missing file is there under a name that looks the same."""
-    for form in ("NFC", "NFD"):
-        other = unicodedata.normalize(form, file)
-        if other != file and os.path.isfile(other):
-            return f"; this one is there under the same name in another Unicode form, {form}"
-    return ""
+    train = images.get("train")
+    if train is None:
+        # A list to judge a trained model on.
+        shape = next(iter(images.values())).pixels.shape[1:]
+        train = _images(np.empty((0, *shape), np.uint8), [], [])
+    return Dataset(kind, train, test, validation, skipped, left_out, remarks)
 
 
 def _files(listing: Listing, rows: Sequence[Row]) -> LazyNames:
@@ -397,7 +294,8 @@ def arrange(
     splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for row in sorted(listing.rows):
         splits[row.split or "train"].append(row)
-    if not splits["train"]:
+    to_test = splits["test"] or splits["query"] or splits["validation"]
+    if not splits["train"] and (at_site or not to_test):
         raise DataError(
             f"no training pictures: {len(listing.rows)} rows, none with split 'train'; give some "
             "that split"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import cache_folder, cached_array, decode
+from fedss.data.cache import cache_folder, cached_array, decode, stamp
 from fedss.data.images import Dataset, Images, RetrievalTask
 from fedss.errors import DataError
 from fedss.files import write_file
@@ -98,10 +98,9 @@ def _open(place: Path, name: str, stack: ExitStack) -> _Archive:
         archive = _Archive(packed, stamps, lambda inner: pack.read(f"{name}/{inner}"))
     else:
         files = {path.relative_to(folder).as_posix(): path for path in folder.glob("*/*/*.png")}
-        stats = {inner: path.stat() for inner, path in files.items()}
         archive = _Archive(
             folder,
-            {inner: (stat.st_size, stat.st_mtime_ns) for inner, stat in stats.items()},
+            {inner: stamp(path) for inner, path in files.items()},
             lambda inner: files[inner].read_bytes(),
         )
     pictures = {inner: s for inner, s in archive.stamps.items() if _PICTURE.fullmatch(inner)}

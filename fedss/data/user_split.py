@@ -9,8 +9,9 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row, read_table
+from fedss.data.manifest import Listing, Row
 from fedss.data.published import NOBODY, Counts, published_listing
+from fedss.data.table import read_table
 from fedss.errors import DataError
 
 
@@ -40,7 +41,7 @@ def read_user_split(
         ("test", ("image_id", "class")),
     ):
         path = lists[split]
-        for line, (image, label, *user) in read_table(path, columns):
+        for line, (image, label, *user) in read_table(path, columns).rows:
             if not well_formed(image):
                 raise DataError(
                     f"{path}, line {line}: expected an image_id of {shortest} or more letters and "

@@ -7,6 +7,7 @@ randomness in the forward pass, a known output size. `flatten_` then gives θ as
 
 from fedss.models.backbones import conv4
 from fedss.models.embedder import (
+    BatchNormRule,
     Embedder,
     EmbedderSpec,
     ForwardPrecision,
@@ -16,10 +17,16 @@ from fedss.models.embedder import (
 from fedss.models.flat import FlatParameters, flatten_
 from fedss.models.frozen import frozen_fingerprint, is_trainable
 from fedss.models.layout import pool_before_relu_
-from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, replace_batch_norm
+from fedss.models.norms import (
+    FrozenBatchNorm,
+    freeze_batch_norm,
+    norm_groups,
+    replace_batch_norm,
+)
 from fedss.models.saving import fingerprint, load_embedder, safetensors_of, save_embedder
 
 __all__ = [
+    "BatchNormRule",
     "Embedder",
     "EmbedderSpec",
     "FlatParameters",
@@ -34,6 +41,7 @@ __all__ = [
     "frozen_fingerprint",
     "is_trainable",
     "load_embedder",
+    "norm_groups",
     "pool_before_relu_",
     "replace_batch_norm",
     "safetensors_of",

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,8 @@ from torch import nn
 
 from fedss.errors import ConfigError
 from fedss.extras import import_extra
-from fedss.models.checks import check_image
-from fedss.models.norms import largest_groups
-
-_LEAST_VALUES = 8
+from fedss.models.checks import check_image, own_size, told
+from fedss.models.norms import LEAST_VALUES, largest_groups
 
 
 def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequential:
@@ -58,7 +56,7 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
         side = -(-side // stride)
         convolution = nn.Conv2d(inputs, width, 3, stride=stride, padding=1, bias=False)
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-        groups = largest_groups(width, width, -(-_LEAST_VALUES // side**2))
+        groups = largest_groups(width, width, -(-LEAST_VALUES // side**2))
         layers: dict[str, nn.Module] = {"conv": convolution, "norm": nn.GroupNorm(groups, width)}
         if number < 4:
             layers["relu"] = nn.ReLU(inplace=True)
@@ -91,11 +89,11 @@ def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) 
     Raises:
         ConfigError: an unknown name or model; timm missing or unusable; no pretrained weights.
     """
-    own = re.fullmatch(r"conv4(?:-([1-9]\d{0,4}))?", name)
-    if own is not None:
+    width = conv4_width(name)
+    if width is not None:
         if pretrained:
             raise ConfigError(f'there are no pretrained weights for "{name}": only for timm models')
-        return conv4(channels, image_size, width=int(own[1] or 64))
+        return conv4(channels, image_size, width)
     if name.startswith("timm:"):
         return _timm_model(name.removeprefix("timm:"), channels, image_size, pretrained)
     near = difflib.get_close_matches(name, ["conv4", "conv4-32", "conv4-64"], n=1)
@@ -104,6 +102,12 @@ def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) 
         f'unknown backbone "{name}": names are "conv4" (64 channels), "conv4-<width>" or '
         f'"timm:<model>"; {hint}'
     )
+
+
+def conv4_width(name: str | None) -> int | None:
+    """The width of a `conv4` by its name; None if it is the name of something else."""
+    own = re.fullmatch(r"conv4(?:-([1-9][0-9]{0,4}))?", name or "")
+    return None if own is None else int(own[1] or 64)
 
 
 def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
@@ -117,12 +121,32 @@ def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> 
     if published is not None and published.fixed_input_size:
         settings["img_size"] = image_size
     try:
-        model: nn.Module = timm.create_model(name, **settings)
+        model = _without_dropout(timm.create_model, name, settings)
     except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
         what = "with its pretrained weights " if pretrained else ""
+        size = own_size(published and published.to_dict(), image_size)
         raise ConfigError(
             f'timm cannot build "{name}" {what}for {channels} channels at {image_size} px: '
-            f"{type(error).__name__}: {error}"
+            f"{told(error)}{size}"
             + ("; without a network give a file with them, --weights FILE" if pretrained else "")
         ) from error
+    for part in model.modules():
+        # Some models have a share of their own.
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
     return model
+
+
+def _without_dropout(
+    create: Callable[..., nn.Module], name: str, settings: dict[str, Any]
+) -> nn.Module:
+    """The model without dropout and without paths left out, as far as its class knows of them."""
+    settings = {**settings, "drop_rate": 0.0, "drop_path_rate": 0.0}
+    while True:
+        try:
+            return create(name, **settings)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument.*'(drop_(?:path_)?rate)'", str(error))
+            if unknown is None or unknown[1] not in settings:
+                raise
+            del settings[unknown[1]]

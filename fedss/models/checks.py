@@ -2,7 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +14,51 @@ from fedss.models.norms import BatchNorm, FrozenBatchNorm
 
 _ADVICE = (
     "Dropout draws from torch's global generator, so that results would depend on the number and "
-    "order of workers: set its probability to 0 (a timm model: build it yourself with "
-    "drop_rate=0, drop_path_rate=0 and pass the module)"
+    "order of workers: set its probability to 0"
 )
 
 
 def check_image(channels: int, image_size: int) -> None:
-    """Refuse pictures without channels, or below 8 pixels, where four halvings leave nothing."""
-    if channels < 1:
-        raise ConfigError(f"channels must be 1 or more, not {channels}")
-    if image_size < 8:
-        raise ConfigError(f"image_size must be 8 or more, not {image_size}")
+    """Refuse pictures without channels, or below 8 pixels, where four halvings leave nothing.
+
+    Nor are there networks for thousands of channels, or pictures of more than 4,096 pixels a side.
+    """
+    if not 1 <= channels <= 1024:
+        raise ConfigError(f"channels must be 1 to 1024, not {reprlib.repr(channels)}")
+    if not 8 <= image_size <= 4096:
+        raise ConfigError(f"image_size must be 8 to 4096, not {reprlib.repr(image_size)}")
 
 
 def refuse_lazy_layers(body: nn.Module) -> None:
     """Weights that are not there yet can be neither seeded nor sent."""
-    lazy = [n for n, p in body.named_parameters() if nn.parameter.is_lazy(p)]
+    tensors = [*body.named_parameters(), *body.named_buffers()]
+    lazy = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
     if lazy:
         raise ConfigError(f"the backbone has lazy layers: run it once on a picture ({few(lazy)})")
+
+
+def refuse_trained_norms(body: nn.Module) -> None:
+    """Batch norms that have learnt something, which fresh group norms in their place would lose."""
+
+    def has_learnt(part: nn.Module) -> bool:
+        if not isinstance(part, BatchNorm):
+            return False
+        if part.running_mean is not None and part.running_var is not None:
+            initial = bool((part.running_mean == 0).all() and (part.running_var == 1).all())
+            if not initial:
+                return True
+        # Initialisation may choose another constant, as for a residual block that begins as 0.
+        affine = [tensor for tensor in (part.weight, part.bias) if tensor is not None]
+        return any(bool((tensor != tensor[:1]).any()) for tensor in affine)
+
+    trained = _parts(body, has_learnt)
+    if trained:
+        raise ConfigError(
+            f"batch_norm: the backbone's batch norms hold what earlier training left: "
+            f"{few(trained)}. Expected a choice: freeze keeps them as they are, for trained "
+            "weights (so does pretrained); replace puts group norms in their place, after which "
+            "the network gives other features than before"
+        )
 
 
 def refuse_batch_statistics(body: nn.Module) -> None:
@@ -46,8 +75,8 @@ def refuse_batch_statistics(body: nn.Module) -> None:
     if bad:
         raise ConfigError(
             f"the backbone keeps statistics of its batches: {few(bad)}. They do not average over "
-            "clients, and only BatchNorm2d can be replaced by itself: use LayerNorm or GroupNorm "
-            "there"
+            "clients, and only torch's BatchNorm can be replaced: use LayerNorm or GroupNorm there "
+            "(InstanceNorm: without track_running_stats, or batch_norm=freeze)"
         )
 
 
@@ -81,7 +110,7 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
     except Exception as error:
         raise ConfigError(
             f"the backbone fails in training mode on pictures {list(images_BCHW.shape)}: "
-            f"{type(error).__name__}: {error}"
+            f"{told(error)}"
         ) from error
     if not torch.equal(before, torch.get_rng_state()):
         raise ConfigError(f"the backbone draws random numbers when it trains. {_ADVICE}")
@@ -112,9 +141,8 @@ def output_size(body: nn.Module, channels: int, image_size: int) -> int:
         with torch.no_grad():
             features_BF = copy.deepcopy(body).eval()(images_BCHW)
     except Exception as error:
-        raise ConfigError(
-            f"the backbone {takes}, but fails: {type(error).__name__}: {error}"
-        ) from error
+        size = own_size(getattr(body, "pretrained_cfg", None), image_size)
+        raise ConfigError(f"the backbone {takes}, but fails: {told(error)}{size}") from error
     if not isinstance(features_BF, Tensor):
         raise ConfigError(f"the backbone {takes}, but gives a {type(features_BF).__name__}")
     if features_BF.ndim != 2 or len(features_BF) != 1 or features_BF.shape[1] < 1:
@@ -123,6 +151,20 @@ def output_size(body: nn.Module, channels: int, image_size: int) -> int:
     if features_BF.dtype != torch.float32:
         raise ConfigError(f"the backbone {takes} in float32, but gives {features_BF.dtype}")
     return int(features_BF.shape[1])
+
+
+def own_size(published: Any, image_size: int) -> str:
+    """What to say of the size that a timm model was made for, where it is another one."""
+    side = published.get("input_size", [0])[-1] if isinstance(published, Mapping) else 0
+    if side in (0, image_size):
+        return ""
+    return f"; the model is made for {side} px: --image-size {side}"
+
+
+def told(error: Exception) -> str:
+    """An exception of somebody else's code in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def few(items: Sequence[str], most: int = 8) -> str:

@@ -5,10 +5,12 @@ F features of the backbone, D embedding size.
 """
 
 import copy
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Literal
 
 import numpy as np
@@ -21,17 +23,22 @@ from fedss.models.backbones import named_backbone, own_random_state
 from fedss.models.checks import (
     check_image,
     output_size,
+    probe_pictures,
     refuse_batch_statistics,
     refuse_dropout,
     refuse_hidden_state,
     refuse_lazy_layers,
+    refuse_trained_norms,
 )
 from fedss.models.frozen import freeze_
 from fedss.models.layout import channels_last, channels_last_pays
-from fedss.models.norms import freeze_batch_norm, replace_batch_norm
+from fedss.models.norms import LEAST_VALUES, freeze_batch_norm, replace_batch_norm
 from fedss.models.weights import load_weights_, weights_fingerprint
 
 ForwardPrecision = Literal["float32", "bfloat16"]
+MOST_FEATURES = 2**20
+"""Numbers of the longest embedding."""
+BatchNormRule = Literal["auto", "freeze", "replace"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class EmbedderSpec:
     `backbone` is the name given to `build_embedder`, or None for a module of the user's own.
     `pretrained` says that batch norms were frozen rather than replaced; rebuilding downloads
     nothing. `weights` is the SHA-256 of the file that trained weights came from, if they came from
-    one, and `trainable` which part trains.
+    one, and `trainable` which part trains. `group_values` is the least number of values in a group
+    of a norm that took the place of a batch norm (`replace_batch_norm`).
     """
 
     backbone: str | None
@@ -51,11 +59,33 @@ class EmbedderSpec:
     pretrained: bool = False
     weights: str | None = None
     trainable: str = "all"
+    group_values: int = LEAST_VALUES
 
     def __post_init__(self) -> None:
-        if self.embedding_size < 1:
-            raise ConfigError(f"embedding_size must be 1 or more, not {self.embedding_size}")
+        for item in fields(self):
+            value, kinds = getattr(self, item.name), _KINDS[item.name]
+            if type(value) not in kinds:
+                expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+                raise ConfigError(f"{item.name}: expected {expected}, got {reprlib.repr(value)}")
+        if not 1 <= self.embedding_size <= MOST_FEATURES:
+            got = reprlib.repr(self.embedding_size)
+            raise ConfigError(f"embedding_size must be 1 to {MOST_FEATURES}, not {got}")
+        if not 1 <= self.group_values <= MOST_FEATURES:
+            got = reprlib.repr(self.group_values)
+            raise ConfigError(f"group_values must be 1 to {MOST_FEATURES}, not {got}")
         check_image(self.channels, self.image_size)
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "backbone": (str, NoneType),
+    "channels": (int,),
+    "image_size": (int,),
+    "embedding_size": (int,),
+    "pretrained": (bool,),
+    "weights": (str, NoneType),
+    "trainable": (str,),
+    "group_values": (int,),
+}
 
 
 class Embedder(nn.Module):
@@ -138,12 +168,16 @@ def build_embedder(
     pretrained: bool = False,
     weights: str | Path | None = None,
     trainable: str = "all",
+    batch_norm: BatchNormRule = "auto",
+    pixel_mean: Sequence[float] | None = None,
+    pixel_std: Sequence[float] | None = None,
 ) -> Embedder:
     """An embedder fit for federated training.
 
     Batch norms are replaced by group norms (`replace_batch_norm`), or frozen if `pretrained` or
-    with `weights` (`freeze_batch_norm`). A projection to `embedding_size` follows every named
-    backbone, and a module of your own unless its output has that size already.
+    with `weights` (`freeze_batch_norm`), unless `batch_norm` says which. A projection to
+    `embedding_size` follows every named backbone, and a module of your own unless its output has
+    that size already.
 
     Args:
         backbone: "conv4", "conv4-<width>" (see `conv4`), "timm:<model>" (any image model of timm:
@@ -156,29 +190,50 @@ def build_embedder(
             state is left as it was.
         pretrained: download weights for a timm model, and scale pixels as they expect (otherwise
             to -1 … 1); for a module of your own: it holds trained weights, so keep its batch
-            norms' statistics.
+            norms' statistics, and scale pixels as its `pretrained_cfg` says if it is timm's.
         weights: a file with weights of a timm model, in place of the download; see
             `fedss.models.weights.load_weights_`. All else is as with `pretrained`.
         trainable: "all"; "head": the projection alone; or "last-K": the last K blocks of the
             backbone (`fedss.models.frozen.blocks`) and the projection. What does not train is
             neither sent nor returned.
+        batch_norm: "freeze": batch norms keep their statistics and learn nothing; "replace": group
+            norms take their place; "auto": the former for trained weights (`pretrained`,
+            `weights`), the latter for new ones.
+        pixel_mean: of pixels from 0 to 1, as the backbone expects them: C numbers, or one for all
+            channels. For gray images the average of three is taken. None: what `pretrained` and
+            `weights` state, else 0.5.
+        pixel_std: their standard deviation, as `pixel_mean`; one is given with the other.
 
     Raises:
-        ConfigError: an unknown name; no weights to be had, or those of another architecture; no
-            such part to train; a module whose output is not [B, features], that draws random
-            numbers (dropout), changes its buffers in training or keeps batch statistics which
-            cannot be replaced; a size or number out of range.
+        ConfigError: a module of your own whose batch norms have been trained, with neither
+            `pretrained` nor a choice of `batch_norm`; an unknown name; no weights to be had, or
+            those of another architecture; no such part to train; a module whose output is not
+            [B, features], that draws random numbers (dropout), changes its buffers in training or
+            keeps batch statistics which cannot be replaced; a size or number out of range.
     """
+    trained = pretrained or weights is not None
+    if isinstance(backbone, nn.Module):
+        refuse_lazy_layers(backbone)
+        if batch_norm == "auto" and not trained:
+            refuse_trained_norms(backbone)
+    frozen = batch_norm == "freeze" or (batch_norm == "auto" and trained)
     spec = EmbedderSpec(
         backbone=backbone if isinstance(backbone, str) else None,
         channels=channels,
         image_size=image_size,
         embedding_size=embedding_size,
-        pretrained=pretrained or weights is not None,
+        pretrained=frozen,
         weights=None if weights is None else weights_fingerprint(weights),
         trainable=trainable,
     )
-    return assemble(backbone, spec, seed, pretrained and weights is None, weights)
+    statistics = _given_statistics(pixel_mean, pixel_std, channels)
+    embedder = assemble(backbone, spec, seed, pretrained and weights is None, weights)
+    if statistics is None and (trained or frozen):
+        statistics = _published_statistics(embedder.backbone, channels)
+    if statistics is not None:
+        embedder.mean.copy_(torch.tensor(statistics[0]))
+        embedder.std.copy_(torch.tensor(statistics[1]))
+    return embedder
 
 
 def assemble(
@@ -201,13 +256,16 @@ def assemble(
             body = named_backbone(backbone, spec.channels, spec.image_size, download)
         if weights is not None:
             load_weights_(body, weights, spec.channels)
-        mean, std = _pixel_statistics(body, spec)
         refuse_lazy_layers(body)
         freeze_(body, spec.trainable)
-        body = freeze_batch_norm(body) if spec.pretrained else replace_batch_norm(body)
-        refuse_batch_statistics(body)
         refuse_dropout(body)
         features = output_size(body, spec.channels, spec.image_size)
+        if spec.pretrained:
+            body = freeze_batch_norm(body)
+        else:
+            images_BCHW = probe_pictures(spec.channels, spec.image_size)
+            body = replace_batch_norm(body, images_BCHW, spec.group_values)
+        refuse_batch_statistics(body)
         refuse_hidden_state(body, spec.channels, spec.image_size)
         projection: nn.Module = nn.Identity()
         if spec.backbone is not None or features != spec.embedding_size:
@@ -220,21 +278,45 @@ def assemble(
                 "last-<number>"
             )
         layout = channels_last_pays(body, spec.channels, spec.image_size)
-        return Embedder(body, projection, mean=mean, std=std, spec=spec, channels_last=layout)
+        half = [0.5] * spec.channels
+        return Embedder(body, projection, mean=half, std=half, spec=spec, channels_last=layout)
 
 
-def _pixel_statistics(body: nn.Module, spec: EmbedderSpec) -> tuple[list[float], list[float]]:
-    """Mean and std the weights were trained with, as timm keeps them on its models; else 0.5."""
-    published = getattr(body, "pretrained_cfg", None) if spec.pretrained else None
+def _published_statistics(body: nn.Module, channels: int) -> tuple[list[float], list[float]] | None:
+    """Mean and std that a model's weights were trained with, where timm keeps them on it."""
+    published = getattr(body, "pretrained_cfg", None)
+    if not isinstance(published, Mapping) or "mean" not in published or "std" not in published:
+        return None
+    return _per_channel(published["mean"], channels), _per_channel(published["std"], channels)
 
-    def per_channel(name: str) -> list[float]:
-        values = published.get(name, [0.5]) if isinstance(published, Mapping) else [0.5]
-        # timm sums the first layer's weights for grey pictures: their common statistics are the
-        # average of the colours'.
-        average = sum(values) / len(values)
-        return list(values) if len(values) == spec.channels else [average] * spec.channels
 
-    return per_channel("mean"), per_channel("std")
+def _given_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[list[float], list[float]] | None:
+    if mean is None and std is None:
+        return None
+    for name, values, least, expected in (
+        ("pixel_mean", mean, 0.0, "0 to 1: of pixels from 0 to 1, not to 255"),
+        ("pixel_std", std, 1e-6, "above 0 and up to 1: of pixels from 0 to 1, not to 255"),
+    ):
+        if values is None or len(values) not in {1, channels, 3 if channels == 1 else channels}:
+            came = "none" if values is None else f"{len(values)}: {list(values)}"
+            raise ConfigError(
+                f"{name}: pixel_mean and pixel_std go together; expected {channels} numbers, one "
+                f"per channel, or one for all, got {came}"
+            )
+        if not all(least <= value <= 1 for value in values):
+            raise ConfigError(f"{name}: expected numbers {expected}; got {list(values)}")
+    assert mean is not None
+    assert std is not None
+    return _per_channel(mean, channels), _per_channel(std, channels)
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    # timm sums the first layer's weights for gray images: their common statistics are the average
+    # of the colours'.
+    average = sum(values) / len(values)
+    return list(values) if len(values) == channels else [average] * channels
 
 
 def embed_pixels(

@@ -40,7 +40,9 @@ def channels_last_pays(body: nn.Module, channels: int, image_size: int) -> bool:
         return False
     body = copy.deepcopy(body).train()
     try:
-        body(channels_last(probe_pictures(channels, image_size))).sum().backward()
+        features_BF = body(channels_last(probe_pictures(channels, image_size)))
+        if features_BF.requires_grad:
+            features_BF.sum().backward()
     except RuntimeError:
         return False
     return True

@@ -3,30 +3,56 @@
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+InstanceNorm = nn.modules.instancenorm._InstanceNorm
+LEAST_VALUES = 8
 _MOST_GROUPS = 32
 
 
-def replace_batch_norm(module: nn.Module) -> nn.Module:
-    """A copy in which every BatchNorm2d (or SyncBatchNorm) is a GroupNorm; for new weights.
+def replace_batch_norm(
+    module: nn.Module, images_BCHW: Tensor, least_values: int = LEAST_VALUES
+) -> nn.Module:
+    """A copy in which every batch norm is a GroupNorm; for new weights.
 
     Running statistics are neither gradients nor sums of them: averaged over clients of different
     classes they describe no client (Hsieh et al. 2020, arXiv 1910.00189; group norm: Wu and He
     2018, arXiv 1803.08494).
 
-    Rule: 32 groups, or the largest divisor of the number of channels below. Affine weights, their
-    `requires_grad`, eps and any activation inside the norm (timm's BatchNormAct2d) are kept. The
-    outputs are other ones than before, so trained weights should use `freeze_batch_norm`.
+    Rule: as many groups, up to 32, as divide the channels and leave each group `least_values`
+    values of an image or more, however small its map has become; else one. A group of one value is
+    constant 0 whatever the image, and one of two is a sign with a gradient that explodes. Affine
+    weights, their `requires_grad`, eps and any activation inside the norm (timm's BatchNormAct2d)
+    are kept. The outputs are other ones than before, so trained weights should use
+    `freeze_batch_norm`.
+
+    Args:
+        module: left as it is.
+        images_BCHW: images of the training size, float32, to see the size of the maps with.
+        least_values: of a group.
     """
-    return _replace_each(module, (nn.BatchNorm2d, nn.SyncBatchNorm), _group_norm_like)
+    module = copy.deepcopy(module)
+    seen = _positions(module, images_BCHW)
+    positions = {part: seen[path] for path, part in module.named_modules() if path in seen}
+
+    def make(norm: nn.Module) -> nn.Module:
+        assert isinstance(norm, BatchNorm)
+        least_channels = -(-least_values // positions.get(norm, least_values))
+        groups = largest_groups(norm.num_features, _MOST_GROUPS, least_channels)
+        new = nn.GroupNorm(groups, norm.num_features, eps=norm.eps, affine=norm.affine)
+        if norm.affine:
+            new.weight, new.bias = norm.weight, norm.bias
+        return _followed_by_children(new, norm)
+
+    return _replace_each(module, lambda part: isinstance(part, BatchNorm), make)
 
 
 def freeze_batch_norm(module: nn.Module) -> nn.Module:
-    """A copy in which every batch norm (of any dimension) is a constant affine map.
+    """A copy in which every norm with running statistics is a constant affine map.
 
     For trained weights: the outputs are those of the module in eval mode, bit for bit, whatever
     `.train()` says, since statistics and affine weights become buffers of a `FrozenBatchNorm`:
@@ -35,7 +61,12 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     Raises:
         ConfigError: a batch norm without running statistics: there is nothing to freeze.
     """
-    return _replace_each(module, (BatchNorm,), _frozen_like)
+
+    def has_statistics(part: nn.Module) -> bool:
+        tracks = isinstance(part, InstanceNorm) and part.track_running_stats
+        return isinstance(part, BatchNorm) or tracks
+
+    return _replace_each(copy.deepcopy(module), has_statistics, _frozen_like)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -83,6 +114,16 @@ class NormAct(nn.Sequential):
     """
 
 
+def norm_groups(backbone: nn.Module) -> dict[str, int]:
+    """The number of groups of each group norm, by the path that its backbone gave it."""
+    inside = {f"{path}.0" for path, part in backbone.named_modules() if isinstance(part, NormAct)}
+    return {
+        path.removesuffix(".0") if path in inside else path: part.num_groups
+        for path, part in backbone.named_modules()
+        if isinstance(part, nn.GroupNorm)
+    }
+
+
 def largest_groups(channels: int, most: int, least_channels: int = 1) -> int:
     """The largest number of groups, up to `most`, of at least so many channels each; else 1."""
     for groups in range(min(most, channels // least_channels), 1, -1):
@@ -91,42 +132,49 @@ def largest_groups(channels: int, most: int, least_channels: int = 1) -> int:
     return 1
 
 
+def _positions(module: nn.Module, images_BCHW: Tensor) -> dict[str, int]:
+    """How many values of a channel each batch norm sees of an image: the fewest of its calls."""
+    twin = copy.deepcopy(module).eval()
+    positions: dict[str, int] = {}
+
+    def watch(path: str, norm: nn.Module) -> None:
+        def see(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+            values = inputs[0][0, 0].numel()
+            positions[path] = min(values, positions.get(path, values))
+
+        norm.register_forward_pre_hook(see)
+
+    for path, part in twin.named_modules():
+        if isinstance(part, BatchNorm):
+            watch(path, part)
+    with torch.no_grad():
+        twin(images_BCHW)
+    return positions
+
+
 def _replace_each(
     module: nn.Module,
-    kinds: tuple[type[BatchNorm], ...],
-    make: Callable[[BatchNorm], nn.Module],
+    chosen: Callable[[nn.Module], bool],
+    make: Callable[[nn.Module], nn.Module],
 ) -> nn.Module:
-    """A deep copy with make(norm) in place of every norm of these kinds, shared ones shared."""
-    module = copy.deepcopy(module)
-    if isinstance(module, kinds):
+    """The module with make(part) in place of every chosen part, shared ones shared."""
+    if chosen(module):
         return make(module)
     made: dict[nn.Module, nn.Module] = {}
     for path, part in list(module.named_modules(remove_duplicate=False)):
-        if isinstance(part, kinds):
+        if chosen(part):
             made[part] = made.get(part) or make(part)
             parent, _, leaf = path.rpartition(".")
             module.get_submodule(parent).register_module(leaf, made[part])
     return module
 
 
-def _group_norm_like(norm: BatchNorm) -> nn.Module:
-    group_norm = nn.GroupNorm(
-        largest_groups(norm.num_features, _MOST_GROUPS),
-        norm.num_features,
-        eps=norm.eps,
-        affine=norm.affine,
-    )
-    if norm.affine:
-        group_norm.weight = norm.weight
-        group_norm.bias = norm.bias
-    return _followed_by_children(group_norm, norm)
-
-
-def _frozen_like(norm: BatchNorm) -> nn.Module:
+def _frozen_like(norm: nn.Module) -> nn.Module:
+    assert isinstance(norm, BatchNorm | InstanceNorm)
     if norm.running_mean is None or norm.running_var is None:
         raise ConfigError(
             "a batch norm without running statistics cannot be frozen: use pretrained=False, "
-            "which replaces it by a group norm"
+            "which replaces it by a group norm (or batch_norm=replace)"
         )
     frozen = FrozenBatchNorm(
         norm.running_mean,

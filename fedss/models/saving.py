@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.files import write_file
+from fedss.models.backbones import conv4, conv4_width
 from fedss.models.checks import few
 from fedss.models.embedder import Embedder, EmbedderSpec, assemble
 from fedss.models.norms import NormAct
@@ -23,6 +24,8 @@ _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _FORMAT = "fedss-embedder-1"
 _HEADER = "fedss"
+# Of models whose description does not say: as many groups as divide the channels, up to 32.
+_OLD_GROUP_VALUES = 1
 
 
 def save_embedder(embedder: Embedder, folder: str | Path, config: Mapping[str, Any]) -> None:
@@ -99,6 +102,7 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from error
+    _check_sizes(spec, state, file)
     embedder = assemble(source, spec, seed=0, download=False)
     expected = embedder.state_dict()
     names = _names_in_file(embedder) if _HEADER in header else {name: name for name in expected}
@@ -117,7 +121,11 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
 
 def fingerprint(embedder: Embedder) -> str:
     """A digest, in hex, of a model's structure and of every number in it; sha256."""
-    digest = hashlib.sha256(json.dumps(asdict(embedder.spec), sort_keys=True).encode())
+    spec = asdict(embedder.spec)
+    # Models of before there was a choice keep the fingerprint that indexes and cards know them by.
+    if spec["group_values"] == _OLD_GROUP_VALUES:
+        del spec["group_values"]
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(embedder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -158,7 +166,7 @@ def _header(file: Path) -> dict[str, str]:
 
 def _header_spec(file: Path, header: Mapping[str, str]) -> EmbedderSpec:
     description = None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         description = json.loads(header[_HEADER])
     return _spec(description, f"the header of {file}")
 
@@ -172,7 +180,7 @@ def _config_spec(file: Path, alone: bool) -> EmbedderSpec:
         )
     try:
         description = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(config, error) from error
     return _spec(description, str(config))
 
@@ -181,9 +189,38 @@ def _spec(description: Any, where: str) -> EmbedderSpec:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ConfigError(f'{where} does not describe a model: its "format" must be "{_FORMAT}"')
     try:
-        return EmbedderSpec(**description["embedder"])
-    except (KeyError, TypeError) as error:
+        spec = EmbedderSpec(**{"group_values": _OLD_GROUP_VALUES, **description["embedder"]})
+    except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f'{where}: "embedder" does not describe a model: {error}') from error
+    return spec
+
+
+def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) -> None:
+    """Whether the sizes of a description are those of the file, before a network is made of them.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    held = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected: dict[str, tuple[int, ...]] = {"mean": (spec.channels,)}
+    width = conv4_width(spec.backbone)
+    if width is not None:
+        with torch.device("meta"):  # shapes without numbers
+            network = conv4(spec.channels, spec.image_size, width)
+            picture = torch.empty(1, spec.channels, spec.image_size, spec.image_size)
+            features = network(picture).shape[1]
+        expected["backbone.block1.conv.weight"] = (width, spec.channels, 3, 3)
+        expected["projection.weight"] = (spec.embedding_size, features)
+    elif spec.backbone is not None:
+        features = held.get("projection.weight", ())[-1:]
+        expected["projection.weight"] = (spec.embedding_size, *features)
+    problems = [
+        f"{name} is {list(held.get(name, ()))}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if held.get(name) != shape
+    ]
+    if problems:
+        raise ConfigError(f"{file} does not fit its description: {few(problems)}")
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:

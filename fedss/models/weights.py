@@ -1,7 +1,10 @@
 """Trained weights of a timm model out of a local file: all of them, or an error that lists why."""
 
 import hashlib
+import pickle
 import sys
+import zipfile
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.extras import import_extra
-from fedss.models.checks import few
+from fedss.models.checks import few, told
 
 # Statistics of a batch norm are frozen with it, and then nobody asks how many batches made them.
 _UNUSED = "num_batches_tracked"
@@ -59,10 +62,9 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         state = {str(name): tensor for name, tensor in state.items()}
     except Exception as error:
         # Whatever a file that is something else makes pickle, zip, safetensors or timm raise.
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"weights: {path} holds no tensors that can be read (expected .safetensors, or a "
-            f".pth or .pt with nothing but tensors in it): {reason[0][:300]}"
+            f"weights: {path} {_what_it_is(Path(path)) or _what_it_holds(Path(path), error)}; "
+            "expected .safetensors, or a .pth or .pt of torch.save(model.state_dict(), ...)"
         ) from error
     found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     no_tensors = [name for name in state if name not in found]
@@ -90,13 +92,106 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         besides = f" ({few(classifier)}: its classifier, not needed)" if classifier else ""
         raise ConfigError(
             f"weights: {path} does not hold those of timm:{name} for pictures of {channels} "
-            f"channels{besides}: {'; '.join(listed)}. Give the backbone that the file was made "
-            "from; tensors need the names that timm gives them"
+            f"channels{besides}: {'; '.join(listed)}. {_where_they_are(state, expected)}"
         )
     with torch.no_grad():
         for name, tensor in expected.items():
             if name in found:
                 tensor.copy_(found[name])
+
+
+_BEGINNINGS = (
+    (
+        b"version https://git-lfs",
+        "is a pointer of Git LFS, not the file it stands for: git lfs pull",
+    ),
+    (b"<!doctype", "is a web page: download the file itself"),
+    (b"<html", "is a web page: download the file itself"),
+    (b"<?xml", "is XML, perhaps an error of the server that it was downloaded from"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
+    (b"bzh", "is compressed with bzip2: unpack it first"),
+    (b"\xfd7zxz", "is compressed with xz: unpack it first"),
+    (b"\x89hdf", "is HDF5, as Keras writes it"),
+)
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that holds no weights, and what to do; empty where nothing tells."""
+    try:
+        size, named_safetensors = path.stat().st_size, path.suffix == ".safetensors"
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    if not size:
+        return "is empty (0 bytes): download it again"
+    for beginning, what in _BEGINNINGS:
+        if start.lstrip().lower().startswith(beginning):
+            return what
+    if start.startswith(b"PK"):
+        return _what_the_zip_is(path, named_safetensors)
+    if start.isascii() and b"\0" not in start:
+        return f"is a text: it begins with {start.decode().split(chr(10))[0][:60]!r}"
+    header = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and header < 100_000_000:
+        if not named_safetensors:
+            return "is of the format safetensors: give it a name that ends with .safetensors"
+        return f"is damaged or cut short at {size:,} bytes: download it again"
+    if named_safetensors:
+        torchs = " (torch.save wrote it: .pth)" if start.startswith(b"\x80") else ""
+        return f"is not of the format safetensors, in spite of its name{torchs}"
+    return "" if start.startswith(b"\x80") else "is of no format that is known here"
+
+
+def _what_the_zip_is(path: Path, named_safetensors: bool) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return f"is damaged or cut short at {path.stat().st_size:,} bytes: download it again"
+    if not any(name.endswith("/data.pkl") for name in names):
+        return f"is a zip archive with {few(names, 3)}, which torch did not write: unpack it first"
+    if any("/code/" in name for name in names):
+        return "is a TorchScript program: save its state_dict() instead"
+    if named_safetensors:
+        return "is not of the format safetensors, in spite of its name (torch.save wrote it: .pth)"
+    return ""
+
+
+def _what_it_holds(path: Path, error: Exception) -> str:
+    """What a file of torch's holds that is not tensors by their names."""
+    if isinstance(error, AttributeError):
+        return "holds no tensors by name"
+    if not isinstance(error.__cause__ or error, pickle.UnpicklingError):
+        return f"cannot be read: {told(error)[:300]}"
+    objects: list[str] = []
+    # It knows files of torch 1.6 and later alone.
+    with suppress(Exception):
+        objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    named = f" ({few(objects, 3)})" if objects else ""
+    return (
+        f"holds objects of Python's beside tensors{named}, as torch.save(model, ...) writes them, "
+        "and no code of a file is run: save model.state_dict() where the file was made"
+    )
+
+
+def _where_they_are(state: Mapping[str, object], expected: Iterable[str]) -> str:
+    """What to do about tensors that do not fit."""
+    needed = [name for name in expected if not name.endswith(_UNUSED)]
+    for name in state:
+        prefix = name.removesuffix(needed[0])
+        if prefix not in ("", name) and all(prefix + each in state for each in needed):
+            return f'All names have "{prefix}" before them: save the tensors without it'
+    inner = [
+        name
+        for name, value in state.items()
+        if isinstance(value, Mapping) and any(isinstance(t, Tensor) for t in value.values())
+    ]
+    if inner:
+        return f"There are tensors inside {few(inner)}: save one of these alone"
+    return (
+        "Give the backbone that the file was made from; tensors need the names that timm gives them"
+    )
 
 
 def _without_classifier(

@@ -35,6 +35,7 @@ SLOTS = (
 EXTRA_SLOTS = tuple(f"extra-{number}" for number in range(1, 13))
 _PATTERNS: tuple[tuple[float, ...] | None, ...] = (None, (5, 2), (2, 1.5))
 DASHES: Mapping[str, tuple[float, ...] | None] = {
+    "muted": (1, 3),
     "moments": (9, 2.5),
     "fedss-uncorrected": (5, 2),
     "pos-only": (2, 1.5),
@@ -82,8 +83,18 @@ def slots_of(labels: Sequence[str]) -> list[str]:
     return [extra.get(label, label) for label in labels]
 
 
-def rounds_chart(name: str, lines: Sequence[Line], last_round: int, alt: str) -> Markup:
-    """Curves over rounds up to ``last_round``, each labelled at its end."""
+def rounds_chart(
+    name: str,
+    lines: Sequence[Line],
+    last_round: int,
+    alt: str,
+    level: tuple[str, float] | None = None,
+) -> Markup:
+    """Curves over rounds up to ``last_round``, each labelled at its end, as is a ``level``."""
+    if level is not None:
+        ends = np.full(2, level[1])
+        across = np.array([0.0, max(last_round, 1)])
+        lines = [*lines, Line(level[0], "muted", across, ends, ends, ends)]
     figure, ax = new_figure((WIDTH, tall(len(lines))))
     for line in lines:
         draw_line(ax, line, band=len(lines) <= FEW)

@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from fedss.errors import ConfigError, RunFolderError
+from fedss.intervals import FLOORS, weakness
 from fedss.report import charts, words
 from fedss.report.clients import clients_png
 from fedss.report.frontier import (
@@ -112,6 +113,9 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         unscored=words.unscored(groups),
         charts=_charts(groups, slots),
         rows=[_row(group, slot, full) for group, slot in zip(groups, slots, strict=True)],
+        floors=_floors(groups),
+        weakness=_weakness(groups),
+        has_intervals=any(group.interval for group in groups),
         has_ratio=any(words.ratio(g, full) is not None for g in groups if g is not full),
         several_seeds=any(len(group.runs) > 1 for group in groups),
         seeds=[
@@ -141,6 +145,13 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         human_seconds=words.human_seconds,
         count=words.count,
     )
+
+
+def _weakness(groups: Sequence[Group]) -> str:
+    """What is to be said of a test of too few classes; empty if it has enough, or is not known."""
+    classes = groups[0].runs[0].data.get("test_classes")
+    said = weakness(classes) if classes else ""
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 def _breakable(text: str, after: str) -> Markup:
@@ -285,10 +296,14 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
     names = words.listed([group.label for group in groups])
     last = max(run.planned_rounds for group in groups for run in group.runs)
     made = []
-    scores = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"])
+    scores = _lines(paired, _map_at_10, start=True)
     if scores:
-        svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}")
-        made.append(Chart("MAP@10 over rounds", f"The higher, the better.{band}", svg))
+        floor = _highest_floor(groups)
+        svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}", floor)
+        caption = f"The higher, the better.{band}"
+        if floor is not None:
+            caption += f" Dotted: {floor[0]}, to be had without training."
+        made.append(Chart("MAP@10 over rounds", caption, svg))
     moved, level = _over_bytes(paired)
     if 0 < len(moved) <= charts.FEW:
         caption = "Further left: fewer bytes for the same accuracy."
@@ -316,12 +331,26 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
     return made
 
 
+def _highest_floor(groups: Sequence[Group]) -> tuple[str, float] | None:
+    """The best that is to be had without this network, whose own curve begins at round 0."""
+    found = [
+        (value, FLOORS[name])
+        for group in groups
+        for name in FLOORS
+        if name != "untrained" and (value := group.floor(name)) is not None
+    ]
+    return max(found)[::-1] if found else None
+
+
 def _over_bytes(
     paired: Sequence[tuple[Group, str]],
 ) -> tuple[list[charts.Line], tuple[str, str, float] | None]:
     """MAP@10 over the bytes moved, and the (label, slot, score) of pooled training."""
-    lines = _lines(paired, lambda r: None if r.metrics is None else r.metrics["map_at_10"], True)
-    return lines, _level(paired)
+    return _lines(paired, _map_at_10, over_bytes=True), _level(paired)
+
+
+def _map_at_10(r: Round) -> float | None:
+    return None if r.metrics is None else r.metrics["map_at_10"]
 
 
 def _level(paired: Sequence[tuple[Group, str]]) -> tuple[str, str, float] | None:
@@ -369,12 +398,19 @@ def _frontier_caption(panel: Panel) -> str:
 
 
 def _lines(
-    paired: Sequence[tuple[Group, str]], value: Any, over_bytes: bool = False
+    paired: Sequence[tuple[Group, str]],
+    value: Any,
+    over_bytes: bool = False,
+    start: bool = False,
 ) -> list[charts.Line]:
-    """A line per method over the rounds that all of its runs have a finite ``value`` for."""
+    """A line per method over the rounds that all of its runs have a finite ``value`` for; with
+    ``start`` from round 0 on, the untrained network."""
     lines = []
     for group, slot in paired:
         values = [_finite(run.rounds, value) for run in group.runs]
+        if not over_bytes and start:
+            for run, of_run in zip(group.runs, values, strict=True):
+                of_run.update({0: run.floors["untrained"]} if "untrained" in run.floors else {})
         positions = [_cumulative(run.rounds) if over_bytes else None for run in group.runs]
         common = sorted(set.intersection(*(set(of_run) for of_run in values)))
         if not common or (over_bytes and any(not of_run for of_run in positions)):
@@ -432,7 +468,14 @@ def _row(group: Group, slot: str, full: Group | None) -> Row:
     share = words.ratio(group, full)
     note = "" if group.finished else words.progress(group.runs[0])
     relative = "" if share is None or group is full else f"{share:.3f}"
-    cells = [_score(group, "map_at_10"), Cell(relative), _score(group, "recall_at_1")]
+    ends = group.interval
+    cells = [
+        _score(group, "map_at_10"),
+        Cell(relative),
+        Cell("" if ends is None else f"{ends.low:.3f}\u2060–\u2060{ends.high:.3f}"),
+        _score(group, "map_at_10_by_class", spread=False),
+        _score(group, "recall_at_1"),
+    ]
     rows = group.mean("class_rows_per_client")
     cells.append(Cell(words.count(rows), exact="" if rows is None else f"{rows:.2f}"))
     for way in ("down", "up"):
@@ -445,12 +488,32 @@ def _row(group: Group, slot: str, full: Group | None) -> Row:
     return Row(group.label, slot, note, cells)
 
 
-def _score(group: Group, key: str) -> Cell:
+def _floors(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
+    """The floors' rows: name, MAP@10 and its mean over classes; means over groups."""
+    rows = []
+    for name, told in FLOORS.items():
+        values = [v for group in groups if (v := group.floor(name)) is not None]
+        if not values:
+            continue
+        exact = "; ".join(f"{g.label}: {words.decimals(g.floor(name), 4)}" for g in groups)
+        by_class = [
+            float(run.floor_classes[name].map_at_10_C.mean())
+            for group in groups
+            for run in group.runs
+            if name in run.floor_classes
+        ]
+        mean = sum(by_class) / len(by_class) if by_class else None
+        score = words.decimals(sum(values) / len(values))
+        rows.append((told, Cell(score, exact=exact), Cell(words.decimals(mean))))
+    return rows
+
+
+def _score(group: Group, key: str, spread: bool = True) -> Cell:
     values = group.values(key)
     exact = "; ".join(
         f"seed {run.seed}: {words.decimals(run.results[key], 4)}" for run in group.runs
     )
-    return Cell(words.decimals(group.mean(key)), words.spread(values), exact)
+    return Cell(words.decimals(group.mean(key)), words.spread(values) if spread else "", exact)
 
 
 def _settings(groups: Sequence[Group]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedss.errors import RunFolderError
+from fedss.intervals import ClassScores, Interval, difference, interval
 from fedss.text import printable
 
 METRICS = ("map_at_10", "recall_at_1", "recall_at_5", "map_at_r")
@@ -40,6 +42,8 @@ _ADVICE = {
     "confusions.npz": "delete it: the report is then written without pictures",
     "verification.json": "delete it and run fedss evaluate on this run, which measures these "
     "figures again; without them the report is written, too",
+    "floors.json": "delete it: the report is then written without floors",
+    "by_class.json": "delete it: the report is then written without intervals",
     "augmentation.npz": "delete it: the report is then written without these pictures",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
@@ -171,7 +175,8 @@ class Run:
     ``results`` has the keys of a line of summary.json, and ``row_bytes_*``: class rows and moments
     together. Those of an unfinished run are those of its last evaluated round. ``label`` names the
     variant wherever it is shown. ``augmented``: uint8 [P, 1 + V, C, H, W], training pictures, each
-    followed by what clients may make of it.
+    followed by what clients may make of it. ``floors`` is MAP@10 by the name of the floor,
+    ``floor_classes`` that of each class, and ``by_class`` the trained model's.
     """
 
     method: str
@@ -190,6 +195,14 @@ class Run:
     verified: Verified | None
     confused: Confused | None
     augmented: np.ndarray | None
+    floors: Mapping[str, float]
+    floor_classes: Mapping[str, ClassScores]
+    by_class: ClassScores | None
+
+    @property
+    def at_sites(self) -> bool:
+        """Whether retrieval is measured in the gallery of each site."""
+        return any(r.sites for r in self.rounds[-1:])
 
     @property
     def last_round(self) -> int:
@@ -219,6 +232,37 @@ class Group:
         values = self.values(key)
         return sum(values) / len(values) if len(values) == len(self.runs) else None
 
+    @cached_property
+    def interval(self) -> Interval | None:
+        """MAP@10 with its 95 % interval, where each class's is known of every run."""
+        known = self.by_class and self.mean("map_at_10") is not None
+        return interval(self.by_class) if known else None
+
+    @property
+    def by_class(self) -> list[ClassScores]:
+        """MAP@10 of each class, run by run; empty if a run lacks it."""
+        found = [run.by_class for run in self.runs if run.by_class is not None]
+        return found if len(found) == len(self.runs) else []
+
+    def floor(self, name: str) -> float | None:
+        """The mean of a floor over the runs; None if a run lacks it."""
+        values = [run.floors[name] for run in self.runs if name in run.floors]
+        return sum(values) / len(values) if len(values) == len(self.runs) else None
+
+    def over(self, other: "Group") -> Interval | None:
+        """What MAP@10 is better by than that of others, on the same classes; None if not known."""
+        seeds = [[run.seed for run in group.runs] for group in (self, other)]
+        if not self.by_class or not other.by_class:
+            return None
+        return difference(self.by_class, other.by_class, paired=seeds[0] == seeds[1])
+
+    def over_floor(self, name: str) -> Interval | None:
+        """What MAP@10 is better by than a floor; None if not known."""
+        floors = [run.floor_classes[name] for run in self.runs if name in run.floor_classes]
+        if not self.by_class or len(floors) < len(self.runs):
+            return None
+        return difference(self.by_class, floors, paired=True)
+
 
 def read_runs(folder: Path) -> list[Run]:
     """Read every run that ``folder/summary.json`` names, and those beside it still under way."""
@@ -229,10 +273,12 @@ def read_runs(folder: Path) -> list[Run]:
     if not is_list or (exists and not entries):
         got = reprlib.repr(entries)
         raise _damaged(summary, f"expected a list with one object per run, got {got}")
-    runs = [_run(folder / str(_get(entry, "folder", summary)), entry, summary) for entry in entries]
+    for entry in entries:
+        read_summary(entry, summary)
+    runs = [_run(folder / entry["folder"], entry, summary) for entry in entries]
     # A run's folder is named after it: the label, with some signs replaced, and the seed.
     names = {_plain(run.label): run.label for run in runs if run.label}
-    seen = {(folder / str(entry["folder"])).resolve() for entry in entries}
+    seen = {(folder / entry["folder"]).resolve() for entry in entries}
     for candidate in [folder, *sorted(path for path in folder.glob("*") if path.is_dir())]:
         is_run = (candidate / "config.json").is_file() and (candidate / "records.jsonl").is_file()
         if is_run and candidate.resolve() not in seen:
@@ -318,13 +364,11 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
     if entry is None:
         results = _results_so_far(rounds, means)
     else:
-        keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
-        nullable = ("class_rows_per_client", *METRICS, *BYTES)
-        results = {key: _number(entry, key, summary, key in nullable) for key in keys}
-        for key in MOMENTS:  # older records lack them
-            results[key] = _number(entry, key, summary, True) if key in entry else 0.0
+        results = read_summary(entry, summary)
         method, seed = str(_get(entry, "method", summary)), _integer(entry, "seed", summary)
     command = config.get("command")
+    floors, floor_classes = _scores(folder / "floors.json")
+    by_class = _scores(folder / "by_class.json")[1].get("trained") if entry is not None else None
     for way, moments in zip(("down", "up"), MOMENTS, strict=True):
         rows, more = results[f"class_row_bytes_{way}_per_client_round"], results[moments]
         together = None if rows is None or more is None else rows + more
@@ -348,7 +392,43 @@ def _run(folder: Path, entry: Mapping[str, Any] | None, summary: Path) -> Run:
         verified=read_verified(folder / "verification.json"),
         confused=_confused(folder / "confusions.npz"),
         augmented=_augmented(folder / "augmentation.npz"),
+        floors=floors,
+        floor_classes=floor_classes,
+        by_class=by_class,
     )
+
+
+def read_summary(entry: Any, summary: Path) -> dict[str, float | None]:
+    """The figures of a run in ``summary.json``, checked: every reader sees it through this.
+
+    Raises:
+        RunFolderError: something is missing, or of another type.
+    """
+    folder = _word(entry, "folder", summary)
+    if "\0" in folder or folder.encode("utf-8", "ignore").decode() != folder:
+        raise _damaged(summary, f"'folder': expected a path, got {reprlib.repr(folder)}")
+    keys = ("class_rows_per_client", "seconds", *METRICS, *BYTES)
+    nullable = ("class_rows_per_client", *METRICS, *BYTES)
+    results = {key: _number(entry, key, summary, key in nullable) for key in keys}
+    for key in MOMENTS:  # older records lack them
+        results[key] = _number(entry, key, summary, True) if key in entry else 0.0
+    _word(entry, "method", summary)
+    for key in ("seed", "rounds"):
+        _integer(entry, key, summary)
+    _given_label(entry, summary)
+    key = "map_at_10_by_class"
+    results[key] = _number(entry, key, summary, True) if key in entry else None
+    floors = _mapping(entry.get("floors", {}), summary)
+    for name in floors:
+        _share(floors, name, summary)
+    ends = entry.get("map_at_10_interval")
+    if ends is not None and not (
+        isinstance(ends, list) and len(ends) == 2 and all(isinstance(v, float) for v in ends)
+    ):
+        raise _damaged(
+            summary, f"'map_at_10_interval': expected two numbers, got {reprlib.repr(ends)}"
+        )
+    return results
 
 
 def _given_label(entry: Mapping[str, Any] | None, summary: Path) -> str:
@@ -369,34 +449,14 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
     for number, line in enumerate(text.splitlines(), start=1):
         where = f"{path}, line {number}"
         record = _parse(line, where)
-        down, up = (_number(record, f"bytes_{way}", where, True) for way in ("down", "up"))
+        this_round = read_round(record, where)
         for name, key in _COUNTED.items():
             total = sums[key]
             lacking = 0.0 if key in MOMENTS else None  # older records have no moments
             value = _number(record, name, where, True) if name in record else lacking
             sums[key] = None if total is None or value is None else total + value
-        cohort = _number(record, "clients", where)
-        clients += cohort
-        timing = _mapping(_get(record, "seconds", where), where)
-        by_phase = {phase: _number(timing, phase, where) for phase in timing}
-        seconds += sum(by_phase.values())
-        metrics, sites = _get(record, "metrics", where), None
-        if metrics is not None:
-            sites = _whole(metrics, "sites", where)
-            metrics = {key: _number(metrics, key, where) for key in METRICS}
-        this_round = Round(
-            number=_integer(record, "round", where),
-            loss=_number(record, "loss", where),
-            clients=cohort,
-            bytes_moved=None if down is None or up is None else down + up,
-            seconds=by_phase,
-            metrics=metrics,
-            failures=_failures(record, where),
-            attempts=_integer(record, "attempts", where) if "attempts" in record else 1,
-            num_classes=_whole(record, "num_classes", where),
-            num_clients=_whole(record, "num_clients", where),
-            sites=sites,
-        )
+        clients += this_round.clients
+        seconds += sum(this_round.seconds.values())
         if rounds and this_round.number <= rounds[-1].number:
             raise _damaged(
                 where,
@@ -405,6 +465,50 @@ def _rounds(path: Path, finished: bool) -> tuple[tuple[Round, ...], Mapping[str,
         rounds.append(this_round)
     means = {k: None if v is None or not clients else v / clients for k, v in sums.items()}
     return tuple(rounds), {"seconds": seconds, **means}
+
+
+def read_round(record: Any, where: str) -> Round:
+    """A record, checked: every reader of ``records.jsonl`` sees it through this.
+
+    Args:
+        record: a line's value.
+        where: file and line, for the error.
+
+    Raises:
+        RunFolderError: something is missing, or of another type.
+    """
+    down, up = (_number(record, f"bytes_{way}", where, True) for way in ("down", "up"))
+    cohort = _number(record, "clients", where)
+    if not cohort >= 1:
+        raise _damaged(where, f"'clients': expected 1 or more, got {cohort:g}")
+    timing = _mapping(_get(record, "seconds", where), where)
+    metrics, sites = _get(record, "metrics", where), None
+    if metrics is not None:
+        sites = _whole(metrics, "sites", where)
+        metrics = {key: _number(metrics, key, where) for key in METRICS}
+    return Round(
+        number=_integer(record, "round", where),
+        loss=_number(record, "loss", where),
+        clients=cohort,
+        bytes_moved=None if down is None or up is None else down + up,
+        seconds={phase: _number(timing, phase, where) for phase in timing},
+        metrics=metrics,
+        failures=_failures(record, where),
+        attempts=_integer(record, "attempts", where) if "attempts" in record else 1,
+        num_classes=_whole(record, "num_classes", where),
+        num_clients=_whole(record, "num_clients", where),
+        sites=sites,
+    )
+
+
+def check_counts(record: Any, names: Iterable[str], where: str) -> None:
+    """Whether a record has these counts: numbers, or null where nothing was counted.
+
+    Raises:
+        RunFolderError: it has not.
+    """
+    for name in names:
+        _number(record, name, where, nullable=True)
 
 
 def _failures(record: Any, where: str) -> tuple[Failure, ...]:
@@ -423,7 +527,11 @@ def _results_so_far(
     rounds: Sequence[Round], means: Mapping[str, float | None]
 ) -> dict[str, float | None]:
     evaluated = [r.metrics for r in rounds if r.metrics is not None]
-    return {**dict.fromkeys(METRICS), **(evaluated[-1] if evaluated else {}), **means}
+    return {
+        **dict.fromkeys((*METRICS, "map_at_10_by_class")),
+        **(evaluated[-1] if evaluated else {}),
+        **means,
+    }
 
 
 def _neighbours(path: Path) -> Neighbours | None:
@@ -534,6 +642,34 @@ def read_verified(path: Path) -> Verified | None:
     )
 
 
+def _scores(path: Path) -> tuple[dict[str, float], dict[str, ClassScores]]:
+    return read_scores(path) if path.exists() else ({}, {})
+
+
+def read_scores(path: Path) -> tuple[dict[str, float], dict[str, ClassScores]]:
+    """MAP@10 by name in a ``floors.json`` or ``by_class.json``, and that of each class.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    found = _json(path)
+    told = _mapping(_get(found, "map_at_10", path), path)
+    means = {name: _share(told, name, path) for name in told}
+    names, queries = _list(found, "class_names", path), _list(found, "queries", path)
+    counted = all(type(count) is int and count > 0 for count in queries)
+    if not all(isinstance(name, str) for name in names) or not counted:
+        raise _damaged(path, "expected names of classes and their numbers of queries")
+    by_class = {}
+    for name, values in _mapping(_get(found, "by_class", path), path).items():
+        fits = isinstance(values, list) and len(values) == len(names) == len(queries) > 0
+        if not fits or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
+            raise _damaged(path, f"{name!r}: expected a share from 0 to 1 for each class")
+        by_class[name] = ClassScores(
+            tuple(names), np.array(queries, np.int64), np.array(values, np.float64)
+        )
+    return means, by_class
+
+
 def _list(value: Any, key: str, where: Path) -> list[Any]:
     found = _get(value, key, where)
     if not isinstance(found, list):
@@ -607,7 +743,10 @@ def _number(value: Any, key: str, where: Path | str, nullable: bool = False) -> 
         return None
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise _damaged(where, f"{key!r}: expected a number, got {reprlib.repr(number)}")
-    return float(number) if math.isfinite(number) else math.nan
+    try:
+        return float(number) if math.isfinite(number) else math.nan
+    except OverflowError as error:
+        raise _damaged(where, f"{key!r}: expected a number, got {reprlib.repr(number)}") from error
 
 
 def _word(value: Any, key: str, where: Path | str) -> str:
@@ -626,4 +765,6 @@ def _integer(value: Any, key: str, where: Path | str) -> int:
     number = _get(value, key, where)
     if isinstance(number, bool) or not isinstance(number, int):
         raise _damaged(where, f"{key!r}: expected an integer, got {reprlib.repr(number)}")
+    if abs(number) >= 2**53:
+        raise _damaged(where, f"{key!r}: expected below 2^53, got {reprlib.repr(number)}")
     return number

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from fedss.intervals import FLOORS, Interval
 from fedss.pace import time_left
 from fedss.report.records import MOMENTS, Group, Run
 
@@ -149,6 +150,73 @@ def rows_sent(groups: Sequence[Group]) -> str:
 
 def finding(groups: Sequence[Group]) -> str:
     """Say in one sentence, computed from the records, how the method did, also when it lost."""
+    sentence = _under_a_floor(groups) or _found(groups)
+    if any(run.at_sites for group in groups for run in group.runs):
+        sentence = sentence.replace("MAP@10", "MAP@10 in each site’s gallery", 1)
+    return sentence
+
+
+def best_floor(group: Group) -> tuple[str, float] | None:
+    """The highest floor of a group, its name and MAP@10; None where none was measured."""
+    found = [(value, name) for name in FLOORS if (value := group.floor(name)) is not None]
+    if not found:
+        return None
+    value, name = max(found)
+    return name, value
+
+
+def unbeaten_floor(group: Group) -> tuple[str, float] | None:
+    """The highest floor that a group's MAP@10 is not shown to be above, as :func:`best_floor`.
+
+    Where classes are not known, as in a federation, the higher figure has to do.
+    """
+    score, found = group.mean("map_at_10"), []
+    for name in FLOORS:
+        value, ends = group.floor(name), group.over_floor(name)
+        if score is not None and value is not None:
+            beaten = score > value if ends is None else ends.low > 0
+            found += [] if beaten else [(value, name)]
+    if not found:
+        return None
+    value, name = max(found)
+    return name, value
+
+
+def _under_a_floor(groups: Sequence[Group]) -> str:
+    """What to say, before anything else, of finished groups that do not beat their floors."""
+    done = [group for group in groups if group.finished and group.mean("map_at_10") is not None]
+    floors = [(group, floor) for group in done if (floor := unbeaten_floor(group))]
+    if not floors:
+        return ""
+    group, (name, value) = max(floors, key=lambda pair: pair[1][1])
+    rounds = f"after {group.runs[0].last_round} rounds"
+    if len(done) == 1:
+        ends, score = group.over_floor(name), decimals(group.mean("map_at_10"))
+        start = f"{group.label} falls below {FLOORS[name]}"
+        if ends is not None and not ends.shown:
+            start = f"No difference shown between {group.label} and {FLOORS[name]}"
+        return f"{start}: MAP@10 {score} against {decimals(value)} {rounds}."
+    under = [group for group, _ in floors]
+    told = [f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in under]
+    sentence = (
+        f"Not shown to beat {FLOORS[name]}, MAP@10 {decimals(value)}, {rounds}: {listed(told)}."
+    )
+    above = [f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in done if g not in under]
+    return f"{sentence} Above it: {listed(above)}." if above else sentence
+
+
+def _alike(one: Group, other: Group) -> Interval | None:
+    """The interval of a difference that may be none; None if there is one, or it is not known."""
+    ends = one.over(other) if one.finished and other.finished else None
+    return None if ends is None or ends.shown else ends
+
+
+def _within(ends: Interval) -> str:
+    low, high = (decimals(value).replace("-", "−") for value in (ends.low, ends.high))
+    return f"95 % interval of the difference: {low} to {high}"
+
+
+def _found(groups: Sequence[Group]) -> str:
     full = full_softmax(groups)
     others = _measured(groups, full)
     if full is not None and len(others) > 1 and has_variants(others):
@@ -161,8 +229,12 @@ def finding(groups: Sequence[Group]) -> str:
     if len(groups) > 3 and not scored:
         yet = "" if all(group.finished for group in groups) else " yet"
         return f"None of {len(groups)} has been evaluated{yet}."
-    sentences = [_alone(group) for group in (groups if len(groups) <= 3 else scored)]
-    return f"{listed(sentences)}."
+    sentence = f"{listed([_alone(g) for g in (groups if len(groups) <= 3 else scored)])}."
+    if len(scored) > 1:
+        low, high = _extremes(scored)
+        if ends := _alike(high, low):
+            return f"No difference shown: {sentence[:-1]} ({_within(ends)})."
+    return sentence
 
 
 def unscored(groups: Sequence[Group]) -> str:
@@ -186,7 +258,9 @@ def second_finding(groups: Sequence[Group]) -> str:
     full = full_softmax(groups)
     others = _measured(groups, full)
     if len(others) > 1 and has_variants(others):
-        lost = [g for g in others if (ratio(g, full) or 0.0) < ENOUGH]
+        lost = [
+            g for g in others if (ratio(g, full) or 0.0) < ENOUGH and not (full and _alike(g, full))
+        ]
         if not lost:
             return ""
         return f"Below {ENOUGH} of full: {listed([_with_ratio(g, full) for g in lost])}."
@@ -194,7 +268,11 @@ def second_finding(groups: Sequence[Group]) -> str:
     if full is None or fedss is None:
         return ""
     score = fedss.mean("map_at_10") or 0.0
-    better = [g for g in others if g is not fedss and (g.mean("map_at_10") or 0.0) > score]
+    better = [
+        g
+        for g in others
+        if g is not fedss and (g.mean("map_at_10") or 0.0) > score and not _alike(g, fedss)
+    ]
     if not better:
         return ""
     names = listed([f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in better])
@@ -217,11 +295,18 @@ def _best_of(groups: Sequence[Group], full: Group) -> str:
     best = max(groups, key=lambda group: group.mean("map_at_10") or 0.0)
     share = ratio(best, full) or 0.0
     scores = f"{decimals(best.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
-    if share < ENOUGH:
+    if ends := _alike(best, full):
+        sentence = (
+            f"No difference shown between {best.label}, the best variant, and full softmax: MAP@10 "
+            f"{scores} ({_within(ends)}){_price(best, full)}"
+        )
+    elif share < ENOUGH:
         start = f"No variant reaches {ENOUGH} of full softmax’s MAP@10: the best, {best.label}, "
         return f"{start}reaches only {share:.3f} ({scores}){_price(best, full)}."
-    verb = "does better than full softmax, with" if share > 1 else "comes closest to full softmax:"
-    sentence = f"{best.label} {verb} {share:.3f} of its MAP@10 ({scores}){_price(best, full)}"
+    else:
+        better = "does better than full softmax, with"
+        verb = better if share > 1 else "comes closest to full softmax:"
+        sentence = f"{best.label} {verb} {share:.3f} of its MAP@10 ({scores}){_price(best, full)}"
     good = [g for g in groups if (ratio(g, full) or 0.0) >= ENOUGH and both_ways(g) is not None]
     if not good:
         return f"{sentence}."
@@ -238,12 +323,20 @@ def _price(group: Group, full: Group) -> str:
 
 
 def _from_to(groups: Sequence[Group]) -> str:
+    lowest, highest = _extremes(groups)
     low, high = (
-        f"{decimals(group.mean('map_at_10'))} ({group.label})"
-        for group in (pick(groups, key=lambda g: g.mean("map_at_10") or 0.0) for pick in (min, max))
+        f"{decimals(group.mean('map_at_10'))} ({group.label})" for group in (lowest, highest)
     )
+    if ends := _alike(highest, lowest):
+        return f"No difference shown: MAP@10 goes from {low} to {high} ({_within(ends)})."
     so_far = "" if all(group.finished for group in groups) else " so far"
     return f"MAP@10 goes from {low} to {high}{so_far}."
+
+
+def _extremes(groups: Sequence[Group]) -> tuple[Group, Group]:
+    """The groups of the lowest and of the highest MAP@10."""
+    ordered = sorted(groups, key=lambda group: group.mean("map_at_10") or 0.0)
+    return ordered[0], ordered[-1]
 
 
 def _against_full(group: Group, full: Group) -> str:
@@ -251,12 +344,19 @@ def _against_full(group: Group, full: Group) -> str:
     scores = f"{decimals(group.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
     verb = "reaches" if share >= 0.95 else "falls short: it reaches only"
     sentence = f"{group.label} {verb} {share:.3f} of full softmax’s MAP@10 ({scores})"
+    if ends := _alike(group, full):
+        sentence = (
+            f"No difference shown between {group.label} and full softmax: MAP@10 {scores} "
+            f"({_within(ends)}); {group.label}"
+        )
     costs = []
     rows = "class-row and moment" if has_moments([group]) else "class-row"
     for part, name in (("row_", f"its {rows} bytes"), ("", "all bytes")):
         mine, theirs = both_ways(group, part), both_ways(full, part)
         if mine is not None and theirs:
             costs.append(f"{percent(mine / theirs)} of {name}")
+    if ends:
+        return f"{sentence} moves {', '.join(costs)}." if costs else f"{sentence.split(';')[0]}."
     if not costs:
         return f"{sentence}."
     joint = "and" if share >= 0.95 else "while it"
@@ -271,7 +371,13 @@ def _alone(group: Group) -> str:
     elif score is None:
         text = f"{group.label} has not been evaluated yet"
     elif group.finished:
-        text = f"{group.label} reaches MAP@10 {decimals(score)} after {run.last_round} rounds"
+        text = f"{group.label} reaches MAP@10 {decimals(score)}"
+        if group.interval is not None:
+            ends = (decimals(group.interval.low), decimals(group.interval.high))
+            text += f" (95 % interval {ends[0]} to {ends[1]})"
+        if best := best_floor(group):
+            text += f", {FLOORS[best[0]]} {decimals(best[1])},"
+        text += f" after {run.last_round} rounds"
     else:
         text = f"{group.label} stands at MAP@10 {decimals(score)}"
     if not group.finished:

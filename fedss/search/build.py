@@ -5,11 +5,14 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from fedss.data.cache import stamp
+from fedss.data.missing import why_missing
 from fedss.embedding import LEAVE_OUT, PictureList, list_pictures
 from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
@@ -57,9 +60,10 @@ def build_collection(
     """Index the pictures of a folder or a CSV, for search.
 
     An index that is there already is brought up to date: pictures whose file has the same name,
-    size and time of last change keep what was computed, new and changed ones are embedded, deleted
-    ones vanish. Enrolled classes stay. The new index takes the old one's place when it is whole;
-    a process that dies on the way leaves the old one, and the next one goes on where it was.
+    size and times of last change (``fedss.data.cache.stamp``) keep what was computed, new and
+    changed ones are embedded, deleted ones vanish. Enrolled classes stay. The new index takes the
+    old one's place when it is whole; a process that dies on the way leaves the old one, and the
+    next one goes on where it was.
 
     Args:
         run: the run folder of the model.
@@ -77,7 +81,7 @@ def build_collection(
             an index without any of these pictures.
     """
     embedder = load(run, backbone)
-    folder = Path(run) / "index" if folder is None else Path(folder)
+    folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     found = list_pictures(Path(pictures))
     with hold(folder, _ADVICE):
         if is_there(folder / ENROLLED):
@@ -117,7 +121,12 @@ def _build(
     """New pictures go to a shelf of their own, from which an interrupted build goes on."""
     index, unfinished = folder / INDEX, folder / _UNFINISHED
     model = fingerprint(embedder)
-    facts = {"source": str(found.source), "root": str(found.root), "links": found.links}
+    facts: dict[str, Any] = {
+        "source": str(found.source),
+        "root": str(found.root),
+        "passed_over": found.passed_over,
+        "remarks": found.remarks,
+    }
     stamps = [
         _stamp(path, name, skip_broken) for path, name in zip(found.paths, found.names, strict=True)
     ]
@@ -227,14 +236,14 @@ def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, St
 
 def _stamp(path: Path, name: str, skip_broken: bool) -> Stamp | None:
     try:
-        status = path.stat()
+        return stamp(path)
     except OSError as error:
         if skip_broken:
             return None
         raise DataError(
-            f"cannot read picture {name}: {path}: {error.strerror}; {LEAVE_OUT}"
+            f"cannot read picture {name}: {path}: {error.strerror}{why_missing(str(path))}; "
+            f"{LEAVE_OUT}"
         ) from error
-    return status.st_size, status.st_mtime_ns
 
 
 class _Bar:

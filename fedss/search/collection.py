@@ -5,7 +5,7 @@ Shape suffixes: Q queries, N pictures of the collection, D embedding size, C cla
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
 from fedss.models import Embedder, fingerprint
 from fedss.pictures import Picture, read_pictures
-from fedss.retrieval import nearest
+from fedss.retrieval import nearest, unit_rows
 from fedss.search.shelf import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
@@ -59,7 +59,8 @@ class Collection:
         vectors_ND: float32, rows of length 1.
         indexed: the first so many pictures are those of ``source``.
         skipped: pictures of ``source`` that could not be read when the index was built.
-        links: symbolic links of ``source`` that were passed over then.
+        passed_over: files and folders of ``source`` that were none of the pictures then, by kind.
+        remarks: sentences on what else was not read then.
         embedded: how many pictures were embedded then; the others were there before.
     """
 
@@ -72,7 +73,8 @@ class Collection:
     vectors_ND: Tensor
     indexed: int
     skipped: tuple[str, ...]
-    links: int
+    passed_over: Mapping[str, int]
+    remarks: tuple[str, ...]
     embedded: int
     _builds: tuple[str, str]
     _ids: tuple[int, ...]
@@ -161,9 +163,8 @@ class Collection:
         gallery_DN = self.vectors_ND.numpy().T
         rows = max(1, _BLOCK_BYTES // (4 * len(self)))
         found = []
-        for block_BD in torch.split(query_QD, rows):
-            unit_BD = nn.functional.normalize(block_BD.double(), dim=1).float()
-            scores_BN = unit_BD.numpy() @ gallery_DN
+        for block_BD in torch.split(query_QD, rows) if len(query_QD) else ():
+            scores_BN = unit_rows(block_BD, "query").numpy() @ gallery_DN
             found += [
                 self._first(query_D, scores_N, k)
                 for query_D, scores_N in zip(block_BD, scores_BN, strict=True)
@@ -209,7 +210,7 @@ def open_collection(
         RunFolderError: no index, a damaged one, or one made with another model.
         ConfigError: as ``fedss.load``.
     """
-    return open_with(Path(folder), load(run, backbone))
+    return open_with(Path(folder).absolute(), load(run, backbone))
 
 
 def reopen(collection: Collection) -> Collection:
@@ -238,7 +239,8 @@ def open_with(folder: Path, embedder: Embedder) -> Collection:
             vectors_ND=torch.from_numpy(np.concatenate([part.vectors_ND for part in both])),
             indexed=len(shelf.names),
             skipped=tuple(facts["skipped"]),
-            links=facts["links"],
+            passed_over=facts.get("passed_over", {}),
+            remarks=tuple(facts.get("remarks", ())),
             embedded=facts["embedded"],
             _builds=(shelf.about["build"], enrolled.about["build"] if enrolled else ""),
             _ids=tuple(number for part in both for number in part.ids),

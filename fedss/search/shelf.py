@@ -5,7 +5,6 @@ enrolled into, picture by picture. Names and classes are bytes, as file names ar
 need not be text).
 """
 
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -38,7 +37,7 @@ class Item(NamedTuple):
     Attributes:
         name: its name, for people.
         label: its class, or None.
-        stamp: size and time of last change of its file, or None.
+        stamp: of its file, as ``fedss.data.cache.stamp`` gives it, or None.
         vector_D: its embedding, float32.
         thumbnail: a JPEG.
     """
@@ -162,9 +161,9 @@ def read_shelf(path: Path, size: int) -> Shelf:
                 raise damaged(path, f"picture {number} has {len(vector)} bytes of vector")
             vectors_ND[position] = np.frombuffer(vector, "<f4")
             ids.append(number)
-            names.append(os.fsdecode(name))
+            names.append(_text(name))
             if label not in known:
-                known[label] = os.fsdecode(label)
+                known[label] = _text(label)
             labels.append(known[label])
     lengths_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     if not np.all((np.abs(lengths_N - 1) < 1e-3) | (lengths_N == 0)):
@@ -177,7 +176,7 @@ def read_stamps(path: Path) -> dict[str, tuple[int, tuple[int, int] | None]]:
     with _opened(path) as file:
         rows = file.execute("SELECT name, id, size, changed FROM pictures ORDER BY id")
         return {
-            os.fsdecode(name): (number, None if size is None else (size, at))
+            _text(name): (number, None if size is None else (size, at))
             for name, number, size, at in rows
         }
 
@@ -226,7 +225,12 @@ def damaged(path: Path, why: object) -> RunFolderError:
 
 
 def _bytes(text: str | None) -> bytes | None:
-    return None if text is None else os.fsencode(text)
+    return None if text is None else text.encode("utf-8", "surrogateescape")
+
+
+def _text(name: bytes) -> str:
+    # Not os.fsdecode: an index holds the same names whatever this process's locale is.
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _about(file: sqlite3.Connection, path: Path) -> dict[str, str]:

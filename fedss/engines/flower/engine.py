@@ -38,6 +38,7 @@ from fedss.engines.flower.registry import Registry, numbers, register, save_regi
 from fedss.engines.flower.replies import (
     Parts,
     RefusedError,
+    check_floors,
     check_metrics,
     check_registration,
     check_request,
@@ -47,6 +48,7 @@ from fedss.engines.flower.replies import (
 )
 from fedss.engines.flower.settings import Deployment
 from fedss.errors import QuorumError
+from fedss.intervals import FLOORS
 from fedss.optimizers import ServerOptimizer
 from fedss.ranks import ALONE, Ranks
 from fedss.softmax import ClassSample
@@ -325,7 +327,9 @@ class FlowerEngine:
                 except RefusedError:
                     continue
 
-    def evaluate(self, backbone_P: Tensor, round: int) -> dict[str, float] | None:
+    def evaluate(
+        self, backbone_P: Tensor, round: int
+    ) -> tuple[dict[str, float] | None, dict[str, float]]:
         """Retrieval at each site among its own pictures, averaged over all their queries.
 
         Args:
@@ -334,7 +338,7 @@ class FlowerEngine:
 
         Returns:
             The means, the numbers of queries added up, and of ``sites`` that could tell; None where
-            none could.
+            none could. Before the first round also the floors that all of these sites have.
         """
         wire, online = replace(self.wire, backbone_down="float32"), self._online()
         asked = {n: site for n, site in self.sites.items() if n in online}
@@ -347,24 +351,38 @@ class FlowerEngine:
                 content = pack(facts, broadcast=packed)
                 yield node, self._message(EVALUATE, node, round, content)
 
-        found = []
+        found, floors = [], []
         # All are waited for: who is left out would be left out of the figures.
         for node, reply in self._exchange(messages()):
             try:
-                metrics = check_metrics(self._read(node, reply, round)[0])
-                found += [metrics] if metrics else []
+                facts = self._read(node, reply, round)[0]
+                metrics = check_metrics(facts)
+                if metrics:
+                    floors.append({**check_floors(facts), "untrained": metrics["map_at_10"]})
+                    found.append(metrics)
             except RefusedError as error:
                 self._put_aside(node, error, round)
                 say(f"site {node} did not evaluate: {error.reason} {error.detail}")
-        total = sum(metrics["queries"] for metrics in found)
-        if not total:
-            return None
+        counts = {n: sum(m[n] for m in found) for n in ("queries", "classes", "skipped")}
+        if not counts["queries"] or not counts["classes"]:
+            return None, {}
+        queries = [metrics["queries"] for metrics in found]
         means = {
-            name: sum(metrics[name] * metrics["queries"] for metrics in found) / total
+            name: float(np.average([metrics[name] for metrics in found], weights=queries))
             for name in found[0]
         }
-        counts = {n: sum(m[n] for m in found) for n in ("queries", "skipped")}
-        return {**means, **counts, "sites": len(found)}
+        means["map_at_10_by_class"] = float(
+            np.average(
+                [metrics["map_at_10_by_class"] for metrics in found],
+                weights=[metrics["classes"] for metrics in found],
+            )
+        )
+        shared = [name for name in FLOORS if all(name in floor for floor in floors)]
+        told = {
+            name: float(np.average([floor[name] for floor in floors], weights=queries))
+            for name in shared
+        }
+        return {**means, **counts, "sites": len(found)}, {} if round else told
 
     def start(self, sites: int, round: int) -> None:
         """Wait until so many sites are there, and register them all at once.

@@ -17,6 +17,7 @@ from fedss.algorithm import Failure
 from fedss.client import ClientUpdate, RoundPlan
 from fedss.engines.flower.messages import MessageError, Tensors, by_client, unpack
 from fedss.engines.flower.registry import Registry, digest
+from fedss.intervals import FLOORS
 from fedss.retrieval import RetrievalMetrics
 from fedss.samplers import own_budget
 from fedss.seeds import generator
@@ -222,7 +223,8 @@ def check_metrics(facts: dict[str, Any]) -> dict[str, float] | None:
     metrics = facts.get("metrics")
     if metrics is None:
         return None
-    names, counts = {field.name for field in fields(RetrievalMetrics)}, {"queries", "skipped"}
+    names = {field.name for field in fields(RetrievalMetrics)}
+    counts = {"queries", "classes", "skipped"}
     if (
         not isinstance(metrics, dict)
         or metrics.keys() != names
@@ -233,3 +235,19 @@ def check_metrics(facts: dict[str, Any]) -> dict[str, float] | None:
     ):
         raise RefusedError("damaged", "expected retrieval figures from 0 to 1")
     return metrics
+
+
+def check_floors(facts: dict[str, Any]) -> dict[str, float]:
+    """What a site's test gives for nothing; see `fedss.baselines`.
+
+    Raises:
+        RefusedError: they are not such figures.
+    """
+    floors = facts.get("floors", {})
+    if (
+        not isinstance(floors, dict)
+        or not floors.keys() <= FLOORS.keys()
+        or not all(isinstance(value, float) and 0 <= value <= 1 for value in floors.values())
+    ):
+        raise RefusedError("damaged", "expected floors from 0 to 1")
+    return floors

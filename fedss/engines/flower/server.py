@@ -13,7 +13,8 @@ import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedss.build import compute_device, evaluation_task, load_data, wire_format
+from fedss.baselines import Floors, backbone_floors, data_floors, floor
+from fedss.build import compute_device, evaluation_task, load_data, model_for, wire_format
 from fedss.checkpoint import newest_round
 from fedss.config import Config
 from fedss.data import RetrievalTask
@@ -23,9 +24,9 @@ from fedss.engines.flower.registry import Registry, check_registry, load_registr
 from fedss.engines.flower.settings import Deployment, explicit, read_settings
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
-from fedss.evaluation import Evaluation, embed_task, score
+from fedss.evaluation import Evaluation, check_tellable, embed_task, judge
 from fedss.experiment import Federation, Lap, Run, train_federation
-from fedss.models import Embedder, build_embedder, frozen_fingerprint
+from fedss.models import Embedder, frozen_fingerprint
 from fedss.optimizers import ServerOptimizer
 from fedss.pace import TimeLeft
 from fedss.progress import estimate
@@ -59,16 +60,7 @@ def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     config = explicit(config)
     assert config.channels is not None
     assert config.image_size is not None
-    embedder = build_embedder(
-        config.backbone,
-        channels=config.channels,
-        image_size=config.image_size,
-        embedding_size=config.embedding_size,
-        seed=config.seed,
-        pretrained=config.pretrained,
-        weights=config.weights,
-        trainable=config.trainable,
-    )
+    embedder = model_for(config, config.channels, config.image_size)
     shape = [config.channels, config.image_size, config.image_size]
     data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
     folder, left = Path(deployment.out), estimate(config)
@@ -93,7 +85,8 @@ def line(record: Record, rounds: int, left: TimeLeft | None) -> str:
         f"{seconds:.1f} s",
     ]
     if record["metrics"]:
-        parts.append(f"MAP@10 {record['metrics']['map_at_10']:.3f}")
+        where = " in each site's gallery" if "sites" in record["metrics"] else ""
+        parts.append(f"MAP@10 {record['metrics']['map_at_10']:.3f}{where}")
     return "  ".join([*parts, str(left)] if left else parts)
 
 
@@ -127,18 +120,31 @@ def _federation(
         # Before the first checkpoint nothing has been learnt by which a row would be known.
         load_registry(path) if newest else Registry(),
     )
-    task = None
+    task, train = None, None
     if deployment.evaluate_at == "server":
-        task = evaluation_task(config, load_data(config))
+        data = load_data(config)
+        task = evaluation_task(config, data)
+        train = data.train
+        check_tellable(task, data.name, config.test_classes)
     engine.start(deployment.sites, newest)
     with _judge(config, embedder, task) as workers:
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
             if task is None or workers is None:
-                return Evaluation(engine.evaluate(backbone_P, round))
+                return Evaluation(engine.evaluate(backbone_P, round)[0])
             embedded = embed_task(partial(workers.embed, backbone_P), task)
             with intra_op_threads(workers.count):
-                return Evaluation(dataclasses.asdict(score(task, *embedded)), embedded)
+                return judge(task, embedded)
+
+        def floors(backbone_P: torch.Tensor) -> Floors:
+            if task is None or workers is None or train is None:
+                return Floors(engine.evaluate(backbone_P, 0)[1])
+            untrained = evaluate(backbone_P, 0).by_class
+            with intra_op_threads(workers.count):
+                found = data_floors(task) | backbone_floors(
+                    embedder, task, train, compute_device(config)
+                )
+            return found if untrained is None else found | floor("untrained", untrained)
 
         yield Federation(
             engine=engine,
@@ -147,6 +153,7 @@ def _federation(
             cohort_size=config.clients_per_round,
             client_name=lambda client: engine.registry.clients[client],
             evaluate=evaluate,
+            floors=floors,
             task=task,
             quorum=deployment.quorum,
             attempts=deployment.attempts,

@@ -29,11 +29,12 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedss.allocator import keep_freed_memory
+from fedss.baselines import backbone_floors, data_floors
 from fedss.build import build_model, compute_device, load_data, round_plan, wire_format
 from fedss.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
 from fedss.config import Config, config_from_dict
 from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
-from fedss.data.manifest import composed
+from fedss.data.names import composed
 from fedss.engines.flower.messages import (
     Tensors,
     buffer,
@@ -47,7 +48,7 @@ from fedss.engines.flower.messages import (
 from fedss.engines.flower.registry import digest, token
 from fedss.engines.local import Work, Workers, start_workers
 from fedss.errors import ConfigError
-from fedss.evaluation import embed_task, score
+from fedss.evaluation import count_classes, embed_task, score
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.seeds import generator
 from fedss.wire import (
@@ -380,11 +381,18 @@ def _workers(config: Config, embedder: Any, site: Pictures) -> Iterator[Workers]
 def _evaluate(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
     config = facts["config"]
     task = site.data.test if config.eval_split == "test" else site.data.validation
-    if task is None:
+    if task is None or len(count_classes(task.gallery or task.query)) < 2:
+        # Where all pictures are of one class, whatever is found is right.
         return {"metrics": None}, {}
     embedder = _model(site, facts)
     wire = replace(wire_format(config, embedder, 1), backbone_down="float32")
     backbone_P: Tensor = decode_broadcast(wire, tensors["broadcast"]).backbone_P
     with _workers(config, embedder, site) as workers:
         embedded = embed_task(partial(workers.embed, backbone_P), task)
-    return {"metrics": dataclasses.asdict(score(task, *embedded))}, {}
+    metrics = dataclasses.asdict(score(task, *embedded))
+    if facts["round"]:
+        return {"metrics": metrics}, {}
+    floors = data_floors(task) | backbone_floors(
+        embedder, task, site.data.train, compute_device(config)
+    )
+    return {"metrics": metrics, "floors": dict(floors.map_at_10)}, {}

@@ -1,0 +1,116 @@
+"""Which networks of timm train: the smallest of each of its families, weights drawn, no downloads.
+
+    python benchmarks/architectures.py      (an hour on one core; --only NAME ... : some, no file)
+
+A family is a module of ``timm.models``; its smallest model is the one of fewest parameters, models
+for timm's own tests apart. Each is built as ``--backbone timm:<name>`` builds it, for colour images
+of 64 pixels a side or, where it does not take these, of the size that timm states for it. Then it
+takes eight steps of SGD on eight images of noise in four classes, with fixed class rows: it trains
+if the loss is finite throughout and lower in the end.
+
+Writes ``benchmarks/results/architectures.txt``.
+"""
+
+import argparse
+import datetime
+import math
+import os
+import platform
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+from omniglot import processor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from fedss.errors import ConfigError
+from fedss.models import build_embedder, flatten_
+
+RESULTS = Path(__file__).parent / "results" / "architectures.txt"
+SIDE, IMAGES, CLASSES, STEPS, LR, SCALE, DIM = 64, 8, 4, 8, 0.002, 10.0, 32
+
+
+def smallest() -> dict[str, str]:
+    """The model of fewest parameters by family."""
+    found = {}
+    for family in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=family):
+            if not name.startswith("test_"):
+                with torch.device("meta"):
+                    net = timm.create_model(name, num_classes=0)
+                sizes[name] = sum(parameter.numel() for parameter in net.parameters())
+        if sizes:
+            found[family] = min(sizes, key=sizes.__getitem__)
+    return found
+
+
+def losses(name: str, side: int) -> tuple[int, list[float]]:
+    """The number of parameters, and the loss before each step."""
+    embedder = build_embedder(
+        f"timm:{name}", channels=3, image_size=side, embedding_size=DIM, seed=0
+    ).train()
+    flat, rng = flatten_(embedder), torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (IMAGES, 3, side, side), generator=rng, dtype=torch.uint8)
+    rows = torch.nn.functional.normalize(torch.randn(2 * CLASSES, DIM, generator=rng), dim=1)
+    labels, seen = torch.arange(IMAGES) % CLASSES, []
+    for _ in range(STEPS):
+        flat.grad_P.zero_()
+        loss = torch.nn.functional.cross_entropy(SCALE * embedder(pixels) @ rows.T, labels)
+        loss.backward()
+        seen.append(loss.item())
+        flat.theta_P.add_(flat.grad_P, alpha=-LR)
+    return len(flat.theta_P), seen
+
+
+def line(family: str, name: str) -> tuple[bool, str]:
+    published = timm.get_pretrained_cfg(name)
+    why = ""
+    for side in dict.fromkeys((SIDE, published.input_size[-1] if published else SIDE)):
+        try:
+            size, seen = losses(name, side)
+        except ConfigError as error:
+            why = str(error)
+            continue
+        if all(map(math.isfinite, seen)) and seen[-1] < seen[0]:
+            told = f"{size:>13,}{side:>6}{seen[0]:>9.3f}{seen[-1]:>9.3f}"
+            return True, f"{family:<28}{name:<36}{told}"
+        why = f"the loss goes {', '.join(f'{value:.3f}' for value in seen)} at {side} px"
+    return False, f"{family:<28}{name:<36}  no: {why}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models; write no file")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    lines = [
+        "Which networks of timm train: the smallest of each family, weights drawn",
+        "command   python benchmarks/architectures.py",
+        f"date      {datetime.date.today().isoformat()}",
+        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU used",
+        f"software  fedss {version('fedss')}, torch {torch.__version__}, timm {version('timm')}, "
+        f"Python {platform.python_version()}",
+        "",
+        f"{'family':<28}{'model':<36}{'parameters':>13}{'px':>6}{'loss':>9}{'at last':>9}",
+    ]
+    models = {name: name for name in options.only} if options.only else smallest()
+    count = 0
+    for family, name in models.items():
+        trains, text = line(family, name)
+        count += trains
+        lines.append(text)
+        print(text, flush=True)
+    lines += ["", f"{count} of {len(models)} train"]
+    print(lines[-1])
+    if not options.only:
+        RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

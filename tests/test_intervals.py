@@ -1,0 +1,108 @@
+"""Intervals against their definition, a classical formula and simulation."""
+
+import numpy as np
+import pytest
+
+from fedss.intervals import (
+    DRAWS,
+    FEWEST,
+    SOME,
+    ClassScores,
+    Interval,
+    difference,
+    interval,
+    weakness,
+)
+from fedss.seeds import generator
+
+
+def scores(values: np.ndarray, queries: np.ndarray | None = None) -> ClassScores:
+    queries = np.full(len(values), 4) if queries is None else queries
+    return ClassScores(tuple(f"{i:05d}" for i in range(len(values))), queries, values)
+
+
+def draw(classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.beta(1, 2, classes), rng.integers(1, 20, classes)
+
+
+def test_classes_are_drawn_with_all_of_their_queries():
+    values, queries = draw(7, 0)
+    rng, means = generator(0, "bootstrap classes"), []
+    for chosen in rng.integers(7, size=(DRAWS, 7)):
+        own = np.concatenate([np.full(queries[c], values[c]) for c in chosen])
+        means.append(own.mean())
+    found = interval([scores(values, queries)])
+    assert found.value == pytest.approx(np.repeat(values, queries).mean())
+    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]))
+
+
+def test_many_classes_give_the_normal_interval():
+    values, _ = draw(20_000, 1)
+    found = interval([scores(values)])
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert [found.low, found.high] == pytest.approx(
+        [values.mean() - half, values.mean() + half], abs=0.1 * half
+    )
+
+
+def test_the_truth_lies_within_nineteen_times_in_twenty():
+    hits = 0
+    for seed in range(400):
+        values, queries = draw(40, seed)
+        found = interval([scores(values, queries)])
+        hits += found.low <= 1 / 3 <= found.high
+    assert 0.90 < hits / 400 < 0.98
+
+
+def test_a_difference_is_taken_class_by_class():
+    values, queries = draw(50, 2)
+    better = scores(values + 0.01, queries)
+    found = difference([better], [scores(values, queries)], paired=True)
+    # The classes differ by far more, but not this.
+    assert [found.low, found.high] == pytest.approx([0.01, 0.01])
+    assert found.shown
+    noise = np.random.default_rng(0).normal(0, 0.1, 50)
+    alike = difference([scores(values + noise, queries)], [scores(values, queries)], paired=True)
+    assert alike.low < 0 < alike.high
+    assert not alike.shown
+
+
+def test_seeds_that_disagree_show_no_difference():
+    values, queries = draw(2000, 3)
+    ours = [scores(values + d, queries) for d in (0.05, -0.04, 0.03)]
+    theirs = [scores(values, queries)] * 3
+    found = difference(ours, theirs, paired=True)
+    assert found.value == pytest.approx(0.04 / 3)
+    assert found.low < 0 < found.high
+    assert not found.shown
+    agreed = [scores(values + d, queries) for d in (0.05, 0.04, 0.03)]
+    assert difference(agreed, theirs, paired=True).shown
+    # Seeds that went well for both say nothing of the difference, where they are the same seeds.
+    moved = [scores(values + d + 0.01, queries) for d in (0.05, -0.04, 0.03)]
+    assert difference(moved, ours, paired=True).low == pytest.approx(0.01)
+    assert difference(moved, ours, paired=False).low < 0
+
+
+def test_other_classes_cannot_be_compared():
+    values, queries = draw(10, 4)
+    ours = scores(values, queries)
+    renamed = ClassScores(tuple(f"other {n}" for n in ours.names), queries, values)
+    assert difference([ours], [renamed], paired=True) is None
+    assert difference([ours], [scores(values, queries + 1)], paired=True) is None
+
+
+def test_a_difference_is_shown_where_nought_lies_outside():
+    assert Interval(0.2, 0.1, 0.3).shown
+    assert Interval(-0.2, -0.3, -0.1).shown
+    assert not Interval(0.1, -0.01, 0.3).shown
+
+
+def test_how_many_classes_a_test_needs():
+    # Better in every class, by chance: below 5 % from so many classes on.
+    assert 2 ** (1 - FEWEST) < 0.05 <= 2 ** (2 - FEWEST)
+    assert 1.96 * 0.25 / np.sqrt(SOME) < 0.1 < 1.96 * 0.25 / np.sqrt(SOME - 2)
+    assert weakness(SOME) == ""
+    assert "weak" in weakness(SOME - 1)
+    assert "tells nothing" in weakness(FEWEST - 1)
+    assert "one class" in weakness(1)
