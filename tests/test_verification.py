@@ -256,6 +256,14 @@ def test_a_rate_of_strangers_needs_thirty_of_them_in_a_draw(draws):
         assert found.supported == supported
 
 
+def test_a_gallery_of_one_class_can_be_searched():
+    """That one is enrolled: its own queries are to be found, all others refused."""
+    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    rows, labels = torch.cat([one.repeat(4, 1), other.repeat(6, 1)]), [7] * 4 + [8] * 6
+    found = v.identification(rows, torch.tensor(labels), one, torch.tensor([7]), draws=2)
+    assert (found.dir, found.enrolled, found.mated, found.nonmated) == (1.0, 1, 8, 12)
+
+
 def test_half_of_the_pictures_of_half_of_the_classes_are_enrolled():
     labels = np.repeat(np.arange(10), [1, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     drawn = set()
