@@ -421,6 +421,19 @@ def test_finding_says_when_fedss_loses(tmp_path: Path) -> None:
     assert f"fedaws ({summary[2]['map_at_10']:.3f}) retrieves better than fedss here." in page.words
 
 
+@pytest.mark.parametrize(("growth", "said"), [(3.0, True), (1.4, False)])
+def test_a_loss_that_grew_is_said_first(tmp_path: Path, growth: float, said: bool) -> None:
+    fake_comparison(tmp_path, ["full", "fedss"], rounds=10)
+    (path,) = tmp_path.glob("fedss*/records.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records[-1]["loss"] = growth * records[0]["loss"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    _, page = read(tmp_path)
+    first, last = (f"{records[i]['loss']:.3g}" for i in (0, -1))
+    sentence = f"The loss of fedss grew from {first} to {last}: lower its learning rates."
+    assert (sentence in page.words) == said
+
+
 def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     pages = []
     for name in ("a", "b"):

@@ -149,11 +149,27 @@ def rows_sent(groups: Sequence[Group]) -> str:
 
 
 def finding(groups: Sequence[Group]) -> str:
-    """Say in one sentence, computed from the records, how the method did, also when it lost."""
+    """Say, computed from the records, how the method did, also when it lost."""
     sentence = _under_a_floor(groups) or _found(groups)
     if any(run.at_sites for group in groups for run in group.runs):
         sentence = sentence.replace("MAP@10", "MAP@10 in each site’s gallery", 1)
-    return sentence
+    return " ".join([*filter(None, map(_grown, groups)), sentence])
+
+
+GROWN = 1.5
+"""Last loss over first from which on it is said: a loss that falls, as it should, is below 1."""
+
+
+def _grown(group: Group) -> str:
+    """What to say of a group in which a run's loss did not fall but grew."""
+    ends = [(run.rounds[0].loss, run.rounds[-1].loss) for run in group.runs if run.rounds]
+    grown = [(first, last) for first, last in ends if last > GROWN * abs(first)]
+    if not grown:
+        return ""
+    first, last = max(grown, key=lambda pair: pair[1])
+    return (
+        f"The loss of {group.label} grew from {first:.3g} to {last:.3g}: lower its learning rates."
+    )
 
 
 def best_floor(group: Group) -> tuple[str, float] | None:
