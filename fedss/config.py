@@ -94,11 +94,7 @@ class Config:
         "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
     )
     batch_norm: BatchNormRule = _option(
-<<<<<<< HEAD
-        "auto", "of batch norms; auto: freeze trained ones", "model"
-=======
         "auto", "batch norms; auto: replaced unless weights are trained", "model"
->>>>>>> s14-backbones
     )
     pixel_mean: str | None = _option(
         None, "that weights expect, such as 0.485,0.456,0.406", "model"
