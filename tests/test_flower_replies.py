@@ -149,6 +149,8 @@ FIGURES = {
     "recall_at_5": 1,
     "map_at_10": 1.0,
     "map_at_r": 0.0,
+    "map_at_10_by_class": 0.5,
+    "classes": 1,
     "queries": MOST_EXAMPLES,
     "skipped": 0,
 }
@@ -167,6 +169,8 @@ def test_figures_up_to_their_limits():
         ("queries", 3.0),
         ("queries", MOST_EXAMPLES + 1),
         ("skipped", -1),
+        ("classes", -1),
+        ("map_at_10_by_class", 1.5),
         ("more", 1),
     ]:
         with refused("damaged"):
