@@ -7,10 +7,7 @@ import torch
 
 from fedss.errors import ConfigError
 
-_CPU_PAIR = (
-    "pip install --force-reinstall torch torchvision "
-    "--index-url https://download.pytorch.org/whl/cpu"
-)
+_PAIR = "pip install --force-reinstall torch torchvision --index-url URL"
 
 
 def import_extra(module: str, extra: str) -> Any:
@@ -31,6 +28,6 @@ def import_extra(module: str, extra: str) -> Any:
             raise
         raise ConfigError(
             f"{module} cannot be imported because torchvision does not fit torch "
-            f"{torch.__version__}; install a pair: {_CPU_PAIR} (for a GPU: the two of one CUDA "
-            f"version, see pytorch.org/get-started). Python said: {str(error).strip()}"
+            f"{torch.__version__}; install a pair: {_PAIR}, with the URL that the selector of "
+            f"pytorch.org/get-started shows. Python said: {str(error).strip()}"
         ) from error

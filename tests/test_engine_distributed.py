@@ -160,8 +160,8 @@ def test_only_the_first_rank_speaks(tmp_path):
     )
     assert [rank.found for rank in ended] == [[0, 0, 2, 2, 2]] * 2, ended[0].output
     said = ended[0].output
-    # Of three evaluations in all, and each command's table.
-    assert said.count("MAP@10") == 2 + 1 + 2 + 1, said
+    # Of three evaluations in all, and each command's table and sentence.
+    assert said.count("MAP@10") == 2 + 2 + 2 + 2, said
     told = re.findall("^fedss.*: ", said, re.M)
     assert len(told) == 1 + len(mistakes)  # and where the ranks meet
     assert ended[1].output == ""
