@@ -157,14 +157,15 @@ def aggregate(
 
 
 def balance(update: MeanUpdate, num_classes: int) -> MeanUpdate:
-    """Line 5, for moments: row steps less the push that rows of no holder miss.
+    """Line 5, for moments: row steps less what they have in common.
 
-    The gradients of a full softmax with respect to all rows, ``sum_b (p_bi - y_bi) h_b`` for row i,
-    sum up to zero, since both p_b and y_b sum up to 1: rows move against each other. Where absent
-    rows stay, their part is missing, and rows would all be drawn to the mean embedding. So each
-    touched row gives it back when it moves: ``step_i - absent / (U + 1) sum_j step_j``, with
-    ``absent`` the share of rows that a client does not hold; 1 is added to U so that a row that
-    comes alone still moves. With all rows held this changes nothing. (Ours.)
+    With logits ``s w'h`` the gradients of a full softmax with respect to all rows,
+    ``s sum_b (p_bi - y_bi) h_b`` for row i, sum up to zero, since p_b and y_b both sum up to 1;
+    with cosines nearly. Rows move against each other. Where absent rows stay, their part is
+    missing, and rows are all drawn to the mean embedding. So touched rows give it back as they move:
+    ``step_i - absent / (U + 1) sum_j step_j``. Two heuristics: ``absent``, the share of rows that a
+    client does not hold, so that nothing changes where all are held; and 1 added to U, so that a
+    row that comes alone still moves. (Ours; ``benchmarks/regimes.py`` measures it.)
     """
     rows_UD = update.rows_delta_UD
     absent = 1 - update.rows_held / num_classes

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import webbrowser
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
@@ -478,7 +480,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     measured = verify(task, embedded, config.data_seed, fars)
     assert measured is not None
     if options.json:
-        told = {"map_at_10_interval": [ends.low, ends.high], "floors": floors.map_at_10}
+        told = {
+            "map_at_10_interval": ends and [ends.low, ends.high],
+            "floors": floors.map_at_10,
+        }
         print(json.dumps({**found.metrics, **told, "verification": measured}, indent=2))
     else:
         if not own:
@@ -771,9 +776,9 @@ def _spread(values: np.ndarray) -> str:
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}, median {median:,g}"
 
 
-def _print_table(table: Table) -> None:
-    """On stdout, and nothing of it is lost: where it is too wide, headings of numbers are broken
-    between words, then text is folded, then lines are longer than the terminal is wide."""
+def _print_table(table: Table, spare: Sequence[str] = ()) -> None:
+    """On stdout. Where it is too wide, headings of numbers are broken between words, columns with a
+    ``spare`` heading are left out, then text is folded, then lines are longer than the terminal."""
     # Wide enough for the tables where it is no terminal.
     console = Console(width=None if sys.stdout.isatty() else 140)
     if table.title is not None:
@@ -787,6 +792,11 @@ def _print_table(table: Table) -> None:
         if column.justify == "right":
             column.no_wrap = True
             column.header = str(column.header).replace(" ", "\n") if wide else column.header
+    for heading in spare:
+        if Measurement.get(console, unbounded, table).maximum <= console.width:
+            break
+        left_out = heading.replace(" ", "\n")
+        table.columns = [c for c in table.columns if c.header not in (heading, left_out)]
     console.width = max(console.width, Measurement.get(console, unbounded, table).minimum)
     console.print(table)
 
@@ -911,15 +921,18 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Pa
         values = [floors[name] for floors in measured if name in floors]
         if values:
             found.add_row(told, _score(sum(values) / len(values)))
-    _print_table(found)
+    _print_table(found, spare=("by class", "seeds", "time s"))
     if groups:
-        _say(finding(groups), "")
-    _print_table(moved)
+        sentence = finding(groups)
+        if sys.stdout.isatty():
+            sentence = fill(sentence, shutil.get_terminal_size().columns)
+        _say(*sentence.splitlines(), "")
+    _print_table(moved, spare=("backbone kB down", "backbone kB up"))
 
 
 def _print_figures(
     metrics: Mapping[str, Any],
-    ends: "Interval",
+    ends: "Interval | None",
     floors: Mapping[str, float],
     measured: Mapping[str, Any],
 ) -> None:

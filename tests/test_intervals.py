@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from fedss.intervals import (
     DRAWS,
@@ -11,6 +12,7 @@ from fedss.intervals import (
     Interval,
     difference,
     interval,
+    student_t,
     weakness,
 )
 from fedss.seeds import generator
@@ -34,7 +36,8 @@ def test_classes_are_drawn_with_all_of_their_queries():
         means.append(own.mean())
     found = interval([scores(values, queries)])
     assert found.value == pytest.approx(np.repeat(values, queries).mean())
-    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]))
+    rest = stats.norm.cdf(-np.sqrt(7 / 6) * stats.t.ppf(0.975, 6))
+    assert [found.low, found.high] == pytest.approx(np.quantile(means, [rest, 1 - rest]), abs=2e-4)
 
 
 def test_many_classes_give_the_normal_interval():
@@ -93,9 +96,10 @@ def test_other_classes_cannot_be_compared():
 
 
 def test_a_difference_is_shown_where_nought_lies_outside():
-    assert Interval(0.2, 0.1, 0.3).shown
-    assert Interval(-0.2, -0.3, -0.1).shown
-    assert not Interval(0.1, -0.01, 0.3).shown
+    assert Interval(0.2, 0.1, 0.3, 6).shown
+    assert Interval(-0.2, -0.3, -0.1, 6).shown
+    assert not Interval(0.1, -0.01, 0.3, 6).shown
+    assert not Interval(0.2, 0.1, 0.3, FEWEST - 1).shown
 
 
 def test_how_many_classes_a_test_needs():
@@ -106,3 +110,28 @@ def test_how_many_classes_a_test_needs():
     assert "weak" in weakness(SOME - 1)
     assert "tells nothing" in weakness(FEWEST - 1)
     assert "one class" in weakness(1)
+
+
+@pytest.mark.parametrize("freedom", [5, 9, 24, 99])
+def test_students_t(freedom):
+    for share in (0.9, 0.975):
+        assert student_t(share, freedom) == pytest.approx(stats.t.ppf(share, freedom), rel=2e-3)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 6, 10])
+def test_equal_methods_are_seldom_shown_to_differ_however_few_the_classes(classes):
+    shown, hits = 0, 0
+    for seed in range(400):
+        one, other = np.random.default_rng(seed).normal(0.5, 0.15, (2, classes))
+        shown += difference([scores(one)], [scores(other)], paired=True).shown
+        ends = interval([scores(one)])
+        hits += ends.low <= 0.5 <= ends.high
+    assert shown == 0 if classes < FEWEST else shown / 400 < 0.1
+    # The mean of 2 classes lies between its own ends alone: nothing is farther out.
+    assert hits / 400 > {2: 0.45, 3: 0.7, 5: 0.88}.get(classes, 0.91)
+
+
+def test_one_class_has_no_interval():
+    alone = [scores(np.array([0.7]))]
+    assert interval(alone) is None
+    assert difference(alone, alone, paired=True) is None

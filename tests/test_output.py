@@ -246,6 +246,18 @@ def test_headings_of_a_comparison_are_each_of_one_meaning(chinese, monkeypatch):
     assert "class-row kB up" in names
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_results_fit_narrow_terminals_without_what_can_be_spared(chinese, width, monkeypatch):
+    words = ["compare", *data(chinese), "--methods", "full", "fedss"]
+    lines = at(width, monkeypatch, [*words, "--out", str(chinese / "comparison")])
+    tables = [line for line in lines if line.startswith((" full ", " fedss ", " method "))]
+    assert len(tables) >= 4
+    assert max(map(cell_len, tables)) <= width
+    text = "\n".join(lines)
+    assert ("seeds" in text) == (width == 80)
+    assert "MAP@10" in text
+
+
 PARTS = {
     "label": "run 1 of 4: fedss seed 0",
     "round": "120/120",

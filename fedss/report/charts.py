@@ -207,8 +207,11 @@ def tall(count: int) -> float:
 def bytes_ticks(ax: Axes, span: float) -> None:
     """Few and round ticks of a logarithmic axis of bytes whose last value is ``span`` firsts."""
     decades = np.log10(span)
-    subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    if decades < 1:
+        ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    else:
+        subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
+        ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_ticks(value)))
     ax.xaxis.set_minor_formatter(NullFormatter())

@@ -190,7 +190,7 @@ def unbeaten_floor(group: Group) -> tuple[str, float] | None:
     for name in FLOORS:
         value, ends = group.floor(name), group.over_floor(name)
         if score is not None and value is not None:
-            beaten = score > value if ends is None else ends.low > 0
+            beaten = score > value if ends is None else ends.shown and ends.low > 0
             found += [] if beaten else [(value, name)]
     if not found:
         return None
