@@ -162,7 +162,7 @@ def balance(update: MeanUpdate, num_classes: int) -> MeanUpdate:
     With logits ``s w'h`` the gradients of a full softmax with respect to all rows,
     ``s sum_b (p_bi - y_bi) h_b`` for row i, sum up to zero, since p_b and y_b both sum up to 1;
     with cosines nearly. Rows move against each other. Where absent rows stay, their part is
-    missing, and rows are all drawn to the mean embedding. So touched rows give it back as they move:
+    missing, and rows are all drawn to the mean embedding. So touched rows give it back, when moved:
     ``step_i - absent / (U + 1) sum_j step_j``. Two heuristics: ``absent``, the share of rows that a
     client does not hold, so that nothing changes where all are held; and 1 added to U, so that a
     row that comes alone still moves. (Ours; ``benchmarks/regimes.py`` measures it.)
