@@ -273,7 +273,13 @@ def test_tensors_that_lie_deeper_are_found(wrap: Any, message: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "name, size, channels",
-    [("resnest14d", 32, 3), ("skresnet18", 32, 3), ("rexnet_100", 32, 3), ("levit_128s", 224, 3)],
+    [
+        ("resnest14d", 32, 3),
+        ("skresnet18", 32, 3),
+        ("rexnet_100", 32, 3),
+        ("levit_128s", 64, 3),
+        ("convit_tiny", 32, 3),
+    ],
 )
 def test_architectures_that_were_refused_train(name: str, size: int, channels: int) -> None:
     """Dropout, norms after pooling, norms of vectors; benchmarks/architectures.py has them all."""

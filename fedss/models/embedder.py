@@ -260,10 +260,15 @@ def assemble(
         freeze_(body, spec.trainable)
         refuse_dropout(body)
         features = output_size(body, spec.channels, spec.image_size)
+        images_BCHW = probe_pictures(spec.channels, spec.image_size)
+        if spec.backbone is not None:
+            # Some models lay out constants by the size of the first images that they see.
+            with torch.no_grad():
+                body.eval()(images_BCHW)
+            body.train()
         if spec.pretrained:
             body = freeze_batch_norm(body)
         else:
-            images_BCHW = probe_pictures(spec.channels, spec.image_size)
             body = replace_batch_norm(body, images_BCHW, spec.group_values)
         refuse_batch_statistics(body)
         refuse_hidden_state(body, spec.channels, spec.image_size)
