@@ -157,20 +157,25 @@ def aggregate(
 
 
 def balance(update: MeanUpdate, num_classes: int) -> MeanUpdate:
-    """Line 5, for moments: row steps less what they have in common.
+    """Line 5, for moments: row steps less what they have in common, and shorter where many move.
 
     With logits ``s w'h`` the gradients of a full softmax with respect to all rows,
     ``s sum_b (p_bi - y_bi) h_b`` for row i, sum up to zero, since p_b and y_b both sum up to 1;
     with cosines nearly. Rows move against each other. Where absent rows stay, their part is
     missing, and rows are all drawn to the mean embedding. So touched rows give it back, when moved:
-    ``step_i - absent / (U + 1) sum_j step_j``. Two heuristics: ``absent``, the share of rows that a
-    client does not hold, so that nothing changes where all are held; and 1 added to U, so that a
-    row that comes alone still moves. (Ours; ``benchmarks/regimes.py`` measures it.)
+
+        ``step_i = (mean_i - absent / (U + 1) sum_j mean_j) / (1 + absent U / n)``
+
+    Three heuristics: ``absent``, the share of rows that a client does not hold, so that nothing
+    changes where all are held; 1 added to U, so that a row that comes alone still moves; and steps
+    that are shorter the larger a part of W a round moves, since each row then moves more often.
+    (Ours; ``benchmarks/regimes.py`` measures it.)
     """
     rows_UD = update.rows_delta_UD
     absent = 1 - update.rows_held / num_classes
     drift_D = absent * rows_UD.sum(dim=0) / (len(rows_UD) + 1)
-    return replace(update, rows_delta_UD=rows_UD - drift_D)
+    rows_UD = (rows_UD - drift_D) / (1 + absent * len(rows_UD) / num_classes)
+    return replace(update, rows_delta_UD=rows_UD)
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:

@@ -204,8 +204,8 @@ def test_own_rows_step_as_if_absent_rows_had_taken_their_push():
     assert own.sum(dim=0).norm() > 0.5 * own.norm(dim=1).mean()  # all are drawn one way
     mean = aggregate(updates_of([([0, 1, 2], own[:3]), ([3, 4, 5], own[3:])]), "holders")
     assert mean.rows_held == 3
-    left = balance(mean, n).rows_delta_UD
-    # Of the 40 rows a client holds 3, and 1 is added to 6.
+    # 6 of 40 rows move, of which a client holds 3: the others' part is missing.
+    left = balance(mean, n).rows_delta_UD * (1 + 37 / 40 * 6 / 40)
     kept = 1 - (37 / 40) * 6 / 7
     assert torch.allclose(left.sum(dim=0), kept * own.sum(dim=0), atol=1e-6)
     # Only what all have in common is taken off.
