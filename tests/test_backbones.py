@@ -299,6 +299,12 @@ def test_a_size_that_a_model_does_not_take_names_its_own() -> None:
         build("crossvit_tiny_240", size=64)
 
 
+@pytest.mark.parametrize("tag", ["nope", "", "a1_in1k.x"])
+def test_a_tag_that_is_none_names_those_that_are(tag: str) -> None:
+    with pytest.raises(ConfigError, match=r"of resnet18; expected one of a1_in1k, a2_in1k"):
+        build(f"resnet18.{tag}", size=64)
+
+
 def test_only_timm_models_take_a_file(resnet: Path) -> None:
     for backbone in ("conv4", nn.Flatten()):
         with pytest.raises(ConfigError, match=r"weights: only timm models take a file"):
