@@ -75,6 +75,16 @@ def _run(arguments: Sequence[str] | None) -> int:
             speaks = stderr if lost or not met else sys.stderr
             print(f"{command}: {printable(str(error))}", file=speaks)
             return 1 if lost else 2
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
+            print(
+                f"{command}: not enough memory ({printable(str(error).partition(chr(10))[0])}): take "
+                "smaller pictures (--image-size), a smaller network (--backbone, "
+                "--embedding-size) or smaller batches (--batch-size)",
+                file=stderr,
+            )
+            return 2
         except UnicodeEncodeError as error:
             # No output fails so: it is the name of a file.
             print(
@@ -90,6 +100,14 @@ def _run(arguments: Sequence[str] | None) -> int:
             print(f"\nfedss: interrupted{then}", file=sys.stderr)
             return 130
     return 0
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, torch's GPU or, as a plain RuntimeError, its CPU has no more of it."""
+    import torch
+
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "not enough memory" in str(error) or "allocate memory" in str(error)
 
 
 @contextmanager

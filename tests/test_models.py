@@ -338,9 +338,7 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_not_taken_for_torchs(rule: st
     patched = nn.BatchNorm2d(6)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     for norm in (Scaled(6), patched):
-        with pytest.raises(
-            ConfigError, match=r"1 \(\w+\) is a batch norm with a forward"
-        ):
+        with pytest.raises(ConfigError, match=r"1 \(\w+\) is a batch norm with a forward"):
             small(own_module(norm), batch_norm=rule)
     small(own_module(Plain(6)), batch_norm=rule)
 

@@ -183,8 +183,8 @@ def _refuse_own_forward(path: str, norm: nn.Module) -> None:
     if getattr(forward, "__module__", None) not in known:
         raise ConfigError(
             f"the backbone's {path or 'norm'} ({type(norm).__name__}) is a batch norm with a "
-            "forward of its own, which would be lost where it is frozen or replaced: expected torch's "
-            "BatchNorm (what comes before or after it as a module beside it), or GroupNorm"
+            "forward of its own, which would be lost where it is frozen or replaced: expected "
+            "torch's BatchNorm (what comes before or after it as a module beside it), or GroupNorm"
         )
 
 
