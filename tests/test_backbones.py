@@ -73,14 +73,18 @@ def prefixed(model: nn.Module) -> dict[str, torch.Tensor]:
     return {f"module.{name}": tensor for name, tensor in state(model).items()}
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "plain", "state_dict", "model", "half"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "plain", "state_dict", "model", "half", "all half"]
+)
 def test_weights_are_those_of_timm_in_eval_mode(kind: str, tmp_path: Path) -> None:
     full = trained(RESNET)
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
     if kind == "safetensors":
         save_file(state(full), path)
-    elif kind == "half":
-        torch.save({n: t.half() if t.ndim else t for n, t in state(full.half()).items()}, path)
+    elif kind in ("half", "all half"):
+        counts = kind == "all half"  # num_batches_tracked as well
+        halved = {n: t.half() if t.ndim or counts else t for n, t in state(full.half()).items()}
+        torch.save(halved, path)
         full = full.float()
     else:
         wrapped = {"state_dict": {"state_dict": prefixed(full), "epoch": 7}, "plain": state(full)}

@@ -343,6 +343,29 @@ def test_a_batch_norm_with_a_forward_of_its_own_is_not_taken_for_torchs(rule: st
     small(own_module(Plain(6)), batch_norm=rule)
 
 
+class OwnFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.running_var[:, None, None]
+
+
+def test_what_only_looks_like_a_batch_norm_is_not_advised_in_a_circle() -> None:
+    with pytest.raises(ConfigError, match=r"OwnFrozen.*torch's BatchNorm with the same tensors"):
+        small(own_module(OwnFrozen()), batch_norm="freeze")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight"])
+def test_numbers_that_are_not_finite_are_called_so(name: str, value: float) -> None:
+    norm = nn.BatchNorm2d(6)
+    getattr(norm, name).data[2] = value
+    with pytest.raises(ConfigError, match=rf"not finite: 1\.{name}\. "):
+        small(own_module(norm), batch_norm="freeze")
+
+
 class Two(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
