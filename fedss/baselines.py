@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedss.data import Images, RetrievalTask
+from fedss.errors import ConfigError
 from fedss.evaluation import Embed, count_classes, embed_task, score_classes
 from fedss.files import write_file
 from fedss.intervals import ClassScores
@@ -63,23 +64,32 @@ def backbone_floors(
     Args:
         embedder: with its first weights; left as it is.
         task: the test.
-        train: PCA is fitted on these, up to 10,000 of them spread evenly; without two there is
-            none.
+        train: PCA is fitted on these, up to 10,000 of them spread evenly; where no two differ there
+            is none.
         device: where to compute.
+
+    Raises:
+        ConfigError: features that are not finite, or the same for all pictures of the test.
     """
     if not embedder.spec.pretrained:
         return Floors()
     features = _features(embedder).to(device)
-    frozen = floor("frozen", _scores(lambda pixels: embed_pixels(features, pixels), task))
-    if len(train) < 2:
+
+    def embed(pixels: np.ndarray) -> Tensor:
+        return embed_pixels(features, pixels)
+
+    embedded = embed_task(embed, task)
+    _check_features(embedded[0], task.query.pixels)
+    frozen = floor("frozen", score_classes(task, *embedded)[1])
+    fitted_ND = embed(train.pixels[_spread(len(train), _FITTED)])
+    if not bool(fitted_ND.isfinite().all()):
+        raise ConfigError(_OVERFLOW)
+    whiten = fit_whitening(fitted_ND, embedder.spec.embedding_size)
+    if not whiten(fitted_ND[:1]).shape[1]:
         return frozen
-    whiten = fit_whitening(
-        embed_pixels(features, train.pixels[_spread(len(train), _FITTED)]),
-        embedder.spec.embedding_size,
-    )
 
     def whitened(pixels: np.ndarray) -> Tensor:
-        return whiten(embed_pixels(features, pixels))
+        return whiten(embed(pixels))
 
     return frozen | floor("frozen_whitened", _scores(whitened, task))
 
@@ -146,17 +156,19 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     vectors of length 1, and cosines afterwards.
 
     Args:
-        rows_ND: what it is fitted on, at least two rows.
+        rows_ND: what it is fitted on, finite.
         size: components to keep; fewer where so many do not vary.
 
     Returns:
-        A function from [M, D] to [M, at most size].
+        A function from [M, D] to [M, at most size]; to [M, 0] where no two rows differ.
     """
     mean_D = rows_ND.double().mean(0)
     centred_ND = rows_ND.double() - mean_D
     variance_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / max(len(rows_ND) - 1, 1))
     kept = variance_D.flip(0)[:size]
-    kept = kept[kept > 1e-9 * kept[0]]
+    # Below the second bound, rounding of float32 alone varies.
+    squares = rows_ND.double().square().sum(1).mean()
+    kept = kept[(kept > 1e-9 * kept[0]) & (kept > 1e-12 * squares)]
     whitening_DK = axes_DD.flip(1)[:, : len(kept)] / kept.sqrt()
     return lambda rows_MD: ((rows_MD.double() - mean_D) @ whitening_DK).float()
 
@@ -178,6 +190,23 @@ def write_scores(
 
 def _scores(embed: Embed, task: RetrievalTask) -> ClassScores:
     return score_classes(task, *embed_task(embed, task))[1]
+
+
+_OVERFLOW = (
+    "the weights overflow: what the trained backbone gives for pictures is not finite; expected "
+    "weights that fit it and its scale of pixels (weights, pixel_mean, pixel_std)"
+)
+
+
+def _check_features(rows_ND: Tensor, pixels_NCHW: np.ndarray) -> None:
+    if not bool(rows_ND.isfinite().all()):
+        raise ConfigError(_OVERFLOW)
+    if bool((rows_ND == rows_ND[:1]).all()) and bool((pixels_NCHW != pixels_NCHW[:1]).any()):
+        raise ConfigError(
+            "the weights give the same features for all pictures of the test: expected weights "
+            "that tell pictures apart, on the scale of pixels that they were trained with "
+            "(weights, pixel_mean, pixel_std)"
+        )
 
 
 def _features(embedder: Embedder) -> Embedder:

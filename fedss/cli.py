@@ -29,7 +29,7 @@ from fedss.errors import ConfigError, FedssError, LostRankError, RunFolderError
 from fedss.methods import METHODS
 from fedss.output import lasting_output
 from fedss.ranks import join, this_rank
-from fedss.text import encodable, printable
+from fedss.text import counted, encodable, printable
 
 if TYPE_CHECKING:
     from fedss.data import Dataset
@@ -75,6 +75,17 @@ def _run(arguments: Sequence[str] | None) -> int:
             speaks = stderr if lost or not met else sys.stderr
             print(f"{command}: {printable(str(error))}", file=speaks)
             return 1 if lost else 2
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
+            said = printable(str(error).partition("\n")[0]) or type(error).__name__
+            print(
+                f"{command}: not enough memory ({said}): take "
+                "smaller pictures (--image-size), a smaller network (--backbone, "
+                "--embedding-size) or smaller batches (--batch-size)",
+                file=stderr,
+            )
+            return 2
         except UnicodeEncodeError as error:
             # No output fails so: it is the name of a file.
             print(
@@ -90,6 +101,14 @@ def _run(arguments: Sequence[str] | None) -> int:
             print(f"\nfedss: interrupted{then}", file=sys.stderr)
             return 130
     return 0
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, torch's GPU or, as a plain RuntimeError, its CPU has no more of it."""
+    import torch
+
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "not enough memory" in str(error) or "allocate memory" in str(error)
 
 
 @contextmanager
@@ -410,7 +429,7 @@ def _train(options: argparse.Namespace) -> None:
     _print_found([config], data)
     run = train(config, options.out, data=data)
     if run.already_done:
-        _say(f"{options.out} is done: {config.rounds} rounds; delete it to train again")
+        _say(f"{options.out} is done: {counted(config.rounds, 'round')}; delete it to train again")
     _print_results([run.summary], seen_classes(data), run.folder)
     _say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
 
@@ -515,7 +534,7 @@ def _embed(options: argparse.Namespace) -> None:
     result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
     _print_left_out(result.skipped, (), found.passed_over, found.remarks)
     written = write_embeddings(Path(options.out), result)
-    print(f"{len(result.names)} embeddings of size {result.embeddings_ND.shape[1]}")
+    print(f"{counted(len(result.names), 'embedding')} of size {result.embeddings_ND.shape[1]}")
     _say(*written)
 
 
@@ -541,8 +560,9 @@ def _index(options: argparse.Namespace) -> None:
     )
     enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
     _say(
-        f"{found.indexed:,} pictures{enrolled}; {len(found.classes):,} classes; "
-        f"{found.embedded:,} pictures were new or changed",
+        f"{counted(found.indexed, 'picture')}{enrolled}; {counted(len(found.classes), 'class')}; "
+        f"{counted(found.embedded, 'picture')} {'was' if found.embedded == 1 else 'were'} new or "
+        "changed",
         found.folder,
     )
 
@@ -600,8 +620,8 @@ def _enrol(options: argparse.Namespace) -> None:
         done = f"removed the enrolled pictures of {options.label}"
     else:
         collection = enrol(collection, options.label, options.pictures)
-        done = f"enrolled {len(options.pictures)} pictures of {options.label}"
-    _say(f"{done}; {len(collection.classes):,} classes now")
+        done = f"enrolled {counted(len(options.pictures), 'picture')} of {options.label}"
+    _say(f"{done}; {counted(len(collection.classes), 'class')} now")
 
 
 def _identify(options: argparse.Namespace) -> None:
@@ -624,7 +644,7 @@ def _identify(options: argparse.Namespace) -> None:
             print(about, file=sys.stderr)
         return
     least = about if threshold > 1 else f"threshold {threshold:.3f} ({about})"
-    print(f"among {len(collection.classes):,} classes, {least}")
+    print(f"among {counted(len(collection.classes), 'class')}, {least}")
     table = _table()
     for heading in ("picture", "class", "nearest"):
         table.add_column(heading)
@@ -675,7 +695,7 @@ def _serve(options: argparse.Namespace) -> None:
                 "there is no password and no encryption",
                 file=sys.stderr,
             )
-        _say(f"{len(collection):,} pictures at {address}  (Ctrl-C stops)")
+        _say(f"{counted(len(collection), 'picture')} at {address}  (Ctrl-C stops)")
         if options.open:
             webbrowser.open(address)
         with suppress(KeyboardInterrupt):
@@ -830,7 +850,7 @@ def _print_left_out(
     remarks: Sequence[str],
 ) -> None:
     """What is there and not used, and what is easily mistaken, on stderr."""
-    from fedss.data.folder import counted
+    from fedss.data.folder import besides
 
     for names, what in (
         (skipped, "unreadable pictures"),
@@ -841,7 +861,7 @@ def _print_left_out(
             _say(f"left out {len(names)} {what}: {first}", file=sys.stderr)
     if passed_over:
         links = "; list what links lead to in a CSV" if "symbolic links" in passed_over else ""
-        _say(counted(passed_over).removeprefix("; ") + links, file=sys.stderr)
+        _say(besides(passed_over).removeprefix("; ") + links, file=sys.stderr)
     for remark in remarks:
         _say(f"remark: {remark}", file=sys.stderr)
 
@@ -878,7 +898,7 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Pa
 
     classes = "unseen classes" if not seen else f"test classes ({seen} of them seen in training)"
     sites = ", in each site's gallery" if any("sites" in s for s in summaries) else ""
-    found = _table(f"{classes} after {summaries[0]['rounds']} rounds{sites}")
+    found = _table(f"{classes} after {counted(summaries[0]['rounds'], 'round')}{sites}")
     moved = _table("per client and round; sums with ids and headers")
     full = mean(by_method["full"], "map_at_10") if "full" in by_method else None
     found.add_column("method")
@@ -949,7 +969,7 @@ def _print_figures(
     for name in (name for name in FLOORS if name in floors):
         found.add_row(FLOORS[name], _score(floors[name]))
     _print_table(found)
-    _say(f"{metrics['queries']:,} queries of {metrics['classes']:,} classes")
+    _say(f"{counted(metrics['queries'], 'query')} of {counted(metrics['classes'], 'class')}")
     weak = weakness(metrics["classes"])
     _say(*([weak, ""] if weak else [""]))
     pairs = _table("verification")
@@ -985,7 +1005,7 @@ def _print_figures(
         _cosine(known),
     )
     _print_table(open_set)
-    print(f"{known['enrolled']:,} classes enrolled in each of {known['draws']} draws")
+    print(f"{counted(known['enrolled'], 'class')} enrolled in each of {known['draws']} draws")
     if not known["supported"]:
         print(
             f"* too few searches for other classes: fewer than {ERRORS} false positives in a draw"

@@ -23,6 +23,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 RowStore = Literal["memory", "file"]
 EvalSplit = Literal["test", "validation"]
 
+_MOST_OF_MOMENTS = 4096  # 67 MB for a matrix in float32
+
 
 def _option(default: Any, help: str, group: str) -> Any:
     return field(default=default, metadata={"help": help, "group": group})
@@ -173,6 +175,11 @@ class Config:
             raise ConfigError(
                 "normalize_rows: method moments takes rows for unit vectors; leave it on"
             )
+        if self.embedding_size > _MOST_OF_MOMENTS:
+            raise ConfigError(
+                f"embedding_size: method moments sends matrices of its square, expected at most "
+                f"{_MOST_OF_MOMENTS}, got {self.embedding_size}"
+            )
         if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
             raise ConfigError(
                 f"moments_rank: expected below embedding_size = {self.embedding_size} (or leave it "
@@ -228,13 +235,14 @@ OPTIONS = _options()
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample_size", lambda v: v >= 2, "at least 2 classes: an own one and a negative"),
     (
-        "rounds clients_per_round local_epochs local_steps batch_size embedding_size workers"
+        "rounds clients_per_round local_epochs local_steps batch_size workers"
         " checkpoint_every moments_rank client_classes stack",
         lambda v: v >= 1,
         "at least 1",
     ),
     ("glyphs_classes glyphs_clients", lambda v: v >= 2, "at least 2"),
-    ("image_size", lambda v: v >= 8, "at least 8 pixels"),
+    ("image_size", lambda v: 8 <= v <= 4096, "8 to 4096 pixels"),
+    ("embedding_size", lambda v: 1 <= v <= 2**20, "1 to 1048576"),
     ("channels", lambda v: v in (1, 3), "1 or 3"),
     (
         "device",

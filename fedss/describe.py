@@ -28,6 +28,7 @@ from fedss.moments import Moments
 from fedss.samplers import Sampler
 from fedss.seeds import generator
 from fedss.softmax import ClassSample, Objective
+from fedss.text import counted
 from fedss.wire import (
     WireFormat,
     encode_answer,
@@ -66,14 +67,15 @@ def found(config: Config, data: Dataset) -> list[str]:
     channels, height, width = facts["image_shape"]
     low, median, high = facts["own_classes"]
     own = f"{low}" if low == high else f"{low} to {high}, median {median:g}"
-    images = f"{facts['train_images']:,} images of {facts['train_classes']:,} classes"
-    gallery = "the others" if test.gallery is None else f"{len(test.gallery):,} gallery images"
+    images = counted(facts["train_images"], "image")
+    images += f" of {counted(facts['train_classes'], 'class')}"
+    gallery = "the others" if test.gallery is None else counted(len(test.gallery), "gallery image")
     seen = seen_classes(data) if config.eval_split == "test" else 0
-    classes = "one class" if facts["test_classes"] == 1 else f"{facts['test_classes']:,} classes"
+    classes = "one class" if facts["test_classes"] == 1 else counted(facts["test_classes"], "class")
     return [
         f"data     {_cut(data.name, 20)}: {images}, {width} x {height} x {channels}",
         f"clients  {facts['train_clients']:,}; own classes of a client: {own}",
-        f"test     {facts['test_queries']:,} queries of {classes}, "
+        f"test     {counted(facts['test_queries'], 'query')} of {classes}, "
         + (f"{seen:,} of them trained on" if seen else "all held out")
         + f"; each among {gallery}",
     ]

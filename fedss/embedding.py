@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.folder import counted, passed_over
+from fedss.data.folder import besides, passed_over
 from fedss.data.manifest import check_listed_once, listed_name
 from fedss.data.names import composed
 from fedss.data.table import read_table
@@ -136,7 +136,7 @@ def list_pictures(path: Path) -> PictureList:
     if not names:
         advice = "; list what links lead to in a CSV" if LINKS in over else ""
         raise DataError(
-            f"{path}: no picture found{counted(over)}{advice}; expected files such as 1.jpg"
+            f"{path}: no picture found{besides(over)}{advice}; expected files such as 1.jpg"
         )
     return PictureList(source, root, tuple(names), tuple(labels), over, remarks)
 

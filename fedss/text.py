@@ -12,6 +12,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: ``1 round``, ``1,200 rounds``, ``2 classes``, ``0 queries``."""
+    return f"{number:,} {plural(noun, number)}"
+
+
+def plural(noun: str, number: float) -> str:
+    """The noun, in the plural unless there is one of it."""
+    if number == 1:
+        return noun
+    if noun.endswith("y"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
 def encodable(text: str, encoding: str | None) -> str:
     """The text in what an encoding has, the rest of it as escapes: none is taken for another."""
     return text.encode(encoding, "backslashreplace").decode(encoding) if encoding else text

@@ -73,14 +73,18 @@ def prefixed(model: nn.Module) -> dict[str, torch.Tensor]:
     return {f"module.{name}": tensor for name, tensor in state(model).items()}
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "plain", "state_dict", "model", "half"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "plain", "state_dict", "model", "half", "all half"]
+)
 def test_weights_are_those_of_timm_in_eval_mode(kind: str, tmp_path: Path) -> None:
     full = trained(RESNET)
     path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pth")
     if kind == "safetensors":
         save_file(state(full), path)
-    elif kind == "half":
-        torch.save({n: t.half() if t.ndim else t for n, t in state(full.half()).items()}, path)
+    elif kind in ("half", "all half"):
+        counts = kind == "all half"  # num_batches_tracked as well
+        halved = {n: t.half() if t.ndim or counts else t for n, t in state(full.half()).items()}
+        torch.save(halved, path)
         full = full.float()
     else:
         wrapped = {"state_dict": {"state_dict": prefixed(full), "epoch": 7}, "plain": state(full)}
@@ -297,6 +301,12 @@ def test_architectures_that_were_refused_train(name: str, size: int, channels: i
 def test_a_size_that_a_model_does_not_take_names_its_own() -> None:
     with pytest.raises(ConfigError, match=r"made for 240 px: --image-size 240$"):
         build("crossvit_tiny_240", size=64)
+
+
+@pytest.mark.parametrize("tag", ["nope", "", "a1_in1k.x"])
+def test_a_tag_that_is_none_names_those_that_are(tag: str) -> None:
+    with pytest.raises(ConfigError, match=r"of resnet18; expected one of a1_in1k, a2_in1k"):
+        build(f"resnet18.{tag}", size=64)
 
 
 def test_only_timm_models_take_a_file(resnet: Path) -> None:

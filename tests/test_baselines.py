@@ -20,7 +20,7 @@ from fedss.baselines import (
     pixel_vectors,
     write_scores,
 )
-from fedss.errors import DataError, RunFolderError
+from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.evaluation import check_tellable, evaluate_embedding
 from fedss.models import build_embedder, embed_pixels
 from fedss.report.records import read_scores
@@ -139,6 +139,34 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
     assert embed_pixels(made[True], QUERY.pixels).shape == (20, 4)
     # A network that begins at random has no floor but its own first round.
     assert backbone_floors(made[False], DATA.test, DATA.train, cpu) == Floors()
+
+
+def frozen_floors(scale: float, pixels: np.ndarray) -> Floors:
+    body = nn.Sequential(nn.Flatten(), *(nn.Linear(n, 10, bias=False) for n in (64, 10)))
+    with torch.no_grad():
+        for layer in body[1:]:
+            layer.weight *= scale
+    embedder = build_embedder(
+        body, channels=1, image_size=8, embedding_size=4, seed=0, pretrained=True
+    )
+    train = dataclasses.replace(DATA.train, pixels=pixels)
+    return backbone_floors(embedder, DATA.test, train, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
+def test_training_pictures_that_do_not_differ_leave_nothing_to_whiten(scale):
+    same = np.broadcast_to(DATA.train.pixels[:1], DATA.train.pixels.shape)
+    assert frozen_floors(scale, same).map_at_10.keys() == {"frozen"}
+    assert frozen_floors(scale, DATA.train.pixels).map_at_10.keys() > {"frozen"}
+    rows = torch.full((9, 3), 0.1) + torch.tensor([0.0, 1e-8, 0.0])
+    assert fit_whitening(rows * scale, 3)(rows).shape == (9, 0)
+
+
+def test_weights_that_give_no_features_are_refused():
+    with pytest.raises(ConfigError, match=r"weights overflow: .*not finite.*expected"):
+        frozen_floors(1e30, DATA.train.pixels)
+    with pytest.raises(ConfigError, match=r"the same features for all .*expected"):
+        frozen_floors(0.0, DATA.train.pixels)
 
 
 def test_floors_come_back_from_their_file(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fedss
@@ -99,6 +100,36 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedss train: device: cuda:99 means GPU 99 of this machine, where torch")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 3.64 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore"),
+        RuntimeError("[enforce fail at x] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys, monkeypatch):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr("fedss.build.load_data", fail)
+    assert main(["info", *GLYPHS]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedss info: not enough memory (")
+    assert "--image-size" in line
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        main(["info", *GLYPHS])
+
+
+def test_sizes_beyond_all_use_are_one_line(capsys):
+    for words in (["--image-size", "1000000"], ["--backbone", "conv4-99999"]):
+        assert main(["info", *GLYPHS, *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("fedss info: ")
 
 
 def test_commands_and_options_are_pinned(capsys):

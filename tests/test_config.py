@@ -118,6 +118,9 @@ def test_json_round_trip():
         ({"batch_norm": "freze"}, "'freze' is unknown; did you mean freeze"),
         ({"rows_up": "int2"}, "rows_up: 'int2' is unknown; did you mean int"),
         ({"method": "moments", "normalize_rows": False}, "takes rows for unit vectors"),
+        ({"image_size": 4097}, "image_size: expected 8 to 4096 pixels, got 4097"),
+        ({"embedding_size": 2**20 + 1}, "embedding_size: expected 1 to 1048576, got 1048577"),
+        ({"method": "moments", "embedding_size": 4097}, "expected at most 4096, got 4097"),
         ({"method": "moments", "moments_rank": 64}, "expected below embedding_size = 64"),
     ],
 )

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -1344,3 +1345,15 @@ def test_rotations_are_classes_and_clients_of_their_own():
         assert np.array_equal(turned.clients[part], images.clients + turns * k)
         expected = torch.rot90(torch.from_numpy(images.pixels[5]), turns, (1, 2))
         assert np.array_equal(turned.pixels[turns * count + 5], expected.numpy())
+
+
+def test_pictures_that_the_disk_has_no_room_for_are_not_drawn(tmp_path, monkeypatch):
+    def batches():
+        raise AssertionError("drawn all the same")
+        yield
+
+    free = shutil.disk_usage(tmp_path)._replace(free=5_000)
+    monkeypatch.setattr("fedss.data.cache.shutil.disk_usage", lambda path: free)
+    with pytest.raises(DataError, match=r"100 pictures of 8 x 8 pixels take .*--image-size"):
+        cached_array(("k",), (100, 1, 8, 8), batches(), cache=tmp_path, title="glyphs")
+    assert not list(tmp_path.iterdir())

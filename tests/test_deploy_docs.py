@@ -4,6 +4,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -18,6 +19,8 @@ UNITS = {
     for name in ("SuperLink", "SuperExec", "site")
 }
 SHELL = "\n".join(block for block in BLOCKS if block not in UNITS.values())
+
+OF_SERVICES = ("flwr", "systemctl", "mkdir /srv")
 
 
 def settings(unit: str, key: str) -> list[str]:
@@ -79,6 +82,26 @@ def test_keys_are_made_and_can_be_read_by_the_group_alone(tmp_path):
     assert stat.S_IMODE((tmp_path / "root/fedss-ca").stat().st_mode) == 0o700
     verify = ["openssl", "verify", "-CAfile", keys / "ca.pem", keys / "server.pem"]
     subprocess.run(verify, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("step", ["python3 -m venv", "in a newer clone"])
+def test_what_is_installed_can_be_run_by_the_user(step, tmp_path):
+    """Under the umask of a careful administrator; pip is one that writes a file."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash on this machine")
+    (block,) = (block for block in BLOCKS if step in block)
+    script = "\n".join(line for line in block.splitlines() if not line.startswith(OF_SERVICES))
+    # Without pip, which takes seconds to put there.
+    script = script.replace("python3 -m venv", f"{sys.executable} -m venv --without-pip")
+    script = script.replace("/opt/fedss", f"{tmp_path}/fedss")
+    pip = f'pip() {{ mkdir -p "{tmp_path}/fedss" && echo > "{tmp_path}/fedss/installed"; }}'
+    subprocess.run(["bash", "-ec", f"umask 077\n{pip}\n{script}"], check=True, capture_output=True)
+    made = [tmp_path / "fedss", *(tmp_path / "fedss").rglob("*")]
+    assert tmp_path / "fedss/installed" in made
+    for path in made:
+        mode = path.stat().st_mode
+        assert mode & stat.S_IROTH, path
+        assert mode & stat.S_IXOTH or not (path.is_dir() or mode & stat.S_IXUSR), path
 
 
 def test_systemd_accepts_the_units(tmp_path):

@@ -42,8 +42,8 @@ def random_pixels(n: int = 6, channels: int = 1, size: int = 28, seed: int = 0) 
     return torch.randint(256, (n, channels, size, size), generator=generator, dtype=torch.uint8)
 
 
-def small(name: str | nn.Module = "conv4-16", seed: int = 0) -> Embedder:
-    return build_embedder(name, channels=1, image_size=28, embedding_size=12, seed=seed)
+def small(name: str | nn.Module = "conv4-16", seed: int = 0, **more: Any) -> Embedder:
+    return build_embedder(name, channels=1, image_size=28, embedding_size=12, seed=seed, **more)
 
 
 def own_module(*layers: nn.Module, features: int = 6) -> nn.Sequential:
@@ -322,6 +322,48 @@ class FromFirstBatch(nn.Module):
         if not hasattr(self, "start"):
             self.register_buffer("start", x.detach().mean() + 1)
         return x / self.start
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 7 * super().forward(x)
+
+
+class Plain(nn.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize("rule", ["freeze", "replace"])
+def test_a_batch_norm_with_a_forward_of_its_own_is_not_taken_for_torchs(rule: str) -> None:
+    patched = nn.BatchNorm2d(6)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    for norm in (Scaled(6), patched):
+        with pytest.raises(ConfigError, match=r"1 \(\w+\) is a batch norm with a forward"):
+            small(own_module(norm), batch_norm=rule)
+    small(own_module(Plain(6)), batch_norm=rule)
+
+
+class OwnFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_var", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.running_var[:, None, None]
+
+
+def test_what_only_looks_like_a_batch_norm_is_not_advised_in_a_circle() -> None:
+    with pytest.raises(ConfigError, match=r"OwnFrozen.*torch's BatchNorm with the same tensors"):
+        small(own_module(OwnFrozen()), batch_norm="freeze")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight"])
+def test_numbers_that_are_not_finite_are_called_so(name: str, value: float) -> None:
+    norm = nn.BatchNorm2d(6)
+    getattr(norm, name).data[2] = value
+    with pytest.raises(ConfigError, match=rf"not finite: 1\.{name}\. "):
+        small(own_module(norm), batch_norm="freeze")
 
 
 class Two(nn.Module):

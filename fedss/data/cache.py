@@ -3,8 +3,10 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -452,7 +454,7 @@ def cached_array(
     any time.
 
     Raises:
-        DataError: The folder cannot be written, or its disk is full.
+        DataError: The folder cannot be written, or its disk has no room for all of it.
     """
     path = _file("pixels", cache, (*key, shape), "npy")
     with suppress(OSError, ValueError):
@@ -463,6 +465,14 @@ def cached_array(
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)
     with _cache_file(path) as file, shown:
+        size, free = math.prod(shape), shutil.disk_usage(path.parent).free
+        if size > free:
+            raise DataError(
+                f"{title}: {shape[0]:,} pictures of {shape[-1]} x {shape[-2]} pixels take "
+                f"{size / 1e9:,.1f} GB, {path.parent} has {free / 1e9:,.1f} GB: take smaller ones "
+                "(image_size, --image-size), or another folder with cache= or the variable "
+                "FEDSS_CACHE"
+            )
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": shape}
         )

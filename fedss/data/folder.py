@@ -76,7 +76,7 @@ def read_folder(root: Path) -> Listing:
         # Of millions of pictures, each name of a class is kept once.
         rows.append(Row(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
-        raise DataError(f"{root}: no pictures found{counted(over)}; {layout}")
+        raise DataError(f"{root}: no pictures found{besides(over)}; {layout}")
     clients = {row.client for row in rows}
     for folder in sorted(root.iterdir()):
         if (
@@ -86,13 +86,13 @@ def read_folder(root: Path) -> Listing:
         ):
             continue
         raise DataError(
-            f"{folder}: a client without pictures{counted(over)}; {layout}. Add pictures or remove "
+            f"{folder}: a client without pictures{besides(over)}; {layout}. Add pictures or remove "
             "the folder"
         )
     return Listing(root, os.path.abspath(root), rows, passed_over=over)
 
 
-def counted(over: Mapping[str, int]) -> str:
+def besides(over: Mapping[str, int]) -> str:
     """What was passed over, for a message, which begins with "; passed over: ", or nothing."""
     kinds = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(over.items()))
     return f"; passed over: {kinds}" if over else ""

@@ -28,6 +28,7 @@ _ALPHABET, _CLASS, _DRAWER, _PICTURE = range(4)
 _STROKES = 5
 _CONTROLS = 6
 _BATCH = 256
+_PIXELS_AT_ONCE = 1 << 24
 _KEEP_IN_MEMORY = 1 << 30
 
 # How the heading of a stroke's five segments departs from its main direction, as a fraction of
@@ -305,9 +306,12 @@ def glyphs(
     order = np.lexsort((copy, labels, clients))
     labels, clients, copy = labels[order], clients[order], copy[order]
 
+    # Large pictures are drawn fewer at a time.
+    many = max(1, min(_BATCH, _PIXELS_AT_ONCE // image_size**2))
+
     def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(labels), _BATCH):
-            rows = slice(start, start + _BATCH)
+        for start in range(0, len(labels), many):
+            rows = slice(start, start + many)
             classes, which = np.unique(labels[rows], return_inverse=True)
             programs = _programs(classes, alphabet_of[classes], world)[which]
             writing = _write_glyphs(programs, clients[rows], labels[rows], copy[rows], world)
@@ -319,8 +323,8 @@ def glyphs(
         pixels = cached_array(key, shape, batches(), cache=cache, title=f"glyphs: {part}")
     else:
         pixels = np.empty(shape, np.uint8)
-        for start, batch in zip(range(0, len(labels), _BATCH), batches(), strict=True):
-            pixels[start : start + _BATCH] = batch
+        for start, batch in zip(range(0, len(labels), many), batches(), strict=True):
+            pixels[start : start + many] = batch
 
     # The parts have scripts and drawers of their own, so names of their own too.
     def character(label: int) -> str:

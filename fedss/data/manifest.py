@@ -25,6 +25,7 @@ from fedss.data.missing import why_missing
 from fedss.data.names import composed, look_alikes
 from fedss.data.table import read_table
 from fedss.errors import DataError
+from fedss.text import counted
 
 COLUMNS = ("image", "label", "client")
 SPLITS = ("train", "query", "gallery", "test", "validation")
@@ -368,7 +369,8 @@ def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site:
     if not eligible or len(count) < 2:
         raise DataError(
             "cannot hold out a class for testing: expected at least 2 classes, one of them with "
-            f"2 or more pictures; got {len(count)} classes, {len(eligible)} of them with 2 or more"
+            f"2 or more pictures; got {counted(len(count), 'class')}, {len(eligible)} of "
+            "them with 2 or more"
         )
     tested = min(eligible, key=lots.__getitem__)
     held_out.add(tested)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import reprlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from fedss.errors import ConfigError
 from fedss.extras import import_extra
 from fedss.models.checks import check_image, own_size, told
 from fedss.models.norms import LEAST_VALUES, largest_groups
+
+_MOST_WIDTH = 2048  # 450 MB of weights
 
 
 def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequential:
@@ -37,7 +40,7 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
     Args:
         channels: of the pictures.
         image_size: H and W, 8 or more.
-        width: channels of each block.
+        width: channels of each block, 1 to 2,048.
 
     Returns:
         A module from [B, channels, image_size, image_size] to [B, width * s * s], s the last map's
@@ -47,8 +50,8 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
         ConfigError: a size or number out of range.
     """
     check_image(channels, image_size)
-    if width < 1:
-        raise ConfigError(f"conv4: width must be 1 or more, not {width}")
+    if not 1 <= width <= _MOST_WIDTH:
+        raise ConfigError(f"conv4: width must be 1 to {_MOST_WIDTH}, not {reprlib.repr(width)}")
     blocks: dict[str, nn.Module] = {}
     inputs, side = channels, image_size
     for number in range(1, 5):
@@ -117,7 +120,16 @@ def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> 
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
         raise ConfigError(f'timm has no model "{name}"; {hint}')
     settings: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained}
-    published = timm.get_pretrained_cfg(name)
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        plain, _, tag = name.partition(".")
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{plain}.*")]
+        among = f"one of {', '.join(tags)}" if tags else "none"
+        raise ConfigError(
+            f'timm has no weights "{tag}" of {plain}; expected {among} after the dot, or '
+            f'"timm:{plain}"'
+        ) from error
     if published is not None and published.fixed_input_size:
         settings["img_size"] = image_size
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedss.errors import ConfigError
-from fedss.models.norms import BatchNorm, FrozenBatchNorm
+from fedss.models.norms import BatchNorm, FrozenBatchNorm, InstanceNorm
 
 _ADVICE = (
     "Dropout draws from torch's global generator, so that results would depend on the number and "
@@ -61,6 +61,20 @@ def refuse_trained_norms(body: nn.Module) -> None:
         )
 
 
+def refuse_broken_numbers(body: nn.Module) -> None:
+    """Parameters and statistics that are not finite; a mask of another buffer may be infinite."""
+    tensors = [(n, t.isfinite()) for n, t in body.named_parameters()]
+    for name, buffer in body.named_buffers():
+        statistics = name.rpartition(".")[2] in ("running_mean", "running_var")
+        tensors.append((name, buffer.isfinite() if statistics else ~buffer.isnan()))
+    bad = [name for name, fine in tensors if not bool(fine.all())]
+    if bad:
+        raise ConfigError(
+            f"the backbone holds numbers that are not finite: {few(bad)}. Expected finite ones: "
+            "the training that left them went wrong"
+        )
+
+
 def refuse_batch_statistics(body: nn.Module) -> None:
     """Norms that are left once batch norms have been replaced or frozen."""
 
@@ -73,10 +87,17 @@ def refuse_batch_statistics(body: nn.Module) -> None:
 
     bad = _parts(body, keeps_statistics)
     if bad:
+        freezable = any(keeps_statistics(p) and isinstance(p, InstanceNorm) for p in body.modules())
+        advice = "InstanceNorm: without track_running_stats, or batch_norm=freeze"
+        if not freezable:
+            advice = (
+                "to keep trained statistics as they are, torch's BatchNorm with the same tensors, "
+                "and batch_norm=freeze"
+            )
         raise ConfigError(
             f"the backbone keeps statistics of its batches: {few(bad)}. They do not average over "
             "clients, and only torch's BatchNorm can be replaced: use LayerNorm or GroupNorm there "
-            "(InstanceNorm: without track_running_stats, or batch_norm=freeze)"
+            f"({advice})"
         )
 
 

@@ -25,6 +25,7 @@ from fedss.models.checks import (
     output_size,
     probe_pictures,
     refuse_batch_statistics,
+    refuse_broken_numbers,
     refuse_dropout,
     refuse_hidden_state,
     refuse_lazy_layers,
@@ -257,6 +258,7 @@ def assemble(
         if weights is not None:
             load_weights_(body, weights, spec.channels)
         refuse_lazy_layers(body)
+        refuse_broken_numbers(body)
         freeze_(body, spec.trainable)
         refuse_dropout(body)
         features = output_size(body, spec.channels, spec.image_size)

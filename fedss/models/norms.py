@@ -34,6 +34,9 @@ def replace_batch_norm(
         module: left as it is.
         images_BCHW: images of the training size, float32, to see the size of the maps with.
         least_values: of a group.
+
+    Raises:
+        ConfigError: a batch norm that computes something else, in a `forward` of its own.
     """
     module = copy.deepcopy(module)
     seen = _positions(module, images_BCHW)
@@ -59,7 +62,8 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
     saved with the model, not trained, not sent.
 
     Raises:
-        ConfigError: a batch norm without running statistics: there is nothing to freeze.
+        ConfigError: a batch norm without running statistics: there is nothing to freeze; or one
+            that computes something else, in a `forward` of its own.
     """
 
     def has_statistics(part: nn.Module) -> bool:
@@ -158,6 +162,9 @@ def _replace_each(
     make: Callable[[nn.Module], nn.Module],
 ) -> nn.Module:
     """The module with make(part) in place of every chosen part, shared ones shared."""
+    for path, part in module.named_modules():
+        if chosen(part):
+            _refuse_own_forward(path, part)
     if chosen(module):
         return make(module)
     made: dict[nn.Module, nn.Module] = {}
@@ -167,6 +174,18 @@ def _replace_each(
             parent, _, leaf = path.rpartition(".")
             module.get_submodule(parent).register_module(leaf, made[part])
     return module
+
+
+def _refuse_own_forward(path: str, norm: nn.Module) -> None:
+    """What takes a norm's place computes what torch's does, or timm's with its activation."""
+    forward = vars(norm).get("forward", type(norm).forward)
+    known = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "timm.layers.norm_act")
+    if getattr(forward, "__module__", None) not in known:
+        raise ConfigError(
+            f"the backbone's {path or 'norm'} ({type(norm).__name__}) is a batch norm with a "
+            "forward of its own, which would be lost where it is frozen or replaced: expected "
+            "torch's BatchNorm (what comes before or after it as a module beside it), or GroupNorm"
+        )
 
 
 def _frozen_like(norm: nn.Module) -> nn.Module:

@@ -206,7 +206,10 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
     width = conv4_width(spec.backbone)
     if width is not None:
         with torch.device("meta"):  # shapes without numbers
-            network = conv4(spec.channels, spec.image_size, width)
+            try:
+                network = conv4(spec.channels, spec.image_size, width)
+            except ConfigError as error:
+                raise ConfigError(f"{file} does not fit its description: {error}") from error
             picture = torch.empty(1, spec.channels, spec.image_size, spec.image_size)
             features = network(picture).shape[1]
         expected["backbone.block1.conv.weight"] = (width, spec.channels, 3, 3)

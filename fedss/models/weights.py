@@ -66,9 +66,11 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
             f"weights: {path} {_what_it_is(Path(path)) or _what_it_holds(Path(path), error)}; "
             "expected .safetensors, or a .pth or .pt of torch.save(model.state_dict(), ...)"
         ) from error
+    # The others are neither missing, left over, nor of the wrong kind: halved files cast them, too.
+    state = {name: value for name, value in state.items() if not name.endswith(_UNUSED)}
     found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     no_tensors = [name for name in state if name not in found]
-    expected = model.state_dict()
+    expected = {n: t for n, t in model.state_dict().items() if not n.endswith(_UNUSED)}
     published: Any = getattr(model, "pretrained_cfg", {})
     found, classifier = _without_classifier(found, published.get("classifier") or ())
     # timm's conversions trip over tensors of another architecture, which are listed below.
@@ -80,9 +82,8 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         if n in found and _kind(found[n]) != _kind(t)
     ]
     problems = {
-        "missing": [n for n in expected if n not in found and not n.endswith(_UNUSED)],
-        "left over": [n for n in found if n not in expected and not n.endswith(_UNUSED)]
-        + no_tensors,
+        "missing": [n for n in expected if n not in found],
+        "left over": [n for n in found if n not in expected] + no_tensors,
         "of another shape or kind": differing,
         "not finite": [n for n in expected if n in found and not bool(found[n].isfinite().all())],
     }
@@ -177,7 +178,7 @@ def _what_it_holds(path: Path, error: Exception) -> str:
 
 def _where_they_are(state: Mapping[str, object], expected: Iterable[str]) -> str:
     """What to do about tensors that do not fit."""
-    needed = [name for name in expected if not name.endswith(_UNUSED)]
+    needed = list(expected)
     for name in state:
         prefix = name.removesuffix(needed[0])
         if prefix not in ("", name) and all(prefix + each in state for each in needed):

@@ -144,6 +144,7 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         human_bytes=words.human_bytes,
         human_seconds=words.human_seconds,
         count=words.count,
+        tally=words.tally,
     )
 
 
@@ -234,11 +235,11 @@ def _setup(groups: Sequence[Group]) -> str:
     if len(groups) > charts.FEW and words.has_variants(groups):
         what = f"{len(groups)} variants"
     times = "Trained" if len(groups) == 1 else f"{what}, trained"
-    rounds = words.count(run.planned_rounds)
+    rounds = words.tally(run.planned_rounds, "round")
     if not all(r.finished for g in groups for r in g.runs):
         single = len(groups) == 1 and len(seeds) == 1
         rounds = f"{words.count(run.last_round)} of {rounds}" if single else f"up to {rounds}"
-    parts = [f"{times} for {rounds} rounds"]
+    parts = [f"{times} for {rounds}"]
     if clients := words.cohort(groups):
         parts.append(f"of {clients}")
     plural = "s" if len(set(seeds)) > 1 else ""
@@ -254,14 +255,14 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     facts = []
     last = run.rounds[-1] if run.rounds else None
     for key, name, known in (
-        ("train_images", "training pictures", None),
+        ("train_images", "training picture", None),
         # A federation learns of these by and by.
-        ("train_classes", "training classes", last.num_classes if last else None),
-        ("train_clients", "clients", last.num_clients if last else None),
+        ("train_classes", "training class", last.num_classes if last else None),
+        ("train_clients", "client", last.num_clients if last else None),
     ):
         number = data.get(key) if data.get(key) is not None else known
         if number is not None:
-            facts.append((words.count(number), name, ""))
+            facts.append((*_apart(number, name), ""))
     if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
         low, middle, high = (words.count(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))
@@ -270,12 +271,12 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         against = (
             "each against all others" if gallery is None else f"against {words.count(gallery)}"
         )
-        facts.append((words.count(data["test_queries"]), f"{split} queries", against))
+        facts.append((*_apart(data["test_queries"], f"{split} query"), against))
     if data.get("test_classes"):
         seen = data.get("test_classes_seen")  # older records do not say
         trained = "" if seen is None else f"{words.count(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained
-        facts.append((words.count(data["test_classes"]), f"{split} classes", addition))
+        facts.append((*_apart(data["test_classes"], f"{split} class"), addition))
     if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
@@ -285,6 +286,11 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     if config.get("embedding_size") is not None:
         facts.append((str(config["embedding_size"]), "embedding size", ""))
     return facts
+
+
+def _apart(number: float, noun: str) -> tuple[str, str]:
+    shown, _, name = words.tally(number, noun).partition(" ")
+    return shown, name
 
 
 def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:

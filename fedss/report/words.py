@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedss.intervals import FLOORS, Interval
 from fedss.pace import time_left
 from fedss.report.records import MOMENTS, Group, Run
+from fedss.text import plural
 
 NOTHING = "–"
 ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recommended for its bytes
@@ -47,6 +48,11 @@ def count(value: float | None) -> str:
     """A whole number with thin spaces between thousands."""
     grouped = NOTHING if value is None or not math.isfinite(value) else f"{value:,.0f}"
     return grouped.replace(",", "\u202f")
+
+
+def tally(value: float, noun: str) -> str:
+    """A number as ``count`` shows it, and what it counts as ``counted`` does."""
+    return f"{count(value)} {plural(noun, value)}"
 
 
 def percent(ratio: float) -> str:
@@ -90,7 +96,7 @@ def cohort(groups: Sequence[Group]) -> str:
         many = count(low) if low == high else f"{count(low)}\u2060–\u2060{count(high)}"
         return f"{many} client{'' if high == 1 else 's'}"
     known = [run.settings.get("clients_per_round") for run in runs]
-    return f"up to {count(known[0])} clients" if known and known[0] is not None else ""
+    return f"up to {tally(known[0], 'client')}" if known and known[0] is not None else ""
 
 
 def progress(run: Run) -> str:
@@ -205,7 +211,7 @@ def _under_a_floor(groups: Sequence[Group]) -> str:
     if not floors:
         return ""
     group, (name, value) = max(floors, key=lambda pair: pair[1][1])
-    rounds = f"after {group.runs[0].last_round} rounds"
+    rounds = f"after {tally(group.runs[0].last_round, 'round')}"
     if len(done) == 1:
         ends, score = group.over_floor(name), decimals(group.mean("map_at_10"))
         start = f"{group.label} falls below {FLOORS[name]}"
@@ -383,7 +389,7 @@ def _alone(group: Group) -> str:
     score = group.mean("map_at_10")
     run = group.runs[0]
     if score is None and group.finished:
-        text = f"{group.label} was trained for {run.last_round} rounds and not evaluated"
+        text = f"{group.label} was trained for {tally(run.last_round, 'round')} and not evaluated"
     elif score is None:
         text = f"{group.label} has not been evaluated yet"
     elif group.finished:
@@ -393,7 +399,7 @@ def _alone(group: Group) -> str:
             text += f" (95 % interval {ends[0]} to {ends[1]})"
         if best := best_floor(group):
             text += f", {FLOORS[best[0]]} {decimals(best[1])},"
-        text += f" after {run.last_round} rounds"
+        text += f" after {tally(run.last_round, 'round')}"
     else:
         text = f"{group.label} stands at MAP@10 {decimals(score)}"
     if not group.finished:

@@ -16,6 +16,7 @@ from fedss.report.records import read_verified
 from fedss.retrieval import nearest
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
 from fedss.search.shelf import Item, changing, is_there, make_shelf, put, take_out
+from fedss.text import counted
 from fedss.verification import NOTHING
 
 
@@ -181,8 +182,8 @@ class Threshold:
             )
         doubt = "" if self.supported else "; too few pictures were at hand to be sure"
         return (
-            f"of strangers {self.fpir:.1%} are named among {self.enrolled:,} classes, as measured; "
-            f"here about {self.fpir_among(classes):.1%}{doubt}"
+            f"of strangers {self.fpir:.1%} are named among {counted(self.enrolled, 'class')}, as "
+            f"measured; here about {self.fpir_among(classes):.1%}{doubt}"
         )
 
 
