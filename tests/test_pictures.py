@@ -606,6 +606,52 @@ def test_other_pictures_of_the_same_name_size_and_time_are_seen(tmp_path, how):
     assert np.allclose(again.vectors_ND, expected, atol=1e-6)
 
 
+def of_one_moment(files):
+    """Give files one ctime, as an archive does that is unpacked within a tick of the clock."""
+    for _ in range(100):  # kernels with finer times never do it
+        for file in files:
+            file.chmod(0o644)
+        if len({file.stat().st_ctime_ns for file in files}) == 1:
+            return
+
+
+@pytest.mark.parametrize("how", ["folders", "links"])
+def test_pictures_of_one_moment_that_change_places_are_seen(tmp_path, how):
+    """Swapped by what changes no picture's own times: renamed folders above, links."""
+    root = tmp_path / "root"
+    for i in range(12):
+        path = root / "ab"[i // 6] / "xyz"[i // 2 % 3] / f"{i % 2}.bmp"
+        kept = root / ".store" / f"{i}.bmp" if how == "links" else path
+        os.utime(save(kept, noise(i)), (315532800, 315532800))
+        if how == "links":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(kept)
+    of_one_moment([file for file in root.rglob("*.bmp") if not file.is_symlink()])
+    listed = as_csv(root, [f"a/{label}/{i}.bmp" for label in "xyz" for i in (0, 1)])
+    run = tmp_path / "run"
+    save_embedder(MODEL, run / "model", {})
+    load(root)
+    assert build_collection(run, listed).embedded == 6
+    if how == "folders":
+        (root / "a" / "x").rename(root / "t")
+        (root / "a" / "y").rename(root / "a" / "x")
+        (root / "t").rename(root / "a" / "y")
+    else:
+        for i in (0, 1):
+            pair = [root / "a" / label / f"{i}.bmp" for label in "xy"]
+            for link, target in zip(pair, [file.resolve() for file in reversed(pair)], strict=True):
+                link.unlink()
+                link.symlink_to(target)
+    data = load(root)
+    for part in (data.train, data.test.query):
+        for name, pixels in zip(part.names, part.pixels, strict=True):
+            assert np.array_equal(pixels, decode(root / name, 8, 3))
+    again = build_collection(run, listed)
+    assert again.embedded == 4
+    expected = embed_files(MODEL, list_pictures(listed).paths).embeddings_ND
+    assert np.allclose(again.vectors_ND, expected, atol=1e-6)
+
+
 # Memory
 
 

@@ -315,16 +315,20 @@ def pixels_of(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 
 
 def stamp(path: str | Path) -> tuple[int, int]:
-    """A file's size, and a number that stands for its times of last change.
+    """A file's size, and a number that stands for which file it is and its times of last change.
 
     Archives, ``rsync -t`` and backups set the time that a program sees as that of the content, so
     it may be that of the file that was there before. The time of the status (POSIX's ctime) can
     only become later and no program can set it: it tells the two apart. It changes with names,
     rights and hard links, too, and then pictures are decoded once more for nothing.
+
+    Kernels count it in ticks of some milliseconds, in which an archive is unpacked, and it stays
+    when a folder above is renamed or a link leads elsewhere: there the file's number (inode) tells.
+    That of the device may change with each start of the machine and is left out.
     """
     status = os.stat(path)
-    times = f"{status.st_mtime_ns} {status.st_ctime_ns}".encode()
-    return status.st_size, int.from_bytes(hashlib.sha256(times).digest()[:7])
+    facts = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
+    return status.st_size, int.from_bytes(hashlib.sha256(facts).digest()[:7])
 
 
 def stamp_files(paths: Iterable[str]) -> str:

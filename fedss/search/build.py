@@ -59,8 +59,8 @@ def build_collection(
 ) -> Collection:
     """Index the pictures of a folder or a CSV, for search.
 
-    An index that is there already is brought up to date: pictures whose file has the same name,
-    size and times of last change (``fedss.data.cache.stamp``) keep what was computed, new and
+    An index that is there already is brought up to date: pictures whose file has the same name
+    and is unchanged (``fedss.data.cache.stamp``) keep what was computed, new and
     changed ones are embedded, deleted ones vanish. Enrolled classes stay. The new index takes the
     old one's place when it is whole; a process that dies on the way leaves the old one, and the
     next one goes on where it was.
