@@ -43,6 +43,7 @@ _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _BANDS = ("R", "C")  # how Pillow names the first channel of planes that are not compressed
 # ISO/IEC 23008-12, annex B: what a HEIC file begins with, after the four bytes of a length.
 _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"))
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 T = TypeVar("T")
@@ -169,9 +170,11 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
             ) from missing
         register_heif_opener()
         return
-    raise UnidentifiedImageError(
-        f"no picture, it begins with {start!r}" if start else "an empty file"
-    ) from error
+    if start.startswith(_TIFF):
+        what = "a TIFF of a kind that cannot be read, or a damaged one: save it as PNG"
+    else:
+        what = f"no picture, it begins with {start!r}" if start else "an empty file"
+    raise UnidentifiedImageError(what) from error
 
 
 def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
