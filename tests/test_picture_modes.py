@@ -292,7 +292,7 @@ def test_twelve_bits_that_say_so_are_scaled():
 @pytest.mark.parametrize(("bits", "photometric", "channels"), [(12, 0, 1), (16, 1, 2)])
 def test_a_tiff_that_cannot_be_read_is_called_so(bits, photometric, channels):
     alpha = [(338, 3, [2])] if channels == 2 else []
-    with pytest.raises(OSError, match="^a TIFF of a kind that cannot be read, .* save it as PNG"):
+    with pytest.raises(OSError, match=r"^a TIFF of a kind that cannot be read, .* save it as PNG"):
         read_gray(tiff([samples(bits, channels)], bits, photometric, "<", *alpha))
 
 

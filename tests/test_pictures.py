@@ -23,8 +23,8 @@ from fedss.data import cache as cache_module
 from fedss.data import load_dataset
 from fedss.data.cache import MAX_PIXELS, decode, open_picture, quiet_pillow
 from fedss.embedding import embed_files, list_pictures
-from fedss.errors import DataError
-from fedss.models import build_embedder, save_embedder
+from fedss.errors import ConfigError, DataError
+from fedss.models import build_embedder, load_embedder, save_embedder
 from fedss.search import build_collection
 
 
@@ -228,7 +228,9 @@ def test_a_truncated_picture_is_whole_or_broken_never_half(kind, options):
     [
         (b"", "an empty file"),
         (b"not a picture at all", r"no picture, it begins with b'not a pictur'"),
-        (b"<!DOCTYPE html><html>", "no picture, it begins with b'<!DOCTYPE ht'"),
+        (b"<!DOCTYPE html><html>", "no picture: it is a web page: download the file itself"),
+        (b"\xef\xbb\xbf\r\n<HTML>", "no picture: it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "no picture: it is a pointer of Git LFS"),
         (encoded(noise(1), "EPS"), "PostScript is a program"),
     ],
 )
@@ -238,6 +240,19 @@ def test_what_is_no_picture_is_named(tmp_path, content, message):
     for picture in (path, str(path), io.BytesIO(content)):
         with pytest.raises((OSError, ValueError), match=message):
             decode(picture, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_is_something_else_is_called_so(tmp_path, name):
+    for content, message in (
+        (b"", r"it is empty \(0 bytes\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (b"\xef\xbb\xbf<html>", "it is a web page"),
+    ):
+        save_embedder(MODEL, tmp_path / "model", {})
+        (tmp_path / "model" / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"cannot read .*{name}: {message}"):
+            load_embedder(tmp_path / "model")
 
 
 HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"

@@ -29,6 +29,7 @@ from PIL.TiffImagePlugin import (
 from rich.console import Console
 from rich.progress import Progress
 
+from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import DataError
 from fedss.files import atomic, remove_litter
 
@@ -156,10 +157,10 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
     """Let Pillow read HEIC, if that is what it is; otherwise say what it is instead."""
     if isinstance(picture, str | Path):
         with open(picture, "rb") as file:
-            start = file.read(12)
+            start = file.read(LENGTH)
     else:
         picture.seek(0)
-        start = picture.read(12)
+        start = picture.read(LENGTH)
     if start[4:].startswith(_HEIC):
         try:
             from pi_heif import register_heif_opener
@@ -172,8 +173,10 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
         return
     if start.startswith(_TIFF):
         what = "a TIFF of a kind that cannot be read, or a damaged one: save it as PNG"
+    elif known := what_begins(start):
+        what = f"no picture: it {known}"
     else:
-        what = f"no picture, it begins with {start!r}" if start else "an empty file"
+        what = f"no picture, it begins with {start[:12]!r}" if start else "an empty file"
     raise UnidentifiedImageError(what) from error
 
 
