@@ -486,6 +486,9 @@ def clutter(root):
         root / "a" / "#recycle" / "t.jpg",
         root / "a" / ".thumbnails" / "t.jpg",
         root / "$RECYCLE.BIN" / "t.jpg",
+        root / "FOUND.001" / "t.jpg",
+        root / "a" / "~snapshot" / "t.jpg",
+        root / "a" / "x" / "@__thumb" / "t.jpg",
     ):
         save(path, noise(99))
     for name in ("a/x/notes.txt", "b/y/old.TXT", "a/x/IMG_1.CR2", "a/README", "a/x/._0.png"):
@@ -495,6 +498,9 @@ def clutter(root):
         "system folders __MACOSX": 1,
         "system folders #recycle": 1,
         "system folders $RECYCLE.BIN": 1,
+        "system folders FOUND.001": 1,
+        "system folders ~snapshot": 1,
+        "system folders @__thumb": 1,
         "hidden folders": 1,
         "hidden files": 1,
         ".txt files": 2,

@@ -181,9 +181,7 @@ def test_a_file_that_is_something_else_is_named(write, content, message):
 
 # Names
 
-UNSEEN = (
-    "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad\u202a\u202e\u2066\u2069\u061c\u034f\u3164\x07"
-)
+UNSEEN = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad\u202a\u202e\u2066\u2069\u061c\u034f\u2800\u3164\x07"
 
 
 @pytest.mark.parametrize("unseen", UNSEEN, ids=ascii)
