@@ -562,7 +562,9 @@ def test_nothing_but_what_is_passed_over_says_so(tmp_path):
         ("root/a/x/0.png", "root/a/x/0.png is there from the folder that you are in"),
     ],
 )
-def test_a_missing_picture_has_a_hint_in_training_and_in_search(folders, name, hint, monkeypatch):
+def test_a_missing_picture_has_a_hint_in_training_and_in_search(
+    folders, name, hint, monkeypatch, capsys
+):
     monkeypatch.chdir(folders.parent)
     path = as_csv(folders, ["a/x/1.png", "a/y/0.png"])
     path.write_text(path.read_text() + f"{name},x,a\n")
@@ -572,7 +574,10 @@ def test_a_missing_picture_has_a_hint_in_training_and_in_search(folders, name, h
     with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
         embed_files(MODEL, found.paths, names=found.names)
     save_embedder(MODEL, folders.parent / "run" / "model", {})
-    with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
+    run, out = str(folders.parent / "run"), str(folders.parent / "e.npy")
+    assert main(["embed", run, str(path), "--out", out]) == 2
+    assert f"{path}, line 4: cannot read picture" in capsys.readouterr().err
+    with pytest.raises(DataError, match=rf"line 4: cannot read picture .*{hint}"):
         build_collection(folders.parent / "run", path)
 
 

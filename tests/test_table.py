@@ -101,6 +101,20 @@ def test_a_mistake_with_quotes_says_how_to_write_it(write, value, message):
     assert re.search(f"line 3: {message}", said)
 
 
+@pytest.mark.parametrize("text", ['a.png,"cup,x\nb.png",mug,x', 'a.png,"cup,x\nb.png"'])
+def test_a_quote_that_closes_in_another_row_is_told_everywhere(write, text):
+    path = write(f"image,label,client\n{text}\n")
+    assert "line 2: expected 3 cells" in mistake(path)
+    with pytest.raises(DataError, match="goes on to line 3: remove a double quote"):
+        list_pictures(path)
+
+
+def test_pictures_without_a_class_are_counted(write):
+    found = list_pictures(write("image,label\na.png,cup\nb.png,\n"))
+    assert (found.labels, found.lines) == (("cup", None), (2, 3))
+    assert found.remarks == ("1 without a class: label is empty",)
+
+
 def test_one_name_has_one_spelling(write):
     path = write('image,label,client\na.png,"12"" plate",x\nb.png, "12"" plate" ,x\n')
     assert {row[1] for _, row in rows(path)} == {'12" plate'}
@@ -181,7 +195,10 @@ def test_a_file_that_is_something_else_is_named(write, content, message):
 
 # Names
 
-UNSEEN = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad\u202a\u202e\u2066\u2069\u061c\u034f\u2800\u3164\x07"
+UNSEEN = (
+    "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad"
+    "\u202a\u202e\u2066\u2069\u061c\u034f\u2800\u3164\x07"
+)
 
 
 @pytest.mark.parametrize("unseen", UNSEEN, ids=ascii)

@@ -17,7 +17,8 @@ from fedss.errors import DataError
 # What Pillow knows by name and cannot decode: data that need a handler, a player or Windows.
 _UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 _HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
-# Made by Synology, QNAP, NetApp, macOS, Windows, Android, ext4: thumbnails, deleted files, snapshots.
+# Made by Synology, QNAP, NetApp, macOS, Windows, Android, ext4: thumbnails, deleted files,
+# snapshots.
 _SYSTEM_FOLDERS = (
     *("@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
     *(

@@ -15,6 +15,7 @@ KNOWN = ("image", "label", "client", "split")
 
 _OPENING = re.compile(r'[ \t]*"')
 _INSIDE = re.compile(r'((?:[^"]+|"")*)("?)[ \t]*')
+_BREAK = re.compile(r"\r\n|\r|\n")
 _OUTSIDE = re.compile(r'[^,"\r\n]*')
 _OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAVE = "Save the file as UTF-8 (in Excel: 'CSV UTF-8')"
@@ -97,7 +98,15 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
     def rows() -> Iterator[tuple[int, list[str]]]:
         empty = True
         for number, line in lines:
-            cells = [cell.strip() for cell in _record(path, number, line, lines)]
+            record = _record(path, number, line, lines)
+            cells = [cell.strip() for cell in record]
+            breaks = sum(len(_BREAK.findall(cell)) for cell in record)
+            if breaks and len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {number}: expected {len(header)} cells, got {len(cells)}; a "
+                    f"value in quotes goes on to line {number + breaks}: remove a double quote "
+                    "that is too much, or put the others right"
+                )
             if any(map(composed, cells)):
                 empty = False
                 where = f"{path}, line {number}"
