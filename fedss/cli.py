@@ -531,6 +531,8 @@ def _embed(options: argparse.Namespace) -> None:
 
     embedder = load(options.folder)
     found = list_pictures(Path(options.pictures))
+    if not options.skip_broken:
+        found.check_there()
     result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
     _print_left_out(result.skipped, (), found.passed_over, found.remarks)
     written = write_embeddings(Path(options.out), result)

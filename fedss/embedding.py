@@ -12,6 +12,7 @@ import numpy as np
 
 from fedss.data.folder import besides, passed_over
 from fedss.data.manifest import check_listed_once, listed_name
+from fedss.data.missing import why_missing
 from fedss.data.names import composed
 from fedss.data.table import read_table
 from fedss.errors import ConfigError, DataError
@@ -88,6 +89,7 @@ class PictureList:
         passed_over: files and folders of the folder that are none of these pictures, by kind:
             those that training passes over too, and symbolic links.
         remarks: sentences on what else is not read.
+        lines: of a CSV, that of each picture; of a folder, none.
     """
 
     source: Path
@@ -96,11 +98,31 @@ class PictureList:
     labels: tuple[str | None, ...]
     passed_over: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
 
     @property
     def paths(self) -> list[Path]:
         """The pictures' files."""
         return [self.root / name for name in self.names]
+
+    def where(self, position: int) -> str:
+        """A picture's place, for messages: "LIST, line 2: " of a CSV, of a folder nothing."""
+        return f"{self.source}, line {self.lines[position]}: " if self.lines else ""
+
+    def check_there(self) -> None:
+        """Whether each picture has a file.
+
+        Raises:
+            DataError: the first one that has none.
+        """
+        for position, path in enumerate(self.paths):
+            try:
+                path.stat()
+            except OSError as error:
+                raise DataError(
+                    f"{self.where(position)}cannot read picture {self.names[position]}: {path}: "
+                    f"{error.strerror}{why_missing(str(path))}; {LEAVE_OUT}"
+                ) from error
 
 
 def list_pictures(path: Path) -> PictureList:
@@ -118,6 +140,7 @@ def list_pictures(path: Path) -> PictureList:
     source = root = path.resolve()
     over: Counter[str] = Counter()
     remarks: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
     if source.is_dir():
         names = _below(source, over)
         labels = [class_name(Path(name).parent.name) for name in names]
@@ -126,11 +149,13 @@ def list_pictures(path: Path) -> PictureList:
         root = Path(os.path.abspath(path.parent))
         table = read_table(path, ("image",), optional="label")
         without = () if table.complete else ("no column label: these pictures have no class",)
-        remarks = (*without, *table.remarks)
         lines, rows = zip(*table.rows, strict=True)
         names = [listed_name(str(root), cells[0]) for cells in rows]
         check_listed_once(path, names, lines.__getitem__)
         labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
+        if table.complete and None in labels:
+            without = (f"{labels.count(None):,} without a class: label is empty",)
+        remarks = (*without, *table.remarks)
     else:
         raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
     if not names:
@@ -138,7 +163,7 @@ def list_pictures(path: Path) -> PictureList:
         raise DataError(
             f"{path}: no picture found{besides(over)}{advice}; expected files such as 1.jpg"
         )
-    return PictureList(source, root, tuple(names), tuple(labels), over, remarks)
+    return PictureList(source, root, tuple(names), tuple(labels), over, remarks, lines)
 
 
 def class_name(text: str) -> str | None:

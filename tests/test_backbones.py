@@ -218,6 +218,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
         (LFS, "is a pointer of Git LFS, not the file it stands for"),
         (b"\n<!DOCTYPE html><html>", "is a web page"),
         (b"<html><body>404", "is a web page"),
+        (b"\xef\xbb\xbf<!DOCTYPE html>", "is a web page"),
         (b'{"error": "not found"}', "is a text: it begins with"),
         (b"", r"is empty \(0 bytes\)"),
         (b"\x1f\x8b\x08", "is compressed with gzip"),

@@ -197,7 +197,7 @@ def test_a_gray_tiff_whose_zero_is_white_or_black(bits, white, order, compressio
     content = tiff([values], bits, white, order, compression=compression)
     expected = eight(values if white else 2**bits - 1 - values, bits)[..., 0]
     if (bits, white, order) == (16, 0, ">"):
-        with pytest.raises(Exception, match="no picture"):  # Pillow does not know it
+        with pytest.raises(Exception, match="a TIFF of a kind that cannot"):  # by Pillow
             read_gray(content)
     else:
         assert np.array_equal(read_gray(content), expected)
@@ -222,7 +222,7 @@ def test_a_tiff_in_colour_with_and_without_alpha(bits, extra, planar, compressio
     content = tiff(planes, bits, 2, order, *tags, planar=planar, compression=compression)
     if (planar, compression) == (2, 1) and (bits == 16 or extra in (0, 1)):
         with pytest.raises(
-            (OSError, ValueError), match=r"channel after channel|no picture|raw mode"
+            (OSError, ValueError), match=r"channel after channel|a TIFF of a kind|raw mode"
         ):
             read(content, 3)
     else:
@@ -287,6 +287,13 @@ def test_twelve_bits_that_say_so_are_scaled():
         struct.pack("<HHIHH", 258, 3, 1, 8, 0), struct.pack("<HHIHH", 258, 3, 1, 12, 0)
     )
     assert np.array_equal(read_gray(content), values >> 4)
+
+
+@pytest.mark.parametrize(("bits", "photometric", "channels"), [(12, 0, 1), (16, 1, 2)])
+def test_a_tiff_that_cannot_be_read_is_called_so(bits, photometric, channels):
+    alpha = [(338, 3, [2])] if channels == 2 else []
+    with pytest.raises(OSError, match=r"^a TIFF of a kind that cannot be read, .* save it as PNG"):
+        read_gray(tiff([samples(bits, channels)], bits, photometric, "<", *alpha))
 
 
 # Others

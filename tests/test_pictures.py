@@ -23,8 +23,8 @@ from fedss.data import cache as cache_module
 from fedss.data import load_dataset
 from fedss.data.cache import MAX_PIXELS, decode, open_picture, quiet_pillow
 from fedss.embedding import embed_files, list_pictures
-from fedss.errors import DataError
-from fedss.models import build_embedder, save_embedder
+from fedss.errors import ConfigError, DataError
+from fedss.models import build_embedder, load_embedder, save_embedder
 from fedss.search import build_collection
 
 
@@ -228,7 +228,9 @@ def test_a_truncated_picture_is_whole_or_broken_never_half(kind, options):
     [
         (b"", "an empty file"),
         (b"not a picture at all", r"no picture, it begins with b'not a pictur'"),
-        (b"<!DOCTYPE html><html>", "no picture, it begins with b'<!DOCTYPE ht'"),
+        (b"<!DOCTYPE html><html>", "no picture: it is a web page: download the file itself"),
+        (b"\xef\xbb\xbf\r\n<HTML>", "no picture: it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "no picture: it is a pointer of Git LFS"),
         (encoded(noise(1), "EPS"), "PostScript is a program"),
     ],
 )
@@ -238,6 +240,19 @@ def test_what_is_no_picture_is_named(tmp_path, content, message):
     for picture in (path, str(path), io.BytesIO(content)):
         with pytest.raises((OSError, ValueError), match=message):
             decode(picture, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_is_something_else_is_called_so(tmp_path, name):
+    for content, message in (
+        (b"", r"it is empty \(0 bytes\)"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (b"\xef\xbb\xbf<html>", "it is a web page"),
+    ):
+        save_embedder(MODEL, tmp_path / "model", {})
+        (tmp_path / "model" / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"cannot read .*{name}: {message}"):
+            load_embedder(tmp_path / "model")
 
 
 HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf"
@@ -471,6 +486,9 @@ def clutter(root):
         root / "a" / "#recycle" / "t.jpg",
         root / "a" / ".thumbnails" / "t.jpg",
         root / "$RECYCLE.BIN" / "t.jpg",
+        root / "FOUND.001" / "t.jpg",
+        root / "a" / "~snapshot" / "t.jpg",
+        root / "a" / "x" / "@__thumb" / "t.jpg",
     ):
         save(path, noise(99))
     for name in ("a/x/notes.txt", "b/y/old.TXT", "a/x/IMG_1.CR2", "a/README", "a/x/._0.png"):
@@ -480,6 +498,9 @@ def clutter(root):
         "system folders __MACOSX": 1,
         "system folders #recycle": 1,
         "system folders $RECYCLE.BIN": 1,
+        "system folders FOUND.001": 1,
+        "system folders ~snapshot": 1,
+        "system folders @__thumb": 1,
         "hidden folders": 1,
         "hidden files": 1,
         ".txt files": 2,
@@ -541,7 +562,9 @@ def test_nothing_but_what_is_passed_over_says_so(tmp_path):
         ("root/a/x/0.png", "root/a/x/0.png is there from the folder that you are in"),
     ],
 )
-def test_a_missing_picture_has_a_hint_in_training_and_in_search(folders, name, hint, monkeypatch):
+def test_a_missing_picture_has_a_hint_in_training_and_in_search(
+    folders, name, hint, monkeypatch, capsys
+):
     monkeypatch.chdir(folders.parent)
     path = as_csv(folders, ["a/x/1.png", "a/y/0.png"])
     path.write_text(path.read_text() + f"{name},x,a\n")
@@ -551,7 +574,10 @@ def test_a_missing_picture_has_a_hint_in_training_and_in_search(folders, name, h
     with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
         embed_files(MODEL, found.paths, names=found.names)
     save_embedder(MODEL, folders.parent / "run" / "model", {})
-    with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
+    run, out = str(folders.parent / "run"), str(folders.parent / "e.npy")
+    assert main(["embed", run, str(path), "--out", out]) == 2
+    assert f"{path}, line 4: cannot read picture" in capsys.readouterr().err
+    with pytest.raises(DataError, match=rf"line 4: cannot read picture .*{hint}"):
         build_collection(folders.parent / "run", path)
 
 
@@ -603,6 +629,52 @@ def test_other_pictures_of_the_same_name_size_and_time_are_seen(tmp_path, how):
     again = build_collection(run, root)
     assert again.embedded == 12
     expected = embed_files(MODEL, list_pictures(root).paths).embeddings_ND
+    assert np.allclose(again.vectors_ND, expected, atol=1e-6)
+
+
+def of_one_moment(files):
+    """Give files one ctime, as an archive does that is unpacked within a tick of the clock."""
+    for _ in range(100):  # kernels with finer times never do it
+        for file in files:
+            file.chmod(0o644)
+        if len({file.stat().st_ctime_ns for file in files}) == 1:
+            return
+
+
+@pytest.mark.parametrize("how", ["folders", "links"])
+def test_pictures_of_one_moment_that_change_places_are_seen(tmp_path, how):
+    """Swapped by what changes no picture's own times: renamed folders above, links."""
+    root = tmp_path / "root"
+    for i in range(12):
+        path = root / "ab"[i // 6] / "xyz"[i // 2 % 3] / f"{i % 2}.bmp"
+        kept = root / ".store" / f"{i}.bmp" if how == "links" else path
+        os.utime(save(kept, noise(i)), (315532800, 315532800))
+        if how == "links":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(kept)
+    of_one_moment([file for file in root.rglob("*.bmp") if not file.is_symlink()])
+    listed = as_csv(root, [f"a/{label}/{i}.bmp" for label in "xyz" for i in (0, 1)])
+    run = tmp_path / "run"
+    save_embedder(MODEL, run / "model", {})
+    load(root)
+    assert build_collection(run, listed).embedded == 6
+    if how == "folders":
+        (root / "a" / "x").rename(root / "t")
+        (root / "a" / "y").rename(root / "a" / "x")
+        (root / "t").rename(root / "a" / "y")
+    else:
+        for i in (0, 1):
+            pair = [root / "a" / label / f"{i}.bmp" for label in "xy"]
+            for link, target in zip(pair, [file.resolve() for file in reversed(pair)], strict=True):
+                link.unlink()
+                link.symlink_to(target)
+    data = load(root)
+    for part in (data.train, data.test.query):
+        for name, pixels in zip(part.names, part.pixels, strict=True):
+            assert np.array_equal(pixels, decode(root / name, 8, 3))
+    again = build_collection(run, listed)
+    assert again.embedded == 4
+    expected = embed_files(MODEL, list_pictures(listed).paths).embeddings_ND
     assert np.allclose(again.vectors_ND, expected, atol=1e-6)
 
 

@@ -39,7 +39,7 @@ PUBLIC = {
 
 # A module may import those of lower layers, and of its own folder.
 LAYERS = [
-    {"errors", "seeds", "allocator", "pace", "text"},
+    {"errors", "beginnings", "seeds", "allocator", "pace", "text"},
     {"extras", "files", "ranks", "output", "intervals"},
     {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
     {"samplers", "moments", "methods", "verification", "confusions"},

@@ -101,6 +101,20 @@ def test_a_mistake_with_quotes_says_how_to_write_it(write, value, message):
     assert re.search(f"line 3: {message}", said)
 
 
+@pytest.mark.parametrize("text", ['a.png,"cup,x\nb.png",mug,x', 'a.png,"cup,x\nb.png"'])
+def test_a_quote_that_closes_in_another_row_is_told_everywhere(write, text):
+    path = write(f"image,label,client\n{text}\n")
+    assert "line 2: expected 3 cells" in mistake(path)
+    with pytest.raises(DataError, match="goes on to line 3: remove a double quote"):
+        list_pictures(path)
+
+
+def test_pictures_without_a_class_are_counted(write):
+    found = list_pictures(write("image,label\na.png,cup\nb.png,\n"))
+    assert (found.labels, found.lines) == (("cup", None), (2, 3))
+    assert found.remarks == ("1 without a class: label is empty",)
+
+
 def test_one_name_has_one_spelling(write):
     path = write('image,label,client\na.png,"12"" plate",x\nb.png, "12"" plate" ,x\n')
     assert {row[1] for _, row in rows(path)} == {'12" plate'}
@@ -117,6 +131,8 @@ def test_one_name_has_one_spelling(write):
         ("image,label,client,label_", "2 columns are called label"),
         ("image,label,client,IMAGE", "2 columns are called image"),
         ("image,label,client,split,Split", "2 columns are called split"),
+        ("image,label,client,note,note", "2 columns are called note, or nearly so: 'note', 'note'"),
+        ("image,label,client,note,Note", "2 columns are called note"),
         ("image,label,client,Split", "is 'Split' meant as 'split'. Rename the column: to 'split'"),
         ("image,label,client,splits", "is 'splits' meant as 'split'"),
         ("image,label,client,spilt", "is 'spilt' meant as 'split'"),
@@ -132,12 +148,19 @@ def test_a_header_that_may_mean_something_else_is_refused(write, header, message
     assert re.search(f"line 1: .*{message}", said)
 
 
-@pytest.mark.parametrize(
-    "header", ["image,Label", "image,labels", "image,lable", "image,label,Label"]
-)
-def test_an_index_is_as_strict_with_its_header(write, header):
-    with pytest.raises(DataError, match=r"line 1: (is '.*' meant as 'label'|2 columns are called)"):
-        list_pictures(write(f"{header}\na.png,b\n"))
+@pytest.mark.parametrize("column", ["label", "client", "split", "note"])
+def test_an_index_is_as_strict_with_its_header(write, column):
+    others = ",".join({"image", "label", "client", "split"} - {column})
+    for more in (column, column.capitalize()):
+        with pytest.raises(DataError, match=f"line 1: 2 columns are called {column}"):
+            list_pictures(write(f"{others},{column},{more}\na.png,b\n"))
+    if column == "note":
+        return
+    for near in (column.capitalize(), f"{column}s", f"{column[:-2]}{column[-1]}{column[-2]}"):
+        with pytest.raises(DataError, match=f"line 1: is '{near}' meant as '{column}'"):
+            list_pictures(write(f"image,{near}\na.png,b\n"))
+        with pytest.raises(DataError, match=f"is '{near}' meant as '{column}'"):
+            rows(write(f"{others},{near}\na.png,b\n"))
 
 
 def test_columns_that_are_not_read_are_told(write):
@@ -173,7 +196,8 @@ def test_a_file_that_is_something_else_is_named(write, content, message):
 # Names
 
 UNSEEN = (
-    "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad\u202a\u202e\u2066\u2069\u061c\u034f\u3164\x07"
+    "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad"
+    "\u202a\u202e\u2066\u2069\u061c\u034f\u2800\u3164\x07"
 )
 
 

@@ -31,6 +31,7 @@ from PIL.TiffImagePlugin import (
 from rich.console import Console
 from rich.progress import Progress
 
+from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import DataError
 from fedss.files import atomic, remove_litter
 
@@ -45,6 +46,7 @@ _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _BANDS = ("R", "C")  # how Pillow names the first channel of planes that are not compressed
 # ISO/IEC 23008-12, annex B: what a HEIC file begins with, after the four bytes of a length.
 _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"))
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 T = TypeVar("T")
@@ -157,10 +159,10 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
     """Let Pillow read HEIC, if that is what it is; otherwise say what it is instead."""
     if isinstance(picture, str | Path):
         with open(picture, "rb") as file:
-            start = file.read(12)
+            start = file.read(LENGTH)
     else:
         picture.seek(0)
-        start = picture.read(12)
+        start = picture.read(LENGTH)
     if start[4:].startswith(_HEIC):
         try:
             from pi_heif import register_heif_opener
@@ -171,9 +173,13 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
             ) from missing
         register_heif_opener()
         return
-    raise UnidentifiedImageError(
-        f"no picture, it begins with {start!r}" if start else "an empty file"
-    ) from error
+    if start.startswith(_TIFF):
+        what = "a TIFF of a kind that cannot be read, or a damaged one: save it as PNG"
+    elif known := what_begins(start):
+        what = f"no picture: it {known}"
+    else:
+        what = f"no picture, it begins with {start[:12]!r}" if start else "an empty file"
+    raise UnidentifiedImageError(what) from error
 
 
 def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
@@ -317,16 +323,20 @@ def pixels_of(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
 
 
 def stamp(path: str | Path) -> tuple[int, int]:
-    """A file's size, and a number that stands for its times of last change.
+    """A file's size, and a number that stands for which file it is and its times of last change.
 
     Archives, ``rsync -t`` and backups set the time that a program sees as that of the content, so
     it may be that of the file that was there before. The time of the status (POSIX's ctime) can
     only become later and no program can set it: it tells the two apart. It changes with names,
     rights and hard links, too, and then pictures are decoded once more for nothing.
+
+    Kernels count it in ticks of some milliseconds, in which an archive is unpacked, and it stays
+    when a folder above is renamed or a link leads elsewhere: there the file's number (inode) tells.
+    That of the device may change with each start of the machine and is left out.
     """
     status = os.stat(path)
-    times = f"{status.st_mtime_ns} {status.st_ctime_ns}".encode()
-    return status.st_size, int.from_bytes(hashlib.sha256(times).digest()[:7])
+    facts = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
+    return status.st_size, int.from_bytes(hashlib.sha256(facts).digest()[:7])
 
 
 def stamp_files(paths: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """Pictures in folders: root/client/class/picture."""
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,22 @@ from fedss.errors import DataError
 # What Pillow knows by name and cannot decode: data that need a handler, a player or Windows.
 _UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 _HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
-# Made by Synology, QNAP, macOS, Windows, Android, ext4: thumbnails, deleted files, snapshots.
+# Made by Synology, QNAP, NetApp, macOS, Windows, Android, ext4: thumbnails, deleted files,
+# snapshots.
 _SYSTEM_FOLDERS = (
     *("@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
-    *("__macosx", "network trash folder", "temporary items", "$recycle.bin", "recycler"),
-    *("system volume information", "lost.dir", "lost+found", "found.000"),
+    *(
+        "~snapshot",
+        "@__thumb",
+        "__macosx",
+        "network trash folder",
+        "temporary items",
+        "$recycle.bin",
+        "recycler",
+    ),
+    *("system volume information", "lost.dir", "lost+found"),
 )
+_FOUND = re.compile(r"found\.\d{3}")  # by Windows, when it mends a disk
 
 
 @cache
@@ -42,7 +53,9 @@ def passed_over(name: str, is_folder: bool) -> str | None:
     if name.startswith("."):
         return "hidden folders" if is_folder else "hidden files"
     if is_folder:
-        return f"system folders {name}" if name.casefold() in _SYSTEM_FOLDERS else None
+        plain = name.casefold()
+        systems = plain in _SYSTEM_FOLDERS or _FOUND.fullmatch(plain)
+        return f"system folders {name}" if systems else None
     ending = os.path.splitext(name)[1].lower()
     if ending in extensions():
         return None

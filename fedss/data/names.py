@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 # Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt) without what shapes its
-# neighbours: joiners (below), variation selectors and tags, of which flags are made. And controls.
+# neighbours: joiners (below), variation selectors and tags, of which flags are made. And controls,
+# and the pattern of Braille without a dot.
 _INVISIBLE = re.compile(
     "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e"
-    "\u200f\u202a-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    "\u200f\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
     "\U0001d173-\U0001d17a\U000e0000-\U000e001f\U000e0080-\U000e00ff\U000e01f0-\U000e0fff]"
 )
 _JOINERS = "\u200c\u200d"

@@ -15,6 +15,7 @@ KNOWN = ("image", "label", "client", "split")
 
 _OPENING = re.compile(r'[ \t]*"')
 _INSIDE = re.compile(r'((?:[^"]+|"")*)("?)[ \t]*')
+_BREAK = re.compile(r"\r\n|\r|\n")
 _OUTSIDE = re.compile(r'[^,"\r\n]*')
 _OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAVE = "Save the file as UTF-8 (in Excel: 'CSV UTF-8')"
@@ -58,7 +59,7 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
 
     Raises:
         DataError: Anything amiss with the file, its header or a line, or no line at all; a column
-            that is there twice, or one whose name is nearly that of a missing one.
+            that is there twice, or one whose name is nearly that of a missing one of ``KNOWN``.
     """
     try:
         content = path.read_bytes()
@@ -97,7 +98,15 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
     def rows() -> Iterator[tuple[int, list[str]]]:
         empty = True
         for number, line in lines:
-            cells = [cell.strip() for cell in _record(path, number, line, lines)]
+            record = _record(path, number, line, lines)
+            cells = [cell.strip() for cell in record]
+            breaks = sum(len(_BREAK.findall(cell)) for cell in record)
+            if breaks and len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {number}: expected {len(header)} cells, got {len(cells)}; a "
+                    f"value in quotes goes on to line {number + breaks}: remove a double quote "
+                    "that is too much, or put the others right"
+                )
             if any(map(composed, cells)):
                 empty = False
                 where = f"{path}, line {number}"
@@ -223,33 +232,36 @@ def _check_header(
     path: Path, header: Sequence[str], columns: Sequence[str], optional: str | None
 ) -> None:
     where = f"{path}, line 1"
-    wanted = [*columns, *([optional] if optional else [])]
-    for column in wanted:
-        named = [name for name in header if name == column or _bare(name) == _bare(column)]
-        if column in named and len(named) > 1:
+    # Those that this command does not read, too: a list means the same to all of them.
+    known = dict.fromkeys([*columns, *([optional] if optional else []), *KNOWN])
+    called: dict[str, list[str]] = {}
+    for name in filter(None, header):
+        meant = next((column for column in known if _bare(column) == _bare(name)), name.casefold())
+        called.setdefault(meant, []).append(name)
+    for column, named in called.items():
+        if len(named) > 1:
             raise DataError(
                 f"{where}: {len(named)} columns are called {column}, or nearly so: "
                 f"{', '.join(map(repr, named))}; keep one, and remove or rename the others"
             )
-    others = [name for name in header if name not in wanted and name not in KNOWN]
+    others = {_bare(name): name for name in header if name not in known}
     missing = [column for column in columns if column not in header]
-    hints = []
-    for column in wanted:
+    hints = {}
+    for column in known:
         if column not in header:
             cutoff = 0.6 if column in missing else 0.8
-            bare = {_bare(name): name for name in others}
-            near = difflib.get_close_matches(_bare(column), bare, 1, cutoff)
-            hints += [f"is {bare[near[0]]!r} meant as {column!r}?"] if near else []
+            if near := difflib.get_close_matches(_bare(column), others, 1, cutoff):
+                hints[column] = f"is {others[near[0]]!r} meant as {column!r}?"
     if missing:
         raise DataError(
             f"{where}: expected {_listed(columns)}"
             + (f" and perhaps {optional}" if optional else "")
             + f"; missing: {', '.join(missing)}; found: {', '.join(header)}"
-            + "".join(f"; {hint}" for hint in hints)
+            + "".join(f"; {hint}" for hint in hints.values())
         )
-    if hints:
+    for column, hint in hints.items():
         raise DataError(
-            f"{where}: {hints[0]} Rename the column: to {optional!r} if so, else to something that "
+            f"{where}: {hint} Rename the column: to {column!r} if so, else to something that "
             "is less like it"
         )
 

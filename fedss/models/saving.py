@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import ConfigError
 from fedss.files import write_file
 from fedss.models.backbones import conv4, conv4_width
@@ -174,9 +175,11 @@ def _header_spec(file: Path, header: Mapping[str, str]) -> EmbedderSpec:
 def _config_spec(file: Path, alone: bool) -> EmbedderSpec:
     config = file.with_name(_CONFIG)
     if alone and not config.exists():
+        what = _what_it_is(file)
+        found = f"but it {what}" if what else "found none whose header describes a model"
         raise ConfigError(
-            f"{file}: expected a safetensors file that fedss export wrote, found none whose header "
-            "describes a model; export the run again: fedss export RUN --format safetensors"
+            f"{file}: expected a safetensors file that fedss export wrote, {found}; export "
+            "the run again: fedss export RUN --format safetensors"
         )
     try:
         description = json.loads(config.read_text(encoding="utf-8"))
@@ -229,9 +232,19 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
     what = f"{path} is missing" if isinstance(error, FileNotFoundError) else f"cannot read {path}"
-    why = "" if isinstance(error, FileNotFoundError) else f": {error}"
+    found = _what_it_is(path)
+    why = f": it {found}" if found else f": {error}"
+    why = "" if isinstance(error, FileNotFoundError) else why
     return ConfigError(
         f"{what}{why}. Restore it; or, in a run folder, delete {path.parent.parent}/summary.json "
         "and start the same fedss train command again: it makes the model anew from the last "
         "checkpoint"
     )
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is that holds no part of a model, as ``what_begins``."""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(LENGTH)
+        return what_begins(start) if start else "is empty (0 bytes)"
+    return ""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import ConfigError
 from fedss.extras import import_extra
 from fedss.models.checks import few, told
@@ -101,34 +102,18 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
                 tensor.copy_(found[name])
 
 
-_BEGINNINGS = (
-    (
-        b"version https://git-lfs",
-        "is a pointer of Git LFS, not the file it stands for: git lfs pull",
-    ),
-    (b"<!doctype", "is a web page: download the file itself"),
-    (b"<html", "is a web page: download the file itself"),
-    (b"<?xml", "is XML, perhaps an error of the server that it was downloaded from"),
-    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
-    (b"bzh", "is compressed with bzip2: unpack it first"),
-    (b"\xfd7zxz", "is compressed with xz: unpack it first"),
-    (b"\x89hdf", "is HDF5, as Keras writes it"),
-)
-
-
 def _what_it_is(path: Path) -> str:
     """What a file is that holds no weights, and what to do; empty where nothing tells."""
     try:
         size, named_safetensors = path.stat().st_size, path.suffix == ".safetensors"
         with path.open("rb") as file:
-            start = file.read(512)
+            start = file.read(LENGTH)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     if not size:
         return "is empty (0 bytes): download it again"
-    for beginning, what in _BEGINNINGS:
-        if start.lstrip().lower().startswith(beginning):
-            return what
+    if what := what_begins(start):
+        return what
     if start.startswith(b"PK"):
         return _what_the_zip_is(path, named_safetensors)
     if start.isascii() and b"\0" not in start:

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fedss.data.cache import stamp
-from fedss.data.missing import why_missing
 from fedss.embedding import LEAVE_OUT, PictureList, list_pictures
 from fedss.errors import DataError, RunFolderError
 from fedss.experiment import load
@@ -59,8 +59,8 @@ def build_collection(
 ) -> Collection:
     """Index the pictures of a folder or a CSV, for search.
 
-    An index that is there already is brought up to date: pictures whose file has the same name,
-    size and times of last change (``fedss.data.cache.stamp``) keep what was computed, new and
+    An index that is there already is brought up to date: pictures whose file has the same name
+    and is unchanged (``fedss.data.cache.stamp``) keep what was computed, new and
     changed ones are embedded, deleted ones vanish. Enrolled classes stay. The new index takes the
     old one's place when it is whole; a process that dies on the way leaves the old one, and the
     next one goes on where it was.
@@ -127,9 +127,9 @@ def _build(
         "passed_over": found.passed_over,
         "remarks": found.remarks,
     }
-    stamps = [
-        _stamp(path, name, skip_broken) for path, name in zip(found.paths, found.names, strict=True)
-    ]
+    if not skip_broken:
+        found.check_there()
+    stamps = [_stamp(path) for path in found.paths]
 
     def places() -> dict[int, tuple[Path, int]]:
         """File and number of each picture that is embedded already."""
@@ -234,16 +234,10 @@ def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, St
         return {}  # Whatever is wrong with it, the index is now made anew.
 
 
-def _stamp(path: Path, name: str, skip_broken: bool) -> Stamp | None:
-    try:
+def _stamp(path: Path) -> Stamp | None:
+    with suppress(OSError):
         return stamp(path)
-    except OSError as error:
-        if skip_broken:
-            return None
-        raise DataError(
-            f"cannot read picture {name}: {path}: {error.strerror}{why_missing(str(path))}; "
-            f"{LEAVE_OUT}"
-        ) from error
+    return None
 
 
 class _Bar:
