@@ -249,7 +249,8 @@ def _check_header(
     hints = {}
     for column in known:
         if column not in header:
-            cutoff = 0.6 if column in missing else 0.8
+            # `client_id` in a list of which no client is read may well be something else.
+            cutoff = 0.6 if column in missing else 0.8 if column in (*columns, optional) else 0.9
             if near := difflib.get_close_matches(_bare(column), others, 1, cutoff):
                 hints[column] = f"is {others[near[0]]!r} meant as {column!r}?"
     if missing:
