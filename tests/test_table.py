@@ -163,6 +163,12 @@ def test_an_index_is_as_strict_with_its_header(write, column):
             rows(write(f"{others},{near}\na.png,b\n"))
 
 
+def test_a_name_of_two_words_is_no_slip_where_its_like_is_not_read(write):
+    assert len(list_pictures(write("image,client_id\na.png,7\n")).paths) == 1
+    with pytest.raises(DataError, match="is 'client_id' meant as 'client'"):
+        rows(write("image,label,client_id\na.png,b,7\n"))
+
+
 def test_columns_that_are_not_read_are_told(write):
     path = write("image,label,client,Notes,,photographer\na.png,b,c,d,e,f\n")
     assert read_table(path, COLUMNS).remarks == ("columns not read: Notes, photographer",)

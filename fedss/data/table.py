@@ -249,9 +249,11 @@ def _check_header(
     hints = {}
     for column in known:
         if column not in header:
-            # `client_id` in a list of which no client is read may well be something else.
-            cutoff = 0.6 if column in missing else 0.8 if column in (*columns, optional) else 0.9
-            if near := difflib.get_close_matches(_bare(column), others, 1, cutoff):
+            cutoff, likely = 0.6 if column in missing else 0.8, others
+            if column not in (*columns, optional):
+                # client_id, in a list of which no client is read, is a name of its own.
+                likely = {bare: name for bare, name in others.items() if "_" not in name}
+            if near := difflib.get_close_matches(_bare(column), likely, 1, cutoff):
                 hints[column] = f"is {others[near[0]]!r} meant as {column!r}?"
     if missing:
         raise DataError(
