@@ -437,7 +437,7 @@ def test_only_train_and_validation_rows_still_hold_out_a_test(root):
         (None, ["p0.png,a,x,train", "p1.png,b,x,gallery"], "'gallery' rows but no 'query' rows"),
         (None, ["p0.png,a,x,train", "p1.png,b,x,gallery", "p2.png,c,x,query"],
          "line 4, split 'query': class 'c' is not in the gallery"),
-        ("image,label,client", ["p0.png,a,x", "p1.png,a,x"], "cannot hold out .*got 1 classes"),
+        ("image,label,client", ["p0.png,a,x", "p1.png,a,x"], "cannot hold out .*got 1 class,"),
         ("image,label,client", ["p0.png,a,x", "p1.png,b,x"], "cannot hold out .*0 of them"),
     ],
 )  # fmt: skip

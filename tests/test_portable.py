@@ -495,7 +495,7 @@ def test_an_exported_file_embeds_and_is_no_run_folder(exported, tmp_path, capsys
     file = str(exported["safetensors"])
     photograph(tmp_path / "photo.jpg")
     assert main(["embed", file, str(tmp_path), "--out", str(tmp_path / "vectors.npy")]) == 0
-    assert "1 embeddings of size 8" in capsys.readouterr().out
+    assert "1 embedding of size 8" in capsys.readouterr().out
     for words in (["evaluate", file], ["export", file, "--format", "onnx", "--out", str(tmp_path)]):
         assert main(words) == 2
         assert "config.json is missing: is" in capsys.readouterr().err

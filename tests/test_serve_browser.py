@@ -142,7 +142,7 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     query = site.photos / "04-1.png"
     page.get_by_label("Drop a picture here").focus()
     with page.expect_file_chooser() as chooser:
-        page.keyboard.press("Enter")
+        page.keyboard.press("Space")
     chooser.value.set_files(query)
     expect(page.get_by_role("heading", name="Nearest pictures")).to_be_visible()
     expect(page.locator("#identity .who")).to_have_text(NAMES[4])

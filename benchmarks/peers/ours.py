@@ -24,8 +24,14 @@ def dataset(job: Job) -> fedss.Dataset:
         [str(k) for k in range(CLIENTS)],
         [str(i) for i in range(CLIENTS * PICTURES)],
     )
+    # A test of one class would be refused.
     few = fedss.Images(
-        images.pixels[:2], images.labels[:2] * 0, images.clients[:2] * 0, ["?"], ["?"], ["a", "b"]
+        images.pixels[:4],
+        np.array([0, 0, 1, 1]),
+        np.zeros(4, np.int64),
+        ["a", "b"],
+        ["?"],
+        [*"1234"],
     )
     return fedss.Dataset("common job", images, fedss.RetrievalTask(few))
 
