@@ -1,6 +1,6 @@
 """Which networks of timm train: the smallest of each of its families, weights drawn, no downloads.
 
-    python benchmarks/architectures.py      (some 15 minutes on one idle core; --only NAME ...: no file)
+    python benchmarks/architectures.py      (15 minutes on one idle core; --only NAME ...: no file)
 
 A family is a module of ``timm.models``; its smallest model is the one of fewest parameters, models
 for timm's own tests apart. Each is built as ``--backbone timm:<name>`` builds it, for colour images
