@@ -3,11 +3,11 @@ many own classes, small or large cohorts meet.
 
     python benchmarks/regimes.py --omniglot DIR --hanzi hanzi.csv
 
-Every run has the defaults of ``fedss train``. The step of moments was chosen on seeds 0 to 11; lower
-rates of it were also looked at on seed 101. DIR holds the two Omniglot archives; hanzi.csv is a manifest of 127,691 glyphs of 16,000 Chinese characters, drawn
-from free fonts, a client being a page of 40 characters in one design (``--hanzi`` may be left out).
-A run that is done is not run again. Writes ``benchmarks/results/regimes.txt``; takes about 50
-minutes on two cores.
+Every run has the defaults of ``fedss train``. The step of moments was chosen on seeds 0 to 11;
+lower rates of it were also looked at on seed 101. DIR holds the two Omniglot archives; hanzi.csv
+is a manifest of 127,691 glyphs of 16,000 Chinese characters, drawn from free fonts, a client being
+a page of 40 characters in one design (``--hanzi`` may be left out). A run that is done is not run
+again. Writes ``benchmarks/results/regimes.txt``; takes about 50 minutes on two cores.
 """
 
 import argparse
