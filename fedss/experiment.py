@@ -483,13 +483,12 @@ def _train_rounds(
             if board and not state.round and "untrained" in floors.map_at_10:
                 board.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
             clock.restart()
-            first_loss = records[0]["loss"] if records else None
             try:
                 while state.round < config.rounds:
+                    first_loss = records[0]["loss"] if records else None
                     state, record, found = _next_round(
                         config, federation, plan_of, state, clock, ranks, first_loss
                     )
-                    first_loss = first_loss or record["loss"]
                     due = _due(state.round, config.checkpoint_every, config.rounds)
                     failed = failed or bool(record.get("failures"))
                     if add_record:
