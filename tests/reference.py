@@ -10,7 +10,20 @@ from torch import nn
 
 from fedss.class_rows import ClassRows, read
 from fedss.client import ClientUpdate
+from fedss.config import Config
 from fedss.data import Dataset, Images, RetrievalTask
+
+TINY = Config(
+    glyphs_classes=40,
+    glyphs_clients=8,
+    image_size=12,
+    backbone="conv4-4",
+    embedding_size=8,
+    rounds=2,
+    clients_per_round=2,
+    workers=1,
+)
+"""Settings of a run that takes a second."""
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:

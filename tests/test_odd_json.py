@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedss.records import read_records, summarise
 from fedss.report.records import read_runs
 from fedss.run_folder import read_summaries
 from fedss.search import build_collection, open_collection
+from tests import reference
 
 ODD: dict[str, Any] = {
     "null": None,
@@ -45,18 +46,7 @@ ODD: dict[str, Any] = {
     "nested": {"a": [{"b": []}]},
     "deep": json.loads("[" * 200 + "]" * 200),
 }
-CONFIG = Config(
-    glyphs_classes=40,
-    glyphs_clients=8,
-    image_size=12,
-    backbone="conv4-4",
-    embedding_size=8,
-    rounds=2,
-    clients_per_round=2,
-    workers=1,
-    eval_every=1,
-    checkpoint_every=1,
-)
+CONFIG = replace(reference.TINY, eval_every=1, checkpoint_every=1)
 
 
 @pytest.fixture(scope="module")

@@ -622,13 +622,18 @@ def test_other_pictures_of_the_same_name_size_and_time_are_seen(tmp_path, how):
         other.rename(root)
     else:
         rewritten(root, how)
+    assert_read_as_they_are_now(root, run, root, changed=12)
+
+
+def assert_read_as_they_are_now(root, run, indexed, changed):
+    """In training, and in an index, which embeds those again that have changed."""
     data = load(root)
     for part in (data.train, data.test.query):
         for name, pixels in zip(part.names, part.pixels, strict=True):
             assert np.array_equal(pixels, decode(root / name, 8, 3))
-    again = build_collection(run, root)
-    assert again.embedded == 12
-    expected = embed_files(MODEL, list_pictures(root).paths).embeddings_ND
+    again = build_collection(run, indexed)
+    assert again.embedded == changed
+    expected = embed_files(MODEL, list_pictures(indexed).paths).embeddings_ND
     assert np.allclose(again.vectors_ND, expected, atol=1e-6)
 
 
@@ -668,14 +673,7 @@ def test_pictures_of_one_moment_that_change_places_are_seen(tmp_path, how):
             for link, target in zip(pair, [file.resolve() for file in reversed(pair)], strict=True):
                 link.unlink()
                 link.symlink_to(target)
-    data = load(root)
-    for part in (data.train, data.test.query):
-        for name, pixels in zip(part.names, part.pixels, strict=True):
-            assert np.array_equal(pixels, decode(root / name, 8, 3))
-    again = build_collection(run, listed)
-    assert again.embedded == 4
-    expected = embed_files(MODEL, list_pictures(listed).paths).embeddings_ND
-    assert np.allclose(again.vectors_ND, expected, atol=1e-6)
+    assert_read_as_they_are_now(root, run, listed, changed=4)
 
 
 # Memory

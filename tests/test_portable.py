@@ -7,6 +7,7 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 import fedss
 from fedss import portable
 from fedss.cli import main
-from fedss.config import Config
 from fedss.data.cache import decode
 from fedss.describe import describe_model
 from fedss.errors import ConfigError, RunFolderError
@@ -33,20 +33,11 @@ from fedss.models import Embedder, EmbedderSpec, build_embedder, fingerprint, sa
 from fedss.models.embedder import assemble
 from fedss.models.layout import channels_last
 from fedss.portable import CARD, FORMATS, export
+from tests import reference
 from tests.installed import by_timm, needs_timm, timm
 
 PAGE = Path(__file__).parent.parent / "docs" / "export.md"
-TINY = Config(
-    image_size=12,
-    backbone="conv4-4",
-    embedding_size=8,
-    rounds=2,
-    clients_per_round=2,
-    workers=1,
-    glyphs_classes=40,
-    glyphs_clients=8,
-    sample_size=8,
-)
+TINY = replace(reference.TINY, sample_size=8)
 
 
 @pytest.fixture(scope="module")
