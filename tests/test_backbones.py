@@ -30,7 +30,8 @@ from fedss.models.frozen import blocks, freeze_
 from fedss.models.weights import weights_fingerprint
 from tests.flower_grid import ProcessGrid, digests
 from tests.installed import needs_timm, timm
-from tests.test_engine_flower import federate, nodes, photos, settings
+from tests.sites import federate, nodes, settings
+from tests.test_engine_flower import photos
 
 __all__ = ["photos"]
 

@@ -23,7 +23,7 @@ from examples.federation import (
 )
 from fedss import Config
 from fedss.cli import main
-from tests.test_engine_flower import SITES, write_photos
+from tests.sites import SITES, write_photos
 
 SETTINGS = {
     "image_size": 8,

@@ -1,49 +1,16 @@
 """The engine of a federation: the local engine's bits, and nothing that a site does wrong."""
 
-import csv
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import fedss
-from fedss.config import Config
 from fedss.engines.flower.messages import REQUEST, TRAIN
-from fedss.engines.flower.server import line, serve
+from fedss.engines.flower.server import line
 from tests.flower_grid import ProcessGrid, digests, serialised
-
-SITES = ("north", "south", "west")
-CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fay",)}
-
-
-def write_photos(folder: Path) -> None:
-    """A picture folder for each site, and manifests of each and of all. Same client, same site."""
-    rng = np.random.default_rng(0)
-    prototypes = rng.integers(0, 256, (17, 8, 8))
-    rows: dict[str, list[tuple[str, ...]]] = {}
-    for site in SITES:
-        for client in CLIENTS[site]:
-            for label in sorted(rng.choice(10, 4, replace=False).tolist()):
-                for copy in range(int(rng.integers(1, 4))):
-                    name = f"{site}/{client}/class {label}/{copy}.png"
-                    rows.setdefault(site, []).append((name, f"class {label}", client, "train"))
-    for label in range(10, 17):  # at least two to test with at each site
-        for copy in range(3):
-            name = f"{SITES[label % 3]}/test/class {label}/{copy}.png"
-            of_test = (name, f"class {label}", "test", "test")
-            rows[SITES[label % 3]].append(of_test)
-    for name, label, *_ in (row for part in rows.values() for row in part):
-        noise = rng.normal(0, 20, (8, 8))
-        picture = np.clip(prototypes[int(label.split()[1])] + noise, 0, 255).astype(np.uint8)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / name)
-    for name, listed in {"all": [r for part in rows.values() for r in part], **rows}.items():
-        with (folder / f"{name}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("image", "label", "client", "split"), *listed])
+from tests.sites import federate, nodes, settings, write_photos
 
 
 @pytest.fixture(scope="session")
@@ -51,38 +18,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     write_photos(folder)
     return folder
-
-
-def settings(photos: Path, **changes: Any) -> Config:
-    small = {
-        "data": "csv",
-        "data_path": str(photos / "all.csv"),
-        "image_size": 8,
-        "channels": 1,
-        "backbone": "conv4-8",
-        "embedding_size": 6,
-        "sample_size": 6,
-        "rounds": 3,
-        "clients_per_round": 4,
-        "batch_size": 2,
-        "eval_every": 1,
-        "checkpoint_every": 1,
-    }
-    return Config(**{**small, **changes})
-
-
-def nodes(photos: Path, **more: Any) -> dict[int, dict[str, Any]]:
-    return {
-        7 * i + 3: {"data": str(photos / f"{site}.csv"), **more} for i, site in enumerate(SITES)
-    }
-
-
-def federate(grid: ProcessGrid, config: Config, out: Path, **deployment: Any) -> fedss.Run:
-    values = {k: "" if v is None else v for k, v in dataclasses.asdict(config).items()}
-    federation = {"out": str(out), "sites": 3, "evaluate-at": "server", "deadline": 5.0, "pause": 0}
-    return serve(
-        grid, {k.replace("_", "-"): v for k, v in {**values, **federation, **deployment}.items()}
-    )
 
 
 VARIANTS = {

@@ -36,7 +36,7 @@ from fedss.engines.local import LocalEngine, Workers
 from fedss.errors import ConfigError, DivergedError, QuorumError
 from fedss.models import build_embedder
 from tests.flower_grid import ProcessGrid, digests
-from tests.test_engine_flower import CLIENTS, SITES, federate, nodes, settings, write_photos
+from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
 
 NAMES = sorted(name for names in CLIENTS.values() for name in names)
 NODES = dict(zip(SITES, (3, 10, 17), strict=True))

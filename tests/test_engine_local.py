@@ -66,7 +66,9 @@ def own_network() -> nn.Sequential:
 def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
     """Three rounds end where a loop over clients ends that takes the network as it was written.
 
-    With the same bits, where pictures lie in memory as they do there.
+    With the same bits, where pictures lie in memory as they do there. Elsewhere operations round
+    in another order, each processor in its own; a pixel that ties in a pool goes another way, and
+    the difference grows with each step: it is held against how far training moved.
     """
     embedder = build_embedder(network(), channels=1, image_size=8, embedding_size=6, seed=0)
     assert embedder.channels_last == (network is own_network)
@@ -78,8 +80,11 @@ def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
     theta_P, clients = flat.theta_P.clone(), index_clients(DATA.train)
     wire = WireFormat(tuple(p.shape for p in embedder.parameters()), 6, N)
 
+    told, slots = plan(method), {"momentum": torch.zeros_like(theta_P)}
+    first = replace(start(MOMENTUM, told), backbone_P=theta_P, backbone_slots=slots)
+    begin = theta_P.clone(), whole(first.class_rows).clone()
+
     def train(where: Engine) -> tuple[torch.Tensor, torch.Tensor]:
-        told, slots = plan(method), {"momentum": torch.zeros_like(theta_P)}
         state = replace(start(MOMENTUM, told), backbone_P=theta_P, backbone_slots=slots)
         for round in range(3):
             now = replace(told, round=round)
@@ -91,9 +96,9 @@ def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
     with local_engine(embedder, clients, MOMENTUM, wire, 2) as engine:
         fast = train(engine)
     assert (plain[0] - theta_P).abs().max() > 0.01
-    for ours, theirs in zip(fast, plain, strict=True):
+    for ours, theirs, before in zip(fast, plain, begin, strict=True):
         if embedder.channels_last:
-            assert (ours - theirs).abs().max() < 1e-5
+            assert (ours - theirs).norm() < 2e-3 * (theirs - before).norm()
         else:
             assert torch.equal(ours, theirs)
 

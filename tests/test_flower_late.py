@@ -16,7 +16,7 @@ from fedss.engines.flower.engine import exchange
 from fedss.engines.flower.messages import EVALUATE, REGISTER, REQUEST, TRAIN, pack
 from fedss.engines.flower.replies import RefusedError
 from tests.flower_grid import ProcessGrid, digests
-from tests.test_engine_flower import federate, nodes, settings, write_photos
+from tests.sites import federate, nodes, settings, write_photos
 from tests.test_engine_flower_faults import NODES, at_site, counted, records, twin
 
 SOUTH = NODES["south"]

@@ -15,7 +15,7 @@ from fedss.errors import RankError
 from fedss.ranks import Ranks
 from fedss.text import printable
 from tests.flower_grid import ProcessGrid, through_the_wire
-from tests.test_engine_flower import federate, nodes, settings, write_photos
+from tests.sites import federate, nodes, settings, write_photos
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\r\nfedss: round 9/9  loss 0.000\u202e\u2028\x9b31m\ud800 ü 猫"
 

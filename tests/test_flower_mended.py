@@ -12,7 +12,7 @@ from fedss.engines.flower.messages import unpack
 from fedss.engines.flower.registry import load_registry
 from fedss.errors import DivergedError, QuorumError
 from tests.flower_grid import ProcessGrid
-from tests.test_engine_flower import CLIENTS, SITES, federate, nodes, settings, write_photos
+from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
 
 AT_SITES = {"evaluate-at": "sites", "attempts": 3}
 

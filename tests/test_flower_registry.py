@@ -36,7 +36,7 @@ from fedss.moments import moments_of
 from fedss.optimizers import ServerOptimizer, read_rows, step_rows_
 from tests.flower_grid import ProcessGrid, digests
 from tests.reference import whole
-from tests.test_engine_flower import CLIENTS, SITES, federate, nodes, settings, write_photos
+from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
 
 SECRET = "correct horse battery staple\n"
 
