@@ -16,8 +16,8 @@ from fedss.files import read_json
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
 from fedss.runs.folder import read_summaries
-from fedss.runs.headlines import human_bytes
 from fedss.runs.reading import Verified, read_verified
+from fedss.text import human_bytes
 
 UNKNOWN = "unknown"
 
