@@ -29,14 +29,14 @@ from fedss.search.collection import (
 )
 from fedss.search.store import (
     Item,
-    changing,
-    is_there,
-    make_shelf,
-    note,
-    put,
-    read_about,
+    add_items,
+    create_store,
+    read_fingerprints,
     read_items,
-    read_stamps,
+    read_metadata,
+    store_exists,
+    transaction,
+    write_metadata,
 )
 
 OnProgress = Callable[[int, int], None]
@@ -84,7 +84,7 @@ def build_collection(
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     found = list_pictures(Path(pictures))
     with hold(folder, _ADVICE):
-        if is_there(folder / ENROLLED):
+        if store_exists(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
         _check_old(folder / INDEX, found, embedder)
         _build(folder, found, embedder, skip_broken, on_progress)
@@ -99,12 +99,12 @@ def _check_old(index: Path, found: PictureList, embedder: Embedder) -> None:
             hours to make.
     """
     try:
-        source = json.loads(read_about(index)["facts"])["source"]
+        source = json.loads(read_metadata(index)["facts"])["source"]
     except (RunFolderError, KeyError, TypeError, ValueError):
         return
     check_model(index, embedder)
     # A folder that was moved has the same names of pictures.
-    if source != str(found.source) and not read_stamps(index).keys() & set(found.names):
+    if source != str(found.source) and not read_fingerprints(index).keys() & set(found.names):
         raise RunFolderError(
             f"{index} is the index of {source}, not of {found.source}: choose another place "
             "(--index), or delete it"
@@ -118,7 +118,7 @@ def _build(
     skip_broken: bool,
     on_progress: OnProgress | None,
 ) -> None:
-    """New pictures go to a shelf of their own, from which an interrupted build goes on."""
+    """New images go to a store of their own, from which an interrupted build goes on."""
     index, unfinished = folder / INDEX, folder / _UNFINISHED
     model = fingerprint(embedder)
     facts: dict[str, Any] = {
@@ -145,7 +145,7 @@ def _build(
     before = places()
     if not any(file == unfinished for file, _ in before.values()):
         unfinished.unlink(missing_ok=True)
-        make_shelf(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
+        create_store(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
     todo = [at for at in range(len(stamps)) if at not in before]
     broken = _embed(unfinished, found, stamps, todo, embedder, skip_broken, on_progress)
     after = places()
@@ -156,18 +156,18 @@ def _build(
         "embedded": sum(file == unfinished for file, _ in after.values()),
     }
     with replacing(index) as beside:
-        make_shelf(beside, {"model": model, "build": secrets.token_hex(8)})
-        with changing(beside, alone=True) as file:
-            note(file, {"facts": json.dumps(facts)})
+        create_store(beside, {"model": model, "build": secrets.token_hex(8)})
+        with transaction(beside, alone=True) as file:
+            write_metadata(file, {"facts": json.dumps(facts)})
             for some in _chunks(sorted(after)):
                 read = {
-                    (shelf, number): item
-                    for shelf in (index, unfinished)
+                    (store, number): item
+                    for store in (index, unfinished)
                     for number, item in read_items(
-                        shelf, [after[at][1] for at in some if after[at][0] == shelf]
+                        store, [after[at][1] for at in some if after[at][0] == store]
                     )
                 }
-                put(
+                add_items(
                     file,
                     (
                         Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
@@ -188,7 +188,7 @@ def _embed(
     skip_broken: bool,
     on_progress: OnProgress | None,
 ) -> list[int]:
-    """Put pictures on a shelf, some at a time; those that cannot be read."""
+    """Add images to a store, some at a time; those that cannot be read."""
     paths, total = found.paths, len(stamps)
     unreadable: list[int] = []
     with _Bar(on_progress) as done:
@@ -211,8 +211,8 @@ def _embed(
                         Item(found.names[at], None, stamps[at], one.vector_D, one.thumbnail)
                     )
                 done(count + len(items), total)
-            with changing(unfinished) as file:
-                put(file, items)
+            with transaction(unfinished) as file:
+                add_items(file, items)
             unreadable += [some[position] for position in sorted(broken or {})]
             count += len(some)
             done(count, total)
@@ -227,9 +227,9 @@ def _chunks(positions: Sequence[int]) -> Iterator[Sequence[int]]:
 def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, Stamp | None]]:
     """What an earlier index of the same pictures holds: number and stamp by name."""
     try:
-        about = read_about(file)
+        about = read_metadata(file)
         same_place = json.loads(about["facts"])["source"] == str(found.source)
-        return read_stamps(file) if same_place and about["model"] == model else {}
+        return read_fingerprints(file) if same_place and about["model"] == model else {}
     except (RunFolderError, KeyError, TypeError, ValueError):
         return {}  # Whatever is wrong with it, the index is now made anew.
 
