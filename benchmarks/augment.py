@@ -25,19 +25,19 @@ import numpy as np
 import torch
 from omniglot import processor
 
-from fedss.algorithm import ServerState
-from fedss.allocator import keep_freed_memory
-from fedss.augment import AUGMENTATIONS
-from fedss.class_rows import create_class_rows
-from fedss.client import LocalTraining, RoundPlan
+from fedss.core.algorithm import ServerState
+from fedss.core.class_rows import create_class_rows
+from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Images, glyphs_dataset, index_clients
+from fedss.data.augment import AUGMENTATIONS
+from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import local_engine
-from fedss.methods import METHODS
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import Scoring
 from fedss.models import build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer
-from fedss.samplers import SAMPLERS
-from fedss.softmax import Scoring
-from fedss.wire import WireFormat
+from fedss.sampling.samplers import SAMPLERS
+from fedss.wire.messages import WireFormat
 
 RESULTS = Path(__file__).parent / "results" / "augment.txt"
 CLIENTS, PICTURES, CLASSES, SAMPLE, DIM, WARM = 4, 32, 80, 64, 64, 1

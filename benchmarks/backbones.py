@@ -25,8 +25,8 @@ from omniglot import processor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fedss
-from fedss.build import build_model, num_frozen, num_trainable
 from fedss.models import build_embedder
+from fedss.training.build import build_model, num_frozen, num_trainable
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
 from tests.pretrained import write_lite0
 

@@ -34,7 +34,7 @@ from omniglot import processor
 from PIL import Image
 
 import fedss
-from fedss.algorithm import draw_cohort
+from fedss.core.algorithm import draw_cohort
 from fedss.data import LazyNames
 
 RESULTS = Path(__file__).parent / "results" / "clients.txt"

@@ -45,12 +45,12 @@ sys.path.insert(0, str(PEERS))
 from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
 from network import network  # noqa: E402
 
-from fedss.algorithm import draw_cohort  # noqa: E402
-from fedss.build import round_plan  # noqa: E402
-from fedss.class_rows import create_class_rows, read  # noqa: E402
-from fedss.client import batches, draw_classes, own_classes  # noqa: E402
 from fedss.config import Config  # noqa: E402
+from fedss.core.algorithm import draw_cohort  # noqa: E402
+from fedss.core.class_rows import create_class_rows, read  # noqa: E402
+from fedss.core.client import batches, draw_classes, own_classes  # noqa: E402
 from fedss.seeds import generator  # noqa: E402
+from fedss.training.build import round_plan  # noqa: E402
 
 # Who takes part, by number of classes and method. ("peers": those given.)
 LOOPS = ("ours", "loop", "plain")

@@ -24,19 +24,19 @@ from ours import dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedss.algorithm import ServerState, draw_cohort, run_round
-from fedss.allocator import keep_freed_memory
-from fedss.build import (
+from fedss.config import Config
+from fedss.core.algorithm import ServerState, draw_cohort, run_round
+from fedss.core.class_rows import create_class_rows
+from fedss.data import index_clients
+from fedss.engines.allocator import keep_freed_memory
+from fedss.engines.local import local_engine
+from fedss.models import flatten_
+from fedss.training.build import (
     build_model,
     round_plan,
     server_optimizer,
     wire_format,
 )
-from fedss.class_rows import create_class_rows
-from fedss.config import Config
-from fedss.data import index_clients
-from fedss.engines.local import local_engine
-from fedss.models import flatten_
 
 PHASES = {
     "class samples": ("own_classes", "choose_classes"),

@@ -37,18 +37,18 @@ import torch
 from omniglot import processor
 
 import fedss
-from fedss.algorithm import Engine, Failure, ServerState
-from fedss.build import build_model, load_data, server_optimizer
-from fedss.checkpoint import load_checkpoint, newest_round
-from fedss.class_rows import create_class_rows, read
-from fedss.client import ClientUpdate, RoundPlan
-from fedss.describe import describe
-from fedss.engines.flower.settings import Deployment, write_app
-from fedss.experiment import Federation, Lap, local_federation, train_federation
+from fedss.core.algorithm import Engine, Failure, ServerState
+from fedss.core.class_rows import create_class_rows, read
+from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.optimizers import ServerOptimizer
+from fedss.distributed import ALONE, Ranks
+from fedss.flower.settings import Deployment, write_app
 from fedss.models import Embedder
-from fedss.optimizers import ServerOptimizer
-from fedss.ranks import ALONE, Ranks
-from fedss.records import Record
+from fedss.runs.checkpoint import load_checkpoint, newest_round
+from fedss.runs.records import Record
+from fedss.training.build import build_model, load_data, server_optimizer
+from fedss.training.experiment import Federation, Lap, local_federation, train_federation
+from fedss.training.summary import describe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.federation import (

@@ -31,7 +31,7 @@ from typing import Any
 from omniglot import processor
 
 import fedss
-from fedss.engines.flower.settings import Deployment, write_app
+from fedss.flower.settings import Deployment, write_app
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.federation import (

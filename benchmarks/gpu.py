@@ -35,20 +35,20 @@ from omniglot import processor
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedss.algorithm import ServerState, draw_cohort, run_round
-from fedss.build import compute_device
-from fedss.class_rows import create_class_rows
-from fedss.client import LocalTraining, RoundPlan
 from fedss.config import Config
+from fedss.core.algorithm import ServerState, draw_cohort, run_round
+from fedss.core.class_rows import create_class_rows
+from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.optimizers import ServerOptimizer
 from fedss.data import ClientIndex
 from fedss.engines.local import LocalEngine, local_engine
 from fedss.errors import FedssError
-from fedss.methods import METHODS
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import Scoring
 from fedss.models import Embedder, build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer
-from fedss.samplers import SAMPLERS
-from fedss.softmax import Scoring
-from fedss.wire import WireFormat
+from fedss.sampling.samplers import SAMPLERS
+from fedss.training.build import compute_device
+from fedss.wire.messages import WireFormat
 
 RESULTS = Path(__file__).parent / "results" / "gpu.txt"
 DIM, SAMPLE, BATCH, LR, ROW_LR, SCALE = 64, 256, 32, 0.01, 0.1, 10.0

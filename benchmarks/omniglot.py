@@ -14,8 +14,8 @@ was interrupted. Stages:
 
 Then an ablation: what becomes of ``full`` and ``fedss`` if class rows are not normalised.
 
-Writes ``benchmarks/results/omniglot.txt``, the picture of the README, and a report page for each
-number of rounds: about 70 minutes on two cores. With ``--one-class``, for which FedAwS was made:
+Writes ``benchmarks/results/omniglot.txt``, the chart of ``docs/results.md``, and a report page for
+each number of rounds: about 70 minutes on two cores. With ``--one-class``, which FedAwS is for:
 ``omniglot-one-class.txt``, about 40 minutes. ``--methods`` takes some methods, and writes nothing.
 """
 

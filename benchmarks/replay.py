@@ -12,10 +12,10 @@ draws again, and what is in the request but not in the draw is own:
 - ``sticky`` asks for the first classes of a random order that are not own. The order does not
   depend on the own classes; one of these that lies among its first is taken for a negative.
 
-Requests are those of :func:`fedss.client.draw_classes`, 300 clients of each case, in round 7. Own
-classes are anywhere (``scattered``), or next to each other, as those of one alphabet or brand may
-be (``block``). Precision: of the classes that the server names, those that are own; recall: of the
-own classes in the request, those that it names. Beside them what a guess at random would have.
+Requests are those of :func:`fedss.core.client.draw_classes`, 300 clients of each case, in round 7.
+Own classes are anywhere (``scattered``), or next to each other, as those of one alphabet or brand
+may be (``block``). Precision: of the classes that the server names, those that are own; recall: of
+the own classes in the request, those that it names. Beside them what a guess at random would have.
 
 Last, what requests would tell if draws were keyed by a secret, as they are not: own classes are in
 each of a client's requests, so those of two or three rounds are intersected.
@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.build import round_plan
-from fedss.client import RoundPlan, draw_classes
 from fedss.config import Config
+from fedss.core.client import RoundPlan, draw_classes
 from fedss.seeds import generator
+from fedss.training.build import round_plan
 
 RESULTS = Path(__file__).parent / "results" / "replay.txt"
 CLIENTS, ROUND, SEED = 300, 7, 0

@@ -31,19 +31,19 @@ import numpy as np
 import torch
 from omniglot import processor
 
-from fedss.algorithm import ServerState, aggregate, apply_update, choose_classes, select
-from fedss.allocator import keep_freed_memory
-from fedss.checkpoint import load_checkpoint, save_checkpoint
-from fedss.class_rows import ClassRows, create_class_rows
-from fedss.client import LocalTraining, RoundPlan, own_classes
+from fedss.core.algorithm import ServerState, aggregate, apply_update, choose_classes, select
+from fedss.core.class_rows import ClassRows, create_class_rows
+from fedss.core.client import LocalTraining, RoundPlan, own_classes
+from fedss.core.optimizers import ServerOptimizer
 from fedss.data import ClientIndex
+from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import LocalEngine, local_engine
-from fedss.methods import METHODS
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import Scoring
 from fedss.models import build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer
-from fedss.samplers import SAMPLERS
-from fedss.softmax import Scoring
-from fedss.wire import WireFormat
+from fedss.runs.checkpoint import load_checkpoint, save_checkpoint
+from fedss.sampling.samplers import SAMPLERS
+from fedss.wire.messages import WireFormat
 
 RESULTS = Path(__file__).parent / "results" / "scale.txt"
 DIM, SAMPLE, COHORT, OWN, PICTURES = 64, 256, 16, 32, 64

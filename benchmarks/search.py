@@ -47,10 +47,10 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import fedss
+from fedss.inference.pixels import preview
 from fedss.models import build_embedder, save_embedder
-from fedss.pictures import preview
 from fedss.search import Collection, build_collection, open_collection
-from fedss.search.shelf import Item, changing, make_shelf, note, put
+from fedss.search.store import Item, changing, make_shelf, note, put
 
 RESULTS = Path(__file__).parent / "results" / "search.txt"
 K, QUERIES = 10, 100
@@ -215,7 +215,7 @@ def containers(folder: Path, count: int) -> list[str]:
     vectors = normalize(torch.randn(count, 64), dim=1).numpy()
 
     def sqlite() -> Callable[[int], bytes]:
-        from fedss.search.shelf import read_thumbnail
+        from fedss.search.store import read_thumbnail
 
         path = folder / "thumbnails.sqlite"
         make_shelf(path, {"build": "1"})

@@ -25,18 +25,18 @@ import torch
 from omniglot import processor
 from torch import nn
 
-from fedss.algorithm import ServerState
-from fedss.allocator import keep_freed_memory
-from fedss.class_rows import create_class_rows
-from fedss.client import LocalTraining, RoundPlan
+from fedss.core.algorithm import ServerState
+from fedss.core.class_rows import create_class_rows
+from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.optimizers import ServerOptimizer
 from fedss.data import ClientIndex, Images
+from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import local_engine
-from fedss.methods import METHODS
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import Scoring
 from fedss.models import build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer
-from fedss.samplers import SAMPLERS
-from fedss.softmax import Scoring
-from fedss.wire import WireFormat
+from fedss.sampling.samplers import SAMPLERS
+from fedss.wire.messages import WireFormat
 
 RESULTS = Path(__file__).parent / "results" / "stacks.txt"
 CLIENTS, PICTURES, CLASSES, SAMPLE, DIM, ROUNDS, WARM = 16, 32, 964, 64, 64, 9, 2

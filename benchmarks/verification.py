@@ -6,7 +6,7 @@
 Two jobs, each a process of its own:
 
 - `omniglot`: a run of a few rounds on Omniglot, then what its end does on the 10,180 test pictures:
-  `fedss.evaluation.findings`, part by part, in units of a round and of one evaluation.
+  `fedss.evaluation.evaluate.findings`, part by part, in units of a round and of one evaluation.
 - `many`: 60,000 made-up embeddings, d = 64, in classes of 2 to 12: 1.8e9 pairs.
 
 And the same rates by scikit-learn's `roc_curve` from all pairs of 10,180 embeddings, which must
@@ -36,12 +36,12 @@ from retrieval import made_up, peak_megabytes
 from torch.nn import functional as F
 
 from fedss import Config, evaluate_retrieval, train
-from fedss.build import evaluation_task
-from fedss.confusions import hardest_confusions
-from fedss.evaluation import confused, embed_task, panels, score, verify
-from fedss.experiment import load_together
+from fedss.evaluation.confusions import hardest_confusions
+from fedss.evaluation.evaluate import confused, embed_task, panels, score, verify
+from fedss.evaluation.verification import count_pairs, identification, verification
 from fedss.models import embed_pixels
-from fedss.verification import count_pairs, identification, verification
+from fedss.training.build import evaluation_task
+from fedss.training.experiment import load_together
 
 RESULTS = Path(__file__).parent / "results" / "verification.txt"
 FARS = (0.1, 0.01, 0.001, 0.0001)

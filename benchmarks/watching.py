@@ -4,7 +4,7 @@
 
 Each is called as a run calls it, on made-up pictures and embeddings; seconds are those of this
 process's processor, since another thread writes the events. For comparison the evaluation's search
-(`fedss.evaluation.score`) on the same embeddings, without making them.
+(`fedss.evaluation.evaluate.score`) on the same embeddings, without making them.
 
 Writes ``benchmarks/results/watching.txt``.
 """
@@ -21,10 +21,10 @@ import torch
 from omniglot import processor
 
 import fedss
-from fedss.board import add_neighbours, add_projection, add_scalars, open_board
 from fedss.data import RetrievalTask
-from fedss.evaluation import score
-from fedss.pace import time_left
+from fedss.evaluation.evaluate import score
+from fedss.runs.eta import time_left
+from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_board
 
 RESULTS = Path(__file__).parent / "results" / "watching.txt"
 ROUNDS = 500

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fedss
-from fedss.softmax import AbsentClasses, ClassSample, Objective, Scoring, logits
+from fedss.losses.softmax import AbsentClasses, ClassSample, Objective, Scoring, logits
 
 
 def smoothed_softmax(smoothing: float) -> Objective:

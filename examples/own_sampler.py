@@ -11,7 +11,7 @@ import tempfile
 import numpy as np
 
 import fedss
-from fedss.samplers import Negatives, Sampler, draw_uniform
+from fedss.sampling.samplers import Negatives, Sampler, draw_uniform
 
 
 def half_from_own_groups(group_N: np.ndarray) -> Sampler:

@@ -41,8 +41,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedss.samplers import class_sample, draw_uniform
-from fedss.softmax import ClassSample
+from fedss.losses.softmax import ClassSample
+from fedss.sampling.samplers import class_sample, draw_uniform
 
 B, T, U, D, H = 16, 8, 4, 32, 64
 NOISE = 1.0

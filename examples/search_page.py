@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import fedss
-from fedss.search import Collection, build_collection, remove, server
+from fedss.search import Collection, build_collection, remove
+from fedss.search.web import app as server
 
 # One in whose case it works as often as on average.
 MISSING = "Tengwar 22"

@@ -2,18 +2,22 @@
 
 from importlib.metadata import version
 
-from fedss.build import load_data
 from fedss.config import Config
 from fedss.data import Dataset, Images, RetrievalTask, load_dataset
-from fedss.embedding import Embeddings, embed_files
 from fedss.errors import ConfigError, DataError, DivergedError, FedssError, RunFolderError
-from fedss.evaluation import evaluate
-from fedss.experiment import Run, compare, load, train
-from fedss.methods import METHODS
+from fedss.evaluation.evaluate import evaluate
+from fedss.evaluation.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
+from fedss.inference.embedding import Embeddings, embed_files
+from fedss.inference.export import export
+from fedss.inference.model import load
+from fedss.losses.methods import METHODS
 from fedss.models import Embedder
-from fedss.portable import export
+from fedss.moved import keep_old_names
 from fedss.report import write_report
-from fedss.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
+from fedss.training.build import load_data
+from fedss.training.experiment import Run, compare, train
+
+keep_old_names()
 
 __version__ = version("fedss")
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
-from fedss.augment import Augment
-from fedss.class_rows import RowDtype
-from fedss.codec import Precision
+from fedss.core.class_rows import RowDtype
+from fedss.core.optimizers import ServerOptimizerKind
 from fedss.data import parse_partition
+from fedss.data.augment import Augment
 from fedss.errors import ConfigError
-from fedss.methods import METHODS, RowMean
+from fedss.losses.methods import METHODS, RowMean
+from fedss.losses.softmax import MarginKind
 from fedss.models import BatchNormRule, ForwardPrecision, is_trainable
-from fedss.optimizers import ServerOptimizerKind
-from fedss.samplers import SAMPLERS
-from fedss.softmax import MarginKind
+from fedss.sampling.samplers import SAMPLERS
+from fedss.wire.codec import Precision
 
 Schedule = Literal["constant", "linear", "cosine"]
 RowStore = Literal["memory", "file"]

@@ -42,7 +42,7 @@ class LostRankError(RankError):
 class QuorumError(FedssError):
     """Too few clients of a round gave an update that could be used.
 
-    ``failures`` says of each of the others why (:class:`fedss.algorithm.Failure`).
+    ``failures`` says of each of the others why (:class:`fedss.core.algorithm.Failure`).
     """
 
     def __init__(self, message: str, failures: Sequence[Any] = ()) -> None:

@@ -14,8 +14,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedss import experiment
-from fedss.engines.flower.site import app as site_app
+from fedss.flower.client_app import app as site_app
+from fedss.training import experiment
 from tests.ranks import digest
 
 Spoil = Callable[[int, Message, Message], Sequence[Message]]

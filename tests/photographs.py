@@ -16,7 +16,7 @@ import torch
 
 from fedss import Config
 from fedss.data import Dataset, Images, RetrievalTask
-from fedss.evaluation import evaluate_embedding
+from fedss.evaluation.evaluate import evaluate_embedding
 from fedss.models import Embedder
 from tests.pretrained import LITE0
 

@@ -161,7 +161,7 @@ def report(folder: Path) -> str:
     fedss.write_report(folder)
     text = re.sub(r"<svg.*?</svg>", "", (folder / "report.html").read_text(), flags=re.S)
     text = re.sub(r"data:[^\"')]*", "", text)
-    return text.replace(str(folder.parent.parent), "").replace(str(folder.parent), "")
+    return text.replace(str(folder.parent), "")
 
 
 def headings(folder: Path) -> list[str]:

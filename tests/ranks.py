@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import fedss
-from fedss import algorithm, experiment
-from fedss.algorithm import ServerState
 from fedss.cli import main
+from fedss.core import algorithm
+from fedss.core.algorithm import ServerState
+from fedss.training import experiment
 from tests import reference
 
 # A server that has imported everything once; each rank is a fork of it.

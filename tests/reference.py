@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedss.class_rows import ClassRows, read
-from fedss.client import ClientUpdate
 from fedss.config import Config
+from fedss.core.class_rows import ClassRows, read
+from fedss.core.client import ClientUpdate
 from fedss.data import Dataset, Images, RetrievalTask
 
 TINY = Config(

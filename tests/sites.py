@@ -10,7 +10,7 @@ from PIL import Image
 
 import fedss
 from fedss.config import Config
-from fedss.engines.flower.server import serve
+from fedss.flower.server_app import serve
 from tests.flower_grid import ProcessGrid
 
 SITES = ("north", "south", "west")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedss.algorithm import (
+from fedss.core.algorithm import (
     ServerState,
     aggregate,
     apply_update,
@@ -26,8 +26,8 @@ from fedss.algorithm import (
     select,
     spread_rows_out,
 )
-from fedss.class_rows import create_class_rows, with_sums, write_
-from fedss.client import (
+from fedss.core.class_rows import create_class_rows, with_sums, write_
+from fedss.core.client import (
     Broadcast,
     ClientUpdate,
     LocalTraining,
@@ -38,15 +38,15 @@ from fedss.client import (
     own_classes,
     train_client,
 )
+from fedss.core.optimizers import ServerOptimizer, read_rows
 from fedss.data import ClientIndex, index_clients
+from fedss.distributed import ALONE, Ranks
 from fedss.errors import DivergedError
-from fedss.methods import METHODS
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import ClassSample, Scoring
 from fedss.models import build_embedder, flatten_
-from fedss.optimizers import ServerOptimizer, read_rows
-from fedss.ranks import ALONE, Ranks
-from fedss.samplers import SAMPLERS
+from fedss.sampling.samplers import SAMPLERS
 from fedss.seeds import generator
-from fedss.softmax import ClassSample, Scoring
 from tests import reference
 from tests.reference import whole
 

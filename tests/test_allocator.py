@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 import fedss
-from fedss import allocator
-from fedss.allocator import keep_freed_memory
+from fedss.engines import allocator
+from fedss.engines.allocator import keep_freed_memory
 from tests.reference import tiny_backbone, tiny_dataset
 
 _FAULTS = """
 import resource, torch
-from fedss.allocator import keep_freed_memory
+from fedss.engines.allocator import keep_freed_memory
 print({call})
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -62,7 +62,7 @@ def test_another_c_library_is_left_alone(monkeypatch):
 @pytest.mark.parametrize("keep", [True, False])
 def test_training_keeps_memory_unless_told_otherwise(keep, tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr("fedss.experiment.keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr("fedss.training.experiment.keep_freed_memory", lambda: called.append(True))
     settings = {} if keep else {"keep_memory": False}
     config = fedss.Config(rounds=1, sample_size=4, clients_per_round=2, **settings)
     fedss.train(config, tmp_path, data=tiny_dataset(), backbone=tiny_backbone())

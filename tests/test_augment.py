@@ -13,8 +13,8 @@ from PIL import Image, ImageEnhance
 
 import fedss
 from fedss import Config, RunFolderError
-from fedss.augment import AUGMENTATIONS, change, draw_parameters, preview
-from fedss.client import prepare
+from fedss.core.client import prepare
+from fedss.data.augment import AUGMENTATIONS, change, draw_parameters, preview
 from fedss.seeds import generator
 from tests.installed import needs_torchvision
 from tests.test_algorithm import plan

@@ -15,8 +15,8 @@ from torch import nn
 import fedss
 from fedss import Config, ConfigError, RunFolderError
 from fedss.cli import main
-from fedss.engines.flower.messages import TRAIN
 from fedss.errors import QuorumError
+from fedss.flower.messages import TRAIN
 from fedss.models import (
     Embedder,
     build_embedder,

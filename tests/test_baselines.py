@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fedss import RetrievalTask
-from fedss.baselines import (
+from fedss.errors import ConfigError, DataError, RunFolderError
+from fedss.evaluation.baselines import (
     Floors,
     backbone_floors,
     chance,
@@ -20,10 +21,9 @@ from fedss.baselines import (
     pixel_vectors,
     write_scores,
 )
-from fedss.errors import ConfigError, DataError, RunFolderError
-from fedss.evaluation import check_tellable, evaluate_embedding
+from fedss.evaluation.evaluate import check_tellable, evaluate_embedding
 from fedss.models import build_embedder, embed_pixels
-from fedss.report.records import read_scores
+from fedss.runs.reading import read_scores
 from tests import reference
 
 DATA = reference.tiny_dataset()

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 import fedss
-from fedss.board import add_projection, choose_points, draw_neighbours, open_board
 from fedss.data import RetrievalTask
+from fedss.runs.tensorboard import add_projection, choose_points, draw_neighbours, open_board
 from tests.test_experiment import DATA, SMALL, train
 
 QUERY = DATA.test.query

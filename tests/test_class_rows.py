@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedss.algorithm import ServerState
-from fedss.checkpoint import load_checkpoint, newest_round, save_checkpoint
-from fedss.class_rows import (
+from fedss.core.algorithm import ServerState
+from fedss.core.class_rows import (
     ClassRows,
     add_rows_,
     create_class_rows,
@@ -24,8 +23,9 @@ from fedss.class_rows import (
     with_sums,
     write_,
 )
+from fedss.core.optimizers import ServerOptimizer, read_rows, step_rows_
 from fedss.errors import ConfigError, RunFolderError
-from fedss.optimizers import ServerOptimizer, read_rows, step_rows_
+from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.seeds import generator, numbered_normals
 from tests.reference import whole
 
@@ -279,7 +279,7 @@ def test_a_table_too_large_for_memory_says_what_to_do():
 def test_a_full_disk_is_told_before_a_page_is_refused(tmp_path, monkeypatch):
     rows = create_class_rows(N, D, SLOTS, 0, folder=tmp_path)
     disk = SimpleNamespace(f_bavail=1, f_frsize=mmap.PAGESIZE)
-    monkeypatch.setattr("fedss.class_rows.os.statvfs", lambda folder: disk)
+    monkeypatch.setattr("fedss.core.class_rows.os.statvfs", lambda folder: disk)
 
     def write() -> None:
         write_(rows, torch.arange(3), torch.ones(3, D), {n: torch.ones(3, D) for n in SLOTS}, 1)

@@ -14,7 +14,7 @@ from PIL import Image
 import fedss
 from fedss.cli import main
 from fedss.config import OPTIONS
-from fedss.engines.flower.settings import Deployment
+from fedss.flower.settings import Deployment
 from tests.test_config import PINNED
 
 TINY = """
@@ -115,7 +115,7 @@ def test_too_little_memory_is_one_line(error, capsys, monkeypatch):
     def fail(config):
         raise error
 
-    monkeypatch.setattr("fedss.build.load_data", fail)
+    monkeypatch.setattr("fedss.training.build.load_data", fail)
     assert main(["info", *GLYPHS]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedss info: not enough memory (")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedss.algorithm import broadcast, select
-from fedss.client import (
+from fedss.core.algorithm import broadcast, select
+from fedss.core.client import (
     LocalTraining,
     Submodel,
     batches,

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedss.codec import (
+from fedss.wire.codec import (
     GROUP_INT4,
     SHORTEST_CHANNEL,
     decode_backbone,

@@ -25,8 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from fedss import Config, train
-from fedss.algorithm import draw_cohort
-from fedss.build import evaluation_task
+from fedss.core.algorithm import draw_cohort
 from fedss.data import (
     Dataset,
     Images,
@@ -44,9 +43,10 @@ from fedss.data import (
 from fedss.data.cache import cache_folder, cached_array, decode, in_threads
 from fedss.data.folder import read_folder
 from fedss.data.manifest import Listing, Row, arrange, composed, lot
-from fedss.describe import describe
-from fedss.embedding import list_pictures
 from fedss.errors import DataError
+from fedss.inference.embedding import list_pictures
+from fedss.training.build import evaluation_task
+from fedss.training.summary import describe
 from tests import reference
 from tests.reference import tiny_backbone, tiny_dataset
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedss.engines.flower.settings import DEPLOYMENT_FIELDS
+from fedss.flower.settings import DEPLOYMENT_FIELDS
 
 TEXT = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)

@@ -14,12 +14,12 @@ from fedss.data import DATASETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    ROOT / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 # Pages of the site that docs/site_hooks/ makes; all others are files in docs/.
-GENERATED = re.compile(r"reference/.*|benchmarks\.md|changelog\.md")
+GENERATED = re.compile(r"reference/.*|(benchmarks|changelog|contributing|security)\.md")
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
 # A command at the start of a line or of a code span, up to a comment or the span's end. (A run is
 # called "fedss seed 0" in what is printed.)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fedss import seeds
-from fedss.algorithm import draw_cohort, run_round
-from fedss.augment import AUGMENTATIONS
-from fedss.class_rows import create_class_rows
-from fedss.client import own_classes
+from fedss.core.algorithm import draw_cohort, run_round
+from fedss.core.class_rows import create_class_rows
+from fedss.core.client import own_classes
+from fedss.data.augment import AUGMENTATIONS
 from tests.test_algorithm import MOMENTUM, N, plan, start
 from tests.test_engine_local import local
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from fedss.data.cache import decode
-from fedss.embedding import Embeddings, embed_files, list_pictures, write_embeddings
 from fedss.errors import ConfigError, DataError, RunFolderError
+from fedss.inference.embedding import Embeddings, embed_files, list_pictures, write_embeddings
 from fedss.models import build_embedder, embed_pixels
 
 MODEL = build_embedder("conv4-4", channels=1, image_size=12, embedding_size=5, seed=0)

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import fedss
 from fedss import ConfigError, RunFolderError
-from fedss.build import server_optimizer
-from fedss.checkpoint import load_checkpoint
-from fedss.class_rows import create_class_rows
 from fedss.cli import main
 from fedss.config import config_from_dict
-from fedss.ranks import ALONE, Ranks, join, share_out, this_rank
-from fedss.run_folder import check_same_round
+from fedss.core.class_rows import create_class_rows
+from fedss.distributed import ALONE, Ranks, join, share_out, this_rank
+from fedss.runs.checkpoint import load_checkpoint
+from fedss.runs.folder import check_same_round
+from fedss.training.build import server_optimizer
 from tests.ranks import commands, die, fail_in_every_way, launch, tiny, train
 from tests.reference import whole
 from tests.test_experiment import SMALL, lines

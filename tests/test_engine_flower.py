@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import fedss
-from fedss.engines.flower.messages import REQUEST, TRAIN
-from fedss.engines.flower.server import line
+from fedss.flower.messages import REQUEST, TRAIN
+from fedss.flower.server_app import line
 from tests.flower_grid import ProcessGrid, digests, serialised
 from tests.sites import federate, nodes, settings, write_photos
 

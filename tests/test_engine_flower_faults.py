@@ -22,19 +22,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 import fedss
-from fedss import experiment
-from fedss.algorithm import Failure, draw_cohort
-from fedss.baselines import data_floors
-from fedss.checkpoint import newest_round
-from fedss.client import ClientUpdate
 from fedss.config import Config
+from fedss.core.algorithm import Failure, draw_cohort
+from fedss.core.client import ClientUpdate
 from fedss.data import load_dataset
-from fedss.engines.flower import site as site_module
-from fedss.engines.flower.messages import buffer, pack, unpack
-from fedss.engines.flower.replies import MOST_EXAMPLES
 from fedss.engines.local import LocalEngine, Workers
 from fedss.errors import ConfigError, DivergedError, QuorumError
+from fedss.evaluation.baselines import data_floors
+from fedss.flower import client_app as site_module
+from fedss.flower.messages import buffer, pack, unpack
+from fedss.flower.validation import MOST_EXAMPLES
 from fedss.models import build_embedder
+from fedss.runs.checkpoint import newest_round
+from fedss.training import experiment
 from tests.flower_grid import ProcessGrid, digests
 from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedss.algorithm import Engine, broadcast, run_round
-from fedss.client import train_client
-from fedss.codec import decode_rows, encode_rows
+from fedss.core.algorithm import Engine, broadcast, run_round
+from fedss.core.client import train_client
 from fedss.data import index_clients
 from fedss.engines.local import Replica, intra_op_threads, local_engine
 from fedss.models import build_embedder, embed_pixels, flatten_
-from fedss.samplers import SAMPLERS
-from fedss.wire import WireFormat, decode_broadcast, encode_broadcast, encode_request
+from fedss.sampling.samplers import SAMPLERS
+from fedss.wire.codec import decode_rows, encode_rows
+from fedss.wire.messages import WireFormat, decode_broadcast, encode_broadcast, encode_request
 from tests.reference import whole
 from tests.test_algorithm import DATA, MOMENTUM, Model, N, PlainEngine, engine, plan, start
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedss.algorithm import broadcast, select
-from fedss.client import (
+from fedss.core.algorithm import broadcast, select
+from fedss.core.client import (
     ClientUpdate,
     RoundPlan,
     Submodel,
@@ -23,13 +23,13 @@ from fedss.client import (
     prepare,
     train_client,
 )
+from fedss.core.client_stacked import train_clients
 from fedss.data import Images, index_clients
 from fedss.engines.local import Replica, local_engine
-from fedss.engines.stacked import train_clients
 from fedss.errors import ConfigError
+from fedss.losses.softmax import Scoring
 from fedss.models import Embedder, build_embedder, flatten_
-from fedss.softmax import Scoring
-from fedss.wire import WireFormat
+from fedss.wire.messages import WireFormat
 from tests import reference
 from tests.installed import by_timm
 from tests.test_algorithm import DATA, MOMENTUM, N, plan, start

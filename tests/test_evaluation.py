@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fedss import RetrievalTask
 from fedss.data import Images
-from fedss.evaluation import (
+from fedss.evaluation.evaluate import (
     confused,
     embed_task,
     evaluate_embedding,
@@ -17,7 +17,7 @@ from fedss.evaluation import (
     panels,
     verify,
 )
-from fedss.verification import identification
+from fedss.evaluation.verification import identification
 from tests import reference
 
 QUERY = reference.tiny_dataset().test.query

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from examples.own_loss import main, smoothed_softmax
-from fedss.samplers import class_sample, draw_uniform, whole_sample
-from fedss.softmax import Scoring
+from fedss.losses.softmax import Scoring
+from fedss.sampling.samplers import class_sample, draw_uniform, whole_sample
 from tests.reference import cosine
 
 SCALE, N = 4.0, 9

@@ -20,23 +20,22 @@ from fedss import (
     ConfigError,
     DivergedError,
     RunFolderError,
-    algorithm,
-    checkpoint,
-    class_rows,
-    experiment,
 )
-from fedss.algorithm import check_growth, draw_cohort
-from fedss.baselines import data_floors
-from fedss.board import add_scalars, open_board
-from fedss.build import build_model, compute_device, pool_pictures, round_plan
-from fedss.checkpoint import load_checkpoint, newest_round
-from fedss.class_rows import ClassRows, create_class_rows
+from fedss.core import algorithm, class_rows
+from fedss.core.algorithm import check_growth, draw_cohort
+from fedss.core.class_rows import ClassRows, create_class_rows
 from fedss.engines.local import LocalEngine
-from fedss.intervals import FLOORS, interval
-from fedss.methods import METHODS
-from fedss.records import open_records, read_records, summarise
-from fedss.report.records import read_scores
-from fedss.samplers import Sampler
+from fedss.evaluation.baselines import data_floors
+from fedss.evaluation.intervals import FLOORS, interval
+from fedss.losses.methods import METHODS
+from fedss.runs import checkpoint
+from fedss.runs.checkpoint import load_checkpoint, newest_round
+from fedss.runs.reading import read_scores
+from fedss.runs.records import open_records, read_records, summarise
+from fedss.runs.tensorboard import add_scalars, open_board
+from fedss.sampling.samplers import Sampler
+from fedss.training import experiment
+from fedss.training.build import build_model, compute_device, pool_pictures, round_plan
 from tests import reference
 
 DATA = reference.tiny_dataset()
@@ -367,7 +366,7 @@ MOMENTS_OF_A_ROUND = {
     # fails.
     "training": ((LocalEngine, "train"), 1, 3),
     "the sum": ((algorithm, "aggregate"), 1, 3),
-    "the first table": ((class_rows, "encode_rows"), 2, 2),
+    "the first table": ((class_rows, "to_bfloat16"), 2, 2),
     "a bad step": ((algorithm, "check_finite_state"), 1, 2),
     "the record": ((experiment, "round_traffic"), 1, 2),
     "the scalars": ((experiment, "add_scalars"), 1, 4),

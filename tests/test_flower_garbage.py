@@ -16,20 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from fedss.algorithm import Failure, ServerState
-from fedss.build import round_plan
-from fedss.class_rows import create_class_rows, with_sums
-from fedss.client import ClientUpdate
 from fedss.config import Config
-from fedss.engines.flower.engine import FlowerEngine, Site
-from fedss.engines.flower.registry import Growth, Registry
-from fedss.engines.flower.replies import MOST_EXAMPLES
-from fedss.engines.flower.settings import Deployment
-from fedss.intervals import FLOORS
-from fedss.optimizers import ServerOptimizer
-from fedss.retrieval import RetrievalMetrics
+from fedss.core.algorithm import Failure, ServerState
+from fedss.core.class_rows import create_class_rows, with_sums
+from fedss.core.client import ClientUpdate
+from fedss.core.optimizers import ServerOptimizer
+from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.retrieval import RetrievalMetrics
+from fedss.flower.engine import FlowerEngine, Site
+from fedss.flower.registry import Growth, Registry
+from fedss.flower.settings import Deployment
+from fedss.flower.validation import MOST_EXAMPLES
 from fedss.seeds import generator
-from fedss.wire import WireFormat, encode_update
+from fedss.training.build import round_plan
+from fedss.wire.messages import WireFormat, encode_update
 from tests.flower_grid import through_the_wire
 
 N, D, LAYOUT = 9, 4, (torch.Size([3, 8]), torch.Size([5]))

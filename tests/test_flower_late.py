@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from fedss.engines.flower import engine as engine_module
-from fedss.engines.flower.engine import exchange
-from fedss.engines.flower.messages import EVALUATE, REGISTER, REQUEST, TRAIN, pack
-from fedss.engines.flower.replies import RefusedError
+from fedss.flower import engine as engine_module
+from fedss.flower.engine import exchange
+from fedss.flower.messages import EVALUATE, REGISTER, REQUEST, TRAIN, pack
+from fedss.flower.validation import RefusedError
 from tests.flower_grid import ProcessGrid, digests
 from tests.sites import federate, nodes, settings, write_photos
 from tests.test_engine_flower_faults import NODES, at_site, counted, records, twin

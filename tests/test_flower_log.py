@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedss.engines.flower import site as site_module
-from fedss.engines.flower.messages import pack, say, unpack
-from fedss.engines.flower.site import app as site_app
+from fedss.distributed import Ranks
 from fedss.errors import RankError
-from fedss.ranks import Ranks
+from fedss.flower import client_app as site_module
+from fedss.flower.client_app import app as site_app
+from fedss.flower.messages import pack, say, unpack
 from fedss.text import printable
 from tests.flower_grid import ProcessGrid, through_the_wire
 from tests.sites import federate, nodes, settings, write_photos
@@ -73,7 +73,7 @@ def test_an_error_at_a_site_is_shown_there_and_marked(capfd, monkeypatch):
     said = capfd.readouterr().err
     assert shown_as_text(said), said
     assert "ValueError: " + printable("\x1b]0;title") in said
-    assert "site.py" in said
+    assert "client_app.py" in said
 
 
 def test_a_sites_text_at_the_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

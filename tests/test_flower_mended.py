@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.engines.flower.messages import unpack
-from fedss.engines.flower.registry import load_registry
 from fedss.errors import DivergedError, QuorumError
+from fedss.flower.messages import unpack
+from fedss.flower.registry import load_registry
 from tests.flower_grid import ProcessGrid
 from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
 

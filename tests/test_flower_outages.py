@@ -6,10 +6,10 @@ import httpx
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedss.engines.flower.engine import exchange
-from fedss.engines.flower.messages import REGISTER, pack
-from fedss.engines.flower.server import app
 from fedss.errors import ConfigError
+from fedss.flower.engine import exchange
+from fedss.flower.messages import REGISTER, pack
+from fedss.flower.server_app import app
 from tests.flower_grid import ProcessGrid
 
 

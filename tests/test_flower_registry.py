@@ -19,9 +19,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedss import experiment
-from fedss.class_rows import ClassRows, create_class_rows, grow, read, with_sums, write_
-from fedss.engines.flower.registry import (
+from fedss.core.class_rows import ClassRows, create_class_rows, grow, read, with_sums, write_
+from fedss.core.optimizers import ServerOptimizer, read_rows, step_rows_
+from fedss.errors import QuorumError, RunFolderError
+from fedss.flower.registry import (
     Growth,
     Registry,
     digest,
@@ -31,9 +32,8 @@ from fedss.engines.flower.registry import (
     save_registry,
     token,
 )
-from fedss.errors import QuorumError, RunFolderError
-from fedss.moments import moments_of
-from fedss.optimizers import ServerOptimizer, read_rows, step_rows_
+from fedss.losses.moments import moments_of
+from fedss.training import experiment
 from tests.flower_grid import ProcessGrid, digests
 from tests.reference import whole
 from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos

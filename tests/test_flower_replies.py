@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedss.build import round_plan
-from fedss.client import ClientUpdate, RoundPlan
 from fedss.config import Config
-from fedss.engines.flower.messages import MessageError, by_client, of_clients, pack
-from fedss.engines.flower.registry import Registry, digest, token
-from fedss.engines.flower.replies import (
+from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.flower.messages import MessageError, by_client, of_clients, pack
+from fedss.flower.registry import Registry, digest, token
+from fedss.flower.validation import (
     MOST_EXAMPLES,
     RefusedError,
     check_metrics,
@@ -23,7 +22,8 @@ from fedss.engines.flower.replies import (
     read_reply,
 )
 from fedss.seeds import generator
-from fedss.wire import WireFormat, encode_update
+from fedss.training.build import round_plan
+from fedss.wire.messages import WireFormat, encode_update
 
 N, D, LAYOUT = 20, 4, (torch.Size([3, 8]), torch.Size([5]))
 IDS = torch.tensor([0, 2, 19])

@@ -7,8 +7,8 @@ import pytest
 
 from fedss.cli import main
 from fedss.config import Config
-from fedss.engines.flower.settings import Deployment, explicit, read_settings, write_app
 from fedss.errors import ConfigError
+from fedss.flower.settings import Deployment, explicit, read_settings, write_app
 
 APART = {"out": "/srv/run"}
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from fedss.data import seen_classes
-from fedss.data.glyphs import _alphabet_sizes, _normal, _spline, _uniform, glyphs, glyphs_dataset
+from fedss.data.sets.glyphs import (
+    _alphabet_sizes,
+    _normal,
+    _spline,
+    _uniform,
+    glyphs,
+    glyphs_dataset,
+)
 from fedss.errors import DataError
 
 
@@ -32,7 +39,7 @@ def test_a_picture_does_not_depend_on_how_many_there_are():
 
 def test_many_pictures_go_to_the_cache(tmp_path, monkeypatch):
     expected = glyphs(30, 8)
-    monkeypatch.setattr("fedss.data.glyphs._KEEP_IN_MEMORY", 1000)
+    monkeypatch.setattr("fedss.data.sets.glyphs._KEEP_IN_MEMORY", 1000)
     for _ in range(2):
         images = glyphs(30, 8, cache=tmp_path)
         assert isinstance(images.pixels, np.memmap)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedss.intervals import (
+from fedss.evaluation.intervals import (
     DRAWS,
     FEWEST,
     SOME,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from fedss import RetrievalTask
 from fedss.errors import RunFolderError
-from fedss.evaluation import verify
-from fedss.model_card import model_card
+from fedss.evaluation.evaluate import verify
+from fedss.inference.model_card import model_card
 from fedss.models import EmbedderSpec
 from tests import reference
 

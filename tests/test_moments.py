@@ -8,12 +8,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedss.algorithm import aggregate, balance, draw_cohort, run_round
-from fedss.client import Broadcast, ClientUpdate, Submodel, batches, own_classes, train_client
-from fedss.moments import Moments, absent_classes, moments_of, row_sums
-from fedss.samplers import class_sample, draw_uniform
+from fedss.core.algorithm import aggregate, balance, draw_cohort, run_round
+from fedss.core.client import Broadcast, ClientUpdate, Submodel, batches, own_classes, train_client
+from fedss.losses.moments import Moments, absent_classes, moments_of, row_sums
+from fedss.losses.softmax import (
+    AbsentClasses,
+    ClassSample,
+    Scoring,
+    moments_softmax,
+    sampled_softmax,
+)
+from fedss.sampling.samplers import class_sample, draw_uniform
 from fedss.seeds import generator as keyed
-from fedss.softmax import AbsentClasses, ClassSample, Scoring, moments_softmax, sampled_softmax
 from tests.reference import whole
 from tests.test_algorithm import DATA, MOMENTUM, SGD, Model, N, engine, plan, same, start
 

@@ -17,9 +17,9 @@ import fedss
 from fedss.config import OPTIONS, Config, config_from_dict
 from fedss.errors import ConfigError, FedssError, RunFolderError
 from fedss.models import EmbedderSpec
-from fedss.records import read_records, summarise
-from fedss.report.records import read_runs
-from fedss.run_folder import read_summaries
+from fedss.runs.folder import read_summaries
+from fedss.runs.reading import read_runs
+from fedss.runs.records import read_records, summarise
 from fedss.search import build_collection, open_collection
 from tests import reference
 

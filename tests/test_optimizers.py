@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedss.class_rows import create_class_rows
-from fedss.optimizers import ServerOptimizer, read_rows, step, step_rows_
+from fedss.core.class_rows import create_class_rows
+from fedss.core.optimizers import ServerOptimizer, read_rows, step, step_rows_
 from tests.reference import whole
 
 N, D, ROUNDS = 9, 3, 40

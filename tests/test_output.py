@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fedss.cli import main
 from fedss.config import Config
-from fedss.progress import _Line, kept, show_progress
+from fedss.runs.progress import _Line, kept, show_progress
 from fedss.text import PLAIN, encodable, printable
 
 LABEL = "鸟类 “{}” é [red]–"

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import fedss
 from examples.own_loss import smoothed_softmax
-from fedss.build import objective_name
-from fedss.methods import METHODS
-from fedss.softmax import logits, positive_hinge
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import logits, positive_hinge
+from fedss.training.build import objective_name
 from tests import reference
 
 DATA = reference.tiny_dataset()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedss import Config, progress
-from fedss.engines.flower.server import line
-from fedss.pace import TimeLeft, time_left
+from fedss.flower.server_app import line
+from fedss.runs.eta import TimeLeft, time_left
 
 
 def schedule(

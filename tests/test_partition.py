@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedss import Config, ConfigError, DataError, load_data
 from fedss.data import Images, deal_pictures, holdings, parse_partition
 from fedss.data.partition import Partition
-from fedss.engines.flower.settings import Deployment, write_app
+from fedss.flower.settings import Deployment, write_app
 
 
 def pictures(labels):

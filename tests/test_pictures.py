@@ -22,8 +22,8 @@ from fedss.cli import main
 from fedss.data import cache as cache_module
 from fedss.data import load_dataset
 from fedss.data.cache import MAX_PIXELS, decode, open_picture, quiet_pillow
-from fedss.embedding import embed_files, list_pictures
 from fedss.errors import ConfigError, DataError
+from fedss.inference.embedding import embed_files, list_pictures
 from fedss.models import build_embedder, load_embedder, save_embedder
 from fedss.search import build_collection
 

@@ -24,15 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fedss
-from fedss import portable
 from fedss.cli import main
 from fedss.data.cache import decode
-from fedss.describe import describe_model
 from fedss.errors import ConfigError, RunFolderError
+from fedss.inference import export as portable
+from fedss.inference.export import CARD, FORMATS, export
 from fedss.models import Embedder, EmbedderSpec, build_embedder, fingerprint, save_embedder
 from fedss.models.embedder import assemble
 from fedss.models.layout import channels_last
-from fedss.portable import CARD, FORMATS, export
+from fedss.training.summary import describe_model
 from tests import reference
 from tests.installed import by_timm, needs_timm, timm
 

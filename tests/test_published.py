@@ -12,10 +12,10 @@ from PIL import Image
 from fedss import DataError, load_dataset
 from fedss.cli import main
 from fedss.data import own_classes
-from fedss.data.landmarks import read_gld23k
 from fedss.data.manifest import Row
-from fedss.data.products import read_products
-from fedss.data.published import Counts, published_listing
+from fedss.data.sets.landmarks import read_gld23k
+from fedss.data.sets.products import read_products
+from fedss.data.sets.published import Counts, published_listing
 
 SHADES = {}
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.baselines import write_scores
 from fedss.errors import ConfigError, RunFolderError
-from fedss.intervals import ClassScores
+from fedss.evaluation.baselines import write_scores
+from fedss.evaluation.intervals import ClassScores
 from fedss.report import (
     bytes_picture,
     charts,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fedss import RetrievalTask, RunFolderError, write_report
-from fedss.evaluation import embed_task, findings
+from fedss.evaluation.evaluate import embed_task, findings
 from fedss.report.verification import number
 from tests import reference
 from tests.test_report import fake_comparison, fake_run, read, single

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedss import retrieval
-from fedss.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
+from fedss.evaluation import retrieval
+from fedss.evaluation.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
 from tests.installed import needs_torchvision
 
 

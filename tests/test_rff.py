@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedss import rff
+from fedss.sampling import rff
 from tests import reference
 
 BLOCK, SHARE = rff.BLOCK, rff.UNIFORM_SHARE

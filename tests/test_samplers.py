@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fedss.errors import ConfigError
-from fedss.samplers import (
+from fedss.sampling.samplers import (
     SAMPLERS,
     Negatives,
     ServerRows,

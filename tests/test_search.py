@@ -20,11 +20,12 @@ from PIL import Image
 import fedss
 from fedss.cli import main
 from fedss.data import RetrievalTask
-from fedss.embedding import embed_files, list_pictures
 from fedss.errors import ConfigError, DataError, RunFolderError
-from fedss.evaluation import verify
+from fedss.evaluation.evaluate import verify
+from fedss.evaluation.verification import NOTHING
+from fedss.inference.embedding import embed_files, list_pictures
+from fedss.inference.pixels import preview
 from fedss.models import build_embedder, fingerprint, save_embedder
-from fedss.pictures import preview
 from fedss.search import (
     build_collection,
     enrol,
@@ -36,9 +37,8 @@ from fedss.search import (
     why_no_threshold,
 )
 from fedss.search.collection import Collection, check_model
-from fedss.search.page import neighbours_page
-from fedss.search.shelf import changing, note
-from fedss.verification import NOTHING
+from fedss.search.store import changing, note
+from fedss.search.web.page import neighbours_page
 from tests import reference
 
 MODEL = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
@@ -520,7 +520,7 @@ def test_an_enrolment_killed_in_its_middle_was_never_there(place):
         import os, sys
         from pathlib import Path
         import numpy as np
-        from fedss.search.shelf import Item, changing, put
+        from fedss.search.store import Item, changing, put
         with changing(Path(sys.argv[1])) as file:
             file.execute("PRAGMA cache_size = 1")
             put(file, [Item(f"{i}", "half", None, np.ones(6), bytes(5000)) for i in range(200)])

@@ -29,6 +29,7 @@ import fedss
 from fedss.cli import main
 from fedss.data.cache import open_picture, quiet_pillow
 from fedss.errors import ConfigError
+from fedss.evaluation.verification import NOTHING
 from fedss.search import (
     Collection,
     Threshold,
@@ -37,8 +38,7 @@ from fedss.search import (
     open_collection,
     remove,
 )
-from fedss.search import server as pages
-from fedss.verification import NOTHING
+from fedss.search.web import app as pages
 from tests.serving import COPIES, NAMES, Site, make_site
 
 MEGABYTE = 1_000_000

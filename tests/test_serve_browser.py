@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import fedss
+from fedss.evaluation.verification import NOTHING
 from fedss.search import open_collection, remove
 from fedss.search.classes import Threshold
-from fedss.search.server import make_limits
-from fedss.verification import NOTHING
+from fedss.search.web.app import make_limits
 from tests.serving import COPIES, NAMES, Site, make_site
 from tests.test_serve import huge_png, served
 

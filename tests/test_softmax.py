@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from fedss.methods import METHODS
-from fedss.samplers import class_sample, draw_uniform
-from fedss.softmax import (
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import (
     ClassSample,
     Scoring,
     negatives_only_softmax,
@@ -18,6 +17,7 @@ from fedss.softmax import (
     spread_out,
     uncorrected_softmax,
 )
+from fedss.sampling.samplers import class_sample, draw_uniform
 from tests import reference
 
 

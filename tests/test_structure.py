@@ -1,11 +1,15 @@
 """What holds the library's shape: public names, imports that run one way."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fedss
+from fedss.moved import MOVED
 
 PACKAGE = Path(fedss.__file__).parent
 
@@ -37,27 +41,32 @@ PUBLIC = {
     "write_report",
 }
 
-# A module may import those of lower layers, and of its own folder.
-LAYERS = [
-    {"errors", "beginnings", "seeds", "allocator", "pace", "text"},
-    {"extras", "files", "ranks", "output", "intervals"},
-    {"softmax", "codec", "rff", "retrieval", "models", "data", "report", "augment"},
-    {"samplers", "moments", "methods", "verification", "confusions"},
-    {"class_rows"},
-    {"optimizers", "client"},
-    {"algorithm"},
-    {"config", "wire", "checkpoint", "pictures"},
-    {"engines"},
-    {"build", "run_folder", "records", "embedding", "evaluation"},
-    {"describe", "progress", "model_card", "board", "baselines"},
-    {"experiment"},
-    {"portable", "search"},
-    {"cli"},
+# A part may import those that stand below it, and itself.
+PARTS = [
+    "cli",
+    "flower",
+    "training",
+    "search",
+    "report",
+    "inference",
+    "runs",
+    "engines",
+    "config",
+    "wire",
+    "core",
+    "evaluation",
+    "sampling",
+    "losses",
+    "data",
+    "models",
+    "distributed",
+    "files",
+    "optional",
+    "text",
+    "seeds",
+    "errors",
+    "moved",
 ]
-
-
-# Flower starts these, as a shell starts the command line.
-APPS = ("engines/flower/server.py", "engines/flower/site.py")
 
 
 def imports(path: Path) -> set[str]:
@@ -80,18 +89,27 @@ def test_the_public_names_are_pinned():
 
 
 def test_imports_run_one_way():
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
     seen = set()
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        name = "cli" if path.relative_to(PACKAGE).as_posix() in APPS else name
         if name in ("__init__", "__main__"):
             continue
         seen.add(name)
         for module in imports(path):
             if module.startswith("fedss.") and part(module) != name:
-                assert level[part(module)] < level[name], f"{path.name} imports {module}"
-    assert seen == set(level)
+                assert PARTS.index(part(module)) > PARTS.index(name), f"{path} imports {module}"
+    assert seen == set(PARTS)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_names_of_modules_are_kept_for_a_release(old, monkeypatch):
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"fedss.{old}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    new = importlib.import_module(f"fedss.{MOVED[old]}")
+    with pytest.warns(DeprecationWarning, match=f"fedss.{MOVED[old]} since"):
+        module = importlib.import_module(f"fedss.{old}")
+    names = {name for name in vars(new) if not name.startswith("__")}
+    assert all(getattr(module, name) is getattr(new, name) for name in names)
 
 
 def test_charts_and_boards_are_loaded_where_they_are_drawn():
@@ -113,6 +131,6 @@ def test_heavy_extras_are_imported_where_they_are_used():
         }
         heavy = {"timm", "torchvision", "pyarrow", "pi_heif", "flwr", "starlette", "uvicorn"}
         heavy |= {"python_multipart", "onnx", "onnxruntime", "onnxscript"}
-        if path.parent == PACKAGE / "engines" / "flower":
+        if path.parent == PACKAGE / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path

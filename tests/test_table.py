@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fedss.data.names import composed, look_alikes
 from fedss.data.table import read_table
-from fedss.embedding import list_pictures
 from fedss.errors import DataError
+from fedss.inference.embedding import list_pictures
 
 COLUMNS = ("image", "label", "client")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedss.report.words import tally
+from fedss.runs.headlines import tally
 from fedss.text import counted
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 from torch.nn import functional as F
 
-from fedss import verification as v
-from fedss.confusions import hardest_confusions
+from fedss.evaluation import verification as v
+from fedss.evaluation.confusions import hardest_confusions
 
 
 def grid(cosine: float) -> int:

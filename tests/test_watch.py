@@ -12,8 +12,8 @@ import pytest
 
 from fedss.errors import RunFolderError
 from fedss.report import watch
-from fedss.report.records import read_runs
 from fedss.report.watch import watch_report
+from fedss.runs.reading import read_runs
 from tests.test_report import Page, fake_run
 
 # Writes a run's lines in halves, each when it is told to go on; at last its summary.

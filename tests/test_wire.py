@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedss.client import Broadcast, ClientUpdate
-from fedss.moments import Moments
-from fedss.samplers import class_sample
+from fedss.core.client import Broadcast, ClientUpdate
+from fedss.losses.moments import Moments
+from fedss.sampling.samplers import class_sample
 from fedss.seeds import generator
-from fedss.wire import (
+from fedss.wire.messages import (
     WireFormat,
     decode_answer,
     decode_broadcast,

@@ -10,8 +10,8 @@ from job import CLIENTS, DIM, PICTURES, Job, finish, read_job, turns
 from network import network
 
 import fedss
-from fedss.checkpoint import load_checkpoint
-from fedss.class_rows import create_class_rows, read
+from fedss.core.class_rows import create_class_rows, read
+from fedss.runs.checkpoint import load_checkpoint
 
 
 def dataset(job: Job) -> fedss.Dataset:

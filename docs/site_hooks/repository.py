@@ -22,8 +22,10 @@ PAGES = {
     "README.md": "index.md",
     "benchmarks/README.md": "benchmarks.md",
     "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
 }
-LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json"}
+LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".txt": "text", ".cff": "yaml"}
 
 # Groups: the text up to the address, the path, the anchor.
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]+)?(?=\))")
@@ -59,8 +61,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if target in known or not (ROOT / target).exists():
                 continue
             known[target] = page = f"source/{target.rstrip('/')}.md"
-            content = _source(target)
-            files.append(File.generated(config, page, content=content))
+            files.append(File.generated(config, page, content=_source(target)))
+            todo += [(target, f"](./{file.name})") for file in _files(ROOT / target)]
     _PAGE_OF.clear()
     _PAGE_OF.update(known)
     return files
@@ -79,7 +81,8 @@ def _targets(path: str, text: str) -> Iterator[str]:
 
 
 def _resolve(path: str, link: str) -> str:
-    return os.path.normpath(PurePosixPath(path).parent / link)
+    place = PurePosixPath(path)
+    return os.path.normpath((place if (ROOT / path).is_dir() else place.parent) / link)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -113,10 +116,16 @@ def _source(path: str) -> str:
     head = f"---\nsearch:\n  exclude: true\n---\n\n# `{path}`\n\n"
     place = ROOT / path
     if place.is_dir():
-        return head + "\n".join(f"- `{p.name}`" for p in sorted(place.iterdir()) if p.is_file())
+        return head + "\n".join(f"- [{f.name}]({place.name}/{f.name}.md)" for f in _files(place))
     if place.suffix == ".ipynb":
         return head + "\n\n".join(_cells(place))
     return head + _fenced(place.read_text(), LANGUAGES.get(place.suffix, "text"))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The text files of a folder; none of what is no folder."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in there if file.suffix in LANGUAGES]
 
 
 def _cells(notebook: Path) -> Iterator[str]:

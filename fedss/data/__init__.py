@@ -10,10 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fedss.data.cache import cache_folder
-from fedss.data.celeba import read_celeba
-from fedss.data.cifar100 import cifar100_dataset
 from fedss.data.folder import read_folder
-from fedss.data.glyphs import glyphs_dataset
 from fedss.data.images import (
     ClientIndex,
     Dataset,
@@ -25,11 +22,7 @@ from fedss.data.images import (
     own_classes,
     seen_classes,
 )
-from fedss.data.inaturalist import read_inaturalist
-from fedss.data.landmarks import read_gld23k, read_landmarks
-from fedss.data.lfw import read_lfw
 from fedss.data.manifest import Listing, build_dataset, read_rows
-from fedss.data.omniglot import omniglot_dataset
 from fedss.data.partition import (
     Partition,
     deal_pictures,
@@ -37,7 +30,14 @@ from fedss.data.partition import (
     rotate_classes,
     split_clients,
 )
-from fedss.data.products import read_products
+from fedss.data.sets.celeba import read_celeba
+from fedss.data.sets.cifar100 import cifar100_dataset
+from fedss.data.sets.glyphs import glyphs_dataset
+from fedss.data.sets.inaturalist import read_inaturalist
+from fedss.data.sets.landmarks import read_gld23k, read_landmarks
+from fedss.data.sets.lfw import read_lfw
+from fedss.data.sets.omniglot import omniglot_dataset
+from fedss.data.sets.products import read_products
 from fedss.errors import DataError
 
 __all__ = [

@@ -31,9 +31,8 @@ from PIL.TiffImagePlugin import (
 from rich.console import Console
 from rich.progress import Progress
 
-from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import DataError
-from fedss.files import atomic, remove_litter
+from fedss.files import START_LENGTH, atomic, remove_litter, what_begins
 
 MAX_PIXELS = 2**27
 """Pixels of the largest picture that is decoded: half a gigabyte, at Pillow's 4 bytes a pixel."""
@@ -159,10 +158,10 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
     """Let Pillow read HEIC, if that is what it is; otherwise say what it is instead."""
     if isinstance(picture, str | Path):
         with open(picture, "rb") as file:
-            start = file.read(LENGTH)
+            start = file.read(START_LENGTH)
     else:
         picture.seek(0)
-        start = picture.read(LENGTH)
+        start = picture.read(START_LENGTH)
     if start[4:].startswith(_HEIC):
         try:
             from pi_heif import register_heif_opener

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.algorithm import ServerState, broadcast, choose_classes, select
-from fedss.class_rows import rows_of, union
-from fedss.client import (
+from fedss.core.algorithm import ServerState, broadcast, choose_classes, select
+from fedss.core.class_rows import rows_of, union
+from fedss.core.client import (
     ClientUpdate,
     LocalTraining,
     RoundPlan,
@@ -32,8 +32,11 @@ from fedss.client import (
     to_device,
     train_client,
 )
+from fedss.core.client_stacked import check_stackable, embed_stacked, train_clients
+from fedss.core.optimizers import ServerOptimizer
 from fedss.data import ClientIndex
-from fedss.engines.stacked import check_stackable, embed_stacked, train_clients
+from fedss.distributed import ALONE, Ranks, share_out
+from fedss.losses.softmax import ClassSample
 from fedss.models import (
     Embedder,
     ForwardPrecision,
@@ -41,11 +44,8 @@ from fedss.models import (
     flatten_,
     pool_before_relu_,
 )
-from fedss.optimizers import ServerOptimizer
-from fedss.ranks import ALONE, Ranks, share_out
 from fedss.seeds import generator
-from fedss.softmax import ClassSample
-from fedss.wire import (
+from fedss.wire.messages import (
     Message,
     WireFormat,
     decode_answer,
@@ -66,7 +66,7 @@ Work = tuple[int, Submodel, ClassSample, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Replica:
-    """One worker's model and the pictures it reads; a :class:`fedss.client.Trainable`."""
+    """One worker's model and the pictures it reads; a :class:`fedss.core.client.Trainable`."""
 
     embedder: Embedder
     theta_P: Tensor
@@ -141,7 +141,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """A :class:`fedss.algorithm.Engine` on this machine; made by :func:`local_engine`."""
+    """A :class:`fedss.core.algorithm.Engine` on this machine; made by :func:`local_engine`."""
 
     clients: ClientIndex
     optimizer: ServerOptimizer

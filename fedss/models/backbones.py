@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fedss.errors import ConfigError
-from fedss.extras import import_extra
 from fedss.models.checks import check_image, own_size, told
 from fedss.models.norms import LEAST_VALUES, largest_groups
+from fedss.optional import import_extra
 
 _MOST_WIDTH = 2048  # 450 MB of weights
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fedss.errors import ConfigError
-from fedss.extras import import_extra
 from fedss.models.checks import few
+from fedss.optional import import_extra
 
 _TRAINABLE = re.compile(r"all|head|last-[1-9]\d{0,3}")
 

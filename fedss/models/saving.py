@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import ConfigError
-from fedss.files import write_file
+from fedss.files import START_LENGTH, what_begins, write_file
 from fedss.models.backbones import conv4, conv4_width
 from fedss.models.checks import few
 from fedss.models.embedder import Embedder, EmbedderSpec, assemble
@@ -245,6 +244,6 @@ def _unreadable(path: Path, error: Exception) -> ConfigError:
 def _what_it_is(path: Path) -> str:
     """What a file is that holds no part of a model, as ``what_begins``."""
     with suppress(OSError), path.open("rb") as file:
-        start = file.read(LENGTH)
+        start = file.read(START_LENGTH)
         return what_begins(start) if start else "is empty (0 bytes)"
     return ""

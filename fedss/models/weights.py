@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedss.beginnings import LENGTH, what_begins
 from fedss.errors import ConfigError
-from fedss.extras import import_extra
+from fedss.files import START_LENGTH, what_begins
 from fedss.models.checks import few, told
+from fedss.optional import import_extra
 
 # Statistics of a batch norm are frozen with it, and then nobody asks how many batches made them.
 _UNUSED = "num_batches_tracked"
@@ -107,7 +107,7 @@ def _what_it_is(path: Path) -> str:
     try:
         size, named_safetensors = path.stat().st_size, path.suffix == ".safetensors"
         with path.open("rb") as file:
-            start = file.read(LENGTH)
+            start = file.read(START_LENGTH)
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     if not size:

@@ -27,7 +27,7 @@ def write_report(folder: Path) -> Path:
     """
     # Here, since drawing takes a large library, which most uses of this one need not load.
     from fedss.report.page import render
-    from fedss.report.records import read_runs
+    from fedss.runs.reading import read_runs
 
     folder = Path(folder)
     html, path = render(read_runs(folder), folder), folder / "report.html"

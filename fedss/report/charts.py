@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from fedss.report.labels import FONT, apart, text_height, text_width, wrap, wrapped
-from fedss.report.words import human_bytes
+from fedss.runs.headlines import human_bytes
 
 WIDTH, HEIGHT, TALL = 420, 300, 390
 FEW = 6  # more lines or marks need a taller chart

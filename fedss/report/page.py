@@ -14,8 +14,8 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from fedss.errors import ConfigError, RunFolderError
-from fedss.intervals import FLOORS, weakness
-from fedss.report import charts, words
+from fedss.evaluation.intervals import FLOORS, weakness
+from fedss.report import charts
 from fedss.report.clients import clients_png
 from fedss.report.frontier import (
     MOST_PANELS,
@@ -27,9 +27,10 @@ from fedss.report.frontier import (
 )
 from fedss.report.labels import wrap
 from fedss.report.panels import augmented, retrieval
-from fedss.report.records import METRICS, Group, Round, Run, group_runs, read_runs
 from fedss.report.rounds import PHASES, failures, paces
 from fedss.report.verification import number, verification
+from fedss.runs import headlines
+from fedss.runs.reading import METRICS, Group, Round, Run, group_runs, read_runs
 
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
@@ -87,7 +88,7 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
     """
     groups = group_runs(runs, folder)
     slots = charts.slots_of([group.label for group in groups])
-    full = words.full_softmax(groups)
+    full = headlines.full_softmax(groups)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -96,27 +97,27 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "decimals": words.decimals,
-        "percent": words.percent,
+        "decimals": headlines.decimals,
+        "percent": headlines.percent,
         "breakable": lambda name: _breakable(name, "/_"),
         "shortened": lambda name: wrap(name, 20, 1),
         "foldable": lambda text: _breakable(text, ":,"),
     }
     return environment.get_template("report.html").render(
         title=_title(groups),
-        finding=words.finding(groups),
-        second_finding=words.second_finding(groups),
+        finding=headlines.finding(groups),
+        second_finding=headlines.second_finding(groups),
         setup=_setup(groups),
         facts=_facts(groups),
-        unfinished=[words.standing(run) for run in runs if not run.finished],
+        unfinished=[headlines.standing(run) for run in runs if not run.finished],
         watched=watched,
-        unscored=words.unscored(groups),
+        unscored=headlines.unscored(groups),
         charts=_charts(groups, slots),
         rows=[_row(group, slot, full) for group, slot in zip(groups, slots, strict=True)],
         floors=_floors(groups),
         weakness=_weakness(groups),
         has_intervals=any(group.interval for group in groups),
-        has_ratio=any(words.ratio(g, full) is not None for g in groups if g is not full),
+        has_ratio=any(headlines.ratio(g, full) is not None for g in groups if g is not full),
         several_seeds=any(len(group.runs) > 1 for group in groups),
         seeds=[
             (group, slot, run)
@@ -138,13 +139,13 @@ def render(runs: Sequence[Run], folder: Path, watched: Watched | None = None) ->
         versions=_versions(runs),
         single=len(groups) == 1,
         things=_things(groups),
-        has_moments=words.has_moments(groups),
+        has_moments=headlines.has_moments(groups),
         methods={group.method for group in groups},
-        nearest=words.nearest,
-        human_bytes=words.human_bytes,
-        human_seconds=words.human_seconds,
-        count=words.count,
-        tally=words.tally,
+        nearest=headlines.nearest,
+        human_bytes=headlines.human_bytes,
+        human_seconds=headlines.human_seconds,
+        count=headlines.count,
+        tally=headlines.tally,
     )
 
 
@@ -193,7 +194,7 @@ def render_frontier_picture(folders: Mapping[str, Path]) -> bytes:
             )
     labels = list(dict.fromkeys(g.label for groups in of_folder.values() for g in groups))
     slots = dict(zip(labels, charts.slots_of(labels), strict=True))
-    fulls = [words.full_softmax(groups) for groups in of_folder.values()]
+    fulls = [headlines.full_softmax(groups) for groups in of_folder.values()]
     means = [None if g is None or not g.finished else g.mean("map_at_10") for g in fulls]
     relative = all(means)
     panels = []
@@ -216,7 +217,7 @@ def _light() -> dict[str, str]:
 
 
 def _things(groups: Sequence[Group]) -> str:
-    return "variants" if words.has_variants(groups) else "methods"
+    return "variants" if headlines.has_variants(groups) else "methods"
 
 
 def _title(groups: Sequence[Group]) -> str:
@@ -231,19 +232,19 @@ def _setup(groups: Sequence[Group]) -> str:
     """What was compared, in a sentence or two."""
     run = groups[0].runs[0]
     seeds = [r.seed for g in groups for r in g.runs]
-    what = words.listed([g.label for g in groups])
-    if len(groups) > charts.FEW and words.has_variants(groups):
+    what = headlines.listed([g.label for g in groups])
+    if len(groups) > charts.FEW and headlines.has_variants(groups):
         what = f"{len(groups)} variants"
     times = "Trained" if len(groups) == 1 else f"{what}, trained"
-    rounds = words.tally(run.planned_rounds, "round")
+    rounds = headlines.tally(run.planned_rounds, "round")
     if not all(r.finished for g in groups for r in g.runs):
         single = len(groups) == 1 and len(seeds) == 1
-        rounds = f"{words.count(run.last_round)} of {rounds}" if single else f"up to {rounds}"
+        rounds = f"{headlines.count(run.last_round)} of {rounds}" if single else f"up to {rounds}"
     parts = [f"{times} for {rounds}"]
-    if clients := words.cohort(groups):
+    if clients := headlines.cohort(groups):
         parts.append(f"of {clients}")
     plural = "s" if len(set(seeds)) > 1 else ""
-    parts.append(f"with seed{plural} {words.numbers(seeds)}.")
+    parts.append(f"with seed{plural} {headlines.numbers(seeds)}.")
     return " ".join(parts)
 
 
@@ -264,17 +265,17 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         if number is not None:
             facts.append((*_apart(number, name), ""))
     if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
-        low, middle, high = (words.count(value) for value in data["own_classes"])
+        low, middle, high = (headlines.count(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))
     if data.get("test_queries"):
         gallery = data.get("test_gallery")
         against = (
-            "each against all others" if gallery is None else f"against {words.count(gallery)}"
+            "each against all others" if gallery is None else f"against {headlines.count(gallery)}"
         )
         facts.append((*_apart(data["test_queries"], f"{split} query"), against))
     if data.get("test_classes"):
         seen = data.get("test_classes_seen")  # older records do not say
-        trained = "" if seen is None else f"{words.count(seen)} of them trained on"
+        trained = "" if seen is None else f"{headlines.count(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained
         facts.append((*_apart(data["test_classes"], f"{split} class"), addition))
     if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
@@ -282,14 +283,14 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
         facts.append((f"{width} × {height}", "pixels", kind))
     backbone = config.get("backbone")
-    facts.append((words.count(run.parameters), "parameters", str(backbone) if backbone else ""))
+    facts.append((headlines.count(run.parameters), "parameters", str(backbone) if backbone else ""))
     if config.get("embedding_size") is not None:
         facts.append((str(config["embedding_size"]), "embedding size", ""))
     return facts
 
 
 def _apart(number: float, noun: str) -> tuple[str, str]:
-    shown, _, name = words.tally(number, noun).partition(" ")
+    shown, _, name = headlines.tally(number, noun).partition(" ")
     return shown, name
 
 
@@ -299,7 +300,7 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
     band = " Lines: mean over seeds; bands: lowest to highest." if several else ""
     if several and len(groups) > charts.FEW:
         band = " Means over seeds."
-    names = words.listed([group.label for group in groups])
+    names = headlines.listed([group.label for group in groups])
     last = max(run.planned_rounds for group in groups for run in group.runs)
     made = []
     scores = _lines(paired, _map_at_10, start=True)
@@ -323,7 +324,7 @@ def _charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
         svg = frontier_chart("frontier", panel, f"MAP@10 against bytes per round for {names}")
         made.append(Chart("The frontier", _frontier_caption(panel), svg))
     if bars := _bars(paired):
-        rows = words.rows_sent(groups)
+        rows = headlines.rows_sent(groups)
         alt = f"Bytes per client and round, backbone and {rows}, for {names}"
         caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
         svg = charts.bars_chart("bars", bars, rows, alt)
@@ -372,7 +373,7 @@ def _points(paired: Sequence[tuple[Group, str]]) -> list[Point]:
     """What each finished group reaches in the end, and what it moves."""
     points = []
     for group, slot in paired:
-        mean, moved = group.mean("map_at_10"), words.both_ways(group)
+        mean, moved = group.mean("map_at_10"), headlines.both_ways(group)
         known = [value for value in (mean, moved) if value is not None and np.isfinite(value)]
         if group.finished and len(known) == 2 and known[1] > 0:
             values = group.values("map_at_10")
@@ -449,30 +450,30 @@ def _cumulative(rounds: Sequence[Round]) -> dict[int, float]:
 
 def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
     """A bar per method, or one per direction if there is one method only."""
-    full = words.full_softmax([group for group, _ in paired])
-    reference = None if full is None else words.both_ways(full)
+    full = headlines.full_softmax([group for group, _ in paired])
+    reference = None if full is None else headlines.both_ways(full)
     bars = []
     for group, slot in paired:
         for way in ("both",) if len(paired) > 1 else ("down", "up"):
             total, backbone, class_rows = (
-                words.both_ways(group, part)
+                headlines.both_ways(group, part)
                 if way == "both"
                 else group.mean(f"{part}bytes_{way}_per_client_round")
                 for part in ("", "backbone_", "row_")
             )
             if total is None or backbone is None or class_rows is None:
                 continue
-            text = words.human_bytes(total)
+            text = headlines.human_bytes(total)
             if way == "both" and reference and group is not full:
-                text += f" · {words.percent(total / reference)}"
+                text += f" · {headlines.percent(total / reference)}"
             label = group.label if way == "both" else way
             bars.append(charts.Bar(label, slot, backbone, class_rows, text))
     return bars
 
 
 def _row(group: Group, slot: str, full: Group | None) -> Row:
-    share = words.ratio(group, full)
-    note = "" if group.finished else words.progress(group.runs[0])
+    share = headlines.ratio(group, full)
+    note = "" if group.finished else headlines.progress(group.runs[0])
     relative = "" if share is None or group is full else f"{share:.3f}"
     ends = group.interval
     cells = [
@@ -483,14 +484,16 @@ def _row(group: Group, slot: str, full: Group | None) -> Row:
         _score(group, "recall_at_1"),
     ]
     rows = group.mean("class_rows_per_client")
-    cells.append(Cell(words.count(rows), exact="" if rows is None else f"{rows:.2f}"))
+    cells.append(Cell(headlines.count(rows), exact="" if rows is None else f"{rows:.2f}"))
     for way in ("down", "up"):
         for part in ("backbone_", "row_"):
             mean = group.mean(f"{part}bytes_{way}_per_client_round")
-            exact = "" if mean is None else f"{words.count(mean)} bytes"
-            cells.append(Cell(words.human_bytes(mean), exact=exact))
+            exact = "" if mean is None else f"{headlines.count(mean)} bytes"
+            cells.append(Cell(headlines.human_bytes(mean), exact=exact))
     seconds = group.mean("seconds")
-    cells.append(Cell(words.human_seconds(seconds), exact=f"{words.decimals(seconds, 1)} s"))
+    cells.append(
+        Cell(headlines.human_seconds(seconds), exact=f"{headlines.decimals(seconds, 1)} s")
+    )
     return Row(group.label, slot, note, cells)
 
 
@@ -501,7 +504,7 @@ def _floors(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
         values = [v for group in groups if (v := group.floor(name)) is not None]
         if not values:
             continue
-        exact = "; ".join(f"{g.label}: {words.decimals(g.floor(name), 4)}" for g in groups)
+        exact = "; ".join(f"{g.label}: {headlines.decimals(g.floor(name), 4)}" for g in groups)
         by_class = [
             float(run.floor_classes[name].map_at_10_C.mean())
             for group in groups
@@ -509,17 +512,19 @@ def _floors(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
             if name in run.floor_classes
         ]
         mean = sum(by_class) / len(by_class) if by_class else None
-        score = words.decimals(sum(values) / len(values))
-        rows.append((told, Cell(score, exact=exact), Cell(words.decimals(mean))))
+        score = headlines.decimals(sum(values) / len(values))
+        rows.append((told, Cell(score, exact=exact), Cell(headlines.decimals(mean))))
     return rows
 
 
 def _score(group: Group, key: str, spread: bool = True) -> Cell:
     values = group.values(key)
     exact = "; ".join(
-        f"seed {run.seed}: {words.decimals(run.results[key], 4)}" for run in group.runs
+        f"seed {run.seed}: {headlines.decimals(run.results[key], 4)}" for run in group.runs
     )
-    return Cell(words.decimals(group.mean(key)), words.spread(values) if spread else "", exact)
+    return Cell(
+        headlines.decimals(group.mean(key)), headlines.spread(values) if spread else "", exact
+    )
 
 
 def _settings(groups: Sequence[Group]) -> dict[str, Any]:
@@ -527,21 +532,21 @@ def _settings(groups: Sequence[Group]) -> dict[str, Any]:
     of_group = {group.label: dict(group.runs[0].settings) for group in groups}
     if any(len(group.runs) > 1 for group in groups):
         for group in groups:
-            of_group[group.label]["seed"] = words.numbers([run.seed for run in group.runs])
+            of_group[group.label]["seed"] = headlines.numbers([run.seed for run in group.runs])
     keys = sorted({key for settings in of_group.values() for key in settings})
     shared, differing = [], []
     for key in keys:
         values = [_shown(settings.get(key)) for settings in of_group.values()]
         if all(a == b for a, b in pairwise(values)):
             shared.append((key, values[0]))
-        elif key != "method" or words.has_variants(groups):
+        elif key != "method" or headlines.has_variants(groups):
             differing.append((key, values))
     return {"shared": shared, "differing": differing, "labels": list(of_group)}
 
 
 def _shown(value: object) -> str:
     if value is None:
-        return words.NOTHING
+        return headlines.NOTHING
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from fedss.report.records import Group, Neighbours
+from fedss.runs.reading import Group, Neighbours
 
 MOST_PICTURES = 260
 SMALL_SIDE = 64  # up to here a picture is enlarged pixel by pixel

@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedss.report.records import Failure, Group
-from fedss.report.words import NOTHING, count
+from fedss.runs.headlines import NOTHING, count
+from fedss.runs.reading import Failure, Group
 
 MOST_CLIENTS = 10
 # In their order within a round; any others come behind them.

@@ -9,10 +9,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from fedss.report import charts, words
+from fedss.report import charts
 from fedss.report.labels import FONT, beside, text_height, text_width, wrapped
 from fedss.report.panels import SMALL_SIDE, Picture, data_uri
-from fedss.report.records import Group, Verified
+from fedss.runs import headlines
+from fedss.runs.reading import Group, Verified
 
 _SHOWN = (0.01, 0.001)  # FARs of a comparison's columns
 _LEAST = 1e-4  # FAR at the left end of a chart: below, curves of many pictures say little
@@ -106,7 +107,7 @@ def verification(groups: Sequence[Group], slots: Sequence[str]) -> Verification 
         for group, slot in paired
         if (curve := _curve(group.label, slot, measured[group.label])) is not None
     ]
-    names = words.listed([curve.label for curve in curves]) if curves else ""
+    names = headlines.listed([curve.label for curve in curves]) if curves else ""
     marks = _marks(every, fars) if single else []
     shown = 0 < len(curves) <= charts.FEW
     first = every[0].identification
@@ -147,7 +148,7 @@ def _single(every: Sequence[Verified], fars: Sequence[float], known: bool) -> li
         names.append(_dir_name(every))
         thresholds.append([f.identification.threshold for f in every if f.identification])
     return [
-        Line(name, "", [cell, (words.decimals(float(np.mean(at))), "")])
+        Line(name, "", [cell, (headlines.decimals(float(np.mean(at))), "")])
         for name, cell, at in zip(names, cells, thresholds, strict=True)
     ]
 
@@ -162,7 +163,7 @@ def _cells(every: Sequence[Verified], fars: Sequence[float], known: bool) -> lis
     columns += [[found.points[far].tar for found in every] for far in fars]
     if known:
         columns.append([f.identification.dir for f in every if f.identification])
-    return [(words.decimals(float(np.mean(c))), words.spread(c)) for c in columns]
+    return [(headlines.decimals(float(np.mean(c))), headlines.spread(c)) for c in columns]
 
 
 def _curve(label: str, slot: str, every: Sequence[Verified]) -> charts.Line | None:
@@ -178,10 +179,10 @@ def _curve(label: str, slot: str, every: Sequence[Verified]) -> charts.Line | No
 
 def _marks(every: Sequence[Verified], fars: Sequence[float]) -> list[Mark]:
     eer = float(np.mean([found.eer for found in every]))
-    marks = [(eer, 1 - eer, f"EER {words.decimals(eer)}")]
+    marks = [(eer, 1 - eer, f"EER {headlines.decimals(eer)}")]
     for far in fars:
         tar = float(np.mean([found.points[far].tar for found in every]))
-        marks.append((far, tar, words.decimals(tar)))
+        marks.append((far, tar, headlines.decimals(tar)))
     return [mark for mark in marks if mark[0] >= max(found.smallest_far for found in every)]
 
 
@@ -207,7 +208,7 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> Confusions | None:
             for k in (0, 1)
         ]
         taken = [
-            (f"{n} of {of}", words.percent(n / of) if n else "")
+            (f"{n} of {of}", headlines.percent(n / of) if n else "")
             for n, of in zip(found.confused[i].tolist(), found.queries[i].tolist(), strict=True)
         ]
         pairs.append(

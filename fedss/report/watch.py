@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fedss.errors import RunFolderError
 from fedss.files import read_json, write_file, writing
-from fedss.report import words
-from fedss.report.records import Run, group_runs, read_runs
+from fedss.runs import headlines
+from fedss.runs.reading import Run, group_runs, read_runs
 
 REFRESH = 10  # seconds after which the page loads itself again
 _SHARE = 0.1  # of one core, at most, for the page: the run needs it more
@@ -130,8 +130,8 @@ def _clock(moment: datetime) -> str:
 
 def _line(runs: Sequence[Run], folder: Path, done: bool, late: bool) -> str:
     if done:
-        return f"done. {words.finding(group_runs(runs, folder))}"
-    parts = [words.standing(run) for run in runs if not run.finished]
+        return f"done. {headlines.finding(group_runs(runs, folder))}"
+    parts = [headlines.standing(run) for run in runs if not run.finished]
     if finished := sum(run.finished for run in runs):
         parts.append(f"{finished} {'run' if finished == 1 else 'runs'} done")
     if late:

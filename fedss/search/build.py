@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from fedss.data.cache import stamp
-from fedss.embedding import LEAVE_OUT, PictureList, list_pictures
 from fedss.errors import DataError, RunFolderError
-from fedss.experiment import load
 from fedss.files import replacing
+from fedss.inference.embedding import LEAVE_OUT, PictureList, list_pictures
+from fedss.inference.model import load
+from fedss.inference.pixels import read_pictures
 from fedss.models import Embedder, fingerprint
-from fedss.pictures import read_pictures
-from fedss.run_folder import hold
+from fedss.runs.folder import hold
 from fedss.search.collection import (
     ENROLLED,
     INDEX,
@@ -27,7 +27,7 @@ from fedss.search.collection import (
     check_model,
     open_with,
 )
-from fedss.search.shelf import (
+from fedss.search.store import (
     Item,
     changing,
     is_there,

@@ -7,17 +7,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedss.embedding import class_name
 from fedss.errors import ConfigError, DataError
+from fedss.evaluation.retrieval import nearest
+from fedss.evaluation.verification import NOTHING
 from fedss.files import read_json
+from fedss.inference.embedding import class_name
+from fedss.inference.pixels import Picture, Read, name_of, read_pictures
 from fedss.models import fingerprint
-from fedss.pictures import Picture, Read, name_of, read_pictures
-from fedss.report.records import read_verified
-from fedss.retrieval import nearest
+from fedss.runs.reading import read_verified
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
-from fedss.search.shelf import Item, changing, is_there, make_shelf, put, take_out
+from fedss.search.store import Item, changing, is_there, make_shelf, put, take_out
 from fedss.text import counted
-from fedss.verification import NOTHING
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list
     Args:
         collection: with classes, of its folders or enrolled.
         query_QD: floating point [Q, D], such as from ``Collection.embed``.
-        threshold: the least cosine, -1 to 1; or ``fedss.verification.NOTHING``, as a run's test
-            may have measured it: then all pictures are unknown.
+        threshold: the least cosine, -1 to 1; or ``fedss.evaluation.verification.NOTHING``, as a
+            run's test may have measured it: then all pictures are unknown.
 
     Raises:
         DataError: no picture of the collection has a class; queries of another size, NaN or
@@ -153,7 +153,8 @@ class Threshold:
     """What a run's evaluation says of identification.
 
     Attributes:
-        threshold: the least cosine at which a class is named; ``fedss.verification.NOTHING``: at
+        threshold: the least cosine at which a class is named;
+        ``fedss.evaluation.verification.NOTHING``: at
             every other one more strangers than ``fpir`` were named, so that no class ever is.
         fpir: false-positive identification rate: the share of pictures of no enrolled class for
             which one is named all the same.

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedss.errors import DataError, RunFolderError
-from fedss.experiment import load
+from fedss.evaluation.retrieval import nearest, unit_rows
+from fedss.inference.model import load
+from fedss.inference.pixels import Picture, read_pictures
 from fedss.models import Embedder, fingerprint
-from fedss.pictures import Picture, read_pictures
-from fedss.retrieval import nearest, unit_rows
-from fedss.search.shelf import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
+from fedss.search.store import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
 

@@ -1,0 +1,124 @@
+"""The image of a search at the top of the README: queries, and what a trained model finds.
+
+    python examples/search_picture.py runs/quickstart docs/images/search.png
+
+``runs/quickstart`` is the run of the README's quickstart. It is trained first (about a minute on
+two cores) where the folder does not hold it yet. Nobody has picked the queries that look best: all
+test images are sorted by how well they are answered, and those at three quarters, at the middle and
+at one quarter of that order are shown.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+import fedss
+
+NEAREST = 8
+SHARES = (0.75, 0.5, 0.25)
+TILE, GAP, EDGE = 120, 18, 36
+AFTER_QUERY = 42
+HEAD, FOOT, SCORE = 62, 8, 34
+PAPER, INK, MUTED, RULE = "#ffffff", "#1c1f24", "#5b6470", "#d5d9de"
+RIGHT, QUERY = "#0a7a55", "#0b5fd0"
+
+
+def test_images(data: fedss.Dataset) -> fedss.Images:
+    """The images that are searched among themselves."""
+    assert data.test is not None
+    return data.test.query
+
+
+def embed(model: fedss.Embedder, images: fedss.Images) -> Tensor:
+    """Embeddings [N, D], 256 images at a time."""
+    starts = range(0, len(images), 256)
+    with torch.no_grad():
+        return torch.cat([model(torch.from_numpy(images.pixels[s : s + 256])) for s in starts])
+
+
+def typical_queries(right_QK: Tensor, shares: Sequence[float]) -> list[int]:
+    """The queries at these shares of the order by average precision, worst first."""
+    ranks_K = torch.arange(1, right_QK.shape[1] + 1)
+    precision_Q = (right_QK * right_QK.cumsum(1) / ranks_K).sum(1)
+    order_Q = precision_Q.sort(stable=True).indices
+    return [int(order_Q[round(share * (len(order_Q) - 1))]) for share in shares]
+
+
+def font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings."""
+    return ImageFont.truetype(
+        font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)),
+        size,
+    )
+
+
+def draw(
+    drawn: fedss.Images, queries: list[int], index_QK: Tensor, scores_QK: Tensor
+) -> Image.Image:
+    """One row for each query: the query, then its nearest images with their cosine."""
+    count = index_QK.shape[1]
+    width = 2 * EDGE + TILE + AFTER_QUERY + count * (TILE + GAP) - GAP
+    page = Image.new("RGB", (width, HEAD + len(queries) * (TILE + SCORE + GAP) + FOOT), PAPER)
+    pen = ImageDraw.Draw(page)
+    found_at = EDGE + TILE + AFTER_QUERY
+    classes, total = len(set(drawn.labels.tolist())), len(drawn)
+    pen.text((EDGE, 22), "Query", INK, font(21, "bold"))
+    pen.text((found_at, 22), "Nearest images", INK, font(21, "bold"))
+    pen.text(
+        (found_at + 198, 24),
+        f"of {total - 1:,}, in {classes} classes never seen in training · cosine · ✓ same class",
+        MUTED,
+        font(18),
+    )
+
+    def tile(position: int, x: int, y: int, color: str, line: int) -> None:
+        pixels = 255 - drawn.pixels[position, 0]
+        page.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+        pen.rounded_rectangle(
+            (x - line, y - line, x + TILE + line - 1, y + TILE + line - 1), 7, None, color, line
+        )
+
+    for row, query in enumerate(queries):
+        y = HEAD + row * (TILE + SCORE + GAP)
+        tile(query, EDGE, y, QUERY, 4)
+        for column in range(count):
+            x, position = found_at + column * (TILE + GAP), int(index_QK[row, column])
+            right = drawn.labels[position] == drawn.labels[query]
+            tile(position, x, y, RIGHT if right else RULE, 4 if right else 2)
+            score = f"{float(scores_QK[row, column]):.2f}"
+            pen.text(
+                (x + TILE // 2, y + TILE + 10),
+                f"{score} ✓" if right else score,
+                RIGHT if right else MUTED,
+                font(18, "bold" if right else "normal"),
+                anchor="ma",
+            )
+    return page
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the run's folder, e.g. runs/quickstart")
+    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("--rounds", type=int, default=110, help="of training (default: 110)")
+    options = parser.parse_args()
+    config = fedss.Config(data="glyphs", method="fedss", rounds=options.rounds)
+    fedss.train(config, options.run)
+    images = test_images(fedss.load_data(config))
+    scores_QK, index_QK = fedss.nearest(embed(fedss.load(options.run), images), k=NEAREST)
+    labels_Q = torch.from_numpy(images.labels)
+    queries = typical_queries(labels_Q[index_QK] == labels_Q[:, None], SHARES)
+    # The same glyphs, larger than the 28 pixels that the model sees.
+    drawn = test_images(fedss.load_dataset("glyphs", image_size=TILE, glyphs_clients=8))
+    page = draw(drawn, queries, index_QK[queries], scores_QK[queries])
+    page.quantize(96, dither=Image.Dither.NONE).save(options.picture, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Algorithm 1 of FedSS: what a round computes."""

@@ -1,0 +1,308 @@
+"""A client's part of Algorithm 1, lines 2 to 4: it asks for classes, trains, returns its changes.
+
+Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone parameters,
+S requested classes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedss.data.augment import Augmentation, change, draw_parameters
+from fedss.losses.methods import Method
+from fedss.losses.moments import Moments, absent_classes
+from fedss.losses.softmax import AbsentClasses, ClassSample, Scoring
+from fedss.sampling.samplers import (
+    Sampler,
+    check_negatives,
+    class_sample,
+    limit,
+    own_budget,
+    whole_sample,
+)
+from fedss.seeds import generator
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What every client of a round receives: the backbone and, for ``moments``, W's moments."""
+
+    backbone_P: Tensor
+    moments: Moments | None
+
+
+def to_device(sent: Broadcast, device: torch.device) -> Broadcast:
+    """The same on a device."""
+    moments = sent.moments
+    if moments is not None:
+        parts = moments.mean_D, moments.covariance_DD
+        moments = Moments(*(part.to(device, non_blocking=True) for part in parts))
+    return Broadcast(sent.backbone_P.to(device, non_blocking=True), moments)
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """What a client works on: the broadcast, and its class rows; nothing else of W."""
+
+    broadcast: Broadcast
+    ids_S: Tensor
+    rows_SD: Tensor
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client returns: its changes, and how many examples they stand for.
+
+    ``traffic`` is filled in by the engine: bytes of its messages, by direction and part.
+    """
+
+    client: int
+    backbone_delta_P: Tensor
+    ids_S: Tensor
+    rows_delta_SD: Tensor
+    num_examples: int
+    loss: float
+    traffic: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: SGD over ``epochs`` of its pictures, or exactly ``steps`` batches.
+
+    ``lr`` is the backbone's learning rate, ``row_lr`` the class rows'.
+    """
+
+    epochs: int
+    steps: int | None
+    batch_size: int
+    lr: float
+    row_lr: float
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What every client of a round is told.
+
+    ``sample_size`` is |S| where negatives are sampled, ``cover`` their number where the method
+    does not need them. ``augmentation`` changes training pictures, at the client.
+    """
+
+    round: int
+    seed: int
+    method: Method
+    sampler: Sampler
+    num_classes: int
+    sample_size: int
+    cover: int
+    scoring: Scoring
+    local: LocalTraining
+    augmentation: Augmentation | None = None
+
+
+class HasPictures(Protocol):
+    """Where training pictures are read."""
+
+    def pictures(self, example: np.ndarray) -> Tensor:
+        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
+
+
+class Trainable(HasPictures, Protocol):
+    """One trainable copy of the backbone; its parameters and gradients are flat vectors.
+
+    All of it lies on one device; pictures come from the CPU.
+    """
+
+    @property
+    def theta_P(self) -> Tensor:
+        """The parameters, written in place."""
+
+    @property
+    def grad_P(self) -> Tensor:
+        """Their gradients; ``backward`` adds to them."""
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Unit-norm embeddings [B, D] of pictures, uint8 on the CPU."""
+
+
+def own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
+    """Line 2, at the client: the classes of its pictures, or a random part that fits the sample."""
+    rng = generator(plan.seed, "own classes", plan.round, client)
+    budget = {
+        "all": plan.num_classes,
+        "sampled": own_budget(plan.sample_size, plan.num_classes),
+        "cover": plan.sample_size,
+        "none": plan.sample_size,
+    }[plan.method.negatives]
+    return limit(np.unique(label_N), budget, rng)
+
+
+def num_negatives(plan: RoundPlan, num_own: int) -> int:
+    """Line 2: how many negatives a client with that many own classes gets, at most."""
+    others = plan.num_classes - num_own
+    wanted = {
+        "all": others,
+        "sampled": plan.sample_size - num_own,
+        "cover": plan.cover,
+        "none": 0,
+    }[plan.method.negatives]
+    return min(wanted, others)
+
+
+def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample:
+    """Line 2, at the client: its class sample, if it draws for itself. It asks for ``ids_S``."""
+    if plan.method.negatives == "all":
+        return whole_sample(own_P, plan.num_classes)
+    draw, count = plan.sampler.draw, num_negatives(plan, len(own_P))
+    assert draw is not None
+    round = 0 if plan.sampler.fixed else plan.round
+    rng = generator(plan.seed, "classes", round, client)
+    drawn = draw(own_P, plan.num_classes, count, rng)
+    name = plan.sampler.name
+    return class_sample(own_P, *check_negatives(name, own_P, plan.num_classes, count, drawn))
+
+
+def batches(
+    num_examples: int, local: LocalTraining, rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Positions of each mini-batch: every epoch in a new order, its last batch may be smaller."""
+    taken = 0
+    for _ in range(local.epochs if local.steps is None else local.steps):
+        order = rng.permutation(num_examples)
+        for start in range(0, num_examples, local.batch_size):
+            if taken == local.steps:
+                return
+            taken += 1
+            yield order[start : start + local.batch_size]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A client at work: what it trains on, and what it trains beside the backbone.
+
+    Its tensors lie where the backbone is trained. ``batches`` has, for each local step, the numbers
+    of the pictures, the positions of their labels in S, and the parameters by which the pictures
+    are changed, [B, A]. ``rows_SD`` and ``losses`` change.
+    """
+
+    client: int
+    submodel: Submodel
+    sample: ClassSample
+    num_examples: int
+    batches: Sequence[tuple[np.ndarray, Tensor, np.ndarray]]
+    rows_SD: Tensor
+    absent: AbsentClasses | None
+    losses: list[Tensor]
+
+
+def prepare(
+    plan: RoundPlan,
+    client: int,
+    submodel: Submodel,
+    sample: ClassSample,
+    example_N: np.ndarray,
+    label_N: np.ndarray,
+    device: torch.device,
+) -> Learner:
+    """Line 3, before the first step; arguments as for :func:`train_client`."""
+    used_N = np.isin(label_N, sample.ids_S[sample.own_S].numpy())
+    example_N, label_N = example_N[used_N], label_N[used_N]
+    target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
+    rng = generator(plan.seed, "batches", plan.round, client)
+    order = list(batches(len(example_N), plan.local, rng))
+    sizes = [*map(len, order)]
+    drawn_NA = np.empty((sum(sizes), 0))
+    if plan.augmentation is not None:
+        rng = generator(plan.seed, "augment", plan.round, client)
+        drawn_NA = draw_parameters(plan.augmentation, sum(sizes), rng)
+    sent = to_device(submodel.broadcast, device)
+    target = torch.from_numpy(target_N[np.concatenate(order)])
+    target, rows_SD, *of_sample = (
+        tensor.to(device, non_blocking=True)
+        for tensor in (target, submodel.rows_SD, sample.ids_S, sample.log_q_S, sample.own_S)
+    )
+    targets, drawn = torch.split(target, sizes), np.split(drawn_NA, np.cumsum(sizes)[:-1])
+    absent = None
+    if sent.moments is not None:
+        absent = absent_classes(sent.moments, plan.num_classes, rows_SD)
+    return Learner(
+        client,
+        Submodel(sent, submodel.ids_S, rows_SD),
+        ClassSample(*of_sample),
+        len(example_N),
+        [*zip((example_N[batch_B] for batch_B in order), targets, drawn, strict=True)],
+        rows_SD.clone().requires_grad_(),
+        absent,
+        [],
+    )
+
+
+def training_pictures(
+    plan: RoundPlan, model: HasPictures, example: np.ndarray, drawn: np.ndarray
+) -> Tensor:
+    """Line 3: pictures by their numbers [...], as the client trains on them: [..., C, H, W]."""
+    pixels = model.pictures(example)
+    return pixels if plan.augmentation is None else change(plan.augmentation, pixels, drawn)
+
+
+def batch_loss(plan: RoundPlan, learner: Learner, h_BD: Tensor, target_B: Tensor) -> Tensor:
+    """Line 3: the mean loss of a batch, to be differentiated."""
+    rows_SD, sample, absent = learner.rows_SD, learner.sample, learner.absent
+    loss = plan.method.objective(h_BD, rows_SD, target_B, sample, plan.scoring, absent).mean()
+    learner.losses.append(loss.detach())
+    return loss
+
+
+@torch.no_grad()
+def step_own_rows_(plan: RoundPlan, learner: Learner) -> None:
+    """Line 3: a step of SGD on the client's class rows."""
+    learner.rows_SD.sub_(learner.rows_SD.grad, alpha=plan.local.row_lr)  # type: ignore[arg-type]
+    learner.rows_SD.grad = None
+
+
+def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientUpdate:
+    """Line 4: what local training changed, on the CPU."""
+    submodel = learner.submodel
+    return ClientUpdate(
+        learner.client,
+        (theta_P - submodel.broadcast.backbone_P).cpu(),
+        submodel.ids_S,
+        (learner.rows_SD.detach() - submodel.rows_SD).cpu(),
+        learner.num_examples,
+        float(torch.stack(learner.losses).mean().cpu()),
+    )
+
+
+def train_client(
+    plan: RoundPlan,
+    client: int,
+    model: Trainable,
+    submodel: Submodel,
+    sample: ClassSample,
+    example_N: np.ndarray,
+    label_N: np.ndarray,
+) -> ClientUpdate:
+    """Lines 3 and 4: local SGD on the submodel, and the changes it made.
+
+    Args:
+        plan: the round's plan.
+        client: number of the client.
+        model: where the backbone is trained.
+        submodel: what the server sent.
+        sample: the class sample of which ``submodel`` has the rows.
+        example_N: int64, numbers of the client's pictures; those of own classes are used.
+        label_N: int64, their class ids.
+    """
+    device = model.theta_P.device
+    learner = prepare(plan, client, submodel, sample, example_N, label_N, device)
+    model.theta_P.copy_(learner.submodel.broadcast.backbone_P)
+    for example_B, target_B, drawn_BA in learner.batches:
+        model.grad_P.zero_()
+        h_BD = model.embed(training_pictures(plan, model, example_B, drawn_BA))
+        batch_loss(plan, learner, h_BD, target_B).backward()  # type: ignore[no-untyped-call]
+        model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
+        step_own_rows_(plan, learner)
+    return client_update(plan, learner, model.theta_P)

@@ -1,0 +1,75 @@
+"""Landmarks-User-160k and gld23k: photographs of landmarks (Google Landmarks v2) by photographer.
+
+Sources: Hsu, Qi, Brown 2020 (arXiv 2003.08082), whose split files and their columns
+google-research's ``federated_vision_datasets/README.md`` describes; TensorFlow Federated's
+``simulation/datasets/gldv2.py`` for gld23k, file names and counts; cvdfoundation's
+``google-landmark/README.md`` for where a picture's file is.
+"""
+
+from pathlib import Path
+
+from fedss.data.manifest import Listing
+from fedss.data.sets.published import Counts, find
+from fedss.data.sets.user_split import read_user_split
+
+_PICTURES = ("train/", "images/")
+
+
+def read_landmarks(root: Path) -> Listing:
+    """Landmarks-User-160k: 164,172 training pictures of 2,028 landmarks at 1,262 photographers.
+
+    ``federated_train.csv`` is for training, ``test.csv``, which has no users, is the test: each of
+    its pictures is searched among the others. Its landmarks are those of the training.
+
+    Args:
+        root: The folder with both CSVs, or with ``landmarks-user-160k/`` that holds them, and with
+            either ``train/`` as Google Landmarks v2 unpacks (``0/1/2/0123456789abcdef.jpg``) or
+            ``images/`` with all files side by side, as TensorFlow Federated keeps them.
+
+    Raises:
+        DataError: A file is missing, or a line is of another form.
+    """
+    bundle = "landmarks-user-160k/"
+    found = find(
+        "Landmarks-User-160k",
+        root,
+        {
+            "train": ("federated_train.csv", bundle + "federated_train.csv"),
+            "test": ("test.csv", bundle + "test.csv"),
+            "pictures": _PICTURES,
+        },
+    )
+    return _listing(root, found, Counts(164_172, 2_028, 1_262))
+
+
+def read_gld23k(root: Path) -> Listing:
+    """gld23k, a part of Landmarks-User-160k: 23,080 pictures of 203 landmarks at 233 photographers.
+
+    ``mini_gld_train_split.csv`` is for training, ``mini_gld_test.csv`` is the test. The rest is as
+    for ``read_landmarks``.
+
+    Raises:
+        DataError: A file is missing, or a line is of another form.
+    """
+    found = find(
+        "gld23k",
+        root,
+        {
+            "train": ("mini_gld_train_split.csv",),
+            "test": ("mini_gld_test.csv",),
+            "pictures": _PICTURES,
+        },
+    )
+    return _listing(root, found, Counts(23_080, 203, 233))
+
+
+def _listing(root: Path, found: dict[str, Path], counts: Counts) -> Listing:
+    folder = found["pictures"].name
+    nested = folder == "train"
+
+    def name(image: str) -> str:
+        below = f"{image[0]}/{image[1]}/{image[2]}/" if nested else ""
+        return f"{folder}/{below}{image}.jpg"
+
+    lists = {split: found[split] for split in ("train", "test")}
+    return read_user_split(root, lists, name, {"train": counts}, shortest=3)

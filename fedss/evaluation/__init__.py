@@ -1,0 +1,1 @@
+"""Retrieval, verification, and what an evaluation is worth."""

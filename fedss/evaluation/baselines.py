@@ -1,0 +1,229 @@
+"""Floors: what a test gives for nothing, against which a trained model is judged.
+
+``chance`` is a random ranking, ``pixels`` the pictures themselves, ``untrained`` the network before
+its first round. Where it begins with trained weights, ``frozen`` is what its backbone gives as it
+comes, without the projection, which is random, and ``frozen_whitened`` the same after PCA.
+
+Shape suffixes: N pictures, C classes (of scores) or channels (of pixels), D numbers per picture.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedss.data import Images, RetrievalTask
+from fedss.errors import ConfigError
+from fedss.evaluation.evaluate import Embed, count_classes, embed_task, score_classes
+from fedss.evaluation.intervals import ClassScores
+from fedss.files import write_file
+from fedss.models import Embedder, embed_pixels
+
+SIDE = 12
+"""Pictures are averaged down to so many pixels a side: of 6, 8, 10, 12, 14 and 16, with and without
+their mean, what stays within 7 % of the best on each of glyphs, Omniglot, photographs and Chinese
+characters."""
+
+_BATCH = 4096  # pictures reduced at a time
+_FITTED = 10_000  # training pictures that whitening is fitted on
+_DEPTH = 10
+
+
+@dataclass(frozen=True)
+class Floors:
+    """MAP@10 by the name of the floor, and of each class where the classes are known here."""
+
+    map_at_10: Mapping[str, float] = field(default_factory=dict)
+    by_class: Mapping[str, ClassScores] = field(default_factory=dict)
+
+    def __or__(self, other: "Floors") -> "Floors":
+        return Floors({**self.map_at_10, **other.map_at_10}, {**self.by_class, **other.by_class})
+
+
+def floor(name: str, scores: ClassScores) -> Floors:
+    """One floor by its classes."""
+    return Floors({name: scores.map_at_10}, {name: scores})
+
+
+def data_floors(task: RetrievalTask) -> Floors:
+    """Those that need no network: ``chance`` and ``pixels``."""
+    return floor("chance", chance(task)) | floor("pixels", _scores(pixel_vectors, task))
+
+
+def backbone_floors(
+    embedder: Embedder, task: RetrievalTask, train: Images, device: torch.device
+) -> Floors:
+    """``frozen`` and ``frozen_whitened``, if the network begins with trained weights.
+
+    Args:
+        embedder: with its first weights; left as it is.
+        task: the test.
+        train: PCA is fitted on these, up to 10,000 of them spread evenly; where no two differ there
+            is none.
+        device: where to compute.
+
+    Raises:
+        ConfigError: features that are not finite, or the same for all pictures of the test.
+    """
+    if not embedder.spec.pretrained:
+        return Floors()
+    features = _features(embedder).to(device)
+
+    def embed(pixels: np.ndarray) -> Tensor:
+        return embed_pixels(features, pixels)
+
+    embedded = embed_task(embed, task)
+    _check_features(embedded[0], task.query.pixels)
+    frozen = floor("frozen", score_classes(task, *embedded)[1])
+    fitted_ND = embed(train.pixels[_spread(len(train), _FITTED)])
+    if not bool(fitted_ND.isfinite().all()):
+        raise ConfigError(_OVERFLOW)
+    whiten = fit_whitening(fitted_ND, embedder.spec.embedding_size)
+    if not whiten(fitted_ND[:1]).shape[1]:
+        return frozen
+
+    def whitened(pixels: np.ndarray) -> Tensor:
+        return whiten(embed(pixels))
+
+    return frozen | floor("frozen_whitened", _scores(whitened, task))
+
+
+def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:
+    """The mean of AP@10 over all orders of the gallery, of queries with R relevant items, exactly.
+
+    With M candidates, R of them relevant, rank i is relevant with probability R/M, and ranks i and
+    j < i both with R(R-1) / (M(M-1)). P(i) rel(i) = (1/i) (rel(i) + sum_{j<i} rel(i) rel(j)), so
+
+        E[AP@10] = 1/min(R, 10) * sum_{i<=min(10, M)} (1/i) (R/M + (i-1) R(R-1) / (M(M-1)))
+
+    Args:
+        relevant_C: R, integers [C], each from 1 to M.
+        candidates: M.
+
+    Returns:
+        float64 [C].
+    """
+    rank_K = np.arange(1, min(_DEPTH, candidates) + 1)
+    relevant_C1 = np.asarray(relevant_C, np.float64)[:, None]
+    one_C1 = relevant_C1 / candidates
+    both_C1 = one_C1 * (relevant_C1 - 1) / max(candidates - 1, 1)
+    sums_C = ((one_C1 + (rank_K - 1) * both_C1) / rank_K).sum(1)
+    mean_C: np.ndarray = sums_C / np.minimum(relevant_C, _DEPTH)
+    return mean_C
+
+
+def chance(task: RetrievalTask) -> ClassScores:
+    """What a random ranking gives on average."""
+    query, gallery = task.query, task.gallery
+    queries = count_classes(query)
+    names, queries_C = tuple(queries), np.array([*queries.values()])
+    if gallery is None:
+        return ClassScores(names, queries_C, expected_precision(queries_C - 1, len(query) - 1))
+    there = count_classes(gallery)
+    relevant_C = np.array([there[name] for name in names])
+    return ClassScores(names, queries_C, expected_precision(relevant_C, len(gallery)))
+
+
+def pixel_vectors(pixels_NCHW: np.ndarray) -> Tensor:
+    """Pictures averaged down to 12 x 12 (smaller ones stay as they are), less their own mean.
+
+    Args:
+        pixels_NCHW: uint8; a memory map is read in blocks.
+
+    Returns:
+        float32 [N, C * side * side].
+    """
+    channels, side = pixels_NCHW.shape[1], min(SIDE, pixels_NCHW.shape[2])
+    vectors_ND = torch.empty(len(pixels_NCHW), channels * side * side)
+    for first in range(0, len(pixels_NCHW), _BATCH):
+        block = torch.from_numpy(np.array(pixels_NCHW[first : first + _BATCH]))
+        small = F.adaptive_avg_pool2d(block.float() / 255, side)
+        small -= small.mean((1, 2, 3), keepdim=True)
+        vectors_ND[first : first + len(block)] = small.flatten(1)
+    return vectors_ND
+
+
+def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+    """PCA-whitening: less the mean, on the leading components, each divided by its deviation.
+
+    Jegou and Chum 2012 (ECCV, "Negative evidences and co-occurences in image retrieval"): of
+    vectors of length 1, and cosines afterwards.
+
+    Args:
+        rows_ND: what it is fitted on, finite.
+        size: components to keep; fewer where so many do not vary.
+
+    Returns:
+        A function from [M, D] to [M, at most size]; to [M, 0] where no two rows differ.
+    """
+    mean_D = rows_ND.double().mean(0)
+    centred_ND = rows_ND.double() - mean_D
+    variance_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / max(len(rows_ND) - 1, 1))
+    kept = variance_D.flip(0)[:size]
+    # Below the second bound, rounding of float32 alone varies.
+    squares = rows_ND.double().square().sum(1).mean()
+    kept = kept[(kept > 1e-9 * kept[0]) & (kept > 1e-12 * squares)]
+    whitening_DK = axes_DD.flip(1)[:, : len(kept)] / kept.sqrt()
+    return lambda rows_MD: ((rows_MD.double() - mean_D) @ whitening_DK).float()
+
+
+def write_scores(
+    path: Path, map_at_10: Mapping[str, float], by_class: Mapping[str, ClassScores]
+) -> None:
+    """MAP@10 by name, and that of each class of one test, for :func:`read_scores`."""
+    first = next(iter(by_class.values()), None)
+    content = {
+        "map_at_10": dict(map_at_10),
+        "class_names": [] if first is None else list(first.names),
+        "queries": [] if first is None else first.queries_C.tolist(),
+        "by_class": {name: scores.map_at_10_C.tolist() for name, scores in by_class.items()},
+    }
+    # In one line: a number of each class in a line of its own would help nobody.
+    write_file(path, (json.dumps(content) + "\n").encode())
+
+
+def _scores(embed: Embed, task: RetrievalTask) -> ClassScores:
+    return score_classes(task, *embed_task(embed, task))[1]
+
+
+_OVERFLOW = (
+    "the weights overflow: what the trained backbone gives for pictures is not finite; expected "
+    "weights that fit it and its scale of pixels (weights, pixel_mean, pixel_std)"
+)
+
+
+def _check_features(rows_ND: Tensor, pixels_NCHW: np.ndarray) -> None:
+    if not bool(rows_ND.isfinite().all()):
+        raise ConfigError(_OVERFLOW)
+    if bool((rows_ND == rows_ND[:1]).all()) and bool((pixels_NCHW != pixels_NCHW[:1]).any()):
+        raise ConfigError(
+            "the weights give the same features for all pictures of the test: expected weights "
+            "that tell pictures apart, on the scale of pixels that they were trained with "
+            "(weights, pixel_mean, pixel_std)"
+        )
+
+
+def _features(embedder: Embedder) -> Embedder:
+    """The backbone alone, as an embedder: what it gives, scaled to length 1."""
+    spec = embedder.spec
+    probe = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
+    with torch.no_grad():
+        size = embedder.backbone(probe.to(embedder.mean.device)).shape[1]
+    return Embedder(
+        copy.deepcopy(embedder.backbone),
+        nn.Identity(),
+        mean=embedder.mean.tolist(),
+        std=embedder.std.tolist(),
+        spec=replace(spec, embedding_size=size),
+        channels_last=embedder.channels_last,
+    )
+
+
+def _spread(count: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))

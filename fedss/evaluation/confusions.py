@@ -1,0 +1,105 @@
+"""Which classes are taken for each other: a query of the one whose nearest picture is of the other.
+
+Works on tensors and knows nothing federated.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fedss.evaluation.retrieval import nearest
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Two classes, and how often the one is taken for the other.
+
+    Attributes:
+        classes: their labels; of the first, the larger share of queries goes to the other.
+        confused: queries of each whose nearest picture is of the other class.
+        queries: queries of each.
+        query: the query of either whose wrong nearest picture is nearest of all.
+        neighbour: that picture, a position in the gallery.
+        score: their cosine.
+    """
+
+    classes: tuple[int, int]
+    confused: tuple[int, int]
+    queries: tuple[int, int]
+    query: int
+    neighbour: int
+    score: float
+
+
+def hardest_confusions(
+    query_QD: Tensor,
+    query_labels_Q: Tensor,
+    gallery_GD: Tensor | None = None,
+    gallery_labels_G: Tensor | None = None,
+    most: int = 10,
+) -> list[Confusion]:
+    """The pairs of classes that are most often confused, the hardest first.
+
+    A pair's order is by the lower end of Wilson's 95 % interval (Wilson 1927) of the share of both
+    classes' queries that are confused: 1 of 4 says less than 9 of 40. Only queries with something
+    to find count, as in :func:`fedss.evaluation.retrieval.evaluate_retrieval`.
+
+    Args:
+        query_QD: floating point [Q, D], as in :func:`fedss.evaluation.retrieval.nearest`.
+        query_labels_Q: integers [Q].
+        gallery_GD: floating point [G, D], or None: each query against all the others.
+        gallery_labels_G: integers [G], given if and only if `gallery_GD` is.
+        most: how many pairs at most.
+
+    Raises:
+        ValueError: as in :func:`fedss.evaluation.retrieval.nearest`.
+    """
+    score_Q1, nearest_Q1 = nearest(query_QD, gallery_GD, k=1)
+    score_Q, nearest_Q = (found[:, 0].cpu().numpy() for found in (score_Q1, nearest_Q1))
+    own_Q = query_labels_Q.cpu().numpy()
+    labels_G = own_Q if gallery_labels_G is None else gallery_labels_G.cpu().numpy()
+    there, counts = np.unique(labels_G, return_counts=True)
+    findable = there[counts > 1] if gallery_labels_G is None else there
+    used_Q = np.isin(own_Q, findable)
+    found_Q = labels_G[nearest_Q]
+    queries = Counter(own_Q[used_Q].tolist())
+    wrong = np.flatnonzero(used_Q & (found_Q != own_Q))
+    ways = Counter(zip(own_Q[wrong].tolist(), found_Q[wrong].tolist(), strict=True))
+    example: dict[tuple[int, int], int] = {}
+    for q in wrong[np.argsort(-score_Q[wrong], kind="stable")].tolist():
+        example.setdefault(_sorted(int(own_Q[q]), int(found_Q[q])), q)
+    made = []
+    for (a, b), q in example.items():
+        share_a, share_b = (
+            ways[one, other] / queries[one] if queries[one] else 0.0
+            for one, other in ((a, b), (b, a))
+        )
+        first, second = (a, b) if share_a >= share_b else (b, a)
+        made.append(
+            Confusion(
+                (first, second),
+                (ways[first, second], ways[second, first]),
+                (queries[first], queries[second]),
+                q,
+                int(nearest_Q[q]),
+                float(score_Q[q]),
+            )
+        )
+    return sorted(made, key=lambda c: (-_lower(c.confused, c.queries), c.classes))[:most]
+
+
+def _sorted(a: int, b: int) -> tuple[int, int]:
+    return (a, b) if a <= b else (b, a)
+
+
+def _lower(confused: Sequence[int], queries: Sequence[int]) -> float:
+    """The lower end of Wilson's 95 % interval of confused / queries."""
+    n, z = sum(queries), 1.959964
+    share = sum(confused) / n
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n)

@@ -1,0 +1,251 @@
+"""Retrieval with an embedding: figures, and pictures to look at."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedss.data import Images, RetrievalTask
+from fedss.errors import DataError, DivergedError
+from fedss.evaluation.confusions import hardest_confusions
+from fedss.evaluation.intervals import ClassScores
+from fedss.evaluation.retrieval import RetrievalMetrics, evaluate_by_label, nearest
+from fedss.evaluation.verification import FARS, count_pairs, identification, verification
+from fedss.models import Embedder, embed_pixels
+from fedss.seeds import generator
+
+_PANEL_QUERIES, _PANEL_NEIGHBOURS = 48, 5
+
+
+def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
+    """Retrieval with a trained model; see :func:`fedss.evaluate_retrieval`."""
+    return evaluate_embedding(partial(embed_pixels, embedder), task)
+
+
+Embed = Callable[[np.ndarray], Tensor]
+Embedded = tuple[Tensor, Tensor | None]
+"""Embeddings of a task's queries, and of its gallery where there is one."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a model does.
+
+    Attributes:
+        metrics: retrieval figures; None where nobody can tell.
+        embedded: what they were computed from, where the pictures are here.
+        by_class: MAP@10 of each class, likewise.
+    """
+
+    metrics: dict[str, Any] | None
+    embedded: Embedded | None = None
+    by_class: ClassScores | None = None
+
+
+def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
+    """Retrieval under any function from uint8 pixels to embeddings."""
+    return score(task, *embed_task(embed, task))
+
+
+def embed_task(embed: Embed, task: RetrievalTask) -> Embedded:
+    """A task's pictures under a model."""
+    gallery = task.gallery
+    return embed(task.query.pixels), None if gallery is None else embed(gallery.pixels)
+
+
+def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
+    """Retrieval with embeddings of a task's pictures."""
+    return score_classes(task, query_QD, gallery_GD)[0]
+
+
+def score_classes(
+    task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
+) -> tuple[RetrievalMetrics, ClassScores]:
+    """:func:`score`, and that of each class by its name, in the order of names."""
+    metrics, found = evaluate_by_label(*_labelled(task, query_QD, gallery_GD))
+    names = (task.gallery or task.query).class_names
+    of_name = {names[label]: c for c, label in enumerate(found.labels_C.tolist())}
+    order = [of_name[name] for name in sorted(of_name)]
+    by_class = ClassScores(tuple(sorted(of_name)), found.queries_C[order], found.map_at_10_C[order])
+    return metrics, by_class
+
+
+def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
+    """How a model does whose embeddings of a task's pictures are here.
+
+    Raises:
+        DivergedError: NaN or infinite ones.
+    """
+    if not all(bool(h_ND.isfinite().all()) for h_ND in embedded if h_ND is not None):
+        raise DivergedError(
+            "the model gives NaN or infinite embeddings of the test pictures: expected finite "
+            "weights, and none so large that they overflow"
+        )
+    metrics, by_class = score_classes(task, *embedded)
+    return Evaluation(dataclasses.asdict(metrics), embedded, by_class)
+
+
+def count_classes(images: Images) -> dict[str, int]:
+    """Number of pictures of each class that has any, in the order of names."""
+    labels, counts = np.unique(images.labels, return_counts=True)
+    found = zip(labels.tolist(), counts.tolist(), strict=True)
+    return dict(sorted((images.class_names[label], count) for label, count in found))
+
+
+def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
+    """Refuse a test in which every picture is right.
+
+    Args:
+        task: the test.
+        name: the data set's name.
+        test_classes: the share of classes that was held out, if any was.
+
+    Raises:
+        DataError: all that is searched is of one class.
+    """
+    (first, *others) = count_classes(task.gallery or task.query)
+    if not others:
+        raise DataError(
+            f"data set {name!r}: all test pictures are of one class, {first!r}, so that whatever "
+            "is found is right: that is no test. List pictures of several classes with the split "
+            f"'test', or hold out more of them (test_classes; it is {test_classes}, of which a few "
+            "classes get more or less by chance: another data_seed holds out others)"
+        )
+
+
+def verify(
+    task: RetrievalTask, embedded: Embedded, seed: int, fars: Sequence[float] = FARS
+) -> dict[str, Any] | None:
+    """What ``verification.json`` says: the fields of `Verification`, and under ``identification``
+    those of `Identification`, or null; None where no two pictures are of two classes.
+
+    Args:
+        task: the pictures.
+        embedded: their embeddings.
+        seed: of the draws of enrolled classes.
+        fars: rates of false accepts to give the TAR at.
+    """
+    sides = _labelled(task, *embedded)
+    pairs = count_pairs(*sides)
+    if not pairs.impostor_C.any():
+        return None
+    known = identification(*sides, seed=seed)
+    return {
+        **dataclasses.asdict(verification(pairs, fars)),
+        "identification": None if known is None else dataclasses.asdict(known),
+    }
+
+
+def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> dict[str, bytes]:
+    """What else is found with a task's embeddings, as files of a run folder, by their names."""
+    files = {
+        "retrieval.npz": panels(task, embedded, seed),
+        "confusions.npz": confused(task, embedded),
+    }
+    measured = verify(task, embedded, seed)
+    if measured is not None:
+        files["verification.json"] = (json.dumps(measured, indent=2) + "\n").encode()
+    return files
+
+
+def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
+    """Some queries and their nearest pictures, for the report; the same queries for every run.
+
+    Returns:
+        An ``.npz`` file of what :func:`find_neighbours` finds.
+    """
+    return _npz(**find_neighbours(task, embedded, seed, _PANEL_QUERIES))
+
+
+def find_neighbours(
+    task: RetrievalTask, embedded: Embedded, seed: int, queries: int
+) -> dict[str, np.ndarray]:
+    """Some queries, drawn by the seed, and their five nearest pictures.
+
+    Returns:
+        pixels uint8 [Q, 6, C, H, W], query first, labels int64 [Q, 6], class_names str [Q, 6],
+        scores (cosines) float32 [Q, 5] and query_index int64 [Q].
+    """
+    query, gallery = task.query, task.gallery or task.query
+    query_QD, gallery_GD = embedded
+    among_queries = gallery_GD is None
+    count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
+    chosen = generator(seed, "panels").permutation(len(query))[:queries]
+    among_GD = query_QD if gallery_GD is None else gallery_GD
+    found_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
+    scores_QK, index_QK = (t.cpu().numpy() for t in found_QK)
+    # A query in the gallery is among its own neighbours, or as many others are just as near.
+    other_QK = index_QK != chosen[:, None] if among_queries else np.ones_like(index_QK, bool)
+    others = [np.flatnonzero(other_K)[:count] for other_K in other_QK]
+    shown = np.stack([index_K[k] for index_K, k in zip(index_QK, others, strict=True)])
+    scores = np.stack([scores_K[k] for scores_K, k in zip(scores_QK, others, strict=True)])
+    pixels = np.concatenate([query.pixels[chosen][:, None], gallery.pixels[shown]], axis=1)
+    query_names = [query.class_names[i] for i in query.labels[chosen]]
+    found_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[shown]]
+    names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
+    # Labels are numbers within each set; the report compares them, so they are numbered by name.
+    labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
+    return {
+        "pixels": pixels,
+        "labels": labels,
+        "class_names": names,
+        "scores": scores,
+        "query_index": chosen,
+    }
+
+
+def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
+    """The classes most often taken for each other, for the report; see `hardest_confusions`.
+
+    Returns:
+        An ``.npz`` file of P pairs: pixels uint8 [P, 2, C, H, W], a query and its wrong nearest
+        picture; shown str [P, 2], the classes of these two; class_names str [P, 2], confused and
+        queries int64 [P, 2] as in `Confusion`; scores float64 [P].
+    """
+    sides = _labelled(task, *embedded)
+    query, gallery = task.query, task.gallery or task.query
+    found = hardest_confusions(*sides)
+    pairs = [((query, c.query), (gallery, c.neighbour)) for c in found]
+
+    def table(values: list[Any], dtype: type) -> np.ndarray:
+        return np.array(values, dtype).reshape(len(found), 2)
+
+    return _npz(
+        pixels=np.array(
+            [[images.pixels[i] for images, i in pair] for pair in pairs], np.uint8
+        ).reshape(len(found), 2, *query.pixels.shape[1:]),
+        shown=table(
+            [[images.class_names[images.labels[i]] for images, i in p] for p in pairs], str
+        ),
+        class_names=table([[gallery.class_names[k] for k in c.classes] for c in found], str),
+        confused=table([c.confused for c in found], np.int64),
+        queries=table([c.queries for c in found], np.int64),
+        scores=np.array([c.score for c in found], np.float64),
+    )
+
+
+def _labelled(
+    task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Both sides with labels that mean the same class on either: the gallery's, if there is one."""
+    query, gallery = task.query, task.gallery
+    if gallery is None:
+        return query_QD, torch.from_numpy(query.labels), None, None
+    # Labels are numbers within each set; names hold across both.
+    number = {name: i for i, name in enumerate(gallery.class_names)}
+    renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
+    labels_Q = torch.from_numpy(renumbered[query.labels])
+    return query_QD, labels_Q, gallery_GD, torch.from_numpy(gallery.labels)
+
+
+def _npz(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()

@@ -1,0 +1,398 @@
+"""A site's side: a Flower ClientApp that reads the site's own pictures and answers the server.
+
+Flower starts it anew for each message, and nothing is kept in between. It is started by
+``flower-supernode ... --node-config 'data="/data/photos"'``; what may stand there:
+
+- ``data``: a folder ``client/class/picture``, or a manifest (see :func:`fedss.data.locate`).
+- ``site``: a name to put before the names of clients, where other sites have the same ones.
+- ``secret-file``: a file that all sites have and the server has not: names are sent as tokens.
+- ``device``: where to train; cpu by default. ``workers``: threads; all cores by default.
+- ``weights``: where the file of trained weights is, if not where the server has it.
+
+Without ``data``, Flower's simulation gives ``partition-id`` and ``num-partitions``: then the site
+holds a share of the clients of the data set that the server's configuration names.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedss.config import Config, config_from_dict
+from fedss.core.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
+from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
+from fedss.data.names import composed
+from fedss.engines.allocator import keep_freed_memory
+from fedss.engines.local import Work, Workers, start_workers
+from fedss.errors import ConfigError
+from fedss.evaluation.baselines import backbone_floors, data_floors
+from fedss.evaluation.evaluate import count_classes, embed_task, score
+from fedss.flower.messages import (
+    Tensors,
+    buffer,
+    by_client,
+    of_clients,
+    pack,
+    say,
+    say_traceback,
+    unpack,
+)
+from fedss.flower.registry import digest, token
+from fedss.models import Embedder, frozen_fingerprint
+from fedss.seeds import generator
+from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
+from fedss.wire.messages import (
+    WireFormat,
+    decode_answer,
+    decode_broadcast,
+    decode_dealt,
+    decode_request,
+    encode_request,
+    encode_update,
+)
+
+app = ClientApp()
+
+_SHORTEST_SECRET = 16
+
+Answer = tuple[dict[str, Any], dict[str, Tensors]]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a site holds, and under which names.
+
+    Attributes:
+        data: the site's pictures.
+        clients: its training pictures by client.
+        classes: names that the server knows, sorted, each once.
+        class_of: for each label, the place of its name there.
+        client_names: names that the server knows, sorted.
+        client_of: for each of these, the number of the client in ``clients``.
+        secret: shows which secret the names were made with, empty where they are plain.
+    """
+
+    data: Dataset
+    clients: ClientIndex
+    classes: list[str]
+    class_of: np.ndarray
+    client_names: list[str]
+    client_of: np.ndarray
+    secret: str
+
+
+@app.query("register")
+def answer_register(message: Message, context: Context) -> Message:
+    """The site's names, to a server that does not know it yet."""
+    return _answer(message, context, lambda site, facts, tensors: (_names(site), {}))
+
+
+@app.query("classes")
+def answer_request(message: Message, context: Context) -> Message:
+    """Line 2 of Algorithm 1: what the site's clients ask for."""
+    return _answer(message, context, _request)
+
+
+@app.train()
+def answer_train(message: Message, context: Context) -> Message:
+    """Lines 3 and 4: the site's clients train."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def answer_evaluate(message: Message, context: Context) -> Message:
+    """Retrieval among the site's own pictures."""
+    return _answer(message, context, _evaluate)
+
+
+def _answer(
+    message: Message,
+    context: Context,
+    work: Callable[[Pictures, Mapping[str, Any], Mapping[str, Tensors]], Answer],
+) -> Message:
+    """The reply that ``work`` makes; or the kind of error, without its text.
+
+    The text of an error may hold names of pictures or people: it stays in the site's log.
+    """
+    try:
+        facts, tensors = unpack(message)
+        content = _checked(facts, tensors, context.node_config, work)
+    except Exception as error:
+        say_traceback()
+        content = pack({"error": "raised", "detail": type(error).__name__})
+    return Message(content, reply_to=message)
+
+
+def _checked(
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Tensors],
+    node: Mapping[str, Any],
+    work: Callable[[Pictures, Mapping[str, Any], Mapping[str, Tensors]], Answer],
+) -> RecordDict:
+    ours, round = version("fedss"), facts["round"]
+    if "refused" in facts:
+        say(f"the server does not let this site take part: {facts['refused']}")
+    if facts["version"] != ours:
+        detail = f"the server has fedss {facts['version']}, the site {ours}"
+        say(detail)
+        return pack({"error": "version", "detail": detail})
+    config = config_from_dict(facts["config"])
+    local = {name: node[name] for name in ("device", "workers", "weights") if name in node}
+    facts = {**facts, "config": replace(config, **local)}
+    site = _open(facts["config"], node)
+    names = _names(site)
+    if "stamp" in facts and facts["stamp"] != digest(names["classes"], names["clients"]):
+        return pack({"round": round, "changed": names})
+    told, parts = work(site, facts, tensors)
+    return pack({"round": round, **told}, **{name: buffer(of) for name, of in parts.items()})
+
+
+def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
+    """The site's pictures, with the names under which the server knows them."""
+    known = {"data", "site", "secret-file", "device", "workers", "weights"}
+    known |= {"partition-id", "num-partitions"}
+    for name in node:
+        if name not in known:
+            raise ConfigError(f"node-config: {name!r} is unknown; expected {', '.join(known)}")
+    if "data" in node:
+        name, path = locate(str(node["data"]))
+        data = load_dataset(
+            name,
+            path,
+            image_size=config.image_size,
+            channels=config.channels,
+            test_classes=config.test_classes,
+            skip_broken=config.skip_broken,
+            seed=config.data_seed,
+            at_site=True,
+        )
+    elif "partition-id" in node:
+        data = _share(load_data(config), int(node["partition-id"]), int(node["num-partitions"]))
+    else:
+        raise ConfigError(
+            'node-config: expected data="<folder or manifest>", the site\'s pictures; start '
+            "flower-supernode with --node-config 'data=\"/data/photos\"'"
+        )
+    prefix = f"{node['site']}/" if "site" in node else ""
+    secret = _secret(Path(str(node["secret-file"]))) if "secret-file" in node else None
+
+    def known_as(kind: str, name: str) -> str:
+        name = composed(name)  # Names of published sets come as the file system writes them.
+        return name if secret is None else token(secret, kind, name)
+
+    images = data.train
+    classes = [known_as("class", name) for name in images.class_names]
+    clients = [known_as("client", prefix + name) for name in images.client_names]
+    if len(set(clients)) < len(clients):
+        raise ConfigError("two clients of this site have one name but for outer spaces and accents")
+    unique = sorted(set(classes))
+    place = {name: i for i, name in enumerate(unique)}
+    order = sorted(range(len(clients)), key=clients.__getitem__)
+    return Pictures(
+        data,
+        index_clients(images),
+        unique,
+        np.array([place[name] for name in classes]),
+        [clients[i] for i in order],
+        np.array(order),
+        "" if secret is None else token(secret, "proof", ""),
+    )
+
+
+def _secret(path: Path) -> bytes:
+    secret = path.read_bytes().strip()
+    if len(secret) < _SHORTEST_SECRET:
+        raise ConfigError(
+            f"secret-file {path}: expected at least {_SHORTEST_SECRET} bytes, got {len(secret)}; "
+            "make one with: openssl rand -hex 32"
+        )
+    return secret
+
+
+def _share(data: Dataset, part: int, parts: int) -> Dataset:
+    """Every ``parts``-th client of a data set, with the classes that these hold."""
+    images = data.train
+    mine_N = images.clients % parts == part
+    labels, labels_N = np.unique(images.labels[mine_N], return_inverse=True)
+    clients, clients_N = np.unique(images.clients[mine_N], return_inverse=True)
+    if not len(clients):
+        raise ConfigError(
+            f"the data set has {len(images.client_names)} clients, fewer than the {parts} nodes"
+        )
+    chosen = Images(
+        images.pixels[mine_N],
+        labels_N.astype(np.int64),
+        clients_N.astype(np.int64),
+        [images.class_names[i] for i in labels.tolist()],
+        [images.client_names[i] for i in clients.tolist()],
+        [images.names[i] for i in np.flatnonzero(mine_N).tolist()],
+    )
+    return replace(data, train=chosen)
+
+
+def _names(site: Pictures) -> dict[str, Any]:
+    return {"classes": site.classes, "clients": site.client_names, "secret": site.secret}
+
+
+def _plan(facts: Mapping[str, Any]) -> RoundPlan:
+    return round_plan(facts["config"], facts["num_classes"], facts["round"])
+
+
+def _labels(site: Pictures, tensors: Mapping[str, Tensors]) -> np.ndarray:
+    """The class ids (int64) of the site's training pictures: rows of W."""
+    row_of_class = tensors["classes"]["classes"].numpy().astype(np.int64)
+    labels_N: np.ndarray = row_of_class[site.class_of[site.data.train.labels]]
+    return labels_N
+
+
+def _each_client(
+    site: Pictures,
+    plan: RoundPlan,
+    labels_N: np.ndarray,
+    listed: Sequence[Sequence[int]],
+    do: Callable[[int, np.ndarray], Any],
+) -> tuple[dict[int, Any], dict[str, str]]:
+    """What ``do(client, its pictures)`` gives for each; the kind of error for those that fail.
+
+    Classes that were registered in the midst of a round have their rows from the next one on.
+    """
+    done, failed = {}, {}
+    for client, place in listed:
+        try:
+            example_N = site.clients.examples(int(site.client_of[place]))
+            example_N = example_N[labels_N[example_N] < plan.num_classes]
+            if not len(example_N):
+                raise ValueError("all classes of this client are new in this round")
+            done[client] = do(client, example_N)
+        except Exception as error:
+            say_traceback()
+            failed[str(client)] = type(error).__name__
+    return done, failed
+
+
+def _requests(
+    site: Pictures, plan: RoundPlan, wire: WireFormat, labels_N: np.ndarray, listed: Any
+) -> tuple[dict[int, Any], dict[str, str]]:
+    def ask(client: int, example_N: np.ndarray) -> Tensors:
+        own_P = own_classes(plan, client, labels_N[example_N])
+        if plan.sampler.drawn_by == "server":
+            return encode_request(wire, torch.from_numpy(own_P))
+        return encode_request(wire, draw_classes(plan, client, own_P).ids_S)
+
+    return _each_client(site, plan, labels_N, listed, ask)
+
+
+def _request(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
+    plan, labels_N = _plan(facts), _labels(site, tensors)
+    wire = WireFormat((), facts["config"].embedding_size, plan.num_classes)
+    requests, failed = _requests(site, plan, wire, labels_N, facts["clients"])
+    return {"failed": failed}, {"requests": of_clients(requests)}
+
+
+def _model(site: Pictures, facts: Mapping[str, Any]) -> Embedder:
+    """The model, whose frozen part, which no message holds, is the server's."""
+    embedder = build_model(facts["config"], site.data, None)
+    ours, theirs = frozen_fingerprint(embedder), facts["frozen"]
+    if ours != theirs:
+        raise ConfigError(
+            "weights: what is not trained must be the same at the server and at every site, but "
+            f"its fingerprint is {_start(theirs)} at the server and {_start(ours)} here. Give this "
+            "site the server's file (--node-config 'weights=\"/path\"'); without a file, the same "
+            "versions of torch and timm"
+        )
+    return embedder
+
+
+def _start(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else fingerprint[:16]
+
+
+def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
+    config, plan, labels_N = facts["config"], _plan(facts), _labels(site, tensors)
+    embedder = _model(site, facts)
+    wire = wire_format(config, embedder, plan.num_classes)
+    sent = decode_broadcast(wire, tensors["broadcast"])
+    answers = by_client(tensors["answers"])
+
+    def prepare_work(client: int, example_N: np.ndarray) -> Work:
+        own_P, answer = own_classes(plan, client, labels_N[example_N]), answers[client]
+        if plan.sampler.drawn_by == "server":
+            sample = decode_dealt(wire, answer, own_P)
+        else:
+            sample = draw_classes(plan, client, own_P)
+            if not torch.equal(sample.ids_S, decode_request(wire, answer)):
+                raise ValueError("the server sent rows of other classes than were asked for")
+        submodel = Submodel(sent, sample.ids_S, decode_answer(wire, answer))
+        return client, submodel, sample, example_N, labels_N[example_N]
+
+    work, failed = _each_client(site, plan, labels_N, facts["clients"], prepare_work)
+    updates = {}
+    with _workers(config, embedder, site) as workers:
+        stack = workers.stack
+        parts = [list(work.values())[i : i + stack] for i in range(0, len(work), stack)]
+
+        def train_part(part: Sequence[Work]) -> list[ClientUpdate] | Exception:
+            try:
+                return workers.train(plan, part)
+            except Exception as error:
+                say_traceback()
+                return error
+
+        for part, result in zip(parts, workers.pool.map(train_part, parts), strict=True):
+            if isinstance(result, Exception):
+                failed |= {str(client): type(result).__name__ for client, *_ in part}
+                continue
+            for update in result:
+                rng = generator(plan.seed, "wire", plan.round, update.client)
+                updates[update.client] = encode_update(wire, update, rng)
+    coming = replace(plan, round=plan.round + 1)
+    requests, _ = _requests(site, coming, wire, labels_N, facts["next"])
+    told = {"failed": failed, "next": list(requests)}
+    return told, {"updates": of_clients(updates), "requests": of_clients(requests)}
+
+
+@contextmanager
+def _workers(config: Config, embedder: Any, site: Pictures) -> Iterator[Workers]:
+    if config.keep_memory:
+        keep_freed_memory()
+    device = compute_device(config)
+    count = config.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
+    with start_workers(
+        embedder,
+        site.data.train.pixels,
+        count,
+        device=device,
+        precision=config.precision,
+        stack=config.stack,
+    ) as workers:
+        yield workers
+
+
+def _evaluate(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
+    config = facts["config"]
+    task = site.data.test if config.eval_split == "test" else site.data.validation
+    if task is None or len(count_classes(task.gallery or task.query)) < 2:
+        # Where all pictures are of one class, whatever is found is right.
+        return {"metrics": None}, {}
+    embedder = _model(site, facts)
+    wire = replace(wire_format(config, embedder, 1), backbone_down="float32")
+    backbone_P: Tensor = decode_broadcast(wire, tensors["broadcast"]).backbone_P
+    with _workers(config, embedder, site) as workers:
+        embedded = embed_task(partial(workers.embed, backbone_P), task)
+    metrics = dataclasses.asdict(score(task, *embedded))
+    if facts["round"]:
+        return {"metrics": metrics}, {}
+    floors = data_floors(task) | backbone_floors(
+        embedder, task, site.data.train, compute_device(config)
+    )
+    return {"metrics": metrics, "floors": dict(floors.map_at_10)}, {}

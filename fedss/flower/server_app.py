@@ -1,0 +1,175 @@
+"""The server's side: a Flower ServerApp that runs the driver with the engine of a federation."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedss.config import Config
+from fedss.core.optimizers import ServerOptimizer
+from fedss.data import RetrievalTask
+from fedss.engines.local import Workers, intra_op_threads, start_workers
+from fedss.errors import FedssError
+from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
+from fedss.evaluation.evaluate import Evaluation, check_tellable, embed_task, judge
+from fedss.flower.engine import FlowerEngine
+from fedss.flower.messages import Nodes, say
+from fedss.flower.registry import Registry, check_registry, load_registry
+from fedss.flower.settings import Deployment, explicit, read_settings
+from fedss.models import Embedder, frozen_fingerprint
+from fedss.runs.checkpoint import newest_round
+from fedss.runs.eta import TimeLeft
+from fedss.runs.progress import estimate
+from fedss.runs.records import Record
+from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
+from fedss.training.experiment import Federation, Lap, Run, train_federation
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """What Flower starts when a run is submitted."""
+    try:
+        run = serve(grid, context.run_config)
+    except FedssError as error:
+        say(str(error))
+        # Flower makes the text of an exception that it catches the reason of the run's failure; an
+        # exit it would not notice for a minute. What it shows of where it came from helps nobody.
+        sys.tracebacklimit = 0
+        raise error from None
+    done = "the run was done before" if run.already_done else "done"
+    say(f"{done}; report {run.folder / 'report.html'}")
+
+
+def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
+    """Train with the sites that ``grid`` reaches, or go on with what ``out`` holds.
+
+    Raises:
+        FedssError: as :func:`fedss.training.experiment.train_federation`.
+    """
+    config, deployment = read_settings(run_config)
+    config = explicit(config)
+    assert config.channels is not None
+    assert config.image_size is not None
+    embedder = model_for(config, config.channels, config.image_size)
+    shape = [config.channels, config.image_size, config.image_size]
+    data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
+    folder, left = Path(deployment.out), estimate(config)
+    return train_federation(
+        config,
+        folder,
+        embedder,
+        data,
+        partial(_federation, grid, config, deployment),
+        label=f"{config.method} seed {config.seed}",
+        on_round=lambda record: say(line(record, config.rounds, left(record))),
+    )
+
+
+def line(record: Record, rounds: int, left: TimeLeft | None) -> str:
+    """A round's record for whoever watches the log."""
+    seconds = sum(record["seconds"].values())
+    parts = [
+        f"round {record['round']}/{rounds}",
+        f"loss {record['loss']:.3f}",
+        f"{record['clients']} clients",
+        f"{seconds:.1f} s",
+    ]
+    if record["metrics"]:
+        where = " in each site's gallery" if "sites" in record["metrics"] else ""
+        parts.append(f"MAP@10 {record['metrics']['map_at_10']:.3f}{where}")
+    return "  ".join([*parts, str(left)] if left else parts)
+
+
+@contextmanager
+def _federation(
+    grid: Nodes,
+    config: Config,
+    deployment: Deployment,
+    embedder: Embedder,
+    optimizer: ServerOptimizer,
+    lap: Lap,
+) -> Iterator[Federation]:
+    folder = Path(deployment.out)
+    path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
+    check_registry(path, newest)
+    told = {
+        "version": version("fedss"),
+        "config": dataclasses.asdict(config),
+        "frozen": frozen_fingerprint(embedder),
+    }
+    engine = FlowerEngine(
+        grid,
+        told,
+        config.rounds,
+        config.clients_per_round,
+        optimizer,
+        wire_format(config, embedder, 1),
+        deployment,
+        lap,
+        path,
+        # Before the first checkpoint nothing has been learnt by which a row would be known.
+        load_registry(path) if newest else Registry(),
+    )
+    task, train = None, None
+    if deployment.evaluate_at == "server":
+        data = load_data(config)
+        task = evaluation_task(config, data)
+        train = data.train
+        check_tellable(task, data.name, config.test_classes)
+    engine.start(deployment.sites, newest)
+    with _judge(config, embedder, task) as workers:
+
+        def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
+            if task is None or workers is None:
+                return Evaluation(engine.evaluate(backbone_P, round)[0])
+            embedded = embed_task(partial(workers.embed, backbone_P), task)
+            with intra_op_threads(workers.count):
+                return judge(task, embedded)
+
+        def floors(backbone_P: torch.Tensor) -> Floors:
+            if task is None or workers is None or train is None:
+                return Floors(engine.evaluate(backbone_P, 0)[1])
+            untrained = evaluate(backbone_P, 0).by_class
+            with intra_op_threads(workers.count):
+                found = data_floors(task) | backbone_floors(
+                    embedder, task, train, compute_device(config)
+                )
+            return found if untrained is None else found | floor("untrained", untrained)
+
+        yield Federation(
+            engine=engine,
+            num_classes=lambda round: engine.registry.at(round).classes,
+            num_clients=lambda round: engine.registry.at(round).clients,
+            cohort_size=config.clients_per_round,
+            client_name=lambda client: engine.registry.clients[client],
+            evaluate=evaluate,
+            floors=floors,
+            task=task,
+            quorum=deployment.quorum,
+            attempts=deployment.attempts,
+            pause=deployment.pause,
+        )
+
+
+@contextmanager
+def _judge(
+    config: Config, embedder: Embedder, task: RetrievalTask | None
+) -> Iterator[Workers | None]:
+    """Workers that embed the server's own test pictures, if it has any."""
+    if task is None:
+        yield None
+        return
+    device = compute_device(config)
+    count = config.workers or torch.get_num_threads()
+    with start_workers(embedder, task.query.pixels, count, device=device) as workers:
+        yield workers

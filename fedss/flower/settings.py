@@ -1,0 +1,198 @@
+"""The settings of a federation, and the app folder that is submitted to Flower with them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.data import usual_side
+from fedss.errors import ConfigError
+from fedss.files import write_file
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a federation needs beside the configuration of a run.
+
+    Raises:
+        ConfigError: a value that cannot be, on construction.
+    """
+
+    out: str = _setting("", "run folder at the server, a full path")
+    sites: int = _setting(1, "sites to wait for before the first round")
+    evaluate_at: Literal["sites", "server"] = _setting(
+        "sites", "who has pictures to test with; server: those that data names"
+    )
+    deadline: float = _setting(600.0, "seconds that sites have for each of a round's messages")
+    quorum: float = _setting(0.5, "part of a round's clients without which there is no step")
+    share: float = _setting(
+        0.8, "part of the clients asked whose answers are always waited for, up to the deadline"
+    )
+    grace: float = _setting(
+        60.0, "seconds, at least, that the other sites have then: as long again, if that is more"
+    )
+    aside: int = _setting(
+        10, "rounds that a site which let the others wait is not asked in, unless it answers before"
+    )
+    attempts: int = _setting(5, "how often a round is begun before the run ends")
+    pause: float = _setting(60.0, "seconds between two attempts")
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("out", Path(self.out).is_absolute(), "a full path at the server"),
+            ("sites", self.sites >= 1, "at least 1"),
+            ("attempts", self.attempts >= 1, "at least 1"),
+            ("aside", self.aside >= 0, "at least 0"),
+            ("deadline", 1 <= self.deadline <= 1e7, "1 to 1e7 seconds"),
+            ("pause", 0 <= self.pause <= 1e7, "0 to 1e7 seconds"),
+            ("grace", 0 <= self.grace <= 1e7, "0 to 1e7 seconds"),
+            ("quorum", 0 <= self.quorum <= 1, "0 to 1"),
+            ("share", 0 <= self.share <= 1, "0 to 1"),
+            ("evaluate_at", self.evaluate_at in ("sites", "server"), "sites or server"),
+        ):
+            if not valid:
+                raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+# How a simulation may rearrange pictures.
+_NOT_AT_SITES = ("rotations", "client_classes", "partition", "partition_clients")
+
+DEPLOYMENT_FIELDS = dataclasses.fields(Deployment)
+SERVER_APP = "fedss.flower.server_app:app"
+CLIENT_APP = "fedss.flower.client_app:app"
+
+
+def read_settings(run_config: Mapping[str, Any]) -> tuple[Config, Deployment]:
+    """Configuration and deployment out of Flower's run configuration; an empty text is None.
+
+    Raises:
+        ConfigError: an unknown setting, or a value that cannot be.
+    """
+    values = {name.replace("-", "_"): value for name, value in run_config.items()}
+    of_deployment = {item.name for item in DEPLOYMENT_FIELDS}
+    kinds = get_type_hints(Deployment)
+    deployment = {}
+    for name in of_deployment & values.keys():
+        kind, value = kinds[name], values[name]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind in (int, float, str) and type(value) is not kind:
+            raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+        deployment[name] = value
+    settings = {
+        name: None if value == "" else value
+        for name, value in values.items()
+        if name not in of_deployment
+    }
+    config = config_from_dict(settings)
+    _check_apart(config)
+    return config, Deployment(**deployment)
+
+
+def _check_apart(config: Config) -> None:
+    for name in _NOT_AT_SITES:
+        if getattr(config, name):
+            raise ConfigError(f"{name}: sites read their pictures as they are; leave it out")
+    if config.method == "central":
+        raise ConfigError("method: central pools pictures, which a federation cannot")
+
+
+def explicit(config: Config) -> Config:
+    """The configuration with what a data set decides by itself, which must be the same at all
+    sites: pictures of their usual side (64, mostly), gray for glyphs and Omniglot, else in colour.
+    """
+    drawn = config.data in ("glyphs", "omniglot")
+    return replace(
+        config,
+        image_size=config.image_size or usual_side(config.data),
+        channels=config.channels or (1 if drawn else 3),
+    )
+
+
+def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
+    """Write the folder that ``flwr run`` submits: a ``pyproject.toml`` without any code.
+
+    It names the apps of the installed fedss, and has every setting with what it means, so that
+    each can also be given to ``flwr run --run-config``.
+
+    Raises:
+        ConfigError: there is such a file already, a setting that a federation cannot have, or no
+            Flower.
+    """
+    _check_apart(config)
+    config = explicit(config)
+    try:
+        flower = version("flwr")
+    except PackageNotFoundError as error:
+        raise ConfigError(
+            'a federation needs Flower: pip install "fedss[flower]", here, at the server and at '
+            "every site"
+        ) from error
+    path = folder / "pyproject.toml"
+    if path.exists():
+        raise ConfigError(f"{path} is there already; edit it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = _app_lines(config, deployment, flower)
+    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_file(folder / "LICENSE", b"Settings of a run; no licence is needed for them.\n")
+    return path
+
+
+def _app_lines(config: Config, deployment: Deployment, flower: str) -> list[str]:
+    options = {option.name: option for option in OPTIONS}
+    lines = [
+        "[project]",
+        'name = "fedss-federation"',
+        f'version = "{version("fedss")}"',
+        'description = "Settings of a federation; the code is that of the installed fedss"',
+        'license = { file = "LICENSE" }',
+        # Not fedss itself: it is installed beforehand, and Flower is not to install anything.
+        f'dependencies = ["flwr>={flower}"]',
+        "",
+        "[tool.flwr.app]",
+        'publisher = "fedss"',
+        "fab-format-version = 1",
+        f'flwr-version-target = "{flower}"',
+        "",
+        "[tool.flwr.app.components]",
+        f'serverapp = "{SERVER_APP}"',
+        f'clientapp = "{CLIENT_APP}"',
+        "",
+        "[tool.flwr.app.config]",
+        "# The federation",
+    ]
+    for item in DEPLOYMENT_FIELDS:
+        lines += [
+            f"# {item.metadata['help']}",
+            f"{_key(item.name)} = {_toml(getattr(deployment, item.name))}",
+        ]
+    group = ""
+    for name, value in dataclasses.asdict(config).items():
+        if name in _NOT_AT_SITES:
+            continue
+        if options[name].group != group:
+            group = options[name].group
+            lines += ["", f"# {group.capitalize()}; an empty text means the default"]
+        lines += [f"# {_help(options[name])}", f"{_key(name)} = {_toml(value)}"]
+    return lines
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _help(option: Option) -> str:
+    return option.help + (f": {', '.join(option.choices)}" if option.choices else "")
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it, which is as JSON does but for None."""
+    return json.dumps("" if value is None else value)

@@ -1,0 +1,253 @@
+"""What the server believes of a reply: checks before anything is decoded or added up.
+
+Sites may be broken or malicious. A reply that is not exactly what was asked for is refused whole
+for the client that it concerns, with a word for the reason.
+"""
+
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any
+
+import torch
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from torch import Tensor
+
+from fedss.core.algorithm import Failure
+from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.retrieval import RetrievalMetrics
+from fedss.flower.messages import MessageError, Tensors, by_client, unpack
+from fedss.flower.registry import Registry, digest
+from fedss.sampling.samplers import own_budget
+from fedss.seeds import generator
+from fedss.text import printable
+from fedss.wire.messages import WireFormat, decode_request, decode_update, encode_update
+
+MOST_EXAMPLES = 2**31
+"""More pictures than this no client is believed to have: its weight would drown all others."""
+
+_ERRORS = {
+    ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "not installed",
+    ErrorCode.CLIENT_APP_RAISED_EXCEPTION: "raised",
+    ErrorCode.MESSAGE_UNAVAILABLE: "lost",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "lost",
+    ErrorCode.NODE_UNAVAILABLE: "offline",
+    ErrorCode.INVALID_FAB: "not installed",
+    ErrorCode.CLIENT_APP_CRASHED: "died",
+}
+
+
+class RefusedError(Exception):
+    """A reply, or a client's part of it, that is not used: a word, and what came."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        # It is shown on a terminal, and a site may have had a hand in it.
+        self.reason, self.detail = reason, printable(detail[:300])
+
+    def of(self, client: int) -> Failure:
+        """As the failure of a client."""
+        return Failure(client, self.reason, self.detail)
+
+
+Parts = dict[int, dict[str, Tensor]]
+"""Each client's part of a buffer."""
+
+
+def read_reply(
+    reply: "Message | RefusedError", round: int
+) -> tuple[dict[str, Any], dict[str, Parts]]:
+    """Facts of a reply, and what its buffers have for each client.
+
+    Raises:
+        RefusedError: there is none, it is an error, or not of this round.
+    """
+    if isinstance(reply, RefusedError):
+        raise reply
+    if reply.has_error():
+        # Flower's own text may hold a traceback of the site: it stays out of records.
+        code = reply.error.code
+        raise RefusedError(_ERRORS.get(code, "error"), f"Flower's error code {code}")
+    try:
+        facts, buffers = unpack(reply)
+        parts = {name: by_client(tensors) for name, tensors in buffers.items()}
+    except MessageError as error:
+        raise RefusedError("damaged", str(error)) from error
+    if not isinstance(facts.get("changed", {}), dict):
+        raise RefusedError("damaged", "expected the names of a site")
+    if "error" in facts:
+        reason = "version" if facts["error"] == "version" else "raised"
+        raise RefusedError(reason, _told(facts.get("detail")))
+    if facts.get("round") != round:
+        raise RefusedError("stale", f"not a reply to round {round + 1}")
+    return facts, parts
+
+
+def _told(detail: Any) -> str:
+    return f"{detail[:200] if isinstance(detail, str) else 'no detail'}; the site's log has more"
+
+
+def part_of(facts: dict[str, Any], parts: Parts, client: int) -> Tensors:
+    """A client's part of a reply.
+
+    Raises:
+        RefusedError: it failed at the site.
+    """
+    failed = facts.get("failed")
+    if isinstance(failed, dict) and str(client) in failed:
+        raise RefusedError("raised", _told(failed[str(client)]))
+    return parts.get(client, {})
+
+
+def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor:
+    """The ids that a client asks for: sorted, unique, of this table, and no more than its part.
+
+    Raises:
+        RefusedError: they are not.
+    """
+    n, size = plan.num_classes, plan.sample_size
+    at_server = plan.sampler.drawn_by == "server"
+    most = {
+        "all": n,
+        "sampled": own_budget(size, n) if at_server else size,
+        "cover": size if at_server else size + plan.cover,
+        "none": size,
+    }[plan.method.negatives]
+    whole = message.keys() == set() and most >= n
+    if not whole:
+        expected = torch.int32 if n < 2**31 else torch.int64
+        ids_S = message.get("ids")
+        if message.keys() != {"ids"} or ids_S is None or ids_S.dtype != expected or ids_S.ndim != 1:
+            raise RefusedError("request", "expected a list of class ids")
+        if not 0 < len(ids_S) <= most:
+            raise RefusedError("request", f"expected 1 to {most} class ids, got {len(ids_S)}")
+        if bool((ids_S.diff() <= 0).any()) or int(ids_S[0]) < 0 or int(ids_S[-1]) >= n:
+            raise RefusedError("request", f"expected sorted, unique class ids from 0 to {n - 1}")
+    return decode_request(wire, message)
+
+
+def check_update(
+    wire: WireFormat, plan: RoundPlan, client: int, ids_S: Tensor, message: Tensors
+) -> ClientUpdate:
+    """A client's update, if it is one for these rows: names, dtypes, shapes, ids, numbers.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    expected = _template(wire, plan, client, ids_S)
+    if message.keys() != expected.keys():
+        differ = ", ".join(sorted(message.keys() ^ expected.keys())[:4])
+        # A message about all n rows carries no ids, any other does.
+        raise RefusedError("ids" if differ == "ids" else "damaged", f"missing or extra: {differ}")
+    if "ids" in message and (
+        message["ids"].dtype != expected["ids"].dtype
+        or not torch.equal(message["ids"], expected["ids"])
+    ):
+        raise RefusedError("ids", "not the ids that were asked for")
+    for name, tensor in expected.items():
+        came = message[name]
+        if came.dtype != tensor.dtype or came.shape != tensor.shape:
+            raise RefusedError(
+                "shape",
+                f"{name}: expected {tensor.dtype} {list(tensor.shape)}, "
+                f"got {came.dtype} {list(came.shape)}",
+            )
+    num_examples = int(message["num_examples"])
+    if not 0 < num_examples <= MOST_EXAMPLES:
+        raise RefusedError("examples", f"expected 1 or more pictures, got {num_examples}")
+    update = decode_update(wire, message, client)
+    numbers = [update.backbone_delta_P, update.rows_delta_SD]
+    # A loss is a float32 there: of larger ones the mean might not be finite.
+    usual = abs(update.loss) <= torch.finfo(torch.float32).max
+    if not usual or not all(bool(t.isfinite().all()) for t in numbers):
+        raise RefusedError("not finite", f"a loss of {update.loss}, or a change that is not finite")
+    return update
+
+
+def _template(wire: WireFormat, plan: RoundPlan, client: int, ids_S: Tensor) -> Tensors:
+    """An update of zeros: what encoded tensors look like depends on shapes alone."""
+    zeros_P = torch.zeros(sum(shape.numel() for shape in wire.layout))
+    update = ClientUpdate(client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0)
+    return encode_update(wire, update, generator(0, "template"))
+
+
+def check_registration(
+    facts: dict[str, Any], registry: Registry, taken: Collection[str]
+) -> tuple[list[str], list[str], str]:
+    """A site's names of classes and of clients, and their stamp.
+
+    Args:
+        facts: what the site says of itself.
+        registry: what is known so far.
+        taken: names of clients at other sites.
+
+    Raises:
+        RefusedError: they are not lists of names, were made with another secret, or are clients
+            of another site.
+    """
+    classes, clients = _names(facts, "classes"), _names(facts, "clients")
+    if not isinstance(facts.get("secret"), str):
+        raise RefusedError("damaged", "expected which secret the names were made with")
+    if registry.secret is not None and facts.get("secret") != registry.secret:
+        raise RefusedError(
+            "secret",
+            "its names were made with another secret-file than those of the other sites (or only "
+            "one of them has any): give all sites the same, or none",
+        )
+    both = set(clients).intersection(taken)
+    if both:
+        raise RefusedError(
+            "clients",
+            f"another site has {len(both)} of its clients too, such as {min(both)!r}: give each "
+            "site a name of its own in its node-config (site=...), or a client one site",
+        )
+    return classes, clients, digest(classes, clients)
+
+
+def _names(facts: dict[str, Any], kind: str) -> list[str]:
+    names = facts.get(kind)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RefusedError("damaged", f"expected a list of {kind}")
+    if not names or names != sorted(set(names)):
+        raise RefusedError("damaged", f"expected {kind} in sorted order, each once")
+    return names
+
+
+def check_metrics(facts: dict[str, Any]) -> dict[str, float] | None:
+    """Retrieval figures of a site; None if it has no pictures to tell by.
+
+    Raises:
+        RefusedError: they are not such figures.
+    """
+    metrics = facts.get("metrics")
+    if metrics is None:
+        return None
+    names = {field.name for field in fields(RetrievalMetrics)}
+    counts = {"queries", "classes", "skipped"}
+    if (
+        not isinstance(metrics, dict)
+        or metrics.keys() != names
+        or not all(type(metrics[name]) is int for name in counts)
+        or not all(isinstance(metrics[name], int | float) for name in names - counts)
+        or not all(0 <= metrics[name] <= 1 for name in names - counts)
+        or not all(0 <= metrics[name] <= MOST_EXAMPLES for name in counts)
+    ):
+        raise RefusedError("damaged", "expected retrieval figures from 0 to 1")
+    return metrics
+
+
+def check_floors(facts: dict[str, Any]) -> dict[str, float]:
+    """What a site's test gives for nothing; see `fedss.evaluation.baselines`.
+
+    Raises:
+        RefusedError: they are not such figures.
+    """
+    floors = facts.get("floors", {})
+    if (
+        not isinstance(floors, dict)
+        or not floors.keys() <= FLOORS.keys()
+        or not all(isinstance(value, float) and 0 <= value <= 1 for value in floors.values())
+    ):
+        raise RefusedError("damaged", "expected floors from 0 to 1")
+    return floors

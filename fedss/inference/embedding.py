@@ -1,0 +1,243 @@
+"""A trained model used on picture files: from files to embeddings with names."""
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedss.data.folder import besides, passed_over
+from fedss.data.manifest import check_listed_once, listed_name
+from fedss.data.missing import why_missing
+from fedss.data.names import composed
+from fedss.data.table import read_table
+from fedss.errors import ConfigError, DataError
+from fedss.files import write_file, writing
+from fedss.inference.pixels import read_pictures
+from fedss.models import Embedder
+
+LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
+"""What to do about a picture that cannot be read, where one has the choice."""
+
+LINKS = "symbolic links"
+"""How links are counted in a folder to search in."""
+
+_ADVICE = "make room or mend the place, or choose another one (--out)"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of picture files.
+
+    Attributes:
+        names: one per row, as given or the file's path.
+        embeddings_ND: float32 [N, D], rows of length 1.
+        skipped: files that could not be read, where that was asked for.
+    """
+
+    names: tuple[str, ...]
+    embeddings_ND: np.ndarray
+    skipped: tuple[str, ...] = ()
+
+
+def embed_files(
+    embedder: Embedder,
+    paths: Sequence[str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> Embeddings:
+    """Embed picture files: decoded as in training, a block at a time.
+
+    Args:
+        embedder: e.g. from ``fedss.load``.
+        paths: picture files.
+        names: a name per picture; None: its path.
+        skip_broken: leave out files that cannot be read, and list them in ``skipped``.
+
+    Raises:
+        DataError: a file that cannot be read (named), none at all, or a model that gives no finite
+            numbers.
+    """
+    names = [str(path) for path in paths] if names is None else names
+    broken: dict[int, str] | None = {} if skip_broken else None
+    blocks = read_pictures(embedder, list(paths), thumbnails=False, broken=broken, advice=LEAVE_OUT)
+    read = [one for block in blocks for one in block]
+    if not read:
+        raise DataError(f"no readable picture among the {len(paths)} given")
+    return Embeddings(
+        tuple(names[one.position] for one in read),
+        np.stack([one.vector_D for one in read]),
+        tuple(names[position] for position in sorted(broken or {})),
+    )
+
+
+@dataclass(frozen=True)
+class PictureList:
+    """Picture files of a folder or a CSV, none of them opened.
+
+    Attributes:
+        source: the folder or the CSV, as an absolute path.
+        root: what names are relative to: the folder, or that of the CSV.
+        names: relative to ``root``, with forward slashes; absolute if a CSV names a picture that is
+            not below it. In the order of a folder's sorted names or of the CSV's lines.
+        labels: a class per picture; None where it has none.
+        passed_over: files and folders of the folder that are none of these pictures, by kind:
+            those that training passes over too, and symbolic links.
+        remarks: sentences on what else is not read.
+        lines: of a CSV, that of each picture; of a folder, none.
+    """
+
+    source: Path
+    root: Path
+    names: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
+
+    @property
+    def paths(self) -> list[Path]:
+        """The pictures' files."""
+        return [self.root / name for name in self.names]
+
+    def where(self, position: int) -> str:
+        """A picture's place, for messages: "LIST, line 2: " of a CSV, of a folder nothing."""
+        return f"{self.source}, line {self.lines[position]}: " if self.lines else ""
+
+    def check_there(self) -> None:
+        """Whether each picture has a file.
+
+        Raises:
+            DataError: the first one that has none.
+        """
+        for position, path in enumerate(self.paths):
+            try:
+                path.stat()
+            except OSError as error:
+                raise DataError(
+                    f"{self.where(position)}cannot read picture {self.names[position]}: {path}: "
+                    f"{error.strerror}{why_missing(str(path))}; {LEAVE_OUT}"
+                ) from error
+
+
+def list_pictures(path: Path) -> PictureList:
+    """Picture files in a folder (and below it), or in the ``image`` column of a CSV.
+
+    A picture's class is the name of the folder that it lies in (none for a picture directly in
+    ``path``), or what the CSV has in its column ``label``. In a folder, what training passes over
+    is passed over, and so are symbolic links: what a folder holds cannot lead out of it or in a
+    circle. A CSV lists a picture once, by whatever path, as in training.
+
+    Raises:
+        DataError: no such place, no picture in it, a folder that cannot be read, or anything
+            amiss with the CSV.
+    """
+    source = root = path.resolve()
+    over: Counter[str] = Counter()
+    remarks: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
+    if source.is_dir():
+        names = _below(source, over)
+        labels = [class_name(Path(name).parent.name) for name in names]
+    elif source.is_file():
+        # As in training: pictures lie beside the CSV that was named, be it a link.
+        root = Path(os.path.abspath(path.parent))
+        table = read_table(path, ("image",), optional="label")
+        without = () if table.complete else ("no column label: these pictures have no class",)
+        lines, rows = zip(*table.rows, strict=True)
+        names = [listed_name(str(root), cells[0]) for cells in rows]
+        check_listed_once(path, names, lines.__getitem__)
+        labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
+        if table.complete and None in labels:
+            without = (f"{labels.count(None):,} without a class: label is empty",)
+        remarks = (*without, *table.remarks)
+    else:
+        raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
+    if not names:
+        advice = "; list what links lead to in a CSV" if LINKS in over else ""
+        raise DataError(
+            f"{path}: no picture found{besides(over)}{advice}; expected files such as 1.jpg"
+        )
+    return PictureList(source, root, tuple(names), tuple(labels), over, remarks, lines)
+
+
+def class_name(text: str) -> str | None:
+    """A class's name by the one rule for names (``composed``); None where nothing is left of it."""
+    return composed(text) or None
+
+
+def _below(root: Path, over: Counter[str]) -> list[str]:
+    names: list[str] = []
+
+    def fail(error: OSError) -> None:
+        raise DataError(
+            f"{error.filename}: cannot read this folder: {error.strerror}; mend its rights or "
+            "move it away"
+        ) from error
+
+    for folder, below, files in os.walk(root, onerror=fail):
+        inside = Path(folder).relative_to(root)
+        entries = [(name, True) for name in below] + [(name, False) for name in files]
+        below.clear()
+        for name, is_folder in entries:
+            kind = passed_over(name, is_folder)
+            if kind is None and os.path.islink(os.path.join(folder, name)):
+                kind = LINKS
+            if kind is not None:
+                over[kind] += 1
+            elif is_folder:
+                below.append(name)
+            else:
+                names.append((inside / name).as_posix())
+    return sorted(names)
+
+
+def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
+    """Write ``X.npy`` with the names, a JSON list, in ``X.names.json``; or one ``X.parquet``.
+
+    The parquet file has the columns ``name`` and ``embedding`` (a list of float32).
+
+    Returns:
+        The files written.
+
+    Raises:
+        ConfigError: another ending, or pyarrow is not installed.
+        DataError: parquet, and a name that is no UTF-8.
+        RunFolderError: the place cannot be written.
+    """
+    buffer = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(buffer, result.embeddings_ND)
+        names = (json.dumps(result.names, indent=0) + "\n").encode()
+        files = {path: buffer.getvalue(), path.with_suffix(".names.json"): names}
+    elif path.suffix == ".parquet":
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise ConfigError(
+                f'{path}: parquet needs pyarrow: pip install "fedss[parquet]", or write .npy'
+            ) from error
+        size = result.embeddings_ND.shape[1]
+        rows = pyarrow.FixedSizeListArray.from_arrays(result.embeddings_ND.ravel(), size)
+        try:
+            table = pyarrow.table({"name": list(result.names), "embedding": rows})
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{path}: parquet keeps names in UTF-8, which {error.object!r} is not; rename the "
+                "picture, or write .npy"
+            ) from error
+        pyarrow.parquet.write_table(table, buffer)
+        files = {path: buffer.getvalue()}
+    else:
+        raise ConfigError(f"{path}: expected a name that ends in .npy or .parquet")
+    with writing(path.parent, _ADVICE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            write_file(file, content)
+    return list(files)

@@ -1,0 +1,1 @@
+"""Sampled objectives, and the methods that are made of them."""

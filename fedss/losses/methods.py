@@ -1,0 +1,95 @@
+"""The methods as values: which classes are asked for, which loss, what the server adds."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fedss.losses.softmax import (
+    Objective,
+    moments_softmax,
+    negatives_only_softmax,
+    positive_hinge,
+    sampled_softmax,
+    uncorrected_softmax,
+)
+
+RowMean = Literal["cohort", "holders"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method, put together from independent choices.
+
+    Attributes:
+        name: its name in configurations, tables and plots.
+        summary: one line for people.
+        negatives: beside own classes a client gets ``"all"`` the others; ``"sampled"`` ones, up
+            to the sample size; a ``"cover"``, of any number, that its loss does not need; or
+            ``"none"``. Which ones, a sampler says.
+        objective: the loss it trains on.
+        moments: the mean and covariance of all class rows go to the client, and only own rows come
+            back: they take a plain step, balanced for the push that the others miss.
+        spread_out: the server pushes near class rows apart after each round (FedAwS).
+        pooled: pictures are pooled first: a reference, not federated learning.
+        row_mean: default of the setting: whose weight divides a row's sum.
+        class_row_lr: default of the setting.
+    """
+
+    name: str
+    summary: str
+    negatives: Literal["all", "sampled", "cover", "none"]
+    objective: Objective
+    moments: bool = False
+    spread_out: bool = False
+    pooled: bool = False
+    row_mean: RowMean = "cohort"
+    class_row_lr: float = 2.0
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "all class rows, softmax", "all", sampled_softmax),
+        Method(
+            "fedss",
+            "own classes and negatives, corrected sampled softmax",
+            "sampled",
+            sampled_softmax,
+        ),
+        Method(
+            "moments",
+            "own classes; all others by their mean and covariance",
+            "cover",
+            moments_softmax,
+            moments=True,
+            row_mean="holders",
+            class_row_lr=1.0,
+        ),
+        Method(
+            "fedss-uncorrected",
+            "as fedss, without the correction",
+            "sampled",
+            uncorrected_softmax,
+        ),
+        Method("pos-only", "own classes alone, softmax over them", "none", sampled_softmax),
+        Method(
+            "neg-only",
+            "each label against the sampled negatives alone",
+            "sampled",
+            negatives_only_softmax,
+        ),
+        Method(
+            "fedaws",
+            "own classes alone, squared hinge; the server spreads class rows out",
+            "none",
+            positive_hinge,
+            spread_out=True,
+        ),
+        Method(
+            "central",
+            "pictures pooled, full softmax, plain SGD: a reference",
+            "all",
+            sampled_softmax,
+            pooled=True,
+        ),
+    )
+}

@@ -1,0 +1,59 @@
+"""Moments: the softmax without negatives.
+
+The server sends every client the mean and covariance of all class rows. The client takes the rows
+that it holds out of them and trains on :func:`fedss.losses.softmax.moments_softmax`; it returns the
+changes of its own rows and nothing else. The server keeps ``sum_j w_j`` and ``sum_j w_j w_j'`` up
+to date from the rows that a round touches, so neither time nor bytes of a round grow with n.
+(Ours; ``docs/methods.md`` has what came before.)
+
+Shape suffixes: S held classes, U touched classes, D embedding size, E = D + 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedss.losses.softmax import AbsentClasses
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean float32 [D] and covariance float32 [D, D] of all n class rows."""
+
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+
+def absent_classes(moments: Moments, num_classes: int, rows_SD: Tensor) -> AbsentClasses | None:
+    """The moments of the classes that a client does not hold; None if it holds all.
+
+    ``mu' = (n mu - sum_S w) / (n - |S|)`` and likewise for second moments: exact. Cost O(S D^2).
+
+    Args:
+        moments: of all class rows.
+        num_classes: n.
+        rows_SD: the rows held, as received.
+    """
+    count = num_classes - len(rows_SD)
+    if count == 0:
+        return None
+    mean_D, rows_SD = moments.mean_D.double(), rows_SD.double()
+    second_DD = moments.covariance_DD.double() + torch.outer(mean_D, mean_D)
+    mean_D = (num_classes * mean_D - rows_SD.sum(dim=0)) / count
+    second_DD = (num_classes * second_DD - rows_SD.T @ rows_SD) / count
+    covariance_DD = second_DD - torch.outer(mean_D, mean_D)
+    return AbsentClasses(count, mean_D.float(), covariance_DD.float())
+
+
+def row_sums(rows_SD: Tensor) -> Tensor:
+    """``sum_j (w_j, 1) (w_j, 1)'``: number, sum and second moments of rows, float64 [E, E]."""
+    rows_SE = torch.cat([rows_SD.double(), torch.ones(len(rows_SD), 1)], dim=1)
+    return rows_SE.T @ rows_SE
+
+
+def moments_of(sums_EE: Tensor) -> Moments:
+    """Mean and covariance of the rows that were summed up by :func:`row_sums`. O(D^2)."""
+    mean_D = sums_EE[:-1, -1] / sums_EE[-1, -1]
+    second_DD = sums_EE[:-1, :-1] / sums_EE[-1, -1]
+    return Moments(mean_D.float(), (second_DD - torch.outer(mean_D, mean_D)).float())

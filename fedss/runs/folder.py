@@ -1,0 +1,220 @@
+"""Who may write into a run folder: one process at a time, one configuration for good."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+
+from fedss.config import OPTIONS, Config
+from fedss.distributed import Ranks
+from fedss.errors import RunFolderError
+from fedss.files import RUN_FOLDER_ADVICE, read_json, remove_litter, write_json, writing
+from fedss.runs.reading import read_summary
+
+# What may differ between a run and its continuation: nothing that decides the weights (a device
+# and a stack decide their rounding). Files may have moved: what is in them is compared.
+_FREE_FIELDS = (
+    "device",
+    "stack",
+    "workers",
+    "keep_memory",
+    "checkpoint_every",
+    "row_store",
+    "data_path",
+    "weights",
+    "skip_broken",
+)
+_LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
+
+
+@contextmanager
+def hold(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; failed writes become RunFolderErrors.
+
+    Args:
+        folder: what to hold.
+        advice: what to do about a failed write.
+
+    Raises:
+        RunFolderError: another process holds it, or it cannot be written.
+    """
+    with writing(folder, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunFolderError(
+                f"{folder} is in use by another fedss process; wait for it, or choose another "
+                "folder"
+            ) from error
+        try:
+            for place in (folder, folder / "model"):
+                remove_litter(place)
+            yield
+        finally:
+            lock.release()
+
+
+def claim_run(
+    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write a run's ``config.json``, or check that the folder was made with the same one.
+
+    The first rank does so, and the others check what they find then.
+
+    Args:
+        folder: the run folder.
+        config: the run's configuration; paths are stored as absolute ones.
+        data: what :func:`fedss.training.summary.describe` says of the data.
+        model: what is known of the model's structure.
+        ranks: the processes of this run.
+
+    Raises:
+        RunFolderError: the folder holds another run (names the fields that differ), a
+            comparison, or a run whose configuration is gone; or not all ranks see the folder.
+    """
+    content = {"config": _stored(config), "data": dict(data), "model": dict(model)} | _versions()
+    if not ranks.first:
+        ranks.gather(None)
+        if not (folder / "config.json").exists():
+            raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
+    found = _claimed(folder)
+    if found is None:
+        write_json(folder / "config.json", content)
+    elif "methods" in found:
+        raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
+    else:
+        _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+    if ranks.first:
+        ranks.gather(None)
+
+
+def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
+    """Whether all ranks go on from the same round.
+
+    Raises:
+        RunFolderError: they do not.
+    """
+    if len(set(rounds)) > 1:
+        raise RunFolderError(
+            f"{folder}: the ranks found checkpoints of rounds {', '.join(map(str, rounds))}; "
+            f"{_SHARE}. If it is one, it lags behind: start again in a minute"
+        )
+
+
+_SHARE = "ranks on several hosts need an --out that all of them see, such as a network drive"
+
+
+def claim_comparison(folder: Path, config: Config, methods: list[str], seeds: list[int]) -> None:
+    """Write a comparison's ``config.json``, or check that only methods and seeds differ.
+
+    Raises:
+        RunFolderError: the folder holds a single run, or a comparison with other settings.
+    """
+    content = {"config": _stored(config), "methods": methods, "seeds": seeds} | _versions()
+    found = _claimed(folder)
+    if found is not None:
+        if "methods" not in found:
+            raise RunFolderError(f"{folder} holds a single run; choose another folder to compare")
+        _check_same(folder, content, found, ("config",), (*_FREE_FIELDS, "method", "seed"))
+        content["methods"] = list(dict.fromkeys([*found["methods"], *methods]))
+        content["seeds"] = list(dict.fromkeys([*found["seeds"], *seeds]))
+    write_json(folder / "config.json", content)
+
+
+def read_summaries(folder: Path) -> list[dict[str, Any]]:
+    """The objects of ``summary.json``; none if there is no such file.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        return []
+    found = read_json(path)
+    if not isinstance(found, list):
+        raise RunFolderError(
+            f"{path} is damaged: expected a list with an object for each run; delete the file and "
+            "start the same command again, which writes it anew"
+        )
+    for entry in found:
+        read_summary(entry, path)
+    return found
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same configuration, whatever the working directory will be."""
+    paths = {name: getattr(config, name) for name in ("data_path", "weights")}
+    known = {name: path for name, path in paths.items() if path is not None}
+    there: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in known.items()}
+    return dataclasses.replace(config, **there)
+
+
+def _stored(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(with_absolute_paths(config))
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fedss": importlib.metadata.version("fedss"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _claimed(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.exists():
+        left = [name for name in _LEFT_BY_A_RUN if (folder / name).exists()]
+        if left:
+            raise RunFolderError(
+                f"{folder} has {', '.join(left)} but no config.json, so nobody can tell what made "
+                "them; put config.json back, or choose another folder"
+            )
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+        raise RunFolderError(
+            f"{path} is damaged: expected an object with 'config'; restore it, or choose another "
+            "folder"
+        )
+    return found
+
+
+def _check_same(
+    folder: Path,
+    content: Mapping[str, Any],
+    found: Mapping[str, Any],
+    parts: tuple[str, ...],
+    free: tuple[str, ...],
+) -> None:
+    for part in parts:
+        if not isinstance(found.get(part, {}), dict):
+            raise RunFolderError(
+                f"{folder / 'config.json'} is damaged: expected {part!r} to be an object; restore "
+                "it, or choose another folder"
+            )
+    # What an older version did not know had what is the default now.
+    defaults = {"config": {option.name: option.default for option in OPTIONS}}
+    there = {part: {**defaults.get(part, {}), **found.get(part, {})} for part in parts}
+    different = [
+        f"{name}: {there[part].get(name)!r} there, {value!r} now"
+        for part in parts
+        for name, value in content[part].items()
+        if name not in free and there[part].get(name) != value
+    ]
+    if different:
+        raise RunFolderError(
+            f"{folder} was made with other settings ({'; '.join(different)}); choose another "
+            "folder, or the settings of its config.json (--config)"
+        )

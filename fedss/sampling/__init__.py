@@ -1,0 +1,1 @@
+"""How negatives are drawn."""

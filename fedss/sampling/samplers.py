@@ -1,0 +1,290 @@
+"""Samplers: who draws the negatives, which classes they are, and how likely each was.
+
+Shape suffixes: K clients of a cohort, P own classes, M negatives, S classes of a class sample
+(S = P + M), N all classes, D embedding size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedss.errors import ConfigError
+from fedss.losses.softmax import ClassSample
+from fedss.sampling import rff
+
+Negatives = tuple[np.ndarray, np.ndarray]
+"""Ids int64 [M], sorted, unique, none of them own; inclusion probabilities float64 [M]."""
+
+Draw = Callable[[np.ndarray, int, int, np.random.Generator], Negatives]
+"""``draw(own_P, num_classes, num_negatives, rng)``, at a client, which knows nothing but its own
+classes (int64, sorted, unique) and n. ``num_negatives`` is at most ``n - |P|``."""
+
+
+@dataclass(frozen=True)
+class ServerRows:
+    """What a sampler at the server may look at.
+
+    Attributes:
+        num_classes: n.
+        read: class rows as last written, float32 [S, D], by their ids (int64 tensor [S]).
+        index: what the sampler keeps of them (:class:`RowIndex`).
+    """
+
+    num_classes: int
+    read: Callable[[Tensor], Tensor]
+    index: Any
+
+
+Deal = Callable[
+    [Sequence[np.ndarray], Sequence[int], ServerRows, np.random.Generator], list[Negatives]
+]
+"""``deal(own_K, num_negatives_K, rows, rng)``, at the server, for the whole cohort at once: the own
+classes of each client, and at most how many negatives it may get."""
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What a sampler keeps of the class rows between rounds: a function of the rows alone.
+
+    Attributes:
+        build: ``build(rows_ND, rng)`` makes it of all class rows.
+        update: ``update(index, ids_U, rows_UD)`` writes new rows into it, in place, so that it
+            is bit for bit what ``build`` would make of all rows.
+    """
+
+    build: Callable[[Tensor, np.random.Generator], Any]
+    update: Callable[[Any, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A way to get negatives. Either ``draw`` or ``deal`` is given.
+
+    The law that each keeps: over its random draws, class i that is not own is among the negatives
+    with the stated probability ``q_i > 0``. Then ``sum_P exp(o_i) + sum_M exp(o_i) / q_i`` has the
+    full partition function as its mean (Horvitz and Thompson 1952).
+
+    Attributes:
+        name: its name in configurations and tables.
+        summary: one line for people.
+        draw: drawn by the client.
+        deal: drawn by the server, which then knows the client's own classes.
+        fixed: ``draw`` gets the same generator in every round.
+        index: what the server keeps for ``deal``.
+    """
+
+    name: str
+    summary: str
+    draw: Draw | None = None
+    deal: Deal | None = None
+    fixed: bool = False
+    index: RowIndex | None = None
+
+    def __post_init__(self) -> None:
+        if (self.draw is None) == (self.deal is None):
+            raise ConfigError(f"sampler {self.name!r}: expected one of draw and deal")
+
+    @property
+    def drawn_by(self) -> Literal["client", "server"]:
+        """Who draws."""
+        return "client" if self.draw else "server"
+
+
+def own_budget(sample_size: int, num_classes: int) -> int:
+    """How many own classes a client may bring to a class sample of ``sample_size``.
+
+    At least an eighth of the sample, and at least one class, is left for negatives: with fewer,
+    the few negatives stand for all other classes and their weight 1/q makes the estimate of the
+    partition function very noisy. A sample of all classes has no such limit. (Ours.)
+    """
+    if sample_size >= num_classes:
+        return num_classes
+    return sample_size - math.ceil(sample_size / 8)
+
+
+def limit(own_P: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part of the own classes, sorted, where there are more than ``budget``."""
+    if len(own_P) <= budget:
+        return own_P
+    return np.sort(rng.choice(own_P, budget, replace=False))
+
+
+def check_negatives(
+    name: str, own_P: np.ndarray, num_classes: int, most: int, found: Negatives
+) -> Negatives:
+    """The negatives themselves, if they are what a sampler may return. O(S log S).
+
+    Raises:
+        ConfigError: they are not; names the sampler, and what is wrong. (Whether q is true, nobody
+            can see from one draw.)
+    """
+    ids_M, q_M = (np.asarray(values) for values in found)
+    faults = {
+        f"ids of int64, got {ids_M.dtype}": ids_M.dtype != np.int64,
+        f"as many q as ids, got {q_M.shape} and {ids_M.shape}": q_M.shape != ids_M.shape,
+        f"at most {most} negatives, got {len(ids_M)}": len(ids_M) > most,
+        "sorted ids, each once": bool((np.diff(ids_M) <= 0).any()),
+        f"ids from 0 to {num_classes - 1}": bool(((ids_M < 0) | (ids_M >= num_classes)).any()),
+        "no own class": bool(np.isin(ids_M, own_P).any()),
+        "q above 0 and at most 1": not bool(((q_M > 0) & (q_M <= 1)).all()),
+    }
+    for expected, fault in faults.items():
+        if fault:
+            raise ConfigError(f"sampler {name!r}: expected {expected}")
+    return ids_M, q_M
+
+
+def class_sample(own_P: np.ndarray, negative_M: np.ndarray, q_M: np.ndarray) -> ClassSample:
+    """Own classes (q = 1) and negatives, put together in the order of their ids."""
+    ids = np.concatenate([own_P, negative_M])
+    log_q = np.concatenate([np.zeros(len(own_P)), np.log(q_M)])
+    order = np.argsort(ids)
+    return ClassSample(
+        torch.from_numpy(ids[order]),
+        torch.from_numpy(log_q[order].astype(np.float32)),
+        torch.from_numpy(order < len(own_P)),
+    )
+
+
+def whole_sample(own_P: np.ndarray, num_classes: int) -> ClassSample:
+    """All classes, each with q = 1."""
+    own_S = torch.zeros(num_classes, dtype=torch.bool)
+    own_S[torch.from_numpy(own_P)] = True
+    return ClassSample(torch.arange(num_classes), torch.zeros(num_classes), own_S)
+
+
+def draw_uniform(
+    own_P: np.ndarray, num_classes: int, num_negatives: int, rng: np.random.Generator
+) -> Negatives:
+    """Uniform without replacement from all classes that are not own: ``q_i = m / (n - |P|)``.
+
+    The paper's sampler (Waghmare et al. 2022, arXiv 2203.04888, section 3). O(m log m) time and
+    O(m) memory, whatever n is.
+    """
+    num_others = num_classes - len(own_P)
+    rank_M = np.sort(rng.choice(num_others, num_negatives, replace=False, shuffle=False))
+    # own_P[j] - j other classes lie below own class j, so a rank passes exactly the own classes
+    # with no more others below them than the rank.
+    negative_M = rank_M + np.searchsorted(own_P - np.arange(len(own_P)), rank_M, side="right")
+    return negative_M, np.full(num_negatives, num_negatives / max(num_others, 1))
+
+
+def draw_first(
+    own_P: np.ndarray, num_classes: int, num_negatives: int, rng: np.random.Generator
+) -> Negatives:
+    """The first m classes that are not own, of a random order of all: ``q_i = m / (n - |P|)``.
+
+    With the same generator in every round (:attr:`Sampler.fixed`) this is a client's fixed cover:
+    a client that asks for all its own classes asks for the same rows every time, so that requests
+    of many rounds tell no more than one. It pays with negatives that never change. (Ours;
+    ``docs/methods.md`` has what it does not hide.)
+    """
+    num_cards = num_negatives + len(own_P)
+    order = rng.choice(num_classes, num_cards, replace=False, shuffle=True)
+    negative_M = np.sort(order[~np.isin(order, own_P)][:num_negatives])
+    return negative_M, np.full(num_negatives, num_negatives / max(num_classes - len(own_P), 1))
+
+
+def deal_deck(
+    own_K: Sequence[np.ndarray],
+    num_negatives_K: Sequence[int],
+    rows: ServerRows,
+    rng: np.random.Generator,
+) -> list[Negatives]:
+    """Each client gets the next m cards of one shuffled deck of all classes: ``q_i = m / n``.
+
+    No class is dealt twice before all were dealt once, so a round hits rows evenly, where draws
+    of each client for itself hit some rows often and others not at all. For one client, its hand
+    is a uniform m-subset of all n classes. A card that is own to its client is put aside: the
+    class is in the sample already, with q = 1. O(cards dealt). (Ours.)
+    """
+    num_classes, total = rows.num_classes, sum(num_negatives_K)
+    deck = rng.choice(num_classes, min(total, num_classes), replace=False, shuffle=True)
+    hands, start = [], 0
+    for own_P, m in zip(own_K, num_negatives_K, strict=True):
+        if m == num_classes - len(own_P):
+            hands.append(draw_uniform(own_P, num_classes, m, rng))
+            continue
+        hand = deck[np.arange(start, start + m) % len(deck)] if m else deck[:0]
+        start += m
+        hand = np.sort(hand[~np.isin(hand, own_P)])
+        hands.append((hand, np.full(len(hand), m / num_classes)))
+    return hands
+
+
+HARD_SHARE = 0.5
+"""Part of the negatives that :func:`deal_hard` takes from the nearest rows."""
+
+
+def deal_hard(
+    own_K: Sequence[np.ndarray],
+    num_negatives_K: Sequence[int],
+    rows: ServerRows,
+    rng: np.random.Generator,
+) -> list[Negatives]:
+    """The classes nearest to a client's own ones with ``q = 1``, and a uniform rest.
+
+    Near is the largest cosine with any own row. With H such classes and m - H others,
+    ``q_i = (m - H) / (n - |P| - H)`` for these. Hard negatives as in face recognition, with the
+    correction that keeps the partition estimate unbiased. O(|P| n D) for each client. (Ours.)
+    """
+    unit_ND = F.normalize(rows.read(torch.arange(rows.num_classes)), dim=1)
+    hands = []
+    for own_P, m in zip(own_K, num_negatives_K, strict=True):
+        if m in (0, rows.num_classes - len(own_P)):
+            hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
+            continue
+        cos_N = (unit_ND[own_P] @ unit_ND.T).max(dim=0).values
+        cos_N[own_P] = -2.0
+        hard = np.sort(cos_N.topk(round(HARD_SHARE * m)).indices.numpy())
+        taken = np.sort(np.concatenate([own_P, hard]))
+        rest, q = draw_uniform(taken, rows.num_classes, m - len(hard), rng)
+        ids, q = np.concatenate([hard, rest]), np.concatenate([np.ones(len(hard)), q])
+        order = np.argsort(ids)
+        hands.append((ids[order], q[order]))
+    return hands
+
+
+def deal_rff(
+    own_K: Sequence[np.ndarray],
+    num_negatives_K: Sequence[int],
+    rows: ServerRows,
+    rng: np.random.Generator,
+) -> list[Negatives]:
+    """Classes near to a client's own ones more often, in O(m log n): see :mod:`fedss.sampling.rff`.
+
+    m draws with replacement, so that there may be fewer than m different negatives;
+    ``q_i = 1 - (1 - p_i)^m`` with ``p_i`` the probability of a single draw.
+    """
+    hands = []
+    for own_P, m in zip(own_K, num_negatives_K, strict=True):
+        if m in (0, rows.num_classes - len(own_P)):
+            hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
+            continue
+        ids_M, q_M = rff.draw(rows.index, rows.read(torch.from_numpy(own_P)), m, rng)
+        other_M = ~np.isin(ids_M, own_P)
+        hands.append((ids_M[other_M], q_M[other_M]))
+    return hands
+
+
+SAMPLERS: dict[str, Sampler] = {
+    sampler.name: sampler
+    for sampler in (
+        Sampler("uniform", "each client for itself, uniformly: the paper", draw=draw_uniform),
+        Sampler("deck", "dealt by the server from one deck per round", deal=deal_deck),
+        Sampler("sticky", "a client's own fixed cover", draw=draw_first, fixed=True),
+        Sampler("hard", "nearest rows, and a uniform rest", deal=deal_hard),
+        Sampler(
+            "rff",
+            "near rows more often, by random Fourier features",
+            deal=deal_rff,
+            index=RowIndex(rff.build, rff.update_index_),
+        ),
+    )
+}

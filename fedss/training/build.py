@@ -1,0 +1,365 @@
+"""From a configuration to the things it names: data, model, optimizer, plan of a round."""
+
+import hashlib
+import math
+import os
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from fedss.config import Config, numbers
+from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.client_stacked import stacked_losses
+from fedss.core.optimizers import ServerOptimizer
+from fedss.data import (
+    Dataset,
+    Images,
+    RetrievalTask,
+    load_dataset,
+    rotate_classes,
+    split_clients,
+)
+from fedss.data.augment import AUGMENTATIONS
+from fedss.errors import ConfigError, DataError
+from fedss.losses.methods import METHODS
+from fedss.losses.softmax import ClassSample, Objective, Scoring, sampled_softmax
+from fedss.models import Embedder, build_embedder
+from fedss.sampling.samplers import SAMPLERS, Sampler
+from fedss.seeds import generator
+from fedss.wire.messages import WireFormat
+
+
+def load_data(config: Config) -> Dataset:
+    """The data set that a configuration names.
+
+    Its training pictures are dealt to other clients (``partition``), then turned (``rotations``),
+    then clients of many classes are split (``client_classes``), as far as it says so.
+
+    Raises:
+        DataError: it cannot be found or read, or does not fit together.
+    """
+    data = load_dataset(
+        config.data,
+        config.data_path,
+        image_size=config.image_size,
+        channels=config.channels,
+        test_classes=config.test_classes,
+        skip_broken=config.skip_broken,
+        seed=config.data_seed,
+        glyphs_classes=config.glyphs_classes,
+        glyphs_clients=config.glyphs_clients,
+        partition=config.partition,
+        partition_clients=config.partition_clients,
+    )
+    if not len(data.train):
+        return data
+    if config.rotations:
+        data = replace(data, train=rotate_classes(data.train))
+    if config.client_classes is not None:
+        train = split_clients(data.train, config.client_classes, config.data_seed)
+        data = replace(data, train=train)
+    return data
+
+
+DEFAULT_SAMPLE_SIZE = 64
+# Characters of a partial's arguments that are shown as they are.
+_LONGEST = 100
+
+
+def sample_size(config: Config, num_classes: int) -> int:
+    """``|S|``, which is 64 (or n, if that is less) unless ``config`` says otherwise.
+
+    Raises:
+        ConfigError: ``sample_size`` is above n.
+    """
+    size = config.sample_size or min(DEFAULT_SAMPLE_SIZE, num_classes)
+    if size > num_classes:
+        raise ConfigError(
+            f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
+            f"(n means full), got {size}"
+        )
+    return size
+
+
+def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
+    """The model for these pictures; ``backbone``, if given, in place of ``config.backbone``."""
+    _, channels, image_size, _ = data.train.pixels.shape
+    return model_for(config, channels, image_size, backbone)
+
+
+def model_for(
+    config: Config, channels: int, image_size: int, backbone: nn.Module | None = None
+) -> Embedder:
+    """As :func:`build_model`, for images of so many channels and pixels a side."""
+    return build_embedder(
+        backbone if backbone is not None else config.backbone,
+        channels=channels,
+        image_size=image_size,
+        embedding_size=config.embedding_size,
+        seed=config.seed,
+        pretrained=config.pretrained,
+        weights=config.weights,
+        trainable=config.trainable,
+        batch_norm=config.batch_norm,
+        pixel_mean=numbers(config, "pixel_mean"),
+        pixel_std=numbers(config, "pixel_std"),
+    )
+
+
+def compute_device(config: Config) -> torch.device:
+    """Where clients train; ``cuda`` is the GPU of this process's number where torchrun started it.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        device, there = torch.device("cuda", number), torch.cuda.device_count()
+        if number >= there:
+            raise ConfigError(
+                f"device: {config.device} means GPU {number} of this machine, where torch "
+                f"{torch.__version__} finds {there}; use cpu, "
+                + (
+                    f"or up to cuda:{there - 1}"
+                    if there
+                    else "or mend driver or torch (a CUDA build)"
+                )
+            )
+    return device
+
+
+def server_optimizer(config: Config) -> ServerOptimizer:
+    """The configuration's server optimizer; pooled training is its one client's SGD alone."""
+    if METHODS[config.method].pooled:
+        return ServerOptimizer("sgd", lr=1.0, normalize_rows=config.normalize_rows)
+    return ServerOptimizer(
+        config.server_optimizer,
+        config.server_lr,
+        config.server_momentum,
+        config.server_second_momentum,
+        config.server_epsilon,
+        config.normalize_rows,
+        "sgd" if METHODS[config.method].moments else None,
+    )
+
+
+def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFormat:
+    """How messages travel. Pooled training sends none."""
+    layout = tuple(p.shape for p in embedder.parameters() if p.requires_grad)
+    if METHODS[config.method].pooled:
+        return WireFormat(layout, config.embedding_size, num_classes)
+    return WireFormat(
+        layout,
+        config.embedding_size,
+        num_classes,
+        config.rows_down,
+        config.rows_up,
+        config.backbone_down,
+        config.backbone_up,
+        config.moments_rank,
+    )
+
+
+def scoring(config: Config) -> Scoring:
+    """How the configuration makes logits of cosines."""
+    return Scoring(config.scale, config.margin_kind, config.margin, config.correction)
+
+
+def objective_name(objective: Objective) -> str:
+    """A loss's name, by which a run knows it again: that of its function, or of its class.
+
+    Of a ``functools.partial`` it is the function's name with the arguments, such as
+    ``smoothed(0.1, rest='mean')``, or with a SHA-256 of them where they are long.
+
+    Raises:
+        ConfigError: a lambda, or a partial of one or with arguments that cannot be told from
+            others.
+    """
+    if isinstance(objective, partial):
+        told = [_told(value) for value in objective.args]
+        told += [f"{key}={_told(value)}" for key, value in sorted(objective.keywords.items())]
+        inside = ", ".join(told)
+        if len(inside) > _LONGEST:
+            inside = f"sha256 {hashlib.sha256(inside.encode()).hexdigest()[:16]}"
+        return f"{objective_name(objective.func)}({inside})"
+    name = getattr(objective, "__name__", type(objective).__name__)
+    if name == "<lambda>":
+        raise ConfigError(
+            "objective: expected a function with a name, by which a run knows its loss again, got "
+            "a lambda; give it a name with def"
+        )
+    return name
+
+
+def _told(value: object) -> str:
+    """What tells an argument of a partial from others, the same in every process."""
+    # Not the repr of anything: some hold an address, some leave most of the numbers out.
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}({', '.join(map(_told, value))})"
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        return f"{value.dtype}{list(value.shape)} sha256 {digest}"
+    raise ConfigError(
+        "objective: expected a partial of numbers, strings, tensors and lists of these, by which a "
+        f"run knows its loss again, got one of type {type(value).__name__}; give it a name with def"
+    )
+
+
+def check_objective(config: Config, objective: Objective) -> None:
+    """Try a loss of a user's own on two clients of two pictures and three classes.
+
+    Raises:
+        ConfigError: the method is made by its loss, or this is none; says what came.
+    """
+    named = f"objective {objective_name(objective)!r}"
+    if METHODS[config.method].objective is not sampled_softmax:
+        free = [name for name, method in METHODS.items() if method.objective is sampled_softmax]
+        raise ConfigError(
+            f"{named}: method {config.method} is what its own loss makes of it; expected method "
+            f"to be one of {', '.join(free)}"
+        )
+    h_KBD = torch.eye(4).view(2, 2, 4).requires_grad_()
+    rows_KSD = torch.linspace(-1, 1, 24).view(2, 3, 4).requires_grad_()
+    target_KB = torch.tensor([[0, 2], [2, 2]])
+    own_S = torch.tensor([True, False, True])
+    sample = ClassSample(torch.arange(3), torch.where(own_S, 0.0, -1.0), own_S)
+    before = torch.get_rng_state()
+    try:
+        loss_B = objective(h_KBD[0], rows_KSD[0], target_KB[0], sample, scoring(config), None)
+    except Exception as error:
+        raise ConfigError(f"{named} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(loss_B, torch.Tensor) or loss_B.shape != (2,):
+        came = list(loss_B.shape) if isinstance(loss_B, torch.Tensor) else type(loss_B).__name__
+        raise ConfigError(f"{named}: expected a tensor with a loss per picture, [2], got {came}")
+    if not torch.equal(before, torch.get_rng_state()):
+        raise ConfigError(
+            f"{named} draws random numbers from torch's global generator, so that results would "
+            "depend on the number and order of workers"
+        )
+    for tensor, what in ((h_KBD, "embeddings h_BD"), (rows_KSD, "class rows rows_SD")):
+        grad = None
+        if loss_B.requires_grad:
+            total = loss_B.sum()
+            (grad,) = torch.autograd.grad(total, tensor, retain_graph=True, allow_unused=True)
+        if grad is None:
+            raise ConfigError(f"{named} has no gradient with respect to the {what}")
+    if config.stack > 1:
+        try:
+            stacked_losses(objective, scoring(config), h_KBD, rows_KSD, target_KB, [sample] * 2)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise ConfigError(
+                f"stack: torch.func.vmap cannot run {named} for several clients at once; leave "
+                f"--stack out. It said: {type(error).__name__}: {reason[0] if reason else ''}"
+            ) from error
+
+
+def round_plan(
+    config: Config,
+    num_classes: int,
+    round: int,
+    sampler: Sampler | None = None,
+    objective: Objective | None = None,
+) -> RoundPlan:
+    """What the clients of a round (0-based) are told; learning rates decay over the rounds.
+
+    ``sampler``, if given, in place of the one that ``config`` names. Where there is nothing to
+    choose, the client draws: no server need be told its own classes. ``objective``, if given, in
+    place of the method's.
+
+    Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
+    rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
+    """
+    start = config.lr_decay_start * config.rounds
+    x = max(0.0, (round - start) / max(config.rounds - start, 1))
+    factor = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}
+    decay = factor[config.lr_schedule]
+    method = METHODS[config.method]
+    chosen = SAMPLERS["uniform"]
+    if method.negatives == "sampled" or (method.negatives == "cover" and config.cover):
+        chosen = sampler or SAMPLERS[config.sampler]
+    if objective is not None:
+        method = replace(method, objective=objective)
+    return RoundPlan(
+        round,
+        config.seed,
+        method,
+        chosen,
+        num_classes,
+        sample_size(config, num_classes),
+        config.cover,
+        scoring(config),
+        LocalTraining(
+            config.local_epochs,
+            config.local_steps,
+            config.batch_size,
+            decay * config.client_lr,
+            decay * (config.class_row_lr or method.class_row_lr),
+        ),
+        AUGMENTATIONS.get(config.augment),
+    )
+
+
+def pool_pictures(images: Images, cohort_size: int, seed: int) -> Images:
+    """Pictures dealt at random to as few clients as there are cohorts.
+
+    One of them a round, trained from the last one's weights, is central SGD, with as many
+    pictures a round as a cohort holds on average.
+    """
+    shards = max(1, len(images.client_names) // cohort_size)
+    order = generator(seed, "pool").permutation(len(images))
+    return replace(
+        images, clients=order % shards, client_names=[f"pool {k}" for k in range(shards)]
+    )
+
+
+def check_trainable(data: Dataset) -> None:
+    """Whether there is anything to train on.
+
+    Raises:
+        DataError: there are test pictures alone.
+    """
+    if not len(data.train):
+        raise DataError(
+            f"data set {data.name!r} has no training pictures, only pictures to test with: give "
+            "some the split 'train'. To judge a trained model on them: fedss evaluate"
+        )
+
+
+def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
+    """The retrieval task that ``config.eval_split`` names.
+
+    Raises:
+        ConfigError: the data set has no validation task.
+        DataError: it has no test.
+    """
+    if config.eval_split == "test":
+        if data.test is None:
+            raise DataError(
+                f"nothing to evaluate: data set {data.name!r} has no test pictures. List some with "
+                "the split 'test', or hold out a share test_classes of the classes, above 0 and "
+                f"below 1; it is {config.test_classes}"
+            )
+        return data.test
+    if data.validation is None:
+        raise ConfigError(
+            f"eval_split: data set {data.name!r} has no validation pictures; use test, or give "
+            "rows of the manifest the split 'validation'"
+        )
+    return data.validation
+
+
+def num_frozen(embedder: Embedder) -> int:
+    """Number of parameters that are neither trained nor sent; a frozen batch norm's are none."""
+    return sum(p.numel() for p in embedder.parameters() if not p.requires_grad)
+
+
+def num_trainable(embedder: Embedder) -> int:
+    """Number of parameters that are trained and sent."""
+    return sum(p.numel() for p in embedder.parameters() if p.requires_grad)

@@ -1,0 +1,206 @@
+"""What is in a data set, and what each method would move: before any training."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedss.config import Config
+from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
+from fedss.core.client import own_classes as own_classes_of
+from fedss.data import Dataset, fingerprint, own_classes, seen_classes
+from fedss.evaluation.evaluate import count_classes
+from fedss.evaluation.intervals import weakness
+from fedss.losses.methods import METHODS
+from fedss.losses.moments import Moments
+from fedss.losses.softmax import ClassSample, Objective
+from fedss.models import Embedder, frozen_fingerprint
+from fedss.sampling.samplers import Sampler
+from fedss.seeds import generator
+from fedss.text import counted
+from fedss.training.build import (
+    evaluation_task,
+    num_trainable,
+    objective_name,
+    round_plan,
+    sample_size,
+    wire_format,
+)
+from fedss.wire.messages import (
+    WireFormat,
+    encode_answer,
+    encode_broadcast,
+    encode_request,
+    encode_update,
+    traffic,
+)
+
+
+def describe(config: Config, data: Dataset) -> dict[str, Any]:
+    """What is in a data set, as a run writes it down."""
+    images, own_K = data.train, own_classes(data.train)
+    untested = data.test is None and config.eval_split == "test"
+    task = None if untested else evaluation_task(config, data)
+    return {
+        "name": data.name,
+        "fingerprint": fingerprint(data),
+        "train_images": len(images),
+        "train_classes": len(images.class_names),
+        "train_clients": len(images.client_names),
+        "own_classes": [int(own_K.min()), float(np.median(own_K)), int(own_K.max())],
+        "test_queries": 0 if task is None else len(task.query),
+        "test_gallery": None if task is None or task.gallery is None else len(task.gallery),
+        "test_classes": 0 if task is None else len(np.unique(task.query.labels)),
+        "test_classes_seen": seen_classes(data),
+        "image_shape": list(images.pixels.shape[1:]),
+        "skipped_pictures": len(data.skipped),
+        "unpaired_pictures": len(data.unpaired),
+    }
+
+
+def found(config: Config, data: Dataset) -> list[str]:
+    """What there is to train on and to test with, in three lines of up to 80 columns."""
+    facts, test = describe(config, data), evaluation_task(config, data)
+    channels, height, width = facts["image_shape"]
+    low, median, high = facts["own_classes"]
+    own = f"{low}" if low == high else f"{low} to {high}, median {median:g}"
+    images = counted(facts["train_images"], "image")
+    images += f" of {counted(facts['train_classes'], 'class')}"
+    gallery = "the others" if test.gallery is None else counted(len(test.gallery), "gallery image")
+    seen = seen_classes(data) if config.eval_split == "test" else 0
+    classes = "one class" if facts["test_classes"] == 1 else counted(facts["test_classes"], "class")
+    return [
+        f"data     {_cut(data.name, 20)}: {images}, {width} x {height} x {channels}",
+        f"clients  {facts['train_clients']:,}; own classes of a client: {own}",
+        f"test     {counted(facts['test_queries'], 'query')} of {classes}, "
+        + (f"{seen:,} of them trained on" if seen else "all held out")
+        + f"; each among {gallery}",
+    ]
+
+
+def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
+    """Why a run is not judged on the pictures that its configuration names, and what to do.
+
+    Args:
+        run: the run folder.
+        data: what the run's ``config.json`` says of its data.
+        name: the name of the data set that its configuration gives now.
+    """
+    if "evaluated_at" in data:
+        why = "its pictures are at the sites, or at the server"
+    elif data.get("name") != name:
+        why = f"it was trained on {data.get('name')!r}, given as data=, not on {name!r}"
+    else:
+        why = f"the pictures of {name!r} are not those that it was trained and tested on any more"
+    return (
+        f"{run}: no pictures of its own to judge it on: {why}. Name the pictures to judge it on "
+        "(--data, --data-path), or use fedss.evaluate in Python"
+    )
+
+
+def notes(config: Config, data: Dataset) -> list[str]:
+    """What makes a run other than it looks; each in a line of up to 80 columns."""
+    classes, own_K = len(data.train.class_names), own_classes(data.train)
+    size = sample_size(config, classes)
+    weak = weakness(len(count_classes(evaluation_task(config, data).query)))
+    told = [weak] if weak else []
+    if METHODS[config.method].negatives == "sampled":
+        if size >= classes:
+            told.append(f"|S| = {size} is all of the {classes} classes: this is the full softmax")
+        crowded = int((2 * own_K > size).sum())
+        if crowded and size < classes:
+            told.append(
+                f"own classes fill more than half of |S| = {size} at {crowded:,} of "
+                f"{len(own_K):,} clients"
+            )
+    return told
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def describe_model(
+    embedder: Embedder, sampler: Sampler | None, objective: Objective | None
+) -> dict[str, Any]:
+    """What a run writes down of what code or files may bring along: a model's structure, the
+    weights that it came with and those that stay as they are, a sampler, a loss."""
+    shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
+    return {
+        "backbone": type(embedder.backbone).__name__,
+        "parameters": num_trainable(embedder),
+        "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
+        "weights_file": embedder.spec.weights,
+        "frozen": frozen_fingerprint(embedder),
+        "sampler": sampler and sampler.name,
+        "objective": objective and objective_name(objective),
+    }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method moves each way per client and round, on average over clients.
+
+    ``bytes_down`` and ``bytes_up`` are whole messages as serialised, ``row_bytes`` the class rows
+    and moments going down; None where pictures are pooled.
+    """
+
+    method: str
+    class_rows: float
+    share: float
+    row_bytes: float | None
+    bytes_down: float | None
+    bytes_up: float | None
+
+
+def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
+    """What each method would move, worked out on messages of zeros, before any training.
+
+    Raises:
+        ConfigError: ``sample_size`` is above the number of classes.
+    """
+    num_classes = len(data.train.class_names)
+    own, clients = np.unique(own_classes(data.train), return_counts=True)
+    result = []
+    for method in METHODS.values():
+        of_method = replace(config, method=method.name)
+        plan = round_plan(of_method, num_classes, 0)
+        wire = wire_format(of_method, embedder, num_classes)
+        moved = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
+        mean = {
+            name: float(np.average([m[name] for m in moved], weights=clients)) for name in moved[0]
+        }
+        rows = mean["class_rows"]
+        if method.pooled:
+            result.append(Cost(method.name, rows, rows / num_classes, None, None, None))
+            continue
+        row_bytes = mean["class_row_bytes_down"] + mean["moment_bytes_down"]
+        sizes = (row_bytes, mean["bytes_down"], mean["bytes_up"])
+        result.append(Cost(method.name, rows, rows / num_classes, *sizes))
+    return result
+
+
+def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) -> dict[str, int]:
+    """Bytes of the messages of a client with that many own classes, and its class rows."""
+    own_P = own_classes_of(plan, 0, np.arange(num_own))
+    count = len(own_P) + num_negatives(plan, len(own_P))
+    ids_S, dim = torch.arange(count), wire.dim
+    zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
+    moments = Moments(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
+    dealt, asked = None, ids_S
+    if plan.sampler.drawn_by == "server":
+        own_S = ids_S < len(own_P)
+        # Dummies: one q for all, or one each.
+        each = plan.sampler.name in ("hard", "rff")
+        log_q_S = -torch.arange(count).float() if each else -torch.ones(count)
+        dealt, asked = ClassSample(ids_S, log_q_S, own_S), ids_S[own_S]
+    down = {
+        **encode_broadcast(wire, Broadcast(backbone_P, moments)),
+        **encode_answer(wire, ids_S, zeros_SD, dealt),
+    }
+    update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0)
+    up = encode_update(wire, update, generator(0, "costs"))
+    return {**traffic(down, encode_request(wire, asked), up), "class_rows": count}

@@ -1,0 +1,309 @@
+"""How a tensor travels in fewer bytes: bfloat16, 8 or 4 bits a value, or a few eigenvectors.
+
+Every function that encodes takes an ``rng``. With one it rounds stochastically, so that a mean over
+many clients loses nothing but variance (QSGD, Alistarh et al. 2017, arXiv 1610.02132); with
+``None`` it rounds to nearest, ties to even. What comes out are named float32, bfloat16, int8 or
+uint8 tensors whose sizes depend on shapes alone.
+
+Shape suffixes: S rows, D their length or a matrix's side, P backbone parameters, N values that are
+quantised together, K their scales, R eigenvectors, T a triangle's values.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedss.core.rounding import to_bfloat16
+
+Precision = Literal["float32", "bfloat16", "int8", "int4"]
+Encoded = dict[str, Tensor]
+Layout = tuple[torch.Size, ...]
+
+# A scale is two bytes: with fewer values to share it, int8 saves too little on bfloat16 to lose
+# sixteen times its resolution.
+SHORTEST_CHANNEL = 8
+# Two bytes for 32 codes are half a bit each. Of 288 Gaussian values the largest is 2.9 deviations
+# on average, of 32 it is 2.1: half the squared error.
+GROUP_INT4 = 32
+
+
+def encode_rows(rows_SD: Tensor, precision: Precision, rng: np.random.Generator | None) -> Encoded:
+    """Rows with one scale each.
+
+    ``code = round(x / scale)`` with ``scale = max |row| / m``, m = 127 for int8 and 7 for int4, as
+    bfloat16 rounded up, so that no code passes m and none is clamped; at least 2^-126. An int4
+    message holds codes i and i + ceil(S D / 2) of the flattened rows in the low and high half of
+    its byte i.
+
+    Args:
+        rows_SD: float32, D at least 1. A row that is not finite decodes to a row without a
+            finite value in the int formats, and to itself in the others. Within a part in 128 of
+            float32's largest, 3.40e38, a finite value may decode to infinity.
+        precision: float32 is the tensor itself, not a copy.
+        rng: rounds stochastically, ``E[decode(encode(x))] = x`` (to float32's rounding). In
+            bfloat16, finite values beyond its largest, 3.39e38, still go to nearest.
+
+    Returns:
+        ``values``, 4 S D bytes in float32 and 2 S D in bfloat16; or ``values`` and ``scale``,
+        S D + 2 S in int8 and ceil(S D / 2) + 2 S in int4.
+
+    Raises:
+        ValueError: the precision is none of the four.
+
+    Source: QSGD (arXiv 1610.02132), sections 3.1 and 4, with the largest value as the norm.
+    """
+    _check(precision)
+    if precision == "int8" or precision == "int4":
+        return _quantise([rows_SD], precision, rng)
+    return {"values": _float_values(rows_SD, precision, rng)}
+
+
+def decode_rows(encoded: Mapping[str, Tensor], dim: int) -> Tensor:
+    """``x = code * scale``: float32 [S, dim] from what ``encode_rows`` made."""
+    if "scale" not in encoded:
+        return encoded["values"].float()
+    num_rows = len(encoded["scale"])
+    (rows_SD,) = _dequantise(encoded, [(num_rows, dim)])
+    return rows_SD
+
+
+def encode_backbone(
+    theta_P: Tensor, layout: Layout, precision: Precision, rng: np.random.Generator | None
+) -> Encoded:
+    """A flat vector of parameters, with one scale per output channel, or part of one in int4.
+
+    In the int formats a parameter of two or more dimensions is quantised as ``encode_rows`` does,
+    a row being all that belongs to one index of its first dimension. In int4 that is cut into
+    equal parts of at most ``GROUP_INT4`` values, where they divide it: with so few levels the
+    largest of many values leaves too few of them to the rest. Other parameters, and those whose
+    rows are shorter than ``SHORTEST_CHANNEL``, travel in bfloat16.
+
+    Args:
+        theta_P: float32, the parameters one after the other.
+        layout: their shapes, in that order.
+        precision: float32 is the tensor itself, not a copy.
+        rng: rounds stochastically.
+
+    Returns:
+        ``values``, 4 P bytes in float32 and 2 P in bfloat16; or ``values``, ``scale`` and
+        ``small``, with N values quantised in K channels or parts N + 2 K + 2 (P - N) bytes in
+        int8 and ceil(N / 2) + 2 K + 2 (P - N) in int4.
+
+    Raises:
+        ValueError: the precision is none of the four, or the layout has not P values.
+    """
+    _check(precision)
+    plan = _plan(layout, GROUP_INT4 if precision == "int4" else None)
+    if sum(plan.sizes) != len(theta_P):
+        raise ValueError(f"the layout has {sum(plan.sizes)} values, the vector {len(theta_P)}")
+    if precision == "float32" or precision == "bfloat16":
+        return {"values": _float_values(theta_P, precision, rng)}
+    blocks, small = [theta_P.new_empty(0, 1)], [theta_P.new_empty(0)]
+    for piece, block in zip(theta_P.split_with_sizes(plan.sizes), plan.blocks, strict=True):
+        if block:
+            blocks.append(piece.view(block))
+        else:
+            small.append(piece)
+    return {
+        **_quantise(blocks, precision, rng),
+        "small": _float_values(torch.cat(small), "bfloat16", rng),
+    }
+
+
+def decode_backbone(encoded: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """The flat vector, float32 [P], from what ``encode_backbone`` made with this layout."""
+    if "scale" not in encoded:
+        return encoded["values"].float()
+    plan = _plan(layout, GROUP_INT4 if encoded["values"].dtype == torch.uint8 else None)
+    quantised = iter(_dequantise(encoded, [block for block in plan.blocks if block]))
+    small = iter(encoded["small"].float().split_with_sizes(plan.small_sizes))
+    return torch.cat([next(quantised).view(-1) if b else next(small) for b in plan.blocks])
+
+
+def encode_symmetric(
+    matrix_DD: Tensor, precision: Precision, rank: int | None, rng: np.random.Generator | None
+) -> Encoded:
+    """A symmetric matrix, definite or not: its upper triangle, or a few of its eigenvectors.
+
+    Without a rank: the triangle row by row, T = D (D + 1) / 2 values. In the int formats the
+    diagonal, in a covariance far larger than the rest, stays float32, and the D (D - 1) / 2 values
+    above it are cut into floor(D / 2) rows of equal length (D, or D - 1 if D is even), each with
+    a scale.
+
+    With rank r: ``M ~ sum_i (l_i - g) u_i u_i' + g I``, where g is the mean of the eigenvalues
+    left out. For a given g the best r to keep are those farthest from g, and g is best at the mean
+    of the others (Eckart and Young 1936), so those left out are the D - r neighbours in sorted
+    order with the least variance. The trace is kept. An ``rng`` makes the eigenvectors unbiased,
+    not the matrix.
+
+    Args:
+        matrix_DD: float32; what lies below the diagonal is not read. If it is not finite, nor is
+            what it decodes to.
+        precision: of the triangle or of the eigenvectors.
+        rank: eigenvectors to send, 0 to D - 1 (D - 1 loses nothing), or None.
+        rng: rounds stochastically.
+
+    Returns:
+        Without a rank ``values``, 4 T or 2 T bytes; or ``values``, ``scale`` and ``diagonal``,
+        T - D + 2 floor(D / 2) + 4 D bytes in int8, ceil((T - D) / 2) + 2 floor(D / 2) + 4 D in
+        int4. With rank r the bytes of ``encode_rows`` for [r, D], and ``eigenvalues`` (those kept,
+        then g), 4 (r + 1).
+
+    Raises:
+        ValueError: the precision is none of the four, or the rank not in 0..D - 1.
+    """
+    _check(precision)
+    dim = len(matrix_DD)
+    if rank is not None:
+        return _encode_eigenvectors(matrix_DD, precision, rank, rng)
+    if precision == "float32" or precision == "bfloat16":
+        values_T = matrix_DD[_triangle(dim, 0)]
+        return {"values": _float_values(values_T, precision, rng)}
+    above_KD = matrix_DD[_triangle(dim, 1)].view(dim // 2, dim - 1 + dim % 2)
+    return {
+        **encode_rows(above_KD, precision, rng),
+        "diagonal": matrix_DD.diagonal().contiguous(),
+    }
+
+
+def decode_symmetric(encoded: Mapping[str, Tensor], dim: int) -> Tensor:
+    """The matrix, float32 [dim, dim] and symmetric, from what ``encode_symmetric`` made."""
+    if "eigenvalues" in encoded:
+        # Rounded eigenvectors are not of unit norm, and the trace is kept only if they are.
+        vectors_RD = F.normalize(decode_rows(encoded, dim))
+        kept_R, rest = encoded["eigenvalues"][:-1], encoded["eigenvalues"][-1]
+        low_rank_DD = vectors_RD.T @ ((kept_R - rest)[:, None] * vectors_RD)
+        return (low_rank_DD + low_rank_DD.T) / 2 + rest * torch.eye(dim, device=rest.device)
+    upper_DD = torch.zeros(dim, dim, device=encoded["values"].device)
+    if "diagonal" in encoded:
+        upper_DD[_triangle(dim, 1)] = decode_rows(encoded, dim - 1 + dim % 2).view(-1)
+        upper_DD.diagonal().copy_(encoded["diagonal"])
+    else:
+        upper_DD[_triangle(dim, 0)] = encoded["values"].float()
+    return upper_DD + upper_DD.triu(1).T
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A layout's sizes, and as what [channels, length] each parameter is quantised, if it is."""
+
+    sizes: tuple[int, ...]
+    blocks: tuple[tuple[int, int] | None, ...]
+    small_sizes: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def _plan(layout: Layout, longest: int | None) -> _Plan:
+    sizes = tuple(shape.numel() for shape in layout)
+    blocks = tuple(
+        _block(shape[0], size // shape[0], longest)
+        if len(shape) >= 2 and size >= SHORTEST_CHANNEL * shape[0] > 0
+        else None
+        for shape, size in zip(layout, sizes, strict=True)
+    )
+    small = tuple(size for size, block in zip(sizes, blocks, strict=True) if not block)
+    return _Plan(sizes, blocks, small)
+
+
+def _block(channels: int, length: int, longest: int | None) -> tuple[int, int]:
+    """Channels cut into equal groups of at most ``longest`` values, where they can be."""
+    if longest is None:
+        return channels, length
+    group = max(g for g in range(1, min(length, longest) + 1) if length % g == 0)
+    group = group if group >= SHORTEST_CHANNEL else length
+    return channels * (length // group), group
+
+
+@lru_cache(maxsize=16)
+def _triangle(dim: int, offset: int) -> tuple[Tensor, Tensor]:
+    index_2T = torch.triu_indices(dim, dim, offset)
+    return index_2T[0], index_2T[1]
+
+
+def _check(precision: str) -> None:
+    if precision not in get_args(Precision):
+        expected = ", ".join(get_args(Precision))
+        raise ValueError(f"precision must be one of {expected}, not {precision!r}")
+
+
+def _float_values(
+    values: Tensor, precision: Literal["float32", "bfloat16"], rng: np.random.Generator | None
+) -> Tensor:
+    return values.contiguous() if precision == "float32" else to_bfloat16(values, rng)
+
+
+def _quantise(
+    blocks: Sequence[Tensor], precision: Literal["int8", "int4"], rng: np.random.Generator | None
+) -> Encoded:
+    """Blocks [channels, length] into one buffer of codes and one of scales."""
+    largest_K = torch.cat([block.abs().amax(1) for block in blocks])
+    exact_K = largest_K / (127 if precision == "int8" else 7)
+    exact_K.clamp_(min=torch.finfo(torch.float32).tiny)  # zero rows divide, none is subnormal
+    scale_K = exact_K.bfloat16()
+    above_K = torch.nextafter(scale_K, torch.full_like(scale_K, torch.inf))
+    scale_K = torch.where(scale_K.float() < exact_K, above_K, scale_K)
+    scales = scale_K.float().split_with_sizes([len(block) for block in blocks])
+    ratio_N = torch.cat([(x / s[:, None]).reshape(-1) for x, s in zip(blocks, scales, strict=True)])
+    if rng is None:
+        code_N = ratio_N.round_()
+    else:
+        # As floor(ratio + u), but the float32 sum 127 + u may round to 128.
+        u_N = torch.from_numpy(rng.random(len(ratio_N), dtype=np.float32)).to(ratio_N.device)
+        floor_N = ratio_N.floor()
+        code_N = ratio_N.sub_(floor_N).sub_(u_N).ceil_().add_(floor_N)
+    code_N = code_N.to(torch.int8)
+    return {"values": code_N if precision == "int8" else _pack(code_N), "scale": scale_K}
+
+
+def _dequantise(encoded: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    sizes = [channels * length for channels, length in shapes]
+    code_N = encoded["values"]
+    if code_N.dtype == torch.uint8:
+        code_N = _unpack(code_N)[: sum(sizes)]
+    codes = code_N.float().split_with_sizes(sizes)
+    scales = encoded["scale"].float().split_with_sizes([channels for channels, _ in shapes])
+    return [
+        code.view(shape) * scale[:, None]
+        for code, scale, shape in zip(codes, scales, shapes, strict=True)
+    ]
+
+
+def _pack(code_N: Tensor) -> Tensor:
+    """Two's complement in 4 bits. Halves, not neighbours, share a byte: no strided access."""
+    bits_N = code_N.view(torch.uint8)
+    half = (len(bits_N) + 1) // 2
+    packed = bits_N[:half] & 15
+    packed[: len(bits_N) - half] |= bits_N[half:] << 4
+    return packed
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    # A signed shift to the right brings the sign along.
+    return torch.cat(((packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4))
+
+
+def _encode_eigenvectors(
+    matrix_DD: Tensor, precision: Precision, rank: int, rng: np.random.Generator | None
+) -> Encoded:
+    dim = len(matrix_DD)
+    if not 0 <= rank < dim:
+        raise ValueError(f"rank must be from 0 to {dim - 1}, one less than the side, not {rank}")
+    finite = bool(matrix_DD.triu().isfinite().all())
+    # eigh stops at a NaN; it is to show in the result.
+    value_D, vector_DD = torch.linalg.eigh(
+        matrix_DD.double() if finite else torch.eye(dim).double(), UPLO="U"
+    )
+    rest = value_D.unfold(0, dim - rank, 1)
+    low = int(rest.var(1, correction=0).argmin())
+    kept_R = [*range(low), *range(low + dim - rank, dim)]
+    eigenvalues = torch.cat((value_D[kept_R], rest[low].mean()[None])).float()
+    return {
+        **encode_rows(vector_DD[:, kept_R].T.float().contiguous(), precision, rng),
+        "eigenvalues": eigenvalues if finite else torch.full_like(eigenvalues, torch.nan),
+    }
