@@ -24,7 +24,7 @@ lint: $(VENV)/.lint
 
 # The documentation as a site in site/, to be opened from the disk; no other host is asked.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

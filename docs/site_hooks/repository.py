@@ -1,4 +1,4 @@
-"""Links of the documentation to files of the repository, as pages of the site.
+"""Links of the documentation to files of the repository, as pages of the site; no other host.
 
 A hook of mkdocs (mkdocs.yml). The pages of docs/ are read in the repository, too, where a link to
 ``../fedss/config.py`` opens the file. The site must hold what it links to, since it is read without
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -29,6 +30,7 @@ LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".txt": "text", 
 
 # Groups: the text up to the address, the path, the anchor.
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]+)?(?=\))")
+_ELSEWHERE = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=.?(?:https?:)?//")
 _FENCE = re.compile(r"^```.*?^```", re.M | re.S)
 
 
@@ -109,6 +111,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Show a bar within code in a table as a bar: hosts of repositories want it written as \\|."""
     return re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), html, flags=re.S)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would load something from another host."""
+    if loads := _ELSEWHERE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from another host: {loads[0]}")
+    return output
 
 
 def _source(path: str) -> str:
