@@ -145,7 +145,7 @@ def command_line() -> Iterator[str]:
                 continue
             title = (group.title or "").removeprefix("positional ")
             yield f"**{title.capitalize()}**\n"
-            yield f"| {'argument' if title == 'arguments' else 'option'} | what it says |"
+            yield f"| {'argument' if title == 'arguments' else 'option'} | what it does |"
             yield "|---|---|"
             yield from (f"| {_flags(a)} | {_cell(_expand(a, command))} |" for a in actions)
             yield ""
@@ -182,7 +182,7 @@ def configuration() -> Iterator[str]:
         groups.setdefault(item.metadata["group"], []).append(item)
     for group, items in groups.items():
         yield f"## {group.capitalize()}\n"
-        yield "| field | type | default | what it says |\n|---|---|---|---|"
+        yield "| field | type | default | what it does |\n|---|---|---|---|"
         for item in items:
             kind = _type(hints[item.name])
             help = _cell(item.metadata["help"])
