@@ -73,7 +73,7 @@ class Config:
         pretrained: start from timm's pretrained weights
         weights: file with weights of a timm model: .safetensors, .pth or .pt
         trainable: part that is trained: all, head (the projection) or last-<number> blocks
-        batch_norm: batch norms of the backbone (auto: freeze pretrained ones)
+        batch_norm: batch norms (auto: freeze pretrained ones)
         pixel_mean: mean of the pixels that the weights expect, such as 0.485,0.456,0.406
         pixel_std: standard deviation of the pixels that the weights expect
         embedding_size: d, numbers in an embedding
@@ -93,7 +93,7 @@ class Config:
         server_momentum: momentum of the server (adam: beta1)
         server_second_momentum: adam: beta2 of the server
         server_epsilon: adam: epsilon of the server
-        rows_down: format of the class rows and moments sent to clients
+        rows_down: format of rows and moments sent to clients
         rows_up: format of their changes sent back
         backbone_down: format of the backbone sent to clients
         backbone_up: format of its change sent back

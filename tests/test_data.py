@@ -681,7 +681,7 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
     assert cache_folder(tmp_path / "given") == tmp_path / "given"
 
 
-def test_a_user_without_a_home_has_a_cache_of_the_user_s_own(tmp_path, monkeypatch, capsys):
+def test_a_user_without_a_home_has_a_cache_of_the_user_s_own(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("FEDSS_CACHE", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     (tmp_path / "home").write_text("a file")
@@ -689,9 +689,9 @@ def test_a_user_without_a_home_has_a_cache_of_the_user_s_own(tmp_path, monkeypat
     place = tmp_path / f"fedss-cache-{os.getuid()}"
     assert cache_folder() == place / "fedss"
     assert place.stat().st_mode & 0o777 == 0o700
-    assert capsys.readouterr().err.count(str(place)) == 1
+    assert caplog.text.count(str(place)) == 1
     cache_folder()
-    assert capsys.readouterr().err == ""
+    assert caplog.text.count(str(place)) == 1
     place.rmdir()
     place.symlink_to(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "of another"))

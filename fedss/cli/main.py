@@ -12,6 +12,7 @@ from fedss.cli.options import COMMANDS
 from fedss.cli.output import lasting_output
 from fedss.distributed import join, this_rank
 from fedss.errors import ConfigError, FedssError, LostRankError
+from fedss.log import show_on_stderr
 from fedss.text import printable
 
 
@@ -22,7 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     any more changes neither what is done nor the code.
     """
     with lasting_output() as written:
-        code = _run(arguments)
+        undo = show_on_stderr()
+        try:
+            code = _run(arguments)
+        finally:
+            undo()
         sys.stdout.flush()
         if written is not None and written.error is not None:
             print(f"fedss: cannot write its output: {written.error.strerror}", file=sys.stderr)

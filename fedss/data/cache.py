@@ -3,11 +3,11 @@
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import threading
 import warnings
@@ -99,10 +99,10 @@ def _caches(home: Path | None) -> Path:
         place.mkdir(mode=0o700)
     if place.is_symlink() or place.stat().st_uid != os.getuid():
         raise DataError(f"{place} belongs to somebody else: name a folder with FEDSS_CACHE")
-    print(
-        f"fedss: no home directory that can be written; decoded pictures are kept in {place} (name "
-        "another folder with FEDSS_CACHE)",
-        file=sys.stderr,
+    logging.getLogger("fedss.data").warning(
+        "no home directory that can be written; decoded pictures are kept in %s (name another "
+        "folder with FEDSS_CACHE)",
+        place,
     )
     return place
 

@@ -24,6 +24,7 @@ from fedss.flower.engine import FlowerEngine
 from fedss.flower.messages import Nodes, say
 from fedss.flower.registry import Registry, check_registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
+from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
@@ -33,6 +34,7 @@ from fedss.training.build import compute_device, evaluation_task, load_data, mod
 from fedss.training.experiment import Federation, Lap, Run, train_federation
 
 app = ServerApp()
+show_on_stderr()  # The process is the app's own.
 
 
 @app.main()
