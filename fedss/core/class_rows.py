@@ -30,7 +30,7 @@ _MOST_CHANGED = 64
 _BLOCK = 65536
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassRows:
     """W, and what the server optimizer keeps for each row. Written in place, row by row.
 
@@ -41,8 +41,7 @@ class ClassRows:
             0: never.
         seed: what rows are made from until they are written.
         sums_EE: :func:`fedss.losses.moments.row_sums` of all rows as written, kept by every write,
-        if
-            the method needs them.
+            if the method needs them.
         changed: ids of the rows written since the last checkpoint, round by round.
         made: ids and rows of the last that were read before they were written; a round reads them
             twice, for its clients and for its step.
