@@ -46,8 +46,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
-            help=command.help,
-            description=command.help,
+            help=command.run.__doc__,
+            description=command.run.__doc__,
             usage=f"fedss {name} {command.usage}",
             # One line per option, also where the terminal is narrower and breaks it.
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(

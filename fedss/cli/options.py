@@ -3,9 +3,8 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.errors import ConfigError
@@ -19,18 +18,12 @@ Run = Callable[[argparse.Namespace], None]
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
 
-@dataclass(frozen=True)
-class Command:
-    """What ``fedss NAME`` does, and the arguments that it takes."""
+class Command(NamedTuple):
+    """What ``fedss NAME`` does, its usage, and the arguments that it takes."""
 
     run: Run
     usage: str
     arguments: Sequence[Adds]
-
-    @property
-    def help(self) -> str:
-        """The docstring of the function."""
-        return self.run.__doc__ or ""
 
 
 COMMANDS: dict[str, Command] = {}
@@ -47,25 +40,32 @@ def command(usage: str, *arguments: Adds) -> Callable[[Run], Run]:
     return register
 
 
-def argument(*names: str, **settings: Any) -> Adds:
+def argument(name: str, metavar: str, help: str, **settings: Any) -> Adds:
     """An argument, as ``ArgumentParser.add_argument`` takes it."""
-    return lambda parser: parser.add_argument(*names, **settings)
+    return lambda parser: parser.add_argument(name, metavar=metavar, help=help, **settings)
 
 
-RUN = argument("folder", metavar="RUN", help="a run folder")
-OUT = argument(
-    "--out", required=True, metavar="DIR", help="folder for the results; holds one experiment"
-)
-INDEX = argument("--index", metavar="DIR", help="the index's folder (default: RUN/index)")
-JSON = argument("--json", action="store_true", help="print JSON, for scripts")
-SKIP_BROKEN = argument(
-    "--skip-broken", action="store_true", help="leave out unreadable images, and count them"
-)
+def flag(name: str, help: str) -> Adds:
+    """An option that is given or not."""
+    return lambda parser: parser.add_argument(name, action="store_true", help=help)
+
+
+def setting(name: str, default: float, help: str) -> Adds:
+    """An option that is a number, with a default, which tells its type, too."""
+    kind, text = type(default), f"{help} (default: {default:g})"
+    return argument(name, _METAVARS[kind], text, type=kind, default=default)
+
+
+RUN = argument("folder", "RUN", "a run folder")
+OUT = argument("--out", "DIR", "folder for the results; holds one experiment", required=True)
+INDEX = argument("--index", "DIR", "the index's folder (default: RUN/index)")
+JSON = flag("--json", "print JSON, for scripts")
+SKIP_BROKEN = flag("--skip-broken", "leave out unreadable images, and count them")
 THRESHOLD = argument(
     "--threshold",
+    "NUMBER",
+    "least cosine that names a class; below it, unknown (default: of RUN/verification.json)",
     type=float,
-    metavar="NUMBER",
-    help="least cosine that names a class; below it, unknown (default: of RUN/verification.json)",
 )
 
 
@@ -102,7 +102,6 @@ def config_options(
 
 
 def _add_option(section: Any, option: Option) -> None:
-    flag = "--" + option.name.replace("_", "-")
     text = option.help.replace("%", "%%")
     if option.choices:
         text += f": {', '.join(option.choices)}"
@@ -114,7 +113,9 @@ def _add_option(section: Any, option: Option) -> None:
         how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     else:
         how = {"type": option.type, "metavar": _METAVARS[option.type]}
-    section.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+    section.add_argument(
+        "--" + option.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
+    )
 
 
 def deployment_options(parser: argparse.ArgumentParser) -> None:

@@ -48,14 +48,12 @@ def train(options: argparse.Namespace) -> None:
     "[OPTIONS] --methods METHOD ... --seeds INT ... --out DIR",
     argument(
         "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="methods to compare, or variants such as fedss:sampler=uniform,rows_up=int8 "
+        "METHOD",
+        "methods to compare, or variants such as fedss:sampler=uniform,rows_up=int8 "
         "(default: full fedss fedss-uncorrected pos-only)",
+        nargs="+",
     ),
-    argument(
-        "--seeds", nargs="+", type=int, metavar="INT", help="seeds of each method (default: 0)"
-    ),
+    argument("--seeds", "INT", "seeds of each method (default: 0)", nargs="+", type=int),
     config_options(without=("method", "seed")),
     OUT,
 )
@@ -78,7 +76,7 @@ def compare(options: argparse.Namespace) -> None:
 
 @command(
     "[OPTIONS]",
-    argument("--plot", metavar="FILE.png", help="draw who holds what: images, classes, clients"),
+    argument("--plot", "FILE.png", "draw who holds what: images, classes, clients"),
     config_options(),
 )
 def info(options: argparse.Namespace) -> None:
@@ -122,7 +120,7 @@ def info(options: argparse.Namespace) -> None:
 
 @command(
     "DIR --out PATH [OPTIONS]",
-    argument("folder", metavar="DIR", help="the app folder; gets a pyproject.toml"),
+    argument("folder", "DIR", "the app folder; gets a pyproject.toml"),
     deployment_options,
     config_options(),
 )

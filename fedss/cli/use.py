@@ -21,7 +21,9 @@ from fedss.cli.options import (
     checked_config,
     command,
     config_options,
+    flag,
     given,
+    setting,
 )
 from fedss.cli.tables import cell, make_table, print_evaluation, print_table, say, say_left_out
 from fedss.config import Config, config_from_dict
@@ -39,12 +41,12 @@ if TYPE_CHECKING:
     RUN,
     argument(
         "--far",
+        "NUMBER",
+        "false-accept rates to give the TAR at (default: 0.1 0.01 0.001 0.0001)",
         nargs="+",
         type=float,
-        metavar="NUMBER",
-        help="false-accept rates to give the TAR at (default: 0.1 0.01 0.001 0.0001)",
     ),
-    argument("--json", action="store_true", help="print all figures, and the ROC, as JSON"),
+    flag("--json", "print all figures, and the ROC, as JSON"),
     config_options(groups=("data",), stored=False),
 )
 def evaluate(options: argparse.Namespace) -> None:
@@ -141,13 +143,8 @@ def _keep_measured(path: Path, measured: Mapping[str, Any], writes: bool) -> Non
 @command(
     "RUN IMAGES --out FILE",
     RUN,
-    argument("images", metavar="IMAGES", help="a folder, or a CSV with 'image'"),
-    argument(
-        "--out",
-        required=True,
-        metavar="FILE",
-        help="FILE.npy (and FILE.names.json) or FILE.parquet",
-    ),
+    argument("images", "IMAGES", "a folder, or a CSV with 'image'"),
+    argument("--out", "FILE", "FILE.npy (and FILE.names.json) or FILE.parquet", required=True),
     SKIP_BROKEN,
 )
 def embed(options: argparse.Namespace) -> None:
@@ -169,8 +166,8 @@ def embed(options: argparse.Namespace) -> None:
 @command(
     "RUN --format FORMAT [--out DIR]",
     RUN,
-    argument("--format", required=True, metavar="FORMAT", help="onnx, safetensors or torch-export"),
-    argument("--out", metavar="DIR", help="folder for it and its model card (default: RUN/export)"),
+    argument("--format", "FORMAT", "onnx, safetensors or torch-export", required=True),
+    argument("--out", "DIR", "folder for it and its model card (default: RUN/export)"),
 )
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a file for other programs."""
@@ -183,7 +180,7 @@ def export(options: argparse.Namespace) -> None:
 @command(
     "RUN IMAGES [OPTIONS]",
     RUN,
-    argument("images", metavar="IMAGES", help="a folder, or a CSV with 'image', maybe 'label'"),
+    argument("images", "IMAGES", "a folder, or a CSV with 'image', maybe 'label'"),
     INDEX,
     SKIP_BROKEN,
 )
@@ -213,11 +210,11 @@ def _index_folder(options: argparse.Namespace) -> Path:
 @command(
     "RUN IMAGE ... [OPTIONS]",
     RUN,
-    argument("images", metavar="IMAGE", nargs="+", help="what to look for"),
+    argument("images", "IMAGE", "what to look for", nargs="+"),
     INDEX,
-    argument("--count", type=int, default=10, metavar="INT", help="how many to find (default: 10)"),
+    setting("--count", 10, "how many to find"),
     JSON,
-    argument("--show", metavar="FILE.html", help="write them as a page with images"),
+    argument("--show", "FILE.html", "write them as a page with images"),
 )
 def search(options: argparse.Namespace) -> None:
     """Find the nearest images of an index."""
@@ -255,12 +252,10 @@ def search(options: argparse.Namespace) -> None:
 @command(
     "RUN CLASS IMAGE ... [OPTIONS]",
     RUN,
-    argument("label", metavar="CLASS", help="its name"),
-    argument("images", metavar="IMAGE", nargs="*", help="images of it"),
+    argument("label", "CLASS", "its name"),
+    argument("images", "IMAGE", "images of it", nargs="*"),
     INDEX,
-    argument(
-        "--remove", action="store_true", help="remove the enrolled images of the class instead"
-    ),
+    flag("--remove", "remove the enrolled images of the class instead"),
 )
 def enrol(options: argparse.Namespace) -> None:
     """Add a class to an index from a few images."""
@@ -281,7 +276,7 @@ def enrol(options: argparse.Namespace) -> None:
 @command(
     "RUN IMAGE ... [OPTIONS]",
     RUN,
-    argument("images", metavar="IMAGE", nargs="+", help="what to look at"),
+    argument("images", "IMAGE", "what to look at", nargs="+"),
     INDEX,
     THRESHOLD,
     JSON,
@@ -317,10 +312,8 @@ def identify(options: argparse.Namespace) -> None:
 
 @command(
     "OUT [--watch]",
-    argument("folder", metavar="OUT", help="the folder of a run or a comparison"),
-    argument(
-        "--watch", action="store_true", help="write it again as records come in, until all is done"
-    ),
+    argument("folder", "OUT", "the folder of a run or a comparison"),
+    flag("--watch", "write it again as records come in, until all is done"),
 )
 def report(options: argparse.Namespace) -> None:
     """Write report.html for a run or a comparison."""
@@ -336,38 +329,22 @@ def report(options: argparse.Namespace) -> None:
 
 @command(
     "RUN [OPTIONS]",
-    argument("folder", metavar="RUN", help="a run folder with an index (fedss index)"),
+    argument("folder", "RUN", "a run folder with an index (fedss index)"),
     INDEX,
     THRESHOLD,
     argument(
         "--host",
-        default="127.0.0.1",
-        metavar="TEXT",
-        help="address to listen on; 0.0.0.0 lets other machines in, without a password "
+        "TEXT",
+        "address to listen on; 0.0.0.0 lets other machines in, without a password "
         "(default: 127.0.0.1, this machine alone)",
+        default="127.0.0.1",
     ),
-    argument(
-        "--port",
-        type=int,
-        default=8600,
-        metavar="INT",
-        help="port to listen on; 0: any free one (default: 8600)",
+    setting("--port", 8600, "port to listen on; 0: any free one"),
+    setting("--max-upload-mb", 20.0, "size of the largest image that is accepted, in megabytes"),
+    setting(
+        "--max-upload-megapixels", 25.0, "most pixels of an image that is accepted, in millions"
     ),
-    argument(
-        "--max-upload-mb",
-        type=float,
-        default=20.0,
-        metavar="NUMBER",
-        help="size of the largest image that is accepted, in megabytes (default: 20)",
-    ),
-    argument(
-        "--max-upload-megapixels",
-        type=float,
-        default=25.0,
-        metavar="NUMBER",
-        help="most pixels of an image that is accepted, in millions (default: 25)",
-    ),
-    argument("--open", action="store_true", help="open the page in the browser"),
+    flag("--open", "open the page in the browser"),
 )
 def serve(options: argparse.Namespace) -> None:
     """Serve a web page on this machine: search by image, browse, enrol."""

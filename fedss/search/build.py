@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fedss.data.cache import stamp
 from fedss.errors import DataError, RunFolderError
 from fedss.files import replacing
 from fedss.inference.embedding import LEAVE_OUT, PictureList, list_pictures
@@ -31,6 +30,7 @@ from fedss.search.store import (
     Item,
     add_items,
     create_store,
+    file_fingerprint,
     read_fingerprints,
     read_items,
     read_metadata,
@@ -60,7 +60,7 @@ def build_collection(
     """Index the pictures of a folder or a CSV, for search.
 
     An index that is there already is brought up to date: pictures whose file has the same name
-    and is unchanged (``fedss.data.cache.stamp``) keep what was computed, new and
+    and is unchanged (``file_fingerprint``) keep what was computed, new and
     changed ones are embedded, deleted ones vanish. Enrolled classes stay. The new index takes the
     old one's place when it is whole; a process that dies on the way leaves the old one, and the
     next one goes on where it was.
@@ -129,7 +129,7 @@ def _build(
     }
     if not skip_broken:
         found.check_there()
-    stamps = [_stamp(path) for path in found.paths]
+    stamps = [file_fingerprint(path) for path in found.paths]
 
     def places() -> dict[int, tuple[Path, int]]:
         """File and number of each picture that is embedded already."""
@@ -191,7 +191,7 @@ def _embed(
     """Add images to a store, some at a time; those that cannot be read."""
     paths, total = found.paths, len(stamps)
     unreadable: list[int] = []
-    with _Bar(on_progress) as done:
+    with _progress(on_progress) as done:
         count = total - len(todo)
         done(count, total)
         for some in _chunks(todo):
@@ -234,38 +234,22 @@ def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, St
         return {}  # Whatever is wrong with it, the index is now made anew.
 
 
-def _stamp(path: Path) -> Stamp | None:
-    with suppress(OSError):
-        return stamp(path)
-    return None
-
-
-class _Bar:
-    """Progress as a bar on stderr, where that is a terminal and nobody else wants to be told."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        console = Console(stderr=True)
-        self._tell = on_progress
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=on_progress is not None or not console.is_terminal,
-        )
-
-    def __enter__(self) -> OnProgress:
-        self._bar.start()
-        task = self._bar.add_task("pictures", total=None)
-
-        def done(count: int, total: int) -> None:
-            self._bar.update(task, completed=count, total=total)
-            if self._tell is not None:
-                self._tell(count, total)
-
-        return done
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+@contextmanager
+def _progress(on_progress: OnProgress | None) -> Iterator[OnProgress]:
+    """A bar on stderr, where that is a terminal and nobody else wants to be told."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    if on_progress is not None:
+        yield on_progress
+        return
+    with bar:
+        task = bar.add_task("images", total=None)
+        yield lambda count, total: bar.update(task, completed=count, total=total)

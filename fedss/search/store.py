@@ -7,13 +7,14 @@ need not be text).
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fedss.data.cache import stamp
 from fedss.errors import RunFolderError
 from fedss.files import writing
 
@@ -37,7 +38,7 @@ class Item(NamedTuple):
     Attributes:
         name: its name, for people.
         label: its class, or None.
-        fingerprint: of its file, as ``fedss.data.cache.stamp`` gives it, or None.
+        fingerprint: of its file, as ``file_fingerprint`` gives it.
         vector_D: its embedding, float32.
         thumbnail: a JPEG.
     """
@@ -65,6 +66,13 @@ class VectorStore:
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
     vectors_ND: np.ndarray
+
+
+def file_fingerprint(path: Path) -> tuple[int, int] | None:
+    """What tells whether a file has changed (``fedss.data.cache.stamp``); None of a missing one."""
+    with suppress(OSError):
+        return stamp(path)
+    return None
 
 
 def create_store(path: Path, metadata: dict[str, str]) -> None:

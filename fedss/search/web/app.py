@@ -10,7 +10,8 @@ import re
 import socket
 import threading
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +22,9 @@ from fedss.errors import FedssError, RunFolderError
 from fedss.inference.pixels import Read
 from fedss.search.classes import identify, keep, remove
 from fedss.search.collection import ENROLLED, INDEX, Collection, Match, reopen
+from fedss.search.store import file_fingerprint
 from fedss.search.web import lacks_server
 from fedss.search.web.guard import (
-    FRAMING,
     LONGEST_NAME,
     MOST_PICTURES,
     Guard,
@@ -106,10 +107,6 @@ def make_app(
     """
     site, decoding = _Site(collection, title, limits), asyncio.Lock()
 
-    def most_bytes(path: str) -> int:
-        pictures = {"/search": 1, "/enrol": MOST_PICTURES}.get(path, 0)
-        return pictures * limits.picture_bytes + FRAMING
-
     def answer(work: Callable[[Request], Any]) -> Callable[[Request], Response]:
         return lambda request: JSONResponse(work(request))
 
@@ -152,7 +149,7 @@ def make_app(
             Route("/search", search, methods=["POST"]),
             Route("/enrol", enrol_class, methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, names=names, most_bytes=most_bytes)],
+        middleware=[Middleware(Guard, names=names, limits=limits)],
         exception_handlers={
             HTTPException: _http_error,
             FedssError: lambda request, error: json_error(400, str(error)),
@@ -177,7 +174,7 @@ class _Site:
         self._show(collection)
 
     def _show(self, collection: Collection) -> None:
-        self._stamps = _stamps(self._files)
+        self._fingerprints = [*map(file_fingerprint, self._files)]
         self._collection = collection
         self._firsts = {}
         for position in reversed(range(len(collection))):
@@ -187,16 +184,18 @@ class _Site:
         # The names of files need not be text, but what a page sends back is.
         self._labels = {_shown(label): label for label in sorted(self._firsts, key=_natural)}
 
-    def _with_collection(self, work: Callable[[Collection], T]) -> T:
-        """``work`` on the collection as it is now: other processes may index and enrol, too."""
+    @contextmanager
+    def _current(self) -> Iterator[Collection]:
+        """The collection as it is now, for one alone: other processes may index and enrol, too."""
         with self._lock:
-            if _stamps(self._files) != self._stamps:
+            if [*map(file_fingerprint, self._files)] != self._fingerprints:
                 self._show(reopen(self._collection))
-            return work(self._collection)
+            yield self._collection
 
     def about(self, request: Request) -> dict[str, Any]:
-        return self._with_collection(
-            lambda there: {
+        measured = self._limits.measured
+        with self._current() as there:
+            return {
                 "title": self._title,
                 "pictures": len(there),
                 "classes": len(there.classes),
@@ -204,31 +203,22 @@ class _Site:
                 "limit_bytes": self._limits.picture_bytes,
                 "most_pictures": MOST_PICTURES,
                 "longest_name": LONGEST_NAME,
-                "threshold_note": self._threshold_note(len(there.classes)),
+                "threshold_note": "" if measured is None else measured.worth(len(there.classes)),
             }
-        )
-
-    def _threshold_note(self, classes: int) -> str:
-        measured = self._limits.measured
-        return "" if measured is None else measured.worth(classes)
 
     def sample(self, request: Request) -> dict[str, Any]:
-        def some(there: Collection) -> list[dict[str, Any]]:
+        with self._current() as there:
             count = min(_SAMPLE, len(there))
-            return [self._picture(there, i * len(there) // count) for i in range(count)]
-
-        return {"pictures": self._with_collection(some)}
+            some = [self._picture(there, i * len(there) // count) for i in range(count)]
+            return {"pictures": some}
 
     def thumbnail(self, position: int) -> bytes:
-        def small(there: Collection) -> bytes:
+        with self._current() as there:
             return there.thumbnail(self._checked(there, position))
-
-        return self._with_collection(small)
 
     def neighbours(self, request: Request) -> dict[str, Any]:
         count = _number(request, "count", 24, _MOST_NEIGHBOURS)
-
-        def near(there: Collection) -> dict[str, Any]:
+        with self._current() as there:
             position = self._checked(there, request.path_params["position"])
             (found,) = there.search(there.vectors_ND[position][None], count + 1)
             others = [match for match in found if match.position != position][:count]
@@ -238,34 +228,25 @@ class _Site:
                 "identity": None,
             }
 
-        return self._with_collection(near)
-
     def search(self, query: Read, count: int) -> dict[str, Any]:
-        limits, query_1D = self._limits, torch.from_numpy(query.vector_D)[None]
-
-        def near(there: Collection) -> dict[str, Any]:
+        query_1D, threshold = torch.from_numpy(query.vector_D)[None], self._limits.threshold
+        with self._current() as there:
             (found,) = there.search(query_1D, count)
             identity = None
             if there.classes:
-                least = -1.0 if limits.threshold is None else limits.threshold
-                (who,) = identify(there, query_1D, least)
+                (who,) = identify(there, query_1D, -1.0 if threshold is None else threshold)
                 identity = {
                     "label": None if who.label is None else _shown(who.label),
                     "nearest": _shown(who.nearest),
                     "score": who.score,
-                    "threshold": limits.threshold,
+                    "threshold": threshold,
                 }
-            return {
-                "neighbours": [self._match(there, match) for match in found],
-                "identity": identity,
-            }
-
-        return self._with_collection(near)
+            neighbours = [self._match(there, match) for match in found]
+            return {"neighbours": neighbours, "identity": identity}
 
     def classes(self, request: Request) -> dict[str, Any]:
         wanted = _folded(request.query_params.get("contains", ""))
-
-        def matching(there: Collection) -> dict[str, Any]:
+        with self._current() as there:
             labels = [label for text, label in self._labels.items() if wanted in _folded(text)]
             some, place = _page(request, labels)
             return {
@@ -275,47 +256,35 @@ class _Site:
                 **place,
             }
 
-        return self._with_collection(matching)
-
     def pictures(self, request: Request) -> dict[str, Any]:
-        def of_class(there: Collection) -> dict[str, Any]:
+        with self._current() as there:
             label = self._label(request.query_params.get("class", ""))
             some, place = _page(request, there.pictures_of(label))
             pictures = [self._picture(there, position) for position in some]
             return {**self._class(there, label), "pictures": pictures, **place}
 
-        return self._with_collection(of_class)
-
     def enrolled(self, request: Request) -> dict[str, Any]:
-        def of_all(there: Collection) -> list[dict[str, Any]]:
-            return [
+        with self._current() as there:
+            classes = [
                 {**self._class(there, label), "count": there.enrolled[label]}
                 for label in sorted(there.enrolled, key=_natural)
             ]
-
-        return {"classes": self._with_collection(of_all)}
+            return {"classes": classes}
 
     def enrol(self, name: str, pictures: Sequence[Read], names: Sequence[str]) -> dict[str, Any]:
-        def add(there: Collection) -> dict[str, Any]:
+        with self._current() as there:
             label = self._labels.get(name, name)
             now = keep(there, label, pictures, names)
             self._show(now)
             # The last one of the class: its first pictures may lie in the index.
-            return {
-                "name": _shown(label),
-                "count": len(pictures),
-                "position": max(now.pictures_of(label)),
-            }
-
-        return self._with_collection(add)
+            position = max(now.pictures_of(label))
+            return {"name": _shown(label), "count": len(pictures), "position": position}
 
     def remove(self, request: Request) -> dict[str, Any]:
-        def take_out(there: Collection) -> dict[str, Any]:
+        with self._current() as there:
             name = request.query_params.get("name", "")
             self._show(remove(there, self._labels.get(name, name)))
             return {"removed": name}
-
-        return self._with_collection(take_out)
 
     def _checked(self, there: Collection, position: int) -> int:
         if position >= len(there):
@@ -359,17 +328,6 @@ def _number(request: Request, name: str, default: int, most: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= most:
         raise HTTPException(400, f"{name}: expected a number from 1 to {most}, got {text[:40]!r}")
     return int(text)
-
-
-def _stamps(files: Sequence[Path]) -> list[tuple[int, int] | None]:
-    stamps: list[tuple[int, int] | None] = []
-    for file in files:
-        try:
-            status = file.stat()
-            stamps.append((status.st_mtime_ns, status.st_size))
-        except OSError:
-            stamps.append(None)
-    return stamps
 
 
 def _shown(name: str) -> str:

@@ -5,7 +5,7 @@ import io
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -30,7 +30,7 @@ MOST_PICTURES = 20
 """Pictures of one enrolment, at most."""
 LONGEST_NAME = 200
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # of Persian, Indic scripts, emoji
-FRAMING = 64 * 1024  # bytes of an upload beside its pictures: headers of its parts, a class's name
+_FRAMING = 64 * 1024  # bytes of an upload beside its pictures: headers of its parts, a class's name
 
 # What a file of each kind begins with. Pillow knows more, and has some of them decoded by other
 # programs (EPS by Ghostscript): not what a web page sends.
@@ -161,17 +161,16 @@ class Guard:
     - Reading an upload ends where it is over the limit, whatever its header said.
     """
 
-    def __init__(
-        self, app: ASGIApp, names: frozenset[str], most_bytes: Callable[[str], int]
-    ) -> None:
-        self._app, self._names, self._most_bytes = app, names, most_bytes
+    def __init__(self, app: ASGIApp, names: frozenset[str], limits: Limits) -> None:
+        self._app, self._names, self._limits = app, names, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let the page do so."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit, read = self._most_bytes(scope["path"]), 0
+        images = {"/search": 1, "/enrol": MOST_PICTURES}.get(scope["path"], 0)
+        limit, read = images * self._limits.picture_bytes + _FRAMING, 0
 
         async def limited() -> Message:
             nonlocal read
@@ -221,7 +220,7 @@ def _netloc(origin: str) -> str:
 
 async def read_form(request: Request, limits: Limits, most: int) -> tuple[str, list[Upload]]:
     """The field ``name`` of a form and the files of its field ``picture``, one or more."""
-    async with request.form(max_files=most, max_fields=1, max_part_size=FRAMING) as form:
+    async with request.form(max_files=most, max_fields=1, max_part_size=_FRAMING) as form:
         uploads: list[Upload] = []
         for file in form.getlist("picture"):
             if not isinstance(file, UploadFile):
