@@ -11,7 +11,8 @@ from fedss.runs.progress import show_progress
 RECORD = {"round": 1, "loss": 2.0, "metrics": {"map_at_10": 0.5}, "seconds": {"train": 1.0}}
 
 
-def test_a_host_that_shows_info_gets_progress_as_records(capsys, caplog):
+def test_a_host_that_shows_info_gets_progress_as_records(capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fedss"), "handlers", [])
     with caplog.at_level(logging.INFO), show_progress("a run", Config(rounds=1)) as on_round:
         on_round(RECORD)
     assert capsys.readouterr().err == ""

@@ -5,19 +5,18 @@ cannot fall behind the code.
 """
 
 import argparse
-import dataclasses
 import importlib
 import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
-from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import fedss
-from fedss.cli import main
+from fedss.cli.main import make_parser
+from fedss.config import OPTIONS, Option
 
 # What `fedss` exports, in the order of use. A name that is missing here goes to the last section.
 PUBLIC = {
@@ -106,28 +105,9 @@ def module(name: str) -> Iterator[str]:
     yield "      show_root_toc_entry: false"
 
 
-class _Parser(BaseException):
-    """Carries the parser out of ``main``; no exception handler there takes it for an error."""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of `fedss`, from its entry point: it has no public name."""
-
-    def capture(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        raise _Parser(self)
-
-    with patch.object(argparse.ArgumentParser, "parse_args", capture):
-        try:
-            main(["--help"])
-        except _Parser as captured:
-            found: argparse.ArgumentParser = captured.args[0]
-            return found
-    raise RuntimeError("fedss.cli.main has called no parser")
-
-
 def command_line() -> Iterator[str]:
     """Every command with its arguments and options."""
-    top = parser()
+    top = make_parser()
     (commands,) = (a for a in top._actions if isinstance(a, argparse._SubParsersAction))
     yield "# Command line\n"
     yield f"{top.description}\n"
@@ -137,7 +117,7 @@ def command_line() -> Iterator[str]:
     yield ""
     for name, command in commands.choices.items():
         yield f"## fedss {name}\n"
-        yield f"{_sentence(command.description)}\n"
+        yield f"{command.description}\n"
         yield f"```\n{' '.join(command.format_usage().split()).removeprefix('usage: ')}\n```\n"
         for group in command._action_groups:
             actions = [a for a in group._group_actions if a.dest != "help"]
@@ -177,15 +157,15 @@ def configuration() -> Iterator[str]:
         "option: the field `class_row_lr` is `--class-row-lr`. A run writes all of them to its "
         "`config.json`.\n"
     )
-    groups: dict[str, list[dataclasses.Field[Any]]] = {}
-    for item in dataclasses.fields(fedss.Config):
-        groups.setdefault(item.metadata["group"], []).append(item)
+    groups: dict[str, list[Option]] = {}
+    for item in OPTIONS:
+        groups.setdefault(item.group, []).append(item)
     for group, items in groups.items():
         yield f"## {group.capitalize()}\n"
         yield "| field | type | default | what it does |\n|---|---|---|---|"
         for item in items:
             kind = _type(hints[item.name])
-            help = _cell(item.metadata["help"])
+            help = _cell(item.help)
             yield f"| `{item.name}` | {kind} | `{item.default!r}` | {help} |"
         yield ""
 
@@ -198,10 +178,6 @@ def _type(hint: Any) -> str:
         return ", ".join(f"`{part}`" for part in parts)
     optional = " or `None`" if type(None) in get_args(hint) else ""
     return " or ".join(map(_type, parts)) + optional
-
-
-def _sentence(text: str | None) -> str:
-    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 # What a parser's help may hold that is a command's or an option's name.
