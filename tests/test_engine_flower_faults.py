@@ -76,6 +76,9 @@ class LeavingOut:
     def ranks(self) -> Any:
         return self.engine.ranks
 
+    def num_clients(self, round: int) -> int:
+        return self.engine.num_clients(round)
+
     def train(self, state: Any, cohort: np.ndarray, plan: Any) -> Iterator[ClientUpdate | Failure]:
         silent = [NAMES.index(name) for name in self.silent.get(plan.round, ())]
         refused = [NAMES.index(name) for name in self.refused.get(plan.round, ())]
