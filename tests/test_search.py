@@ -315,7 +315,7 @@ def test_places_without_pictures_are_named(made, tmp_path):
 
 def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch):
     picture(0, (40, 40)).save(tmp_path / "huge.png")
-    monkeypatch.setattr("fedss.data.cache.MAX_PIXELS", 1000)
+    monkeypatch.setattr("fedss.data.decoding.MAX_PIXELS", 1000)
     limit = "40 x 40 = 1,600 pixels, above the limit of 1,000: save it smaller"
     with pytest.raises(DataError, match=rf"huge\.png: {limit}"):
         opened(made).embed([tmp_path / "huge.png"])

@@ -27,7 +27,7 @@ from PIL import Image
 
 import fedss
 from fedss.cli import main
-from fedss.data.cache import open_picture, quiet_pillow
+from fedss.data.decoding import open_picture, quiet_pillow
 from fedss.errors import ConfigError
 from fedss.evaluation.verification import NOTHING
 from fedss.search import (

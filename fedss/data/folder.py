@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.names import composed
 from fedss.errors import DataError
 
@@ -75,7 +75,7 @@ def read_folder(root: Path) -> Listing:
     layout = f"expected pictures as {root}/client/class/picture, such as 1.jpg or 1.png"
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
-    rows: list[Row] = []
+    rows: list[ListedImage] = []
     over: Counter[str] = Counter()
     for parts in _pictures(str(root), os.path.realpath(root), (), over):
         if len(parts) != 3:
@@ -87,7 +87,7 @@ def read_folder(root: Path) -> Listing:
                 "give the folder a name"
             )
         # Of millions of pictures, each name of a class is kept once.
-        rows.append(Row(client, sys.intern(label), "/".join(parts), None, 0))
+        rows.append(ListedImage(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no pictures found{besides(over)}; {layout}")
     clients = {row.client for row in rows}

@@ -3,14 +3,18 @@
 Shape suffixes: N pictures, C channels, H height, W width.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import overload
 
 import numpy as np
 
 from fedss.errors import DataError
+
+_SAMPLE, _BLOCK = 256, 10_000
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class Dataset:
     settings. ``train`` may be without pictures where there are some to test with: then there is
     nothing to train on, but a trained model can be judged. ``skipped`` names the pictures left out
     because they could not be read (``skip_broken``), ``unpaired`` those that are for testing and
-    left out because no other picture here could be right (see ``fedss.data.manifest.arrange``).
+    left out because no other picture here could be right (see ``fedss.data.splits.arrange``).
     ``remarks`` are sentences about what is not as it was published, not read, or easily taken for
     something else. ``passed_over`` counts files and folders of a folder that are none of its
     pictures, by kind.
@@ -231,7 +235,7 @@ def holdings(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pairs[first_P] // n, pairs[first_P] % n, np.diff(first_P, append=len(pairs))
 
 
-def own_classes(images: Images) -> np.ndarray:
+def count_own_classes(images: Images) -> np.ndarray:
     """Number of classes of which each client holds a picture, int64 [K]."""
     clients_P, _, _ = holdings(images)
     return np.bincount(clients_P, minlength=len(images.client_names))
@@ -263,6 +267,34 @@ def index_clients(images: Images) -> ClientIndex:
         )
     order_N = np.argsort(images.clients, kind="stable")
     return ClientIndex(images, order_N, np.concatenate([[0], np.cumsum(count_K)]))
+
+
+def data_fingerprint(data: Dataset) -> str:
+    """SHA-256, in hex, of training, test (queries and gallery) and validation pictures.
+
+    Covers, of each of these parts: whether it is there, all labels, all clients, the names of all
+    classes, clients and pictures in order, the pixels' shape, and the pixels of up to 256 pictures
+    spread evenly. Does not cover: the pixels of other pictures (names stand for them), the data
+    set's own name, the names of skipped and unpaired pictures, and where anything is stored.
+    """
+    digest = hashlib.sha256()
+    tasks = [(t.query, t.gallery) if t else (None, None) for t in (data.test, data.validation)]
+    for images in (data.train, *tasks[0], *tasks[1]):
+        if images is None:
+            digest.update(b"none\n")
+            continue
+        digest.update(f"{images.pixels.shape}\n".encode())
+        for numbers in (images.labels, images.clients):
+            digest.update(np.ascontiguousarray(numbers, "<i8").data)
+        for names in (images.class_names, images.client_names, images.names):
+            digest.update(f"{len(names)}\n".encode())
+            lines = (f"{len(name)}:{name}\n" for name in names)
+            while block := "".join(islice(lines, _BLOCK)):
+                digest.update(block.encode("utf-8", "surrogateescape"))
+        if len(images):
+            sample = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(np.int64))
+            digest.update(np.ascontiguousarray(images.pixels[sample]).tobytes())
+    return digest.hexdigest()
 
 
 def _labels(images: Images) -> list[str]:

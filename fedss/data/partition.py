@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedss.data.images import Images, LazyNames, index_clients, own_classes
+from fedss.data.images import Images, LazyNames, count_own_classes, index_clients
 from fedss.errors import ConfigError, DataError
 from fedss.seeds import generator
 
@@ -224,7 +224,7 @@ def split_clients(images: Images, max_classes: int, seed: int) -> Images:
         max_classes: at least 1.
         seed: of the deal.
     """
-    index, parts_K = index_clients(images), -(-own_classes(images) // max_classes)
+    index, parts_K = index_clients(images), -(-count_own_classes(images) // max_classes)
     first_K = np.cumsum(parts_K) - parts_K
     clients_N = first_K[images.clients]
     for client in np.flatnonzero(parts_K > 1).tolist():

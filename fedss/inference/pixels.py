@@ -10,7 +10,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
-from fedss.data.cache import in_threads, open_picture, pixels_of, upright
+from fedss.data.cache import in_threads
+from fedss.data.decoding import open_picture, pixels_of, upright
 from fedss.data.missing import why_missing
 from fedss.errors import DataError
 from fedss.models import Embedder, EmbedderSpec, embed_pixels

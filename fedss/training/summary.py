@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from fedss.config import Config
-from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
-from fedss.core.client import own_classes as own_classes_of
-from fedss.data import Dataset, fingerprint, own_classes, seen_classes
+from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives, own_classes
+from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
 from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
 from fedss.losses.methods import METHODS
@@ -41,12 +40,12 @@ from fedss.wire.messages import (
 
 def describe(config: Config, data: Dataset) -> dict[str, Any]:
     """What is in a data set, as a run writes it down."""
-    images, own_K = data.train, own_classes(data.train)
+    images, own_K = data.train, count_own_classes(data.train)
     untested = data.test is None and config.eval_split == "test"
     task = None if untested else evaluation_task(config, data)
     return {
         "name": data.name,
-        "fingerprint": fingerprint(data),
+        "fingerprint": data_fingerprint(data),
         "train_images": len(images),
         "train_classes": len(images.class_names),
         "train_clients": len(images.client_names),
@@ -103,7 +102,7 @@ def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
 
 def notes(config: Config, data: Dataset) -> list[str]:
     """What makes a run other than it looks; each in a line of up to 80 columns."""
-    classes, own_K = len(data.train.class_names), own_classes(data.train)
+    classes, own_K = len(data.train.class_names), count_own_classes(data.train)
     size = sample_size(config, classes)
     weak = weakness(len(count_classes(evaluation_task(config, data).query)))
     told = [weak] if weak else []
@@ -163,7 +162,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
         ConfigError: ``sample_size`` is above the number of classes.
     """
     num_classes = len(data.train.class_names)
-    own, clients = np.unique(own_classes(data.train), return_counts=True)
+    own, clients = np.unique(count_own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
         of_method = replace(config, method=method.name)
@@ -185,7 +184,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
 
 def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) -> dict[str, int]:
     """Bytes of the messages of a client with that many own classes, and its class rows."""
-    own_P = own_classes_of(plan, 0, np.arange(num_own))
+    own_P = own_classes(plan, 0, np.arange(num_own))
     count = len(own_P) + num_negatives(plan, len(own_P))
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.sets.published import Counts, find, published_listing, read_lines
 
 _FEWEST = 5
@@ -44,7 +44,7 @@ def read_celeba(root: Path) -> Listing:
         found["list"], "000001.jpg 2880", r"([\w-]+\.(?:jpg|png))\s+(\d+)"
     ):
         person = sys.intern(person)
-        rows.append(Row(person, person, f"{folder}/{file}", None, line))
+        rows.append(ListedImage(person, person, f"{folder}/{file}", None, line))
     times = Counter(row.label for row in rows)
     kept = [row for row in rows if times[row.label] >= _FEWEST]
     few = sum(count < _FEWEST for count in times.values())

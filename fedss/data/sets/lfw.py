@@ -7,7 +7,7 @@ lists of people and counts.
 import sys
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.sets.published import Counts, find, published_listing, read_lines
 from fedss.errors import DataError
 
@@ -56,8 +56,7 @@ def read_lfw(root: Path) -> Listing:
                     f"{path}, line {line}: expected a name and a number of pictures, got {person!r}"
                 )
             person = sys.intern(person)
-            rows += [
-                Row(person, person, f"{folder}/{person}/{person}_{number:04}.jpg", split, line)
-                for number in range(1, int(count) + 1)
-            ]
+            for number in range(1, int(count) + 1):
+                name = f"{folder}/{person}/{person}_{number:04}.jpg"
+                rows.append(ListedImage(person, person, name, split, line))
     return published_listing(lists, root, rows, _COUNTS)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import cache_folder, cached_array, decode, stamp
+from fedss.data.cache import cache_folder, cached_array, stamp
+from fedss.data.decoding import decode
 from fedss.data.images import Dataset, Images, RetrievalTask
 from fedss.errors import DataError
 from fedss.files import write_file

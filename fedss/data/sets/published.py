@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.errors import DataError
 
 NOBODY = "nobody"  # the client of pictures for which no user is published
@@ -98,7 +98,7 @@ def read_lines(path: Path, form: str, pattern: str) -> Iterator[tuple[int, tuple
 def published_listing(
     lists: Mapping[str, Path],
     root: Path,
-    rows: Sequence[Row],
+    rows: Sequence[ListedImage],
     counts: Mapping[str, Counts],
     remarks: Sequence[str] = (),
 ) -> Listing:

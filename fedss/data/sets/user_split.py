@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.sets.published import NOBODY, Counts, published_listing
 from fedss.data.table import read_table
 from fedss.errors import DataError
@@ -47,6 +47,6 @@ def read_user_split(
                     f"{path}, line {line}: expected an image_id of {shortest} or more letters and "
                     f"digits, the name of a file without .jpg, got {image!r}"
                 )
-            client = user[0] if split == "train" else NOBODY
-            rows.append(Row(sys.intern(client), sys.intern(label), name(image), split, line))
+            client, label = sys.intern(user[0] if user else NOBODY), sys.intern(label)
+            rows.append(ListedImage(client, label, name(image), split, line))
     return published_listing(lists, root, rows, counts)
