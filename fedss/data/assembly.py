@@ -163,13 +163,13 @@ def assemble_dataset(
         # Queries and gallery are compared, so they number classes and clients alike.
         pair = ("query", "gallery") if split in ("query", "gallery") else (split,)
         numbered = [row for part in pair for row in splits[part]]
-        images[split] = _images(pixels[split], members, numbered)
+        images[split] = images_of(pixels[split], members, numbered)
     query = images.get("test", images.get("query"))
     train = images.get("train")
     if train is None:
         # A list to judge a trained model on.
         shape = next(iter(images.values())).pixels.shape[1:]
-        train = _images(np.empty((0, *shape), np.uint8), [], [])
+        train = images_of(np.empty((0, *shape), np.uint8), [], [])
     classes = look_alikes({row.label for row in listing.rows}, "classes")
     clients = look_alikes({row.client for row in listing.rows}, "clients")
     return Dataset(
@@ -188,9 +188,10 @@ def _files(listing: Listing, rows: Sequence[ListedImage]) -> LazyNames:
     return LazyNames(len(rows), lambda i: listing.file(rows[i]))
 
 
-def _images(
+def images_of(
     pixels: np.ndarray, rows: Sequence[ListedImage], numbered: Sequence[ListedImage]
 ) -> Images:
+    """``pixels`` of ``rows``, and the classes and clients of ``numbered`` sorted by name."""
     class_names = sorted({row.label for row in numbered})
     client_names = sorted({row.client for row in numbered})
     label_of = {name: i for i, name in enumerate(class_names)}

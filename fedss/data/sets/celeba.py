@@ -48,10 +48,9 @@ def read_celeba(root: Path) -> Listing:
     times = Counter(row.label for row in rows)
     kept = [row for row in rows if times[row.label] >= _FEWEST]
     few = sum(count < _FEWEST for count in times.values())
-    remarks = []
-    if few:
-        remarks = [
-            f"left out, as in LEAF, celebrities with fewer than {_FEWEST} pictures: {few:,}, with "
-            f"{len(rows) - len(kept):,} pictures"
-        ]
-    return published_listing({"": found["list"]}, root, kept, _COUNTS, remarks)
+    left_out = (
+        f"left out, as in LEAF, celebrities with fewer than {_FEWEST} pictures: {few:,}, with "
+        f"{len(rows) - len(kept):,} pictures"
+    )
+    remarks = [left_out] if few else []
+    return published_listing(found, root, kept, _COUNTS, remarks)

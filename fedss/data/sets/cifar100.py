@@ -5,7 +5,6 @@ the Python version is made of pickles, and to read a pickle is to run what it sa
 """
 
 import io
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ _PIXELS = _CHANNELS * _SIDE * _SIDE
 _RECORD = 2 + _PIXELS  # <1 x coarse label><1 x fine label><3072 x pixel>
 _FILES = {"train": "train.bin", "test": "test.bin", "names": "fine_label_names.txt"}
 _FOLDER = "cifar-100-binary/"
-_BATCH = 256
 
 
 def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
@@ -63,22 +61,15 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
         for position, label in enumerate(of_part[:, 1].tolist())
     ]
     counts = {"": Counts(60_000, 100)}
-    listing = published_listing({"": found["train"]}, root, rows, counts)
+    listing = published_listing(found, root, rows, counts)
     splits, unpaired = arrange(listing, options.test_classes, options.seed, at_site=options.at_site)
     stamp = stamp_files([str(path) for path in files.values()])
     side, channels = options.image_size, options.channels or _CHANNELS
-
-    def batches(members: Sequence[ListedImage]) -> Iterator[np.ndarray]:
-        for start in range(0, len(members), _BATCH):
-            yield np.stack(
-                [_decode(records, row.name, side, channels) for row in members[start:][:_BATCH]]
-            )
-
     pixels = {
         split: cached_array(
             ("cifar100", stamp, *(row.name for row in members)),
             (len(members), channels, side, side),
-            batches(members),
+            (_decode(records, row.name, side, channels)[None] for row in members),
             cache=options.cache,
             title=f"cifar100: {split}",
         )

@@ -11,6 +11,7 @@ H = W the picture's side, 2 = (x, y).
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -240,6 +241,24 @@ def _ink(points: np.ndarray, radius: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(255.0 * (1.0 - np.exp(-1.6 * ink)) + 0.5).astype(np.uint8)[:, None]
 
 
+def _who_draws_what(
+    sizes: np.ndarray, num_clients: int, drawers: int, copies: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Client, class and number of the copy of each picture, int64 [N], sorted by these."""
+    first = np.cumsum(sizes) - sizes
+    seats = max(drawers, -(-num_clients // len(sizes)))
+    # One entry per seat, then one per (seat, class), then one per picture.
+    seat_alphabet = np.repeat(np.arange(len(sizes)), seats)
+    seat_client = np.arange(len(seat_alphabet)) % num_clients
+    seat_size = sizes[seat_alphabet]
+    within = np.arange(seat_size.sum()) - np.repeat(np.cumsum(seat_size) - seat_size, seat_size)
+    labels = np.repeat(np.repeat(first[seat_alphabet], seat_size) + within, copies)
+    clients = np.repeat(np.repeat(seat_client, seat_size), copies)
+    copy = np.tile(np.arange(copies), len(within))
+    order = np.lexsort((copy, labels, clients))
+    return clients[order], labels[order], copy[order]
+
+
 def glyphs(
     num_classes: int = 1024,
     num_clients: int = 256,
@@ -293,18 +312,7 @@ def glyphs(
     sizes = _alphabet_sizes(num_classes, world)
     first = np.cumsum(sizes) - sizes
     alphabet_of = np.repeat(np.arange(len(sizes)), sizes)
-    seats = max(drawers, -(-num_clients // len(sizes)))
-
-    # One entry per seat, then one per (seat, class), then one per picture.
-    seat_alphabet = np.repeat(np.arange(len(sizes)), seats)
-    seat_client = np.arange(len(seat_alphabet)) % num_clients
-    seat_size = sizes[seat_alphabet]
-    within = np.arange(seat_size.sum()) - np.repeat(np.cumsum(seat_size) - seat_size, seat_size)
-    labels = np.repeat(np.repeat(first[seat_alphabet], seat_size) + within, copies)
-    clients = np.repeat(np.repeat(seat_client, seat_size), copies)
-    copy = np.tile(np.arange(copies), len(within))
-    order = np.lexsort((copy, labels, clients))
-    labels, clients, copy = labels[order], clients[order], copy[order]
+    clients, labels, copy = _who_draws_what(sizes, num_clients, drawers, copies)
 
     # Large pictures are drawn fewer at a time.
     many = max(1, min(_BATCH, _PIXELS_AT_ONCE // image_size**2))
@@ -387,33 +395,15 @@ def glyphs_dataset(
         )
     unseen = min(max(1, round(num_classes * test_classes)), num_classes - 1)
 
+    draw = partial(glyphs, image_size=image_size, seed=seed, cache=cache)
+
     def unseen_task(part: Part, count: int) -> RetrievalTask:
         alphabets = len(_alphabet_sizes(count, (seed % 2**64, _PARTS.index(part))))
-        return RetrievalTask(
-            glyphs(
-                count,
-                10 * alphabets,
-                part=part,
-                drawers=10,
-                copies=1,
-                image_size=image_size,
-                seed=seed,
-                cache=cache,
-            )
-        )
+        return RetrievalTask(draw(count, 10 * alphabets, part=part, drawers=10, copies=1))
 
-    train = glyphs(
-        num_classes - unseen,
-        num_clients,
-        drawers=drawers,
-        copies=copies,
-        image_size=image_size,
-        seed=seed,
-        cache=cache,
-    )
     return Dataset(
         "glyphs",
-        train,
+        train=draw(num_classes - unseen, num_clients, drawers=drawers, copies=copies),
         test=unseen_task("test", unseen),
         validation=unseen_task("validation", max(1, unseen // 2)),
     )

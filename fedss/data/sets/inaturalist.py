@@ -49,9 +49,8 @@ def read_inaturalist(root: Path) -> Listing:
         # A name that no file has stands for one that is missing.
         return f"{_FOLDER}/{places.get(image, f'*/*/{image}.jpg')}"
 
-    lists = {split: found[split] for split in ("train", "test")}
     counts = {"train": Counts(120_300, 1_203, 9_275), "test": Counts(35_641)}
-    return read_user_split(root, lists, name, counts)
+    return read_user_split(root, found, name, counts)
 
 
 def _places(folder: Path) -> dict[str, str]:

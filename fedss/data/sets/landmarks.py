@@ -71,5 +71,4 @@ def _listing(root: Path, found: dict[str, Path], counts: Counts) -> Listing:
         below = f"{image[0]}/{image[1]}/{image[2]}/" if nested else ""
         return f"{folder}/{below}{image}.jpg"
 
-    lists = {split: found[split] for split in ("train", "test")}
-    return read_user_split(root, lists, name, {"train": counts}, shortest=3)
+    return read_user_split(root, found, name, {"train": counts}, shortest=3)

@@ -39,8 +39,8 @@ def read_lfw(root: Path) -> Listing:
         },
     )
     rows, folder = [], found["pictures"].name
-    lists = {split: found[split] for split in _LISTS}
-    for split, path in lists.items():
+    for split in _LISTS:
+        path = found[split]
         lines = read_lines(path, "Aaron_Eckhart\t1", r"([^\s/]+)(?:\s+([1-9]\d{0,3}))?")
         _, (people, more) = next(lines, (1, ("nothing", None)))
         if more is not None or not people.isdigit():
@@ -59,4 +59,4 @@ def read_lfw(root: Path) -> Listing:
             for number in range(1, int(count) + 1):
                 name = f"{folder}/{person}/{person}_{number:04}.jpg"
                 rows.append(ListedImage(person, person, name, split, line))
-    return published_listing(lists, root, rows, _COUNTS)
+    return published_listing(found, root, rows, _COUNTS)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedss.data.assembly import images_of
 from fedss.data.cache import cache_folder, cached_array, stamp
 from fedss.data.decoding import decode
 from fedss.data.images import Dataset, Images, RetrievalTask
+from fedss.data.manifest import ListedImage
 from fedss.errors import DataError
 from fedss.files import write_file
 
@@ -27,7 +29,6 @@ _MD5 = {
 }
 _PICTURE = re.compile(r"(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_(?P<drawer>\d+)\.png")
 _VALIDATION_ALPHABETS = 6
-_BATCH = 256
 
 
 def omniglot_dataset(
@@ -125,35 +126,25 @@ def _images(
         match = _PICTURE.fullmatch(name)
         if match and keep(match["alphabet"]):
             client = f"{match['alphabet']}/drawer{match['drawer']}"
-            rows.append((client, f"{match['alphabet']}/{match['character']}", name))
+            label = f"{match['alphabet']}/{match['character']}"
+            rows.append(ListedImage(client, label, name, None, 0))
     rows.sort()
 
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(rows), _BATCH):
-            batch = []
-            for _, _, name in rows[start : start + _BATCH]:
-                try:
-                    picture = decode(io.BytesIO(archive.read(name)), image_size, 1)
-                except Exception as error:
-                    raise DataError(
-                        f"{archive.place}: {name} cannot be read ({error}); get this archive anew"
-                    ) from error
-                batch.append(255 - picture)
-            yield np.stack(batch)
+    def ink() -> Iterator[np.ndarray]:
+        for row in rows:
+            try:
+                image = decode(io.BytesIO(archive.read(row.name)), image_size, 1)
+            except Exception as error:
+                raise DataError(
+                    f"{archive.place}: {row.name} cannot be read ({error}); get this archive anew"
+                ) from error
+            yield 255 - image[None]
 
-    key = ("omniglot", *((name, archive.stamps[name]) for _, _, name in rows))
+    key = ("omniglot", *((row.name, archive.stamps[row.name]) for row in rows))
     shape = (len(rows), 1, image_size, image_size)
-    pixels = cached_array(key, shape, batches(), cache=cache, title=title)
-    client_names, clients = np.unique([client for client, _, _ in rows], return_inverse=True)
-    class_names, labels = np.unique([label for _, label, _ in rows], return_inverse=True)
-    return Images(
-        pixels,
-        labels.astype(np.int64),
-        clients.astype(np.int64),
-        class_names.tolist(),
-        client_names.tolist(),
-        [f"{archive.place.stem}/{name}" for _, _, name in rows],
-    )
+    pixels = cached_array(key, shape, ink(), cache=cache, title=title)
+    named = [row._replace(name=f"{archive.place.stem}/{row.name}") for row in rows]
+    return images_of(pixels, named, named)
 
 
 def _fetch(name: str, packed: Path) -> None:

@@ -17,7 +17,7 @@ from fedss.errors import DataError
 
 def read_user_split(
     root: Path,
-    lists: Mapping[str, Path],
+    found: Mapping[str, Path],
     name: Callable[[str], str],
     counts: Mapping[str, Counts],
     shortest: int = 1,
@@ -26,7 +26,7 @@ def read_user_split(
 
     Args:
         root: The folder that names are relative to.
-        lists: The CSV of each.
+        found: The CSV of each, as ``find`` gives them.
         name: The file of an ``image_id``, relative to ``root``.
         counts: What was published.
         shortest: Characters that an ``image_id`` has at least.
@@ -40,7 +40,7 @@ def read_user_split(
         ("train", ("image_id", "class", "user_id")),
         ("test", ("image_id", "class")),
     ):
-        path = lists[split]
+        path = found[split]
         for line, (image, label, *user) in read_table(path, columns).rows:
             if not well_formed(image):
                 raise DataError(
@@ -49,4 +49,4 @@ def read_user_split(
                 )
             client, label = sys.intern(user[0] if user else NOBODY), sys.intern(label)
             rows.append(ListedImage(client, label, name(image), split, line))
-    return published_listing(lists, root, rows, counts)
+    return published_listing(found, root, rows, counts)
