@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedss.errors import DataError, RunFolderError
-from fedss.evaluation.retrieval import nearest, unit_rows
+from fedss.evaluation.inputs import unit_rows
+from fedss.evaluation.retrieval import nearest
 from fedss.inference.model import load
 from fedss.inference.pixels import Picture, read_pictures
 from fedss.models import Embedder, fingerprint
