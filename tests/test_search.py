@@ -24,7 +24,7 @@ from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.evaluation.evaluate import verify
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.inference.embedding import embed_files, list_pictures
-from fedss.inference.pixels import preview
+from fedss.inference.pixels import thumbnail
 from fedss.models import build_embedder, fingerprint, save_embedder
 from fedss.search import (
     build_collection,
@@ -320,7 +320,7 @@ def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch)
     with pytest.raises(DataError, match=rf"huge\.png: {limit}"):
         opened(made).embed([tmp_path / "huge.png"])
     with pytest.raises(ValueError, match=limit):
-        preview(tmp_path / "huge.png")
+        thumbnail(tmp_path / "huge.png")
 
 
 def test_the_model_that_made_an_index_is_asked_for(place):

@@ -1,4 +1,4 @@
-"""Pictures decoded once into a memory-mapped file of pixels."""
+"""Images decoded once into a memory-mapped file of pixels."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class BrokenPicturesError(DataError):
-    """Pictures that cannot be read: ``reasons`` by file, out of ``total`` pictures."""
+    """Images that cannot be read: ``reasons`` by file, out of ``total`` images."""
 
     def __init__(self, reasons: Mapping[str, str], total: int) -> None:
         self.reasons = dict(reasons)
@@ -46,7 +46,7 @@ class BrokenPicturesError(DataError):
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where decoded pictures are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss.
+    """Where decoded images are kept: ``cache``, else $FEDSS_CACHE, else ~/.cache/fedss.
 
     For a user without a home directory that can be written, a folder of the user's own among the
     temporary files of the machine.
@@ -90,7 +90,7 @@ def stamp(path: str | Path) -> tuple[int, int]:
     Archives, ``rsync -t`` and backups set the time that a program sees as that of the content, so
     it may be that of the file that was there before. The time of the status (POSIX's ctime) can
     only become later and no program can set it: it tells the two apart. It changes with names,
-    rights and hard links, too, and then pictures are decoded once more for nothing.
+    rights and hard links, too, and then images are decoded once more for nothing.
 
     Kernels count it in ticks of some milliseconds, in which an archive is unpacked, and it stays
     when a folder above is renamed or a link leads elsewhere: there the file's number (inode) tells.
@@ -119,13 +119,13 @@ def decode_files(
     title: str,
     expect_broken: bool = False,
 ) -> np.ndarray:
-    """Pictures as a read-only memory map, uint8 [N, C, image_size, image_size], made once.
+    """Images as a read-only memory map, uint8 [N, C, image_size, image_size], made once.
 
     ``stamp`` is what ``stamp_files`` says of the paths. With ``expect_broken`` a list of broken
-    pictures found earlier among these same files is believed without a second look.
+    images found earlier among these same files is believed without a second look.
 
     Raises:
-        BrokenPicturesError: All the pictures that cannot be read.
+        BrokenPicturesError: All the images that cannot be read.
         DataError: The cache cannot be written.
     """
     key = ("pictures", stamp, image_size, channels)
@@ -135,10 +135,10 @@ def decode_files(
             reasons = {paths[i]: reason for i, reason in json.loads(note.read_text())}
             raise BrokenPicturesError(reasons, len(paths))
 
-    def decode_some(some: range) -> tuple[np.ndarray, dict[int, Exception]]:
-        pixels = np.empty((len(some), channels, image_size, image_size), np.uint8)
+    def decode_block(positions: range) -> tuple[np.ndarray, dict[int, Exception]]:
+        pixels = np.empty((len(positions), channels, image_size, image_size), np.uint8)
         broken: dict[int, Exception] = {}
-        for row, position in enumerate(some):
+        for row, position in enumerate(positions):
             try:
                 pixels[row] = decode(paths[position], image_size, channels)
             except Exception as error:
@@ -147,7 +147,7 @@ def decode_files(
 
     def batches() -> Iterator[np.ndarray]:
         broken: dict[int, Exception] = {}
-        for pixels, broken_here in in_threads(decode_some, len(paths)):
+        for pixels, broken_here in in_threads(decode_block, len(paths)):
             broken |= broken_here
             if not broken:
                 yield pixels
@@ -163,13 +163,13 @@ def decode_files(
 
 
 def _may_be_mended(error: Exception) -> bool:
-    """Whether a picture may be read tomorrow though its file stays as it is."""
+    """Whether an image may be read tomorrow though its file stays as it is."""
     refused = isinstance(error, OSError) and error.errno is not None
     return refused or isinstance(error, ImportError | MemoryError)
 
 
 def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> bool:
-    """Whether every picture that can be opened is stored as black and white or grayscale.
+    """Whether every image that can be opened is stored as black and white or grayscale.
 
     Opens the files up to the first ones in colour; the answer is remembered under the ``stamp``
     of the files.
@@ -178,8 +178,8 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
     with suppress(OSError, ValueError):
         return bool(json.loads(note.read_text()))
 
-    def colourless(some: range) -> bool:
-        for position in some:
+    def colourless(positions: range) -> bool:
+        for position in positions:
             # What cannot be opened has no colour; decoding will say what is wrong with it.
             with suppress(Exception), open_picture(paths[position]) as image:
                 if not is_colourless(image):
@@ -193,7 +193,7 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
 
 
 def in_threads(work: Callable[[range], _T], count: int) -> Iterator[_T]:
-    """``work`` on the numbers below ``count``, some at a time, on all cores; results in order.
+    """``work`` on the numbers below ``count``, a block at a time, on all cores; results in order.
 
     Workers go on while a result is used, but not far: few results wait in memory.
     """

@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import (
 from fedss.files import START_LENGTH, what_begins
 
 MAX_PIXELS = 2**27
-"""Pixels of the largest picture that is decoded: half a gigabyte, at Pillow's 4 bytes a pixel."""
+"""Pixels of the largest image that is decoded: half a gigabyte, at Pillow's 4 bytes a pixel."""
 
 _COLOURLESS = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _BANDS = ("R", "C")  # how Pillow names the first channel of planes that are not compressed
@@ -30,17 +30,17 @@ _BANDS = ("R", "C")  # how Pillow names the first channel of planes that are not
 _HEIC = tuple(b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1"))
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Pixels of pictures in memory, of all threads; and a word that there are fewer.
+# Pixels of images in memory, of all threads; and a word that there are fewer.
 _held = 0
 _released = threading.Condition()
 
 
 class PixelLimitError(ValueError):
-    """A picture of more pixels than are decoded."""
+    """An image of more pixels than are decoded."""
 
 
 def open_picture(
-    picture: str | Path | BinaryIO, most_pixels: int | None = None
+    file: str | Path | BinaryIO, most_pixels: int | None = None
 ) -> ImageFile.ImageFile:
     """``PIL.Image.open`` for files that nobody has looked at; pixels are not decoded yet.
 
@@ -48,15 +48,15 @@ def open_picture(
         PixelLimitError: more than ``most_pixels``, by default and at most MAX_PIXELS.
         ValueError: PostScript.
         ImportError: HEIC, and pi-heif is not installed.
-        OSError, SyntaxError or others of Pillow's: no picture.
+        OSError, SyntaxError or others of Pillow's: no image.
     """
     most_pixels = MAX_PIXELS if most_pixels is None else most_pixels
     try:
         try:
-            image = Image.open(picture)
+            image = Image.open(file)
         except UnidentifiedImageError as error:
-            _prepare_for(picture, error)
-            image = Image.open(picture)
+            _prepare_for(file, error)
+            image = Image.open(file)
     except Image.DecompressionBombError as error:
         # Pillow's own limit, which lies above ours. It says how many pixels, not width and height.
         pixels = re.search(r"\d+", str(error))
@@ -82,14 +82,14 @@ def _too_large(found: str, most_pixels: int) -> PixelLimitError:
     return PixelLimitError(f"{found} above the limit of {most_pixels:,}: save it smaller")
 
 
-def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:
+def _prepare_for(file: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:
     """Let Pillow read HEIC, if that is what it is; otherwise say what it is instead."""
-    if isinstance(picture, str | Path):
-        with open(picture, "rb") as file:
-            start = file.read(START_LENGTH)
+    if isinstance(file, str | Path):
+        with open(file, "rb") as opened:
+            start = opened.read(START_LENGTH)
     else:
-        picture.seek(0)
-        start = picture.read(START_LENGTH)
+        file.seek(0)
+        start = file.read(START_LENGTH)
     if start[4:].startswith(_HEIC):
         try:
             from pi_heif import register_heif_opener
@@ -109,8 +109,8 @@ def _prepare_for(picture: str | Path | BinaryIO, error: UnidentifiedImageError) 
     raise UnidentifiedImageError(what) from error
 
 
-def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
-    """One picture as uint8 [C, image_size, image_size], cut to its central square.
+def decode(file: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
+    """One image as uint8 [C, image_size, image_size], cut to its central square.
 
     The camera's rotation is undone and transparency laid on white; of an animation or of several
     pages the first counts; 16 bits a pixel become 8 by leaving out the lower half.
@@ -120,17 +120,17 @@ def decode(picture: str | Path | BinaryIO, image_size: int, channels: int) -> np
         ValueError: see ``open_picture``; or pixels whose range nobody knows: floating-point ones,
             integers below 0 or above 65535.
         ImportError: HEIC, and pi-heif is not installed.
-        OSError, SyntaxError or others of Pillow's for a file that is no picture.
+        OSError, SyntaxError or others of Pillow's for a file that is no image.
     """
-    with open_picture(picture) as image, upright(image, image_size) as seen:
+    with open_picture(file) as image, upright(image, image_size) as seen:
         return pixels_of(seen, image_size, channels)
 
 
 @contextmanager
 def upright(image: Image.Image, image_size: int) -> Iterator[Image.Image]:
-    """A picture as a person sees it: rotated as the camera says, 8 bits a pixel, laid on white.
+    """An image as a person sees it: rotated as the camera says, 8 bits a pixel, laid on white.
 
-    For a ``with`` block, in which the picture is in memory: all threads together hold MAX_PIXELS
+    For a ``with`` block, in which the image is in memory: all threads together hold MAX_PIXELS
     at a time, and whoever wants more waits. A thread that holds one is not to ask for another.
 
     Of a JPEG that was just opened no more is decoded than ``pixels_of`` needs. ``image`` is not to
@@ -208,7 +208,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _stored_as(image: Image.Image) -> str:
-    """How a picture that was just opened keeps a pixel, such as "L;2", as Pillow names it."""
+    """How an image that was just opened keeps a pixel, such as "L;2", as Pillow names it."""
     if not isinstance(image, ImageFile.ImageFile) or not image.tile:
         return ""
     details = image.tile[0][3]
@@ -216,7 +216,7 @@ def _stored_as(image: Image.Image) -> str:
 
 
 def is_colourless(image: Image.Image) -> bool:
-    """Whether a picture that was just opened is stored as black and white or grayscale."""
+    """Whether an image that was just opened is stored as black and white or grayscale."""
     return image.mode in _COLOURLESS or _stored_as(image) == "LA;16B"
 
 
@@ -244,12 +244,12 @@ def _mend_transparency(image: Image.Image, stored: str) -> None:
 
 
 def pixels_of(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """An upright picture as ``decode`` gives it."""
+    """An upright image as ``decode`` gives it."""
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
     square = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    # Faster than np.asarray, which shows in small pictures.
+    # Faster than np.asarray, which shows in small images.
     pixels = np.frombuffer(square.tobytes(), np.uint8)
     return pixels.reshape(image_size, image_size, channels).transpose(2, 0, 1)
 
@@ -259,7 +259,7 @@ def quiet_pillow() -> Iterator[None]:
     """No warnings of Pillow's, in any thread, for a ``with`` block.
 
     They name no file, and each has its answer: of size, ``MAX_PIXELS``; of damaged EXIF, that the
-    picture is taken as it is stored.
+    image is taken as it is stored.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -126,7 +126,7 @@ def usual_side(name: str) -> int:
 
 
 def locate(path: str | Path) -> tuple[str, Path]:
-    """Name and path, for ``load_dataset``, of the pictures that a site keeps at ``path``.
+    """Name and path, for ``load_dataset``, of the images that a site keeps at ``path``.
 
     A file is a CSV, and so is a folder with a ``manifest.csv``; any other folder is
     ``path/client/class/picture``.

@@ -1,4 +1,4 @@
-"""Pictures listed in a CSV: which class, whose, and what for."""
+"""Images listed in a CSV: which class, whose, and what for."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ SPLITS = ("train", "query", "gallery", "test", "validation")
 
 
 class ListedImage(NamedTuple):
-    """One listed picture. Rows sort by (client, label, name): the order of all pictures.
+    """One listed image. Rows sort by (client, label, name): the order of all images.
 
     Attributes:
         client: Who holds it.
@@ -38,17 +38,17 @@ class ListedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """Pictures of a data set, none of them opened: ``rows`` from a CSV or a folder ``source``.
+    """Images of a data set, none of them opened: ``rows`` from a CSV or a folder ``source``.
 
     Attributes:
-        source: What lists the pictures.
+        source: What lists the images.
         root: The folder that names are relative to.
-        rows: The pictures.
-        lists: The file that lists a split's pictures, where that is not ``source``.
-        published: The list is someone else's and not to be mended: pictures for testing that no
+        rows: The images.
+        lists: The file that lists a split's images, where that is not ``source``.
+        published: The list is someone else's and not to be mended: images for testing that no
             other one could match are left out as ``Dataset.unpaired``.
         remarks: What is not as published, or not read, for ``Dataset.remarks``.
-        passed_over: Files and folders that are none of the pictures; see ``fedss.data.folder``.
+        passed_over: Files and folders that are none of the images; see ``fedss.data.folder``.
     """
 
     source: Path
@@ -60,7 +60,7 @@ class Listing:
     passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def file(self, row: ListedImage) -> str:
-        """The picture's file."""
+        """The image's file."""
         return os.path.join(self.root, row.name)
 
     def where(self, row: ListedImage) -> str:
@@ -73,8 +73,8 @@ def read_manifest(path: Path) -> Listing:
     """The lines of a CSV in UTF-8 with the columns image, label, client and perhaps split.
 
     ``image`` is a file, relative to the CSV's folder or absolute. ``split`` is ``train``, ``test``
-    (each such picture is searched among all the others), ``query`` and ``gallery`` (instead of
-    ``test``), or ``validation`` (like ``test``, for choosing settings). Opens no picture.
+    (each such image is searched among all the others), ``query`` and ``gallery`` (instead of
+    ``test``), or ``validation`` (like ``test``, for choosing settings). Opens no image.
 
     Raises:
         DataError: Anything amiss with the file or a line; says where and what to do.
@@ -106,11 +106,11 @@ def listed_name(root: str, image: str) -> str:
 
 
 def check_listed_once(path: Path, names: Sequence[str], line: Callable[[int], int]) -> None:
-    """Refuse a CSV that lists a picture twice.
+    """Refuse a CSV that lists an image twice.
 
     Args:
         path: The CSV, for the message.
-        names: The pictures, as ``listed_name`` gives them.
+        names: The images, as ``listed_name`` gives them.
         line: The line of each, by its position in ``names``.
 
     Raises:

@@ -18,22 +18,22 @@ def arrange(
     The splits are ``train``, ``test`` or ``query`` and ``gallery``, and ``validation``; those
     without a row are not there. Where no row is for testing, the classes whose ``lot`` is below
     ``test_classes`` are held out of training; the others are never tested. A held-out class of a
-    single picture cannot be tested: the picture is left out.
+    single image cannot be tested: the image is left out.
 
     On one machine a test of unseen classes is a must (unless ``test_classes`` is 0): the class of
-    the lowest lot among those of two or more pictures is always held out; and if all classes were,
+    the lowest lot among those of two or more images is always held out; and if all classes were,
     the one of the highest lot among the others is trained on.
 
-    Of a published list, test and validation pictures that no other one could match are left out.
+    Of a published list, test and validation images that no other one could match are left out.
 
     At a site nothing is forced, so that a class is on the same side everywhere: lots alone decide,
-    or, if there is a column ``split``, that column alone. Test, query and validation pictures that
-    no picture here could match are left out, and so is a gallery without queries.
+    or, if there is a column ``split``, that column alone. Test, query and validation images that
+    no image here could match are left out, and so is a gallery without queries.
 
     Raises:
-        DataError: No training pictures; ``test`` beside ``query`` or ``gallery``;
+        DataError: No training images; ``test`` beside ``query`` or ``gallery``;
             ``test_classes`` out of range, or with no class that could be held out; at a site, all
-            classes held out; elsewhere, a row for testing that no picture could match, or
+            classes held out; elsewhere, a row for testing that no image could match, or
             ``query`` or ``gallery`` alone.
     """
     splits: dict[str, list[ListedImage]] = {split: [] for split in SPLITS}
@@ -65,7 +65,7 @@ def arrange(
         splits["test"] = [row for row in splits["train"] if row.label in held_out]
         splits["train"] = [row for row in splits["train"] if row.label not in held_out]
 
-    # RetrievalTask checks this too, but only once all pictures are decoded, and knows no lines.
+    # RetrievalTask checks this too, but only once all images are decoded, and knows no lines.
     unpaired: list[ListedImage] = []
     gallery = [row.label for row in splits["gallery"]]
     for split, others in (("test", None), ("validation", None), ("query", gallery)):
@@ -90,7 +90,7 @@ def lot(seed: int, label: str) -> float:
 
 
 def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site: bool) -> set[str]:
-    """Of classes with their numbers of pictures, those held out; see ``arrange``."""
+    """Of classes with their numbers of images, those held out; see ``arrange``."""
     if not 0.0 <= test_classes < 1.0:
         raise DataError(
             "test_classes, the share of the classes to hold out as a test: expected 0 (no test) or "
@@ -109,7 +109,7 @@ def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site:
         return held_out
     if test_classes == 0.0:
         return held_out
-    eligible = [label for label, pictures in count.items() if pictures >= 2]
+    eligible = [label for label, images in count.items() if images >= 2]
     if not eligible or len(count) < 2:
         raise DataError(
             "cannot hold out a class for testing: expected at least 2 classes, one of them with "

@@ -32,7 +32,7 @@ def labelled_sides(
     gallery_GD: Tensor | None,
     gallery_labels_G: Tensor | None,
 ) -> Sides:
-    """Both sides with labels, checked and normalised.
+    """Both sides with labels, checked and normalized.
 
     Raises:
         ValueError: as in `both_sides`; labels that are not integers or not one per row; gallery
@@ -48,7 +48,7 @@ def labelled_sides(
 
 
 def both_sides(query_QD: Tensor, gallery_GD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Queries and gallery checked and normalised; one tensor twice if there is no gallery."""
+    """Queries and gallery checked and normalized; one tensor twice if there is no gallery."""
     unit_QD = unit_rows(query_QD, "query")
     if gallery_GD is None:
         if len(unit_QD) < 2:

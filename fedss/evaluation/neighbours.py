@@ -7,7 +7,7 @@ Shape suffixes: Q queries, G gallery items, D embedding size, B queries of one b
 K neighbours kept, T some queries of a block, P pairs of query and gallery item, N rows of either
 side.
 
-Why results do not depend on block size, thread count, order of rows or device: rows are normalised
+Why results do not depend on block size, thread count, order of rows or device: rows are normalized
 and then rounded to whole multiples of 2^-24 (the resolution of float32 below 1). A product of two
 such numbers is a multiple of 2^-48, and by Cauchy-Schwarz no partial sum of a dot product exceeds
 1 by more than rounding, so every intermediate of a float64 matrix product is a whole number of

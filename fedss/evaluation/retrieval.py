@@ -66,7 +66,7 @@ def nearest(
     the cut after the k-th item falls between equals.
 
     Args:
-        query_QD: floating point [Q, D]; rows need not be normalised, a zero row has cosine 0 with
+        query_QD: floating point [Q, D]; rows need not be normalized, a zero row has cosine 0 with
             everything.
         gallery_GD: floating point [G, D] on the same device. None: the queries are the gallery
             and no query finds itself (its own position is left out, equal rows are not).

@@ -1,6 +1,6 @@
-"""Are two pictures of one class, and is a picture of any class that is known?
+"""Are two images of one class, and is an image of any class that is known?
 
-Works on tensors and knows nothing federated. Verification (1:1) accepts a pair of pictures as one
+Works on tensors and knows nothing federated. Verification (1:1) accepts a pair of images as one
 class if their cosine reaches a threshold: ROC, TAR at a FAR, EER. Open-set identification (1:N)
 names the nearest enrolled class, or none if its cosine stays below a threshold: DIR at a FPIR.
 
@@ -120,7 +120,7 @@ def count_pairs(
     """Genuine and impostor pairs by cosine.
 
     Args:
-        query_QD: floating point [Q, D]; rows need not be normalised, a zero row has cosine 0 with
+        query_QD: floating point [Q, D]; rows need not be normalized, a zero row has cosine 0 with
             everything.
         query_labels_Q: integers [Q], any values.
         gallery_GD: floating point [G, D]: pairs are each query with each gallery item. None: each
@@ -190,7 +190,7 @@ def verification(pairs: PairCounts, fars: Sequence[float] = FARS) -> Verificatio
 
     Rule of 30 (Doddington et al. 2000, Speech Communication 31): with 30 errors or more a rate is
     within 30 % of the true one with 90 % confidence, *if* trials are independent. Pairs that share
-    a picture or a class are not, so this is the least that is needed.
+    an image or a class are not, so this is the least that is needed.
 
     Raises:
         ValueError: no genuine or no impostor pair; a FAR that is not above 0 and at most 1.
@@ -241,9 +241,9 @@ def identification(
     """Open-set identification: does the nearest enrolled class say right who it is, if anybody?
 
     In each draw half of the classes are enrolled, a class by the mean of the unit embeddings of
-    half of its pictures (at least one); all its other pictures are mated searches, all pictures of
+    half of its images (at least one); all its other images are mated searches, all images of
     the other classes nonmated ones. With a gallery, half of its classes are enrolled by all of
-    their pictures there, and all queries are searches. With s the cosine with the nearest enrolled
+    their images there, and all queries are searches. With s the cosine with the nearest enrolled
     mean, over all draws together::
 
         FPIR(t) = nonmated searches with s >= t / nonmated searches
@@ -327,7 +327,7 @@ def _enrol(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted labels to enrol, and the rows that stand for them."""
     values_E, counts_E = np.unique(labels_G, return_counts=True)
-    # A class of one picture has none left to search with.
+    # A class of one image has none left to search with.
     fit_E = values_E[counts_E > 1] if alone else values_E
     number = min(max(1, len(values_E) // 2), len(fit_E))
     enrolled_E = np.sort(rng.choice(fit_E, number, replace=False))

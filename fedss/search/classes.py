@@ -12,7 +12,7 @@ from fedss.evaluation.retrieval import nearest
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.files import read_json
 from fedss.inference.embedding import class_name
-from fedss.inference.pixels import Picture, Read, name_of, read_pictures
+from fedss.inference.pixels import ImageSource, Read, name_of, read_pictures
 from fedss.models import fingerprint
 from fedss.runs.reading import read_verified
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
@@ -38,7 +38,7 @@ class Identity:
 def enrol(
     collection: Collection,
     label: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSource],
     *,
     names: Sequence[str] | None = None,
 ) -> Collection:

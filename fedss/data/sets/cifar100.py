@@ -1,4 +1,4 @@
-"""CIFAR-100 (Krizhevsky 2009): 60,000 pictures of 32 x 32 pixels in 100 classes.
+"""CIFAR-100 (Krizhevsky 2009): 60,000 images of 32 x 32 pixels in 100 classes.
 
 Source: the data set's own page (www.cs.toronto.edu/~kriz/cifar.html). The binary version is read:
 the Python version is made of pickles, and to read a pickle is to run what it says.
@@ -100,6 +100,6 @@ def _records(path: Path, num_classes: int) -> np.ndarray:
 def _decode(records: dict[str, np.ndarray], name: str, side: int, channels: int) -> np.ndarray:
     file, _, position = name.rpartition("/")
     pixels = records[file.removesuffix(".bin")][int(position), 2:]
-    # As a file of portable pixels, so that it is resized as any other picture is.
+    # As a file of portable pixels, so that it is resized as any other image is.
     interleaved = pixels.reshape(_CHANNELS, _SIDE, _SIDE).transpose(1, 2, 0).tobytes()
     return decode(io.BytesIO(b"P6 32 32 255\n" + interleaved), side, channels)

@@ -3,7 +3,7 @@
 Sources: Hsu, Qi, Brown 2020 (arXiv 2003.08082), whose split files and their columns
 google-research's ``federated_vision_datasets/README.md`` describes; TensorFlow Federated's
 ``simulation/datasets/gldv2.py`` for gld23k, file names and counts; cvdfoundation's
-``google-landmark/README.md`` for where a picture's file is.
+``google-landmark/README.md`` for where an image's file is.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ _PICTURES = ("train/", "images/")
 
 
 def read_landmarks(root: Path) -> Listing:
-    """Landmarks-User-160k: 164,172 training pictures of 2,028 landmarks at 1,262 photographers.
+    """Landmarks-User-160k: 164,172 training images of 2,028 landmarks at 1,262 photographers.
 
     ``federated_train.csv`` is for training, ``test.csv``, which has no users, is the test: each of
-    its pictures is searched among the others. Its landmarks are those of the training.
+    its images is searched among the others. Its landmarks are those of the training.
 
     Args:
         root: The folder with both CSVs, or with ``landmarks-user-160k/`` that holds them, and with
@@ -43,7 +43,7 @@ def read_landmarks(root: Path) -> Listing:
 
 
 def read_gld23k(root: Path) -> Listing:
-    """gld23k, a part of Landmarks-User-160k: 23,080 pictures of 203 landmarks at 233 photographers.
+    """gld23k, a part of Landmarks-User-160k: 23,080 images of 203 landmarks at 233 photographers.
 
     ``mini_gld_train_split.csv`` is for training, ``mini_gld_test.csv`` is the test. The rest is as
     for ``read_landmarks``.

@@ -16,11 +16,11 @@ _LISTS = {"train": "peopleDevTrain.txt", "test": "peopleDevTest.txt"}
 
 
 def read_lfw(root: Path) -> Listing:
-    """Labeled Faces in the Wild: 13,233 pictures of 5,749 people.
+    """Labeled Faces in the Wild: 13,233 images of 5,749 people.
 
     The people of ``peopleDevTrain.txt`` are for training, those of ``peopleDevTest.txt``, whom
-    training never sees, are the test (View 1): each of their pictures is searched among the others.
-    Most people have a single picture; in the test there is nothing to find for them, and they are
+    training never sees, are the test (View 1): each of their images is searched among the others.
+    Most people have a single image; in the test there is nothing to find for them, and they are
     left out of it (``Dataset.unpaired``). The pairs of the verification protocol are not read.
 
     Args:

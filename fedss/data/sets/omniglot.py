@@ -27,7 +27,7 @@ _MD5 = {
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-_PICTURE = re.compile(r"(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_(?P<drawer>\d+)\.png")
+_IMAGE = re.compile(r"(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_(?P<drawer>\d+)\.png")
 _VALIDATION_ALPHABETS = 6
 
 
@@ -36,23 +36,23 @@ def omniglot_dataset(
 ) -> Dataset:
     """Omniglot as a federation: a client is one drawer of one alphabet.
 
-    Training: the 964 characters of the 30 background alphabets, 19,280 pictures at 600 clients.
+    Training: the 964 characters of the 30 background alphabets, 19,280 images at 600 clients.
     The 20 evaluation alphabets, sorted by name (which is also the order of the numbers in their
     file names), give validation and test: the first six are for validation, 150 characters and
-    3,000 pictures; the other 14 are the test, 509 characters and 10,180 pictures.
+    3,000 images; the other 14 are the test, 509 characters and 10,180 images.
 
     Args:
         root: Folder with ``images_background.zip`` and ``images_evaluation.zip`` (a repacked
             archive will do), or with these archives unpacked. None is ``omniglot`` in the cache
             folder. Archives that are not there are fetched.
-        image_size: Side of the pictures (the originals have 105).
-        cache: Folder for the decoded pictures; see ``cache_folder``.
+        image_size: Side of the images (the originals have 105).
+        cache: Folder for the decoded images; see ``cache_folder``.
 
     Returns:
         Dataset of uint8 [N, 1, image_size, image_size]; ink is 255, the ground 0.
 
     Raises:
-        DataError: Pictures neither there nor to be had, or broken, or of another layout.
+        DataError: Images neither there nor to be had, or broken, or of another layout.
     """
     place = cache_folder(cache) / "omniglot" if root is None else Path(root)
     with ExitStack() as stack:
@@ -74,7 +74,7 @@ def omniglot_dataset(
 
 @dataclass(frozen=True)
 class _Archive:
-    """Pictures by name (alphabet/character/file), zipped or not; the stamp changes with them."""
+    """Images by name (alphabet/character/file), zipped or not; the stamp changes with them."""
 
     place: Path
     stamps: dict[str, object]
@@ -105,13 +105,13 @@ def _open(place: Path, name: str, stack: ExitStack) -> _Archive:
             {inner: stamp(path) for inner, path in files.items()},
             lambda inner: files[inner].read_bytes(),
         )
-    pictures = {inner: s for inner, s in archive.stamps.items() if _PICTURE.fullmatch(inner)}
-    if not pictures:
+    images = {inner: s for inner, s in archive.stamps.items() if _IMAGE.fullmatch(inner)}
+    if not images:
         raise DataError(
             f"{archive.place}: expected pictures {name}/<alphabet>/character<NN>/<GGGG>_<DD>.png, "
             f"found none among {len(archive.stamps)} entries"
         )
-    return replace(archive, stamps=pictures)
+    return replace(archive, stamps=images)
 
 
 def _images(
@@ -123,7 +123,7 @@ def _images(
 ) -> Images:
     rows = []
     for name in archive.stamps:
-        match = _PICTURE.fullmatch(name)
+        match = _IMAGE.fullmatch(name)
         if match and keep(match["alphabet"]):
             client = f"{match['alphabet']}/drawer{match['drawer']}"
             label = f"{match['alphabet']}/{match['character']}"

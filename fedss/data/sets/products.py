@@ -18,13 +18,13 @@ _FOLDER = "Stanford_Online_Products/"
 
 
 def read_products(root: Path) -> Listing:
-    """Stanford Online Products: 59,551 pictures of 11,318 products to train on, 60,502 of others.
+    """Stanford Online Products: 59,551 images of 11,318 products to train on, 60,502 of others.
 
-    The other 11,316 products are the test, as published: each picture is searched among all
+    The other 11,316 products are the test, as published: each image is searched among all
     others. There are no users: ``fedss.data.DATASETS`` says who holds what.
 
     Args:
-        root: The folder with ``Ebay_train.txt``, ``Ebay_test.txt`` and the folders of pictures, or
+        root: The folder with ``Ebay_train.txt``, ``Ebay_test.txt`` and the folders of images, or
             the one that holds ``Stanford_Online_Products/``.
 
     Raises:

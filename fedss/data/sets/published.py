@@ -10,7 +10,7 @@ from pathlib import Path
 from fedss.data.manifest import ListedImage, Listing
 from fedss.errors import DataError
 
-NOBODY = "nobody"  # the client of pictures for which no user is published
+NOBODY = "nobody"  # the client of images for which no user is published
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[st
         raise DataError(f"{where}; got {what} (docs/datasets.md says where to get what)")
     found, missing = {}, []
     for key, places in wanted.items():
-        there = [
+        present = [
             place
             for place in places
             if ((root / place).is_dir() if place.endswith("/") else (root / place).is_file())
         ]
-        if len(there) > 1:
+        if len(present) > 1:
             raise DataError(
-                f"{root}: both {there[0]} and {there[1]} are there, and {title} is read from one "
-                "of them; remove or rename the other"
+                f"{root}: both {present[0]} and {present[1]} are there, and {title} is read from "
+                "one of them; remove or rename the other"
             )
-        if there:
-            found[key] = root / there[0]
+        if present:
+            found[key] = root / present[0]
         else:
             missing.append(" or ".join(places))
     if missing:
@@ -108,8 +108,8 @@ def published_listing(
         found: What ``find`` gives: the file that lists each split, by its name; the first one
             is the listing's source.
         root: The folder that rows' names are relative to.
-        rows: All pictures.
-        counts: What was published of each split; the split "" is all pictures.
+        rows: All images.
+        counts: What was published of each split; the split "" is all images.
         remarks: More of them.
     """
     said = list(remarks)

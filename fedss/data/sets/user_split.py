@@ -1,4 +1,4 @@
-"""The split files of Hsu, Qi, Brown 2020 (arXiv 2003.08082): who took which picture of what.
+"""The split files of Hsu, Qi, Brown 2020 (arXiv 2003.08082): who took which image of what.
 
 Source: google-research's ``federated_vision_datasets/README.md``. The training's CSV has the
 columns ``user_id,image_id,class``, the test's CSV ``image_id,class``; others may stand beside them.
@@ -22,7 +22,7 @@ def read_user_split(
     counts: Mapping[str, Counts],
     shortest: int = 1,
 ) -> Listing:
-    """The pictures of a ``train`` and a ``test`` list.
+    """The images of a ``train`` and a ``test`` list.
 
     Args:
         root: The folder that names are relative to.
