@@ -19,19 +19,13 @@ _UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 _HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
 # Made by Synology, QNAP, NetApp, macOS, Windows, Android, ext4: thumbnails, deleted files,
 # snapshots.
+# fmt: off
 _SYSTEM_FOLDERS = (
-    *("@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
-    *(
-        "~snapshot",
-        "@__thumb",
-        "__macosx",
-        "network trash folder",
-        "temporary items",
-        "$recycle.bin",
-        "recycler",
-    ),
-    *("system volume information", "lost.dir", "lost+found"),
+    "@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
+    "~snapshot", "@__thumb", "__macosx", "network trash folder", "temporary items", "$recycle.bin",
+    "recycler", "system volume information", "lost.dir", "lost+found",
 )
+# fmt: on
 _FOUND = re.compile(r"found\.\d{3}")  # by Windows, when it mends a disk
 
 
@@ -92,16 +86,12 @@ def read_folder(root: Path) -> Listing:
         raise DataError(f"{root}: no pictures found{besides(over)}; {layout}")
     clients = {row.client for row in rows}
     for folder in sorted(root.iterdir()):
-        if (
-            not folder.is_dir()
-            or passed_over(folder.name, True)
-            or composed(folder.name) in clients
-        ):
-            continue
-        raise DataError(
-            f"{folder}: a client without pictures{besides(over)}; {layout}. Add pictures or remove "
-            "the folder"
-        )
+        counts = folder.is_dir() and not passed_over(folder.name, True)
+        if counts and composed(folder.name) not in clients:
+            raise DataError(
+                f"{folder}: a client without pictures{besides(over)}; {layout}. Add pictures or "
+                "remove the folder"
+            )
     return Listing(root, os.path.abspath(root), rows, passed_over=over)
 
 

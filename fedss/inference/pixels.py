@@ -79,16 +79,14 @@ def read_pictures(
 
     def embedded() -> list[Read]:
         vectors_BD = embed_pixels(embedder, np.stack([pixels for _, pixels, _ in waiting])).numpy()
-        for (position, _, _), finite in zip(waiting, np.isfinite(vectors_BD).all(1), strict=True):
-            if not finite:
+        read = []
+        for (position, _, small), vector_D in zip(waiting, vectors_BD, strict=True):
+            if not np.isfinite(vector_D).all():
                 raise DataError(
                     f"the embedding of {name_of(images[position], position)} is not finite: this "
                     "model cannot be used; did its training diverge?"
                 )
-        read = [
-            Read(position, vector_D, small)
-            for (position, _, small), vector_D in zip(waiting, vectors_BD, strict=True)
-        ]
+            read.append(Read(position, vector_D, small))
         waiting.clear()
         return read
 

@@ -8,10 +8,10 @@ import copy
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -63,30 +63,16 @@ class EmbedderSpec:
     group_values: int = LEAST_VALUES
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, kinds = getattr(self, item.name), _KINDS[item.name]
+        for name, hint in get_type_hints(EmbedderSpec).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
             if type(value) not in kinds:
                 expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-                raise ConfigError(f"{item.name}: expected {expected}, got {reprlib.repr(value)}")
-        if not 1 <= self.embedding_size <= MOST_FEATURES:
-            got = reprlib.repr(self.embedding_size)
-            raise ConfigError(f"embedding_size must be 1 to {MOST_FEATURES}, not {got}")
-        if not 1 <= self.group_values <= MOST_FEATURES:
-            got = reprlib.repr(self.group_values)
-            raise ConfigError(f"group_values must be 1 to {MOST_FEATURES}, not {got}")
+                raise ConfigError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+        for name in ("embedding_size", "group_values"):
+            value = getattr(self, name)
+            if not 1 <= value <= MOST_FEATURES:
+                raise ConfigError(f"{name} must be 1 to {MOST_FEATURES}, not {reprlib.repr(value)}")
         check_image(self.channels, self.image_size)
-
-
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "backbone": (str, NoneType),
-    "channels": (int,),
-    "image_size": (int,),
-    "embedding_size": (int,),
-    "pretrained": (bool,),
-    "weights": (str, NoneType),
-    "trainable": (str,),
-    "group_values": (int,),
-}
 
 
 class Embedder(nn.Module):

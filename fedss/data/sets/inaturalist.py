@@ -30,19 +30,9 @@ def read_inaturalist(root: Path) -> Listing:
     Raises:
         DataError: A file is missing, a line is of another form, or two images have one id.
     """
-    bundle = "inaturalist-user-120k/"
-    found = find(
-        "iNaturalist-User-120k",
-        root,
-        {
-            "train": (
-                "federated_train_user_120k.csv",
-                bundle + "federated_train_user_120k.csv",
-            ),
-            "test": ("test.csv", bundle + "test.csv"),
-            "pictures": (_FOLDER + "/",),
-        },
-    )
+    lists = {"train": "federated_train_user_120k.csv", "test": "test.csv"}
+    wanted = {split: (name, f"inaturalist-user-120k/{name}") for split, name in lists.items()}
+    found = find("iNaturalist-User-120k", root, {**wanted, "pictures": (f"{_FOLDER}/",)})
     places = _places(found["pictures"])
 
     def name(image: str) -> str:

@@ -6,13 +6,12 @@ google-research's ``federated_vision_datasets/README.md`` describes; TensorFlow 
 ``google-landmark/README.md`` for where an image's file is.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedss.data.manifest import Listing
 from fedss.data.sets.published import Counts, find
 from fedss.data.sets.user_split import read_user_split
-
-_PICTURES = ("train/", "images/")
 
 
 def read_landmarks(root: Path) -> Listing:
@@ -29,17 +28,9 @@ def read_landmarks(root: Path) -> Listing:
     Raises:
         DataError: A file is missing, or a line is of another form.
     """
-    bundle = "landmarks-user-160k/"
-    found = find(
-        "Landmarks-User-160k",
-        root,
-        {
-            "train": ("federated_train.csv", bundle + "federated_train.csv"),
-            "test": ("test.csv", bundle + "test.csv"),
-            "pictures": _PICTURES,
-        },
-    )
-    return _listing(root, found, Counts(164_172, 2_028, 1_262))
+    lists = {"train": "federated_train.csv", "test": "test.csv"}
+    wanted = {split: (name, f"landmarks-user-160k/{name}") for split, name in lists.items()}
+    return _listing("Landmarks-User-160k", root, wanted, Counts(164_172, 2_028, 1_262))
 
 
 def read_gld23k(root: Path) -> Listing:
@@ -51,19 +42,14 @@ def read_gld23k(root: Path) -> Listing:
     Raises:
         DataError: A file is missing, or a line is of another form.
     """
-    found = find(
-        "gld23k",
-        root,
-        {
-            "train": ("mini_gld_train_split.csv",),
-            "test": ("mini_gld_test.csv",),
-            "pictures": _PICTURES,
-        },
-    )
-    return _listing(root, found, Counts(23_080, 203, 233))
+    wanted = {"train": ("mini_gld_train_split.csv",), "test": ("mini_gld_test.csv",)}
+    return _listing("gld23k", root, wanted, Counts(23_080, 203, 233))
 
 
-def _listing(root: Path, found: dict[str, Path], counts: Counts) -> Listing:
+def _listing(
+    title: str, root: Path, wanted: Mapping[str, Sequence[str]], counts: Counts
+) -> Listing:
+    found = find(title, root, {**wanted, "pictures": ("train/", "images/")})
     folder = found["pictures"].name
     nested = folder == "train"
 
