@@ -47,7 +47,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import fedss
-from fedss.inference.pixels import preview
+from fedss.inference.pixels import thumbnail
 from fedss.models import build_embedder, save_embedder
 from fedss.search import Collection, build_collection, open_collection
 from fedss.search.store import Item, changing, make_shelf, note, put
@@ -208,7 +208,7 @@ def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image
 
 def containers(folder: Path, count: int) -> list[str]:
     rng = np.random.default_rng(0)
-    jpegs = [preview(photograph(rng, 640, 480)) for _ in range(200)]
+    jpegs = [thumbnail(photograph(rng, 640, 480)) for _ in range(200)]
     some = rng.integers(0, count, (100, 10))
     of = [jpegs[i % len(jpegs)] for i in range(count)]
     total = sum(map(len, of))

@@ -21,7 +21,7 @@ from fedss.evaluation.baselines import (
     pixel_vectors,
     write_scores,
 )
-from fedss.evaluation.evaluate import check_tellable, evaluate_embedding
+from fedss.evaluation.evaluate import check_tellable, embed_task, score
 from fedss.models import build_embedder, embed_pixels
 from fedss.runs.reading import read_scores
 from tests import reference
@@ -67,7 +67,7 @@ def test_chance_of_a_task_is_that_of_random_embeddings():
         def guess(pixels: np.ndarray, rng: torch.Generator = rng) -> torch.Tensor:
             return torch.randn(len(pixels), 8, generator=rng)
 
-        found = [evaluate_embedding(guess, task) for _ in range(300)]
+        found = [score(task, *embed_task(guess, task)) for _ in range(300)]
         expected = chance(task)
         for value, values in (
             (expected.map_at_10, [m.map_at_10 for m in found]),
@@ -91,7 +91,7 @@ def test_pixels_are_averaged_down_less_their_mean():
 def test_floors_are_figures_of_what_they_are_named_after():
     found = data_floors(DATA.test)
     assert found.map_at_10["pixels"] == pytest.approx(
-        evaluate_embedding(pixel_vectors, DATA.test).map_at_10
+        score(DATA.test, *embed_task(pixel_vectors, DATA.test)).map_at_10
     )
     assert found.map_at_10["chance"] == chance(DATA.test).map_at_10
     assert found.by_class["pixels"].names == tuple(sorted(QUERY.class_names))
@@ -131,9 +131,9 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
         unit = nn.functional.normalize(features(DATA.train.pixels))
         return fit_whitening(unit, 4)(nn.functional.normalize(features(pixels)))
 
-    assert found.map_at_10["frozen"] == evaluate_embedding(features, DATA.test).map_at_10
+    assert found.map_at_10["frozen"] == score(DATA.test, *embed_task(features, DATA.test)).map_at_10
     assert found.map_at_10["frozen_whitened"] == pytest.approx(
-        evaluate_embedding(whitened, DATA.test).map_at_10, abs=0.02
+        score(DATA.test, *embed_task(whitened, DATA.test)).map_at_10, abs=0.02
     )
     assert all(torch.equal(t, before[n]) for n, t in made[True].state_dict().items())
     assert embed_pixels(made[True], QUERY.pixels).shape == (20, 4)

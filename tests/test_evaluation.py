@@ -11,10 +11,10 @@ from fedss.data import Images
 from fedss.evaluation.evaluate import (
     confused,
     embed_task,
-    evaluate_embedding,
     find_neighbours,
     findings,
     panels,
+    score,
     verify,
 )
 from fedss.evaluation.verification import identification
@@ -83,7 +83,7 @@ def test_panels_and_figures_with_a_gallery_match_classes_by_name():
     same_name = found["class_names"][:, :1] == found["class_names"]
     assert np.array_equal(same_name, found["labels"][:, :1] == found["labels"])
     assert same_name[:, 1].all()
-    assert evaluate_embedding(flat, task).recall_at_1 == 1.0
+    assert score(task, *embed_task(flat, task)).recall_at_1 == 1.0
 
 
 def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fedss
 from fedss.cli import main
-from fedss.data.cache import decode
+from fedss.data.decoding import decode
 from fedss.errors import ConfigError, RunFolderError
 from fedss.inference import export as portable
 from fedss.inference.export import CARD, FORMATS, export

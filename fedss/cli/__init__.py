@@ -453,7 +453,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fedss.data import fingerprint
+    from fedss.data import data_fingerprint
     from fedss.evaluation.baselines import Floors, data_floors
     from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
     from fedss.evaluation.intervals import interval
@@ -482,7 +482,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ConfigError(other)
     data = load_data(config)
     _print_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
-    own = known.get("fingerprint") == fingerprint(data)
+    own = known.get("fingerprint") == data_fingerprint(data)
     if not own and not _given(options):
         raise ConfigError(other)
     task = evaluation_task(config, data)
@@ -707,7 +707,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
+    from fedss.data import DATASETS, holdings, parse_partition
     from fedss.training.build import (
         build_model,
         check_trainable,
@@ -726,7 +726,7 @@ def _info(options: argparse.Namespace) -> None:
     facts = describe(config, data)
     held = clients_P, classes_P, count_P = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
-    dealt = dealt or DEFAULT_PARTITIONS.get(config.data)
+    dealt = dealt or DATASETS[config.data].partition
     embedder = build_model(config, data, None)
     trained, frozen = num_trainable(embedder), num_frozen(embedder)
     gallery = facts["test_gallery"]

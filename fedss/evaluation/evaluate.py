@@ -1,4 +1,4 @@
-"""Retrieval with an embedding: figures, and pictures to look at."""
+"""Retrieval with an embedding: figures, and images to look at."""
 
 import dataclasses
 import io
@@ -26,10 +26,10 @@ _PANEL_QUERIES, _PANEL_NEIGHBOURS = 48, 5
 
 def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
     """Retrieval with a trained model; see :func:`fedss.evaluate_retrieval`."""
-    return evaluate_embedding(partial(embed_pixels, embedder), task)
+    return score(task, *embed_task(partial(embed_pixels, embedder), task))
 
 
-Embed = Callable[[np.ndarray], Tensor]
+EmbedPixels = Callable[[np.ndarray], Tensor]
 Embedded = tuple[Tensor, Tensor | None]
 """Embeddings of a task's queries, and of its gallery where there is one."""
 
@@ -40,7 +40,7 @@ class Evaluation:
 
     Attributes:
         metrics: retrieval figures; None where nobody can tell.
-        embedded: what they were computed from, where the pictures are here.
+        embedded: what they were computed from, where the images are here.
         by_class: MAP@10 of each class, likewise.
     """
 
@@ -49,19 +49,14 @@ class Evaluation:
     by_class: ClassScores | None = None
 
 
-def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
-    """Retrieval under any function from uint8 pixels to embeddings."""
-    return score(task, *embed_task(embed, task))
-
-
-def embed_task(embed: Embed, task: RetrievalTask) -> Embedded:
-    """A task's pictures under a model."""
+def embed_task(embed: EmbedPixels, task: RetrievalTask) -> Embedded:
+    """A task's images under any function from uint8 pixels to embeddings."""
     gallery = task.gallery
     return embed(task.query.pixels), None if gallery is None else embed(gallery.pixels)
 
 
 def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
-    """Retrieval with embeddings of a task's pictures."""
+    """Retrieval with embeddings of a task's images."""
     return score_classes(task, query_QD, gallery_GD)[0]
 
 
@@ -78,7 +73,7 @@ def score_classes(
 
 
 def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
-    """How a model does whose embeddings of a task's pictures are here.
+    """How a model does whose embeddings of a task's images are here.
 
     Raises:
         DivergedError: NaN or infinite ones.
@@ -93,14 +88,14 @@ def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
 
 
 def count_classes(images: Images) -> dict[str, int]:
-    """Number of pictures of each class that has any, in the order of names."""
+    """Number of images of each class that has any, in the order of names."""
     labels, counts = np.unique(images.labels, return_counts=True)
     found = zip(labels.tolist(), counts.tolist(), strict=True)
     return dict(sorted((images.class_names[label], count) for label, count in found))
 
 
 def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
-    """Refuse a test in which every picture is right.
+    """Refuse a test in which every image is right.
 
     Args:
         task: the test.
@@ -124,10 +119,10 @@ def verify(
     task: RetrievalTask, embedded: Embedded, seed: int, fars: Sequence[float] = FARS
 ) -> dict[str, Any] | None:
     """What ``verification.json`` says: the fields of `Verification`, and under ``identification``
-    those of `Identification`, or null; None where no two pictures are of two classes.
+    those of `Identification`, or null; None where no two images are of two classes.
 
     Args:
-        task: the pictures.
+        task: the images.
         embedded: their embeddings.
         seed: of the draws of enrolled classes.
         fars: rates of false accepts to give the TAR at.
@@ -156,7 +151,7 @@ def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> dict[str, by
 
 
 def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
-    """Some queries and their nearest pictures, for the report; the same queries for every run.
+    """Some queries and their nearest images, for the report; the same queries for every run.
 
     Returns:
         An ``.npz`` file of what :func:`find_neighbours` finds.
@@ -167,7 +162,7 @@ def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
 def find_neighbours(
     task: RetrievalTask, embedded: Embedded, seed: int, queries: int
 ) -> dict[str, np.ndarray]:
-    """Some queries, drawn by the seed, and their five nearest pictures.
+    """Some queries, drawn by the seed, and their five nearest images.
 
     Returns:
         pixels uint8 [Q, 6, C, H, W], query first, labels int64 [Q, 6], class_names str [Q, 6],
@@ -206,7 +201,7 @@ def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
 
     Returns:
         An ``.npz`` file of P pairs: pixels uint8 [P, 2, C, H, W], a query and its wrong nearest
-        picture; shown str [P, 2], the classes of these two; class_names str [P, 2], confused and
+        image; shown str [P, 2], the classes of these two; class_names str [P, 2], confused and
         queries int64 [P, 2] as in `Confusion`; scores float64 [P].
     """
     sides = _labelled(task, *embedded)

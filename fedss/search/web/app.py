@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from fedss.data.cache import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
+from fedss.data.decoding import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
 from fedss.errors import ConfigError, DataError, FedssError, RunFolderError
 from fedss.inference.embedding import class_name
 from fedss.inference.pixels import Read, read_pictures
