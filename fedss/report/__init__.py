@@ -51,7 +51,7 @@ def bytes_picture(folder: Path) -> bytes:
     Raises:
         RunFolderError: records are missing or damaged, or no round has both score and bytes.
     """
-    from fedss.report.page import render_bytes_picture
+    from fedss.report.figures import render_bytes_picture
 
     return render_bytes_picture(Path(folder))
 
@@ -76,7 +76,7 @@ def frontier_picture(folders: Mapping[str, Path]) -> bytes:
         RunFolderError: records are missing or damaged, or a comparison has no finished run with
             both score and bytes.
     """
-    from fedss.report.page import render_frontier_picture
+    from fedss.report.figures import render_frontier_picture
 
     return render_frontier_picture({title: Path(folder) for title, folder in folders.items()})
 
@@ -95,7 +95,7 @@ def clients_picture(held: "tuple[np.ndarray, np.ndarray, np.ndarray]", title: st
     Returns:
         A PNG of 12.2 x 9.2 inches at 200 dpi on white. The same numbers give the same bytes.
     """
-    from fedss.report.page import render_clients_picture
+    from fedss.report.figures import render_clients_picture
 
     return render_clients_picture(held, title)
 

@@ -1,8 +1,8 @@
 """Charts as SVG text whose colours are CSS variables, so that a page decides on light or dark.
 
 Matplotlib draws with stand-in colours that are replaced by ``var(--name)`` afterwards. One unit
-of the drawing is one CSS pixel in a column of ``WIDTH`` pixels. A picture (`bytes_png`) is drawn by
-the same code with real colours in their place.
+of the drawing is one CSS pixel in a column of ``WIDTH`` pixels. A PNG (`bytes_png`) is drawn by the
+same code with real colours in their place.
 """
 
 import io
@@ -20,33 +20,38 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from fedss.losses.methods import METHODS
 from fedss.report.labels import FONT, apart, text_height, text_width, wrap, wrapped
 from fedss.runs.headlines import human_bytes
 
 WIDTH, HEIGHT, TALL = 420, 300, 390
 FEW = 6  # more lines or marks need a taller chart
-PICTURE = 6.4 * 72, 4 * 72
+PNG_SIZE = 6.4 * 72, 4 * 72
 LABEL_GAP = 16
-# Known methods have a slot of their own, all other names take turns at the rest.
-SLOTS = (
-    *("full", "fedss", "moments", "fedss-uncorrected"),
-    *("pos-only", "neg-only", "fedaws", "central"),
+# A method's slot (colour, dashes, marker) is that of its place among those that train on clients;
+# a reference on pooled images has one of its own. All other names take turns at the rest.
+_DASHES: tuple[tuple[float, ...] | None, ...] = (
+    *(None, None, (9, 2.5), (5, 2), (2, 1.5)),
+    *((7, 2, 2, 2), (4, 1.5, 1, 1.5)),
 )
+_METHOD_SLOTS = tuple(f"method-{place}" for place in range(1, len(_DASHES) + 1))
+SLOTS = (*_METHOD_SLOTS, "pooled")
 EXTRA_SLOTS = tuple(f"extra-{number}" for number in range(1, 13))
+_FEDERATED = [method.name for method in METHODS.values() if not method.pooled]
+SLOT_OF = {
+    **dict(zip(_FEDERATED, _METHOD_SLOTS, strict=False)),
+    **{method.name: "pooled" for method in METHODS.values() if method.pooled},
+}
 _PATTERNS: tuple[tuple[float, ...] | None, ...] = (None, (5, 2), (2, 1.5))
 DASHES: Mapping[str, tuple[float, ...] | None] = {
     "muted": (1, 3),
-    "moments": (9, 2.5),
-    "fedss-uncorrected": (5, 2),
-    "pos-only": (2, 1.5),
-    "neg-only": (7, 2, 2, 2),
-    "fedaws": (4, 1.5, 1, 1.5),
-    "central": (1, 2),
+    **dict(zip(_METHOD_SLOTS, _DASHES, strict=True)),
+    "pooled": (1, 2),
     **{slot: _PATTERNS[i % 3] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 # Four shapes and three patterns: no two of the twelve extra slots share both.
 MARKERS: Mapping[str, str] = {
-    "moments": "D",
+    "method-3": "D",
     **{slot: "s^vP"[i % 4] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 _NAMES = ("ink", "muted", "rule", "paper", "neutral", *SLOTS, *EXTRA_SLOTS)
@@ -54,8 +59,8 @@ STAND_IN = {name: f"#fe01{number:02x}" for number, name in enumerate(_NAMES)}
 
 
 @dataclass(frozen=True)
-class Line:
-    """A curve: mean, lowest and highest value at each x."""
+class Curve:
+    """Mean, lowest and highest value at each x."""
 
     label: str
     slot: str
@@ -77,15 +82,15 @@ class Bar:
 
 
 def slots_of(labels: Sequence[str]) -> list[str]:
-    """The slot (colour, dash, marker) of each label: its own if that is the name of a method."""
-    unknown = sorted(set(labels) - set(SLOTS))
-    extra = {name: EXTRA_SLOTS[i % len(EXTRA_SLOTS)] for i, name in enumerate(unknown)}
-    return [extra.get(label, label) for label in labels]
+    """The slot of each label: its own if that is the name of a method."""
+    others = sorted(set(labels) - set(SLOT_OF))
+    extra = {name: EXTRA_SLOTS[i % len(EXTRA_SLOTS)] for i, name in enumerate(others)}
+    return [extra.get(label) or SLOT_OF[label] for label in labels]
 
 
 def rounds_chart(
     name: str,
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     last_round: int,
     alt: str,
     level: tuple[str, float] | None = None,
@@ -94,7 +99,7 @@ def rounds_chart(
     if level is not None:
         ends = np.full(2, level[1])
         across = np.array([0.0, max(last_round, 1)])
-        lines = [*lines, Line(level[0], "muted", across, ends, ends, ends)]
+        lines = [*lines, Curve(level[0], "muted", across, ends, ends, ends)]
     figure, ax = new_figure((WIDTH, tall(len(lines))))
     for line in lines:
         draw_line(ax, line, band=len(lines) <= FEW)
@@ -110,7 +115,7 @@ def rounds_chart(
 
 
 def bytes_chart(
-    name: str, lines: Sequence[Line], level: tuple[str, str, float] | None, alt: str
+    name: str, lines: Sequence[Curve], level: tuple[str, str, float] | None, alt: str
 ) -> Markup:
     """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes."""
     size = WIDTH, tall(len(lines))
@@ -118,15 +123,15 @@ def bytes_chart(
 
 
 def bytes_png(
-    lines: Sequence[Line], level: tuple[str, str, float] | None, colors: Mapping[str, str]
+    lines: Sequence[Curve], level: tuple[str, str, float] | None, colors: Mapping[str, str]
 ) -> bytes:
     """The chart of `bytes_chart` on its own: 6.4 x 4 inches at 200 dpi, with a title."""
-    figure = _bytes_figure(lines, level, colors, PICTURE, "MAP@10 against bytes moved")
+    figure = _bytes_figure(lines, level, colors, PNG_SIZE, "MAP@10 against bytes moved")
     return as_png(figure, colors)
 
 
 def _bytes_figure(
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     level: tuple[str, str, float] | None,
     colors: Mapping[str, str],
     size: tuple[float, float],
@@ -148,7 +153,7 @@ def _bytes_figure(
         top = max(top, value)
         ax.axhline(value, color=colors[slot], linewidth=1.6, dashes=dashes(slot))
         ends = np.array([ax.get_xlim()[1]]), np.array([value])
-        labelled = [*lines, Line(label, slot, *ends, ends[1], ends[1])]
+        labelled = [*lines, Curve(label, slot, *ends, ends[1], ends[1])]
     ax.set_ylim(0, top * 1.06 if top > 0 else 1)
     bytes_ticks(ax, last / first)
     ax.set_xlabel("bytes moved, all clients, both ways (log)", loc="right")
@@ -255,7 +260,7 @@ def dashes(slot: str) -> tuple[float, ...] | tuple[None, None]:
     return DASHES.get(slot) or (None, None)
 
 
-def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> list[str]:
+def _place(ax: Axes, lines: Sequence[Curve], top: float = 10) -> list[str]:
     """Set the axes' place, with a margin on the right for the labels; return these wrapped."""
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -271,7 +276,7 @@ def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> list[str]:
 
 def draw_line(
     ax: Axes,
-    line: Line,
+    line: Curve,
     colors: Mapping[str, str] = STAND_IN,
     end: bool = False,
     band: bool = True,
@@ -280,15 +285,15 @@ def draw_line(
     color = colors[line.slot]
     if band and np.any(line.high > line.low):
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
-    width = 2.6 if line.slot == "fedss" else 2.0
+    ours = line.slot == SLOT_OF["fedss"]
     ax.plot(
         line.x,
         line.mean,
         color=color,
-        linewidth=width,
+        linewidth=2.6 if ours else 2.0,
         dashes=dashes(line.slot),
         solid_capstyle="round",
-        zorder=3 if line.slot == "fedss" else 2,
+        zorder=3 if ours else 2,
     )
     if end or len(line.x) == 1:
         ax.plot(
@@ -304,14 +309,14 @@ def draw_line(
 
 
 def _label_ends(
-    ax: Axes, lines: Sequence[Line], texts: Sequence[str], colors: Mapping[str, str] = STAND_IN
+    ax: Axes, lines: Sequence[Curve], texts: Sequence[str], colors: Mapping[str, str] = STAND_IN
 ) -> None:
     """Labels right of all lines in the order of their ends, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
     _label(ax, lines, texts, ends, max(float(x) for x, _ in ends) + LABEL_GAP, colors)
 
 
-def label_starts(ax: Axes, lines: Sequence[Line], texts: Sequence[str]) -> None:
+def label_starts(ax: Axes, lines: Sequence[Curve], texts: Sequence[str]) -> None:
     """Labels left of all lines in the order of their starts, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[0], line.mean[0])) for line in lines]
     _label(ax, lines, texts, ends, min(float(x) for x, _ in ends) - LABEL_GAP, STAND_IN)
@@ -319,7 +324,7 @@ def label_starts(ax: Axes, lines: Sequence[Line], texts: Sequence[str]) -> None:
 
 def _label(
     ax: Axes,
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     texts: Sequence[str],
     ends: Sequence[np.ndarray],
     x: float,

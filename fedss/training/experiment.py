@@ -40,35 +40,34 @@ from fedss.evaluation.baselines import (
     backbone_floors,
     data_floors,
     floor,
-    write_scores,
 )
 from fedss.evaluation.evaluate import Evaluation, check_tellable, embed_task, findings, judge
 from fedss.evaluation.intervals import ClassScores, interval
-from fedss.files import write_file, write_json
+from fedss.files import write_file
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, fingerprint, flatten_, load_embedder, save_embedder
 from fedss.report import write_report
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
+from fedss.runs.findings import read_scores, write_findings, write_scores
 from fedss.runs.folder import (
     check_same_round,
-    claim_comparison,
-    claim_run,
-    hold,
-    read_summaries,
+    lock_folder,
     with_absolute_paths,
+    write_comparison_config,
+    write_run_config,
 )
 from fedss.runs.progress import show_progress
-from fedss.runs.reading import read_scores
 from fedss.runs.records import (
+    FailedClient,
     Record,
+    new_record,
     open_records,
     read_records,
     records_to_disk,
-    round_traffic,
-    summarise,
 )
-from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_board
+from fedss.runs.summaries import Summary, read_summaries, summarize, write_summaries
+from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
 from fedss.training.build import (
@@ -145,7 +144,7 @@ class Run:
 
     folder: Path
     embedder: Embedder
-    summary: dict[str, Any]
+    summary: Summary
     already_done: bool
 
 
@@ -263,8 +262,8 @@ def train_federation(
     if config.keep_memory:
         keep_freed_memory()
     plan_of = partial(round_plan, config, sampler=sampler, objective=objective)
-    with hold(folder) if ranks.first else nullcontext():
-        claim_run(folder, config, data, describe_model(embedder, sampler, objective), ranks)
+    with lock_folder(folder) if ranks.first else nullcontext():
+        write_run_config(folder, config, data, describe_model(embedder, sampler, objective), ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             with _observer(label, config, on_round, ranks) as see:
@@ -275,13 +274,9 @@ def train_federation(
                 save_embedder(embedder, folder / "model", about)
                 run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
                 run |= {"sample_size": sample_size(config, done.num_classes), "folder": "."}
-                summary = summarise(run, done.records)
-                at_sites = "sites" in (done.records[-1]["metrics"] or {})
-                summary["gallery"] = "each site's own" if at_sites else "all test pictures"
-                summary["floors"] = dict(done.floors.map_at_10)
                 ends = None if done.by_class is None else interval([done.by_class])
-                summary["map_at_10_interval"] = ends and [ends.low, ends.high]
-                write_json(folder / "summary.json", [summary])
+                summary = summarize(run, done.records, done.floors.map_at_10, ends)
+                write_summaries(folder, [summary])
             # One that was written while it was under way says so.
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
@@ -371,9 +366,9 @@ def compare(
             compute_device(run)
             if objective is not None:
                 check_objective(run, objective)
-        with hold(folder) if ranks.first else nullcontext():
+        with lock_folder(folder) if ranks.first else nullcontext():
             if ranks.first:
-                claim_comparison(folder, config, list(methods), list(seeds))
+                write_comparison_config(folder, config, list(methods), list(seeds))
             for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
@@ -393,7 +388,7 @@ def compare(
             if ranks.first:
                 now = {summary["folder"] for summary in summaries}
                 earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
-                write_json(folder / "summary.json", earlier + summaries)
+                write_summaries(folder, [*earlier, *summaries])
                 write_report(folder)
     return summaries
 
@@ -436,7 +431,7 @@ def _train_rounds(
         found, done_before = None, state.round == config.rounds
         with (
             open_records(folder, records) if ranks.first else nullcontext() as add_record,
-            open_board(folder, state.round + 1) if ranks.first else nullcontext() as board,
+            open_writer(folder, state.round + 1) if ranks.first else nullcontext() as board,
         ):
             if board and not state.round and "untrained" in floors.map_at_10:
                 board.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
@@ -478,12 +473,10 @@ def _train_rounds(
         theta_P.copy_(state.backbone_P)
     if last is not None:
         # Outside, where torch may use all cores again.
-        for name, content in findings(*last).items():
-            write_file(folder / name, content)
+        write_findings(folder, findings(*last))
     by_class = found.by_class if found else None
     if by_class is not None:
-        found_now = {"trained": by_class.map_at_10}
-        write_scores(folder / "by_class.json", found_now, {"trained": by_class})
+        write_scores(folder / "by_class.json", floor("trained", by_class))
     return _Trained(state.class_rows.num_classes, records, floors, by_class)
 
 
@@ -493,12 +486,12 @@ def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: 
     if ranks.first and path.exists():
         # What cannot be read is measured again.
         with suppress(RunFolderError):
-            floors = Floors(*read_scores(path))
+            floors = read_scores(path)
     floors = ranks.gather(floors)[0]
     if floors is None:
         floors = federation.floors(theta_P) or Floors()
         if ranks.first:
-            write_scores(path, floors.map_at_10, floors.by_class)
+            write_scores(path, floors)
     return floors
 
 
@@ -549,26 +542,19 @@ def _next_round(
     updates = [u for part in ranks.gather([without_deltas(u) for u in updates]) for u in part]
     if first_loss is not None:
         check_growth([update.loss for update in updates], first_loss, plan)
-    moved = round_traffic(updates)
-    record = {
-        "round": state.round,
-        "loss": sum(update.loss for update in updates) / len(updates),
-        "clients": len(updates),
-        "examples": sum(update.num_examples for update in updates),
-        "num_classes": plan.num_classes,
-        "num_clients": federation.num_clients(round),
-        **(dict.fromkeys(moved) if method.pooled else moved),
-        "client_lr": plan.local.lr,
-        "class_row_lr": plan.local.row_lr,
-        "seconds": clock.restart(),
-        "metrics": found.metrics if found else None,
-    }
-    if failures or attempts > 1:
-        record["failures"] = [
-            {"client": federation.client_name(failure.client), "reason": failure.reason}
-            for failure in failures
-        ]
-        record["attempts"] = attempts
+    named = [
+        FailedClient(client=federation.client_name(failure.client), reason=failure.reason)
+        for failure in failures
+    ]
+    record = new_record(
+        plan,
+        updates,
+        federation.num_clients(round),
+        clock.restart(),
+        found.metrics if found else None,
+        named,
+        attempts,
+    )
     return state, record, found
 
 
