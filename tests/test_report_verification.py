@@ -198,8 +198,8 @@ def test_damaged_figures(
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("queries", lambda a: a[:, 0], "shapes do not fit 10 pairs"),
-        ("scores", lambda a: a[:3], "shapes do not fit 3 pairs"),
+        ("queries", lambda a: a[:, 0], r"queries: expected \[P, 2\], got \[10\]"),
+        ("scores", lambda a: a[:3], r"scores: expected \[P\], got \[3\]"),
         ("scores", lambda a: a.astype(str), "scores: unexpected type"),
         ("pixels", lambda a: a[:, :1], "pixels: expected"),
         ("pixels", lambda a: a.astype(float), "pixels: unexpected type"),

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -55,6 +56,7 @@ MARKERS: Mapping[str, str] = {
     **{slot: "s^vP"[i % 4] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 _NAMES = ("ink", "muted", "rule", "paper", "neutral", *SLOTS, *EXTRA_SLOTS)
+_TEXT: Mapping[str, Any] = {"va": "center", "fontsize": FONT, "parse_math": False}
 STAND_IN = {name: f"#fe01{number:02x}" for number, name in enumerate(_NAMES)}
 
 
@@ -176,32 +178,68 @@ def bars_chart(name: str, bars: Sequence[Bar], rows: str, alt: str) -> Markup:
             y + 26, bar.class_rows, 13, left=bar.backbone, color=STAND_IN[bar.slot], linewidth=0
         )
         total = bar.backbone + bar.class_rows
-        ax.text(
-            0,
-            y + 9,
-            wrap(bar.label, 52, 1),
-            color=STAND_IN["ink"],
-            va="center",
-            fontsize=FONT,
-            parse_math=False,
-        )
+        ax.text(0, y + 9, wrap(bar.label, 52, 1), color=STAND_IN["ink"], **_TEXT)
         ax.annotate(
             bar.text,
             (total, y + 26),
             (6, 0),
             textcoords="offset points",
-            va="center",
             color=STAND_IN["muted"],
-            fontsize=FONT,
+            **_TEXT,
         )
     for x, slot, text in ((0.0, "neutral", "backbone"), (0.29, bars[0].slot, rows)):
         ax.barh(9, longest * 0.028, 11, left=longest * x, color=STAND_IN[slot], linewidth=0)
-        ax.text(longest * (x + 0.045), 9, text, color=STAND_IN["muted"], va="center", fontsize=FONT)
+        ax.text(longest * (x + 0.045), 9, text, color=STAND_IN["muted"], **_TEXT)
     ax.set_xlim(0, longest * 1.0)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
     ax.set_position((2 / WIDTH, 0, (WIDTH - 90) / WIDTH, 1))
     return as_svg(figure, name, alt)
+
+
+def write(
+    ax: Axes,
+    place: tuple[float, float],
+    text: str,
+    color: str,
+    size: float = FONT,
+    side: str = "left",
+) -> None:
+    """A text at a place of the figure, in its points; ``side`` of the text stands there."""
+    ax.annotate(
+        text,
+        place,
+        xycoords="figure points",
+        color=color,
+        ha=side,
+        linespacing=1.1,
+        annotation_clip=False,
+        **{**_TEXT, "fontsize": size},
+    )
+
+
+def tie(
+    ax: Axes, mark: tuple[float, float], text: tuple[float, float], color: str, gap: float
+) -> None:
+    """A thin line from a text to ``gap`` points before its mark; places in the figure's points."""
+    line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
+    ax.annotate(
+        "",
+        mark,
+        text,
+        xycoords="figure points",
+        textcoords="figure points",
+        arrowprops={**line, "shrinkA": 0, "shrinkB": gap},
+    )
+
+
+def place_axes(ax: Axes, left: float, bottom: float, right: float, top: float) -> None:
+    """Put axes at these edges, in points of the figure."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    width, height = (72 * side for side in figure.get_size_inches())
+    size = (right - left) / width, (top - bottom) / height
+    ax.set_position((left / width, bottom / height, *size))
 
 
 def tall(count: int) -> float:
@@ -269,8 +307,7 @@ def _place(ax: Axes, lines: Sequence[Curve], top: float = 10) -> list[str]:
     # Names that take up most of the height are hard to follow to their lines.
     texts = wrapped([line.label for line in lines], 0.6 * (height - top - bottom))
     right = LABEL_GAP + 2 + max(text_width(text) for text in texts)
-    size = ((width - left - right) / width, (height - top - bottom) / height)
-    ax.set_position((left / width, bottom / height, *size))
+    place_axes(ax, left, bottom, width - right, height - top)
     return texts
 
 
@@ -337,27 +374,8 @@ def _label(
     for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
         color = colors[line.slot]
         if abs(y - end_y) > 4 or abs(x - end_x) > LABEL_GAP + 12:
-            tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
-            ax.annotate(
-                "",
-                (end_x, end_y),
-                (x - 3 * way, y),
-                xycoords="figure points",
-                textcoords="figure points",
-                arrowprops={**tie, "shrinkA": 0, "shrinkB": 5},
-            )
-        ax.annotate(
-            text,
-            (x, y),
-            xycoords="figure points",
-            color=color,
-            ha="left" if way > 0 else "right",
-            va="center",
-            annotation_clip=False,
-            linespacing=1.1,
-            fontsize=FONT,
-            parse_math=False,
-        )
+            tie(ax, (end_x, end_y), (x - 3 * way, y), color, gap=5)
+        write(ax, (x, y), text, color, side="left" if way > 0 else "right")
 
 
 def as_png(figure: Figure, colors: Mapping[str, str]) -> bytes:

@@ -217,8 +217,14 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
     return bars
 
 
-def render_bytes_picture(folder: Path) -> bytes:
-    """MAP@10 against bytes moved, as PNG in the colours of the page's light theme.
+def bytes_picture(folder: Path) -> bytes:
+    """The report's chart of MAP@10 against bytes moved, as a PNG for a README or a talk.
+
+    Args:
+        folder: as for :func:`write_report`.
+
+    Returns:
+        A PNG of 6.4 x 4 inches at 200 dpi on white. The same records give the same bytes.
 
     Raises:
         RunFolderError: records are missing or damaged, or no round has both score and bytes.
@@ -231,8 +237,20 @@ def render_bytes_picture(folder: Path) -> bytes:
     return charts.bytes_png(lines, level, _light())
 
 
-def render_frontier_picture(folders: Mapping[str, Path]) -> bytes:
-    """The frontiers of the comparisons in ``folders``, by their titles, as PNG.
+def frontier_picture(folders: Mapping[str, Path]) -> bytes:
+    """The report's chart of the frontier, of one or several comparisons, as a PNG for a README.
+
+    Each variant's final MAP@10 (mean over seeds; a line from the lowest to the highest) against
+    the bytes it moves per client and round, both ways. Where every comparison has a finished
+    ``full``, scores are relative to it, and all panels share one axis.
+
+    Args:
+        folders: one to four: title -> folder of a comparison, as for :func:`write_report`. Runs
+            not yet finished are left out. The pictures of several stand in two columns.
+
+    Returns:
+        A PNG at 200 dpi on white: 6.4 x 4 inches for one comparison, 5.8 x 4.4 inches for each
+        of several. The same records give the same bytes.
 
     Raises:
         ConfigError: no folder, or more than four.
@@ -260,8 +278,20 @@ def render_frontier_picture(folders: Mapping[str, Path]) -> bytes:
     return frontier_png(panels, _light())
 
 
-def render_clients_picture(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
-    """Who holds what, as PNG in the colours of the page's light theme."""
+def clients_picture(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
+    """Pictures and classes per client, clients per class, and a client x class matrix, as a PNG.
+
+    The matrix shows up to 36 clients, evenly spread from most pictures to fewest, and the classes
+    that they hold; those held by the same clients stand next to each other.
+
+    Args:
+        held: client, class and number of pictures of each pair of client and class that has any,
+            integers [P], as :func:`fedss.data.holdings` gives them.
+        title: stands above.
+
+    Returns:
+        A PNG of 12.2 x 9.2 inches at 200 dpi on white. The same numbers give the same bytes.
+    """
     return clients_png(held, title, _light())
 
 

@@ -121,14 +121,9 @@ def _draw_panel(
     colors: Mapping[str, str],
 ) -> None:
     """Draw within ``area`` (left, bottom, right, top of the figure, in its units)."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    width, height = (72 * side for side in figure.get_size_inches())
     left, bottom = area[0] + 42, area[1] + 46
     right, top = area[2] - 14, area[3] - (54 if panel.title else 30)
-    ax.set_position(
-        (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
-    )
+    charts.place_axes(ax, left, bottom, right, top)
     moved = np.array([point.moved for point in panel.points])
     span = max(moved.max() / moved.min(), 1.5)
     ax.set_xscale("log")
@@ -138,9 +133,9 @@ def _draw_panel(
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.set_xlabel("bytes per client and round, both ways (log)", loc="right")
     axis = "MAP@10 ÷ full" if panel.relative else "MAP@10"
-    _say(ax, (area[0] + 8, top + 16), axis, colors["muted"], FONT - 1)
+    charts.write(ax, (area[0] + 8, top + 16), axis, colors["muted"], FONT - 1)
     if panel.title:
-        _say(ax, (area[0] + 8, area[3] - 18), panel.title, colors["ink"], FONT + 1)
+        charts.write(ax, (area[0] + 8, area[3] - 18), panel.title, colors["ink"], FONT + 1)
     taken = []
     if panel.relative:
         ax.axhline(1.0, color=colors["ink"], linewidth=1, alpha=0.45, zorder=1)
@@ -173,7 +168,7 @@ def _draw_level(
     if score <= ax.get_ylim()[1]:
         ax.axhline(score, color=colors[slot], linewidth=1.6, dashes=charts.dashes(slot))
         text, y = label, float(_pixels(ax, [(1.0, score)])[0, 1]) + 10
-    _say(ax, (right, y), text, colors[slot], FONT, "right")
+    charts.write(ax, (right, y), text, colors[slot], FONT, "right")
     return right - text_width(text), y - 9, right, y + 9
 
 
@@ -243,39 +238,14 @@ def _name_points(
     ends = nearest_point(marks, places, sizes)
     for i, point in enumerate(points):
         if tied[i]:
-            line = {"arrowstyle": "-", "color": colors[point.slot], "linewidth": 0.8, "alpha": 0.6}
-            ax.annotate(
-                "",
-                tuple(marks[i]),
-                tuple(ends[i]),
-                xycoords="figure points",
-                textcoords="figure points",
-                arrowprops={**line, "shrinkA": 0, "shrinkB": 4},
-            )
+            charts.tie(ax, tuple(marks[i]), tuple(ends[i]), colors[point.slot], gap=4)
         color = colors[point.slot] if best[i] else colors["muted"]
         # Held where it is nearest to its mark: only the far end depends on the reader's font.
         way = int(np.sign(ends[i, 0] - marks[i, 0]))
         x = places[i, 0] - way * sizes[i, 0] / 2
         side = {1: "left", 0: "center", -1: "right"}[way]
-        _say(ax, (x, places[i, 1]), texts[i], color, FONT, side)
+        charts.write(ax, (x, places[i, 1]), texts[i], color, FONT, side)
 
 
 def _pixels(ax: Axes, values: Sequence[tuple[float, float]]) -> np.ndarray:
     return np.asarray(ax.transData.transform(np.array(values)))
-
-
-def _say(
-    ax: Axes, place: tuple[float, float], text: str, color: str, size: float, side: str = "left"
-) -> None:
-    ax.annotate(
-        text,
-        place,
-        xycoords="figure points",
-        color=color,
-        ha=side,
-        va="center",
-        fontsize=size,
-        linespacing=1.1,
-        annotation_clip=False,
-        parse_math=False,
-    )

@@ -249,23 +249,9 @@ def roc_chart(
     texts = [] if marks else wrapped([line.label for line in lines], 0.6 * (size[1] - 76))
     wide = 0.0 if marks else charts.LABEL_GAP + max(text_width(text) for text in texts)
     left, right, bottom, top = (38, 14, 46, 30) if marks else (wide, 38, 46, 30)
-    ax.set_position(
-        (
-            left / size[0],
-            bottom / size[1],
-            (size[0] - left - right) / size[0],
-            (size[1] - bottom - top) / size[1],
-        )
-    )
-    ax.annotate(
-        "TAR",
-        (8 if marks else size[0] - 8, size[1] - 12),
-        xycoords="figure points",
-        color=charts.STAND_IN["muted"],
-        ha="left" if marks else "right",
-        va="center",
-        fontsize=FONT - 1,
-    )
+    charts.place_axes(ax, left, bottom, size[0] - right, size[1] - top)
+    place, side = (8, "left") if marks else (size[0] - 8, "right")
+    charts.write(ax, (place, size[1] - 12), "TAR", charts.STAND_IN["muted"], FONT - 1, side)
     if marks:
         _write_marks(ax, lines[0], marks)
     else:
@@ -298,14 +284,4 @@ def _write_marks(ax: Axes, line: charts.Curve, marks: Sequence[RocMark]) -> None
             clip_on=False,
             zorder=4,
         )
-        ax.annotate(
-            text,
-            tuple(place),
-            xycoords="figure points",
-            color=charts.STAND_IN["ink"],
-            ha="center",
-            va="center",
-            fontsize=FONT,
-            annotation_clip=False,
-            parse_math=False,
-        )
+        charts.write(ax, tuple(place), text, charts.STAND_IN["ink"], side="center")

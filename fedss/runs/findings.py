@@ -4,9 +4,10 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from fedss.files import write_file, write_json
 from fedss.runs.fields import Fields, damaged, read_fields
 
 VERIFICATION = "verification.json"
+T = TypeVar("T")
 
 
 def write_findings(folder: Path, found: Findings) -> None:
@@ -45,52 +47,31 @@ def read_verification(folder: Path) -> Verification | None:
     if not path.exists():
         return None
     found = read_fields(path)
-    points, roc = (tuple(map(_point, found.objects(name))) for name in ("points", "roc"))
+    points, roc = (tuple(_read_as(Point, p) for p in found.objects(k)) for k in ("points", "roc"))
     fars = [point.far for point in roc]
     if not fars or min(fars) <= 0 or fars != sorted(fars):
         raise damaged(path, "'roc': expected points whose 'far' is above 0 and rises")
-    return Verification(
-        eer=found.share("eer"),
-        eer_threshold=found.number("eer_threshold"),
-        points=points,
-        roc=roc,
-        genuine=found.integer("genuine"),
-        impostor=found.integer("impostor"),
-        smallest_far=found.number("smallest_far"),
-        identification=found.unless_null(
-            "identification", lambda key: _identification(found.object(key))
-        ),
-    )
+    known = found.unless_null("identification", found.object)
+    if known is not None and (not known.number("threshold") >= -1 or known.integer("enrolled") < 1):
+        got = f"{known.value['threshold']} and {known.value['enrolled']}"
+        raise damaged(path, f"expected a threshold from -1 on and classes, got {got}")
+    identification = None if known is None else _read_as(Identification, known)
+    more = {"points": points, "roc": roc, "identification": identification}
+    return _read_as(Verification, found, more)
 
 
-def _point(found: Fields) -> Point:
-    return Point(
-        found.share("far"),
-        found.share("tar"),
-        found.number("threshold"),
-        bool(found.any("supported")),
-    )
+_SHARES = {"eer", "far", "tar", "fpir", "dir", "dir_low", "dir_high"}
 
 
-def _identification(found: Fields) -> Identification:
-    threshold, enrolled = found.number("threshold"), found.integer("enrolled")
-    if not threshold >= -1 or enrolled < 1:
-        raise damaged(
-            found.where,
-            f"expected a threshold from -1 on and classes, got {threshold} and {enrolled}",
-        )
-    return Identification(
-        fpir=found.share("fpir"),
-        dir=found.share("dir"),
-        dir_low=found.share("dir_low"),
-        dir_high=found.share("dir_high"),
-        threshold=threshold,
-        supported=bool(found.any("supported")),
-        draws=found.integer("draws"),
-        enrolled=enrolled,
-        mated=found.integer("mated"),
-        nonmated=found.integer("nonmated"),
-    )
+def _read_as(kind: type[T], found: Fields, more: Mapping[str, object] | None = None) -> T:
+    """An object as a dataclass of numbers and flags; ``more``: its other fields."""
+    read = {bool: lambda name: bool(found.any(name)), int: found.integer, float: found.number}
+    values = {
+        name: found.share(name) if name in _SHARES else read[kind.__annotations__[name]](name)
+        for name in kind.__annotations__
+        if name not in (more or {})
+    }
+    return kind(**values, **(more or {}))
 
 
 def write_scores(path: Path, scores: Floors) -> None:
@@ -131,27 +112,36 @@ def read_scores(path: Path) -> Floors:
     return Floors({name: means.share(name) for name in means}, by_class)
 
 
+# By array: kinds of dtype, and the shape, in which a letter is the same number throughout.
+_NEIGHBOURS = {
+    "pixels": ("u", "QNCHW"),
+    "labels": ("iu", "QN"),
+    "class_names": ("U", "QN"),
+    "scores": ("f", "QK"),
+    "query_index": ("iu", "Q"),
+}
+_CONFUSED = {
+    "pixels": ("u", "P2CHW"),
+    "shown": ("U", "P2"),
+    "class_names": ("U", "P2"),
+    "confused": ("iu", "P2"),
+    "queries": ("iu", "P2"),
+    "scores": ("f", "P"),
+}
+
+
 def read_neighbours(path: Path) -> Neighbours | None:
     """The arrays of ``retrieval.npz``; None where there is none.
 
     Raises:
         RunFolderError: it is damaged.
     """
-    if not path.is_file():
+    arrays = _read_arrays(path, _NEIGHBOURS)
+    if arrays is None:
         return None
-    arrays = _arrays(path, [field.name for field in fields(Neighbours)])
-    scores, pixels = arrays["scores"], arrays["pixels"]
-    if scores.ndim != 2 or scores.shape[1] < 1:
-        raise damaged(path, f"scores: expected [queries, neighbours], got {scores.shape}")
-    count, depth = scores.shape
-    with_query = (count, 1 + depth)
-    expected = {"labels": with_query, "class_names": with_query, "query_index": (count,)}
-    shapes_fit = all(arrays[name].shape == shape for name, shape in expected.items())
-    if not shapes_fit or pixels.shape[:2] != with_query:
-        raise damaged(path, f"shapes do not fit {count} queries with {depth} neighbours each")
-    if pixels.ndim != 5 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape[3:]:
-        raise damaged(path, f"pixels: expected [Q, 1 + K, 1 or 3, H, W], got {pixels.shape}")
-    _check_types(path, arrays, pixels="u", labels="iu", query_index="iu", scores="f")
+    depth = arrays["scores"].shape[1]
+    if depth < 1 or arrays["labels"].shape[1] != 1 + depth:
+        raise damaged(path, f"scores: expected those of all neighbours, 1 or more, got {depth}")
     return Neighbours(**arrays)
 
 
@@ -161,17 +151,8 @@ def read_confused(path: Path) -> ConfusedClasses | None:
     Raises:
         RunFolderError: it is damaged.
     """
-    if not path.is_file():
-        return None
-    arrays = _arrays(path, [field.name for field in fields(ConfusedClasses)])
-    pixels, count = arrays["pixels"], len(np.atleast_1d(arrays["scores"]))
-    names = ("shown", "class_names", "confused", "queries")
-    if arrays["scores"].ndim != 1 or any(arrays[name].shape != (count, 2) for name in names):
-        raise damaged(path, f"shapes do not fit {count} pairs of classes")
-    if pixels.ndim != 5 or pixels.shape[:2] != (count, 2) or pixels.shape[2] not in (1, 3):
-        raise damaged(path, f"pixels: expected [{count}, 2, 1 or 3, H, W], got {pixels.shape}")
-    _check_types(path, arrays, pixels="u", confused="iu", queries="iu", scores="f")
-    return ConfusedClasses(**arrays)
+    arrays = _read_arrays(path, _CONFUSED)
+    return None if arrays is None else ConfusedClasses(**arrays)
 
 
 def read_augmented(path: Path) -> np.ndarray | None:
@@ -181,26 +162,31 @@ def read_augmented(path: Path) -> np.ndarray | None:
     Raises:
         RunFolderError: it is damaged.
     """
+    arrays = _read_arrays(path, {"pixels": ("u", "PVCHW")})
+    if arrays is not None and (arrays["pixels"].shape[1] < 2 or not arrays["pixels"].size):
+        raise damaged(path, f"pixels: expected versions, got {arrays['pixels'].shape}")
+    return None if arrays is None else arrays["pixels"]
+
+
+def _read_arrays(path: Path, layout: Mapping[str, tuple[str, str]]) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, of the right types and of shapes that fit each other."""
     if not path.is_file():
         return None
-    pixels = _arrays(path, ["pixels"])["pixels"]
-    fits = pixels.ndim == 5 and pixels.shape[2] in (1, 3) and pixels.shape[1] > 1
-    if pixels.dtype != np.uint8 or not fits or 0 in pixels.shape:
-        got = f"{pixels.dtype} {pixels.shape}"
-        raise damaged(path, f"pixels: expected uint8 [P, 1 + V, 1 or 3, H, W], got {got}")
-    return pixels
-
-
-def _arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: np.asarray(file[name]) for name in names}
+            arrays = {name: np.asarray(file[name]) for name in layout}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise damaged(path, f"cannot be read ({error})") from error
-
-
-def _check_types(path: Path, arrays: Mapping[str, np.ndarray], **kinds: str) -> None:
-    for name, kind in kinds.items():
+    sizes = {"2": 2}
+    for name, (kinds, shape) in layout.items():
         array = arrays[name]
-        if array.dtype.kind not in kind or (name == "pixels" and array.itemsize > 1):
+        if array.dtype.kind not in kinds or (name == "pixels" and array.itemsize > 1):
             raise damaged(path, f"{name}: unexpected type {array.dtype}")
+        fits = array.ndim == len(shape) and all(
+            sizes.setdefault(letter, size) == size
+            for letter, size in zip(shape, array.shape, strict=True)
+        )
+        if not fits or (name == "pixels" and (sizes["C"] not in (1, 3) or 0 in array.shape[3:])):
+            expected = ", ".join(shape).replace("C", "1 or 3")
+            raise damaged(path, f"{name}: expected [{expected}], got {list(array.shape)}")
+    return arrays

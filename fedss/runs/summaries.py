@@ -22,31 +22,17 @@ MOMENTS = tuple(mean for mean in MEANS.values() if mean.startswith("moment_"))
 
 
 class Summary(TypedDict, total=False):
-    """A run: what it was, how its model is judged, means per client and round.
+    """A run: what it was, how its model is judged, means per client and round."""
 
-    Attributes:
-        method: what it trained with, as its ``config.json`` says; so are ``seed`` and ``rounds``.
-        sample_size: the size of a class sample that a client got.
-        folder: of the run, from where the file lies.
-        label: what a comparison calls the variant of the method; runs on their own have none.
-        recall_at_1: as the fields of :class:`fedss.RetrievalMetrics`, all of which are here; None
-            where nobody could judge the model. ``sites``: how many sites could.
-        bytes_down_per_client_round: as are its parts and ``bytes_up_per_client_round``; None where
-            pictures are pooled.
-        class_rows_per_client: the mean of ``|S_k|``; None likewise.
-        seconds_by_phase: over all rounds; they add up to ``seconds``.
-        failures: how often clients failed, by reason.
-        gallery: what a query was searched in.
-        floors: MAP@10 by the name of the floor.
-        map_at_10_interval: the ends of its 95 % interval; None where it is not known.
-    """
-
+    # As its configuration says, but for the size of the class samples that clients got.
     method: str
     seed: int
     rounds: int
     sample_size: int
+    # From where the file lies, and what a comparison calls the variant.
     folder: str
     label: str | None
+    # As in RetrievalMetrics; None where nobody could judge the model. ``sites``: how many could.
     recall_at_1: float | None
     recall_at_5: float | None
     map_at_10: float | None
@@ -56,6 +42,7 @@ class Summary(TypedDict, total=False):
     classes: int | None
     skipped: int | None
     sites: int
+    # None where images are pooled.
     bytes_down_per_client_round: float | None
     bytes_up_per_client_round: float | None
     backbone_bytes_down_per_client_round: float | None
@@ -65,9 +52,11 @@ class Summary(TypedDict, total=False):
     moment_bytes_down_per_client_round: float | None
     moment_bytes_up_per_client_round: float | None
     class_rows_per_client: float | None
+    # Over all rounds; the phases add up to ``seconds``. Failures by reason.
     seconds_by_phase: Mapping[str, float]
     seconds: float
     failures: Mapping[str, int]
+    # What a query was searched in; MAP@10 by the name of the floor; the ends of the 95 % interval.
     gallery: str
     floors: Mapping[str, float]
     map_at_10_interval: Sequence[float] | None
