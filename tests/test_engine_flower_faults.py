@@ -23,8 +23,9 @@ from torch import Tensor
 
 import fedss
 from fedss.config import Config
-from fedss.core.algorithm import Failure, draw_cohort
+from fedss.core.algorithm import draw_cohort
 from fedss.core.client import ClientUpdate
+from fedss.core.engine import Failure
 from fedss.data import load_dataset
 from fedss.engines.local import LocalEngine, Workers
 from fedss.errors import ConfigError, DivergedError, QuorumError
