@@ -16,6 +16,7 @@ Writes ``benchmarks/results/verification.txt`` (not with ``--short``).
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -37,7 +38,7 @@ from torch.nn import functional as F
 
 from fedss import Config, evaluate_retrieval, train
 from fedss.evaluation.confusions import hardest_confusions
-from fedss.evaluation.evaluate import confused, embed_task, panels, score, verify
+from fedss.evaluation.evaluate import embed_task, find_confused, find_neighbours, score, verify
 from fedss.evaluation.verification import count_pairs, identification, verification
 from fedss.models import embed_pixels
 from fedss.training.build import evaluation_task
@@ -67,8 +68,8 @@ def omniglot(options: argparse.Namespace) -> dict[str, Any]:
         lambda: embed_task(lambda pixels: embed_pixels(run.embedder, pixels), task)
     )
     metrics, spent["retrieval figures"] = timed(lambda: score(task, *pair))
-    _, spent["panels"] = timed(lambda: panels(task, pair, 0))
-    _, spent["confusions"] = timed(lambda: confused(task, pair))
+    _, spent["panels"] = timed(lambda: find_neighbours(task, pair, 0))
+    _, spent["confusions"] = timed(lambda: find_confused(task, pair))
     found, spent["verification and identification"] = timed(lambda: verify(task, pair, 0))
     phases = run.summary["seconds_by_phase"]
     spent["a round"] = {
@@ -76,7 +77,7 @@ def omniglot(options: argparse.Namespace) -> dict[str, Any]:
         "cpu": float("nan"),
         "peak": float("nan"),
     }
-    return {"spent": spent, "map_at_10": metrics.map_at_10, "found": found}
+    return {"spent": spent, "map_at_10": metrics.map_at_10, "found": dataclasses.asdict(found)}
 
 
 def many(options: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import fedss
 from fedss.data import RetrievalTask
 from fedss.evaluation.evaluate import score
 from fedss.runs.eta import time_left
-from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_board
+from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 
 RESULTS = Path(__file__).parent / "results" / "watching.txt"
 ROUNDS = 500
@@ -62,7 +62,7 @@ def measure(task: RetrievalTask, d: int) -> list[str]:
     record |= {"bytes_up": 10**6, "class_rows": 1280, "client_lr": 0.05, "class_row_lr": 2.0}
     record |= {"seconds": by_phase, "metrics": None}
     rows = []
-    with tempfile.TemporaryDirectory() as place, open_board(Path(place), 1) as board:
+    with tempfile.TemporaryDirectory() as place, open_writer(Path(place), 1) as board:
         folder = Path(place) / "tensorboard"
 
         def row(name: str, work: Callable[[], object], times: int) -> None:

@@ -19,11 +19,10 @@ from fedss.evaluation.baselines import (
     fit_whitening,
     floor,
     pixel_vectors,
-    write_scores,
 )
 from fedss.evaluation.evaluate import check_tellable, embed_task, score
 from fedss.models import build_embedder, embed_pixels
-from fedss.runs.reading import read_scores
+from fedss.runs.findings import read_scores, write_scores
 from tests import reference
 
 DATA = reference.tiny_dataset()
@@ -171,15 +170,15 @@ def test_weights_that_give_no_features_are_refused():
 
 def test_floors_come_back_from_their_file(tmp_path):
     found = data_floors(DATA.test)
-    write_scores(tmp_path / "floors.json", found.map_at_10, found.by_class)
-    means, by_class = read_scores(tmp_path / "floors.json")
-    assert means == found.map_at_10
-    assert by_class.keys() == found.by_class.keys()
-    for name, scores in by_class.items():
+    write_scores(tmp_path / "floors.json", found)
+    again = read_scores(tmp_path / "floors.json")
+    assert again.map_at_10 == found.map_at_10
+    assert again.by_class.keys() == found.by_class.keys()
+    for name, scores in again.by_class.items():
         assert scores.map_at_10 == found.by_class[name].map_at_10
     # A federation knows none of its classes.
-    write_scores(tmp_path / "floors.json", {"chance": 0.1}, {})
-    assert read_scores(tmp_path / "floors.json") == ({"chance": 0.1}, {})
+    write_scores(tmp_path / "floors.json", Floors({"chance": 0.1}))
+    assert read_scores(tmp_path / "floors.json") == Floors({"chance": 0.1})
     for damage in ("[]", '{"map_at_10": {"chance": 2}}', "{", '{"map_at_10": {}}'):
         (tmp_path / "floors.json").write_text(damage)
         with pytest.raises(RunFolderError, match="delete it"):

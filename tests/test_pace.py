@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedss import Config, progress
+from fedss import Config
 from fedss.flower.server_app import line
+from fedss.runs import progress
 from fedss.runs.eta import TimeLeft, time_left
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,7 @@ def measured(rows_ND: torch.Tensor | None = None, **identification: object) -> d
     query = reference.tiny_dataset().test.query
     if rows_ND is None:
         rows_ND = torch.randn(len(query), 6, generator=torch.Generator().manual_seed(0))
-    found = verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0)
+    found = asdict(verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0))
     return found | {"identification": found["identification"] | identification}
 
 

@@ -453,15 +453,15 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fedss.data import data_fingerprint
-    from fedss.evaluation.baselines import Floors, data_floors
+    from fedss.data import fingerprint
+    from fedss.evaluation.baselines import data_floors
     from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
     from fedss.evaluation.intervals import interval
     from fedss.evaluation.verification import FARS
-    from fedss.files import read_json, write_json
+    from fedss.files import read_json
     from fedss.inference.model import load
     from fedss.models import embed_pixels
-    from fedss.runs.reading import read_scores, read_verified
+    from fedss.runs.findings import read_scores, read_verification, write_verification
     from fedss.training.build import evaluation_task, load_data
     from fedss.training.summary import why_not_own
 
@@ -493,9 +493,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     assert found.by_class is not None
     ends = interval([found.by_class])
     floors = data_floors(task)
-    path = Path(options.folder) / "floors.json"
-    if own and path.exists():
-        floors |= Floors(*read_scores(path))
+    if own:
+        floors |= read_scores(Path(options.folder) / "floors.json")
     measured = verify(task, embedded, config.data_seed, fars)
     assert measured is not None
     if options.json:
@@ -503,16 +502,19 @@ def _evaluate(options: argparse.Namespace) -> None:
             "map_at_10_interval": ends and [ends.low, ends.high],
             "floors": floors.map_at_10,
         }
-        print(json.dumps({**found.metrics, **told, "verification": measured}, indent=2))
+        print(
+            json.dumps(
+                {**found.metrics, **told, "verification": dataclasses.asdict(measured)}, indent=2
+            )
+        )
     else:
         if not own:
             _say(f"pictures of {data.name}, other than the run's own")
-        _print_figures(found.metrics, ends, floors.map_at_10, measured)
-    path = Path(options.folder) / "verification.json"
+        _print_figures(found.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
     # Of other pictures it would not be the run's.
     writes = own and not options.far
     try:
-        if read_verified(path) is not None:
+        if read_verification(Path(options.folder)) is not None:
             return
     except RunFolderError as error:
         if not writes:
@@ -520,8 +522,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not writes:
         return
     try:
-        write_json(path, measured)
+        write_verification(Path(options.folder), measured)
     except OSError as error:
+        path = Path(options.folder) / "verification.json"
         _say(f"{path} cannot be written: {error}", file=sys.stderr)
 
 
@@ -889,7 +892,7 @@ def _print_found(configs: Sequence[Config], data: "Dataset") -> None:
 def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Path) -> None:
     """What was retrieved and what was moved: means over seeds, one row per method."""
     from fedss.evaluation.intervals import FLOORS
-    from fedss.runs.headlines import finding
+    from fedss.runs.headlines import headline
     from fedss.runs.reading import Group, group_runs, read_runs
 
     groups: Sequence[Group] = ()
@@ -952,7 +955,7 @@ def _print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Pa
             found.add_row(told, _score(sum(values) / len(values)))
     _print_table(found, spare=("by class", "seeds", "time s"))
     if groups:
-        sentence = finding(groups)
+        sentence = headline(groups)
         if sys.stdout.isatty():
             sentence = fill(sentence, shutil.get_terminal_size().columns)
         _say(*sentence.splitlines(), "")

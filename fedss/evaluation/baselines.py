@@ -8,10 +8,8 @@ Shape suffixes: N images, C classes (of scores) or channels (of pixels), D numbe
 """
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +20,6 @@ from fedss.data import Images, RetrievalTask
 from fedss.errors import ConfigError
 from fedss.evaluation.evaluate import EmbedPixels, count_classes, embed_task, score_classes
 from fedss.evaluation.intervals import ClassScores
-from fedss.files import write_file
 from fedss.models import Embedder, embed_pixels
 
 SIDE = 12
@@ -173,22 +170,7 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     return lambda rows_MD: ((rows_MD.double() - mean_D) @ whitening_DK).float()
 
 
-def write_scores(
-    path: Path, map_at_10: Mapping[str, float], by_class: Mapping[str, ClassScores]
-) -> None:
-    """MAP@10 by name, and that of each class of one test, for :func:`read_scores`."""
-    first = next(iter(by_class.values()), None)
-    content = {
-        "map_at_10": dict(map_at_10),
-        "class_names": [] if first is None else list(first.names),
-        "queries": [] if first is None else first.queries_C.tolist(),
-        "by_class": {name: scores.map_at_10_C.tolist() for name, scores in by_class.items()},
-    }
-    # In one line: a number of each class in a line of its own would help nobody.
-    write_file(path, (json.dumps(content) + "\n").encode())
-
-
-def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
+def _scores(embed: Embed, task: RetrievalTask) -> ClassScores:
     return score_classes(task, *embed_task(embed, task))[1]
 
 

@@ -1,10 +1,8 @@
 """Retrieval with an embedding: figures, and images to look at."""
 
 import dataclasses
-import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +15,17 @@ from fedss.errors import DataError, DivergedError
 from fedss.evaluation.confusions import hardest_confusions
 from fedss.evaluation.intervals import ClassScores
 from fedss.evaluation.retrieval import RetrievalMetrics, evaluate_by_label, nearest
-from fedss.evaluation.verification import FARS, count_pairs, identification, verification
+from fedss.evaluation.verification import (
+    FARS,
+    Verification,
+    count_pairs,
+    identification,
+    verification,
+)
 from fedss.models import Embedder, embed_pixels
 from fedss.seeds import generator
 
-_PANEL_QUERIES, _PANEL_NEIGHBOURS = 48, 5
+_SHOWN_QUERIES, _SHOWN_NEIGHBOURS = 48, 5
 
 
 def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
@@ -117,61 +121,96 @@ def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
 
 def verify(
     task: RetrievalTask, embedded: Embedded, seed: int, fars: Sequence[float] = FARS
-) -> dict[str, Any] | None:
-    """What ``verification.json`` says: the fields of `Verification`, and under ``identification``
-    those of `Identification`, or null; None where no two images are of two classes.
+) -> Verification | None:
+    """Verification, and identification where there is anybody to find and to refuse.
 
     Args:
         task: the images.
         embedded: their embeddings.
         seed: of the draws of enrolled classes.
         fars: rates of false accepts to give the TAR at.
+
+    Returns:
+        None where no two pictures are of two classes.
     """
     sides = _labelled(task, *embedded)
     pairs = count_pairs(*sides)
     if not pairs.impostor_C.any():
         return None
-    known = identification(*sides, seed=seed)
-    return {
-        **dataclasses.asdict(verification(pairs, fars)),
-        "identification": None if known is None else dataclasses.asdict(known),
-    }
+    return replace(verification(pairs, fars), identification=identification(*sides, seed=seed))
 
 
-def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> dict[str, bytes]:
-    """What else is found with a task's embeddings, as files of a run folder, by their names."""
-    files = {
-        "retrieval.npz": panels(task, embedded, seed),
-        "confusions.npz": confused(task, embedded),
-    }
-    measured = verify(task, embedded, seed)
-    if measured is not None:
-        files["verification.json"] = (json.dumps(measured, indent=2) + "\n").encode()
-    return files
+@dataclass(frozen=True)
+class Neighbours:
+    """Queries and what is found for them: Q queries, each followed by its nearest K.
 
-
-def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
-    """Some queries and their nearest images, for the report; the same queries for every run.
-
-    Returns:
-        An ``.npz`` file of what :func:`find_neighbours` finds.
+    Attributes:
+        pixels: uint8 [Q, 1 + K, C, H, W], query first.
+        labels: int64 [Q, 1 + K].
+        class_names: str [Q, 1 + K].
+        scores: cosines, float32 [Q, K].
+        query_index: int64 [Q], the same for all runs on one data set.
     """
-    return _npz(**find_neighbours(task, embedded, seed, _PANEL_QUERIES))
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    class_names: np.ndarray
+    scores: np.ndarray
+    query_index: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """bool [Q, K]: whether a neighbour has the query's class."""
+        return np.asarray(self.labels[:, 1:] == self.labels[:, :1])
+
+
+@dataclass(frozen=True)
+class ConfusedClasses:
+    """P pairs of classes that are taken for each other, the hardest first.
+
+    Attributes:
+        pixels: uint8 [P, 2, C, H, W], a query and its wrong nearest picture.
+        shown: str [P, 2], the classes of these two.
+        class_names: str [P, 2].
+        confused: int64 [P, 2], queries of each class whose nearest is of the other.
+        queries: int64 [P, 2], queries of each class.
+        scores: float64 [P], cosines of the pictures.
+    """
+
+    pixels: np.ndarray
+    shown: np.ndarray
+    class_names: np.ndarray
+    confused: np.ndarray
+    queries: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What else is found with a task's embeddings, beside its figures of retrieval."""
+
+    neighbours: Neighbours
+    confused: ConfusedClasses
+    verification: Verification | None
+
+
+def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> Findings:
+    """What a run keeps of its last evaluation, for the report and for search."""
+    return Findings(
+        find_neighbours(task, embedded, seed),
+        find_confused(task, embedded),
+        verify(task, embedded, seed),
+    )
 
 
 def find_neighbours(
-    task: RetrievalTask, embedded: Embedded, seed: int, queries: int
-) -> dict[str, np.ndarray]:
-    """Some queries, drawn by the seed, and their five nearest images.
-
-    Returns:
-        pixels uint8 [Q, 6, C, H, W], query first, labels int64 [Q, 6], class_names str [Q, 6],
-        scores (cosines) float32 [Q, 5] and query_index int64 [Q].
-    """
+    task: RetrievalTask, embedded: Embedded, seed: int, queries: int = _SHOWN_QUERIES
+) -> Neighbours:
+    """Some queries, drawn by the seed (the same for every run), and their five nearest pictures."""
     query, gallery = task.query, task.gallery or task.query
     query_QD, gallery_GD = embedded
     among_queries = gallery_GD is None
-    count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
+    count = min(_SHOWN_NEIGHBOURS, len(gallery) - among_queries)
     chosen = generator(seed, "panels").permutation(len(query))[:queries]
     among_GD = query_QD if gallery_GD is None else gallery_GD
     found_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
@@ -187,23 +226,11 @@ def find_neighbours(
     names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
     # Labels are numbers within each set; the report compares them, so they are numbered by name.
     labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
-    return {
-        "pixels": pixels,
-        "labels": labels,
-        "class_names": names,
-        "scores": scores,
-        "query_index": chosen,
-    }
+    return Neighbours(pixels, labels, names, scores, chosen)
 
 
-def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
-    """The classes most often taken for each other, for the report; see `hardest_confusions`.
-
-    Returns:
-        An ``.npz`` file of P pairs: pixels uint8 [P, 2, C, H, W], a query and its wrong nearest
-        image; shown str [P, 2], the classes of these two; class_names str [P, 2], confused and
-        queries int64 [P, 2] as in `Confusion`; scores float64 [P].
-    """
+def find_confused(task: RetrievalTask, embedded: Embedded) -> ConfusedClasses:
+    """The classes most often taken for each other; see `hardest_confusions`."""
     sides = _labelled(task, *embedded)
     query, gallery = task.query, task.gallery or task.query
     found = hardest_confusions(*sides)
@@ -212,7 +239,7 @@ def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
     def table(values: list[Any], dtype: type) -> np.ndarray:
         return np.array(values, dtype).reshape(len(found), 2)
 
-    return _npz(
+    return ConfusedClasses(
         pixels=np.array(
             [[images.pixels[i] for images, i in pair] for pair in pairs], np.uint8
         ).reshape(len(found), 2, *query.pixels.shape[1:]),
@@ -238,9 +265,3 @@ def _labelled(
     renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
     labels_Q = torch.from_numpy(renumbered[query.labels])
     return query_QD, labels_Q, gallery_GD, torch.from_numpy(gallery.labels)
-
-
-def _npz(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()

@@ -71,6 +71,7 @@ class Verification:
     """1:1. `genuine` and `impostor` are numbers of pairs; see `verification`.
 
     `smallest_far` is the FAR of `ERRORS` false accepts; `roc` goes from there (or from 1) to 1.
+    `identification`, 1:N, is None where it was not measured, or nobody can be found or refused.
     """
 
     eer: float
@@ -80,6 +81,7 @@ class Verification:
     genuine: int
     impostor: int
     smallest_far: float
+    identification: "Identification | None" = None
 
 
 @dataclass(frozen=True)

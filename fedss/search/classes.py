@@ -14,7 +14,7 @@ from fedss.files import read_json
 from fedss.inference.embedding import class_name
 from fedss.inference.pixels import ImageSource, Read, name_of, read_pictures
 from fedss.models import fingerprint
-from fedss.runs.reading import read_verified
+from fedss.runs.findings import read_verification
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
 from fedss.search.store import Item, changing, is_there, make_shelf, put, take_out
 from fedss.text import counted
@@ -194,7 +194,7 @@ def stored_threshold(run: str | Path) -> Threshold | None:
     Raises:
         RunFolderError: the file is damaged.
     """
-    found = read_verified(Path(run) / "verification.json")
+    found = read_verification(Path(run))
     known = None if found is None else found.identification
     if known is None:
         return None
