@@ -8,10 +8,10 @@ from fedss import RetrievalTask
 from fedss.data import Images
 from fedss.evaluation.evaluate import (
     embed_task,
-    evaluate_embedding,
     find_confused,
     find_neighbours,
     findings,
+    score,
     verify,
 )
 from fedss.evaluation.verification import identification

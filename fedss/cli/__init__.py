@@ -453,7 +453,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from fedss.data import fingerprint
+    from fedss.data import data_fingerprint
     from fedss.evaluation.baselines import data_floors
     from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
     from fedss.evaluation.intervals import interval

@@ -170,7 +170,7 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     return lambda rows_MD: ((rows_MD.double() - mean_D) @ whitening_DK).float()
 
 
-def _scores(embed: Embed, task: RetrievalTask) -> ClassScores:
+def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
     return score_classes(task, *embed_task(embed, task))[1]
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from fedss.evaluation.verification import Point, Verification
+from fedss.evaluation.verification import OperatingPoint, Verification
 from fedss.report import charts
 from fedss.report.labels import FONT, beside, text_height, text_width, wrapped
 from fedss.report.panels import SMALL_SIDE, Thumbnail, data_uri
@@ -142,7 +142,7 @@ def _supported(found: Verification, far: float) -> bool:
     return any(point.far == far and point.supported for point in found.points)
 
 
-def _point(found: Verification, far: float) -> Point:
+def _point(found: Verification, far: float) -> OperatingPoint:
     return next(point for point in found.points if point.far == far)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from fedss.evaluation.baselines import Floors
 from fedss.evaluation.evaluate import ConfusedClasses, Findings, Neighbours
 from fedss.evaluation.intervals import ClassScores
-from fedss.evaluation.verification import Identification, Point, Verification
+from fedss.evaluation.verification import Identification, OperatingPoint, Verification
 from fedss.files import write_file, write_json
 from fedss.runs.fields import Fields, damaged, read_fields
 
@@ -47,7 +47,9 @@ def read_verification(folder: Path) -> Verification | None:
     if not path.exists():
         return None
     found = read_fields(path)
-    points, roc = (tuple(_read_as(Point, p) for p in found.objects(k)) for k in ("points", "roc"))
+    points, roc = (
+        tuple(_read_as(OperatingPoint, p) for p in found.objects(k)) for k in ("points", "roc")
+    )
     fars = [point.far for point in roc]
     if not fars or min(fars) <= 0 or fars != sorted(fars):
         raise damaged(path, "'roc': expected points whose 'far' is above 0 and rises")
