@@ -50,7 +50,7 @@ import fedss
 from fedss.inference.pixels import thumbnail
 from fedss.models import build_embedder, save_embedder
 from fedss.search import Collection, build_collection, open_collection
-from fedss.search.store import Item, changing, make_shelf, note, put
+from fedss.search.store import Item, add_items, create_store, transaction, write_metadata
 
 RESULTS = Path(__file__).parent / "results" / "search.txt"
 K, QUERIES = 10, 100
@@ -218,9 +218,10 @@ def containers(folder: Path, count: int) -> list[str]:
         from fedss.search.store import read_thumbnail
 
         path = folder / "thumbnails.sqlite"
-        make_shelf(path, {"build": "1"})
-        with changing(path, alone=True) as file:
-            put(file, (Item(f"{i}.jpg", None, (1, 2), vectors[i], of[i]) for i in range(count)))
+        create_store(path, {"build": "1"})
+        with transaction(path, alone=True) as file:
+            items = (Item(f"{i}.jpg", None, (1, 2), vectors[i], of[i]) for i in range(count))
+            add_items(file, items)
         return lambda i: read_thumbnail(path, i + 1, "1") or b""
 
     def flat() -> Callable[[int], bytes]:
@@ -297,16 +298,16 @@ def indexing(folder: Path, pictures: int, opened: int) -> list[str]:
     photos = str(folder / "photos")
     facts = {"source": photos, "root": photos, "links": 0, "skipped": [], "embedded": 0}
     vectors = normalize(torch.randn(opened, 64), dim=1).numpy()
-    make_shelf(big / "index.sqlite", {"model": fingerprint(EMBEDDER), "build": "1"})
-    with changing(big / "index.sqlite", alone=True) as file:
-        put(
+    create_store(big / "index.sqlite", {"model": fingerprint(EMBEDDER), "build": "1"})
+    with transaction(big / "index.sqlite", alone=True) as file:
+        add_items(
             file,
             (
                 Item(f"class {i % 10_000}/{i}.jpg", f"class {i % 10_000}", (1, 2), vectors[i], b"x")
                 for i in range(opened)
             ),
         )
-        note(file, {"facts": json.dumps(facts)})
+        write_metadata(file, {"facts": json.dumps(facts)})
     opening = []
     for _ in range(3):
         start = time.perf_counter()

@@ -27,7 +27,8 @@ from torch.nn.functional import normalize
 
 import fedss
 from fedss.search import Collection, build_collection, remove
-from fedss.search.web import app as server
+from fedss.search.web import guard
+from fedss.search.web.app import make_app
 
 # One in whose case it works as often as on average.
 MISSING = "Tengwar 22"
@@ -102,14 +103,14 @@ def share_found(vectors_ND: Tensor, labels: list[str], enrolled: int = 3) -> flo
 @contextmanager
 def served(collection: Collection) -> Iterator[str]:
     """The page's address, while it is served by a thread."""
-    limits = server.make_limits(20, THRESHOLD)
-    app = server.make_app(collection, "omniglot", frozenset(), limits)
-    with server.listen("127.0.0.1", 0) as listener:
+    limits = guard.make_limits(20, THRESHOLD)
+    app = make_app(collection, "omniglot", frozenset(), limits)
+    with guard.listen("127.0.0.1", 0) as listener:
         web = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", ws="none"))
         thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            yield server.address_of(listener)
+            yield guard.address_of(listener)
         finally:
             web.should_exit = True
             thread.join()

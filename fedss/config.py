@@ -5,7 +5,8 @@ import difflib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from inspect import cleandoc
 from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.core.class_rows import RowDtype
@@ -25,130 +26,163 @@ EvalSplit = Literal["test", "validation"]
 
 _MOST_OF_MOMENTS = 4096  # 67 MB for a matrix in float32
 
-
-def _option(default: Any, help: str, group: str) -> Any:
-    return field(default=default, metadata={"help": help, "group": group})
+_FIRST_OF_GROUP = {
+    "data": "data",
+    "method": "method",
+    "backbone": "model",
+    "rounds": "training",
+    "rows_down": "wire",
+    "row_dtype": "server",
+    "seed": "run",
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides what a run does. Each field is an option of the command line.
 
+    Attributes:
+        data: data set: glyphs, omniglot, csv, folder, or one of docs/datasets.md
+        data_path: file or folder of the data set (csv: the manifest)
+        image_size: side in pixels that images are resized to (default: 64, drawings 28)
+        channels: 1 for grayscale, 3 for colour (default: 3 if any image has colour)
+        test_classes: share of classes held out for the test, where the data set names none
+        skip_broken: leave out unreadable images, and count them
+        data_seed: seed of the glyphs, the held-out classes and the partition
+        glyphs_classes: glyphs: number of classes, those of the test included
+        glyphs_clients: glyphs: number of training clients
+        partition: assign the images to clients anew: classes:K, dirichlet:ALPHA or class
+        partition_clients: partition: number of clients
+        client_classes: most classes of one client: clients with more are split (default: no limit)
+        rotations: turn images by 90, 180 and 270 degrees, as further classes and clients
+        eval_split: retrieval task to evaluate on
+        method: training method; fedss.METHODS has a line on each
+        sample_size: |S|, class rows of a client; moments: own classes, at most (default: 64)
+        sampler: how negatives are drawn
+        correction: a in -a log q, the correction of negatives' logits: 1 full, 0 none
+        cover: moments: number of decoy classes, asked for only to hide the own ones
+        scale: s, factor of the cosines in the softmax (inverse temperature)
+        margin_kind: margin of the softmax
+        margin: size of the margin: of the cosine (cosface), or in radians (arcface)
+        row_mean: clients that a class row's update is averaged over, by default the method's
+        normalize_rows: scale class rows to length 1 in each round that changes them
+        spread_out_weight: fedaws: weight of the step that spreads class rows out
+        spread_out_margin: fedaws: cosine distance that class rows should keep
+        spread_out_neighbours: fedaws: number of nearest rows that a row should keep away from
+        backbone: network: conv4, conv4-<width> or timm:<name>
+        pretrained: start from timm's pretrained weights
+        weights: file with weights of a timm model: .safetensors, .pth or .pt
+        trainable: part that is trained: all, head (the projection) or last-<number> blocks
+        batch_norm: batch norms (auto: freeze pretrained ones)
+        pixel_mean: mean of the pixels that the weights expect, such as 0.485,0.456,0.406
+        pixel_std: standard deviation of the pixels that the weights expect
+        embedding_size: d, numbers in an embedding
+        rounds: number of rounds
+        clients_per_round: cohort size: clients that train in a round
+        local_epochs: passes of a client over its images in a round
+        local_steps: batches of a client in a round, in place of local_epochs
+        batch_size: images in a batch
+        client_lr: learning rate of the backbone at clients
+        class_row_lr: learning rate of the class rows at clients (default: 2; moments: 1)
+        augment: random changes of training images
+        precision: number format of the network's forward pass
+        lr_schedule: how both learning rates decay over the rounds
+        lr_decay_start: share of the rounds before the decay starts
+        server_optimizer: optimizer of the server
+        server_lr: learning rate of the server
+        server_momentum: momentum of the server (adam: beta1)
+        server_second_momentum: adam: beta2 of the server
+        server_epsilon: adam: epsilon of the server
+        rows_down: format of rows and moments sent to clients
+        rows_up: format of their changes sent back
+        backbone_down: format of the backbone sent to clients
+        backbone_up: format of its change sent back
+        moments_rank: moments: eigenvectors sent of each covariance matrix (default: all)
+        row_dtype: number format of the class rows that the server keeps
+        row_store: where the server keeps the class rows
+        seed: seed of every random draw of the run
+        eval_every: rounds between evaluations; 0: only at the end
+        checkpoint_every: rounds between checkpoints
+        device: where clients train and embed: cpu, cuda, cuda:1, ...
+        stack: clients trained in one call of the network: for GPUs and small networks
+        workers: threads that train clients (default: one per core, 1 on a GPU)
+        keep_memory: keep freed memory for the next step: faster (Linux with glibc)
+
     Raises:
         ConfigError: a value that cannot be, on construction.
     """
 
-    data: str = _option(
-        "glyphs", "glyphs, omniglot, csv, folder, or a published set: docs/datasets.md", "data"
-    )
-    data_path: str | None = _option(None, "where its files are (csv: the manifest)", "data")
-    image_size: int | None = _option(
-        None, "side that pictures are resized to, pixels; default 64, drawings 28", "data"
-    )
-    channels: int | None = _option(
-        None, "1 grayscale, 3 colour; default: colour if a picture of the data is", "data"
-    )
-    test_classes: float = _option(
-        0.2, "share of classes held out for the test where the data names none", "data"
-    )
-    skip_broken: bool = _option(False, "leave out and count pictures that can't be read", "data")
-    data_seed: int = _option(0, "draws the glyphs, held-out classes and clients", "data")
-    glyphs_classes: int = _option(1280, "glyphs: number of classes, test classes included", "data")
-    glyphs_clients: int = _option(256, "glyphs: number of training clients", "data")
-    partition: str | None = _option(
-        None, "deal pictures to clients anew: classes:K, dirichlet:ALPHA or class", "data"
-    )
-    partition_clients: int | None = _option(None, "partition: number of clients", "data")
-    client_classes: int | None = _option(
-        None, "split clients so that none holds more classes; default: as they are", "data"
-    )
-    rotations: bool = _option(False, "quarter turns are classes and clients of their own", "data")
-    eval_split: EvalSplit = _option("test", "retrieval task that is evaluated", "data")
+    data: str = "glyphs"
+    data_path: str | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    test_classes: float = 0.2
+    skip_broken: bool = False
+    data_seed: int = 0
+    glyphs_classes: int = 1280
+    glyphs_clients: int = 256
+    partition: str | None = None
+    partition_clients: int | None = None
+    client_classes: int | None = None
+    rotations: bool = False
+    eval_split: EvalSplit = "test"
 
-    method: str = _option("fedss", "training method, one of those listed below", "method")
-    sample_size: int | None = _option(
-        None,
-        "|S|, class rows per client (moments: own ones at most); default 64",
-        "method",
-    )
-    sampler: str = _option("uniform", f"draws negatives: {', '.join(SAMPLERS)}", "method")
-    correction: float = _option(1.0, "a in -a log q of negatives; below 1: tempered", "method")
-    cover: int = _option(0, "moments: negatives that only hide own classes", "method")
-    scale: float = _option(10.0, "s, inverse temperature of the softmax", "method")
-    margin_kind: MarginKind = _option("none", "margin of the softmax", "method")
-    margin: float = _option(0.2, "margin m: cosface in cosine, arcface in radians", "method")
-    row_mean: RowMean | None = _option(
-        None, "whose weight divides a row's sum; default: cohort; moments: holders", "method"
-    )
-    normalize_rows: bool = _option(
-        True, "class rows get length 1 in the rounds that touch them", "method"
-    )
-    spread_out_weight: float = _option(0.1, "fedaws: weight of the spread-out step", "method")
-    spread_out_margin: float = _option(0.7, "fedaws: cosine distance to keep", "method")
-    spread_out_neighbours: int = _option(10, "fedaws: nearest rows kept apart", "method")
+    method: str = "fedss"
+    sample_size: int | None = None
+    sampler: str = "uniform"
+    correction: float = 1.0
+    cover: int = 0
+    scale: float = 10.0
+    margin_kind: MarginKind = "none"
+    margin: float = 0.2
+    row_mean: RowMean | None = None
+    normalize_rows: bool = True
+    spread_out_weight: float = 0.1
+    spread_out_margin: float = 0.7
+    spread_out_neighbours: int = 10
 
-    backbone: str = _option("conv4-32", "conv4, conv4-<width> or timm:<name>", "model")
-    pretrained: bool = _option(False, "start from timm's pretrained weights", "model")
-    weights: str | None = _option(
-        None, "file with weights of a timm model: .safetensors, .pth or .pt", "model"
-    )
-    trainable: str = _option(
-        "all", "all, head (the projection) or last-<number> blocks of the backbone", "model"
-    )
-    batch_norm: BatchNormRule = _option(
-        "auto", "batch norms; auto: replaced unless weights are trained", "model"
-    )
-    pixel_mean: str | None = _option(
-        None, "that weights expect, such as 0.485,0.456,0.406", "model"
-    )
-    pixel_std: str | None = _option(None, "that weights expect, beside pixel_mean", "model")
-    embedding_size: int = _option(64, "d, numbers per embedding", "model")
+    backbone: str = "conv4-32"
+    pretrained: bool = False
+    weights: str | None = None
+    trainable: str = "all"
+    batch_norm: BatchNormRule = "auto"
+    pixel_mean: str | None = None
+    pixel_std: str | None = None
+    embedding_size: int = 64
 
-    rounds: int = _option(120, "number of rounds", "training")
-    clients_per_round: int = _option(20, "cohort, clients per round", "training")
-    local_epochs: int = _option(1, "passes of a client over its pictures per round", "training")
-    local_steps: int | None = _option(
-        None, "batches of a client per round, in place of epochs", "training"
-    )
-    batch_size: int = _option(8, "pictures per local step", "training")
-    client_lr: float = _option(0.05, "learning rate of the backbone at clients", "training")
-    class_row_lr: float | None = _option(
-        None, "learning rate of the class rows at clients; default 2; moments: 1", "training"
-    )
-    augment: Augment = _option("none", "changes of training pictures at clients", "training")
-    precision: ForwardPrecision = _option("float32", "of the network's forward pass", "training")
-    lr_schedule: Schedule = _option("linear", "decay of both over rounds", "training")
-    lr_decay_start: float = _option(0.5, "share of rounds before the decay starts", "training")
-    server_optimizer: ServerOptimizerKind = _option("momentum", "server optimizer", "training")
-    server_lr: float = _option(1.0, "learning rate of the server optimizer", "training")
-    server_momentum: float = _option(0.9, "momentum (adam: beta1) of the server", "training")
-    server_second_momentum: float = _option(0.99, "adam: beta2 of the server", "training")
-    server_epsilon: float = _option(1e-3, "adam: epsilon of the server", "training")
+    rounds: int = 120
+    clients_per_round: int = 20
+    local_epochs: int = 1
+    local_steps: int | None = None
+    batch_size: int = 8
+    client_lr: float = 0.05
+    class_row_lr: float | None = None
+    augment: Augment = "none"
+    precision: ForwardPrecision = "float32"
+    lr_schedule: Schedule = "linear"
+    lr_decay_start: float = 0.5
+    server_optimizer: ServerOptimizerKind = "momentum"
+    server_lr: float = 1.0
+    server_momentum: float = 0.9
+    server_second_momentum: float = 0.99
+    server_epsilon: float = 1e-3
 
-    rows_down: Precision = _option("float32", "how class rows and moments are sent", "wire")
-    rows_up: Precision = _option("float32", "how their changes come back", "wire")
-    backbone_down: Precision = _option("float32", "how the backbone is sent", "wire")
-    backbone_up: Precision = _option("float32", "how its change comes back", "wire")
-    moments_rank: int | None = _option(
-        None, "moments: eigenvectors sent of a matrix; default: all of it", "wire"
-    )
+    rows_down: Precision = "float32"
+    rows_up: Precision = "float32"
+    backbone_down: Precision = "float32"
+    backbone_up: Precision = "float32"
+    moments_rank: int | None = None
 
-    row_dtype: RowDtype = _option("float32", "how the server keeps class rows", "server")
-    row_store: RowStore = _option("memory", "where: in memory, or in a file on disk", "server")
+    row_dtype: RowDtype = "float32"
+    row_store: RowStore = "memory"
 
-    seed: int = _option(0, "every random draw of the run is keyed by it", "run")
-    eval_every: int = _option(20, "rounds between evaluations; 0: at the end alone", "run")
-    checkpoint_every: int = _option(10, "rounds between checkpoints", "run")
-    device: str = _option("cpu", "where clients train and embed: cpu, cuda, cuda:1, ...", "run")
-    stack: int = _option(
-        1, "clients that share each call of the network; for GPUs and small networks", "run"
-    )
-    workers: int | None = _option(
-        None, "threads that train clients; default: all cores; on a GPU 1", "run"
-    )
-    keep_memory: bool = _option(
-        True, "keep freed memory for the next step: faster (Linux, glibc)", "run"
-    )
+    seed: int = 0
+    eval_every: int = 20
+    checkpoint_every: int = 10
+    device: str = "cpu"
+    stack: int = 1
+    workers: int | None = None
+    keep_memory: bool = True
 
     def __post_init__(self) -> None:
         for name in ("pixel_mean", "pixel_std"):
@@ -158,7 +192,6 @@ class Config:
         for option in OPTIONS:
             _check_type(option, getattr(self, option.name))
         check_choice("method", self.method, METHODS)
-        check_choice("sampler", self.sampler, SAMPLERS)
         for names, valid, expected in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -219,14 +252,19 @@ class Option:
 
 
 def _options() -> tuple[Option, ...]:
-    hints, options = get_type_hints(Config), []
+    hints, options, group = get_type_hints(Config), [], ""
+    # One source: what help() and an IDE show of the class.
+    section = cleandoc(Config.__doc__ or "").partition("Attributes:")[2].partition("\n\n")[0]
+    texts = dict(re.findall(r"^    (\w+): (.+)$", section, re.M))
     for item in dataclasses.fields(Config):
         hint, args = hints[item.name], get_args(hints[item.name])
         optional = type(None) in args
         values = args[0] if optional else hint
-        choices = get_args(values)
+        choices = tuple(SAMPLERS) if item.name == "sampler" else get_args(values)
         kind = str if choices else values
-        options.append(Option(item.name, kind, optional, choices, item.default, **item.metadata))
+        group = _FIRST_OF_GROUP.get(item.name, group)
+        text = texts.get(item.name, "")
+        options.append(Option(item.name, kind, optional, choices, item.default, text, group))
     return tuple(options)
 
 

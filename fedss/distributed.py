@@ -10,9 +10,9 @@ state lies on the CPU.
 
 import atexit
 import heapq
+import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,6 +28,7 @@ from fedss.errors import ConfigError, FedssError, LostRankError, RankError
 from fedss.text import printable
 
 T = TypeVar("T")
+_LOG = logging.getLogger("fedss.distributed")
 
 # The longest that ranks wait for one of them, which may decode pictures or evaluate meanwhile;
 # and so for a host that has lost its power.
@@ -145,7 +146,7 @@ def join() -> Iterator[Ranks]:
 def _find_each_other(ranks: Ranks) -> None:
     if ranks.first:
         place = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
-        print(f"fedss: {ranks.size} ranks meet at {place}", file=sys.stderr, flush=True)
+        _LOG.info("%d ranks meet at %s", ranks.size, place)
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=_PATIENCE)

@@ -338,7 +338,7 @@ def test_a_run_is_not_judged_on_pictures_that_are_not_its_own(photos, tmp_path, 
     # Named, they are known again; and so are others, of which nothing is kept.
     words = ["evaluate", str(run), "--data", "csv", "--data-path"]
     assert main([*words, str(manifest), "--test-classes", "0.4"]) == 0
-    assert "pictures of csv, other than the run's own" in capsys.readouterr().out
+    assert "images of csv, other than the run's own" in capsys.readouterr().out
     assert not (run / "verification.json").exists()
     assert main([*words, str(manifest)]) == 0
     assert "other than" not in capsys.readouterr().out
@@ -463,9 +463,9 @@ def test_what_is_left_out_of_the_test_is_said(photos, capsys):
     assert main([*words, "--test-classes", "0.6"]) == 0
     said = capsys.readouterr()
     (count,) = re.findall(
-        r"left out (\d+) pictures of held-out classes, each the only one of its class: \d", said.err
+        r"left out (\d+) images of held-out classes, each the only one of its class: \d", said.err
     )
-    trained = int(re.search(r"training pictures\s+(\d+)", said.out)[1])
+    trained = int(re.search(r"training images\s+(\d+)", said.out)[1])
     tested = int(re.search(r"test queries\s+(\d+), searched among each other", said.out)[1])
     assert int(count) + trained + tested == 18
     assert main([*words, "--test-classes", "0"]) == 0

@@ -692,6 +692,7 @@ def test_a_user_without_a_home_has_a_cache_of_the_user_s_own(tmp_path, monkeypat
     place = tmp_path / f"fedss-cache-{os.getuid()}"
     assert cache_folder() == place / "fedss"
     assert place.stat().st_mode & 0o777 == 0o700
+    assert caplog.text.count(str(place)) == 1
     cache_folder()
     assert caplog.text.count(str(place)) == 1
     place.rmdir()

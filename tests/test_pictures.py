@@ -762,7 +762,7 @@ def test_names_in_any_script_go_all_the_way(tmp_path, capsys):
     assert said.strip().isprintable()
     assert main(["info", *arguments, "--sample-size", "6", "--skip-broken"]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith(f"left out {len(NAMES)} unreadable pictures: ")
+    assert said[0].startswith(f"left out {len(NAMES)} unreadable images: ")
     assert all(line.isprintable() for line in said)
 
 

@@ -596,7 +596,7 @@ def test_info_tells_what_is_not_as_published_and_draws_who_holds_what(
     said = capsys.readouterr().out
     assert "remark: train classes: the lists have 23, published are 11,318" in said
     assert re.search(r"clients +3, dealt by classes:10 *\n", said)
-    assert re.search(r"pictures per client +14 to 16, median 16 *\n", said)
+    assert re.search(r"images per client +14 to 16, median 16 *\n", said)
     assert re.search(r"clients per class +1 *\n", said)
     with Image.open(picture) as image:
         assert image.format == "PNG"

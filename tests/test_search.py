@@ -37,7 +37,7 @@ from fedss.search import (
     why_no_threshold,
 )
 from fedss.search.collection import Collection, check_model
-from fedss.search.store import changing, note
+from fedss.search.store import transaction, write_metadata
 from fedss.search.web.page import neighbours_page
 from tests import reference
 
@@ -307,7 +307,7 @@ def test_places_without_pictures_are_named(made, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="no readable picture among the 1"):
         build_collection(made / "run", tmp_path, tmp_path / "index", skip_broken=True)
-    with pytest.raises(RunFolderError, match=r"index\.sqlite is missing: fedss index RUN PICTURES"):
+    with pytest.raises(RunFolderError, match=r"index\.sqlite is missing: fedss index RUN IMAGES"):
         open_collection(tmp_path / "index", made / "run")
     with pytest.raises(RunFolderError, match="expected a finished run"):
         open_collection(made / "run" / "index", tmp_path)
@@ -363,8 +363,8 @@ def test_models_whose_fingerprints_differ_in_one_digit_are_two(place, place_of_d
     check_model(path, MODEL)
     digits = list(fingerprint(MODEL))
     digits[place_of_digit] = "0" if digits[place_of_digit] != "0" else "1"
-    with changing(path) as file:
-        note(file, {"model": "".join(digits)})
+    with transaction(path) as file:
+        write_metadata(file, {"model": "".join(digits)})
     with pytest.raises(RunFolderError, match="made with another model"):
         check_model(path, MODEL)
 
@@ -520,10 +520,11 @@ def test_an_enrolment_killed_in_its_middle_was_never_there(place):
         import os, sys
         from pathlib import Path
         import numpy as np
-        from fedss.search.store import Item, changing, put
-        with changing(Path(sys.argv[1])) as file:
+        from fedss.search.store import Item, transaction, add_items
+        with transaction(Path(sys.argv[1])) as file:
             file.execute("PRAGMA cache_size = 1")
-            put(file, [Item(f"{i}", "half", None, np.ones(6), bytes(5000)) for i in range(200)])
+            items = (Item(f"{i}", "half", None, np.ones(6), bytes(5000)) for i in range(200))
+            add_items(file, items)
             os._exit(9)
     """
     path = collection.folder / "enrolled.sqlite"
@@ -693,8 +694,8 @@ def test_the_commands(place, capsys, monkeypatch):
     assert "broken.png" in capsys.readouterr().err
     assert main(["index", "run", "photos", "--skip-broken"]) == 0
     said = capsys.readouterr()
-    assert "12 pictures; 4 classes; 0 pictures were new or changed" in said.out
-    assert "left out 1 unreadable pictures: broken.png" in said.err
+    assert "12 images; 4 classes; 0 images were new or changed" in said.out
+    assert "left out 1 unreadable images: broken.png" in said.err
     assert "passed over: symbolic links (1); list what links lead to in a CSV" in said.err
 
     one, two = "photos/class 1/2.png", "photos/class 2/0.png"
@@ -714,7 +715,7 @@ def test_the_commands(place, capsys, monkeypatch):
     assert lines[4].split() == ["1.000", "class", "1", "class", "1/2.png"]
 
     assert main(["enrol", "run", "new one", one, two]) == 0
-    assert "enrolled 2 pictures of new one; 5 classes now" in capsys.readouterr().out
+    assert "enrolled 2 images of new one; 5 classes now" in capsys.readouterr().out
     assert main(["identify", "run", one]) == 2
     assert "fedss evaluate run measures one, if its test" in capsys.readouterr().err
     assert main(["identify", "run", one, two, "--threshold", "0.99999", "--json"]) == 0
@@ -731,6 +732,6 @@ def test_the_commands(place, capsys, monkeypatch):
     assert main(["enrol", "run", "new one", "--remove"]) == 0
     assert "4 classes now" in capsys.readouterr().out
     assert main(["enrol", "run", "new one", one, "--remove"]) == 2
-    assert "give no pictures with it" in capsys.readouterr().err
+    assert "give no images with it" in capsys.readouterr().err
     assert main(["search", "run", "none.png"]) == 2
     assert "cannot read picture none.png" in capsys.readouterr().err

@@ -38,7 +38,8 @@ from fedss.search import (
     open_collection,
     remove,
 )
-from fedss.search.web import app as pages
+from fedss.search.web import app as page_app
+from fedss.search.web import guard
 from tests.serving import COPIES, NAMES, Site, make_site
 
 MEGABYTE = 1_000_000
@@ -113,9 +114,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @contextmanager
-def served(collection: Collection, limits: pages.Limits) -> Iterator[Server]:
-    listener = pages.listen("127.0.0.1", 0)
-    app = pages.make_app(collection, "a run", frozenset({"localhost"}), limits)
+def served(collection: Collection, limits: guard.Limits) -> Iterator[Server]:
+    listener = guard.listen("127.0.0.1", 0)
+    app = page_app.make_app(collection, "a run", frozenset({"localhost"}), limits)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -129,7 +130,7 @@ def served(collection: Collection, limits: pages.Limits) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(site: Site) -> Iterator[Server]:
-    with served(site.collection, pages.Limits(MEGABYTE, 0.999)) as server:
+    with served(site.collection, guard.Limits(MEGABYTE, 0.999)) as server:
         yield server
 
 
@@ -207,7 +208,7 @@ def test_a_picture_of_no_class_is_unknown(site: Site) -> None:
     cosines = fedss.embed_files(fedss.load(site.run), files).embeddings_ND @ prototypes.T
     threshold = float(cosines.max(1).mean())
     assert cosines[0].max() < threshold < cosines[1].max()
-    with served(site.collection, pages.Limits(MEGABYTE, threshold)) as server:
+    with served(site.collection, guard.Limits(MEGABYTE, threshold)) as server:
         first, second = (
             server.send("/search", [("x.png", content)]).json["identity"]
             for content in (unknown, known)
@@ -245,7 +246,7 @@ def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
 
 
 def test_long_lists_come_in_pages(site: Site, server: Server, monkeypatch) -> None:
-    monkeypatch.setattr(pages, "_PER_PAGE", 7)
+    monkeypatch.setattr(page_app, "_PER_PAGE", 7)
     whole = [
         server.get("/classes", page=page, contains="mug").json["classes"] for page in (1, 2, 3)
     ]
@@ -386,7 +387,7 @@ def test_others_are_answered_while_a_picture_is_decoded(
 ) -> None:
     """Only one is decoded at a time; who sends none need not wait for it."""
     begun, go_on, at_once = threading.Event(), threading.Event(), list[int]()
-    read = pages.read_pictures
+    read = guard.read_pictures
 
     def slow(*arguments: Any, **named: Any) -> Any:
         at_once.append(1)
@@ -396,8 +397,8 @@ def test_others_are_answered_while_a_picture_is_decoded(
         yield from read(*arguments, **named)
         at_once.clear()
 
-    monkeypatch.setattr(pages, "read_pictures", slow)
-    with served(site.collection, pages.Limits()) as server:
+    monkeypatch.setattr(guard, "read_pictures", slow)
+    with served(site.collection, guard.Limits()) as server:
         answers: list[Answer] = []
 
         def send(path: str) -> None:
@@ -450,10 +451,10 @@ def test_uploads_over_the_limit_are_refused(server: Server) -> None:
             assert "--max-upload-mb" in answer.error
     full = png() + bytes(MEGABYTE - len(png()))
     assert server.send("/search", [("full.png", full)]).status == 200
-    many = [(f"{i}.png", png(i)) for i in range(pages.MOST_PICTURES + 1)]
+    many = [(f"{i}.png", png(i)) for i in range(guard.MOST_PICTURES + 1)]
     answer = server.send("/enrol", many, name="many")
     assert answer.status == 400
-    assert str(pages.MOST_PICTURES) in answer.error
+    assert str(guard.MOST_PICTURES) in answer.error
     assert server.send("/search", many[:2]).status == 400
 
 
@@ -631,9 +632,9 @@ def test_what_other_processes_enrol_is_seen(site: Site, server: Server) -> None:
 
 
 def test_names_that_are_no_text_are_shown(site: Site) -> None:
-    raw, shown = os.fsdecode(b"caf\xe9"), "caf\ufffd"
+    raw, shown = os.fsdecode(b"caf\xe9"), "caf\\udce9"
     there = enrol(site.collection, raw, [site.new / "new-2.png"])
-    with served(there, pages.Limits()) as server:
+    with served(there, guard.Limits()) as server:
         (listed,) = server.get("/enrolled").json["classes"]
         assert listed["name"] == shown
         assert server.get("/pictures", **{"class": shown}).json["count"] == 1
@@ -642,7 +643,7 @@ def test_names_that_are_no_text_are_shown(site: Site) -> None:
 
 
 def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
-    limits = pages.make_limits(1, None, Threshold(0.9, 0.01, 15, supported=False))
+    limits = guard.make_limits(1, None, Threshold(0.9, 0.01, 15, supported=False))
     with served(site.collection, limits) as server:
         note = server.get("/about").json["threshold_note"]
     # Twice as many classes: 1 - 0.99 ** 2.
@@ -651,7 +652,7 @@ def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
 
 
 def test_a_test_that_allows_no_name_names_nobody_and_shows_neighbours(site: Site) -> None:
-    limits = pages.make_limits(1, None, Threshold(REJECT_ALL, 0.01, 15))
+    limits = guard.make_limits(1, None, Threshold(NOTHING, 0.01, 15))
     with served(site.collection, limits) as server:
         note = server.get("/about").json["threshold_note"]
         answer = server.send("/search?count=3", [("x.png", png())])
@@ -667,7 +668,7 @@ def test_pictures_without_a_class_are_found(site: Site, tmp_path: Path) -> None:
     for file in site.photos.glob("0[0-3]-0.png"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     collection = build_collection(site.run, tmp_path, tmp_path / "index")
-    with served(collection, pages.Limits(MEGABYTE, 0.5)) as server:
+    with served(collection, guard.Limits(MEGABYTE, 0.5)) as server:
         assert server.get("/about").json["unlabelled"] == 4
         assert server.get("/classes").json["classes"] == []
         answer = server.send("/search", [("x.png", png())]).json
@@ -676,9 +677,9 @@ def test_pictures_without_a_class_are_found(site: Site, tmp_path: Path) -> None:
 
 
 def test_the_default_is_this_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with pages.listen("127.0.0.1", 0) as listener:
-        assert pages.is_loopback(listener)
-        assert pages.address_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    with guard.listen("127.0.0.1", 0) as listener:
+        assert guard.is_loopback(listener)
+        assert guard.address_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}/"
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -725,12 +726,12 @@ def test_other_machines_are_let_in_with_a_warning(
         seen.append((len(collection), title, host, limits))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pages, "serve", interrupted)
+    monkeypatch.setattr(page_app, "serve", interrupted)
     words = ["serve", str(site.run), "--host", "0.0.0.0", "--port", "0", "--max-upload-mb", "2"]
     assert main(words) == 0
     said = capsys.readouterr()
     assert "no password" in said.err
-    assert re.search(r"120 pictures at http://127\.0\.0\.1:\d+/", said.out)
+    assert re.search(r"120 images at http://127\.0\.0\.1:\d+/", said.out)
     assert [found[:3] for found in seen] == [(120, "run", "0.0.0.0")]
     assert seen[0][3].picture_bytes == 2 * MEGABYTE
     assert main(["serve", str(site.run), "--port", "0"]) == 0
@@ -740,7 +741,7 @@ def test_other_machines_are_let_in_with_a_warning(
 def test_a_damaged_evaluation_stops_nobody_who_gives_a_threshold(
     site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "serve", lambda *_: None)
+    monkeypatch.setattr(page_app, "serve", lambda *_: None)
     path = site.run / "verification.json"
     whole = path.read_bytes()
     try:
@@ -754,11 +755,11 @@ def test_a_damaged_evaluation_stops_nobody_who_gives_a_threshold(
 
 def test_the_threshold_of_an_evaluation_is_taken_unless_one_is_given() -> None:
     measured = Threshold(0.7, 0.01, 500)
-    limits = pages.make_limits(20, None, measured)
+    limits = guard.make_limits(20, None, measured)
     assert limits.threshold == 0.7
     assert limits.measured == measured
-    assert pages.make_limits(20, 0.5, measured) == pages.Limits(20 * MEGABYTE, 0.5)
-    assert pages.make_limits(20, None, None, 7.5).picture_pixels == 7_500_000
-    assert pages.make_limits(20) == pages.Limits(20 * MEGABYTE, None)
+    assert guard.make_limits(20, 0.5, measured) == guard.Limits(20 * MEGABYTE, 0.5)
+    assert guard.make_limits(20, None, None, 7.5).picture_pixels == 7_500_000
+    assert guard.make_limits(20) == guard.Limits(20 * MEGABYTE, None)
     with pytest.raises(ConfigError):
-        pages.make_limits(20, torch.inf)
+        guard.make_limits(20, torch.inf)

@@ -16,7 +16,7 @@ import fedss
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.search import open_collection, remove
 from fedss.search.classes import Threshold
-from fedss.search.web.app import make_limits
+from fedss.search.web.guard import make_limits
 from tests.serving import COPIES, NAMES, Site, make_site
 from tests.test_serve import huge_png, served
 

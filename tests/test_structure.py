@@ -62,6 +62,7 @@ PARTS = [
     "distributed",
     "files",
     "optional",
+    "log",
     "text",
     "seeds",
     "errors",
@@ -99,6 +100,13 @@ def test_imports_run_one_way():
             if module.startswith("fedss.") and part(module) != name:
                 assert PARTS.index(part(module)) > PARTS.index(name), f"{path} imports {module}"
     assert seen == set(PARTS)
+
+
+def test_library_code_logs_and_never_prints():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent != PACKAGE / "cli":
+            names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+            assert "print" not in names, path
 
 
 @pytest.mark.parametrize("old", MOVED)

@@ -76,7 +76,7 @@ def _caches(home: Path | None) -> Path:
         place.mkdir(mode=0o700)
     if place.is_symlink() or place.stat().st_uid != os.getuid():
         raise DataError(f"{place} belongs to somebody else: name a folder with FEDSS_CACHE")
-    _log.warning(
+    logging.getLogger("fedss.data").warning(
         "no home directory that can be written; decoded pictures are kept in %s (name another "
         "folder with FEDSS_CACHE)",
         place,

@@ -48,6 +48,7 @@ from fedss.flower.messages import (
     unpack,
 )
 from fedss.flower.registry import digest, token
+from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.seeds import generator
 from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
@@ -60,6 +61,7 @@ from fedss.wire.messages import (
 )
 
 app = ClientApp()
+show_on_stderr()  # The process is the app's own.
 
 _SHORTEST_SECRET = 16
 

@@ -6,8 +6,8 @@ every array costs requests of its own, so what one site alone gets is one buffer
 """
 
 import json
+import logging
 import re
-import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ REGISTER, REQUEST, TRAIN, EVALUATE = "query.register", "query.classes", "train",
 
 Tensors = Mapping[str, Tensor]
 
+_LOG = logging.getLogger("fedss.flower")
 _FACTS, _BUFFERS = "fedss", "fedss.tensors"
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
@@ -97,11 +98,11 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
 
 
 def say(text: str) -> None:
-    """A line for whoever watches this process, though others may have had a hand in the text."""
-    print(f"fedss: {printable(text)}", file=sys.stderr, flush=True)
+    """A line in the log, though others may have had a hand in the text."""
+    _LOG.info(printable(text))
 
 
 def say_traceback() -> None:
-    """Where the error that is being handled came from, each line marked as a part of that."""
-    for line in traceback.format_exc().splitlines():
-        print(f"  | {printable(line)}", file=sys.stderr, flush=True)
+    """The error that is being handled, and where it came from, in the log."""
+    lines = map(printable, traceback.format_exc().splitlines())
+    _LOG.error("\n".join(["an error, of which the server is told the kind alone", *lines]))

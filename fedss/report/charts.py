@@ -23,7 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from fedss.losses.methods import METHODS
 from fedss.report.labels import FONT, apart, text_height, text_width, wrap, wrapped
-from fedss.runs.headlines import human_bytes
+from fedss.text import human_bytes
 
 WIDTH, HEIGHT, TALL = 420, 300, 390
 FEW = 6  # more lines or marks need a taller chart

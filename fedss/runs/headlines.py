@@ -6,43 +6,15 @@ from collections.abc import Sequence
 
 from fedss.evaluation.intervals import FLOORS, Interval
 from fedss.runs.eta import time_left
-from fedss.runs.reading import Group, RecordedRun
-from fedss.runs.summaries import MOMENTS
-from fedss.text import plural
+from fedss.runs.reading import MOMENTS, Group, Run
+from fedss.text import DASH, plural
+from fedss.text import decimals as decimals
+from fedss.text import human_bytes as human_bytes
+from fedss.text import human_seconds as human_seconds
 
-DASH = "–"
+NOTHING = DASH
+
 ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recommended for its bytes
-
-
-def human_bytes(count: float | None) -> str:
-    """Three significant digits with a decimal unit: 1234567 -> ``1.23 MB``."""
-    if count is None or not math.isfinite(count):
-        return DASH
-    unit = 0
-    while count >= 999.5 and unit < 5:
-        count, unit = count / 1000, unit + 1
-    digits = 0 if unit == 0 or count >= 99.95 else 1 if count >= 9.995 else 2
-    return f"{count:.{digits}f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}"
-
-
-def human_seconds(seconds: float | None) -> str:
-    """``42 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    if seconds is None or not math.isfinite(seconds):
-        return DASH
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def decimals(value: float | None, digits: int = 3) -> str:
-    """``value`` with ``digits`` decimals, a dash for nothing."""
-    return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def count(value: float | None) -> str:

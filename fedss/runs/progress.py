@@ -1,9 +1,8 @@
 """Progress of a run on a terminal, or in lines where there is none."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedss.config import Config
+from fedss.log import show_progress_line
 from fedss.runs.eta import TimeLeft, time_left
 from fedss.runs.records import Record
 from fedss.text import encodable, printable
@@ -91,8 +91,7 @@ def show_progress(label: str, config: Config) -> Iterator[Callable[[Record], Non
             parts = [label, f"round {record['round']}/{config.rounds}", f"loss {loss}"]
             parts += [f"MAP@10 {found}"] if found else []
             parts += [remaining] if remaining else []
-            with suppress(OSError):
-                print(_GAP.join(parts), file=sys.stderr, flush=True)
+            show_progress_line(_GAP.join(parts), record)
 
     with bar:
         yield on_round

@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from fedss.data.cache import stamp
 from fedss.errors import DataError, RunFolderError
 from fedss.files import replacing
 from fedss.inference.embedding import LEAVE_OUT, PictureList, list_pictures
@@ -29,14 +28,15 @@ from fedss.search.collection import (
 )
 from fedss.search.store import (
     Item,
-    changing,
-    is_there,
-    make_shelf,
-    note,
-    put,
-    read_about,
+    add_items,
+    create_store,
+    file_fingerprint,
+    read_fingerprints,
     read_items,
-    read_stamps,
+    read_metadata,
+    store_exists,
+    transaction,
+    write_metadata,
 )
 
 OnProgress = Callable[[int, int], None]
@@ -60,7 +60,7 @@ def build_collection(
     """Index the pictures of a folder or a CSV, for search.
 
     An index that is there already is brought up to date: pictures whose file has the same name
-    and is unchanged (``fedss.data.cache.stamp``) keep what was computed, new and
+    and is unchanged (``file_fingerprint``) keep what was computed, new and
     changed ones are embedded, deleted ones vanish. Enrolled classes stay. The new index takes the
     old one's place when it is whole; a process that dies on the way leaves the old one, and the
     next one goes on where it was.
@@ -83,8 +83,8 @@ def build_collection(
     embedder = load(run, backbone)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     found = list_pictures(Path(pictures))
-    with lock_folder(folder, _ADVICE):
-        if is_there(folder / ENROLLED):
+    with hold(folder, _ADVICE):
+        if store_exists(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
         _check_old(folder / INDEX, found, embedder)
         _build(folder, found, embedder, skip_broken, on_progress)
@@ -99,12 +99,12 @@ def _check_old(index: Path, found: PictureList, embedder: Embedder) -> None:
             hours to make.
     """
     try:
-        source = json.loads(read_about(index)["facts"])["source"]
+        source = json.loads(read_metadata(index)["facts"])["source"]
     except (RunFolderError, KeyError, TypeError, ValueError):
         return
     check_model(index, embedder)
     # A folder that was moved has the same names of pictures.
-    if source != str(found.source) and not read_stamps(index).keys() & set(found.names):
+    if source != str(found.source) and not read_fingerprints(index).keys() & set(found.names):
         raise RunFolderError(
             f"{index} is the index of {source}, not of {found.source}: choose another place "
             "(--index), or delete it"
@@ -118,7 +118,7 @@ def _build(
     skip_broken: bool,
     on_progress: OnProgress | None,
 ) -> None:
-    """New pictures go to a shelf of their own, from which an interrupted build goes on."""
+    """New images go to a store of their own, from which an interrupted build goes on."""
     index, unfinished = folder / INDEX, folder / _UNFINISHED
     model = fingerprint(embedder)
     facts: dict[str, Any] = {
@@ -129,7 +129,7 @@ def _build(
     }
     if not skip_broken:
         found.check_there()
-    stamps = [_stamp(path) for path in found.paths]
+    stamps = [file_fingerprint(path) for path in found.paths]
 
     def places() -> dict[int, tuple[Path, int]]:
         """File and number of each picture that is embedded already."""
@@ -145,7 +145,7 @@ def _build(
     before = places()
     if not any(file == unfinished for file, _ in before.values()):
         unfinished.unlink(missing_ok=True)
-        make_shelf(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
+        create_store(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
     todo = [at for at in range(len(stamps)) if at not in before]
     broken = _embed(unfinished, found, stamps, todo, embedder, skip_broken, on_progress)
     after = places()
@@ -156,18 +156,18 @@ def _build(
         "embedded": sum(file == unfinished for file, _ in after.values()),
     }
     with replacing(index) as beside:
-        make_shelf(beside, {"model": model, "build": secrets.token_hex(8)})
-        with changing(beside, alone=True) as file:
-            note(file, {"facts": json.dumps(facts)})
+        create_store(beside, {"model": model, "build": secrets.token_hex(8)})
+        with transaction(beside, alone=True) as file:
+            write_metadata(file, {"facts": json.dumps(facts)})
             for some in _chunks(sorted(after)):
                 read = {
-                    (shelf, number): item
-                    for shelf in (index, unfinished)
+                    (store, number): item
+                    for store in (index, unfinished)
                     for number, item in read_items(
-                        shelf, [after[at][1] for at in some if after[at][0] == shelf]
+                        store, [after[at][1] for at in some if after[at][0] == store]
                     )
                 }
-                put(
+                add_items(
                     file,
                     (
                         Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
@@ -188,10 +188,10 @@ def _embed(
     skip_broken: bool,
     on_progress: OnProgress | None,
 ) -> list[int]:
-    """Put pictures on a shelf, some at a time; those that cannot be read."""
+    """Add images to a store, some at a time; those that cannot be read."""
     paths, total = found.paths, len(stamps)
     unreadable: list[int] = []
-    with _Bar(on_progress) as done:
+    with _progress(on_progress) as done:
         count = total - len(todo)
         done(count, total)
         for some in _chunks(todo):
@@ -211,8 +211,8 @@ def _embed(
                         Item(found.names[at], None, stamps[at], one.vector_D, one.thumbnail)
                     )
                 done(count + len(items), total)
-            with changing(unfinished) as file:
-                put(file, items)
+            with transaction(unfinished) as file:
+                add_items(file, items)
             unreadable += [some[position] for position in sorted(broken or {})]
             count += len(some)
             done(count, total)
@@ -227,45 +227,29 @@ def _chunks(positions: Sequence[int]) -> Iterator[Sequence[int]]:
 def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, Stamp | None]]:
     """What an earlier index of the same pictures holds: number and stamp by name."""
     try:
-        about = read_about(file)
+        about = read_metadata(file)
         same_place = json.loads(about["facts"])["source"] == str(found.source)
-        return read_stamps(file) if same_place and about["model"] == model else {}
+        return read_fingerprints(file) if same_place and about["model"] == model else {}
     except (RunFolderError, KeyError, TypeError, ValueError):
         return {}  # Whatever is wrong with it, the index is now made anew.
 
 
-def _stamp(path: Path) -> Stamp | None:
-    with suppress(OSError):
-        return stamp(path)
-    return None
-
-
-class _Bar:
-    """Progress as a bar on stderr, where that is a terminal and nobody else wants to be told."""
-
-    def __init__(self, on_progress: OnProgress | None) -> None:
-        console = Console(stderr=True)
-        self._tell = on_progress
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=on_progress is not None or not console.is_terminal,
-        )
-
-    def __enter__(self) -> OnProgress:
-        self._bar.start()
-        task = self._bar.add_task("pictures", total=None)
-
-        def done(count: int, total: int) -> None:
-            self._bar.update(task, completed=count, total=total)
-            if self._tell is not None:
-                self._tell(count, total)
-
-        return done
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+@contextmanager
+def _progress(on_progress: OnProgress | None) -> Iterator[OnProgress]:
+    """A bar on stderr, where that is a terminal and nobody else wants to be told."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    if on_progress is not None:
+        yield on_progress
+        return
+    with bar:
+        task = bar.add_task("images", total=None)
+        yield lambda count, total: bar.update(task, completed=count, total=total)

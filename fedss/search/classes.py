@@ -16,7 +16,14 @@ from fedss.inference.pixels import ImageSource, Read, name_of, read_pictures
 from fedss.models import fingerprint
 from fedss.runs.findings import read_verification
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
-from fedss.search.store import Item, changing, is_there, make_shelf, put, take_out
+from fedss.search.store import (
+    Item,
+    add_items,
+    create_store,
+    remove_class,
+    store_exists,
+    transaction,
+)
 from fedss.text import counted
 
 
@@ -80,10 +87,10 @@ def keep(
     ]
     path = collection.folder / ENROLLED
     model = fingerprint(collection.embedder)
-    make_shelf(path, {"model": model, "build": secrets.token_hex(8)})
+    create_store(path, {"model": model, "build": secrets.token_hex(8)})
     check_model(path, collection.embedder)
-    with changing(path) as file:
-        put(file, items)
+    with transaction(path) as file:
+        add_items(file, items)
     return reopen(collection)
 
 
@@ -98,10 +105,10 @@ def remove(collection: Collection, label: str) -> Collection:
     """
     path = collection.folder / ENROLLED
     taken = 0
-    if is_there(path):
+    if store_exists(path):
         check_model(path, collection.embedder)
-        with changing(path) as file:
-            taken = take_out(file, class_name(label) or "")
+        with transaction(path) as file:
+            taken = remove_class(file, class_name(label) or "")
     if not taken:
         there = ", ".join(reopen(collection).enrolled) or "none"
         raise DataError(f"no class {label!r} was enrolled; enrolled classes: {there}")

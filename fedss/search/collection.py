@@ -20,7 +20,14 @@ from fedss.evaluation.retrieval import nearest
 from fedss.inference.model import load
 from fedss.inference.pixels import ImageSource, read_pictures
 from fedss.models import Embedder, fingerprint
-from fedss.search.store import Shelf, damaged, is_there, read_about, read_shelf, read_thumbnail
+from fedss.search.store import (
+    VectorStore,
+    damaged,
+    read_metadata,
+    read_store,
+    read_thumbnail,
+    store_exists,
+)
 
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
 
@@ -225,11 +232,11 @@ def reopen(collection: Collection) -> Collection:
 
 def open_with(folder: Path, embedder: Embedder) -> Collection:
     """``open_collection`` with a model at hand."""
-    shelf = _read(folder / INDEX, embedder)
-    enrolled = _read(folder / ENROLLED, embedder) if is_there(folder / ENROLLED) else None
+    store = _read(folder / INDEX, embedder)
+    enrolled = _read(folder / ENROLLED, embedder) if store_exists(folder / ENROLLED) else None
     try:
-        facts = json.loads(shelf.about["facts"])
-        both = [shelf] if enrolled is None else [shelf, enrolled]
+        facts = json.loads(store.metadata["facts"])
+        both = [store] if enrolled is None else [store, enrolled]
         return Collection(
             folder=folder,
             source=Path(facts["source"]),
@@ -238,30 +245,30 @@ def open_with(folder: Path, embedder: Embedder) -> Collection:
             names=tuple(name for part in both for name in part.names),
             labels=tuple(label for part in both for label in part.labels),
             vectors_ND=torch.from_numpy(np.concatenate([part.vectors_ND for part in both])),
-            indexed=len(shelf.names),
+            indexed=len(store.names),
             skipped=tuple(facts["skipped"]),
             passed_over=facts.get("passed_over", {}),
             remarks=tuple(facts.get("remarks", ())),
             embedded=facts["embedded"],
-            _builds=(shelf.about["build"], enrolled.about["build"] if enrolled else ""),
+            _builds=(store.metadata["build"], enrolled.metadata["build"] if enrolled else ""),
             _ids=tuple(number for part in both for number in part.ids),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(folder / INDEX, error) from error
 
 
-def _read(path: Path, embedder: Embedder) -> Shelf:
+def _read(path: Path, embedder: Embedder) -> VectorStore:
     check_model(path, embedder)
-    return read_shelf(path, embedder.spec.embedding_size)
+    return read_store(path, embedder.spec.embedding_size)
 
 
 def check_model(path: Path, embedder: Embedder) -> None:
-    """Whether a shelf's vectors are this model's.
+    """Whether a store's vectors are this model's.
 
     Raises:
         RunFolderError: they are another's, or the file is missing or damaged.
     """
-    there, here = read_about(path).get("model", ""), fingerprint(embedder)
+    there, here = read_metadata(path).get("model", ""), fingerprint(embedder)
     if there != here:
         what = "enrol its classes again" if path.name == ENROLLED else "run fedss index again"
         raise RunFolderError(

@@ -1,26 +1,27 @@
-"""Pictures with their vectors and thumbnails in one SQLite file.
+"""A vector store: images with their vectors and thumbnails, in one SQLite file.
 
 An index has two of them: one that `fedss index` writes as a whole, and one that classes are
-enrolled into, picture by picture. Names and classes are bytes, as file names are (those of Linux
+enrolled into, image by image. Names and classes are bytes, as file names are (those of Linux
 need not be text).
 """
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from fedss.data.cache import stamp
 from fedss.errors import RunFolderError
 from fedss.files import writing
 
 _FORMAT = "fedss-index-1"
 # Seconds that one process waits for another to end what it is writing.
 _PATIENCE = 30.0
-# AUTOINCREMENT: the number of a picture that was removed is never given to another one.
+# AUTOINCREMENT: the number of an image that was removed is never given to another one.
 _TABLES = """
     CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
     CREATE TABLE IF NOT EXISTS pictures (
@@ -32,63 +33,70 @@ _TABLES = """
 
 
 class Item(NamedTuple):
-    """One picture to be put on a shelf.
+    """One image to be stored.
 
     Attributes:
         name: its name, for people.
         label: its class, or None.
-        stamp: of its file, as ``fedss.data.cache.stamp`` gives it, or None.
+        fingerprint: of its file, as ``file_fingerprint`` gives it.
         vector_D: its embedding, float32.
         thumbnail: a JPEG.
     """
 
     name: str
     label: str | None
-    stamp: tuple[int, int] | None
+    fingerprint: tuple[int, int] | None
     vector_D: np.ndarray
     thumbnail: bytes
 
 
 @dataclass(frozen=True)
-class Shelf:
+class VectorStore:
     """What one file holds, without thumbnails.
 
     Attributes:
-        about: facts of the whole, as text.
-        ids: a number per picture, for ``read_thumbnail``.
-        names, labels: of each picture.
+        metadata: of the whole, as text.
+        ids: a number per image, for ``read_thumbnail``.
+        names, labels: of each image.
         vectors_ND: float32.
     """
 
-    about: dict[str, str]
+    metadata: dict[str, str]
     ids: tuple[int, ...]
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
     vectors_ND: np.ndarray
 
 
-def make_shelf(path: Path, about: dict[str, str]) -> None:
-    """An empty shelf, where there is none; of several processes at once one makes it."""
+def file_fingerprint(path: Path) -> tuple[int, int] | None:
+    """What tells whether a file has changed (``fedss.data.cache.stamp``); None of a missing one."""
+    with suppress(OSError):
+        return stamp(path)
+    return None
+
+
+def create_store(path: Path, metadata: dict[str, str]) -> None:
+    """An empty store, where there is none; of several processes at once one makes it."""
     with _opened(path, "rwc") as file:
         file.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
-        facts = {"format": _FORMAT, **about}
-        file.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", facts.items())
+        rows = {"format": _FORMAT, **metadata}.items()
+        file.executemany("INSERT OR IGNORE INTO about VALUES (?, ?)", rows)
 
 
-def is_there(path: Path) -> bool:
-    """Whether a shelf was made: SQLite leaves an empty file where its maker was killed."""
+def store_exists(path: Path) -> bool:
+    """Whether a store was made: SQLite leaves an empty file where its maker was killed."""
     return path.is_file() and path.stat().st_size > 0
 
 
 @contextmanager
-def changing(path: Path, alone: bool = False) -> Iterator[sqlite3.Connection]:
-    """One change of a shelf: done as a whole, or, where it fails, not at all.
+def transaction(path: Path, alone: bool = False) -> Iterator[sqlite3.Connection]:
+    """One change of a store: done as a whole, or, where it fails, not at all.
 
     Others wait for its end. With ``alone`` nobody else knows of the file, and it is worthless if
     this process dies: no journal is kept.
     """
     with _opened(path) as file:
-        # What is removed is somebody's picture: overwritten, not only no longer listed.
+        # What is removed is somebody's image: overwritten, not only no longer listed.
         file.execute("PRAGMA secure_delete = ON")
         if alone:
             file.execute("PRAGMA journal_mode = OFF")
@@ -96,19 +104,19 @@ def changing(path: Path, alone: bool = False) -> Iterator[sqlite3.Connection]:
         yield file
 
 
-def put(file: sqlite3.Connection, items: Iterable[Item]) -> None:
-    """Add pictures, in order."""
+def add_items(file: sqlite3.Connection, items: Iterable[Item]) -> None:
+    """Add images, in order."""
     for item in items:
         vector = np.ascontiguousarray(item.vector_D, "<f4").tobytes()
-        row = (_bytes(item.name), _bytes(item.label), *(item.stamp or (None, None)), vector)
+        row = (_bytes(item.name), _bytes(item.label), *(item.fingerprint or (None, None)), vector)
         added = file.execute(
             "INSERT INTO pictures (name, label, size, changed, vector) VALUES (?, ?, ?, ?, ?)", row
         )
         file.execute("INSERT INTO thumbnails VALUES (?, ?)", (added.lastrowid, item.thumbnail))
 
 
-def take_out(file: sqlite3.Connection, label: str) -> int:
-    """Remove the pictures of a class; how many there were."""
+def remove_class(file: sqlite3.Connection, label: str) -> int:
+    """Remove the images of a class; how many there were."""
     file.execute(
         "DELETE FROM thumbnails WHERE id IN (SELECT id FROM pictures WHERE label = ?)",
         (_bytes(label),),
@@ -116,22 +124,22 @@ def take_out(file: sqlite3.Connection, label: str) -> int:
     return file.execute("DELETE FROM pictures WHERE label = ?", (_bytes(label),)).rowcount
 
 
-def note(file: sqlite3.Connection, about: dict[str, str]) -> None:
-    """Write facts of the whole."""
-    file.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", about.items())
+def write_metadata(file: sqlite3.Connection, metadata: dict[str, str]) -> None:
+    """Write metadata of the whole."""
+    file.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", metadata.items())
 
 
-def read_about(path: Path) -> dict[str, str]:
-    """The facts of the whole.
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of the whole.
 
     Raises:
         RunFolderError: no such file, or not one of ours.
     """
     with _opened(path) as file:
-        return _about(file, path)
+        return _metadata(file, path)
 
 
-def read_shelf(path: Path, size: int) -> Shelf:
+def read_store(path: Path, size: int) -> VectorStore:
     """All of it but thumbnails.
 
     Args:
@@ -143,9 +151,9 @@ def read_shelf(path: Path, size: int) -> Shelf:
     """
     with _opened(path) as file:
         file.execute("BEGIN")
-        about = _about(file, path)
+        metadata = _metadata(file, path)
         (pages,), (size_of_page,) = (
-            file.execute(f"PRAGMA {fact}").fetchone() for fact in ("page_count", "page_size")
+            file.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
         )
         if path.stat().st_size < pages * size_of_page:
             raise damaged(path, "its end is missing")
@@ -158,7 +166,7 @@ def read_shelf(path: Path, size: int) -> Shelf:
         rows = file.execute("SELECT id, name, label, vector FROM pictures ORDER BY id")
         for position, (number, name, label, vector) in enumerate(rows):
             if position >= count or len(vector) != 4 * size:
-                raise damaged(path, f"picture {number} has {len(vector)} bytes of vector")
+                raise damaged(path, f"image {number} has {len(vector)} bytes of vector")
             vectors_ND[position] = np.frombuffer(vector, "<f4")
             ids.append(number)
             names.append(_text(name))
@@ -168,11 +176,11 @@ def read_shelf(path: Path, size: int) -> Shelf:
     lengths_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     if not np.all((np.abs(lengths_N - 1) < 1e-3) | (lengths_N == 0)):
         raise damaged(path, "a vector is not of length 1")
-    return Shelf(about, tuple(ids), tuple(names), tuple(labels), vectors_ND)
+    return VectorStore(metadata, tuple(ids), tuple(names), tuple(labels), vectors_ND)
 
 
-def read_stamps(path: Path) -> dict[str, tuple[int, tuple[int, int] | None]]:
-    """Number and stamp of each picture by name; of several of one name the last."""
+def read_fingerprints(path: Path) -> dict[str, tuple[int, tuple[int, int] | None]]:
+    """Number and fingerprint of each image by name; of several of one name the last."""
     with _opened(path) as file:
         rows = file.execute("SELECT name, id, size, changed FROM pictures ORDER BY id")
         return {
@@ -182,7 +190,7 @@ def read_stamps(path: Path) -> dict[str, tuple[int, tuple[int, int] | None]]:
 
 
 def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarray, bytes]]]:
-    """Number, and vector and thumbnail, of some pictures."""
+    """Number, and vector and thumbnail, of some images."""
     if not ids:
         return []
     with _opened(path) as file:
@@ -193,19 +201,19 @@ def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarr
                 (number,),
             ).fetchone()
             if row is None:
-                raise damaged(path, f"picture {number} is missing")
+                raise damaged(path, f"image {number} is missing")
             found.append((number, (np.frombuffer(row[0], "<f4"), row[1])))
         return found
 
 
 def read_thumbnail(path: Path, number: int, build: str) -> bytes | None:
-    """A picture's thumbnail; None if it is no longer there.
+    """An image's thumbnail; None if it is no longer there.
 
     Args:
         path: the file.
-        number: the picture's.
-        build: what ``about`` said of it when the number was read: another one is another file, in
-            which numbers mean other pictures.
+        number: the image's.
+        build: what ``metadata`` said of it when the number was read: another one is another file,
+            in which numbers mean other images.
     """
     with _opened(path) as file:
         row = file.execute(
@@ -220,7 +228,7 @@ def damaged(path: Path, why: object) -> RunFolderError:
     """The error for a file that nobody can use."""
     return RunFolderError(
         f"{path} is damaged ({why}); restore it from a backup, or delete it and make it anew: "
-        "fedss index RUN PICTURES for index.sqlite, fedss enrol for enrolled.sqlite"
+        "fedss index RUN IMAGES for index.sqlite, fedss enrol for enrolled.sqlite"
     )
 
 
@@ -233,11 +241,11 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _about(file: sqlite3.Connection, path: Path) -> dict[str, str]:
-    about = dict(file.execute("SELECT key, value FROM about").fetchall())
-    if about.get("format") != _FORMAT:
-        raise damaged(path, f"expected format {_FORMAT}, found {about.get('format')}")
-    return about
+def _metadata(file: sqlite3.Connection, path: Path) -> dict[str, str]:
+    metadata = dict(file.execute("SELECT key, value FROM about").fetchall())
+    if metadata.get("format") != _FORMAT:
+        raise damaged(path, f"expected format {_FORMAT}, found {metadata.get('format')}")
+    return metadata
 
 
 @contextmanager
@@ -247,8 +255,8 @@ def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     For reading too it may write, if it can: where a process was killed while it wrote, the first
     one that opens the file undoes what is half done.
     """
-    if mode != "rwc" and not is_there(path):
-        raise RunFolderError(f"{path} is missing: fedss index RUN PICTURES makes it")
+    if mode != "rwc" and not store_exists(path):
+        raise RunFolderError(f"{path} is missing: fedss index RUN IMAGES makes it")
     advice = "make room or mend the place, then start the same command again"
     try:
         with writing(path.parent, advice):

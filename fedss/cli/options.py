@@ -1,0 +1,171 @@
+"""How a command registers itself, and the options that several commands share."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.errors import ConfigError
+from fedss.flower.settings import DEPLOYMENT_FIELDS
+from fedss.losses.methods import METHODS
+
+Adds = Callable[[argparse.ArgumentParser], object]
+"""Adds an argument, or several, to the parser of a command."""
+Run = Callable[[argparse.Namespace], None]
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
+
+
+class Command(NamedTuple):
+    """What ``fedss NAME`` does, its usage, and the arguments that it takes."""
+
+    run: Run
+    usage: str
+    arguments: Sequence[Adds]
+
+
+COMMANDS: dict[str, Command] = {}
+"""By name, in the order of ``fedss --help``."""
+
+
+def command(usage: str, *arguments: Adds) -> Callable[[Run], Run]:
+    """Make a function the command of its name; its docstring is the help."""
+
+    def register(run: Run) -> Run:
+        COMMANDS[run.__name__] = Command(run, usage, arguments)
+        return run
+
+    return register
+
+
+def argument(name: str, metavar: str, help: str, **settings: Any) -> Adds:
+    """An argument, as ``ArgumentParser.add_argument`` takes it."""
+    return lambda parser: parser.add_argument(name, metavar=metavar, help=help, **settings)
+
+
+def flag(name: str, help: str) -> Adds:
+    """An option that is given or not."""
+    return lambda parser: parser.add_argument(name, action="store_true", help=help)
+
+
+def setting(name: str, default: float, help: str) -> Adds:
+    """An option that is a number, with a default, which tells its type, too."""
+    kind, text = type(default), f"{help} (default: {default:g})"
+    return argument(name, _METAVARS[kind], text, type=kind, default=default)
+
+
+RUN = argument("folder", "RUN", "a run folder")
+OUT = argument("--out", "DIR", "folder for the results; holds one experiment", required=True)
+INDEX = argument("--index", "DIR", "the index's folder (default: RUN/index)")
+JSON = flag("--json", "print JSON, for scripts")
+SKIP_BROKEN = flag("--skip-broken", "leave out unreadable images, and count them")
+THRESHOLD = argument(
+    "--threshold",
+    "NUMBER",
+    "least cosine that names a class; below it, unknown (default: of RUN/verification.json)",
+    type=float,
+)
+
+
+def config_options(
+    without: Sequence[str] = (), groups: Sequence[str] | None = None, stored: bool = True
+) -> Adds:
+    """The fields of ``Config``, a section for each group.
+
+    Args:
+        without: names of fields to leave out.
+        groups: the groups to add; None: all.
+        stored: whether ``--config FILE`` is an option, too.
+    """
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        if stored:
+            parser.add_argument(
+                "--config",
+                metavar="FILE",
+                help="start from the config.json of a run; other options override it",
+            )
+        sections: dict[str, Any] = {}
+        for option in OPTIONS:
+            if option.name in without or (groups and option.group not in groups):
+                continue
+            if option.group not in sections:
+                sections[option.group] = parser.add_argument_group(option.group)
+            _add_option(sections[option.group], option)
+        if "method" in sections:
+            lines = (f"  {method.name:<18} {method.summary}" for method in METHODS.values())
+            parser.epilog = "\n".join(["methods:", *lines])
+
+    return add
+
+
+def _add_option(section: Any, option: Option) -> None:
+    text = option.help.replace("%", "%%")
+    if option.choices:
+        text += f": {', '.join(option.choices)}"
+    if option.default is not None:
+        default = option.default
+        shown = {True: "yes", False: "no"}[default] if option.type is bool else default
+        text += f" (default: {shown})"
+    if option.type is bool:
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    else:
+        how = {"type": option.type, "metavar": _METAVARS[option.type]}
+    section.add_argument(
+        "--" + option.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
+    )
+
+
+def deployment_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of ``Deployment``."""
+    section = parser.add_argument_group("federation")
+    for item in DEPLOYMENT_FIELDS:
+        section.add_argument(
+            "--" + item.name.replace("_", "-"),
+            type=type(item.default),
+            metavar=_METAVARS[type(item.default)],
+            default=argparse.SUPPRESS,
+            required=item.name == "out",
+            help=item.metadata["help"] + (f" (default: {item.default})" if item.default else ""),
+        )
+
+
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration's fields that the command line names."""
+    names = {option.name for option in OPTIONS}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def stored(options: argparse.Namespace) -> dict[str, Any]:
+    """The content of ``--config FILE``; {} where it was not given.
+
+    Raises:
+        ConfigError: it cannot be read, or is no ``config.json``.
+    """
+    if options.config is None:
+        return {}
+    named = f"--config {options.config}"
+    try:
+        content = json.loads(Path(options.config).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
+    return checked_config(content, named)
+
+
+def checked_config(content: Any, named: str) -> dict[str, Any]:
+    """The content of a ``config.json``.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
+    return content
+
+
+def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = None) -> Config:
+    """``usual``, what ``--config`` has in place of it, and what the command line says."""
+    of_file = stored(options).get("config", {})
+    return config_from_dict({**(usual or {}), **of_file, **given(options)})

@@ -1,0 +1,156 @@
+"""Commands that train, and those that come before: what is in the data, a federation's app."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedss.cli import tables
+from fedss.cli.options import (
+    OUT,
+    argument,
+    command,
+    config_options,
+    deployment_options,
+    read_config,
+    stored,
+)
+from fedss.cli.tables import say
+from fedss.config import Config, variant
+from fedss.errors import ConfigError
+from fedss.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
+from fedss.text import counted
+
+if TYPE_CHECKING:
+    from fedss.data import Dataset
+
+
+@command("[OPTIONS] --out DIR", config_options(), OUT)
+def train(options: argparse.Namespace) -> None:
+    """Train one model, or go on with an interrupted run."""
+    from fedss.data import seen_classes
+    from fedss.training.experiment import load_together, train
+
+    config = read_config(options)
+    data = load_together(config)
+    _say_before([config], data)
+    run = train(config, options.out, data=data)
+    if run.already_done:
+        say(f"{options.out} is done: {counted(config.rounds, 'round')}; delete it to train again")
+    tables.print_results([run.summary], seen_classes(data), run.folder)
+    say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
+
+
+@command(
+    "[OPTIONS] --methods METHOD ... --seeds INT ... --out DIR",
+    argument(
+        "--methods",
+        "METHOD",
+        "methods to compare, or variants such as fedss:sampler=uniform,rows_up=int8 "
+        "(default: full fedss fedss-uncorrected pos-only)",
+        nargs="+",
+    ),
+    argument("--seeds", "INT", "seeds of each method (default: 0)", nargs="+", type=int),
+    config_options(without=("method", "seed")),
+    OUT,
+)
+def compare(options: argparse.Namespace) -> None:
+    """Train several methods with several seeds, and report on them."""
+    from fedss.data import seen_classes
+    from fedss.training.experiment import compare, load_together
+
+    config, before = read_config(options), stored(options)
+    methods = options.methods or before.get("methods")
+    methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
+    seeds = options.seeds or before.get("seeds") or [0]
+    data = load_together(config)
+    _say_before([variant(config, method) for method in methods], data)
+    summaries = compare(config, methods, seeds, options.out, data=data)
+    tables.print_results(summaries, seen_classes(data), Path(options.out))
+    say(f"summary  {Path(options.out) / 'summary.json'}")
+    say(f"report   {Path(options.out) / 'report.html'}")
+
+
+@command(
+    "[OPTIONS]",
+    argument("--plot", "FILE.png", "draw who holds what: images, classes, clients"),
+    config_options(),
+)
+def info(options: argparse.Namespace) -> None:
+    """Show what is in a data set, and what each method would send."""
+    from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
+    from fedss.training.build import (
+        build_model,
+        check_trainable,
+        load_data,
+        num_frozen,
+        num_trainable,
+    )
+    from fedss.training.summary import costs, describe
+
+    config = read_config(options)
+    if options.plot is not None and not options.plot.lower().endswith(".png"):
+        raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
+    data = load_data(config)
+    tables.say_left_out(data.skipped, data.unpaired, data.passed_over)
+    check_trainable(data)
+    held = holdings(data.train)
+    dealt = parse_partition(config.partition, config.partition_clients)
+    dealt = dealt or DEFAULT_PARTITIONS.get(config.data)
+    embedder = build_model(config, data, None)
+    facts = {
+        **describe(config, data),
+        "dealt": f", dealt by {replace(dealt, clients=None)}" if dealt else "",
+        "trained": num_trainable(embedder),
+        "frozen": num_frozen(embedder),
+    }
+    tables.print_data(data.name, facts, *held)
+    for remark in data.remarks:
+        say(f"remark: {remark}")
+    if data.remarks:
+        say("")
+    title = f"per client and round, {config.backbone}, d = {config.embedding_size}"
+    tables.print_costs(title, costs(config, data, embedder))
+    if options.plot is not None:
+        _plot_clients(Path(options.plot), held, f"{data.name}: who holds the training images")
+
+
+@command(
+    "DIR --out PATH [OPTIONS]",
+    argument("folder", "DIR", "the app folder; gets a pyproject.toml"),
+    deployment_options,
+    config_options(),
+)
+def app(options: argparse.Namespace) -> None:
+    """Write the app folder of a real federation, to submit with flwr run."""
+    names = {item.name for item in DEPLOYMENT_FIELDS}
+    chosen = {name: value for name, value in vars(options).items() if name in names}
+    # Images at sites are photographs, as far as one can tell; and what a round costs there is not
+    # to be lost.
+    config = read_config(options, usual={"data": "folder", "checkpoint_every": 1})
+    say(write_app(Path(options.folder), config, Deployment(**chosen)))
+
+
+def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
+    """What there is to train on and to test with, before any training."""
+    from fedss.training.build import check_trainable
+    from fedss.training.summary import found, notes
+
+    tables.say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    check_trainable(data)
+    told = dict.fromkeys(note for config in configs for note in notes(config, data))
+    say(*found(configs[0], data), *(f"note     {note}" for note in told))
+
+
+def _plot_clients(path: Path, held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> None:
+    from fedss.files import write_file
+    from fedss.report import clients_picture
+
+    try:
+        write_file(path, clients_picture(held, title))
+    except OSError as error:
+        raise ConfigError(f"--plot {path}: cannot write it: {error.strerror}") from error
+    say(path)

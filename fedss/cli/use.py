@@ -1,0 +1,373 @@
+"""Commands that use a trained model."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import webbrowser
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedss.cli.options import (
+    INDEX,
+    JSON,
+    RUN,
+    SKIP_BROKEN,
+    THRESHOLD,
+    argument,
+    checked_config,
+    command,
+    config_options,
+    flag,
+    given,
+    setting,
+)
+from fedss.cli.tables import cell, make_table, print_evaluation, print_table, say, say_left_out
+from fedss.config import Config, config_from_dict
+from fedss.errors import ConfigError, RunFolderError
+from fedss.text import DASH, counted, decimals
+
+if TYPE_CHECKING:
+    from fedss.data import Dataset
+    from fedss.models import Embedder
+    from fedss.search import Match
+
+
+@command(
+    "RUN [OPTIONS]",
+    RUN,
+    argument(
+        "--far",
+        "NUMBER",
+        "false-accept rates to give the TAR at (default: 0.1 0.01 0.001 0.0001)",
+        nargs="+",
+        type=float,
+    ),
+    flag("--json", "print all figures, and the ROC, as JSON"),
+    config_options(groups=("data",), stored=False),
+)
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure retrieval, verification and identification with a trained model."""
+    from fedss.evaluation.baselines import Floors, data_floors
+    from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
+    from fedss.evaluation.intervals import interval
+    from fedss.evaluation.verification import FARS
+    from fedss.inference.model import load
+    from fedss.models import embed_pixels
+    from fedss.runs.reading import read_scores
+    from fedss.training.build import evaluation_task
+
+    fars, run = options.far or FARS, Path(options.folder)
+    if not all(0 < far <= 1 for far in fars):
+        raise ConfigError(
+            "--far: expected shares above 0 and at most 1, such as 0.001, got "
+            + ", ".join(map(str, fars))
+        )
+    embedder = load(run)
+    config, data, own = _data_to_evaluate(options, embedder)
+    task = evaluation_task(config, data)
+    check_tellable(task, data.name, config.test_classes)
+    embedded = embed_task(partial(embed_pixels, embedder), task)
+    found, measured = judge(task, embedded), verify(task, embedded, config.data_seed, fars)
+    assert found.metrics is not None
+    assert found.by_class is not None
+    assert measured is not None
+    ends = interval([found.by_class])
+    floors = data_floors(task)
+    if own and (run / "floors.json").exists():
+        floors |= Floors(*read_scores(run / "floors.json"))
+    if options.json:
+        told = {
+            "map_at_10_interval": ends and [ends.low, ends.high],
+            "floors": floors.map_at_10,
+        }
+        print(json.dumps({**found.metrics, **told, "verification": measured}, indent=2))
+    else:
+        if not own:
+            say(f"images of {data.name}, other than the run's own")
+        print_evaluation(found.metrics, ends, floors.map_at_10, measured)
+    # Of other images it would not be the run's.
+    _keep_measured(run / "verification.json", measured, writes=own and not options.far)
+
+
+def _data_to_evaluate(
+    options: argparse.Namespace, embedder: "Embedder"
+) -> tuple[Config, "Dataset", bool]:
+    """The run's configuration and data with what was given in their place; whether it is its own.
+
+    Raises:
+        ConfigError: the run's own images are not at hand, and no others are named.
+    """
+    from fedss.data import fingerprint
+    from fedss.files import read_json
+    from fedss.training.build import load_data
+    from fedss.training.summary import why_not_own
+
+    path = Path(options.folder) / "config.json"
+    about = checked_config(read_json(path), str(path))
+    known: dict[str, Any] = about["data"] if isinstance(about.get("data"), dict) else {}
+    shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
+    config = config_from_dict({**about["config"], **shape, **given(options)})
+    other = why_not_own(options.folder, known, config.data)
+    if known.get("name") != config.data and not given(options):
+        raise ConfigError(other)
+    data = load_data(config)
+    say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    own = known.get("fingerprint") == fingerprint(data)
+    if not own and not given(options):
+        raise ConfigError(other)
+    return config, data, own
+
+
+def _keep_measured(path: Path, measured: Mapping[str, Any], writes: bool) -> None:
+    """Write ``verification.json`` where there is none that can be read."""
+    from fedss.files import write_json
+    from fedss.runs.reading import read_verified
+
+    try:
+        if read_verified(path) is not None:
+            return
+    except RunFolderError as error:
+        if not writes:
+            say(error, file=sys.stderr)
+    if writes:
+        try:
+            write_json(path, measured)
+        except OSError as error:
+            say(f"{path} cannot be written: {error}", file=sys.stderr)
+
+
+@command(
+    "RUN IMAGES --out FILE",
+    RUN,
+    argument("images", "IMAGES", "a folder, or a CSV with 'image'"),
+    argument("--out", "FILE", "FILE.npy (and FILE.names.json) or FILE.parquet", required=True),
+    SKIP_BROKEN,
+)
+def embed(options: argparse.Namespace) -> None:
+    """Write embeddings of images, with their file names."""
+    from fedss.inference.embedding import embed_files, list_pictures, write_embeddings
+    from fedss.inference.model import load
+
+    embedder = load(options.folder)
+    found = list_pictures(Path(options.images))
+    if not options.skip_broken:
+        found.check_there()
+    result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
+    say_left_out(result.skipped, (), found.passed_over, found.remarks)
+    written = write_embeddings(Path(options.out), result)
+    say(f"{counted(len(result.names), 'embedding')} of size {result.embeddings_ND.shape[1]}")
+    say(*written)
+
+
+@command(
+    "RUN --format FORMAT [--out DIR]",
+    RUN,
+    argument("--format", "FORMAT", "onnx, safetensors or torch-export", required=True),
+    argument("--out", "DIR", "folder for it and its model card (default: RUN/export)"),
+)
+def export(options: argparse.Namespace) -> None:
+    """Write a trained model as a file for other programs."""
+    from fedss.inference.export import CARD, export
+
+    path = export(options.folder, options.format, options.out)
+    say(f"model  {path}", f"card   {path.with_name(CARD)}")
+
+
+@command(
+    "RUN IMAGES [OPTIONS]",
+    RUN,
+    argument("images", "IMAGES", "a folder, or a CSV with 'image', maybe 'label'"),
+    INDEX,
+    SKIP_BROKEN,
+)
+def index(options: argparse.Namespace) -> None:
+    """Make images searchable, or bring their index up to date."""
+    from fedss.data.names import look_alikes
+    from fedss.search import build_collection
+
+    found = build_collection(
+        options.folder, options.images, _index_folder(options), skip_broken=options.skip_broken
+    )
+    remarks = (*found.remarks, *look_alikes(found.classes, "classes"))
+    say_left_out(found.skipped, (), found.passed_over, remarks)
+    enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
+    say(
+        f"{counted(found.indexed, 'image')}{enrolled}; {counted(len(found.classes), 'class')}; "
+        f"{counted(found.embedded, 'image')} {'was' if found.embedded == 1 else 'were'} new or "
+        "changed",
+        found.folder,
+    )
+
+
+def _index_folder(options: argparse.Namespace) -> Path:
+    return Path(options.index or Path(options.folder) / "index")
+
+
+@command(
+    "RUN IMAGE ... [OPTIONS]",
+    RUN,
+    argument("images", "IMAGE", "what to look for", nargs="+"),
+    INDEX,
+    setting("--count", 10, "how many to find"),
+    JSON,
+    argument("--show", "FILE.html", "write them as a page with images"),
+)
+def search(options: argparse.Namespace) -> None:
+    """Find the nearest images of an index."""
+    from fedss.files import write_file, writing
+    from fedss.search import open_collection
+    from fedss.search.web.page import neighbours_page
+
+    collection = open_collection(_index_folder(options), options.folder)
+    found = collection.search(collection.embed(options.images), options.count)
+    if options.show is not None:
+        page = neighbours_page(collection, options.images, found)
+        with writing(Path(options.show), "choose another place (--show)"):
+            write_file(Path(options.show), page.encode())
+
+    def content(match: "Match") -> dict[str, Any]:
+        path = collection.path(match.position)
+        return {**dataclasses.asdict(match), "path": str(path) if path else None}
+
+    by_query = list(zip(options.images, found, strict=True))
+    if options.json:
+        rows = [{"picture": name, "matches": [*map(content, each)]} for name, each in by_query]
+        print(json.dumps(rows, indent=2))
+        return
+    for name, matches in by_query:
+        say(f"nearest to {name} in {collection.source}")
+        table = make_table(None, ">score", "class", "image")
+        for match in matches:
+            label = DASH if match.label is None else match.label
+            table.add_row(decimals(match.score), cell(label), cell(match.name))
+        print_table(table)
+    if options.show is not None:
+        say(options.show)
+
+
+@command(
+    "RUN CLASS IMAGE ... [OPTIONS]",
+    RUN,
+    argument("label", "CLASS", "its name"),
+    argument("images", "IMAGE", "images of it", nargs="*"),
+    INDEX,
+    flag("--remove", "remove the enrolled images of the class instead"),
+)
+def enrol(options: argparse.Namespace) -> None:
+    """Add a class to an index from a few images."""
+    from fedss.search import enrol, open_collection, remove
+
+    if options.remove and options.images:
+        raise ConfigError("--remove takes a whole class out: give no images with it")
+    collection = open_collection(_index_folder(options), options.folder)
+    if options.remove:
+        collection = remove(collection, options.label)
+        done = f"removed the enrolled images of {options.label}"
+    else:
+        collection = enrol(collection, options.label, options.images)
+        done = f"enrolled {counted(len(options.images), 'image')} of {options.label}"
+    say(f"{done}; {counted(len(collection.classes), 'class')} now")
+
+
+@command(
+    "RUN IMAGE ... [OPTIONS]",
+    RUN,
+    argument("images", "IMAGE", "what to look at", nargs="+"),
+    INDEX,
+    THRESHOLD,
+    JSON,
+)
+def identify(options: argparse.Namespace) -> None:
+    """Name the class that an image shows, or say that it is unknown."""
+    from fedss.search import identify, open_collection, stored_threshold, why_no_threshold
+
+    collection = open_collection(_index_folder(options), options.folder)
+    if options.threshold is None:
+        stored = stored_threshold(options.folder)
+        if stored is None:
+            raise ConfigError(why_no_threshold(options.folder))
+        threshold, about = stored.threshold, stored.worth(len(collection.classes))
+    else:
+        threshold, about = options.threshold, "as given"
+    found = identify(collection, collection.embed(options.images), threshold)
+    named = list(zip(options.images, found, strict=True))
+    if options.json:
+        rows = [{"picture": name, **dataclasses.asdict(identity)} for name, identity in named]
+        print(json.dumps({"threshold": threshold, "pictures": rows}, indent=2))
+        if threshold > 1:
+            print(about, file=sys.stderr)
+        return
+    least = about if threshold > 1 else f"threshold {threshold:.3f} ({about})"
+    say(f"among {counted(len(collection.classes), 'class')}, {least}")
+    table = make_table(None, "image", "class", "nearest", ">score")
+    for name, identity in named:
+        label = "unknown" if identity.label is None else identity.label
+        table.add_row(*map(cell, (name, label, identity.nearest)), decimals(identity.score))
+    print_table(table)
+
+
+@command(
+    "OUT [--watch]",
+    argument("folder", "OUT", "the folder of a run or a comparison"),
+    flag("--watch", "write it again as records come in, until all is done"),
+)
+def report(options: argparse.Namespace) -> None:
+    """Write report.html for a run or a comparison."""
+    from fedss.report import write_report
+    from fedss.report.watch import watch_report
+
+    folder = Path(options.folder)
+    if options.watch:
+        watch_report(folder, say)
+    else:
+        say(write_report(folder))
+
+
+@command(
+    "RUN [OPTIONS]",
+    argument("folder", "RUN", "a run folder with an index (fedss index)"),
+    INDEX,
+    THRESHOLD,
+    argument(
+        "--host",
+        "TEXT",
+        "address to listen on; 0.0.0.0 lets other machines in, without a password "
+        "(default: 127.0.0.1, this machine alone)",
+        default="127.0.0.1",
+    ),
+    setting("--port", 8600, "port to listen on; 0: any free one"),
+    setting("--max-upload-mb", 20.0, "size of the largest image that is accepted, in megabytes"),
+    setting(
+        "--max-upload-megapixels", 25.0, "most pixels of an image that is accepted, in millions"
+    ),
+    flag("--open", "open the page in the browser"),
+)
+def serve(options: argparse.Namespace) -> None:
+    """Serve a web page on this machine: search by image, browse, enrol."""
+    from fedss.search import open_collection, stored_threshold
+    from fedss.search.web import app, guard
+
+    measured = stored_threshold(options.folder) if options.threshold is None else None
+    limits = guard.make_limits(
+        options.max_upload_mb, options.threshold, measured, options.max_upload_megapixels
+    )
+    with guard.listen(options.host, options.port) as listener:
+        collection = open_collection(_index_folder(options), options.folder)
+        title, address = Path(options.folder).resolve().name, guard.address_of(listener)
+        if not guard.is_loopback(listener):
+            say(
+                f"warning: --host {options.host} lets other machines in. Whoever reaches port "
+                f"{listener.getsockname()[1]} sees all images and can enrol and remove classes: "
+                "there is no password and no encryption",
+                file=sys.stderr,
+            )
+        say(f"{counted(len(collection), 'image')} at {address}  (Ctrl-C stops)")
+        if options.open:
+            webbrowser.open(address)
+        with suppress(KeyboardInterrupt):
+            app.serve(collection, title, listener, options.host, limits)
+    say("stopped")
