@@ -652,7 +652,7 @@ def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
 
 
 def test_a_test_that_allows_no_name_names_nobody_and_shows_neighbours(site: Site) -> None:
-    limits = guard.make_limits(1, None, Threshold(NOTHING, 0.01, 15))
+    limits = guard.make_limits(1, None, Threshold(REJECT_ALL, 0.01, 15))
     with served(site.collection, limits) as server:
         note = server.get("/about").json["threshold_note"]
         answer = server.send("/search?count=3", [("x.png", png())])

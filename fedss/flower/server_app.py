@@ -24,6 +24,7 @@ from fedss.flower.engine import FlowerEngine
 from fedss.flower.messages import Nodes, say
 from fedss.flower.registry import Registry, check_registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
+from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.runs.checkpoint import newest_round

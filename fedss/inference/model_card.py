@@ -16,8 +16,8 @@ from fedss.evaluation.verification import Verification
 from fedss.files import read_json
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
-from fedss.runs.folder import read_summaries
-from fedss.runs.reading import Verified, read_verified
+from fedss.runs.findings import read_verification
+from fedss.runs.summaries import read_summaries
 from fedss.text import human_bytes
 
 UNKNOWN = "unknown"

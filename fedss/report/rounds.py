@@ -5,9 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedss.runs.headlines import DASH, count
+from fedss.runs.headlines import count
 from fedss.runs.reading import Group
 from fedss.runs.records import FailedClient
+from fedss.text import DASH
 
 MOST_CLIENTS = 10
 # In their order within a round; any others come behind them.

@@ -10,6 +10,7 @@ from typing import Any
 from fedss.evaluation.intervals import FLOORS
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun
+from fedss.text import DASH
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def settings(groups: Sequence[Group]) -> dict[str, Any]:
 
 def _shown(value: object) -> str:
     if value is None:
-        return headlines.DASH
+        return DASH
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

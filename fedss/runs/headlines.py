@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fedss.evaluation.intervals import FLOORS, Interval
 from fedss.runs.eta import time_left
-from fedss.runs.reading import MOMENTS, Group, Run
+from fedss.runs.reading import Group, RecordedRun
+from fedss.runs.summaries import MOMENTS
 from fedss.text import DASH, plural
 from fedss.text import decimals as decimals
 from fedss.text import human_bytes as human_bytes

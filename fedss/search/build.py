@@ -83,7 +83,7 @@ def build_collection(
     embedder = load(run, backbone)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     found = list_pictures(Path(pictures))
-    with hold(folder, _ADVICE):
+    with lock_folder(folder, _ADVICE):
         if store_exists(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
         _check_old(folder / INDEX, found, embedder)
