@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Anything that needs a newer set of packages than the last one installed is made again.
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo federation test lint format bench bench-peers clean
+.PHONY: demo federation test lint docs format bench bench-peers clean
 
 demo: $(VENV)/.core
 	$(BIN)/fedss compare --data glyphs --methods full fedss moments pos-only \
@@ -21,6 +21,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation as a site in site/, to be opened from the disk; no other host is asked.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
@@ -46,7 +50,7 @@ bench-peers: $(VENV)/.core .venv-retrieval/.done .venv-search/.done .venv-pfl/.d
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* runs build *.egg-info
+	rm -rf $(VENV) .venv-* runs site build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedss needs Python 3.11 or newer; try make PYTHON=python3.12")'
@@ -66,4 +70,8 @@ $(VENV)/.test: $(VENV)/.core
 
 $(VENV)/.lint: $(VENV)/.core
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[lint]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[docs]"
 	touch $@

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands have their options, data sets their sections."""
+"""README and docs: links lead somewhere, commands have their options, no page is left out."""
 
 import re
 import unicodedata
@@ -16,8 +16,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     ROOT / "benchmarks" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+# Pages of the site that docs/site_hooks/ makes; all others are files in docs/.
+GENERATED = re.compile(r"reference/.*|(benchmarks|changelog|contributing|security)\.md")
 LINK = re.compile(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]+))?\)")
 # A command at the start of a line or of a code span, up to a comment or the span's end. (A run is
 # called "fedss seed 0" in what is printed.)
@@ -60,6 +62,13 @@ def test_commands_have_the_options_that_are_given(page):
     for command, words in COMMAND.findall(page.read_text()):
         given = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", words))
         assert given <= options_of(command), f"fedss {command}{words}"
+
+
+def test_the_navigation_of_the_site_has_every_page_once():
+    _, nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")
+    listed = [page for page in re.findall(r"[\w/-]+\.md$", nav, re.M) if not GENERATED.match(page)]
+    there = (page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md"))
+    assert sorted(listed) == sorted(map(str, there))
 
 
 def test_every_data_set_has_a_section():

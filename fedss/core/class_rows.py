@@ -40,9 +40,8 @@ class ClassRows:
         updated_N: int32, number of rounds that were complete when the row was last written;
             0: never.
         seed: what rows are made from until they are written.
-        sums_EE: :func:`fedss.losses.moments.row_sums` of all rows as written, kept by every write,
-        if
-            the method needs them.
+        sums_EE: :func:`fedss.losses.moments.row_sums` of all rows as written, kept by every
+            write, if the method needs them.
         changed: ids of the rows written since the last checkpoint, round by round.
         made: ids and rows of the last that were read before they were written; a round reads them
             twice, for its clients and for its step.

@@ -123,8 +123,7 @@ def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list
         collection: with classes, of its folders or enrolled.
         query_QD: floating point [Q, D], such as from ``Collection.embed``.
         threshold: the least cosine, -1 to 1; or ``fedss.evaluation.verification.NOTHING``, as a
-        run's test
-            may have measured it: then all pictures are unknown.
+            run's test may have measured it: then all pictures are unknown.
 
     Raises:
         DataError: no picture of the collection has a class; queries of another size, NaN or
