@@ -97,7 +97,7 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
     """Train each. By name: the run's summary, and for each round the state's digest, the examples
     of this rank's clients, and how many rows were noted as changed before it."""
     found: dict[str, Any] = {}
-    run_round = experiment.run_round
+    run_round = experiment.run_round  # type: ignore[attr-defined]
 
     def watched(engine: Any, optimizer: Any, state: ServerState, *rest: Any) -> Any:
         changed = sum(map(len, state.class_rows.changed))
@@ -106,7 +106,7 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
         found[name]["rounds"].append([digest(state), examples, changed])
         return state, updates, failures
 
-    experiment.run_round = watched
+    experiment.run_round = watched  # type: ignore[attr-defined, assignment]
     for name, config in configs.items():
         found[name] = {"rounds": []}
         found[name]["summary"] = fedss.train(config, folder / name, **tiny()).summary

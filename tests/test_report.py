@@ -22,11 +22,11 @@ from fedss.report import (
     frontier_picture,
     labels,
     page,
-    records,
     rounds,
-    words,
     write_report,
 )
+from fedss.runs import headlines as words
+from fedss.runs import reading as records
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
