@@ -27,11 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 import fedss
-from fedss.core.algorithm import ServerState
 from fedss.core.class_rows import create_class_rows
 from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.engine import Engine
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.state import ServerState
 from fedss.data import ClientIndex, LazyNames
+from fedss.distributed import Ranks
 from fedss.engines.local import LocalEngine, local_engine
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import Scoring
@@ -385,3 +387,19 @@ def engine_of(
     wire = WireFormat(shapes, DIM, num_classes)
     with local_engine(embedder, clients, OPTIMIZER, wire, workers, **more) as engine:
         yield engine
+
+
+@dataclass(frozen=True)
+class WrappedEngine:
+    """Another engine, whose training a subclass watches or changes."""
+
+    engine: Engine
+
+    @property
+    def ranks(self) -> Ranks:
+        """Those of the engine."""
+        return self.engine.ranks
+
+    def num_clients(self, round: int) -> int:
+        """Those of the engine."""
+        return self.engine.num_clients(round)

@@ -40,7 +40,7 @@ from network import network
 from fedss.config import Config
 from fedss.core.algorithm import draw_cohort
 from fedss.core.class_rows import create_class_rows, read
-from fedss.core.client import batches, draw_classes, own_classes
+from fedss.core.client import batches, draw_classes, limit_own_classes
 from fedss.seeds import generator
 from fedss.training.build import round_plan
 
@@ -83,7 +83,7 @@ def write_job(folder: Path, method: str, n: int, rounds: int) -> None:
             order = batches(IMAGES, plan.local, generator(config.seed, "batches", r, k))
             orders.append(np.concatenate(list(order)))
             if method != "full":
-                samples.append(draw_classes(plan, k, own_classes(plan, k, labels[k])))
+                samples.append(draw_classes(plan, k, limit_own_classes(plan, k, labels[k])))
     arrays: dict[str, Any] = {"pixels": pixels, "labels": labels, "theta": theta, "rows": rows}
     arrays |= {"cohorts": np.stack(cohorts), "orders": _by_slot(orders, rounds)}
     if samples:

@@ -35,17 +35,19 @@ import torch
 import fedss
 from examples import federation
 from examples.federation import FederationError, Place, Process, children, flwr, kill
-from fedss.core.algorithm import Engine, Failure, ServerState
 from fedss.core.class_rows import create_class_rows, read
 from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.engine import Failure
 from fedss.core.optimizers import ServerOptimizer
-from fedss.distributed import ALONE, Ranks
+from fedss.core.state import ServerState
+from fedss.distributed import ALONE
 from fedss.flower.settings import Deployment, write_app
 from fedss.models import Embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
 from fedss.training.build import build_model, load_data, server_optimizer
-from fedss.training.experiment import Federation, Lap, local_federation, train_federation
+from fedss.training.experiment import train_federation
+from fedss.training.federation import Federation, Lap, local_federation
 from fedss.training.summary import describe
 
 SITES, CLIENTS, CLASSES = 3, 12, 60
@@ -261,19 +263,15 @@ def tell_failure(trial: Trial, run: int) -> None:
 
 
 @dataclass(frozen=True)
-class Absent:
+class Absent(common.WrappedEngine):
     """An engine whose clients fail in some rounds: numbers of clients, by round (0-based)."""
 
-    engine: Engine
     absent: Mapping[int, Set[int]]
 
-    @property
-    def ranks(self) -> Ranks:  # noqa: D102
-        return self.engine.ranks
-
-    def train(  # noqa: D102
+    def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
+        """The updates of those that do not fail."""
         gone = self.absent.get(plan.round, set())
         yield from (Failure(k, "absent") for k in cohort.tolist() if k in gone)
         there = [k for k in cohort.tolist() if k not in gone]

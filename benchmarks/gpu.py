@@ -17,10 +17,10 @@ Writes ``benchmarks/results/gpu.txt``. Needs ``pip install "fedss[timm]"``.
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import common
@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedss.config import Config
-from fedss.core.algorithm import ServerState, draw_cohort, run_round
+from fedss.core.algorithm import Server, run_round
 from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.state import ServerState
 from fedss.data import ClientIndex
 from fedss.engines.local import LocalEngine
 from fedss.errors import FedssError
@@ -245,14 +246,10 @@ def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) 
 
 
 @dataclass(frozen=True)
-class Watched:
+class Watched(common.WrappedEngine):
     """An engine, and how long its clients' training took in each round."""
 
-    engine: LocalEngine
     laps: list[float] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
 
     def train(self, state: ServerState, cohort: np.ndarray, plan: RoundPlan) -> Iterator[Any]:
         """The engine's updates, all of them waited for."""
@@ -268,14 +265,11 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
     def rounds_of(stack: int, precision: str, count: int) -> tuple[list[float], list[float]]:
         state, laps = common.first_state(embedder_of(job), job.classes), []
         with engine_of(job, clients, device, stack, precision) as engine:
-            watched = Watched(engine)
+            server, watched = Server(common.OPTIMIZER, job.cohort), Watched(engine)
             for round in range(count):
-                cohort = draw_cohort(job.num_clients, job.cohort, 0, round)
-                begin = time.perf_counter()
-                state, *_ = run_round(
-                    watched, common.OPTIMIZER, state, cohort, plan_of(job, round), "cohort"
-                )
-                laps.append(time.perf_counter() - begin)
+                work = partial(run_round, server, watched, state, plan_of(job, round))
+                (state, *_), spent = common.timed(work)
+                laps.append(spent.wall)
         return laps, watched.laps
 
     lines = [

@@ -96,11 +96,6 @@ def bare(path: Path, wanted: Files) -> Image.Image:
         return small.resize((side, side), Image.Resampling.BILINEAR, box)
 
 
-def bare_all(paths: Sequence[Path], wanted: Files) -> None:
-    for path in paths:
-        bare(path, wanted)
-
-
 def making(wanted: Files, place: Path, turns: int) -> str:
     """A line of the first table."""
     path = write_files(place / "files", wanted)
@@ -115,7 +110,7 @@ def making(wanted: Files, place: Path, turns: int) -> str:
         # A share of the files for each thread: no queue, nothing to wait for.
         cores = os.cpu_count() or 1
         with ThreadPoolExecutor(cores) as pool:
-            list(pool.map(lambda start: bare_all(files[start::cores], wanted), range(cores)))
+            list(pool.map(lambda i: [bare(f, wanted) for f in files[i::cores]], range(cores)))
 
     sides = {"ours": load, "theirs": alone}
     took: dict[str, list[common.Spent]] = {name: [] for name in sides}

@@ -26,9 +26,10 @@ import common
 import numpy as np
 import torch
 
-from fedss.core.algorithm import ServerState, aggregate, apply_update, choose_classes, select
+from fedss.core.algorithm import aggregate, apply_update, select
 from fedss.core.class_rows import ClassRows, create_class_rows
-from fedss.core.client import LocalTraining, own_classes
+from fedss.core.client import LocalTraining, draw_classes, limit_own_classes
+from fedss.core.state import ServerState
 from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import LocalEngine
 from fedss.models import Embedder, build_embedder
@@ -67,8 +68,8 @@ def one_round(engine: LocalEngine, state: ServerState) -> tuple[ServerState, dic
         seconds[name] = spent.wall
         return result
 
-    own_K = [own_classes(plan, k, labels[engine.clients.examples(k)]) for k in cohort.tolist()]
-    part("draw", lambda: choose_classes(plan, state, cohort, own_K))
+    own_K = [limit_own_classes(plan, k, labels[engine.clients.examples(k)]) for k in range(COHORT)]
+    part("draw", lambda: [draw_classes(plan, k, own_P) for k, own_P in enumerate(own_K)])
     rng = np.random.default_rng(state.round)
     ids_U = torch.from_numpy(np.sort(rng.choice(rows.num_classes, COHORT * SAMPLE, replace=False)))
     part("select", lambda: select(common.OPTIMIZER, state, ids_U))

@@ -73,13 +73,12 @@ Search = Callable[[np.ndarray], list[int]]
 
 def ours(rows: np.ndarray) -> Search:
     count = len(rows)
-    names = tuple(map(str, range(count)))
     collection = Collection(
         folder=Path(),
         source=Path(),
         root=Path(),
         embedder=EMBEDDER,
-        names=names,
+        names=tuple(map(str, range(count))),
         labels=(None,) * count,
         vectors_ND=torch.from_numpy(rows),
         indexed=count,

@@ -18,7 +18,7 @@ Writes ``benchmarks/results/verification.txt`` (not with ``--short``).
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import common
 import numpy as np
@@ -33,11 +33,10 @@ from fedss.models import embed_pixels
 from fedss.training.build import evaluation_task
 from fedss.training.experiment import load_together
 
-T = TypeVar("T")
 FARS = (0.1, 0.01, 0.001, 0.0001)
 
 
-def timed(work: Callable[[], T]) -> tuple[T, dict[str, float]]:
+def timed(work: Callable[[], common.T]) -> tuple[common.T, dict[str, float]]:
     found, spent = common.timed(work)
     return found, {**spent._asdict(), "peak": common.peak_megabytes()}
 

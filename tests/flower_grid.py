@@ -15,7 +15,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedss.flower.client_app import app as site_app
-from fedss.training import experiment
+from fedss.training import loop
 from tests.ranks import digest
 
 Spoil = Callable[[int, Message, Message], Sequence[Message]]
@@ -23,14 +23,14 @@ Spoil = Callable[[int, Message, Message], Sequence[Message]]
 
 def digests(call: Callable[[], Any]) -> list[str]:
     """Of the server's state after each round of what is called."""
-    found, run_round = [], experiment.run_round  # type: ignore[attr-defined]
+    found, run_round = [], loop.run_round  # type: ignore[attr-defined]
 
     def watch(*arguments: Any) -> Any:
         result = run_round(*arguments)
         found.append(digest(result[0]))
         return result
 
-    with patch.object(experiment, "run_round", watch):
+    with patch.object(loop, "run_round", watch):
         call()
     return found
 

@@ -17,9 +17,9 @@ import torch
 
 import fedss
 from fedss.cli import main
-from fedss.core import algorithm
-from fedss.core.algorithm import ServerState
-from fedss.training import experiment
+from fedss.core import checks
+from fedss.core.state import ServerState
+from fedss.training import loop
 from tests import reference
 
 # A server that has imported everything once; each rank is a fork of it.
@@ -97,16 +97,16 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
     """Train each. By name: the run's summary, and for each round the state's digest, the examples
     of this rank's clients, and how many rows were noted as changed before it."""
     found: dict[str, Any] = {}
-    run_round = experiment.run_round  # type: ignore[attr-defined]
+    run_round = loop.run_round  # type: ignore[attr-defined]
 
-    def watched(engine: Any, optimizer: Any, state: ServerState, *rest: Any) -> Any:
+    def watched(server: Any, engine: Any, state: ServerState, *rest: Any) -> Any:
         changed = sum(map(len, state.class_rows.changed))
-        state, updates, failures = run_round(engine, optimizer, state, *rest)
+        state, updates, failures = run_round(server, engine, state, *rest)
         examples = [update.num_examples for update in updates]
         found[name]["rounds"].append([digest(state), examples, changed])
         return state, updates, failures
 
-    experiment.run_round = watched  # type: ignore[attr-defined, assignment]
+    loop.run_round = watched  # type: ignore[attr-defined, assignment]
     for name, config in configs.items():
         found[name] = {"rounds": []}
         found[name]["summary"] = fedss.train(config, folder / name, **tiny()).summary
@@ -154,13 +154,13 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
     attempt({}, data=reference.tiny_dataset(seed=this))
     attempt({"client_lr": 0.05 + this})
     attempt({}, out=f"not shared {this}")
-    check_finite = algorithm.check_finite
+    check_finite = checks.check_finite
 
     def diverge(update: Any, plan: Any) -> Any:
         loss = float("nan") if this == 1 and plan.round == 1 else update.loss
         return check_finite(dataclasses.replace(update, loss=loss), plan)
 
-    algorithm.check_finite = diverge
+    checks.check_finite = diverge
     attempt({})
 
     def break_down(update: Any, plan: Any) -> Any:
@@ -168,9 +168,9 @@ def fail_in_every_way(config: fedss.Config, folder: Path) -> list[list[str]]:
             raise IndexError("out of range")
         return update
 
-    algorithm.check_finite = break_down
+    checks.check_finite = break_down
     attempt({})
-    algorithm.check_finite = check_finite
+    checks.check_finite = check_finite
     attempt({})
     return found
 
@@ -179,14 +179,14 @@ def die(victim: int, round: int, number: int, words: list[str]) -> int:
     """A ``fedss`` command in which one rank gets a signal when its first client of a round
     (1-based) is done."""
     if int(os.environ["RANK"]) == victim:
-        check_finite = algorithm.check_finite
+        check_finite = checks.check_finite
 
         def check_or_die(update: Any, plan: Any) -> Any:
             if plan.round + 1 == round:
                 os.kill(os.getpid(), number)
             return check_finite(update, plan)
 
-        algorithm.check_finite = check_or_die
+        checks.check_finite = check_or_die
     return main(words)
 
 

@@ -5,6 +5,7 @@ import itertools
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedss.core.algorithm import (
-    ServerState,
+    Server,
     aggregate,
     apply_update,
     broadcast,
-    choose_classes,
+    deal_classes,
     draw_cohort,
     run_round,
     select,
-    spread_rows_out,
+    step_all_rows_,
 )
 from fedss.core.class_rows import create_class_rows, with_sums, write_
 from fedss.core.client import (
@@ -35,15 +36,17 @@ from fedss.core.client import (
     Submodel,
     batches,
     draw_classes,
-    own_classes,
+    limit_own_classes,
+    request_classes,
     train_client,
 )
-from fedss.core.optimizers import ServerOptimizer, read_rows
+from fedss.core.optimizers import ServerOptimizer, current_rows
+from fedss.core.state import ServerState
 from fedss.data import ClientIndex, index_clients
 from fedss.distributed import ALONE, Ranks
 from fedss.errors import DivergedError
 from fedss.losses.methods import METHODS
-from fedss.losses.softmax import ClassSample, Scoring
+from fedss.losses.softmax import ClassSample, Scoring, spread_out_step
 from fedss.models import build_embedder, flatten_
 from fedss.sampling.samplers import SAMPLERS
 from fedss.seeds import generator
@@ -81,12 +84,20 @@ class PlainEngine:
     reverse: bool = False
     ranks: Ranks = ALONE
 
+    def num_clients(self, round: int) -> int:
+        return self.clients.num_clients
+
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate]:
         labels_N = self.clients.images.labels
-        own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
-        chosen = zip(cohort.tolist(), choose_classes(plan, state, cohort, own_K), strict=True)
+        asked_K = [
+            request_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()
+        ]
+        samples = [asked.sample for asked in asked_K]
+        if plan.sampler.drawn_by == "server":
+            samples = deal_classes(plan, state, [asked.own_P for asked in asked_K])
+        chosen = zip(cohort.tolist(), samples, strict=True)
         for client, sample in reversed(list(chosen)) if self.reverse else chosen:
             example_N = self.clients.examples(client)
             rows_SD = select(self.optimizer, state, sample.ids_S)
@@ -140,7 +151,7 @@ def run(
     state, where = start(optimizer, told), engine(optimizer, **kw)
     for round in range(rounds):
         cohort = draw_cohort(6, 3, 3, round)
-        state, *_ = run_round(where, optimizer, state, cohort, replace(told, round=round), "cohort")
+        state, *_ = run_round(Server(optimizer), where, state, replace(told, round=round), cohort)
     return state
 
 
@@ -167,7 +178,7 @@ def test_one_client_one_step_all_classes_is_central_sgd():
     state, where = start(), engine()
     client, lr, row_lr = 2, 0.1, 0.5
     one_step = plan("full", batch_size=1000)
-    after, *_ = run_round(where, SGD, state, np.array([client]), one_step, "cohort")
+    after, *_ = run_round(Server(SGD), where, state, one_step, np.array([client]))
 
     fresh = start()
     model = Model().embedder
@@ -184,7 +195,7 @@ def test_one_client_one_step_all_classes_is_central_sgd():
     assert (whole(after.class_rows) - rows).abs().max() < 1e-6
 
     on_the_sphere = replace(SGD, normalize_rows=True)
-    after, *_ = run_round(where, on_the_sphere, start(), np.array([client]), one_step, "cohort")
+    after, *_ = run_round(Server(on_the_sphere), where, start(), one_step, np.array([client]))
     assert (whole(after.class_rows) - F.normalize(rows, dim=1)).abs().max() < 1e-6
 
 
@@ -195,7 +206,7 @@ def test_rows_that_nobody_asked_for_do_not_change_by_one_bit(optimizer):
         before = whole(state.class_rows).clone()
         cohort = draw_cohort(6, 2, 0, round)
         told = replace(plan("fedss", 5), round=round)
-        state, updates, _ = run_round(where, optimizer, state, cohort, told, "cohort")
+        state, updates, _ = run_round(Server(optimizer), where, state, told, cohort)
         touched = torch.cat([u.ids_S for u in updates]).unique()
         untouched = torch.ones(N, dtype=torch.bool)
         untouched[touched] = False
@@ -293,7 +304,7 @@ def test_what_a_row_is_divided_by():
 
 def test_a_client_with_too_many_classes_uses_only_the_kept_ones_pictures():
     told, state = plan("fedss", 4), start()
-    own = own_classes(told, 0, np.repeat(np.arange(8), 2))
+    own = limit_own_classes(told, 0, np.repeat(np.arange(8), 2))
     sample = draw_classes(told, 0, own)
     assert len(own) == 3
     assert len(sample.ids_S) == 4
@@ -334,7 +345,7 @@ def test_divergence_names_round_and_client_and_applies_nothing():
     write_(state.class_rows, label, torch.full((1, 6), float("nan")), {}, 1)
     before = state.backbone_P.clone()
     with pytest.raises(DivergedError, match="round 1, client 4"):
-        run_round(where, SGD, state, np.array([4]), plan("full"), "cohort")
+        run_round(Server(SGD), where, state, plan("full"), np.array([4]))
     assert torch.equal(state.backbone_P, before)
 
 
@@ -354,17 +365,20 @@ def test_a_finite_update_that_makes_a_slot_infinite_is_no_step(where):
                 yield replace(update, **{where: torch.full_like(delta, self.size)})
 
     state = start(optimizer)
-    state, *_ = run_round(Given(1e17), optimizer, state, np.arange(2), plan(), "cohort")
+    state, *_ = run_round(Server(optimizer), Given(1e17), state, plan(), np.arange(2))
     with pytest.raises(DivergedError, match="round 2: the server's step gave numbers"):
-        run_round(Given(1e22), optimizer, state, np.arange(2), plan(), "cohort")
+        run_round(Server(optimizer), Given(1e22), state, plan(), np.arange(2))
 
 
 def test_fedaws_spreads_the_rows_and_keeps_what_momentum_owes():
     state, where = start(MOMENTUM), engine(MOMENTUM)
-    state, *_ = run_round(where, MOMENTUM, state, np.arange(2), plan("fedaws"), "cohort")
-    rows, slots = read_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
-    spread_rows_out(MOMENTUM, state, weight=0.1, margin=0.7, neighbours=3)
-    moved, kept = read_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
+    state, *_ = run_round(Server(MOMENTUM), where, state, plan("pos-only"), np.arange(2))
+    rows, slots = current_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
+    step = partial(
+        spread_out_step, spread_out_weight=0.1, spread_out_margin=0.7, spread_out_neighbours=3
+    )
+    step_all_rows_(MOMENTUM, replace(METHODS["fedaws"], server_step=step), state)
+    moved, kept = current_rows(MOMENTUM, state.class_rows, torch.arange(N), state.round)
     assert torch.equal(slots["momentum"], kept["momentum"])
 
     def nearest(w: torch.Tensor) -> float:
@@ -421,7 +435,7 @@ def test_what_a_round_makes_does_not_depend_on_the_number_of_classes(method, sam
         state = ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
         tracemalloc.start()
         with Made() as made:
-            run_round(engine(MOMENTUM), MOMENTUM, state, draw_cohort(6, 3, 3, 0), told, "cohort")
+            run_round(Server(MOMENTUM), engine(MOMENTUM), state, told, draw_cohort(6, 3, 3, 0))
         found[n] = made, tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     (few, few_peak), (many, many_peak) = found.values()

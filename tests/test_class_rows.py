@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedss.core.algorithm import ServerState
 from fedss.core.class_rows import (
     ClassRows,
     add_rows_,
@@ -23,7 +22,8 @@ from fedss.core.class_rows import (
     with_sums,
     write_,
 )
-from fedss.core.optimizers import ServerOptimizer, read_rows, step_rows_
+from fedss.core.optimizers import ServerOptimizer, current_rows, step_rows_
+from fedss.core.state import ServerState
 from fedss.errors import ConfigError, RunFolderError
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.seeds import generator, numbered_normals
@@ -119,7 +119,7 @@ def test_neither_making_a_table_nor_a_step_touches_memory_of_size_n(place, tmp_p
     rows = create_class_rows(n, d, SLOTS, 0, folder=tmp_path if place == "file" else None)
     ids = torch.arange(0, n, n // 50)
     for round in range(3):
-        read_rows(optimizer, rows, ids, round)
+        current_rows(optimizer, rows, ids, round)
         step_rows_(optimizer, rows, ids, torch.ones(len(ids), d), round)
     assert resident_bytes() - before < 30e6
     rows.weight_ND[:200_000] = 1.0

@@ -11,8 +11,8 @@ from fedss.core.client import (
     Submodel,
     batches,
     draw_classes,
+    limit_own_classes,
     num_negatives,
-    own_classes,
     train_client,
 )
 from fedss.seeds import generator
@@ -25,7 +25,7 @@ def test_local_training_is_sgd_over_mini_batches(method):
     state, client = start(), 3
     example_N = engine().clients.examples(client)
     label_N = DATA.train.labels[example_N]
-    sample = draw_classes(told, client, own_classes(told, client, label_N))
+    sample = draw_classes(told, client, limit_own_classes(told, client, label_N))
     sent = Submodel(broadcast(state, told), sample.ids_S, select(SGD, state, sample.ids_S))
     update = train_client(told, client, Model(), sent, sample, example_N, label_N)
 
@@ -66,7 +66,7 @@ def test_every_epoch_has_an_order_of_its_own():
     [("full", 8), ("fedss", 3), ("neg-only", 3), ("pos-only", 4), ("fedaws", 4), ("moments", 4)],
 )
 def test_how_many_own_classes_a_client_brings(method, kept):
-    assert len(own_classes(plan(method, 4, cover=2), 0, np.arange(8))) == kept
+    assert len(limit_own_classes(plan(method, 4, cover=2), 0, np.arange(8))) == kept
 
 
 def test_there_are_no_more_negatives_than_other_classes():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fedss import seeds
-from fedss.core.algorithm import draw_cohort, run_round
+from fedss.core.algorithm import Server, draw_cohort, run_round
 from fedss.core.class_rows import create_class_rows
-from fedss.core.client import own_classes
+from fedss.core.client import limit_own_classes
 from fedss.data.augment import AUGMENTATIONS
 from tests.test_algorithm import MOMENTUM, N, plan, start
 from tests.test_engine_local import local
@@ -48,7 +48,7 @@ def test_no_stream_is_used_twice(sampler: str, drawn: str, keys: list[Key]) -> N
         for round in range(rounds):
             cohort = draw_cohort(6, cohort_size, told.seed, round)
             now: Any = replace(told, round=round)
-            state, *_ = run_round(engine, MOMENTUM, state, cohort, now, "cohort")
+            state, *_ = run_round(Server(MOMENTUM), engine, state, now, cohort)
     of_round, of_client = 1, cohort_size
     assert Counter(purpose for _, purpose, *_ in keys) == {
         purpose: rounds * count
@@ -70,7 +70,7 @@ def test_each_own_class_is_kept_as_often_as_any_other() -> None:
     """A client with more classes than fit brings others in every round, and in time all of them."""
     rounds, label_N = 600, np.repeat(np.arange(8), 2)
     told = plan("fedss", 4)
-    kept = [own_classes(replace(told, round=r), 0, label_N) for r in range(rounds)]
+    kept = [limit_own_classes(replace(told, round=r), 0, label_N) for r in range(rounds)]
     times, share = np.bincount(np.concatenate(kept), minlength=8), 3 / 8
     # Six standard deviations.
     assert (abs(times - rounds * share) < 6 * (rounds * share * (1 - share)) ** 0.5).all()

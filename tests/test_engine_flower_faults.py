@@ -23,8 +23,9 @@ from torch import Tensor
 
 import fedss
 from fedss.config import Config
-from fedss.core.algorithm import Failure, draw_cohort
+from fedss.core.algorithm import draw_cohort
 from fedss.core.client import ClientUpdate
+from fedss.core.engine import Failure
 from fedss.data import load_dataset
 from fedss.engines.local import LocalEngine, Workers
 from fedss.errors import ConfigError, DivergedError, QuorumError
@@ -90,7 +91,7 @@ def twin(
     silent: Mapping[int, Sequence[str]] | None = None,
 ) -> list[str]:
     """Digests of a local run without the updates of some clients in some rounds."""
-    open_local = experiment.local_federation
+    open_local = experiment.local_federation  # type: ignore[attr-defined]
 
     @contextmanager
     def without(*arguments: Any) -> Iterator[Any]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedss.core.algorithm import Engine, broadcast, run_round
+from fedss.core.algorithm import Server, broadcast, run_round
 from fedss.core.client import train_client
+from fedss.core.engine import Engine
 from fedss.data import index_clients
 from fedss.engines.local import Replica, intra_op_threads, local_engine
 from fedss.models import build_embedder, embed_pixels, flatten_
@@ -88,7 +89,7 @@ def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
         state = replace(start(MOMENTUM, told), backbone_P=theta_P, backbone_slots=slots)
         for round in range(3):
             now = replace(told, round=round)
-            state, *_ = run_round(where, MOMENTUM, state, np.arange(6), now, "cohort")
+            state, *_ = run_round(Server(MOMENTUM), where, state, now, np.arange(6))
         return state.backbone_P, whole(state.class_rows)
 
     with intra_op_threads(1):
@@ -191,7 +192,7 @@ def test_what_a_client_asks_for(monkeypatch, sampler):
 def test_the_index_of_a_sampler_follows_the_rows():
     told = plan("fedss", sampler="rff")
     state = start(MOMENTUM, told)
-    state, *_ = run_round(engine(MOMENTUM), MOMENTUM, state, np.arange(3), told, "cohort")
+    state, *_ = run_round(Server(MOMENTUM), engine(MOMENTUM), state, told, np.arange(3))
     assert torch.equal(state.sampler_index.rows_ND, whole(state.class_rows))
 
 

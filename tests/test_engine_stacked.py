@@ -19,7 +19,7 @@ from fedss.core.client import (
     RoundPlan,
     Submodel,
     draw_classes,
-    own_classes,
+    limit_own_classes,
     prepare,
     train_client,
 )
@@ -177,7 +177,7 @@ def work(images: Images, told: RoundPlan) -> Iterator[Work]:
     for client in range(clients.num_clients):
         example_N = clients.examples(client)
         label_N = images.labels[example_N]
-        sample = draw_classes(told, client, own_classes(told, client, label_N))
+        sample = draw_classes(told, client, limit_own_classes(told, client, label_N))
         rows_SD = select(MOMENTUM, state, sample.ids_S)
         submodel = Submodel(broadcast(state, told), sample.ids_S, rows_SD)
         yield client, submodel, sample, example_N, label_N

@@ -22,7 +22,8 @@ from fedss import (
     RunFolderError,
 )
 from fedss.core import algorithm, class_rows
-from fedss.core.algorithm import check_growth, draw_cohort
+from fedss.core.algorithm import draw_cohort
+from fedss.core.checks import check_growth
 from fedss.core.class_rows import ClassRows, create_class_rows
 from fedss.engines.local import LocalEngine
 from fedss.evaluation.baselines import data_floors
@@ -34,7 +35,7 @@ from fedss.runs.reading import read_scores
 from fedss.runs.records import open_records, read_records, summarise
 from fedss.runs.tensorboard import add_scalars, open_board
 from fedss.sampling.samplers import Sampler
-from fedss.training import experiment
+from fedss.training import federation, loop
 from fedss.training.build import build_model, compute_device, pool_pictures, round_plan
 from tests import reference
 
@@ -137,9 +138,9 @@ def test_a_network_with_trained_weights_has_its_frozen_features_for_a_floor(tmp_
 def test_runs_of_a_comparison_share_their_floors(tmp_path, monkeypatch):
     measured = []
     for name in ("data_floors", "backbone_floors"):
-        real = getattr(experiment, name)
+        real = getattr(federation, name)
         monkeypatch.setattr(
-            experiment, name, lambda *args, f=real, n=name: (measured.append(n), f(*args))[1]
+            federation, name, lambda *args, f=real, n=name: (measured.append(n), f(*args))[1]
         )
     config = dataclasses.replace(SMALL, rounds=1, pretrained=True)
     found = fedss.compare(
@@ -368,8 +369,8 @@ MOMENTS_OF_A_ROUND = {
     "the sum": ((algorithm, "aggregate"), 1, 3),
     "the first table": ((class_rows, "to_bfloat16"), 2, 2),
     "a bad step": ((algorithm, "check_finite_state"), 1, 2),
-    "the record": ((experiment, "round_traffic"), 1, 2),
-    "the scalars": ((experiment, "add_scalars"), 1, 4),
+    "the record": ((loop, "round_traffic"), 1, 2),
+    "the scalars": ((loop, "add_scalars"), 1, 4),
     # It is tried once more.
     "the checkpoint": ((checkpoint, "save"), 0.5, 4),
 }

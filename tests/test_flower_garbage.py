@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from fedss.config import Config
-from fedss.core.algorithm import Failure, ServerState
 from fedss.core.class_rows import create_class_rows, with_sums
 from fedss.core.client import ClientUpdate
+from fedss.core.engine import Failure
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.state import ServerState
 from fedss.evaluation.intervals import FLOORS
 from fedss.evaluation.retrieval import RetrievalMetrics
 from fedss.flower.engine import FlowerEngine, Site

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedss.core.class_rows import ClassRows, create_class_rows, grow, read, with_sums, write_
-from fedss.core.optimizers import ServerOptimizer, read_rows, step_rows_
+from fedss.core.optimizers import ServerOptimizer, current_rows, step_rows_
 from fedss.errors import QuorumError, RunFolderError
 from fedss.flower.registry import (
     Growth,
@@ -33,7 +33,7 @@ from fedss.flower.registry import (
     token,
 )
 from fedss.losses.moments import moments_of
-from fedss.training import experiment
+from fedss.training import loop
 from tests.flower_grid import ProcessGrid, digests
 from tests.reference import whole
 from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
@@ -71,7 +71,7 @@ def test_a_grown_table_is_one_made_at_full_size(kind, data):
         for rows in (grown, full):
             step_rows_(optimizer, rows, torch.from_numpy(ids), update, round)
     every, round = torch.arange(sizes[-1]), len(sizes)
-    of_grown, of_full = (read_rows(optimizer, rows, every, round) for rows in (grown, full))
+    of_grown, of_full = (current_rows(optimizer, rows, every, round) for rows in (grown, full))
     assert torch.equal(of_grown[0], of_full[0])
     assert of_grown[1].keys() == of_full[1].keys()
     assert all(torch.equal(of_grown[1][name], of_full[1][name]) for name in of_full[1])
@@ -455,7 +455,7 @@ def test_a_site_that_joins_later_takes_part_from_the_next_round_on(photos, tmp_p
 
 def test_a_grown_table_trains_its_new_rows(photos, tmp_path):
     seen: list[ClassRows] = []
-    run_round = experiment.run_round  # type: ignore[attr-defined]
+    run_round = loop.run_round  # type: ignore[attr-defined]
 
     def watch(*arguments: Any) -> Any:
         result = run_round(*arguments)
@@ -467,7 +467,7 @@ def test_a_grown_table_trains_its_new_rows(photos, tmp_path):
     grid.visit = lambda round: grid.nodes.update({10: {"data": str(manifest)}}) if round else None
     config = settings(photos, rounds=4, clients_per_round=7, eval_every=0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(experiment, "run_round", watch)
+        patched.setattr(loop, "run_round", watch)
         federate(grid, config, tmp_path / "run", quorum=0.2)
     assert [rows.num_classes for rows in seen] == [10, 10, 12, 12]
     assert bool((seen[-1].updated_N[10:] > 0).all())

@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedss.core.algorithm import aggregate, balance, draw_cohort, run_round
-from fedss.core.client import Broadcast, ClientUpdate, Submodel, batches, own_classes, train_client
+from fedss.core.algorithm import Server, adjust_rows, aggregate, draw_cohort, run_round
+from fedss.core.client import (
+    Broadcast,
+    ClientUpdate,
+    Submodel,
+    batches,
+    limit_own_classes,
+    train_client,
+)
+from fedss.losses.methods import METHODS
 from fedss.losses.moments import Moments, absent_classes, moments_of, row_sums
 from fedss.losses.softmax import (
     AbsentClasses,
@@ -98,7 +106,7 @@ def test_the_client_moves_its_own_rows_alone_under_the_loss_of_all():
     state, model, labels = start(SGD, told), Model(), DATA.train.labels
     client = 2
     example_N = engine(SGD).clients.examples(client)
-    own = own_classes(told, client, labels[example_N])
+    own = limit_own_classes(told, client, labels[example_N])
     sample = class_sample(own, np.zeros(0, np.int64), np.zeros(0))
     W0 = whole(state.class_rows)
     sent = Broadcast(state.backbone_P, moments_of(row_sums(W0)))
@@ -129,7 +137,7 @@ def test_rounds_with_moments_of_one_client_with_all_classes_are_full():
         state = start(MOMENTUM, one)
         for round in range(3):
             state, updates, _ = run_round(
-                where, MOMENTUM, state, np.array([0]), replace(one, round=round), "cohort"
+                Server(MOMENTUM), where, state, replace(one, round=round), np.array([0])
             )
         assert len(updates[0].ids_S) == N
         after.append(state)
@@ -152,7 +160,7 @@ def test_sums_are_those_of_all_rows_after_every_round(cover):
         before = whole(state.class_rows)
         now = replace(told, round=round)
         state, updates, _ = run_round(
-            where, MOMENTUM, state, draw_cohort(6, 2, 3, round), now, "cohort"
+            Server(MOMENTUM), where, state, now, draw_cohort(6, 2, 3, round)
         )
         rows = whole(state.class_rows)
         untouched = np.setdiff1d(np.arange(N), torch.cat([u.ids_S for u in updates]))
@@ -173,11 +181,9 @@ def test_a_cover_changes_what_is_asked_for_and_the_loss_only_for_the_better():
     a, b = start(MOMENTUM, told), start(MOMENTUM)
     for round in range(3):
         cohort = draw_cohort(6, 3, 3, round)
-        a, *_ = run_round(
-            engine(MOMENTUM), MOMENTUM, a, cohort, replace(told, round=round), "cohort"
-        )
+        a, *_ = run_round(Server(MOMENTUM), engine(MOMENTUM), a, replace(told, round=round), cohort)
         b, *_ = run_round(
-            engine(MOMENTUM), MOMENTUM, b, cohort, replace(plan("full"), round=round), "cohort"
+            Server(MOMENTUM), engine(MOMENTUM), b, replace(plan("full"), round=round), cohort
         )
     assert (whole(a.class_rows) - whole(b.class_rows)).abs().max() < 1e-6
     assert not same(a, start(MOMENTUM, told))
@@ -211,7 +217,7 @@ def test_own_rows_step_as_if_absent_rows_had_taken_their_push():
     mean = aggregate(updates_of([([0, 1, 2], own[:3]), ([3, 4, 5], own[3:])]), "holders")
     assert mean.rows_held == 3
     # 6 of 40 rows move, of which a client holds 3: the others' part is missing.
-    left = balance(mean, n).rows_delta_UD * (1 + 37 / 40 * 6 / 40)
+    left = adjust_rows(METHODS["moments"], mean, n).rows_delta_UD * (1 + 37 / 40 * 6 / 40)
     kept = 1 - (37 / 40) * 6 / 7
     assert torch.allclose(left.sum(dim=0), kept * own.sum(dim=0), atol=1e-6)
     # Only what all have in common is taken off.
@@ -221,6 +227,8 @@ def test_own_rows_step_as_if_absent_rows_had_taken_their_push():
 def test_nothing_is_taken_off_where_all_rows_are_held_and_a_row_alone_still_moves():
     every = torch.randn(4, 3, generator=generator(7))
     mean = aggregate(updates_of([([0, 1, 2, 3], every), ([0, 1, 2, 3], every)]), "holders")
-    assert torch.equal(balance(mean, 4).rows_delta_UD, mean.rows_delta_UD)
-    (alone,) = balance(aggregate(updates_of([([2], every[:1])]), "holders"), 10**9).rows_delta_UD
+    method = METHODS["moments"]
+    assert torch.equal(adjust_rows(method, mean, 4).rows_delta_UD, mean.rows_delta_UD)
+    mean = aggregate(updates_of([([2], every[:1])]), "holders")
+    (alone,) = adjust_rows(method, mean, 10**9).rows_delta_UD
     assert torch.allclose(alone, every[0] / 2)

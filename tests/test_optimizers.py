@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from fedss.core.class_rows import create_class_rows
-from fedss.core.optimizers import ServerOptimizer, read_rows, step, step_rows_
+from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
 from tests.reference import whole
 
 N, D, ROUNDS = 9, 3, 40
@@ -61,7 +61,7 @@ def test_lazy_rows_equal_the_dense_optimizer(optimizer, seed):
     dense = whole(rows).double().requires_grad_()
     peer = dense_peer(optimizer, dense)
     for round, ids, update in sparse_history(seed):
-        everything, _ = read_rows(optimizer, rows, torch.arange(N), round)
+        everything, _ = current_rows(optimizer, rows, torch.arange(N), round)
         assert (everything - dense).abs().max() < 2e-6 * dense.abs().max()
         step_rows_(optimizer, rows, ids, update, round)
         dense.grad = torch.zeros(N, D, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_adam_on_rows_is_sparse_adam():
             ids[None], -update, (N, D), is_coalesced=True, check_invariants=True
         )
         peer.step()
-        everything, _ = read_rows(optimizer, rows, torch.arange(N), round + 1)
+        everything, _ = current_rows(optimizer, rows, torch.arange(N), round + 1)
         assert (everything - theirs).abs().max() < 1e-5
 
 
@@ -94,7 +94,7 @@ def test_untouched_rows_do_not_change_by_one_bit(optimizer):
     for round, ids, update in sparse_history(1):
         before = [whole(rows), rows.updated_N.clone()]
         before += [slot.clone() for slot in rows.slots.values()]
-        read_rows(optimizer, rows, torch.arange(N), round)
+        current_rows(optimizer, rows, torch.arange(N), round)
         step_rows_(optimizer, rows, ids, update, round)
         after = [whole(rows), rows.updated_N, *rows.slots.values()]
         untouched = torch.ones(N, dtype=torch.bool)

@@ -14,7 +14,7 @@ import fedss
 from examples.own_loss import smoothed_softmax
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import logits, positive_hinge
-from fedss.training.build import objective_name
+from fedss.training.objective import objective_name
 from tests import reference
 
 DATA = reference.tiny_dataset()

@@ -30,7 +30,7 @@ _MOST_CHANGED = 64
 _BLOCK = 65536
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassRows:
     """W, and what the server optimizer keeps for each row. Written in place, row by row.
 

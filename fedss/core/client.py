@@ -103,18 +103,14 @@ class RoundPlan:
     augmentation: Augmentation | None = None
 
 
-class HasPictures(Protocol):
-    """Where training pictures are read."""
-
-    def pictures(self, example: np.ndarray) -> Tensor:
-        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
-
-
-class Trainable(HasPictures, Protocol):
+class Trainable(Protocol):
     """One trainable copy of the backbone; its parameters and gradients are flat vectors.
 
     All of it lies on one device; pictures come from the CPU.
     """
+
+    def pictures(self, example: np.ndarray) -> Tensor:
+        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
 
     @property
     def theta_P(self) -> Tensor:
@@ -127,8 +123,11 @@ class Trainable(HasPictures, Protocol):
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """Unit-norm embeddings [B, D] of pictures, uint8 on the CPU."""
 
+    def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
+        """Unit-norm embeddings [K, B, D] of pictures, those of row k under weights k."""
 
-def own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
+
+def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
     """Line 2, at the client: the classes of its pictures, or a random part that fits the sample."""
     rng = generator(plan.seed, "own classes", plan.round, client)
     budget = {
@@ -138,6 +137,26 @@ def own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray
         "none": plan.sample_size,
     }[plan.method.negatives]
     return limit(np.unique(label_N), budget, rng)
+
+
+@dataclass(frozen=True)
+class ClassRequest:
+    """Line 2, at the client: what it asks for. ``sample`` is None where the server draws."""
+
+    own_P: np.ndarray
+    sample: ClassSample | None
+
+    @property
+    def ids_S(self) -> Tensor:
+        """What the server hears: the class sample, or own classes where it draws the others."""
+        return torch.from_numpy(self.own_P) if self.sample is None else self.sample.ids_S
+
+
+def request_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> ClassRequest:
+    """Line 2, at the client: it asks for its own classes and, if it draws them, negatives."""
+    own_P = limit_own_classes(plan, client, label_N)
+    by_server = plan.sampler.drawn_by == "server"
+    return ClassRequest(own_P, None if by_server else draw_classes(plan, client, own_P))
 
 
 def num_negatives(plan: RoundPlan, num_own: int) -> int:
@@ -179,7 +198,7 @@ def batches(
             yield order[start : start + local.batch_size]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Learner:
     """A client at work: what it trains on, and what it trains beside the backbone.
 
@@ -241,7 +260,7 @@ def prepare(
 
 
 def training_pictures(
-    plan: RoundPlan, model: HasPictures, example: np.ndarray, drawn: np.ndarray
+    plan: RoundPlan, model: Trainable, example: np.ndarray, drawn: np.ndarray
 ) -> Tensor:
     """Line 3: pictures by their numbers [...], as the client trains on them: [..., C, H, W]."""
     pixels = model.pictures(example)

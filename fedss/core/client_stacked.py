@@ -9,7 +9,6 @@ P backbone parameters, S classes of a class sample.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedss.core.client import (
     ClientUpdate,
-    HasPictures,
     Learner,
     RoundPlan,
+    Trainable,
     batch_loss,
     client_update,
     step_own_rows_,
@@ -31,15 +30,8 @@ from fedss.errors import ConfigError
 from fedss.losses.softmax import ClassSample, Objective, Scoring
 
 
-class Stackable(HasPictures, Protocol):
-    """A backbone whose weights can be given from outside, several sets of them at once."""
-
-    def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
-        """Unit-norm embeddings [K, B, D] of pictures, those of row k under weights k."""
-
-
 def train_clients(
-    plan: RoundPlan, model: Stackable, learners: Sequence[Learner]
+    plan: RoundPlan, model: Trainable, learners: Sequence[Learner]
 ) -> list[ClientUpdate]:
     """Lines 3 and 4 for several clients in lockstep: :func:`fedss.core.client.train_client` of
     each.

@@ -94,7 +94,7 @@ def step(
     return weight, {"momentum": mean, "square": square}
 
 
-def read_rows(
+def current_rows(
     optimizer: ServerOptimizer, rows: ClassRows, ids_S: Tensor, round: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Rows and slots as they stand after ``round`` rounds; nothing is written. O(S D).
@@ -129,7 +129,7 @@ def step_rows_(
         update_UD: their mean updates.
         round: number of rounds complete before this one.
     """
-    rows_UD, slots = read_rows(optimizer, rows, ids_U, round)
+    rows_UD, slots = current_rows(optimizer, rows, ids_U, round)
     rows_UD, slots = step(optimizer.of_rows, rows_UD, slots, update_UD, round)
     rows_UD = F.normalize(rows_UD, dim=1) if optimizer.normalize_rows else rows_UD
     write_(rows, ids_U, rows_UD, slots, round + 1)

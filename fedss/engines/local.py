@@ -9,7 +9,7 @@ Models may lie on a GPU. Pictures, the server's state and all messages stay on t
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.core.algorithm import ServerState, broadcast, choose_classes, select
-from fedss.core.class_rows import rows_of, union
 from fedss.core.client import (
+    ClassRequest,
     ClientUpdate,
     LocalTraining,
     RoundPlan,
     Submodel,
-    own_classes,
     prepare,
+    request_classes,
     to_device,
     train_client,
 )
 from fedss.core.client_stacked import check_stackable, embed_stacked, train_clients
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.state import ServerState
 from fedss.data import ClientIndex
 from fedss.distributed import ALONE, Ranks, share_out
 from fedss.losses.softmax import ClassSample
@@ -45,14 +45,12 @@ from fedss.models import (
     pool_before_relu_,
 )
 from fedss.seeds import generator
+from fedss.wire.downlink import answer_requests, receive
 from fedss.wire.messages import (
     Message,
     WireFormat,
-    decode_answer,
     decode_broadcast,
     decode_update,
-    encode_answer,
-    encode_broadcast,
     encode_request,
     encode_update,
     traffic,
@@ -141,7 +139,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class LocalEngine:
-    """A :class:`fedss.core.algorithm.Engine` on this machine; made by :func:`local_engine`."""
+    """A :class:`fedss.core.engine.Engine` on this machine; made by :func:`local_engine`."""
 
     clients: ClientIndex
     optimizer: ServerOptimizer
@@ -159,69 +157,59 @@ class LocalEngine:
         with the numbers that it would get there; only the step to bytes is left out.
         """
         labels_N = self.clients.images.labels
-        own_K = [own_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()]
-        share = self._share(cohort, own_K, plan.local)
-        if not share:
+        asked = {
+            k: request_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()
+        }
+        here = self._share(asked, plan.local)
+        if not here:
             return iter(())
-        dealt_K = choose_classes(plan, state, cohort, own_K)
-        to_all = encode_broadcast(self.wire, broadcast(state, plan))
-        received = to_device(decode_broadcast(self.wire, to_all), self.workers.device)
-        ids_U = union([dealt_K[i].ids_S for i in share])
-        rows_UD = select(self.optimizer, state, ids_U)
+        ids = {k: request.ids_S for k, request in asked.items()}
+        down = answer_requests(self.wire, self.optimizer, state, plan, ids, here)
+        received = to_device(decode_broadcast(self.wire, down.to_all), self.workers.device)
 
-        def send(i: int) -> tuple[Message, Message, Submodel]:
-            sample = dealt_K[i]
-            dealt = sample if plan.sampler.drawn_by == "server" else None
-            request = encode_request(
-                self.wire, sample.ids_S if dealt is None else torch.from_numpy(own_K[i])
-            )
-            rows_SD = rows_of(rows_UD, ids_U, sample.ids_S)
-            answer = encode_answer(self.wire, sample.ids_S, rows_SD, dealt)
-            submodel = Submodel(received, sample.ids_S, decode_answer(self.wire, answer))
-            return request, answer, submodel
+        def train_some(clients: Sequence[int]) -> list[ClientUpdate]:
+            answers = {k: down.answer(k) for k in clients}
+            work = []
+            for k, answer in answers.items():
+                example_N = self.clients.examples(k)
+                submodel, sample = receive(self.wire, asked[k], received, answer)
+                work.append((k, submodel, sample, example_N, labels_N[example_N]))
+            return [send(update, answers) for update in self.workers.train(plan, work)]
 
-        def reply(update: ClientUpdate, request: Message, answer: Message) -> ClientUpdate:
-            client = update.client
-            message = encode_update(
-                self.wire, update, generator(plan.seed, "wire", plan.round, client)
-            )
-            counted = traffic({**to_all, **answer}, request, message)
-            return replace(decode_update(self.wire, message, client), traffic=counted)
+        def send(update: ClientUpdate, answers: Mapping[int, Message]) -> ClientUpdate:
+            k = update.client
+            message = encode_update(self.wire, update, generator(plan.seed, "wire", plan.round, k))
+            request = encode_request(self.wire, ids[k])
+            counted = traffic({**down.to_all, **answers[k]}, request, message)
+            return replace(decode_update(self.wire, message, k), traffic=counted)
 
-        def train_some(part: Sequence[int]) -> list[ClientUpdate]:
-            messages, work = {}, []
-            for i in part:
-                client = int(cohort[i])
-                *messages[client], submodel = send(i)
-                example_N = self.clients.examples(client)
-                work.append((client, submodel, dealt_K[i], example_N, labels_N[example_N]))
-            updates = self.workers.train(plan, work)
-            return [reply(update, *messages[update.client]) for update in updates]
+        return chain.from_iterable(self.workers.pool.map(train_some, self._parts(here)))
 
-        return chain.from_iterable(self.workers.pool.map(train_some, self._parts(cohort, share)))
+    def num_clients(self, round: int) -> int:
+        """Number of clients."""
+        return self.clients.num_clients
 
-    def _parts(self, cohort: np.ndarray, share: Sequence[int]) -> list[list[int]]:
-        """Positions in the cohort, by who trains side by side: clients of like size."""
-        order, stack = list(share), self.workers.stack
+    def _parts(self, clients: Sequence[int]) -> list[list[int]]:
+        """Clients by who trains side by side: those of like size."""
+        order, stack = list(clients), self.workers.stack
         if stack > 1:
-            order.sort(key=lambda i: -len(self.clients.examples(int(cohort[i]))))
+            order.sort(key=lambda k: -len(self.clients.examples(k)))
         return [order[i : i + stack] for i in range(0, len(order), stack)]
 
-    def _share(
-        self, cohort: np.ndarray, own_K: Sequence[np.ndarray], local: LocalTraining
-    ) -> list[int]:
-        """Positions in the cohort of this rank's clients, by the pictures they will train on.
+    def _share(self, asked: Mapping[int, ClassRequest], local: LocalTraining) -> list[int]:
+        """This rank's clients of the cohort, by the pictures they will train on.
 
         Every rank knows every client's pictures of own classes, so all come to the same shares.
         """
+        cohort = [*asked]
         if self.ranks.size == 1:
-            return list(range(len(cohort)))
+            return cohort
         labels_N, work_K = self.clients.images.labels, []
-        for client, own_P in zip(cohort.tolist(), own_K, strict=True):
-            used = int(np.isin(labels_N[self.clients.examples(client)], own_P).sum())
+        for k, request in asked.items():
+            used = int(np.isin(labels_N[self.clients.examples(k)], request.own_P).sum())
             # Where each client takes so many steps, they cost the same whatever it holds.
             work_K.append(local.steps * min(used, local.batch_size) if local.steps else used)
-        return share_out(work_K, self.ranks.size)[self.ranks.rank]
+        return [cohort[i] for i in share_out(work_K, self.ranks.size)[self.ranks.rank]]
 
     def embed(self, backbone_P: Tensor, pixels: np.ndarray) -> Tensor:
         """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""

@@ -29,7 +29,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedss.config import Config, config_from_dict
-from fedss.core.client import ClientUpdate, RoundPlan, Submodel, draw_classes, own_classes
+from fedss.core.client import ClientUpdate, RoundPlan, request_classes
 from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
 from fedss.data.names import composed
 from fedss.engines.allocator import keep_freed_memory
@@ -51,12 +51,10 @@ from fedss.flower.registry import digest, token
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.seeds import generator
 from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
+from fedss.wire.downlink import receive
 from fedss.wire.messages import (
     WireFormat,
-    decode_answer,
     decode_broadcast,
-    decode_dealt,
-    decode_request,
     encode_request,
     encode_update,
 )
@@ -284,10 +282,7 @@ def _requests(
     site: Pictures, plan: RoundPlan, wire: WireFormat, labels_N: np.ndarray, listed: Any
 ) -> tuple[dict[int, Any], dict[str, str]]:
     def ask(client: int, example_N: np.ndarray) -> Tensors:
-        own_P = own_classes(plan, client, labels_N[example_N])
-        if plan.sampler.drawn_by == "server":
-            return encode_request(wire, torch.from_numpy(own_P))
-        return encode_request(wire, draw_classes(plan, client, own_P).ids_S)
+        return encode_request(wire, request_classes(plan, client, labels_N[example_N]).ids_S)
 
     return _each_client(site, plan, labels_N, listed, ask)
 
@@ -325,14 +320,8 @@ def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tenso
     answers = by_client(tensors["answers"])
 
     def prepare_work(client: int, example_N: np.ndarray) -> Work:
-        own_P, answer = own_classes(plan, client, labels_N[example_N]), answers[client]
-        if plan.sampler.drawn_by == "server":
-            sample = decode_dealt(wire, answer, own_P)
-        else:
-            sample = draw_classes(plan, client, own_P)
-            if not torch.equal(sample.ids_S, decode_request(wire, answer)):
-                raise ValueError("the server sent rows of other classes than were asked for")
-        submodel = Submodel(sent, sample.ids_S, decode_answer(wire, answer))
+        asked = request_classes(plan, client, labels_N[example_N])
+        submodel, sample = receive(wire, asked, sent, answers[client])
         return client, submodel, sample, example_N, labels_N[example_N]
 
     work, failed = _each_client(site, plan, labels_N, facts["clients"], prepare_work)

@@ -19,17 +19,11 @@ import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from fedss.core.algorithm import (
-    Failure,
-    ServerState,
-    broadcast,
-    choose_classes,
-    draw_cohort,
-    select,
-)
-from fedss.core.class_rows import rows_of, union
+from fedss.core.algorithm import draw_cohort
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan
+from fedss.core.engine import Failure
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.errors import QuorumError
 from fedss.evaluation.intervals import FLOORS
@@ -58,8 +52,8 @@ from fedss.flower.validation import (
     part_of,
     read_reply,
 )
-from fedss.losses.softmax import ClassSample
-from fedss.wire.messages import WireFormat, encode_answer, encode_broadcast, encode_request, traffic
+from fedss.wire.downlink import Downlink, answer_requests
+from fedss.wire.messages import WireFormat, encode_broadcast, encode_request, traffic
 
 T = TypeVar("T")
 
@@ -86,7 +80,7 @@ class Site:
 
 @dataclass
 class FlowerEngine:
-    """A :class:`fedss.core.algorithm.Engine` for clients at sites.
+    """A :class:`fedss.core.engine.Engine` for clients at sites.
 
     Attributes:
         grid: Flower's way to the nodes.
@@ -128,6 +122,10 @@ class FlowerEngine:
         """The server is one process."""
         return ALONE
 
+    def num_clients(self, round: int) -> int:
+        """Number of clients that are registered for a round (0-based)."""
+        return self.registry.at(round).clients
+
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
@@ -164,15 +162,10 @@ class FlowerEngine:
         self.lap("request")
         if not present:
             return
-        dealt = dict[int, ClassSample]()
-        if plan.sampler.drawn_by == "server":
-            own_K = [asked[k].numpy() for k in present]
-            samples = choose_classes(plan, state, np.array(present), own_K)
-            dealt = dict(zip(present, samples, strict=True))
-        ids = {k: dealt[k].ids_S if k in dealt else asked[k] for k in present}
-        here, down = self._by_node(present), dict[int, Tensors]()
+        down = answer_requests(wire, self.optimizer, state, plan, {k: asked[k] for k in present})
+        here, sent = self._by_node(present), dict[int, Tensors]()
         coming = self._by_node(self._cohort(plan.round + 1, plan.seed))
-        messages = self._training_messages(wire, state, plan, here, coming, ids, dealt, down)
+        messages = self._training_messages(plan, down, here, coming, sent)
         done, answered = set[int](), set[int]()
         for node, reply in self._exchange(
             messages, lambda: self._enough(needed, len(present), done, answered)
@@ -193,38 +186,29 @@ class FlowerEngine:
             for k in here[node]:
                 try:
                     message = part_of(facts, updates, k)
-                    update = check_update(wire, plan, k, ids[k], message)
+                    update = check_update(wire, plan, k, down.ids[k], message)
                 except RefusedError as error:
                     # What it asked for may be what was amiss: it is asked again.
                     asked.pop(k, None)
                     yield error.of(k)
                     continue
-                counted = traffic(down[k], encode_request(wire, asked[k]), message)
+                counted = traffic(sent[k], encode_request(wire, asked[k]), message)
                 done.add(k)
                 yield replace(update, traffic=counted)
 
     def _training_messages(
         self,
-        wire: WireFormat,
-        state: ServerState,
         plan: RoundPlan,
+        down: Downlink,
         here: Mapping[int, Sequence[int]],
         coming: Mapping[int, Sequence[int]],
-        ids: Mapping[int, Tensor],
-        dealt: Mapping[int, ClassSample],
-        down: dict[int, Tensors],
+        sent: dict[int, Tensors],
     ) -> Iterator[tuple[int, Message]]:
-        """A message for each node that has clients ``here``, and what each gets, into ``down``."""
-        to_all = encode_broadcast(wire, broadcast(state, plan))
-        packed = buffer(to_all)
-        ids_U = union([*ids.values()])
-        rows_UD = select(self.optimizer, state, ids_U)
+        """A message for each node that has clients ``here``, and what each gets, into ``sent``."""
+        packed = buffer(down.to_all)
         for node, clients in here.items():
             classes = {"classes": torch.from_numpy(self.sites[node].class_ids)}
-            answers = {
-                k: encode_answer(wire, ids[k], rows_of(rows_UD, ids_U, ids[k]), dealt.get(k))
-                for k in clients
-            }
+            answers = {k: down.answer(k) for k in clients}
             facts = self._facts(node, plan, clients, coming.get(node, []))
             content = pack(
                 facts,
@@ -234,8 +218,8 @@ class FlowerEngine:
             )
             # What a site gets once, for all its clients, counts to the first of them.
             told = {"facts": torch.empty(len(json.dumps(facts)), dtype=torch.uint8)}
-            down.update(answers)
-            down[clients[0]] = {**to_all, **classes, **told, **answers[clients[0]]}
+            sent.update(answers)
+            sent[clients[0]] = {**down.to_all, **classes, **told, **answers[clients[0]]}
             yield node, self._message(TRAIN, node, plan.round, content)
 
     def _ask(
@@ -545,8 +529,8 @@ class FlowerEngine:
     def _cohort(self, round: int, seed: int) -> list[int]:
         if round >= self.rounds:
             return []
-        number = self.registry.at(round).clients
-        return [int(k) for k in draw_cohort(number, self.cohort_size, seed, round)]
+        cohort = draw_cohort(self.num_clients(round), self.cohort_size, seed, round)
+        return [int(k) for k in cohort]
 
     def _homes(self) -> dict[int, int]:
         """The node of each client that is online."""

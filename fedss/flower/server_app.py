@@ -30,7 +30,8 @@ from fedss.runs.eta import TimeLeft
 from fedss.runs.progress import estimate
 from fedss.runs.records import Record
 from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
-from fedss.training.experiment import Federation, Lap, Run, train_federation
+from fedss.training.experiment import Run, train_federation
+from fedss.training.federation import Federation, Lap
 
 app = ServerApp()
 
@@ -149,7 +150,6 @@ def _federation(
         yield Federation(
             engine=engine,
             num_classes=lambda round: engine.registry.at(round).classes,
-            num_clients=lambda round: engine.registry.at(round).clients,
             cohort_size=config.clients_per_round,
             client_name=lambda client: engine.registry.clients[client],
             evaluate=evaluate,

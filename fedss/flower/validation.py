@@ -13,8 +13,8 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from fedss.core.algorithm import Failure
 from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.engine import Failure
 from fedss.evaluation.intervals import FLOORS
 from fedss.evaluation.retrieval import RetrievalMetrics
 from fedss.flower.messages import MessageError, Tensors, by_client, unpack

@@ -1,18 +1,27 @@
 """The methods as values: which classes are asked for, which loss, what the server adds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
+from fedss.losses.moments import balance
 from fedss.losses.softmax import (
     Objective,
     moments_softmax,
     negatives_only_softmax,
     positive_hinge,
     sampled_softmax,
+    spread_out_step,
     uncorrected_softmax,
 )
 
 RowMean = Literal["cohort", "holders"]
+
+RowSteps = Callable[[Tensor, float, int], Tensor]
+"""``row_steps(rows_UD, absent, num_classes)``: the steps of the touched rows [U, D], made of their
+mean changes, of the share of all rows that a client does not hold, and of n."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,12 @@ class Method:
             to the sample size; a ``"cover"``, of any number, that its loss does not need; or
             ``"none"``. Which ones, a sampler says.
         objective: the loss it trains on.
-        moments: the mean and covariance of all class rows go to the client, and only own rows come
-            back: they take a plain step, balanced for the push that the others miss.
-        spread_out: the server pushes near class rows apart after each round (FedAwS).
+        moments: the mean and covariance of all class rows go to every client.
+        row_steps: what the server makes of the mean changes of class rows; None: it takes them.
+        row_optimizer: kind of the server optimizer of class rows; None: as the backbone's.
+        server_step: what the server does to all class rows [N, D] after each round; gets the
+            settings named in ``server_settings`` as keyword arguments.
+        server_settings: fields of the configuration.
         pooled: pictures are pooled first: a reference, not federated learning.
         row_mean: default of the setting: whose weight divides a row's sum.
         class_row_lr: default of the setting.
@@ -39,7 +51,10 @@ class Method:
     negatives: Literal["all", "sampled", "cover", "none"]
     objective: Objective
     moments: bool = False
-    spread_out: bool = False
+    row_steps: RowSteps | None = None
+    row_optimizer: Literal["sgd", "momentum", "adam"] | None = None
+    server_step: Callable[..., Tensor] | None = None
+    server_settings: tuple[str, ...] = ()
     pooled: bool = False
     row_mean: RowMean = "cohort"
     class_row_lr: float = 2.0
@@ -61,6 +76,8 @@ METHODS: dict[str, Method] = {
             "cover",
             moments_softmax,
             moments=True,
+            row_steps=balance,
+            row_optimizer="sgd",
             row_mean="holders",
             class_row_lr=1.0,
         ),
@@ -82,7 +99,8 @@ METHODS: dict[str, Method] = {
             "own classes alone, squared hinge; the server spreads class rows out",
             "none",
             positive_hinge,
-            spread_out=True,
+            server_step=spread_out_step,
+            server_settings=("spread_out_weight", "spread_out_margin", "spread_out_neighbours"),
         ),
         Method(
             "central",

@@ -57,3 +57,27 @@ def moments_of(sums_EE: Tensor) -> Moments:
     mean_D = sums_EE[:-1, -1] / sums_EE[-1, -1]
     second_DD = sums_EE[:-1, :-1] / sums_EE[-1, -1]
     return Moments(mean_D.float(), (second_DD - torch.outer(mean_D, mean_D)).float())
+
+
+def balance(rows_UD: Tensor, absent: float, num_classes: int) -> Tensor:
+    """Row steps less what they have in common, and shorter where many move.
+
+    With logits ``s w'h`` the gradients of a full softmax with respect to all rows,
+    ``s sum_b (p_bi - y_bi) h_b`` for row i, sum up to zero, since p_b and y_b both sum up to 1;
+    with cosines nearly. Rows move against each other. Where absent rows stay, their part is
+    missing, and rows are all drawn to the mean embedding. So touched rows give it back, when moved:
+
+        ``step_i = (mean_i - absent / (U + 1) sum_j mean_j) / (1 + absent U / n)``
+
+    Three heuristics: ``absent``, so that nothing changes where all rows are held; 1 added to U, so
+    that a row that comes alone still moves; and steps that are shorter the larger a part of W a
+    round moves, since each row then moves more often.
+    (Ours; ``benchmarks/regimes.py`` measures it.)
+
+    Args:
+        rows_UD: the mean changes of the touched rows.
+        absent: the share of all rows that a client does not hold.
+        num_classes: n.
+    """
+    drift_D = absent * rows_UD.sum(dim=0) / (len(rows_UD) + 1)
+    return (rows_UD - drift_D) / (1 + absent * len(rows_UD) / num_classes)

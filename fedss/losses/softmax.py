@@ -246,3 +246,15 @@ def spread_out(rows_ND: Tensor, *, margin: float, neighbours: int, block: int = 
         (margin - (1 - nearest_BK)).clamp_min(0).square().sum().backward()  # type: ignore[no-untyped-call]
     assert rows_ND.grad is not None
     return rows_ND.grad
+
+
+def spread_out_step(
+    rows_ND: Tensor,
+    *,
+    spread_out_weight: float,
+    spread_out_margin: float,
+    spread_out_neighbours: int,
+) -> Tensor:
+    """FedAwS's server step after a round, on every row: ``W - weight dR/dW``, [N, D]."""
+    gradient_ND = spread_out(rows_ND, margin=spread_out_margin, neighbours=spread_out_neighbours)
+    return rows_ND - spread_out_weight * gradient_ND

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedss.core.algorithm import ServerState
 from fedss.core.class_rows import ClassRows
+from fedss.core.state import ServerState
 from fedss.errors import RunFolderError
 from fedss.files import atomic, write_file, write_json
 

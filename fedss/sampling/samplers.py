@@ -77,6 +77,8 @@ class Sampler:
         deal: drawn by the server, which then knows the client's own classes.
         fixed: ``draw`` gets the same generator in every round.
         index: what the server keeps for ``deal``.
+        q_each: ``deal`` gives negatives probabilities of their own, not one for all; by it the
+            bytes of a message are told before any is sent.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Sampler:
     deal: Deal | None = None
     fixed: bool = False
     index: RowIndex | None = None
+    q_each: bool = False
 
     def __post_init__(self) -> None:
         if (self.draw is None) == (self.deal is None):
@@ -279,12 +282,13 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("uniform", "each client for itself, uniformly: the paper", draw=draw_uniform),
         Sampler("deck", "dealt by the server from one deck per round", deal=deal_deck),
         Sampler("sticky", "a client's own fixed cover", draw=draw_first, fixed=True),
-        Sampler("hard", "nearest rows, and a uniform rest", deal=deal_hard),
+        Sampler("hard", "nearest rows, and a uniform rest", deal=deal_hard, q_each=True),
         Sampler(
             "rff",
             "near rows more often, by random Fourier features",
             deal=deal_rff,
             index=RowIndex(rff.build, rff.update_index_),
+            q_each=True,
         ),
     )
 }

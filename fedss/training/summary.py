@@ -9,8 +9,13 @@ import numpy as np
 import torch
 
 from fedss.config import Config
-from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
-from fedss.core.client import own_classes as own_classes_of
+from fedss.core.client import (
+    Broadcast,
+    ClientUpdate,
+    RoundPlan,
+    limit_own_classes,
+    num_negatives,
+)
 from fedss.data import Dataset, fingerprint, own_classes, seen_classes
 from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
@@ -24,11 +29,11 @@ from fedss.text import counted
 from fedss.training.build import (
     evaluation_task,
     num_trainable,
-    objective_name,
     round_plan,
     sample_size,
     wire_format,
 )
+from fedss.training.objective import objective_name
 from fedss.wire.messages import (
     WireFormat,
     encode_answer,
@@ -185,7 +190,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
 
 def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) -> dict[str, int]:
     """Bytes of the messages of a client with that many own classes, and its class rows."""
-    own_P = own_classes_of(plan, 0, np.arange(num_own))
+    own_P = limit_own_classes(plan, 0, np.arange(num_own))
     count = len(own_P) + num_negatives(plan, len(own_P))
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
@@ -194,7 +199,7 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
     if plan.sampler.drawn_by == "server":
         own_S = ids_S < len(own_P)
         # Dummies: one q for all, or one each.
-        each = plan.sampler.name in ("hard", "rff")
+        each = plan.sampler.q_each
         log_q_S = -torch.arange(count).float() if each else -torch.ones(count)
         dealt, asked = ClassSample(ids_S, log_q_S, own_S), ids_S[own_S]
     down = {

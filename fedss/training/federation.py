@@ -1,0 +1,138 @@
+"""Who takes part in a run, where they train, and how the model is judged."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from fedss.config import Config
+from fedss.core.engine import Engine
+from fedss.core.optimizers import ServerOptimizer
+from fedss.data import Dataset, RetrievalTask, index_clients
+from fedss.data.augment import AUGMENTATIONS, preview
+from fedss.distributed import Ranks
+from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
+from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
+from fedss.evaluation.evaluate import Evaluation, embed_task, judge
+from fedss.losses.methods import METHODS
+from fedss.models import Embedder, fingerprint
+from fedss.training.build import compute_device, evaluation_task, pool_pictures, wire_format
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who takes part in a run, where they train and how the model is judged.
+
+    Attributes:
+        engine: where clients train.
+        num_classes: n, from a round (0-based) on; it may grow.
+        cohort_size: clients per round.
+        client_name: a client's name for people.
+        evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
+        floors: what the test gives for nothing, under the first backbone's weights; likewise.
+        task: the test pictures that ``evaluate`` embeds, to be looked at; None: they are not here.
+        preview: training pictures as clients see them, see :func:`fedss.data.augment.preview`; None
+            where they see them as they are, or nobody here may.
+        quorum: the part of a cohort without whose updates there is no step.
+        attempts: how often a round is begun before the run ends for want of a quorum.
+        pause: seconds between two of them.
+    """
+
+    engine: Engine
+    num_classes: Callable[[int], int]
+    cohort_size: int
+    client_name: Callable[[int], str]
+    evaluate: Callable[[torch.Tensor, int], Evaluation | None]
+    floors: Callable[[torch.Tensor], Floors | None]
+    task: RetrievalTask | None
+    preview: bytes | None = None
+    quorum: float = 1.0
+    attempts: int = 1
+    pause: float = 0.0
+
+
+Lap = Callable[[str], None]
+Known = dict[tuple[object, ...], Floors]
+"""Floors that several runs share, by what they depend on."""
+Federate = Callable[[Embedder, ServerOptimizer, Lap], AbstractContextManager[Federation]]
+"""Opens a federation for a model and a server optimizer. It may tell ``lap`` of its phases."""
+
+
+@contextmanager
+def local_federation(
+    config: Config,
+    data: Dataset,
+    ranks: Ranks,
+    known: Known,
+    embedder: Embedder,
+    optimizer: ServerOptimizer,
+    lap: Lap,
+) -> Iterator[Federation]:
+    """All clients on this machine, or on those that torchrun has started ranks on."""
+    images, cohort_size = data.train, config.clients_per_round
+    if METHODS[config.method].pooled:
+        images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
+    clients, num_classes = index_clients(images), len(images.class_names)
+    task = evaluation_task(config, data)
+    changes, shown = AUGMENTATIONS.get(config.augment), None
+    if changes is not None:
+        # First of all: this needs a package that may not be there.
+        shown = preview(changes, images.pixels, config.seed)
+    with local_engine(
+        embedder,
+        clients,
+        optimizer,
+        wire_format(config, embedder, num_classes),
+        config.workers,
+        ranks,
+        device=compute_device(config),
+        precision=config.precision,
+        stack=config.stack,
+    ) as engine:
+
+        def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation | None:
+            embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
+            if not ranks.first:
+                return None
+            # Between rounds the workers of all ranks are idle and their cores free.
+            with intra_op_threads(engine.workers.count * ranks.local_size):
+                return judge(task, embedded)
+
+        def floors(backbone_P: torch.Tensor) -> Floors | None:
+            # All ranks embed: whether they need not must be the same at each.
+            untrained = "untrained", config.eval_split, config.precision, fingerprint(embedder)
+            if untrained not in known:
+                found = evaluate(backbone_P, 0)
+                by_class = found and found.by_class
+                known[untrained] = floor("untrained", by_class) if by_class else Floors()
+            if not ranks.first:
+                return None
+            plain = "data", config.eval_split
+            frozen = "frozen", *plain, config.backbone, config.weights, config.embedding_size
+            with intra_op_threads(engine.workers.count * ranks.local_size):
+                if plain not in known:
+                    known[plain] = data_floors(task)
+                if frozen not in known:
+                    known[frozen] = backbone_floors(
+                        embedder, task, data.train, compute_device(config)
+                    )
+            return known[plain] | known[untrained] | known[frozen]
+
+        yield Federation(
+            engine=engine,
+            num_classes=lambda round: num_classes,
+            cohort_size=cohort_size,
+            client_name=images.client_names.__getitem__,
+            evaluate=evaluate,
+            floors=floors,
+            task=task,
+            preview=shown,
+        )
+
+
+def _embed_there(engine: LocalEngine, backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
+    """Embeddings on the device where clients train, so that retrieval is computed there too."""
+    return engine.embed(backbone_P, pixels).to(engine.workers.device)

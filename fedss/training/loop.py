@@ -1,0 +1,326 @@
+"""The loop over rounds: Algorithm 1, evaluation, records, checkpoints."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from fedss.config import Config
+from fedss.core.algorithm import Server, run_round, without_deltas
+from fedss.core.checks import check_growth
+from fedss.core.class_rows import create_class_rows, grow, newest_write, read, with_sums
+from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.engine import Failure
+from fedss.core.state import ServerState
+from fedss.distributed import Ranks
+from fedss.errors import DivergedError, QuorumError, RunFolderError
+from fedss.evaluation.baselines import Floors, write_scores
+from fedss.evaluation.evaluate import Evaluation, findings
+from fedss.evaluation.intervals import ClassScores
+from fedss.files import write_file
+from fedss.losses.methods import METHODS
+from fedss.models import Embedder, flatten_
+from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
+from fedss.runs.folder import check_same_round
+from fedss.runs.reading import read_scores
+from fedss.runs.records import Record, open_records, read_records, records_to_disk, round_traffic
+from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_board
+from fedss.sampling.samplers import Sampler
+from fedss.seeds import generator
+from fedss.training.build import server_optimizer
+from fedss.training.federation import Federate, Federation
+
+OnRound = Callable[[Record], None]
+PlanOf = Callable[[int, int], RoundPlan]
+"""``plan_of(num_classes, round)``: what the clients of a round (0-based) are told."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the rounds leave besides weights and files."""
+
+    num_classes: int
+    records: list[Record]
+    floors: Floors
+    by_class: ClassScores | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same from round to round."""
+
+    config: Config
+    federation: Federation
+    server: Server
+    plan_of: PlanOf
+    folder: Path
+    timer: "PhaseTimer"
+    ranks: Ranks
+
+
+def train_rounds(
+    config: Config,
+    embedder: Embedder,
+    federate: Federate,
+    plan_of: PlanOf,
+    folder: Path,
+    on_round: OnRound,
+    ranks: Ranks,
+) -> Trained:
+    """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
+
+    Every rank has the same state throughout; only the first writes.
+    """
+    optimizer, timer = server_optimizer(config), PhaseTimer()
+    row_mean = config.row_mean or METHODS[config.method].row_mean
+    theta_P = flatten_(embedder).theta_P
+    with federate(embedder, optimizer, timer.lap) as federation:
+        of_federation = federation.cohort_size, row_mean, federation.quorum
+        server = Server(optimizer, *of_federation, on_phase=timer.lap)
+        job = _Job(config, federation, server, plan_of, folder, timer, ranks)
+        state = _first_state(job, theta_P)
+        check_same_round(folder, ranks.gather(state.round))
+        records = read_records(folder / "records.jsonl", state.round)
+        floors = _floors(federation, theta_P, folder, ranks)
+        for record in records:
+            on_round(record)
+        if ranks.first and federation.preview is not None:
+            write_file(folder / "augmentation.npz", federation.preview)
+        state, found = _to_the_end(job, state, records, floors, on_round)
+        theta_P.copy_(state.backbone_P)
+    if ranks.first and federation.task and found and found.embedded:
+        # Outside, where torch may use all cores again.
+        last = findings(federation.task, found.embedded, config.data_seed)
+        for name, content in last.items():
+            write_file(folder / name, content)
+    by_class = found.by_class if found else None
+    if by_class is not None:
+        found_now = {"trained": by_class.map_at_10}
+        write_scores(folder / "by_class.json", found_now, {"trained": by_class})
+    return Trained(state.class_rows.num_classes, records, floors, by_class)
+
+
+def _to_the_end(
+    job: _Job, state: ServerState, records: list[Record], floors: Floors, on_round: OnRound
+) -> tuple[ServerState, Evaluation | None]:
+    """All rounds that are left; their records are appended to ``records``."""
+    config, federation, first = job.config, job.federation, job.ranks.first
+    failed = any(record.get("failures") for record in records)
+    done_before, found = state.round == config.rounds, None
+    with (
+        open_records(job.folder, records) if first else nullcontext() as add_record,
+        open_board(job.folder, state.round + 1) if first else nullcontext() as board,
+    ):
+
+        def add_pictures(add: Callable[..., None]) -> None:
+            if board and federation.task and found and found.embedded:
+                add(board, federation.task, found.embedded, config.data_seed, state.round)
+                job.timer.lap("evaluate")
+
+        if board and not state.round and "untrained" in floors.map_at_10:
+            board.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
+        job.timer.restart()
+        try:
+            while state.round < config.rounds:
+                first_loss = records[0]["loss"] if records else None
+                state, record, found = _next_round(job, state, first_loss)
+                due = _due(state.round, config.checkpoint_every, config.rounds)
+                failed = failed or bool(record.get("failures"))
+                if add_record:
+                    add_record(record, due)
+                records.append(record)
+                if board:
+                    add_scalars(board, record, failed)
+                add_pictures(add_neighbours)
+                on_round(record)
+                if due:
+                    _checkpoint(job, state)
+        except BaseException:
+            if first:
+                _keep_what_was_learnt(job.folder, state, len(records))
+            raise
+        if done_before and federation.task:
+            # It was stopped before its pictures were written.
+            found = federation.evaluate(state.backbone_P, state.round)
+        add_pictures(add_projection)
+    return state, found
+
+
+def _checkpoint(job: _Job, state: ServerState) -> None:
+    if job.ranks.first:
+        save_checkpoint(job.folder / "checkpoint", state)
+        job.timer.lap("checkpoint")
+    else:
+        state.class_rows.changed.clear()
+
+
+def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: Ranks) -> Floors:
+    """What a run's test gives for nothing: measured once, before its first round."""
+    path, floors = folder / "floors.json", None
+    if ranks.first and path.exists():
+        # What cannot be read is measured again.
+        with suppress(RunFolderError):
+            floors = Floors(*read_scores(path))
+    floors = ranks.gather(floors)[0]
+    if floors is None:
+        floors = federation.floors(theta_P) or Floors()
+        if ranks.first:
+            write_scores(path, floors.map_at_10, floors.by_class)
+    return floors
+
+
+def _keep_what_was_learnt(folder: Path, state: ServerState, recorded: int) -> None:
+    """A checkpoint of a run that ends too early, of its last complete round.
+
+    Whatever ended it (an error, Ctrl-C, too few clients), the state is that of the last record
+    while no row of the next round is written. There is none where a step was bad or half done: its
+    rows are in the table.
+    """
+    whole = newest_write(state.class_rows) <= state.round == recorded
+    if whole and state.round > newest_round(folder / "checkpoint"):
+        records_to_disk(folder)
+        save_checkpoint(folder / "checkpoint", state)
+
+
+def _next_round(
+    job: _Job, state: ServerState, first_loss: float | None
+) -> tuple[ServerState, Record, Evaluation | None]:
+    """The state after one more round, the round's record, and its evaluation if it has one."""
+    config, federation, round = job.config, job.federation, state.round
+    plan = job.plan_of(state.class_rows.num_classes, round)
+    state, updates, failures, attempts = _attempt_round(job, state, plan)
+    state = _with_classes(config, state, federation.num_classes(state.round), plan.sampler)
+    job.timer.lap("aggregate")
+    found = None
+    if _due(state.round, config.eval_every, config.rounds):
+        found = federation.evaluate(state.backbone_P, state.round)
+        job.timer.lap("evaluate")
+    updates = [u for part in job.ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    if first_loss is not None:
+        check_growth([update.loss for update in updates], first_loss, plan)
+    moved = round_traffic(updates)
+    record = {
+        "round": state.round,
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "clients": len(updates),
+        "examples": sum(update.num_examples for update in updates),
+        "num_classes": plan.num_classes,
+        "num_clients": federation.engine.num_clients(round),
+        **(dict.fromkeys(moved) if plan.method.pooled else moved),
+        "client_lr": plan.local.lr,
+        "class_row_lr": plan.local.row_lr,
+        "seconds": job.timer.restart(),
+        "metrics": found.metrics if found else None,
+    }
+    if failures or attempts > 1:
+        record["failures"] = [
+            {"client": federation.client_name(failure.client), "reason": failure.reason}
+            for failure in failures
+        ]
+        record["attempts"] = attempts
+    return state, record, found
+
+
+def _attempt_round(
+    job: _Job, state: ServerState, plan: RoundPlan
+) -> tuple[ServerState, list[ClientUpdate], list[Failure], int]:
+    """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
+    engine, failures, all_diverged = job.federation.engine, list[Failure](), True
+    cohort_size = min(job.server.cohort_size, engine.num_clients(plan.round))
+    for attempt in count(1):
+        try:
+            state, updates, failed = run_round(job.server, engine, state, plan)
+            break
+        except QuorumError as error:
+            failures += error.failures
+            diverged = {f.client for f in error.failures if f.reason == "not finite"}
+            all_diverged = all_diverged and len(diverged) == cohort_size
+            if attempt >= job.federation.attempts:
+                why = f"{error}, {attempt} times" if attempt > 1 else str(error)
+                if all_diverged:
+                    raise DivergedError(
+                        f"{why}: as the weights are, no client comes to finite numbers. What was "
+                        "learnt before is kept; start in another folder with a lower client_lr, "
+                        "class_row_lr or server_lr"
+                    ) from error
+                raise QuorumError(
+                    f"{why}. What was learnt before is kept; see to the clients and start the "
+                    "same run again: it goes on from there",
+                    failures,
+                ) from error
+            time.sleep(job.federation.pause)
+            job.timer.lap("pause")
+        except DivergedError as error:
+            if error.client is None:
+                raise
+            name = job.federation.client_name(error.client)
+            raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
+    return state, updates, failures + failed, attempt
+
+
+def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
+    """The last checkpoint's state, or the first of all."""
+    config, optimizer, checkpoints = job.config, job.server.optimizer, job.folder / "checkpoint"
+    rows = create_class_rows(
+        job.federation.num_classes(newest_round(checkpoints)),
+        config.embedding_size,
+        optimizer.of_rows.slots,
+        config.seed,
+        config.row_dtype,
+        job.folder if config.row_store == "file" else None,
+    )
+    state = load_checkpoint(checkpoints, rows)
+    if state is None:
+        if METHODS[config.method].moments:
+            rows = with_sums(rows)
+        slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
+        state = ServerState(theta_P.clone(), slots, rows, round=0)
+    plan = job.plan_of(rows.num_classes, state.round)
+    return _with_index(config, state, plan.sampler)
+
+
+def _with_classes(
+    config: Config, state: ServerState, num_classes: int, sampler: Sampler
+) -> ServerState:
+    """The state with the classes that were registered in the last round."""
+    if num_classes == state.class_rows.num_classes:
+        return state
+    rows = grow(state.class_rows, num_classes)
+    return _with_index(config, replace(state, class_rows=rows), sampler)
+
+
+def _with_index(config: Config, state: ServerState, sampler: Sampler) -> ServerState:
+    """The state with what the sampler keeps of the class rows."""
+    if sampler.index is None:
+        return state
+    rows, rng = state.class_rows, generator(config.seed, "sampler index")
+    index = sampler.index.build(read(rows, torch.arange(rows.num_classes))[0], rng)
+    return replace(state, sampler_index=index)
+
+
+def _due(round: int, every: int, rounds: int) -> bool:
+    return round == rounds or (every > 0 and round % every == 0)
+
+
+class PhaseTimer:
+    """Seconds by phase. After a round's record comes its checkpoint: it counts to the next."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap belongs to this phase."""
+        now = time.perf_counter()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def restart(self) -> dict[str, float]:
+        """Seconds by phase since the last restart."""
+        seconds, self._seconds = self._seconds, {}
+        self._last = time.perf_counter()
+        return seconds

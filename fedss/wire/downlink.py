@@ -1,0 +1,94 @@
+"""Line 2 of Algorithm 1 with its messages: what clients ask for, and what they are sent."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedss.core.algorithm import broadcast, deal_classes, select
+from fedss.core.class_rows import rows_of, union
+from fedss.core.client import Broadcast, ClassRequest, RoundPlan, Submodel
+from fedss.core.optimizers import ServerOptimizer
+from fedss.core.state import ServerState
+from fedss.losses.softmax import ClassSample
+from fedss.wire.messages import (
+    Message,
+    WireFormat,
+    decode_answer,
+    decode_dealt,
+    decode_request,
+    encode_answer,
+    encode_broadcast,
+)
+
+
+@dataclass(frozen=True)
+class Downlink:
+    """What the clients of a cohort are sent.
+
+    Attributes:
+        wire: how messages are encoded.
+        to_all: what every client gets.
+        ids: the class sample of each client.
+        dealt: the same with probabilities, where the server has drawn it.
+        ids_U: int64, sorted, the classes that any client gets.
+        rows_UD: their class rows.
+    """
+
+    wire: WireFormat
+    to_all: Message
+    ids: Mapping[int, Tensor]
+    dealt: Mapping[int, ClassSample]
+    ids_U: Tensor
+    rows_UD: Tensor
+
+    def answer(self, client: int) -> Message:
+        """What a client gets of its own: its class rows. O(S D)."""
+        ids_S = self.ids[client]
+        rows_SD = rows_of(self.rows_UD, self.ids_U, ids_S)
+        return encode_answer(self.wire, ids_S, rows_SD, self.dealt.get(client))
+
+
+def answer_requests(
+    wire: WireFormat,
+    optimizer: ServerOptimizer,
+    state: ServerState,
+    plan: RoundPlan,
+    asked: Mapping[int, Tensor],
+    here: Collection[int] | None = None,
+) -> Downlink:
+    """Line 2, at the server: submodels for a cohort. O(sum of S D + P), whatever n is.
+
+    Args:
+        wire: how messages are encoded.
+        optimizer: knows how rows are read.
+        state: what is sent.
+        plan: the round's plan.
+        asked: int64, sorted, the ids that each client of the cohort asks for, in its order.
+        here: the clients that are answered here, of those that ``asked``; None: all.
+    """
+    dealt: dict[int, ClassSample] = {}
+    if plan.sampler.drawn_by == "server":
+        samples = deal_classes(plan, state, [ids.numpy() for ids in asked.values()])
+        dealt = dict(zip(asked, samples, strict=True))
+    ids = {k: dealt[k].ids_S if dealt else asked[k] for k in (asked if here is None else here)}
+    ids_U = union([*ids.values()])
+    to_all = encode_broadcast(wire, broadcast(state, plan))
+    return Downlink(wire, to_all, ids, dealt, ids_U, select(optimizer, state, ids_U))
+
+
+def receive(
+    wire: WireFormat, asked: ClassRequest, sent: Broadcast, answer: Message
+) -> tuple[Submodel, ClassSample]:
+    """Line 2, at the client: its submodel and class sample.
+
+    Raises:
+        ValueError: there are rows of other classes than were asked for.
+    """
+    sample = asked.sample
+    if sample is None:
+        sample = decode_dealt(wire, answer, asked.own_P)
+    elif not torch.equal(sample.ids_S, decode_request(wire, answer)):
+        raise ValueError("the server sent rows of other classes than were asked for")
+    return Submodel(sent, sample.ids_S, decode_answer(wire, answer)), sample
