@@ -60,8 +60,9 @@ def take_part(job: str, workers: int, rounds: int, out: str) -> None:
 
     def take_turn(record: dict[str, Any]) -> None:
         nonlocal turn
-        print(json.dumps({"seconds": time.perf_counter() - turn, "loss": record["loss"]}))
-        sys.stdout.flush()
+        print(
+            json.dumps({"seconds": time.perf_counter() - turn, "loss": record["loss"]}), flush=True
+        )
         sys.stdin.readline()
         turn = time.perf_counter()
 

@@ -268,7 +268,7 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
             server, watched = Server(common.OPTIMIZER, job.cohort), Watched(engine)
             for round in range(count):
                 work = partial(run_round, server, watched, state, plan_of(job, round))
-                (state, *_), spent = common.timed(work)
+                (state, _, _), spent = common.timed(work)
                 laps.append(spent.wall)
         return laps, watched.laps
 
