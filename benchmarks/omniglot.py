@@ -36,6 +36,7 @@ from fedss.report import bytes_picture
 
 CHART = common.ROOT / "docs" / "images" / "accuracy-against-bytes.png"
 SEEDS, TUNING_SEED, SAMPLE_SIZE = (0, 1, 2), 100, 64
+SHARED = {"data": "omniglot", "sampler": "uniform", "sample_size": SAMPLE_SIZE, "workers": 1}
 
 Settings = dict[str, Any]
 
@@ -95,9 +96,6 @@ ONE_CLASS = Regime(
         "fedaws": FEDAWS,
     },
 )
-
-
-SHARED = {"data": "omniglot", "sampler": "uniform", "sample_size": SAMPLE_SIZE, "workers": 1}
 
 
 def train_one(folder: Path, **settings: Any) -> dict[str, Any]:
