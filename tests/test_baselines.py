@@ -143,7 +143,7 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
 def frozen_floors(scale: float, pixels: np.ndarray) -> Floors:
     body = nn.Sequential(nn.Flatten(), *(nn.Linear(n, 10, bias=False) for n in (64, 10)))
     with torch.no_grad():
-        for layer in body[1:]:
+        for layer in [*body][1:]:
             layer.weight *= scale
     embedder = build_embedder(
         body, channels=1, image_size=8, embedding_size=4, seed=0, pretrained=True

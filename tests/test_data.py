@@ -16,6 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,9 +44,8 @@ from fedss.data import (
 from fedss.data.cache import cache_folder, cached_array, in_threads
 from fedss.data.decoding import decode
 from fedss.data.folder import read_folder
-from fedss.data.manifest import ListedImage, Listing
+from fedss.data.manifest import Listing, Row, arrange, lot
 from fedss.data.names import composed
-from fedss.data.splits import arrange, lot
 from fedss.errors import DataError
 from fedss.inference.embedding import list_pictures
 from fedss.training.build import evaluation_task
@@ -1049,7 +1049,8 @@ def test_lazy_names_are_the_list_of_them(length, part, index):
     assert list(reversed(names)) == expected[::-1]
     assert (len(names), names[part]) == (length, expected[part])
     if -length <= index < length:
-        assert names[index] == names[np.int64(index)] == expected[index]
+        at: Any = np.int64(index)
+        assert names[index] == names[at] == expected[index]
         assert names[index] in names
     else:
         with pytest.raises(IndexError):
@@ -1084,6 +1085,8 @@ def test_made_up_names_give_the_run_that_lists_give(tmp_path):
 
 class Counted(np.ndarray):
     """An array that counts how many rows are read from it, one by one or all at once."""
+
+    rows_read: list[int]
 
     def __new__(cls, values, rows_read):
         counted = values.view(cls)

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from fedss import RetrievalTask
 from fedss.data import Images
 from fedss.evaluation.evaluate import (
+    Embedded,
+    confused,
     embed_task,
     find_confused,
     find_neighbours,
@@ -25,7 +27,7 @@ def flat(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(len(pixels), -1) / 255).float()
 
 
-def embedded(task: RetrievalTask) -> tuple:
+def embedded(task: RetrievalTask) -> tuple[RetrievalTask, Embedded]:
     return task, embed_task(flat, task)
 
 

@@ -73,7 +73,8 @@ def slow_metrics(
         return None
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     by_class = sum(sum(found) / len(found) for found in of_class.values()) / len(of_class)
-    return RetrievalMetrics(*means, by_class, len(rows), len(of_class), len(query) - len(rows))
+    counts = len(rows), len(of_class), len(query) - len(rows)
+    return RetrievalMetrics(*[*means, by_class, *counts])
 
 
 def assert_close(a: RetrievalMetrics, b: RetrievalMetrics, tolerance: float = 1e-12) -> None:
@@ -206,7 +207,7 @@ def test_equals_torchmetrics() -> None:
         columns["r"].append(average_precision(target, score, int(target.sum())))
     of_class = [np.mean(np.array(columns["10"])[labels == label]) for label in labels.unique()]
     means = [sum(c) / len(c) for c in columns.values()]
-    theirs = RetrievalMetrics(*means, float(np.mean(of_class)), len(rows), len(of_class), 0)
+    theirs = RetrievalMetrics(*[*means, float(np.mean(of_class)), len(rows), len(of_class), 0])
     assert_close(evaluate_retrieval(rows, labels, gallery, gallery_labels), theirs, 1e-6)
 
 
@@ -411,7 +412,7 @@ def test_a_screen_leaves_nothing_of_rows_that_differ(
 
 def test_what_one_screen_leaves_is_left_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def spy(query: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-        found = screened(query, *args)  # type: ignore[arg-type]
+        found = screened(query, *args)
         seen.append((args[3].rows_GD.dtype, len(query), int(found[0].sum())))  # type: ignore[attr-defined]
         return found
 
@@ -538,7 +539,7 @@ class Bytes(TorchDispatchMode):
         self.most = 0
         self.held: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.held:
@@ -589,7 +590,7 @@ def test_workers_change_no_bit(
 ) -> None:
     def spy(*args: object) -> tuple[Tensor, Tensor]:
         seen.add((threading.get_ident(), torch.get_num_threads()))
-        return top(*args)  # type: ignore[arg-type]
+        return top(*args)
 
     top = neighbours._top
     seen: set[tuple[int, int]] = set()
@@ -621,7 +622,7 @@ def test_the_long_lists_of_one_large_class_are_not_paid_by_all(
     lists = []
 
     def spy(*args: object) -> tuple[Tensor, Tensor]:
-        values, index = top(*args)  # type: ignore[arg-type]
+        values, index = top(*args)
         lists.append(index.shape)
         return values, index
 

@@ -240,8 +240,8 @@ def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
         pictures = server.get("/pictures", **{"class": item["name"]}).json
         assert pictures["count"] == item["count"] == COPIES
         number = NAMES.index(item["name"])
-        names = [picture["name"] for picture in pictures["pictures"]]
-        assert names == [f"{number:02}-{copy}.png" for copy in range(COPIES)]
+        files = [picture["name"] for picture in pictures["pictures"]]
+        assert files == [f"{number:02}-{copy}.png" for copy in range(COPIES)]
     assert server.get("/pictures", **{"class": "no such class"}).status == 404
 
 
@@ -387,7 +387,7 @@ def test_others_are_answered_while_a_picture_is_decoded(
 ) -> None:
     """Only one is decoded at a time; who sends none need not wait for it."""
     begun, go_on, at_once = threading.Event(), threading.Event(), list[int]()
-    read = guard.read_pictures
+    read = pages.read_pictures  # type: ignore[attr-defined]
 
     def slow(*arguments: Any, **named: Any) -> Any:
         at_once.append(1)
