@@ -59,7 +59,7 @@ def main() -> None:
             run = fedss.train(told, out, data=photos, on_round=lambda record: None)
             name = f"trained: {told.trainable}, augment {told.augment}, 256 numbers"
             sizes = run.summary["backbone_bytes_down_per_client_round"]
-            add(name, run.summary["map_at_10"], sizes)
+            add(name, run.summary["map_at_10"] or 0.0, sizes)
         report.add("", f"{'parameters':<24}{'trained':>12}{'frozen':>12}{'MB each way':>14}")
         for trainable in ("all", "last-4", "last-2", "last-1", "head"):
             net = build_model(replace(config, trainable=trainable), photos, None)

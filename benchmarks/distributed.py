@@ -24,7 +24,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import common
 import numpy as np
@@ -33,6 +32,7 @@ from job import CLIENTS, IMAGES, settings
 from network import network
 
 import fedss
+from fedss.runs.records import Record
 
 JOBS = {
     "common": {"side": 28, "epochs": 1, "rounds": 30},
@@ -58,7 +58,7 @@ def take_part(job: str, workers: int, rounds: int, out: str) -> None:
     config = fedss.Config(**settings("full", rounds), local_epochs=epochs, workers=workers)
     turn = time.perf_counter()
 
-    def take_turn(record: dict[str, Any]) -> None:
+    def take_turn(record: Record) -> None:
         nonlocal turn
         print(
             json.dumps({"seconds": time.perf_counter() - turn, "loss": record["loss"]}), flush=True

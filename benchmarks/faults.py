@@ -47,7 +47,7 @@ from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
 from fedss.training.build import build_model, load_data, server_optimizer
 from fedss.training.experiment import train_federation
-from fedss.training.federation import Federation, Lap, local_federation
+from fedss.training.federation import Federation, OnPhase, local_federation
 from fedss.training.summary import describe
 
 SITES, CLIENTS, CLASSES = 3, 12, 60
@@ -283,8 +283,10 @@ def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]
     data = load_data(config)
 
     @contextmanager
-    def federate(embedder: Embedder, optimizer: ServerOptimizer, lap: Lap) -> Iterator[Federation]:
-        with local_federation(config, data, ALONE, {}, embedder, optimizer, lap) as local:
+    def federate(
+        embedder: Embedder, optimizer: ServerOptimizer, on_phase: OnPhase
+    ) -> Iterator[Federation]:
+        with local_federation(config, data, ALONE, {}, embedder, optimizer, on_phase) as local:
             yield replace(local, engine=Absent(local.engine, absent), quorum=0.0)
 
     def ignore(record: Record) -> None:

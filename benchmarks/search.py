@@ -38,10 +38,17 @@ import torch
 from torch.nn.functional import normalize
 
 import fedss
-from fedss.inference.pixels import preview
+from fedss.inference.pixels import thumbnail
 from fedss.models import build_embedder, fingerprint, save_embedder
 from fedss.search import Collection, build_collection, open_collection
-from fedss.search.store import Item, changing, make_shelf, note, put, read_thumbnail
+from fedss.search.store import (
+    Item,
+    add_items,
+    create_store,
+    read_thumbnail,
+    transaction,
+    write_metadata,
+)
 
 K, QUERIES = 10, 100
 SIZES = ((10_000, 64), (100_000, 64), (100_000, 512), (1_000_000, 64), (1_000_000, 512))
@@ -169,7 +176,7 @@ Container = Callable[[Path, list[bytes]], Reader]
 
 
 def containers(folder: Path, count: int) -> list[str]:
-    few = [preview(common.photograph(i, 640, 480)) for i in range(200)]
+    few = [thumbnail(common.photograph(i, 640, 480)) for i in range(200)]
     jpegs = [few[i % len(few)] for i in range(count)]
     some = np.random.default_rng(0).integers(0, count, (100, 10)).tolist()
     total = sum(map(len, jpegs))
@@ -203,9 +210,11 @@ def containers(folder: Path, count: int) -> list[str]:
 
 def in_sqlite(path: Path, jpegs: list[bytes]) -> Reader:
     vectors = normalize(torch.randn(len(jpegs), 64), dim=1).numpy()
-    make_shelf(path, {"build": "1"})
-    with changing(path, alone=True) as file:
-        put(file, (Item(f"{i}.jpg", None, (1, 2), vectors[i], x) for i, x in enumerate(jpegs)))
+    create_store(path, {"build": "1"})
+    with transaction(path, alone=True) as file:
+        add_items(
+            file, (Item(f"{i}.jpg", None, (1, 2), vectors[i], x) for i, x in enumerate(jpegs))
+        )
     return lambda i: read_thumbnail(path, i + 1, "1") or b""
 
 
@@ -255,7 +264,7 @@ def indexing(folder: Path, images: int, opened: int) -> list[str]:
                 for i in range(opened)
             ),
         )
-        note(file, {"facts": json.dumps(facts)})
+        write_metadata(file, {"facts": json.dumps(facts)})
     opened_in, spent = zip(
         *(common.timed(lambda: open_collection(big, folder / "run")) for _ in range(3)), strict=True
     )

@@ -15,6 +15,7 @@ agree: to 1e-12 from cosines put on our grid, and to 1e-4 from float32 cosines a
 Writes ``benchmarks/results/verification.txt`` (not with ``--short``).
 """
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def omniglot(data_path: str, rounds: int) -> dict[str, Any]:
         "cpu": float("nan"),
         "peak": float("nan"),
     }
+    assert found is not None
     return {"spent": spent, "map_at_10": metrics.map_at_10, "found": dataclasses.asdict(found)}
 
 

@@ -12,7 +12,7 @@ Writes ``benchmarks/results/watching.txt``.
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import common
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from fedss.data import RetrievalTask
 from fedss.evaluation.evaluate import score
 from fedss.runs.eta import time_left
+from fedss.runs.records import Record
 from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 
 ROUNDS = 500
@@ -67,7 +68,7 @@ def measure(task: RetrievalTask, d: int) -> list[str]:
             grown = (size(folder) - before) / times
             rows.append(f"{name:<38}{took * 1000:>10.2f} ms{grown / 1000:>10.1f} kB")
 
-        row("scalars, a round", lambda: add_scalars(board, record, False), ROUNDS)
+        row("scalars, a round", lambda: add_scalars(board, cast(Record, record), False), ROUNDS)
         row("neighbours, an evaluation", lambda: add_neighbours(board, task, found, 0, 1), 10)
         row("projector, at the end", lambda: add_projection(board, task, found, 0, 1), 1)
         row("(the evaluation's own search)", lambda: score(task, *found), 1)

@@ -44,8 +44,9 @@ from fedss.data import (
 from fedss.data.cache import cache_folder, cached_array, in_threads
 from fedss.data.decoding import decode
 from fedss.data.folder import read_folder
-from fedss.data.manifest import Listing, Row, arrange, lot
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.names import composed
+from fedss.data.splits import arrange, lot
 from fedss.errors import DataError
 from fedss.inference.embedding import list_pictures
 from fedss.training.build import evaluation_task

@@ -8,7 +8,6 @@ from fedss import RetrievalTask
 from fedss.data import Images
 from fedss.evaluation.evaluate import (
     Embedded,
-    confused,
     embed_task,
     find_confused,
     find_neighbours,

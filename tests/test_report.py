@@ -23,12 +23,11 @@ from fedss.report import (
     frontier,
     frontier_picture,
     labels,
-    page,
     rounds,
     write_report,
 )
-from fedss.runs import headlines as words
-from fedss.runs import reading as records
+from fedss.runs import headlines, reading
+from fedss.runs.findings import write_scores
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)

@@ -387,7 +387,7 @@ def test_others_are_answered_while_a_picture_is_decoded(
 ) -> None:
     """Only one is decoded at a time; who sends none need not wait for it."""
     begun, go_on, at_once = threading.Event(), threading.Event(), list[int]()
-    read = pages.read_pictures  # type: ignore[attr-defined]
+    read = guard.read_pictures  # type: ignore[attr-defined]
 
     def slow(*arguments: Any, **named: Any) -> Any:
         at_once.append(1)
