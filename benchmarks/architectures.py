@@ -1,36 +1,26 @@
-"""Which networks of timm train: the smallest of each of its families, weights drawn, no downloads.
+"""Which networks of timm train: the smallest of each family, with random weights.
 
     python benchmarks/architectures.py      (15 minutes on one idle core; --only NAME ...: no file)
 
-A family is a module of ``timm.models``; its smallest model is the one of fewest parameters, models
-for timm's own tests apart. Each is built as ``--backbone timm:<name>`` builds it, for colour images
-of 64 pixels a side or, where it does not take these, of the size that timm states for it. Then it
-takes five steps of SGD on four images of noise in two classes, with fixed class rows: it trains if
-the loss is finite throughout and lower in the end.
+A family is a module of ``timm.models``; its smallest model has the fewest parameters, models for
+timm's own tests apart. Each is built as ``--backbone timm:<name>`` builds it, for color images of
+64 pixels a side or, if it refuses these, of the size that timm states for it. Then it takes five
+steps of SGD on four images of noise in two classes, with fixed class rows. It trains if the loss is
+finite throughout and lower in the end. Nothing is downloaded.
 
 Writes ``benchmarks/results/architectures.txt``.
 """
 
-import argparse
-import datetime
 import math
-import os
-import platform
-import sys
 import warnings
-from importlib.metadata import version
-from pathlib import Path
 
+import common
 import timm
 import torch
-from omniglot import processor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fedss.errors import ConfigError
 from fedss.models import build_embedder, flatten_
 
-RESULTS = Path(__file__).parent / "results" / "architectures.txt"
 SIDE, IMAGES, CLASSES, STEPS, LR, SCALE, DIM = 64, 4, 2, 5, 0.0005, 10.0, 32
 
 
@@ -61,7 +51,7 @@ def losses(name: str, side: int) -> tuple[int, list[float]]:
     for _ in range(STEPS):
         flat.grad_P.zero_()
         loss = torch.nn.functional.cross_entropy(SCALE * embedder(pixels) @ rows.T, labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         seen.append(loss.item())
         flat.theta_P.add_(flat.grad_P, alpha=-LR)
     return len(flat.theta_P), seen
@@ -84,32 +74,23 @@ def line(family: str, name: str) -> tuple[bool, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models; write no file")
-    options = parser.parse_args()
+    asked = common.parser(__doc__)
+    asked.add_argument("--only", nargs="+", metavar="NAME", help="these models; write no file")
+    options = asked.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    lines = [
-        "Which networks of timm train: the smallest of each family, weights drawn",
-        "command   python benchmarks/architectures.py",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU used",
-        f"software  fedss {version('fedss')}, torch {torch.__version__}, timm {version('timm')}, "
-        f"Python {platform.python_version()}",
-        "",
-        f"{'family':<28}{'model':<36}{'parameters':>13}{'px':>6}{'loss':>9}{'at last':>9}",
-    ]
+    report = common.Report(
+        "Which networks of timm train: the smallest of each family, random weights", ["timm"]
+    )
+    report.add(f"{'family':<28}{'model':<36}{'parameters':>13}{'px':>6}{'loss':>9}{'at last':>9}")
     models = {name: name for name in options.only} if options.only else smallest()
     count = 0
     for family, name in models.items():
         trains, text = line(family, name)
         count += trains
-        lines.append(text)
-        print(text, flush=True)
-    lines += ["", f"{count} of {len(models)} train"]
-    print(lines[-1])
-    if not options.only:
-        RESULTS.write_text("\n".join(lines) + "\n")
+        report.add(text)
+    report.add("", f"{count} of {len(models)} train")
+    report.write(unless=options.only)
 
 
 if __name__ == "__main__":

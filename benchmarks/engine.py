@@ -18,39 +18,31 @@ round alone, and must end at the weights of ``plain`` to 1e-4 (not if short).
 Writes ``benchmarks/results/engine.txt`` (not with --short, --classes or --rounds).
 """
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
-from omniglot import processor
+from job import CLIENTS, COHORT, DIM, IMAGES, settings
+from network import network
 
-PEERS = Path(__file__).parent / "peers"
-RESULTS = Path(__file__).parent / "results" / "engine.txt"
-sys.path.insert(0, str(PEERS))
-
-from job import BATCH, CLIENTS, COHORT, DIM, LR, PICTURES, SCALE  # noqa: E402
-from network import network  # noqa: E402
-
-from fedss.config import Config  # noqa: E402
-from fedss.core.algorithm import draw_cohort  # noqa: E402
-from fedss.core.class_rows import create_class_rows, read  # noqa: E402
-from fedss.core.client import batches, draw_classes, own_classes  # noqa: E402
-from fedss.seeds import generator  # noqa: E402
-from fedss.training.build import round_plan  # noqa: E402
+from fedss.config import Config
+from fedss.core.algorithm import draw_cohort
+from fedss.core.class_rows import create_class_rows, read
+from fedss.core.client import batches, draw_classes, limit_own_classes
+from fedss.seeds import generator
+from fedss.training.build import round_plan
 
 # Who takes part, by number of classes and method. ("peers": those given.)
 LOOPS = ("ours", "loop", "plain")
@@ -74,32 +66,12 @@ PACKAGES = {
 WARM, LAST = 2, 1
 
 
-def config_of(method: str, rounds: int) -> dict[str, Any]:
-    return {
-        "method": method,
-        "rounds": rounds,
-        "scale": SCALE,
-        "clients_per_round": COHORT,
-        "batch_size": BATCH,
-        "client_lr": LR,
-        "class_row_lr": LR,
-        "lr_schedule": "constant",
-        "server_optimizer": "sgd",
-        "normalize_rows": False,
-        "embedding_size": DIM,
-        "eval_every": 0,
-        "checkpoint_every": 10**6,
-    }
-
-
 def write_job(folder: Path, method: str, n: int, rounds: int) -> None:
     """Everything that ``job.read_job`` reads, drawn as fedss draws it."""
     folder.mkdir()
-    rng, settings = np.random.default_rng(0), config_of(method, rounds)
-    config = Config(**settings)
-    pixels = rng.integers(0, 256, (CLIENTS, PICTURES, 1, 28, 28), dtype=np.uint8)
-    own = [rng.choice(n, PICTURES // 2, replace=False) for _ in range(CLIENTS)]
-    labels = np.repeat(np.stack(own), 2, axis=1)
+    config = Config(**settings(method, rounds))
+    pixels = common.random_pixels(CLIENTS * IMAGES, 28).reshape(CLIENTS, IMAGES, 1, 28, 28)
+    labels = common.paired_labels(CLIENTS, IMAGES, n)
     torch.manual_seed(0)
     theta = torch.nn.utils.parameters_to_vector(network().parameters()).detach()
     rows = read(create_class_rows(n, DIM, (), config.seed), torch.arange(n))[0]
@@ -108,91 +80,37 @@ def write_job(folder: Path, method: str, n: int, rounds: int) -> None:
     for r, cohort in enumerate(cohorts):
         plan = round_plan(config, n, r)
         for k in cohort.tolist():
-            order = batches(PICTURES, plan.local, generator(config.seed, "batches", r, k))
+            order = batches(IMAGES, plan.local, generator(config.seed, "batches", r, k))
             orders.append(np.concatenate(list(order)))
             if method != "full":
-                samples.append(draw_classes(plan, k, own_classes(plan, k, labels[k])))
-    arrays = {"pixels": pixels, "labels": labels, "theta": theta, "rows": rows}
+                samples.append(draw_classes(plan, k, limit_own_classes(plan, k, labels[k])))
+    arrays: dict[str, Any] = {"pixels": pixels, "labels": labels, "theta": theta, "rows": rows}
     arrays |= {"cohorts": np.stack(cohorts), "orders": _by_slot(orders, rounds)}
     if samples:
         arrays["samples"] = _by_slot([s.ids_S for s in samples], rounds)
         arrays["log_q"] = _by_slot([s.log_q_S for s in samples], rounds)
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    (folder / "job.json").write_text(json.dumps(settings))
+    (folder / "job.json").write_text(json.dumps(settings(method, rounds)))
 
 
 def _by_slot(values: Sequence[Any], rounds: int) -> np.ndarray:
     return np.stack(values).reshape(rounds, COHORT, -1)
 
 
-@dataclass(frozen=True)
-class Participant:
-    """A process that waits for its turn."""
-
-    name: str
-    folder: Path
-    process: "subprocess.Popen[str]"
-
-    def turn(self) -> dict[str, float]:
-        """Let it run a round: seconds of the clock and of its CPU."""
-        self._go()
-        return self.answer()
-
-    def answer(self) -> dict[str, float]:
-        """What it says next; the first thing it says means nothing but that it is ready."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise self._failed()
-        return dict(json.loads(line))
-
-    def finish(self) -> float | None:
-        """Let it end; its peak of resident memory, MB, if it is one process."""
-        self._go()
-        if self.process.wait():
-            raise self._failed()
-        return json.loads((self.folder / f"{self.name}.json").read_text())["peak_mb"]
-
-    def _go(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def _failed(self) -> SystemExit:
-        said = (self.folder / f"{self.name}.log").read_text()[-2000:]
-        return SystemExit(f"{said}\n{self.name} ended with exit code {self.process.wait()}")
-
-
-@contextmanager
-def participant(
-    name: str, folder: Path, pythons: Mapping[str, str], workers: int, **more: str
-) -> Iterator[Participant]:
-    """Start one, and wait until it is ready; it is ended with the block. ``more``: environment."""
+def started(
+    name: str, folder: Path, pythons: Mapping[str, str], workers: int, **environment: str
+) -> AbstractContextManager[common.Participant]:
+    """A participant, once it is ready; it is ended with the block."""
     peer, *variant = name.split("-")
-    command = [pythons.get(peer, sys.executable)]
+    command: list[str | Path] = [pythons.get(peer, sys.executable)]
     if "torchrun" in variant:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(workers)]
-        more["OMP_NUM_THREADS"] = "1"
-    command.append(str(PEERS / (f"with_{peer}.py" if peer in pythons else f"{name}.py")))
-    with (
-        open(folder / f"{name}.log", "w") as log,
-        subprocess.Popen(
-            [*command, folder, str(workers), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, **more},
-        ) as process,
-    ):
-        started = Participant(name, folder, process)
-        try:
-            started.answer()
-            yield started
-        finally:
-            process.terminate()
+        environment["OMP_NUM_THREADS"] = "1"
+    command.append(common.PEERS / (f"with_{peer}.py" if peer in pythons else f"{name}.py"))
+    command += [folder, str(workers), name]
+    return common.participant(name, command, folder, environment)
 
 
 def distance_from_plain(
@@ -202,7 +120,7 @@ def distance_from_plain(
     far: dict[str, float] = {}
     for name in ("plain", *(n for n in names if n not in ("plain", "convolutions"))):
         # In float32, JAX's other rounding turns a max-pool or ReLU here and there: 2e-4 apart.
-        with participant(name, folder, pythons, workers, JAX_ENABLE_X64="1") as alone:
+        with started(name, folder, pythons, workers, JAX_ENABLE_X64="1") as alone:
             alone.turn()
             alone.finish()
         plain, end = (np.load(folder / f"{n}.npz") for n in ("plain", name))
@@ -225,9 +143,9 @@ class Times:
         return statistics.median(r[clock] for r in self.rounds)
 
     def ratio(self, other: "Times", clock: str = "wall") -> float:
-        """Median over pairs of rounds that ran one after the other."""
-        pairs = zip(self.rounds, other.rounds, strict=False)
-        return statistics.median(a[clock] / b[clock] for a, b in pairs)
+        """Median over the rounds of the same turn."""
+        own, others = ([r[clock] for r in times.rounds] for times in (self, other))
+        return common.median_ratio(own, others)
 
 
 def measure(
@@ -240,37 +158,28 @@ def measure(
     """All methods' participants take turns, each time in another order."""
     with ExitStack() as stack:
         there = {
-            (method, name): stack.enter_context(
-                participant(name, folders[method], pythons, workers)
-            )
+            (method, name): stack.enter_context(started(name, folders[method], pythons, workers))
             for method, names in who.items()
             for name in names
         }
         found: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in there}
         for turn in range(max(rounds.values()) + WARM):
-            first = turn % len(there)
-            for key in [*there][first:] + [*there][:first]:
+            for key in common.rotated([*there], turn):
                 if turn < rounds[key[0]] + WARM:
                     found[key].append(there[key].turn())
         for one in there.values():
             one.turn()
-        return {key: Times(found[key][WARM:], one.finish()) for key, one in there.items()}
+        for one in there.values():
+            one.finish()
+    told = {key: json.loads((folders[key[0]] / f"{key[1]}.json").read_text()) for key in there}
+    return {key: Times(found[key][WARM:], told[key]["peak_mb"]) for key in there}
 
 
 def table(
     times: Mapping[tuple[str, str], Times], far: Mapping[str, Mapping[str, float]]
 ) -> list[str]:
-    titles = (
-        "seconds",
-        "/ loop",
-        "/ ours",
-        "CPU s",
-        "/ loop",
-        "clients/s",
-        "peak MB",
-        "from plain",
-    )
-    lines = [f"  {'':<25}" + "".join(f"{title:>11}" for title in titles)]
+    names = ("seconds", "/ loop", "/ ours", "CPU s", "/ loop", "clients/s", "peak MB", "from plain")
+    lines = [f"  {'':<25}" + "".join(f"{name:>11}" for name in names)]
     for (method, name), found in times.items():
         ours, loop = times[method, "ours"], times.get((method, "loop"))
         cells = [
@@ -297,41 +206,41 @@ def versions(python: str, names: Sequence[str]) -> str:
     return ", ".join(f"{name} {v}" for name, v in zip(names, found, strict=True))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="few participants, 5 rounds")
-    parser.add_argument("--classes", type=int, nargs="+", choices=TABLES, help="default: all")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default: 15)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of ours")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--profile", action="store_true")
-    options = parser.parse_args()
-    if options.profile:
-        from engine_profile import profile
+def print_profiles(sizes: Sequence[int]) -> None:
+    from engine_profile import profile
 
-        for n in options.classes or (964, 100_000):
-            for method in TABLES[n]:
-                with tempfile.TemporaryDirectory() as place:
-                    write_job(Path(place) / "job", method, n, 1)
-                    print("\n".join(profile(Path(place) / "job", method, n)), flush=True)
+    for n in sizes:
+        for method in TABLES[n]:
+            with tempfile.TemporaryDirectory() as place:
+                write_job(Path(place) / "job", method, n, 1)
+                print("\n".join(profile(Path(place) / "job", method, n)), flush=True)
+
+
+def main() -> None:
+    asked = common.parser(__doc__, short="few participants, 5 rounds")
+    asked.add_argument("--classes", type=int, nargs="+", choices=TABLES, help="default: all")
+    asked.add_argument("--rounds", type=int, help="timed rounds (default: 15)")
+    asked.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of ours")
+    asked.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    asked.add_argument("--profile", action="store_true")
+    options = asked.parse_args()
+    if options.profile:
+        print_profiles(options.classes or (964, 100_000))
         return
     pythons = dict(peer.split("=", 1) for peer in options.peer)
     if unknown := pythons.keys() - VARIANTS:
-        parser.error(f"--peer knows {', '.join(VARIANTS)}, not {', '.join(sorted(unknown))}")
+        asked.error(f"--peer knows {', '.join(VARIANTS)}, not {', '.join(sorted(unknown))}")
     peers = [name for peer in pythons for name in VARIANTS[peer]]
     words = re.sub("=[^ ]+", "=PYTHON", " ".join(sys.argv[1:]))
-    lines = [
-        "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 pictures",
-        f"command   python benchmarks/engine.py {words}",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
+    report = common.Report(
+        "A round of the common job (benchmarks/peers/job.py): 16 clients of 30 images",
+        command=f"python benchmarks/engine.py {words}",
+    )
+    report.add(
         f"threads   {options.workers} in ours, loop and convolutions; 1 in plain; torchrun: "
         f"{options.workers} processes of 1; other peers: their own",
-        f"software  {versions(sys.executable, ('fedss', 'torch', 'numpy'))}, "
-        f"Python {platform.python_version()}",
         *(f"{peer:<9} {versions(p, PACKAGES[peer])}" for peer, p in pythons.items()),
-    ]
-    print("\n".join(lines), flush=True)
+    )
     tables = SHORT if options.short else TABLES
     for n in options.classes or tables:
         rounds = dict.fromkeys(tables[n], options.rounds or (5 if options.short else 15))
@@ -350,12 +259,9 @@ def main() -> None:
                     alone = Path(place) / f"{method}-alone"
                     write_job(alone, method, n, 1)
                     far[method] = distance_from_plain(alone, names, pythons, options.workers)
-            found = table(measure(folders, who, pythons, options.workers, rounds), far)
-        lines += ["", f"n = {n:,}", *found]
-        print("\n".join(["", f"n = {n:,}", *found]), flush=True)
-    if not (options.short or options.classes or options.rounds):
-        RESULTS.write_text("\n".join(lines) + "\n")
-        print(f"written to {RESULTS}")
+            times = measure(folders, who, pythons, options.workers, rounds)
+            report.add("", f"n = {n:,}", *table(times, far))
+    report.write(unless=options.short or options.classes or options.rounds)
 
 
 if __name__ == "__main__":

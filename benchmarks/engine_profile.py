@@ -18,28 +18,25 @@ from typing import Any
 
 import torch
 import torch.profiler
-from job import CLIENTS, COHORT, DIM, read_job
+from job import COHORT, DIM, read_job
 from network import network
 from ours import dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedss.config import Config
-from fedss.core.algorithm import ServerState, draw_cohort, run_round
+from fedss.core.algorithm import Server, run_round
 from fedss.core.class_rows import create_class_rows
+from fedss.core.state import ServerState
 from fedss.data import index_clients
 from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import local_engine
+from fedss.losses.methods import METHODS
 from fedss.models import flatten_
-from fedss.training.build import (
-    build_model,
-    round_plan,
-    server_optimizer,
-    wire_format,
-)
+from fedss.training.build import build_model, round_plan, server_optimizer, wire_format
 
 PHASES = {
-    "class samples": ("own_classes", "choose_classes"),
+    "class samples": ("request_classes", "deal_classes"),
     "rows read for the clients": ("select",),
     "messages encoded, decoded, counted": (
         *(
@@ -70,11 +67,11 @@ def kind(operation: str) -> str:
     return next(k for k, parts in KINDS.items() if any(part in operation for part in parts))
 
 
-class Bytes(TorchDispatchMode):
+class Bytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the inputs and outputs of every operation that is not a view, by kind."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counted: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,13 +112,14 @@ def profile(folder: Path, method: str, n: int) -> list[str]:
     optimizer, wire = server_optimizer(config), wire_format(config, embedder, n)
     rows = create_class_rows(n, DIM, optimizer.slots, config.seed)
     state = ServerState(flatten_(embedder).theta_P.clone(), {}, rows, 0)
+    server = Server(optimizer, COHORT, METHODS[method].row_mean)
     with local_engine(embedder, index_clients(data.train), optimizer, wire, 1) as engine:
-        here = replace(engine, pool=SimpleNamespace(map=map))  # type: ignore[arg-type]
+        # In this thread, which all that measures looks at.
+        inline: Any = SimpleNamespace(map=map)
+        here = replace(engine, workers=replace(engine.workers, pool=inline))
 
         def one_round() -> None:
-            cohort = draw_cohort(CLIENTS, COHORT, config.seed, 0)
-            plan = round_plan(config, n, 0)
-            run_round(here, optimizer, state, cohort, plan, config.row_mean)
+            run_round(server, here, state, round_plan(config, n, 0))
 
         one_round()
         peak, bandwidth = rates()

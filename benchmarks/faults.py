@@ -3,9 +3,9 @@
     python benchmarks/faults.py     (about 20 minutes; --only NAME ...: some trials, writes no file)
 
 Each trial starts a federation of its own, that of ``examples/federation.py``: a SuperLink with TLS,
-node keys and a database, a SuperExec, and three sites with glyphs as picture files. It does
+node keys and a database, a SuperExec, and three sites with glyphs as image files. It does
 something to their processes while a run trains. The run's end is compared, bit for bit, with
-training on this machine on the pictures of all sites: with ``fedss.train``, or, where clients have
+training on this machine on the images of all sites: with ``fedss.train``, or, where clients have
 failed, with the same without exactly those that the run's records name, in the rounds that they
 name. Compared is a digest of the model's file and the server's whole state: backbone, class rows,
 and what the optimizer keeps of both.
@@ -13,12 +13,9 @@ and what the optimizer keeps of both.
 Writes ``benchmarks/results/faults.txt``.
 """
 
-import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -28,47 +25,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import common
 import numpy as np
 import torch
-from omniglot import processor
 
 import fedss
-from fedss.core.algorithm import Engine, Failure, ServerState
+from examples import federation
+from examples.federation import FederationError, Place, Process, children, flwr, kill
 from fedss.core.class_rows import create_class_rows, read
 from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.engine import Failure
 from fedss.core.optimizers import ServerOptimizer
-from fedss.distributed import ALONE, Ranks
+from fedss.core.state import ServerState
+from fedss.distributed import ALONE
 from fedss.flower.settings import Deployment, write_app
 from fedss.models import Embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
 from fedss.training.build import build_model, load_data, server_optimizer
-from fedss.training.experiment import Federation, Lap, local_federation, train_federation
+from fedss.training.experiment import train_federation
+from fedss.training.federation import Federation, OnPhase, local_federation
 from fedss.training.summary import describe
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from examples.federation import (
-    FederationError,
-    Place,
-    Process,
-    children,
-    flwr,
-    follow,
-    kill,
-    place,
-    register,
-    site,
-    submit,
-    superexec,
-    superlink,
-    write_pictures,
-)
-
-RESULTS = Path(__file__).parent / "results" / "faults.txt"
 SITES, CLIENTS, CLASSES = 3, 12, 60
 ROUNDS, COHORT = 5, 6
 ATTEMPTS, PAUSE = 2, 5.0
@@ -85,7 +66,7 @@ class Trial:
     """A federation, and what has been seen of it."""
 
     here: Place
-    pictures: list[Path]
+    images: list[Path]
     out: Path
     app: Path
     link: Process
@@ -105,7 +86,7 @@ class Trial:
 
 
 def submit_run(trial: Trial) -> int:
-    trial.runs.append(submit(trial.here, trial.app))
+    trial.runs.append(federation.submit(trial.here, trial.app))
     return trial.runs[-1]
 
 
@@ -158,23 +139,23 @@ def complete(trial: Trial, run: int) -> None:
     """Wait for a run that must complete."""
     found = ended(trial, run)
     if found["status"] != "finished:completed":
-        raise TrialError(f"run {run} {found}\n" + "\n".join(follow(trial.here, run)))
+        raise TrialError(f"run {run} {found}\n" + "\n".join(federation.follow(trial.here, run)))
     trial.seconds = time.monotonic() - trial.began
 
 
 def start_site(trial: Trial, number: int) -> None:
-    config = {"data": str(trial.pictures[number])}
-    trial.sites[number] = site(trial.here, number, config)
+    config = {"data": str(trial.images[number])}
+    trial.sites[number] = federation.site(trial.here, number, config)
 
 
-# The trials. Each begins with a run submitted, and ends with one complete.
+# The trials. Each begins when a run is submitted, and ends when one is complete.
 
 
 def nothing(trial: Trial) -> None:
     complete(trial, trial.runs[0])
 
 
-def submitted_twice(trial: Trial) -> None:
+def twice(trial: Trial) -> None:
     wait_for_round(trial, 2)
     second = submit_run(trial)
     complete(trial, trial.runs[0])
@@ -204,7 +185,7 @@ def site_stopped(trial: Trial) -> None:
 
 def client_raises(trial: Trial) -> None:
     wait_for(lambda: trial.rounds >= 1, "round 1")
-    folder = trial.pictures[0]
+    folder = trial.images[0]
     away = folder.rename(folder.with_name("away"))
     wait_for(lambda: trial.rounds >= 2, "the round without the site")
     away.rename(folder)
@@ -234,7 +215,7 @@ def link_away(trial: Trial, seconds: float) -> None:
     wait_for_round(trial, 4)
     kill(trial.link)
     time.sleep(seconds)
-    trial.link = superlink(trial.here)
+    trial.link = federation.superlink(trial.here)
     if seconds > 60:
         tell_failure(trial, trial.runs[0])
         again(trial)
@@ -246,21 +227,18 @@ def machine_lost(trial: Trial) -> None:
     wait_for_round(trial, 4)
     kill(trial.link)
     kill(trial.server)
-    trial.link, trial.server = superlink(trial.here), superexec(trial.here)
+    trial.link, trial.server = federation.superlink(trial.here), federation.superexec(trial.here)
     again(trial)
     tell_failure(trial, trial.runs[0])
 
 
 TRIALS: dict[str, tuple[str, Callable[[Trial], None]]] = {
     "nothing": ("nothing", nothing),
-    "twice": ("submitted a second time while it runs", submitted_twice),
+    "twice": ("submitted a second time while it runs", twice),
     "client-killed": ("a ClientApp killed in round 2", client_killed),
-    "site-killed": (
-        "a SuperNode and its ClientApp killed in round 2, started at once",
-        site_killed,
-    ),
+    "site-killed": ("a SuperNode and its ClientApp killed in round 2, started again", site_killed),
     "site-stopped": ("a site stopped in round 2, past the deadline, then continued", site_stopped),
-    "client-raises": ("a site's pictures moved away in round 2, then back", client_raises),
+    "client-raises": ("a site's images moved away in round 2, then back", client_raises),
     "sites-gone": ("all sites stopped in round 2, started when the run had ended", sites_gone),
     "server-killed": ("ServerApp killed in round 4", server_killed),
     "link-10": ("SuperLink killed in round 4, back after 10 s", partial(link_away, seconds=10)),
@@ -278,26 +256,22 @@ def tell_failure(trial: Trial, run: int) -> None:
     if message == found["status-details"]:
         trial.seen.append(f"flwr list: {found['status']}, {message}")
         return
-    if f"fedss: {message}" not in follow(trial.here, run):
+    if f"fedss: {message}" not in federation.follow(trial.here, run):
         raise TrialError(f"flwr log does not say what flwr list does: {message}")
     message = message.replace(f"{trial.here.folder}/", "")
     trial.seen.append(f"flwr list and log: {found['status']}, {message}")
 
 
 @dataclass(frozen=True)
-class Absent:
+class Absent(common.WrappedEngine):
     """An engine whose clients fail in some rounds: numbers of clients, by round (0-based)."""
 
-    engine: Engine
     absent: Mapping[int, Set[int]]
 
-    @property
-    def ranks(self) -> Ranks:  # noqa: D102
-        return self.engine.ranks
-
-    def train(  # noqa: D102
+    def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
+        """The updates of those that do not fail."""
         gone = self.absent.get(plan.round, set())
         yield from (Failure(k, "absent") for k in cohort.tolist() if k in gone)
         there = [k for k in cohort.tolist() if k not in gone]
@@ -309,8 +283,10 @@ def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]
     data = load_data(config)
 
     @contextmanager
-    def federate(embedder: Embedder, optimizer: ServerOptimizer, lap: Lap) -> Iterator[Federation]:
-        with local_federation(config, data, ALONE, embedder, optimizer, lap) as local:
+    def federate(
+        embedder: Embedder, optimizer: ServerOptimizer, on_phase: OnPhase
+    ) -> Iterator[Federation]:
+        with local_federation(config, data, ALONE, {}, embedder, optimizer, on_phase) as local:
             yield replace(local, engine=Absent(local.engine, absent), quorum=0.0)
 
     def ignore(record: Record) -> None:
@@ -374,7 +350,7 @@ def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> O
     shutil.copytree(folder / "keys and database", folder / name)
     out, app = folder / name / "run", folder / name / "app"
     shutil.copytree(folder / "pictures", folder / name / "pictures")
-    pictures = sorted((folder / name / "pictures").iterdir())
+    images = sorted((folder / name / "pictures").iterdir())
     deployment = Deployment(
         out=str(out),
         sites=SITES,
@@ -384,11 +360,11 @@ def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> O
         pause=PAUSE,
     )
     write_app(app, config, deployment)
-    with place(folder / name, SITES) as here:
-        link, server = superlink(here), superexec(here)
-        trial = Trial(here, pictures, out, app, link, server, [])
+    with federation.place(folder / name, SITES) as here:
+        link, server = federation.superlink(here), federation.superexec(here)
+        trial = Trial(here, images, out, app, link, server, [])
         trial.sites = [
-            site(here, number, {"data": str(data)}) for number, data in enumerate(pictures)
+            federation.site(here, number, {"data": str(data)}) for number, data in enumerate(images)
         ]
         wait_for(lambda: online(trial) == SITES, "the sites")
         trial.began = time.monotonic()
@@ -425,19 +401,55 @@ def row(name: str, outcome: Outcome, usual: float | None, equal: str) -> str:
     return "\n".join(lines + [f"    {text}" for text in outcome.seen])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=TRIALS, metavar="NAME")
-    parser.add_argument("--deadline", type=float, default=20.0, help="seconds (default: 20)")
-    parser.add_argument("--folder", type=Path, help="keep all that is written there")
-    options = parser.parse_args()
-    table = []
+def trials(
+    names: Sequence[str], folder: Path, config: fedss.Config, deadline: float
+) -> Iterator[str]:
+    """What each trial came to, and whether its end is that of training on this machine."""
+    oracle = partial(train_here, config)
+    undisturbed = oracle(folder / "here", {})
+    usual = None
+    for name in names:
+        try:
+            found = try_out(name, folder, config, deadline)
+        except (TrialError, FederationError, ProcessLookupError) as error:
+            yield f"{name:<15}{'-':>6}{'-':>6}{'-':>10}  {'-':<14}  NO: {error}"
+            continue
+        if name == "nothing":
+            usual = found.seconds
+        if found.absent:
+            expected = oracle(folder / f"{name} here", found.absent)
+            rounds = ", ".join(str(round + 1) for round in sorted(found.absent))
+            text = f"without those that failed in round {rounds}"
+        else:
+            expected, text = undisturbed, "with all"
+        yield row(name, found, usual, f"{'yes' if found.digest == expected else 'NO'}: {text}")
+
+
+def main() -> int:
+    asked = common.parser(__doc__)
+    asked.add_argument("--only", nargs="+", choices=TRIALS, metavar="NAME")
+    asked.add_argument("--deadline", type=float, default=20.0, help="seconds (default: 20)")
+    asked.add_argument("--folder", type=Path, help="keep all that is written there")
+    options = asked.parse_args()
+    command = f"python benchmarks/faults.py --deadline {options.deadline:g}"
+    report = common.Report(
+        "A federation whose processes stop, die or come back", ["flwr"], command=command
+    )
+    report.add(
+        f"{SITES} sites, {CLIENTS} clients, {ROUNDS} rounds of {COHORT}, checkpoint every 2, "
+        f"quorum 0.5, {ATTEMPTS} attempts, pause {PAUSE:g} s",
+        "s: from submission to the run's end; lost: more than with nothing done; repeated: rounds",
+        "begun more than once; failures: of clients, by reason; digest: equal to that of local",
+        "training, and with whom",
+        "",
+        f"{'trial':<15}{'s':>6}{'lost':>6}{'repeated':>10}  {'failures':<14}  digest",
+    )
     with ExitStack() as stack:
         folder = (options.folder or Path(stack.enter_context(TemporaryDirectory()))).resolve()
-        pictures = write_pictures(folder / "pictures", SITES, CLIENTS, CLASSES)
+        images = federation.write_pictures(folder / "pictures", SITES, CLIENTS, CLASSES)
         together = folder / "all sites"
         together.mkdir()
-        for drawer in (drawer for data in pictures for drawer in data.iterdir()):
+        for drawer in (drawer for data in images for drawer in data.iterdir()):
             (together / drawer.name).symlink_to(drawer)
         config = fedss.Config(
             data="folder",
@@ -451,51 +463,15 @@ def main() -> None:
             checkpoint_every=2,
             workers=1,
         )
-        with place(folder / "keys and database", SITES) as here:
-            superlink(here)
+        with federation.place(folder / "keys and database", SITES) as here:
+            federation.superlink(here)
             for number in range(SITES):
-                register(here, number)
-        oracle = partial(train_here, config)
-        undisturbed = oracle(folder / "here", {})
-        usual = None
-        for name in options.only or TRIALS:
-            try:
-                found = try_out(name, folder, config, options.deadline)
-            except (TrialError, FederationError, ProcessLookupError) as error:
-                table.append(f"{name:<15}{'-':>6}{'-':>6}{'-':>10}  {'-':<14}  NO: {error}")
-                print(table[-1], flush=True)
-                continue
-            if name == "nothing":
-                usual = found.seconds
-            if found.absent:
-                expected = oracle(folder / f"{name} here", found.absent)
-                rounds = ", ".join(str(round + 1) for round in sorted(found.absent))
-                text = f"without those that failed in round {rounds}"
-            else:
-                expected, text = undisturbed, "with all"
-            equal = f"{'yes' if found.digest == expected else 'NO'}: {text}"
-            table.append(row(name, found, usual, equal))
-            print(table[-1], flush=True)
-    head = [
-        f"{datetime.date.today()}  {processor()}, {platform.system()}, Python "
-        f"{platform.python_version()}",
-        f"fedss {version('fedss')}, flwr {version('flwr')}, torch {version('torch')}",
-        f"python benchmarks/faults.py --deadline {options.deadline:g}",
-        f"{SITES} sites, {CLIENTS} clients, {ROUNDS} rounds of {COHORT}, checkpoint every 2, "
-        f"quorum 0.5, {ATTEMPTS} attempts, pause {PAUSE:g} s",
-        "s: from submission to the run's end; lost: more than with nothing done; repeated: rounds",
-        "begun more than once; failures: of clients, by reason; digest: equal to that of local",
-        "training, and with whom",
-        "",
-        f"{'trial':<15}{'s':>6}{'lost':>6}{'repeated':>10}  {'failures':<14}  digest",
-    ]
-    text = "\n".join(head + table) + "\n"
-    print("\n" + text)
-    if not options.only:
-        RESULTS.write_text(text)
-    if "NO:" in text:
-        sys.exit(1)
+                federation.register(here, number)
+        for text in trials(options.only or [*TRIALS], folder, config, options.deadline):
+            report.add(text)
+    report.write(unless=options.only)
+    return int(any("NO:" in line for line in report.lines))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

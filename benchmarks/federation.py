@@ -5,51 +5,33 @@
 Bytes: between every site and the SuperLink stands a relay that counts all that passes under TLS:
 messages, polling, heartbeats, Flower's receipts. They are compared with what the run's records say,
 from the end of the first round to that of the last. Time: seconds per round and phase. The
-federation is that of ``examples/federation.py``: glyphs as picture files, eight clients a site;
+federation is that of ``examples/federation.py``: glyphs as image files, eight clients a site;
 the server evaluates, at the end alone.
 
 Writes ``benchmarks/results/federation.txt``.
 """
 
-import argparse
-import datetime
 import json
-import platform
 import socket
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from omniglot import processor
+import common
 
 import fedss
+from examples import federation
+from examples.federation import Place, status
 from fedss.flower.settings import Deployment, write_app
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from examples.federation import (
-    Place,
-    follow,
-    place,
-    register,
-    site,
-    status,
-    submit,
-    superexec,
-    superlink,
-    write_pictures,
-)
-
-RESULTS = Path(__file__).parent / "results" / "federation.txt"
 SITES, ROUNDS = 3, 6
-BASE = {"image_size": 28, "channels": 1, "clients_per_round": 12, "eval_every": 0}
+BASE: dict[str, Any] = {"image_size": 28, "channels": 1, "clients_per_round": 12, "eval_every": 0}
 JOBS: dict[str, dict[str, Any]] = {
     "fedss": {},
     "fedss, conv4-128": {"backbone": "conv4-128"},
@@ -106,7 +88,7 @@ def run_job(
     config = fedss.Config(**BASE, **changes, rounds=rounds)
     deployment = Deployment(out=str(out), sites=SITES, evaluate_at="server", deadline=120.0)
     write_app(folder / "app", config, deployment)
-    number = submit(here, folder / "app")
+    number = federation.submit(here, folder / "app")
     lines = out / "records.jsonl"
     marks: list[tuple[float, dict[str, int]]] = []
     looked = time.monotonic()
@@ -118,7 +100,7 @@ def run_job(
         if time.monotonic() - max([looked, *(mark for mark, _ in marks)]) > 60:
             looked = time.monotonic()
             if status(here, number).startswith("finished"):
-                raise SystemExit("\n".join(follow(here, number)))
+                raise SystemExit("\n".join(federation.follow(here, number)))
         time.sleep(0.01)
     while not status(here, number).startswith("finished"):
         time.sleep(0.5)
@@ -145,59 +127,52 @@ def idle(counter: Relay, seconds: float) -> dict[str, float]:
     return {way: (counter.counts[way] - before[way]) / seconds for way in before}
 
 
+def rows(name: str, found: dict[str, Any], rounds: int) -> Iterator[str]:
+    for way in ("down", "up"):
+        ledger, wire = (found[what][way] / (rounds - 1) for what in ("ledger", "wire"))
+        row = f"{name if way == 'down' else '':<18}{way:<6}{ledger / 1e3:>18,.1f}"
+        row += f"{wire / 1e3:>16,.1f}{wire / ledger:>13.3f}"
+        if way == "down":
+            row += f"{found['round']:>9.1f}"
+            for phase, width in (("request", 9), ("train", 8), ("aggregate", 8)):
+                row += f"{found['seconds'][phase]:>{width}.2f}"
+        yield row
+    if found["failures"]:
+        yield f"  {found['failures']} failures"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true")
-    options = parser.parse_args()
+    options = common.parser(__doc__, short="one job; write no file").parse_args()
     jobs = dict(list(JOBS.items())[:1]) if options.short else JOBS
     rounds = 3 if options.short else ROUNDS
-    table = [
-        f"{'job':<18}{'way':<6}{'ledger, kB/round':>18}{'wire, kB/round':>16}{'wire/ledger':>13}"
-        f"{'s/round':>9}{'request':>9}{'train':>8}{'server':>8}"
-    ]
+    report = common.Report("What a federation moves, and how long it takes", ["flwr"])
+    report.add(
+        f"{SITES} sites, 8 clients each, 12 clients a round, {rounds} rounds, the first left out"
+    )
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        pictures = write_pictures(folder / "pictures", SITES)
-        here = stack.enter_context(place(folder / "federation", SITES))
-        superlink(here)
-        superexec(here)
+        images = federation.write_pictures(folder / "pictures", SITES)
+        here = stack.enter_context(federation.place(folder / "federation", SITES))
+        federation.superlink(here)
+        federation.superexec(here)
         counter = stack.enter_context(relay(here.port))
         through = replace(here, port=counter.port)
-        for number, data in enumerate(pictures):
-            register(here, number)
-            site(through, number, {"data": str(data), "site": f"site-{number + 1}"})
+        for number, data in enumerate(images):
+            federation.register(here, number)
+            federation.site(through, number, {"data": str(data), "site": f"site-{number + 1}"})
         time.sleep(10)
         quiet = idle(counter, 10 if options.short else 30)
+        report.add(
+            f"idle, all sites: {quiet['down']:.0f} B/s down, {quiet['up']:.0f} B/s up (polling)",
+            "",
+            f"{'job':<18}{'way':<6}{'ledger, kB/round':>18}{'wire, kB/round':>16}"
+            f"{'wire/ledger':>13}{'s/round':>9}{'request':>9}{'train':>8}{'server':>8}",
+        )
         for name, changes in jobs.items():
             (folder / name).mkdir()
             found = run_job(here, counter, folder / name, changes, rounds)
-            for way in ("down", "up"):
-                ledger, wire = (found[what][way] / (rounds - 1) for what in ("ledger", "wire"))
-                row = f"{name if way == 'down' else '':<18}{way:<6}{ledger / 1e3:>18,.1f}"
-                row += f"{wire / 1e3:>16,.1f}{wire / ledger:>13.3f}"
-                if way == "down":
-                    row += f"{found['round']:>9.1f}"
-                    row += "".join(
-                        f"{found['seconds'][p]:>{w}.2f}"
-                        for p, w in (("request", 9), ("train", 8), ("aggregate", 8))
-                    )
-                table.append(row)
-                print(row, flush=True)
-            if found["failures"]:
-                table.append(f"  {found['failures']} failures")
-    head = [
-        f"{datetime.date.today()}  {processor()}, {platform.system()}, Python "
-        f"{platform.python_version()}",
-        f"fedss {version('fedss')}, flwr {version('flwr')}, torch {version('torch')}",
-        f"python benchmarks/federation.py: {SITES} sites, 8 clients each, 12 clients a round, "
-        f"{rounds} rounds, the first left out",
-        f"idle, all sites: {quiet['down']:.0f} B/s down, {quiet['up']:.0f} B/s up (polling)",
-        "",
-    ]
-    text = "\n".join(head + table) + "\n"
-    print("\n" + text)
-    if not options.short:
-        RESULTS.write_text(text)
+            report.add(*rows(name, found, rounds))
+    report.write(unless=options.short)
 
 
 if __name__ == "__main__":

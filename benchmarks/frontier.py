@@ -15,28 +15,22 @@ Writes ``benchmarks/results/frontier.txt`` and ``.json``, a report page for each
 ``docs/images/frontier.png``. Takes about two and a half hours on two cores.
 """
 
-import argparse
-import datetime
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from omniglot import mean, processor
+import common
 
 import fedss
 from fedss.report import frontier_picture
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "frontier"
-PICTURE = HERE.parent / "docs" / "images" / "frontier.png"
+TABLE, STORED = common.RESULTS / "frontier.txt", common.RESULTS / "frontier.json"
+CHART = common.ROOT / "docs" / "images" / "frontier.png"
 FRESH = (10, 11, 12, 13, 14)
 
 Settings = Mapping[str, Any]
@@ -48,12 +42,8 @@ MOMENTS: Settings = {"method": "moments"}
 
 
 def wire(rows: str, backbone: str) -> dict[str, str]:
-    return {
-        "rows_down": rows,
-        "rows_up": rows,
-        "backbone_down": backbone,
-        "backbone_up": backbone,
-    }
+    ways = ("down", "up")
+    return {f"rows_{w}": rows for w in ways} | {f"backbone_{w}": backbone for w in ways}
 
 
 SMALL = wire("int8", "int4")
@@ -70,21 +60,9 @@ class Stage:
 
 
 STEP10 = {"local_steps": 10, "client_lr": 0.05, "class_row_lr": 2.0}
-STEP50 = {
-    "local_steps": 50,
-    "client_lr": 0.05,
-    "class_row_lr": 2.0,
-    "rounds": 60,
-    "clients_per_round": 10,
-}
-SEQUENTIAL = {
-    "clients_per_round": 1,
-    "rounds": 2400,
-    "server_momentum": 0.0,
-    "batch_size": 4,
-    "client_lr": 0.07,
-    "class_row_lr": 0.35,
-}
+STEP50 = {**STEP10, "local_steps": 50, "rounds": 60, "clients_per_round": 10}
+RATES = {"client_lr": 0.07, "class_row_lr": 0.35}
+ONE_BY_ONE = {"clients_per_round": 1, "rounds": 2400, "server_momentum": 0.0, "batch_size": 4}
 
 STAGES = {
     "standard": Stage(
@@ -135,17 +113,11 @@ STAGES = {
     "pooled": Stage(
         "Omniglot, n = 964, 1 client a round for 2,400 rounds: as many image passes as pooled "
         "training",
-        SEQUENTIAL,
+        {**ONE_BY_ONE, **RATES},
         {
             "full": FULL,
             "fedss deck": DECK,
-            "central": {
-                "method": "central",
-                "rounds": 120,
-                "clients_per_round": 20,
-                "client_lr": 0.07,
-                "class_row_lr": 0.35,
-            },
+            "central": {"method": "central", "rounds": 120, "clients_per_round": 20},
         },
     ),
     "glyphs": Stage(
@@ -198,20 +170,6 @@ STAGES = {
 PICTURED = {"n = 964": "standard", "clients of 8 classes": "small-clients"}
 
 
-def train(folder: Path, settings: Settings) -> dict[str, Any]:
-    """One ``fedss train``; its summary."""
-    words = [sys.executable, "-m", "fedss", "train", "--out", str(folder)]
-    for name, value in {"workers": 1, "eval_every": 20, **settings}.items():
-        flag = "--" + name.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
-    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
-    (summary,) = json.loads((folder / "summary.json").read_text())
-    print(f"{folder.parent.name}/{folder.name:<40} MAP@10 {summary['map_at_10']:.3f}", flush=True)
-    return dict(summary)
-
-
 def run_stage(
     pool: ThreadPoolExecutor, name: str, data_path: str, out: Path, only: str
 ) -> list[dict[str, Any]]:
@@ -225,9 +183,16 @@ def run_stage(
         data = {"data": "omniglot", "data_path": data_path}
         if stage.shared.get("data") == "glyphs":
             data = {}
-        settings = {**data, "seed": seed, **stage.shared, **stage.variants[label]}
+        settings = {
+            "workers": 1,
+            "eval_every": 20,
+            **data,
+            "seed": seed,
+            **stage.shared,
+            **stage.variants[label],
+        }
         folder = f"{label.replace(' ', '-').replace('/', '+')}-seed{seed}"
-        return {**train(out / name / folder, settings), "label": label, "folder": folder}
+        return {**common.train(out / name / folder, settings), "label": label, "folder": folder}
 
     found = list(pool.map(run, jobs))
     if len(labels) < len(stage.variants):
@@ -242,8 +207,8 @@ def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
     stage = STAGES[name]
     full = {run["seed"]: run for run in runs if run["label"] == "full"}
     central = [run["map_at_10"] for run in runs if run["label"] == "central"]
-    row_bytes = mean([r["class_row_bytes_down_per_client_round"] for r in full.values()])
-    total = mean([both_ways(r) for r in full.values()])
+    row_bytes = fmean([r["class_row_bytes_down_per_client_round"] for r in full.values()])
+    total = fmean([both_ways(r) for r in full.values()])
     lines = [
         "",
         stage.title,
@@ -259,27 +224,27 @@ def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
         maps = [run["map_at_10"] for run in found]
         ratios = [run["map_at_10"] / full[run["seed"]]["map_at_10"] for run in found]
         line = (
-            f"{label:<18} {mean(maps):>7.3f} {' '.join(f'{m:.3f}' for m in maps):<30}"
-            f" {mean(maps) / mean([r['map_at_10'] for r in full.values()]):>6.3f}"
+            f"{label:<18} {fmean(maps):>7.3f} {' '.join(f'{m:.3f}' for m in maps):<30}"
+            f" {fmean(maps) / fmean([r['map_at_10'] for r in full.values()]):>6.3f}"
             f" {min(ratios):>6.3f} {max(ratios):>6.3f}"
         )
         if central:
-            line += f" {mean(maps) / mean(central):>8.3f}"
+            line += f" {fmean(maps) / fmean(central):>8.3f}"
         if found[0]["bytes_down_per_client_round"] is not None:
             summed = [
                 r["class_row_bytes_down_per_client_round"] + r["moment_bytes_down_per_client_round"]
                 for r in found
             ]
             line += (
-                f" {mean([r['class_rows_per_client'] for r in found]):>5.0f}"
-                f" {mean(summed) / row_bytes:>6.1%}"
-                f" {mean([r['bytes_down_per_client_round'] for r in found]) / 1000:>8.1f}"
-                f" {mean([r['bytes_up_per_client_round'] for r in found]) / 1000:>7.1f}"
-                f" {total / mean([both_ways(r) for r in found]):>6.1f}"
+                f" {fmean([r['class_rows_per_client'] for r in found]):>5.0f}"
+                f" {fmean(summed) / row_bytes:>6.1%}"
+                f" {fmean([r['bytes_down_per_client_round'] for r in found]) / 1000:>8.1f}"
+                f" {fmean([r['bytes_up_per_client_round'] for r in found]) / 1000:>7.1f}"
+                f" {total / fmean([both_ways(r) for r in found]):>6.1f}"
             )
         else:
             line += " " * 37
-        lines.append(line + f" {mean([r['seconds'] for r in found]):>7.0f}")
+        lines.append(line + f" {fmean([r['seconds'] for r in found]):>7.0f}")
     return lines
 
 
@@ -289,13 +254,10 @@ def both_ways(run: Mapping[str, Any]) -> float:
 
 def text(results: Mapping[str, list[dict[str, Any]]]) -> str:
     lines = [
-        "The frontier of accuracy against bytes",
-        "command   python benchmarks/frontier.py --data-path DIR",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
-        f"software  fedss {version('fedss')}, torch {version('torch')}, "
-        f"numpy {version('numpy')}, Python {platform.python_version()}",
-        "",
+        *common.head(
+            "The frontier of accuracy against bytes",
+            command="python benchmarks/frontier.py --data-path DIR",
+        ),
         "MAP@10 on classes that neither training nor tuning saw. '/ full' is the ratio of the",
         "means, 'worst' and 'best' that of one seed; '% of W': class rows and moments down, as",
         "bytes; 'less': how many times fewer bytes than full, both ways, backbone included.",
@@ -309,28 +271,26 @@ def text(results: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
-    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="run folders")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--only", default="", help="text in the labels of the variants to run")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    options = parser.parse_args()
-    stored = RESULTS.with_suffix(".json")
-    results = json.loads(stored.read_text()) if stored.exists() else {}
+    asked = common.parser(__doc__)
+    asked.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
+    asked.add_argument("--out", type=Path, default=Path("runs/frontier"), help="run folders")
+    asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    asked.add_argument("--only", default="", help="text in the labels of the variants to run")
+    asked.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    options = asked.parse_args()
+    results = json.loads(STORED.read_text()) if STORED.exists() else {}
     with ThreadPoolExecutor(options.jobs) as pool:
         for name in options.stages:
             ran = run_stage(pool, name, options.data_path, options.out, options.only)
             labels = {run["label"] for run in ran}
             results[name] = ran + [r for r in results.get(name, []) if r["label"] not in labels]
-            RESULTS.parent.mkdir(exist_ok=True)
-            stored.write_text(json.dumps(results, indent=1) + "\n")
-            RESULTS.with_suffix(".txt").write_text(text(results))
+            STORED.write_text(json.dumps(results, indent=1) + "\n")
+            TABLE.write_text(text(results))
     shown = {title: options.out / name for title, name in PICTURED.items()}
     shown = {title: folder for title, folder in shown.items() if (folder / "summary.json").exists()}
     if shown:
-        PICTURE.write_bytes(frontier_picture(shown))
-    print(f"\n{RESULTS.with_suffix('.txt').read_text()}")
+        CHART.write_bytes(frontier_picture(shown))
+    print(f"\n{TABLE.read_text()}")
 
 
 if __name__ == "__main__":

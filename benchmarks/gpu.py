@@ -3,57 +3,44 @@
     python benchmarks/gpu.py                        (--parts: some; --append: to the results)
     python benchmarks/gpu.py --device cpu --short   (a tiny version of every part; writes nothing)
 
-``throughput``: pictures per second of ``LocalEngine`` for several ``--stack`` and ``--precision``,
+``throughput``: images per second of ``LocalEngine`` for several ``--stack`` and ``--precision``,
 of a plain loop over clients written by hand, and of central SGD of the same network on one big
 batch that lies in the GPU's memory, which is the ceiling. They take turns, a round each.
 
 ``paper-96`` and ``paper-224``: seconds a round where 64 of 1,262 clients train MobileNetV3-Large on
-164,172 pictures of 2,028 classes, at 96 and 224 pixels a side, as in Waghmare et al. 2022. Pictures
-are made up and read from memory, so neither disk nor decoding is in it; nor are evaluation and
+164,172 images of 2,028 classes, at 96 and 224 pixels a side, as in Waghmare et al. 2022. Images are
+random and read from memory, so neither disk nor decoding is in it; nor are evaluation and
 checkpoints. Each setting does two rounds first, and the quickest goes on.
 
 Writes ``benchmarks/results/gpu.txt``. Needs ``pip install "fedss[timm]"``.
 """
 
-import argparse
-import datetime
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import common
 import numpy as np
 import torch
-from omniglot import processor
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedss.config import Config
-from fedss.core.algorithm import ServerState, draw_cohort, run_round
-from fedss.core.class_rows import create_class_rows
+from fedss.core.algorithm import Server, run_round
 from fedss.core.client import LocalTraining, RoundPlan
-from fedss.core.optimizers import ServerOptimizer
+from fedss.core.state import ServerState
 from fedss.data import ClientIndex
-from fedss.engines.local import LocalEngine, local_engine
+from fedss.engines.local import LocalEngine
 from fedss.errors import FedssError
-from fedss.losses.methods import METHODS
-from fedss.losses.softmax import Scoring
-from fedss.models import Embedder, build_embedder, flatten_
-from fedss.sampling.samplers import SAMPLERS
+from fedss.models import Embedder, build_embedder
 from fedss.training.build import compute_device
-from fedss.wire.messages import WireFormat
 
-RESULTS = Path(__file__).parent / "results" / "gpu.txt"
-DIM, SAMPLE, BATCH, LR, ROW_LR, SCALE = 64, 256, 32, 0.01, 0.1, 10.0
+SAMPLE, BATCH, LR, ROW_LR, SCALE = 256, 32, 0.01, 0.1, 10.0
 SETTINGS = [(stack, name) for name in ("float32", "bfloat16") for stack in (1, 8, 32)]
-OPTIMIZER = ServerOptimizer("momentum")
 ROUNDS_IN_ALL = 5000
 
 
@@ -65,7 +52,7 @@ class Job:
     channels: int
     side: int
     num_clients: int
-    pictures: int
+    images: int
     classes: int
     cohort: int
     rounds: int
@@ -86,33 +73,24 @@ SHORT = Job("conv4-8", 1, 16, 12, 12 * 40, 300, 6, 2, True)
 
 
 class Repeated:
-    """As many pictures as one likes, of which only some thousands differ: they fit into memory."""
+    """As many images as one likes, of which only some thousands differ: they fit into memory."""
 
     def __init__(self, count: int, channels: int, side: int) -> None:
-        shape = (min(count, 4096), channels, side, side)
-        self.pool = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        self.pool = common.random_pixels(min(count, 4096), side, channels)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self.pool[index if isinstance(index, slice) else index % len(self.pool)]
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """As much of ``fedss.Images`` as an engine reads."""
-
-    pixels: Repeated
-    labels: np.ndarray
-
-
 def clients_of(job: Job) -> ClientIndex:
-    """Clients of equal size; ragged ones of at least 30 pictures, log-normal beyond.
+    """Clients of equal size; ragged ones of at least 30 images, log-normal beyond.
 
-    A client has a class for every five of its pictures, 200 at most.
+    A client has a class for every five of its images, 200 at most.
     """
     rng = np.random.default_rng(0)
     weight = rng.lognormal(0, 1, job.num_clients) if job.ragged else np.ones(job.num_clients)
     least = 30 if job.ragged else 0
-    bounds = np.cumsum(weight) / weight.sum() * (job.pictures - least * job.num_clients)
+    bounds = np.cumsum(weight) / weight.sum() * (job.images - least * job.num_clients)
     bounds = np.round(bounds).astype(int) + least * np.arange(1, job.num_clients + 1)
     starts = np.concatenate([[0], bounds])
     labels = np.concatenate(
@@ -121,39 +99,24 @@ def clients_of(job: Job) -> ClientIndex:
             for size in np.diff(starts)
         ]
     )
-    pictures = Pictures(Repeated(job.pictures, job.channels, job.side), labels)
-    return ClientIndex(pictures, np.arange(job.pictures), starts)  # type: ignore[arg-type]
+    return common.clients_of(Repeated(job.images, job.channels, job.side), labels, starts)
 
 
 def plan_of(job: Job, round: int) -> RoundPlan:
-    local = LocalTraining(1, None, BATCH, LR, ROW_LR)
-    sample = min(SAMPLE, job.classes)
-    fedss, uniform, scoring = METHODS["fedss"], SAMPLERS["uniform"], Scoring(SCALE)
-    return RoundPlan(round, 0, fedss, uniform, job.classes, sample, 0, scoring, local)
+    return common.plan_of(job.classes, SAMPLE, LocalTraining(1, None, BATCH, LR, ROW_LR), round)
 
 
 def embedder_of(job: Job) -> Embedder:
     return build_embedder(
-        job.backbone, channels=job.channels, image_size=job.side, embedding_size=DIM, seed=0
+        job.backbone, channels=job.channels, image_size=job.side, embedding_size=common.DIM, seed=0
     )
 
 
-def first_state(job: Job, embedder: Embedder) -> ServerState:
-    theta_P = flatten_(embedder).theta_P.clone()
-    rows = create_class_rows(job.classes, DIM, OPTIMIZER.slots, 0)
-    return ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
-
-
-@contextmanager
 def engine_of(
-    job: Job, clients: ClientIndex, device: torch.device, stack: int, precision: Any
-) -> Iterator[LocalEngine]:
-    embedder = embedder_of(job)
-    wire = WireFormat(tuple(p.shape for p in embedder.parameters()), DIM, job.classes)
-    with local_engine(
-        embedder, clients, OPTIMIZER, wire, None, device=device, precision=precision, stack=stack
-    ) as engine:
-        yield engine
+    job: Job, clients: ClientIndex, device: torch.device, stack: int, precision: str
+) -> AbstractContextManager[LocalEngine]:
+    more = {"device": device, "precision": precision, "stack": stack}
+    return common.engine_of(embedder_of(job), clients, job.classes, None, **more)
 
 
 def on(device: torch.device, precision: Any, job: Job) -> Embedder:
@@ -172,7 +135,7 @@ def plain_loop(
     """A round as one would write it: a module, torch.optim.SGD, a loop over clients and batches."""
     embedder, rng = on(device, precision, job), np.random.default_rng(0)
     start = [p.detach().clone() for p in embedder.parameters()]
-    rows_ND = torch.nn.functional.normalize(torch.randn(job.classes, DIM), dim=1)
+    rows_ND = torch.nn.functional.normalize(torch.randn(job.classes, common.DIM), dim=1)
 
     def round() -> int:
         used = 0
@@ -181,7 +144,8 @@ def plain_loop(
                 for p, first in zip(embedder.parameters(), start, strict=True):
                     p.copy_(first)
             rows_SD = rows_ND[: min(SAMPLE, job.classes)].to(device).requires_grad_()
-            sgd = torch.optim.SGD([{"params": embedder.parameters()}, {"params": [rows_SD]}], lr=LR)
+            parameters: list[Tensor] = [*embedder.parameters(), rows_SD]
+            sgd = torch.optim.SGD(parameters, lr=LR)
             order = rng.permutation(clients.examples(client))
             target_N = torch.arange(len(order)) % len(rows_SD)
             for b in range(0, len(order), BATCH):
@@ -204,9 +168,10 @@ def one_batch(
     """Central SGD: two steps on one big batch that lies on the device."""
     embedder = on(device, precision, job)
     pixels = torch.from_numpy(clients.images.pixels[np.arange(batch)]).to(device)
-    rows_SD = torch.randn(min(SAMPLE, job.classes), DIM, device=device, requires_grad=True)
+    rows_SD = torch.randn(min(SAMPLE, job.classes), common.DIM, device=device, requires_grad=True)
     target_B = torch.arange(batch, device=device) % len(rows_SD)
-    sgd = torch.optim.SGD([*embedder.parameters(), rows_SD], lr=LR)
+    parameters: list[Tensor] = [*embedder.parameters(), rows_SD]
+    sgd = torch.optim.SGD(parameters, lr=LR)
 
     def round() -> int:
         for _ in range(2):
@@ -231,18 +196,20 @@ def fits(round: Callable[[], int], device: torch.device) -> bool:
 
 
 def seconds(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    wait()
-    begin = time.perf_counter()
-    result = work()
-    wait()
-    return time.perf_counter() - begin, result
+    def waited_for() -> int:
+        result = work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    result, spent = common.timed(waited_for)
+    return spent.wall, result
 
 
 def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> list[str]:
-    """Pictures per second of everyone on one job, interleaved."""
+    """Images per second of everyone on one job, interleaved."""
     clients, cohort = clients_of(job), np.arange(job.cohort)
-    state, plan = first_state(job, embedder_of(job)), plan_of(job, 0)
+    state, plan = common.first_state(embedder_of(job), job.classes), plan_of(job, 0)
     rounds: dict[str, Callable[[], int]] = {}
     with ExitStack() as engines:
         for stack, precision in settings:
@@ -252,7 +219,7 @@ def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) 
             )
         for precision in dict.fromkeys(precision for _, precision in settings):
             rounds[f"plain loop, {precision}"] = plain_loop(job, clients, device, precision)
-            for batch in (b for b in (4096, 2048, 1024, 512, 256) if b <= job.pictures):
+            for batch in (b for b in (4096, 2048, 1024, 512, 256) if b <= job.images):
                 central = one_batch(job, clients, device, precision, batch)
                 if fits(central, device):
                     rounds[f"one batch of {batch}, {precision}"] = central
@@ -266,7 +233,7 @@ def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) 
     lines = [
         "",
         f"{job.backbone}, {job.side} px, {job.cohort} clients a round, batches of {BATCH}, "
-        f"|S| = {min(SAMPLE, job.classes)}: pictures/s, median of {job.rounds}",
+        f"|S| = {min(SAMPLE, job.classes)}: images/s, median of {job.rounds}",
     ]
     best = max(statistics.median(found) for found in speeds.values())
     for name in rounds:
@@ -279,20 +246,15 @@ def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) 
 
 
 @dataclass(frozen=True)
-class Watched:
+class Watched(common.WrappedEngine):
     """An engine, and how long its clients' training took in each round."""
 
-    engine: LocalEngine
     laps: list[float] = field(default_factory=list)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
 
     def train(self, state: ServerState, cohort: np.ndarray, plan: RoundPlan) -> Iterator[Any]:
         """The engine's updates, all of them waited for."""
-        begin = time.perf_counter()
-        updates = list(self.engine.train(state, cohort, plan))
-        self.laps.append(time.perf_counter() - begin)
+        updates, spent = common.timed(lambda: list(self.engine.train(state, cohort, plan)))
+        self.laps.append(spent.wall)
         return iter(updates)
 
 
@@ -301,21 +263,18 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
     clients = clients_of(job)
 
     def rounds_of(stack: int, precision: str, count: int) -> tuple[list[float], list[float]]:
-        state, laps = first_state(job, embedder_of(job)), []
+        state, laps = common.first_state(embedder_of(job), job.classes), []
         with engine_of(job, clients, device, stack, precision) as engine:
-            watched = Watched(engine)
+            server, watched = Server(common.OPTIMIZER, job.cohort), Watched(engine)
             for round in range(count):
-                cohort = draw_cohort(job.num_clients, job.cohort, 0, round)
-                begin = time.perf_counter()
-                state, *_ = run_round(
-                    watched, OPTIMIZER, state, cohort, plan_of(job, round), "cohort"
-                )
-                laps.append(time.perf_counter() - begin)
+                work = partial(run_round, server, watched, state, plan_of(job, round))
+                (state, _, _), spent = common.timed(work)
+                laps.append(spent.wall)
         return laps, watched.laps
 
     lines = [
         "",
-        f"{job.backbone}, {job.side} px: {job.num_clients:,} clients, {job.pictures:,} pictures, "
+        f"{job.backbone}, {job.side} px: {job.num_clients:,} clients, {job.images:,} images, "
         f"{job.classes:,} classes, {job.cohort} clients a round, batches of {BATCH}",
     ]
     tried: dict[tuple[int, str], float] = {}
@@ -342,13 +301,12 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
-    parser.add_argument("--short", action="store_true", help="tiny jobs, to see that all works")
+    asked = common.parser(__doc__, short="tiny jobs, to see that all works; write no file")
+    asked.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
     parts = ("throughput", *PAPER)
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
-    parser.add_argument("--append", action="store_true", help="keep what is in the results file")
-    options = parser.parse_args()
+    asked.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
+    asked.add_argument("--append", action="store_true", help="keep what is in the results file")
+    options = asked.parse_args()
     try:
         device = compute_device(Config(device=options.device))
     except FedssError as error:
@@ -360,36 +318,23 @@ def main() -> int:
         return 2
     settings = SETTINGS[::2] if options.short else SETTINGS
     jobs: Mapping[str, Job] = dict.fromkeys(PAPER, SHORT) if options.short else PAPER
-    hardware = [f"{processor()}, {os.cpu_count()} cores"]
-    if on_gpu:
-        hardware.append(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}")
-    lines = [
-        "The engine on a GPU",
-        f"command   python {' '.join(['benchmarks/gpu.py', *sys.argv[1:]])}",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {', '.join(hardware)}",
-        f"software  fedss {version('fedss')}, torch {torch.__version__}, "
-        f"numpy {np.__version__}, Python {platform.python_version()}",
-        "",
-        f"d = {DIM}, one local epoch, FedAvgM; made-up pictures in memory, no evaluation.",
+    gpu = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if on_gpu else "no GPU"
+    report = common.Report("The engine on a GPU", hardware=gpu)
+    report.add(
+        f"d = {common.DIM}, one local epoch, FedAvgM; random images in memory, no evaluation.",
         "float32: convolutions may round to TF32, which is torch's default.",
-    ]
+    )
     for part in options.parts:
         if part == "throughput":
             for job in [SHORT] if options.short else THROUGHPUT:
-                lines += throughput(job, device, settings)
+                report.add(*throughput(job, device, settings))
         else:
-            lines += paper(jobs[part], device, settings)
+            report.add(*paper(jobs[part], device, settings))
         if on_gpu:
             peak = torch.cuda.max_memory_allocated(device) / 1e9
-            lines.append(f"  most GPU memory in this part: {peak:.1f} GB")
+            report.add(f"  most GPU memory in this part: {peak:.1f} GB")
             torch.cuda.reset_peak_memory_stats(device)
-        print("\n".join(lines[-3:]), flush=True)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if on_gpu and not options.short:
-        before = RESULTS.read_text() + "\n" if options.append and RESULTS.exists() else ""
-        RESULTS.write_text(before + text)
+    report.write(unless=options.short, append=options.append)
     return 0
 
 

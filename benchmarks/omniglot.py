@@ -12,33 +12,31 @@ was interrupted. Stages:
    of the winner was tried higher and lower, and the optimum lies inside what was tried.
 2. report: each method with its best setting, seeds 0, 1, 2, judged on the other 14 alphabets.
 
-Then an ablation: what becomes of ``full`` and ``fedss`` if class rows are not normalised.
+Then an ablation: what becomes of ``full`` and ``fedss`` if class rows are not normalized.
 
 Writes ``benchmarks/results/omniglot.txt``, the chart of ``docs/results.md``, and a report page for
 each number of rounds: about 70 minutes on two cores. With ``--one-class``, which FedAwS is for:
 ``omniglot-one-class.txt``, about 40 minutes. ``--methods`` takes some methods, and writes nothing.
 """
 
-import argparse
-import datetime
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import common
 
 import fedss
 from fedss.report import bytes_picture
 
-RESULTS = Path(__file__).parent / "results"
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "accuracy-against-bytes.png"
+CHART = common.ROOT / "docs" / "images" / "accuracy-against-bytes.png"
 SEEDS, TUNING_SEED, SAMPLE_SIZE = (0, 1, 2), 100, 64
+SHARED = {"data": "omniglot", "sampler": "uniform", "sample_size": SAMPLE_SIZE, "workers": 1}
 
 Settings = dict[str, Any]
 
@@ -86,10 +84,10 @@ DRAWERS = Regime(
     },
 )
 # As in FedAwS's paper each client has all of its class. (With --client-classes 1 it would have a
-# single picture.) `pos-only` has nothing to learn from here: the softmax over one class is 1.
+# single image.) `pos-only` has nothing to learn from here: the softmax over one class is 1.
 ONE_CLASS = Regime(
     "omniglot-one-class.txt",
-    "964 clients of one character and its 20 pictures each, 40 a round, batches of 20",
+    "964 clients of one character and its 20 images each, 40 a round, batches of 20",
     {"partition": "class", "clients_per_round": 40, "batch_size": 20},
     {120: ("full", "fedss", "fedaws")},
     {
@@ -100,23 +98,8 @@ ONE_CLASS = Regime(
 )
 
 
-def train(folder: Path, **settings: Any) -> dict[str, Any]:
-    """One ``fedss train``; its summary."""
-    words = [sys.executable, "-m", "fedss", "train", "--data", "omniglot", "--out", str(folder)]
-    for name, value in {
-        "sampler": "uniform",
-        "sample_size": SAMPLE_SIZE,
-        "workers": 1,
-        **settings,
-    }.items():
-        flag = "--" + name.replace("_", "-")
-        words += [flag.replace("--", "--no-")] if value is False else [flag, str(value)]
-    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
-    (summary,) = json.loads((folder / "summary.json").read_text())
-    print(f"{folder.name:<60} MAP@10 {summary['map_at_10']:.3f}", flush=True)
-    return {**summary, **settings}
+def train_one(folder: Path, **settings: Any) -> dict[str, Any]:
+    return {**common.train(folder, {**SHARED, **settings}), **settings}
 
 
 def name_of(method: str, settings: Settings) -> str:
@@ -133,7 +116,7 @@ def on_validation(data_path: str) -> Settings:
     }
 
 
-def search(start: Settings, judge: Callable[[Settings], float]) -> dict[str, list[Any]]:
+def search(start: Settings, judge: Callable[[Settings], float]) -> list[dict[str, Any]]:
     """Climb from ``start``, one setting at a time, until no step of any setting helps.
 
     Returns:
@@ -173,7 +156,7 @@ def tune(
         def judge(settings: Settings) -> float:
             folder = out / "tune" / name_of(method, settings)
             options = {**regime.settings, **settings, **on_validation(data_path)}
-            return float(train(folder, method=method, **options)["map_at_10"])
+            return float(train_one(folder, method=method, **options)["map_at_10"])
 
         return search(regime.start[method], judge)
 
@@ -184,39 +167,32 @@ def ablate(
     pool: ThreadPoolExecutor, data_path: str, out: Path, best: dict[str, Settings]
 ) -> list[dict[str, Any]]:
     """Class rows that are left to grow, with row learning rates that might make up for it."""
-    jobs = [
-        (method, {**best[method], "class_row_lr": factor * best[method]["class_row_lr"]})
-        for method in ("full", "fedss")
-        for factor in (1, 2, 4)
-    ]
 
-    def run(job: tuple[str, Settings]) -> dict[str, Any]:
-        method, settings = job
-        folder = out / "ablate" / name_of(method, settings)
+    def run(job: tuple[str, int]) -> dict[str, Any]:
+        method, factor = job
+        settings = {**best[method], "class_row_lr": factor * best[method]["class_row_lr"]}
         options = {"method": method, "normalize_rows": False, **settings}
-        summary = train(folder, **options, **on_validation(data_path))
+        folder = out / "ablate" / name_of(method, settings)
+        summary = train_one(folder, **options, **on_validation(data_path))
         return {"method": method, "settings": settings, "map_at_10": summary["map_at_10"]}
 
-    return list(pool.map(run, jobs))
+    return list(pool.map(run, product(("full", "fedss"), (1, 2, 4))))
 
 
-def report(
+def final_runs(
     pool: ThreadPoolExecutor, regime: Regime, data_path: str, out: Path, best: dict[str, Settings]
 ) -> list[dict[str, Any]]:
-    jobs = [
-        (rounds, method, seed)
-        for rounds, methods in sorted(regime.rounds.items(), reverse=True)
-        for method in methods
-        for seed in SEEDS
-    ]
-
     def run(job: tuple[int, str, int]) -> dict[str, Any]:
         rounds, method, seed = job
         settings = {"method": method, "rounds": rounds, "seed": seed, "data_path": data_path}
         folder = out / f"rounds{rounds}" / f"{method}-seed{seed}"
-        return train(folder, **regime.settings, **settings, **best[method])
+        return train_one(folder, **regime.settings, **settings, **best[method])
 
-    return list(pool.map(run, jobs))
+    # The longest first.
+    counts = sorted(regime.rounds, reverse=True)
+    return list(
+        pool.map(run, ((n, *job) for n in counts for job in product(regime.rounds[n], SEEDS)))
+    )
 
 
 def write_reports(out: Path, regime: Regime, runs: list[dict[str, Any]]) -> None:
@@ -232,76 +208,74 @@ def write_reports(out: Path, regime: Regime, runs: list[dict[str, Any]]) -> None
         print(f"report  {fedss.write_report(folder)}")
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def table(regime: Regime, rounds: int, runs: list[dict[str, Any]]) -> list[str]:
+    """The methods that were trained for so many rounds."""
+    of_round = [run for run in runs if run["rounds"] == rounds]
+    full = {r["seed"]: r["map_at_10"] for r in of_round if r["method"] == "full"}
+    lines = [
+        "",
+        f"{rounds} rounds, seeds {', '.join(map(str, SEEDS))}",
+        f"{'method':<18} {'MAP@10':>7}  {'per seed':<21} {'/ full':>6}  {'worst':>6}"
+        f" {'R@1':>6} {'rows':>6} {'kB down':>8} {'kB rows':>8} {'kB up':>7} {'seconds':>8}",
+    ]
+    for method in regime.rounds[rounds]:
+        found = [run for run in of_round if run["method"] == method]
+        maps = [run["map_at_10"] for run in found]
+        ratios = [run["map_at_10"] / full[run["seed"]] for run in found]
+        sizes = [
+            "-" if found[0][key] is None else f"{fmean([r[key] for r in found]) / 1000:.1f}"
+            for key in (
+                "bytes_down_per_client_round",
+                "class_row_bytes_down_per_client_round",
+                "bytes_up_per_client_round",
+            )
+        ]
+        rows = found[0]["class_rows_per_client"]
+        lines.append(
+            f"{method:<18} {fmean(maps):>7.3f}  {' '.join(f'{m:.3f}' for m in maps):<21}"
+            f" {fmean(maps) / fmean(full.values()):>6.3f}  {min(ratios):>6.3f}"
+            f" {fmean([r['recall_at_1'] for r in found]):>6.3f}"
+            f" {'-' if rows is None else f'{rows:.0f}':>6} {sizes[0]:>8} {sizes[1]:>8}"
+            f" {sizes[2]:>7} {fmean([r['seconds'] for r in found]):>8.0f}"
+        )
+    return lines
 
 
-def text(
+def write_table(
     regime: Regime,
     tuning: dict[str, list[dict[str, Any]]],
     ablation: list[dict[str, Any]],
     runs: list[dict[str, Any]],
-) -> str:
-    lines = [
+) -> None:
+    words = f"--data-path DIR{' --one-class' * (regime is ONE_CLASS)} ({len(runs)} reported runs)"
+    report = common.Report(
         "FedSS and its baselines on Omniglot",
-        f"command   python benchmarks/omniglot.py --data-path DIR"
-        f"{' --one-class' * (regime is ONE_CLASS)} ({len(runs)} reported runs)",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
-        f"software  fedss {version('fedss')}, torch {version('torch')}, "
-        f"numpy {version('numpy')}, Python {platform.python_version()}",
-        "",
+        name=Path(regime.file).stem,
+        command=f"python benchmarks/omniglot.py {words}",
+    )
+    report.add(
         f"Train: 964 background characters, {regime.clients}.",
         "Test: 509 characters of 14 evaluation alphabets that neither training nor tuning saw,",
-        f"10,180 pictures, each searched among all the others. |S| = {SAMPLE_SIZE}, 1 local epoch,",
+        f"10,180 images, each searched among all the others. |S| = {SAMPLE_SIZE}, 1 local epoch,",
         "conv4-32, d = 64; all other settings are the defaults of `fedss train`.",
-    ]
-    for rounds, methods in regime.rounds.items():
-        of_round = [run for run in runs if run["rounds"] == rounds]
-        full = {r["seed"]: r["map_at_10"] for r in of_round if r["method"] == "full"}
-        lines += [
-            "",
-            f"{rounds} rounds, seeds {', '.join(map(str, SEEDS))}",
-            f"{'method':<18} {'MAP@10':>7}  {'per seed':<21} {'/ full':>6}  {'worst':>6}"
-            f" {'R@1':>6} {'rows':>6} {'kB down':>8} {'kB rows':>8} {'kB up':>7} {'seconds':>8}",
-        ]
-        for method in methods:
-            found = [run for run in of_round if run["method"] == method]
-            maps = [run["map_at_10"] for run in found]
-            ratios = [run["map_at_10"] / full[run["seed"]] for run in found]
-            sizes = [
-                "-" if found[0][key] is None else f"{mean([r[key] for r in found]) / 1000:.1f}"
-                for key in (
-                    "bytes_down_per_client_round",
-                    "class_row_bytes_down_per_client_round",
-                    "bytes_up_per_client_round",
-                )
-            ]
-            rows = found[0]["class_rows_per_client"]
-            lines.append(
-                f"{method:<18} {mean(maps):>7.3f}  {' '.join(f'{m:.3f}' for m in maps):<21}"
-                f" {mean(maps) / mean(list(full.values())):>6.3f}  {min(ratios):>6.3f}"
-                f" {mean([r['recall_at_1'] for r in found]):>6.3f}"
-                f" {'-' if rows is None else f'{rows:.0f}':>6} {sizes[0]:>8} {sizes[1]:>8}"
-                f" {sizes[2]:>7} {mean([r['seconds'] for r in found]):>8.0f}"
-            )
-    lines += [
+    )
+    for rounds in regime.rounds:
+        report.add(*table(regime, rounds, runs))
+    report.add(
         "",
         "'/ full' is the ratio of the means, 'worst' the lowest ratio to full of one seed; bytes",
-        "are per client and round as serialised; seconds: one worker, two runs side by side.",
+        "are per client and round as serialized; seconds: one worker, two runs side by side.",
         "",
         f"Tuning: MAP@10 on the validation alphabets, 120 rounds, one seed ({TUNING_SEED}); * is",
         "chosen, for all numbers of rounds: no single step of a setting, up or down, was better",
-    ]
-    lines += trials_text(tuning)
+        *trials_text(tuning),
+    )
     if ablation:
-        lines += ["", "Without normalising class rows (--no-normalize-rows), otherwise as above"]
-    lines += [
-        f"  {a['map_at_10']:.3f}  {a['method']}  "
-        + "  ".join(f"{name} {value}" for name, value in a["settings"].items())
-        for a in ablation
-    ]
-    return "\n".join(lines) + "\n"
+        report.add("", "Without normalizing class rows (--no-normalize-rows), otherwise as above")
+    for run in ablation:
+        settings = "  ".join(f"{name} {value}" for name, value in run["settings"].items())
+        report.add(f"  {run['map_at_10']:.3f}  {run['method']}  {settings}")
+    report.write()
 
 
 def trials_text(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -317,27 +291,16 @@ def trials_text(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def processor() -> str:
-    """The processor's name, where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--one-class", action="store_true", help="clients of a single class")
-    parser.add_argument("--methods", nargs="+", help="tune these alone, and print it")
-    options = parser.parse_args()
+    asked = common.parser(__doc__)
+    asked.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
+    asked.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
+    asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    asked.add_argument("--one-class", action="store_true", help="clients of a single class")
+    asked.add_argument("--methods", nargs="+", help="tune these alone, and print it")
+    options = asked.parse_args()
     regime = ONE_CLASS if options.one_class else DRAWERS
-    out, results = options.out / Path(regime.file).stem, RESULTS / regime.file
+    out = options.out / Path(regime.file).stem
     methods = options.methods or regime.rounds[120]
     with ThreadPoolExecutor(options.jobs) as pool:
         tuning = tune(pool, regime, methods, options.data_path, out)
@@ -348,13 +311,12 @@ def main() -> None:
             method: max(trials, key=lambda trial: trial["map_at_10"])["settings"]
             for method, trials in tuning.items()
         }
-        runs = report(pool, regime, options.data_path, out, best)
+        runs = final_runs(pool, regime, options.data_path, out, best)
         ablation = ablate(pool, options.data_path, out, best) if regime is DRAWERS else []
     write_reports(out, regime, runs)
     if regime is DRAWERS:
-        PICTURE.write_bytes(bytes_picture(out / "rounds120"))
-    results.write_text(text(regime, tuning, ablation, runs))
-    print(f"\n{results.read_text()}\nwritten to {results}")
+        CHART.write_bytes(bytes_picture(out / "rounds120"))
+    write_table(regime, tuning, ablation, runs)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,15 @@ a page of 40 characters in one design (``--hanzi`` may be left out). A run that 
 again. Writes ``benchmarks/results/regimes.txt``; takes about 50 minutes on two cores.
 """
 
-import argparse
-import datetime
 import os
-import platform
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from omniglot import mean, processor
+import common
 
-import fedss
-
-RESULTS = Path(__file__).parent / "results" / "regimes.txt"
 SEEDS, METHODS = (101, 102, 103), ("full", "fedss", "moments")
 
 OMNIGLOT: Mapping[str, Any] = {"data": "omniglot"}
@@ -58,15 +52,6 @@ REGIMES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def quiet(record: Mapping[str, Any]) -> None:
-    """In place of the progress that a run shows."""
-
-
-def run(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    config = fedss.Config(**settings, workers=1, eval_every=0)
-    return fedss.train(config, folder, on_round=quiet).summary
-
-
 def row_bytes(summary: Mapping[str, Any]) -> float:
     """Class rows and moments that a client moves in a round, both ways."""
     ways = ("down", "up")
@@ -75,8 +60,8 @@ def row_bytes(summary: Mapping[str, Any]) -> float:
 
 
 def line(name: str, found: Mapping[str, list[dict[str, Any]]]) -> str:
-    maps = {method: mean([s["map_at_10"] for s in found[method]]) for method in METHODS}
-    share = mean(list(map(row_bytes, found["moments"]))) / mean(list(map(row_bytes, found["full"])))
+    maps = {method: fmean([s["map_at_10"] for s in found[method]]) for method in METHODS}
+    share = fmean(map(row_bytes, found["moments"])) / fmean(map(row_bytes, found["full"]))
     seeds = " ".join(f"{s['map_at_10']:.3f}" for s in found["moments"])
     return (
         f"{name:<49}{maps['full']:>6.3f}{maps['fedss']:>7.3f}{maps['moments']:>9.3f}"
@@ -86,52 +71,48 @@ def line(name: str, found: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--omniglot", required=True, help="folder with the Omniglot archives")
-    parser.add_argument("--hanzi", help="manifest of the Chinese characters")
-    parser.add_argument("--out", type=Path, default=Path("runs/regimes"), help="run folders")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    options = parser.parse_args()
+    asked = common.parser(__doc__)
+    asked.add_argument("--omniglot", required=True, help="folder with the Omniglot archives")
+    asked.add_argument("--hanzi", help="manifest of the Chinese characters")
+    asked.add_argument("--out", type=Path, default=Path("runs/regimes"), help="run folders")
+    asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    options = asked.parse_args()
     paths = {"omniglot": options.omniglot, "csv": options.hanzi, "glyphs": None}
     regimes = {
-        name: {**settings, "data_path": paths[settings["data"]]}
+        name: {**settings, "data_path": paths[settings["data"]], "workers": 1, "eval_every": 0}
         for name, settings in REGIMES.items()
         if settings["data"] != "csv" or options.hanzi
     }
-    lines = [
+    report = common.Report(
         "One set of defaults in many regimes: MAP@10 on classes that training never saw",
-        "command   python benchmarks/regimes.py --omniglot DIR --hanzi hanzi.csv",
-        f"date      {datetime.date.today().isoformat()}",
-        f"hardware  {processor()}, {os.cpu_count()} cores, no GPU",
-        f"software  fedss {version('fedss')}, torch {version('torch')}, "
-        f"numpy {version('numpy')}, Python {platform.python_version()}",
-        "",
+        command="python benchmarks/regimes.py --omniglot DIR --hanzi hanzi.csv",
+    )
+    report.add(
         f"Means of seeds {', '.join(map(str, SEEDS))}, defaults of every method. '% of W': bytes",
         "of class rows and moments that a client of moments moves, both ways, against full's.",
         "",
         f"{'':<49}{'full':>6}{'fedss':>7}{'moments':>9}{'/ fedss':>9}{'/ full':>8}{'% of W':>8}"
         "  moments, seed by seed",
-    ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        jobs = {
-            name: {
+    )
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [
+            {
                 method: [
                     pool.submit(
-                        run,
-                        {**settings, "method": method, "seed": seed},
+                        common.train,
                         options.out / f"{number}-{method}-{seed}",
+                        {**settings, "method": method, "seed": seed},
                     )
                     for seed in SEEDS
                 ]
                 for method in METHODS
             }
-            for number, (name, settings) in enumerate(regimes.items())
-        }
-        for name, of_method in jobs.items():
+            for number, settings in enumerate(regimes.values())
+        ]
+        for name, of_method in zip(regimes, jobs, strict=True):
             found = {m: [job.result() for job in runs] for m, runs in of_method.items()}
-            lines.append(line(name, found))
-            print(lines[-1], flush=True)
-            RESULTS.write_text("\n".join(lines) + "\n")
+            report.add(line(name, found))
+    report.write()
 
 
 if __name__ == "__main__":

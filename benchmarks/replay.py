@@ -23,12 +23,9 @@ each of a client's requests, so those of two or three rounds are intersected.
 Writes ``benchmarks/results/replay.txt``.
 """
 
-import datetime
-import platform
 from functools import reduce
-from importlib.metadata import version
-from pathlib import Path
 
+import common
 import numpy as np
 
 from fedss.config import Config
@@ -36,7 +33,6 @@ from fedss.core.client import RoundPlan, draw_classes
 from fedss.seeds import generator
 from fedss.training.build import round_plan
 
-RESULTS = Path(__file__).parent / "results" / "replay.txt"
 CLIENTS, ROUND, SEED = 300, 7, 0
 # n, |S|, own classes of a client.
 CASES = (
@@ -109,38 +105,39 @@ def intersect(n: int, size: int, num_own: int, rounds: int) -> float:
 
 
 def main() -> None:
-    """Measure all cases, print them and write them down."""
-    lines = [
-        f"python benchmarks/replay.py, {datetime.date.today()}, fedss {version('fedss')}, "
-        f"numpy {np.__version__}, Python {platform.python_version()}",
+    common.parser(__doc__).parse_args()
+    report = common.Report(
+        "What one request tells: classes named as own by who replays a client's draw"
+    )
+    report.add(
         f"{CLIENTS} clients of each case, one request of each (round {ROUND})",
         "",
         f"{'n':>8} {'|S|':>5} {'own':>4}  {'sampler':8} {'own classes':12} "
         f"{'precision':>9} {'recall':>7} {'at random':>10}",
-    ]
+    )
     found = []
     for n, size, num_own in CASES:
         for sampler in REPLAYS:
             for kind in ("scattered", "block"):
                 precision, recall = measure(sampler, n, size, num_own, kind)
                 found.append((precision, recall))
-                lines.append(
+                report.add(
                     f"{n:8,} {size:5} {num_own:4}  {sampler:8} {kind:12} "
                     f"{precision:9.3f} {recall:7.3f} {num_own / size:10.3f}"
                 )
     precisions, recalls = zip(*found, strict=True)
-    lines += [
+    report.add(
         "",
         f"precision {min(precisions):.2f} to {max(precisions):.2f}, "
         f"recall {min(recalls):.2f} to {max(recalls):.2f}",
-    ]
-    lines += ["", "if draws could not be replayed (uniform, scattered): precision after"]
-    lines.append(f"{'n':>8} {'|S|':>5} {'own':>4} {'2 requests':>12} {'3 requests':>12}")
+        "",
+        "if draws could not be replayed (uniform, scattered): precision after",
+        f"{'n':>8} {'|S|':>5} {'own':>4} {'2 requests':>12} {'3 requests':>12}",
+    )
     for case in CASES:
         after = [intersect(*case, rounds) for rounds in (2, 3)]
-        lines.append("{:8,} {:5} {:4}".format(*case) + "".join(f" {p:12.3f}" for p in after))
-    print("\n".join(lines))
-    RESULTS.write_text("\n".join(lines) + "\n")
+        report.add("{:8,} {:5} {:4}".format(*case) + "".join(f" {p:12.3f}" for p in after))
+    report.write()
 
 
 if __name__ == "__main__":

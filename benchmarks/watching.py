@@ -1,40 +1,34 @@
-"""What it costs a run to be watched: TensorBoard's scalars, pictures and projector, the time left.
+"""What it costs a run to be watched: TensorBoard's scalars, images and projector, the time left.
 
     python benchmarks/watching.py                     (half a minute)
 
-Each is called as a run calls it, on made-up pictures and embeddings; seconds are those of this
+Each is called as a run calls it, on made-up images and embeddings; seconds are those of this
 process's processor, since another thread writes the events. For comparison the evaluation's search
 (`fedss.evaluation.evaluate.score`) on the same embeddings, without making them.
 
 Writes ``benchmarks/results/watching.txt``.
 """
 
-import datetime
-import platform
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
+import common
 import numpy as np
 import torch
-from omniglot import processor
 
-import fedss
 from fedss.data import RetrievalTask
 from fedss.evaluation.evaluate import score
 from fedss.runs.eta import time_left
-from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_board
+from fedss.runs.records import Record
+from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 
-RESULTS = Path(__file__).parent / "results" / "watching.txt"
 ROUNDS = 500
 
 
 def seconds(work: Callable[[], object], times: int = 1) -> float:
-    before = time.process_time()
-    for _ in range(times):
-        work()
-    return (time.process_time() - before) / times
+    return common.timed(lambda: [work() for _ in range(times)])[1].cpu / times
 
 
 def size(folder: Path) -> int:
@@ -42,27 +36,29 @@ def size(folder: Path) -> int:
 
 
 def made_up(count: int, side: int, channels: int) -> RetrievalTask:
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, channels, side, side), dtype=np.uint8)
-    # Smooth, as pictures are: noise cannot be compressed.
-    pixels = np.repeat(np.repeat(pixels[..., ::8, ::8], 8, -1), 8, -2)[..., :side, :side]
-    classes = count // 20
-    names = [f"class {i}" for i in range(classes)]
-    files = [f"{i}.png" for i in range(count)]
-    labels = np.arange(count) % classes
-    images = fedss.Images(pixels, labels, np.zeros(count, np.int64), names, ["-"], files)
-    return RetrievalTask(images)
+    # Smooth, as images are: noise cannot be compressed.
+    pixels = common.random_pixels(count, -(-side // 8), channels)
+    pixels = np.repeat(np.repeat(pixels, 8, -1), 8, -2)[..., :side, :side]
+    return RetrievalTask(
+        common.named_images(pixels, np.arange(count) % (count // 20), np.zeros(count, np.int64))
+    )
 
 
 def measure(task: RetrievalTask, d: int) -> list[str]:
     embeddings = torch.randn(len(task.query), d, generator=torch.Generator().manual_seed(0))
     found = torch.nn.functional.normalize(embeddings, dim=1), None
     by_phase = {"request": 0.1, "train": 1.0, "aggregate": 0.1}
-    record = {"round": 1, "loss": 1.0, "clients": 20, "examples": 640, "bytes_down": 10**6}
+    record: dict[str, Any] = {
+        "round": 1,
+        "loss": 1.0,
+        "clients": 20,
+        "examples": 640,
+        "bytes_down": 10**6,
+    }
     record |= {"bytes_up": 10**6, "class_rows": 1280, "client_lr": 0.05, "class_row_lr": 2.0}
     record |= {"seconds": by_phase, "metrics": None}
     rows = []
-    with tempfile.TemporaryDirectory() as place, open_board(Path(place), 1) as board:
+    with tempfile.TemporaryDirectory() as place, open_writer(Path(place), 1) as board:
         folder = Path(place) / "tensorboard"
 
         def row(name: str, work: Callable[[], object], times: int) -> None:
@@ -72,7 +68,7 @@ def measure(task: RetrievalTask, d: int) -> list[str]:
             grown = (size(folder) - before) / times
             rows.append(f"{name:<38}{took * 1000:>10.2f} ms{grown / 1000:>10.1f} kB")
 
-        row("scalars, a round", lambda: add_scalars(board, record, False), ROUNDS)
+        row("scalars, a round", lambda: add_scalars(board, cast(Record, record), False), ROUNDS)
         row("neighbours, an evaluation", lambda: add_neighbours(board, task, found, 0, 1), 10)
         row("projector, at the end", lambda: add_projection(board, task, found, 0, 1), 1)
         row("(the evaluation's own search)", lambda: score(task, *found), 1)
@@ -83,23 +79,22 @@ def measure(task: RetrievalTask, d: int) -> list[str]:
 
 
 def main() -> None:
+    common.parser(__doc__).parse_args()
     torch.set_num_threads(1)
-    lines = [
-        "Watching: what TensorBoard's files and the time left cost a run",
-        "command   python benchmarks/watching.py",
-        f"date      {datetime.date.today()}",
-        f"hardware  {processor()}, one thread",
-        f"software  torch {torch.__version__}, Python {platform.python_version()}",
-        "",
+    report = common.Report(
+        "Watching: what TensorBoard's files and the time left cost a run", hardware="one thread"
+    )
+    report.add(
         "Seconds of the processor; kB that the folder grows by. The projector's first call makes",
         "some folders; calls of all others are averaged.",
-    ]
+    )
     for count, side, channels, d in ((10_180, 28, 1, 64), (2_000, 224, 3, 512)):
-        lines += ["", f"{count:,} test pictures of {side} x {side}, {channels} channels, d = {d}"]
-        lines += measure(made_up(count, side, channels), d)
-    text = "\n".join(lines) + "\n"
-    RESULTS.write_text(text)
-    print(text)
+        report.add(
+            "",
+            f"{count:,} test images of {side} x {side}, {channels} channels, d = {d}",
+            *measure(made_up(count, side, channels), d),
+        )
+    report.write()
 
 
 if __name__ == "__main__":

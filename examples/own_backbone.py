@@ -1,4 +1,4 @@
-"""A network of your own: train it, load what was trained, embed pictures with it.
+"""A network of your own: train it, load what was trained, embed images with it.
 
 Any module that maps float pixels [B, C, H, W] to vectors [B, features] will do. Where these are not
 of size `embedding_size`, a linear layer is added; embeddings are brought to length 1.
@@ -18,7 +18,7 @@ import fedss
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    # A group per channel: statistics of a picture alone, the same at every client.
+    # A group per channel: statistics of an image alone, the same at every client.
     return nn.Sequential(layer, nn.GroupNorm(outputs, outputs))
 
 
@@ -42,6 +42,7 @@ def main(rounds: int = 30, classes: int = 320) -> float:
     """Train it on glyphs, load it, embed two files; the cosine of the two."""
     config = fedss.Config(rounds=rounds, glyphs_classes=classes, glyphs_clients=64, eval_every=0)
     data = fedss.load_data(config)
+    assert data.test is not None
     with tempfile.TemporaryDirectory() as folder:
         run = fedss.train(config, Path(folder) / "run", data=data, backbone=Residual())
         # The weights come from the run folder, the structure from the module.
@@ -55,4 +56,4 @@ def main(rounds: int = 30, classes: int = 320) -> float:
 
 
 if __name__ == "__main__":
-    print(f"cosine of the first two test pictures: {main():.3f}")
+    print(f"cosine of the first two test images: {main():.3f}")

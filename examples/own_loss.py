@@ -1,6 +1,6 @@
 """A loss of your own: the sampled softmax with smoothed labels.
 
-A loss gets unit-norm embeddings, class rows and a class sample, and gives one number per picture.
+A loss gets unit-norm embeddings, class rows and a class sample, and gives one number per image.
 It runs at the clients, in place of the softmax of `full`, `fedss`, `pos-only` or `central`.
 
     python examples/own_loss.py
@@ -24,9 +24,9 @@ def smoothed_softmax(smoothing: float) -> Objective:
     """
 
     def smoothed_loss(
-        h_BD: Tensor,  # embeddings of B pictures, of length 1
+        h_BD: Tensor,  # embeddings of B images, of length 1
         rows_SD: Tensor,  # rows of the S classes of the sample
-        target_B: Tensor,  # each picture's class, as a position in S
+        target_B: Tensor,  # each image's class, as a position in S
         sample: ClassSample,  # ids_S, log_q_S (0 for own classes), own_S
         scoring: Scoring,  # scale and margin
         absent: AbsentClasses | None,  # for `moments` alone
@@ -43,14 +43,14 @@ def smoothed_softmax(smoothing: float) -> Objective:
     return smoothed_loss
 
 
-def main(rounds: int = 30, classes: int = 320) -> dict[str, float]:
+def main(rounds: int = 30, classes: int = 320) -> dict[str, float | None]:
     """Train on glyphs with and without it; MAP@10 on unseen classes."""
     config = fedss.Config(rounds=rounds, glyphs_classes=classes, glyphs_clients=64, eval_every=0)
     data, found = fedss.load_data(config), {}
     for name, loss in (("softmax", None), ("smoothed by 0.1", smoothed_softmax(0.1))):
         with tempfile.TemporaryDirectory() as folder:
             run = fedss.train(config, folder, data=data, objective=loss)
-            found[name] = float(run.summary["map_at_10"])
+            found[name] = run.summary["map_at_10"]
     return found
 
 

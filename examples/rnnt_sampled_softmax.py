@@ -1,4 +1,4 @@
-"""Sampled softmax without pictures: an RNN-Transducer whose memory does not grow with its tokens.
+"""Sampled softmax without images: an RNN-Transducer whose memory does not grow with its tokens.
 
 An RNN-Transducer takes a softmax over V tokens at each of T frames times U + 1 label positions,
 and training keeps it all: [B, T, U + 1, V]. Lee, Lee and Watanabe (2022, "Memory-Efficient
@@ -8,8 +8,8 @@ losses"; here it is drawn uniformly, once for a minibatch.)
 
 Sampler and correction are fedss's: the blank and the minibatch's labels are own classes, the
 others are drawn, and their logits get ``-log q``. One sample serves all points (t, u) of the
-lattice, and at each the sum over it is an unbiased estimate of the normaliser over all V tokens.
-Uncorrected, every normaliser is too small, the more so the larger V / S.
+lattice, and at each the sum over it is an unbiased estimate of the normalizer over all V tokens.
+Uncorrected, every normalizer is too small, the more so the larger V / S.
 
     python examples/rnnt_sampled_softmax.py          # under a minute; --quick: seconds
 
@@ -157,7 +157,7 @@ def train(
             if not correct:
                 sample = replace(sample, log_q_S=torch.zeros_like(sample.log_q_S))
         optimizer.zero_grad()
-        batch_loss(model, batch, sample).backward()
+        batch_loss(model, batch, sample).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     with torch.no_grad():

@@ -3,10 +3,10 @@
     python examples/search_page.py OUT            # 5 minutes on one core
     fedss serve OUT/run --threshold 0.7           # look at it yourself
 
-Pictures of characters are written as files with a CSV, as your own would be; a model is trained on
+Images of characters are written as files with a CSV, as your own would be; a model is trained on
 the background alphabets; characters of other alphabets are indexed, all but one. With
 ``--pictures DIR`` a browser without a window then opens the page, enrols the missing character from
-three pictures, searches with a fourth and takes the pictures that the documentation shows
+three images, searches with a fourth and takes the screenshots of the documentation
 (``pip install playwright``, and Chromium on the PATH).
 """
 
@@ -35,8 +35,8 @@ MISSING = "Tengwar 22"
 THRESHOLD = 0.7
 
 
-def write_pictures(images: fedss.Images, folder: Path) -> list[dict[str, str]]:
-    """Each picture as a PNG, black on white; rows for a CSV."""
+def write_images(images: fedss.Images, folder: Path) -> list[dict[str, str]]:
+    """Each image as a PNG, black on white; rows for a CSV."""
     rows = []
     for pixels, label, name in zip(images.pixels, images.labels, images.names, strict=True):
         alphabet, character = images.class_names[label].rsplit("/", 1)
@@ -53,7 +53,7 @@ def write_pictures(images: fedss.Images, folder: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
-    """A CSV of pictures, with the columns of the first row."""
+    """A CSV of images, with the columns of the first row."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -66,7 +66,7 @@ def make_collection(out: Path, omniglot: str | None, rounds: int) -> Collection:
     photos.mkdir(parents=True, exist_ok=True)
     data = fedss.load_dataset("omniglot", omniglot, image_size=105)
     assert data.test is not None
-    train, test = write_pictures(data.train, photos), write_pictures(data.test.query, photos)
+    train, test = write_images(data.train, photos), write_images(data.test.query, photos)
     write_csv(
         photos / "photos.csv",
         [row | {"split": "train"} for row in train] + [row | {"split": "test"} for row in test],
@@ -81,10 +81,10 @@ def make_collection(out: Path, omniglot: str | None, rounds: int) -> Collection:
 
 
 def share_found(vectors_ND: Tensor, labels: list[str], enrolled: int = 3) -> float:
-    """How often a picture's nearest class is right if its class has but a few pictures.
+    """How often an image's nearest class is right if its class has but a few images.
 
-    Each class in turn is known by its first pictures alone, as if just enrolled, all others by all
-    of theirs; the class's other pictures are searched with.
+    Each class in turn is known by its first images alone, as if just enrolled, all others by all
+    of theirs; the class's other images are searched with.
     """
     names = sorted(set(labels))
     rows_N = torch.tensor([names.index(label) for label in labels])
@@ -116,7 +116,7 @@ def served(collection: Collection) -> Iterator[str]:
             thread.join()
 
 
-def take_pictures(address: str, files: list[Path], folder: Path) -> None:
+def take_screenshots(address: str, files: list[Path], folder: Path) -> None:
     """Enrol, search and browse in a browser, and keep what it shows."""
     from playwright.sync_api import sync_playwright
 
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for files, run and index")
     parser.add_argument("--omniglot", help="folder with Omniglot's archives (default: fetch them)")
     parser.add_argument("--rounds", type=int, default=300, help="of training (default: 300)")
-    parser.add_argument("--pictures", type=Path, help="folder for pictures of the page")
+    parser.add_argument("--pictures", type=Path, help="folder for screenshots of the page")
     options = parser.parse_args()
     collection = make_collection(options.out, options.omniglot, options.rounds)
     if MISSING in collection.enrolled:
@@ -170,11 +170,11 @@ def main() -> None:
     labels = [label or "" for label in collection.labels] + [MISSING] * len(files)
     vectors_ND = torch.cat([collection.vectors_ND, collection.embed(files)])
     share = share_found(vectors_ND, labels)
-    print(f"enrolled from 3 pictures, a class is the nearest of {share:.0%} of its others")
+    print(f"enrolled from 3 images, a class is the nearest of {share:.0%} of its others")
     print(f"fedss serve {options.out / 'run'} --threshold {THRESHOLD}")
     if options.pictures:
         with served(collection) as address:
-            take_pictures(address, files, options.pictures)
+            take_screenshots(address, files, options.pictures)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Spoil = Callable[[int, Message, Message], Sequence[Message]]
 
 def digests(call: Callable[[], Any]) -> list[str]:
     """Of the server's state after each round of what is called."""
-    found, run_round = [], loop.run_round
+    found, run_round = [], loop.run_round  # type: ignore[attr-defined]
 
     def watch(*arguments: Any) -> Any:
         result = run_round(*arguments)

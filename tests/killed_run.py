@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from typing import Any
 
 from fedss.cli import main
 
@@ -12,7 +13,7 @@ CHANGES = {"open", "os.rename", "os.mkdir", "shutil.rmtree", "os.remove", "os.tr
 def die_at(change: int, folder: str) -> None:
     count = 0
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
         if event not in CHANGES or not str(arguments[0]).startswith(folder):
             return

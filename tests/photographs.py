@@ -16,7 +16,7 @@ import torch
 
 from fedss import Config
 from fedss.data import Dataset, Images, RetrievalTask
-from fedss.evaluation.evaluate import evaluate_embedding
+from fedss.evaluation.evaluate import embed_task, score
 from fedss.models import Embedder
 from tests.pretrained import LITE0
 
@@ -75,13 +75,11 @@ def make_photographs(
 def of_pixels(photos: Dataset) -> float:
     """MAP@10 of the pixels themselves, by the cosine of what they differ from middle gray by."""
     assert photos.test is not None
-    found = evaluate_embedding(
-        lambda pixels: torch.nn.functional.normalize(
-            torch.from_numpy(pixels / 255.0 - 0.5).flatten(1)
-        ),
-        photos.test,
-    )
-    return found.map_at_10
+
+    def gray(pixels: np.ndarray) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.from_numpy(pixels / 255.0 - 0.5).flatten(1))
+
+    return score(photos.test, *embed_task(gray, photos.test)).map_at_10
 
 
 def of_features(embedder: Embedder, photos: Dataset) -> float:
@@ -94,7 +92,7 @@ def of_features(embedder: Embedder, photos: Dataset) -> float:
         found = embedder.eval().backbone(scaled / embedder.std[:, None, None])
         return torch.nn.functional.normalize(found)
 
-    return evaluate_embedding(features, photos.test).map_at_10
+    return score(photos.test, *embed_task(features, photos.test)).map_at_10
 
 
 def fine_tuning(weights: Path) -> Config:

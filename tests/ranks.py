@@ -97,7 +97,7 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
     """Train each. By name: the run's summary, and for each round the state's digest, the examples
     of this rank's clients, and how many rows were noted as changed before it."""
     found: dict[str, Any] = {}
-    run_round = loop.run_round
+    run_round = loop.run_round  # type: ignore[attr-defined]
 
     def watched(server: Any, engine: Any, state: ServerState, *rest: Any) -> Any:
         changed = sum(map(len, state.class_rows.changed))
@@ -106,7 +106,7 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
         found[name]["rounds"].append([digest(state), examples, changed])
         return state, updates, failures
 
-    loop.run_round = watched
+    loop.run_round = watched  # type: ignore[attr-defined, assignment]
     for name, config in configs.items():
         found[name] = {"rounds": []}
         found[name]["summary"] = fedss.train(config, folder / name, **tiny()).summary

@@ -66,8 +66,8 @@ def make_site(folder: Path) -> Site:
             file = f"{number:02}-{copy}.png"
             write_picture(photos / file, glyph, rng)
             rows.append((file, name))
-    with (photos / "photos.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("image", "label"), *rows])
+    with (photos / "photos.csv").open("w", newline="", encoding="utf-8") as listing:
+        csv.writer(listing).writerows([("image", "label"), *rows])
     for copy in range(5):
         write_picture(new / f"new-{copy}.png", glyphs[-1], rng)
     return Site(run, photos, new, build_collection(run, photos / "photos.csv"))

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 import fedss
-from fedss.engines import allocator
 from fedss.engines.allocator import keep_freed_memory
 from tests.reference import tiny_backbone, tiny_dataset
 
@@ -55,7 +54,7 @@ def test_what_the_user_has_set_stays():
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     assert not keep_freed_memory()
 
 
@@ -86,7 +85,7 @@ def test_an_older_glibc_gets_a_lower_threshold_or_nothing(most, expected, monkey
         return parameter != -3 or value <= most
 
     library = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
     for name in ("MMAP_THRESHOLD_", "TRIM_THRESHOLD_", "TOP_PAD_"):
         monkeypatch.delenv("MALLOC_" + name, raising=False)
     assert keep_freed_memory() == (most >= 2**25)

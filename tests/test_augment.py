@@ -89,7 +89,9 @@ def test_photos_are_what_pillow_makes_of_these_numbers():
     width, height = round(20 * (0.5 * 1.2) ** 0.5), round(20 * (0.5 / 1.2) ** 0.5)
     top, left = int(0.9 * (21 - height)), int(0.3 * (21 - width))
     picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    part = picture.crop((left, top, left + width, top + height)).resize((20, 20), Image.BILINEAR)
+    part = picture.crop((left, top, left + width, top + height)).resize(
+        (20, 20), Image.Resampling.BILINEAR
+    )
     part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     part = ImageEnhance.Contrast(ImageEnhance.Brightness(part).enhance(1.1)).enhance(0.85)
     expected = torch.from_numpy(np.array(ImageEnhance.Color(part).enhance(1.15))).permute(2, 0, 1)

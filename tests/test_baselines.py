@@ -19,11 +19,10 @@ from fedss.evaluation.baselines import (
     fit_whitening,
     floor,
     pixel_vectors,
-    write_scores,
 )
-from fedss.evaluation.evaluate import check_tellable, evaluate_embedding
+from fedss.evaluation.evaluate import check_tellable, embed_task, score
 from fedss.models import build_embedder, embed_pixels
-from fedss.runs.reading import read_scores
+from fedss.runs.findings import read_scores, write_scores
 from tests import reference
 
 DATA = reference.tiny_dataset()
@@ -67,7 +66,7 @@ def test_chance_of_a_task_is_that_of_random_embeddings():
         def guess(pixels: np.ndarray, rng: torch.Generator = rng) -> torch.Tensor:
             return torch.randn(len(pixels), 8, generator=rng)
 
-        found = [evaluate_embedding(guess, task) for _ in range(300)]
+        found = [score(task, *embed_task(guess, task)) for _ in range(300)]
         expected = chance(task)
         for value, values in (
             (expected.map_at_10, [m.map_at_10 for m in found]),
@@ -91,7 +90,7 @@ def test_pixels_are_averaged_down_less_their_mean():
 def test_floors_are_figures_of_what_they_are_named_after():
     found = data_floors(DATA.test)
     assert found.map_at_10["pixels"] == pytest.approx(
-        evaluate_embedding(pixel_vectors, DATA.test).map_at_10
+        score(DATA.test, *embed_task(pixel_vectors, DATA.test)).map_at_10
     )
     assert found.map_at_10["chance"] == chance(DATA.test).map_at_10
     assert found.by_class["pixels"].names == tuple(sorted(QUERY.class_names))
@@ -131,9 +130,9 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
         unit = nn.functional.normalize(features(DATA.train.pixels))
         return fit_whitening(unit, 4)(nn.functional.normalize(features(pixels)))
 
-    assert found.map_at_10["frozen"] == evaluate_embedding(features, DATA.test).map_at_10
+    assert found.map_at_10["frozen"] == score(DATA.test, *embed_task(features, DATA.test)).map_at_10
     assert found.map_at_10["frozen_whitened"] == pytest.approx(
-        evaluate_embedding(whitened, DATA.test).map_at_10, abs=0.02
+        score(DATA.test, *embed_task(whitened, DATA.test)).map_at_10, abs=0.02
     )
     assert all(torch.equal(t, before[n]) for n, t in made[True].state_dict().items())
     assert embed_pixels(made[True], QUERY.pixels).shape == (20, 4)
@@ -144,7 +143,7 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
 def frozen_floors(scale: float, pixels: np.ndarray) -> Floors:
     body = nn.Sequential(nn.Flatten(), *(nn.Linear(n, 10, bias=False) for n in (64, 10)))
     with torch.no_grad():
-        for layer in body[1:]:
+        for layer in [*body][1:]:
             layer.weight *= scale
     embedder = build_embedder(
         body, channels=1, image_size=8, embedding_size=4, seed=0, pretrained=True
@@ -171,15 +170,15 @@ def test_weights_that_give_no_features_are_refused():
 
 def test_floors_come_back_from_their_file(tmp_path):
     found = data_floors(DATA.test)
-    write_scores(tmp_path / "floors.json", found.map_at_10, found.by_class)
-    means, by_class = read_scores(tmp_path / "floors.json")
-    assert means == found.map_at_10
-    assert by_class.keys() == found.by_class.keys()
-    for name, scores in by_class.items():
+    write_scores(tmp_path / "floors.json", found)
+    again = read_scores(tmp_path / "floors.json")
+    assert again.map_at_10 == found.map_at_10
+    assert again.by_class.keys() == found.by_class.keys()
+    for name, scores in again.by_class.items():
         assert scores.map_at_10 == found.by_class[name].map_at_10
     # A federation knows none of its classes.
-    write_scores(tmp_path / "floors.json", {"chance": 0.1}, {})
-    assert read_scores(tmp_path / "floors.json") == ({"chance": 0.1}, {})
+    write_scores(tmp_path / "floors.json", Floors({"chance": 0.1}))
+    assert read_scores(tmp_path / "floors.json") == Floors({"chance": 0.1})
     for damage in ("[]", '{"map_at_10": {"chance": 2}}', "{", '{"map_at_10": {}}'):
         (tmp_path / "floors.json").write_text(damage)
         with pytest.raises(RunFolderError, match="delete it"):

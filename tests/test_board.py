@@ -17,7 +17,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 
 import fedss
 from fedss.data import RetrievalTask
-from fedss.runs.tensorboard import add_projection, choose_points, draw_neighbours, open_board
+from fedss.runs.tensorboard import add_projection, choose_points, draw_neighbours, open_writer
 from tests.test_experiment import DATA, SMALL, train
 
 QUERY = DATA.test.query
@@ -140,8 +140,8 @@ def test_a_gallery_of_large_colour_pictures_with_strange_names(tmp_path):
         class_names=["a\tb\nc", " ", "größe"],
     )
     found = torch.zeros(9, 4), torch.arange(36.0).reshape(9, 4)
-    with open_board(tmp_path, 1) as board:
-        add_projection(board, RetrievalTask(gallery, gallery), found, 0, 12)
+    with open_writer(tmp_path, 1) as writer:
+        add_projection(writer, RetrievalTask(gallery, gallery), found, 0, 12)
     (embedding,) = projector(tmp_path).embeddings
     logs = tmp_path / "tensorboard"
     names = (logs / embedding.metadata_path).read_text(encoding="utf-8").split("\n")

@@ -171,8 +171,8 @@ def test_a_checkpoint_costs_what_was_touched_and_files_stay_few(tmp_path):
     assert written < 8 * len(touched) * per_row, "each row is copied O(log rounds) times"
     loaded = load_checkpoint(tmp_path, create_class_rows(10_000_000, D, SLOTS, 0))
     assert loaded is not None
-    ids = torch.tensor(sorted(touched))
-    assert torch.equal(read(loaded.class_rows, ids)[0], read(rows, ids)[0])
+    touched_M = torch.tensor(sorted(touched))
+    assert torch.equal(read(loaded.class_rows, touched_M)[0], read(rows, touched_M)[0])
 
 
 def test_going_back_to_the_checkpoint_before(tmp_path):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -477,7 +478,7 @@ def test_what_is_left_out_of_the_test_is_said(photos, capsys):
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The message of a command that must end with code 2 and one line, no traceback."""
     try:
-        code = main(words)
+        code: Any = main(words)
     except SystemExit as stop:
         code = stop.code
     assert code == 2

@@ -149,7 +149,7 @@ def test_stochastic_rounding_is_unbiased(precision, seed):
 
 def test_bfloat16_is_unbiased_over_all_sixteen_bits():
     class EveryNoise(np.random.Generator):
-        def integers(self, low, high, size, dtype):
+        def integers(self, low, high, size, dtype):  # type: ignore[override]
             return np.arange(low, high, dtype=dtype).reshape(size)
 
     rng = EveryNoise(np.random.PCG64(0))

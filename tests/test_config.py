@@ -136,7 +136,8 @@ def test_an_unknown_field_offers_the_nearest():
 
 
 def test_every_option_has_a_line_of_help():
-    shown = " ".join(pydoc.render_doc(Config, renderer=pydoc.plaintext).replace("|", " ").split())
+    plain = pydoc.plaintext  # type: ignore[attr-defined]
+    shown = " ".join(pydoc.render_doc(Config, renderer=plain).replace("|", " ").split())
     for option in OPTIONS:
         assert 10 < len(option.help) < 80, option.name
         assert f" {option.name}: {' '.join(option.help.replace('|', ' ').split())} " in shown

@@ -16,6 +16,7 @@ import zlib
 from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,18 +32,21 @@ from fedss.data import (
     Images,
     LazyNames,
     RetrievalTask,
-    fingerprint,
+    count_own_classes,
+    data_fingerprint,
     load_dataset,
     locate,
     omniglot_dataset,
-    own_classes,
     rotate_classes,
     seen_classes,
     split_clients,
 )
-from fedss.data.cache import cache_folder, cached_array, decode, in_threads
+from fedss.data.cache import cache_folder, cached_array, in_threads
+from fedss.data.decoding import decode
 from fedss.data.folder import read_folder
-from fedss.data.manifest import Listing, Row, arrange, composed, lot
+from fedss.data.manifest import ListedImage, Listing
+from fedss.data.names import composed
+from fedss.data.splits import arrange, lot
 from fedss.errors import DataError
 from fedss.inference.embedding import list_pictures
 from fedss.training.build import evaluation_task
@@ -100,7 +104,7 @@ def same(left, right):
     for a, b in ((left.train, right.train), queries):
         assert (a is None) == (b is None)
         assert a is None or np.array_equal(a.pixels, b.pixels)
-    assert fingerprint(left) == fingerprint(right)
+    assert data_fingerprint(left) == data_fingerprint(right)
     return True
 
 
@@ -178,7 +182,7 @@ def lots(labels, seed):
 
 def unsplit(labels):
     """A listing, without a column split, of one picture per label."""
-    rows = [Row("x", label, f"p{i}.png", None, i + 2) for i, label in enumerate(labels)]
+    rows = [ListedImage("x", label, f"p{i}.png", None, i + 2) for i, label in enumerate(labels)]
     return Listing(Path("some.csv"), "", rows)
 
 
@@ -1021,18 +1025,18 @@ def test_mistakes_in_the_name_and_its_settings(arguments, options, message):
 
 def test_the_fingerprint_tells_files_apart(root):
     path = write_csv(root, GOOD)
-    first = fingerprint(load(path))
-    assert first == fingerprint(load(path))
+    first = data_fingerprint(load(path))
+    assert first == data_fingerprint(load(path))
     assert len(first) == 64
     for old, new in (("dog", "elk"), ("fox", "elk"), ("bob", "rob"), ("test", "validation")):
         lines = [line.replace(old, new) for line in GOOD]
-        assert fingerprint(load(write_csv(root, lines))) != first
+        assert data_fingerprint(load(write_csv(root, lines))) != first
     write_csv(root, GOOD)
-    assert fingerprint(load(path, channels=1)) != first
+    assert data_fingerprint(load(path, channels=1)) != first
     for name in ("p1.png", "p3.png"):
-        before = fingerprint(load(path))
+        before = data_fingerprint(load(path))
         save(root / name, picture(77))
-        assert fingerprint(load(path)) != before
+        assert data_fingerprint(load(path)) != before
 
 
 # Names by the million
@@ -1046,7 +1050,8 @@ def test_lazy_names_are_the_list_of_them(length, part, index):
     assert list(reversed(names)) == expected[::-1]
     assert (len(names), names[part]) == (length, expected[part])
     if -length <= index < length:
-        assert names[index] == names[np.int64(index)] == expected[index]
+        at: Any = np.int64(index)
+        assert names[index] == names[at] == expected[index]
         assert names[index] in names
     else:
         with pytest.raises(IndexError):
@@ -1065,7 +1070,7 @@ def lazily(images):
 def test_made_up_names_give_the_run_that_lists_give(tmp_path):
     listed = tiny_dataset()
     lazy = Dataset("tiny", lazily(listed.train), RetrievalTask(lazily(listed.test.query)))
-    assert fingerprint(lazy) == fingerprint(listed)
+    assert data_fingerprint(lazy) == data_fingerprint(listed)
     config = Config(rounds=2, clients_per_round=3, sample_size=6, embedding_size=4, workers=1)
     runs = {}
     for name, data in (("listed", listed), ("lazy", lazy)):
@@ -1081,6 +1086,8 @@ def test_made_up_names_give_the_run_that_lists_give(tmp_path):
 
 class Counted(np.ndarray):
     """An array that counts how many rows are read from it, one by one or all at once."""
+
+    rows_read: list[int]
 
     def __new__(cls, values, rows_read):
         counted = values.view(cls)
@@ -1171,7 +1178,7 @@ def test_own_classes_are_counted(held, without):
         client_names=[f"client{i}" for i in range(5 + without)],
     )
     expected = [len({label for k, label in held if k == client}) for client in range(5 + without)]
-    assert own_classes(images).tolist() == expected
+    assert count_own_classes(images).tolist() == expected
 
 
 def test_names_whose_hashes_are_the_same_are_still_different():
@@ -1218,7 +1225,7 @@ def whole():
 )
 def test_the_fingerprint_covers_every_part(part, field):
     data = whole()
-    assert fingerprint(data) == fingerprint(whole())
+    assert data_fingerprint(data) == data_fingerprint(whole())
     outer, _, inner = part.partition(".")
     images = getattr(getattr(data, outer), inner) if inner else data.train
     value = getattr(images, field)
@@ -1237,7 +1244,7 @@ def test_the_fingerprint_covers_every_part(part, field):
         other = RetrievalTask(*pair)
     elif inner:
         other = dataclasses.replace(getattr(data, outer), **{inner: other})
-    assert fingerprint(dataclasses.replace(data, **{outer: other})) != fingerprint(data)
+    assert data_fingerprint(dataclasses.replace(data, **{outer: other})) != data_fingerprint(data)
 
 
 def test_the_fingerprint_tells_which_part_is_missing():
@@ -1246,8 +1253,8 @@ def test_the_fingerprint_tells_which_part_is_missing():
     task = RetrievalTask(data.test.query)
     found = [data, alone, dataclasses.replace(alone, test=task)]
     found.append(dataclasses.replace(found[-1], validation=task))
-    assert len({fingerprint(d) for d in found}) == 4
-    assert fingerprint(dataclasses.replace(data, name="else")) == fingerprint(data)
+    assert len({data_fingerprint(d) for d in found}) == 4
+    assert data_fingerprint(dataclasses.replace(data, name="else")) == data_fingerprint(data)
 
 
 @pytest.mark.parametrize(
@@ -1316,8 +1323,8 @@ def test_seen_classes_are_counted_by_name():
 def test_split_clients_keeps_pictures_and_bounds_classes():
     images = tiny_dataset(num_classes=12, num_clients=6).train
     split = split_clients(images, 2, seed=0)
-    assert own_classes(split).max() == 2
-    assert own_classes(split).min() >= 1
+    assert count_own_classes(split).max() == 2
+    assert count_own_classes(split).min() >= 1
     assert split.pixels is images.pixels
     assert np.array_equal(split.labels, images.labels)
     parents = [split.client_names[c].split(" part ")[0] for c in split.clients]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.data.cache import decode
+from fedss.data.decoding import decode
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.inference.embedding import Embeddings, embed_files, list_pictures, write_embeddings
 from fedss.models import build_embedder, embed_pixels

@@ -87,7 +87,8 @@ def test_the_log_has_a_line_for_each_round():
     }
     start = "round 3/12  loss 4.568  9 clients  13.2 s"
     assert line(record, 12, None) == f"{start}  MAP@10 0.432"
-    assert line({**record, "metrics": None}, 12, None) == start
+    record["metrics"] = None
+    assert line(record, 12, None) == start
 
 
 @pytest.mark.parametrize("precision", ["float32", "int4"])

@@ -76,6 +76,9 @@ class LeavingOut:
     def ranks(self) -> Any:
         return self.engine.ranks
 
+    def num_clients(self, round: int) -> int:
+        return self.engine.num_clients(round)
+
     def train(self, state: Any, cohort: np.ndarray, plan: Any) -> Iterator[ClientUpdate | Failure]:
         silent = [NAMES.index(name) for name in self.silent.get(plan.round, ())]
         refused = [NAMES.index(name) for name in self.refused.get(plan.round, ())]
@@ -91,7 +94,7 @@ def twin(
     silent: Mapping[int, Sequence[str]] | None = None,
 ) -> list[str]:
     """Digests of a local run without the updates of some clients in some rounds."""
-    open_local = experiment.local_federation
+    open_local = experiment.local_federation  # type: ignore[attr-defined]
 
     @contextmanager
     def without(*arguments: Any) -> Iterator[Any]:
@@ -532,7 +535,7 @@ def test_what_an_error_says_stays_at_the_site(photos, tmp_path, monkeypatch):
 
 def test_a_site_that_fails_as_a_whole_says_no_more(photos, tmp_path, monkeypatch):
     told: list[str] = []
-    build = site_module.build_model
+    build = site_module.build_model  # type: ignore[attr-defined]
 
     def fail(*arguments: Any) -> Any:
         if len(told) == 1:

@@ -25,7 +25,7 @@ from fedss.core.client import (
 )
 from fedss.core.client_stacked import train_clients
 from fedss.data import Images, index_clients
-from fedss.engines.local import Replica, local_engine
+from fedss.engines.local import Replica, Work, local_engine
 from fedss.errors import ConfigError
 from fedss.losses.softmax import Scoring
 from fedss.models import Embedder, build_embedder, flatten_
@@ -68,6 +68,7 @@ def own_network() -> nn.Module:
 
 def network(name: str) -> tuple[Embedder, Images]:
     """An embedder of 6 numbers, and pictures for it."""
+    backbone: str | nn.Module
     if name == "tiny":
         backbone, images = reference.tiny_backbone(), DATA.train
     elif name == "own":
@@ -99,7 +100,7 @@ def train(
     theta_P = flatten_(copy.deepcopy(embedder)).theta_P
     state = replace(start(MOMENTUM, told), backbone_P=theta_P)
     cohort = np.arange(6) if cohort is None else cohort
-    with local_engine(embedder, clients, MOMENTUM, wire, 2, **how) as engine:  # type: ignore[arg-type]
+    with local_engine(embedder, clients, MOMENTUM, wire, 2, **how) as engine:
         return sorted(engine.train(state, cohort, told), key=lambda update: update.client)
 
 
@@ -169,7 +170,7 @@ def replica(images: Images, device: str = "cpu") -> Replica:
     return Replica(embedder, flat.theta_P, flat.grad_P, images.pixels)
 
 
-def work(images: Images, told: RoundPlan) -> Iterator[tuple]:
+def work(images: Images, told: RoundPlan) -> Iterator[Work]:
     """What each client is sent, as ``train_client`` and ``prepare`` take it."""
     clients, state = index_clients(images), start(MOMENTUM, told)
     state = replace(state, backbone_P=replica(images).theta_P.clone())
@@ -233,7 +234,7 @@ def test_what_fills_up_a_batch_leaves_no_trace():
     images = ragged([3, 7])
     flat = flatten_(embedder)
     model, told = Replica(embedder, flat.theta_P, flat.grad_P, images.pixels), plan(batch_size=4)
-    sent = [
+    sent: list[Work] = [
         (c, replace(s, broadcast=replace(s.broadcast, backbone_P=flat.theta_P.clone())), *rest)
         for c, s, *rest in work(images, told)
     ]

@@ -1,6 +1,4 @@
 import dataclasses
-import io
-import json
 
 import numpy as np
 import torch
@@ -9,15 +7,16 @@ from torch.nn import functional as F
 from fedss import RetrievalTask
 from fedss.data import Images
 from fedss.evaluation.evaluate import (
-    confused,
+    Embedded,
     embed_task,
-    evaluate_embedding,
+    find_confused,
     find_neighbours,
     findings,
-    panels,
+    score,
     verify,
 )
 from fedss.evaluation.verification import identification
+from fedss.runs.findings import read_verification, write_findings
 from tests import reference
 
 QUERY = reference.tiny_dataset().test.query
@@ -27,14 +26,14 @@ def flat(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.reshape(len(pixels), -1) / 255).float()
 
 
-def embedded(task: RetrievalTask) -> tuple:
+def embedded(task: RetrievalTask) -> tuple[RetrievalTask, Embedded]:
     return task, embed_task(flat, task)
 
 
 def test_panels_show_each_query_with_its_nearest_others():
     twins = dataclasses.replace(QUERY, pixels=QUERY.pixels.copy())
     twins.pixels[3] = twins.pixels[9]
-    found = np.load(io.BytesIO(panels(*embedded(RetrievalTask(twins)), seed=0)))
+    found = vars(find_neighbours(*embedded(RetrievalTask(twins)), seed=0))
     h = F.normalize(flat(twins.pixels).double(), dim=1)
     cos = (h @ h.T).fill_diagonal_(-2)
     assert sorted(found["query_index"]) == list(range(len(twins)))
@@ -54,8 +53,8 @@ def test_panels_show_each_query_with_its_nearest_others():
 def test_the_seed_draws_which_queries_are_shown():
     task, found = embedded(RetrievalTask(QUERY)), {}
     for seed in (0, 1):
-        found[seed] = find_neighbours(*task, seed, 6)["query_index"].tolist()
-        assert found[seed] == find_neighbours(*task, seed, 6)["query_index"].tolist()
+        found[seed] = find_neighbours(*task, seed, 6).query_index.tolist()
+        assert found[seed] == find_neighbours(*task, seed, 6).query_index.tolist()
         assert len({*found[seed]}) == 6
     assert found[0] != found[1]
 
@@ -67,9 +66,9 @@ def test_a_small_gallery_is_shown_whole():
 
     one_of_each, pairs = only([0, 5, 10, 15]), only([0, 1, 5, 6])
     shown = find_neighbours(*embedded(RetrievalTask(QUERY, one_of_each)), 0, 20)
-    assert shown["scores"].shape == (20, 4)
+    assert shown.scores.shape == (20, 4)
     shown = find_neighbours(*embedded(RetrievalTask(pairs)), 0, 20)
-    assert shown["scores"].shape == (4, 3)
+    assert shown.scores.shape == (4, 3)
 
 
 def test_panels_and_figures_with_a_gallery_match_classes_by_name():
@@ -77,13 +76,13 @@ def test_panels_and_figures_with_a_gallery_match_classes_by_name():
         QUERY, class_names=QUERY.class_names[::-1], labels=3 - QUERY.labels
     )
     task = RetrievalTask(QUERY, gallery)
-    found = np.load(io.BytesIO(panels(*embedded(task), seed=0)))
+    found = vars(find_neighbours(*embedded(task), seed=0))
     # Each query is in the gallery too, and nothing is nearer.
     assert np.array_equal(found["pixels"][:, 0], found["pixels"][:, 1])
     same_name = found["class_names"][:, :1] == found["class_names"]
     assert np.array_equal(same_name, found["labels"][:, :1] == found["labels"])
     assert same_name[:, 1].all()
-    assert evaluate_embedding(flat, task).recall_at_1 == 1.0
+    assert score(task, *embed_task(flat, task)).recall_at_1 == 1.0
 
 
 def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():
@@ -95,11 +94,11 @@ def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():
     )
     task = RetrievalTask(QUERY, gallery)
     measured = verify(*embedded(task), seed=0)
-    assert (measured["genuine"], measured["impostor"]) == (4 * 5 * 5, 4 * 3 * 5 * 5)
-    assert measured["identification"]["enrolled"] == 2
-    points = verify(*embedded(task), seed=0, fars=(0.5, 0.2))["points"]
-    assert [point["far"] for point in points] == [0.5, 0.2]
-    found = np.load(io.BytesIO(confused(*embedded(task))))
+    assert (measured.genuine, measured.impostor) == (4 * 5 * 5, 4 * 3 * 5 * 5)
+    assert measured.identification.enrolled == 2
+    points = verify(*embedded(task), seed=0, fars=(0.5, 0.2)).points
+    assert [point.far for point in points] == [0.5, 0.2]
+    found = vars(find_confused(*embedded(task)))
     nearest = (flat(QUERY.pixels) @ F.normalize(flat(gallery.pixels), dim=1).T).argmax(1).numpy()
     for (query, neighbour), (own_name, other_name) in zip(
         found["pixels"], found["shown"], strict=True
@@ -116,16 +115,16 @@ def test_pairs_and_confusions_with_a_gallery_match_classes_by_name():
         assert (there, back) == (wrong.count((a, b)), wrong.count((b, a)))
 
 
-def test_the_seed_draws_who_is_enrolled():
+def test_the_seed_draws_who_is_enrolled(tmp_path):
     labels = torch.from_numpy(QUERY.labels)
     task, (rows, _) = embedded(RetrievalTask(QUERY))
     noisy = rows + torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
     found = {}
     for seed in (0, 3):
-        direct = dataclasses.asdict(identification(noisy, labels, seed=seed))
-        assert verify(task, (noisy, None), seed)["identification"] == direct
-        written = json.loads(findings(task, (noisy, None), seed)["verification.json"])
-        assert written["identification"] == direct
+        direct = identification(noisy, labels, seed=seed)
+        assert verify(task, (noisy, None), seed).identification == direct
+        write_findings(tmp_path, findings(task, (noisy, None), seed))
+        assert read_verification(tmp_path).identification == direct
         found[seed] = direct
     assert found[0] != found[3]
 
@@ -134,5 +133,5 @@ def test_pictures_of_one_class_have_no_pairs_to_tell_apart():
     one = dataclasses.replace(QUERY, labels=np.zeros(len(QUERY), np.int64))
     task = RetrievalTask(one)
     assert verify(*embedded(task), seed=0) is None
-    assert set(findings(*embedded(task), seed=0)) == {"retrieval.npz", "confusions.npz"}
-    assert len(np.load(io.BytesIO(confused(*embedded(task))))["scores"]) == 0
+    assert findings(*embedded(task), seed=0).verification is None
+    assert len(find_confused(*embedded(task)).scores) == 0

@@ -31,9 +31,10 @@ from fedss.evaluation.intervals import FLOORS, interval
 from fedss.losses.methods import METHODS
 from fedss.runs import checkpoint
 from fedss.runs.checkpoint import load_checkpoint, newest_round
-from fedss.runs.reading import read_scores
-from fedss.runs.records import open_records, read_records, summarise
-from fedss.runs.tensorboard import add_scalars, open_board
+from fedss.runs.findings import read_scores
+from fedss.runs.records import open_records, read_records
+from fedss.runs.summaries import summarize
+from fedss.runs.tensorboard import add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.training import federation, loop
 from fedss.training.build import build_model, compute_device, pool_pictures, round_plan
@@ -113,7 +114,7 @@ def test_a_run_knows_its_floors_and_how_sure_it_is(tmp_path):
         **data_floors(DATA.test).map_at_10,
         "untrained": pytest.approx(fedss.evaluate(first, DATA.test).map_at_10, abs=1e-6),
     }
-    (trained,) = read_scores(run.folder / "by_class.json")[1].values()
+    (trained,) = read_scores(run.folder / "by_class.json").by_class.values()
     assert trained.map_at_10 == pytest.approx(run.summary["map_at_10"])
     assert trained.map_at_10_C.mean() == pytest.approx(run.summary["map_at_10_by_class"])
     ends = interval([trained])
@@ -215,14 +216,14 @@ def test_failures_are_summed_up_and_drawn_from_the_first_one_on(tmp_path):
     folder.mkdir()
     for past, new in (([], records[:3]), (records[:3], records[3:])):
         failed = any(line.get("failures") for line in past)
-        with open_records(folder, past) as add, open_board(folder, len(past) + 1) as board:
+        with open_records(folder, past) as add, open_writer(folder, len(past) + 1) as board:
             for line in new:
                 add(line, True)
                 failed = failed or "failures" in line
                 add_scalars(board, line, failed)
     assert read_records(folder / "records.jsonl", 5) == records
     assert scalars(folder)["federation/failures"] == [(2, 2), (3, 0), (4, 1), (5, 0)]
-    summary = summarise({"method": "fedss"}, records)
+    summary = summarize({"method": "fedss"}, records)
     assert summary["failures"] == {"offline": 2, "ids": 1}
     assert summary["seconds_by_phase"] == {"train": 10.0, "pause": 15.0}
     assert summary["seconds"] == 25.0
@@ -232,9 +233,10 @@ def test_the_summary_judges_the_model_that_is_kept(tmp_path):
     run = train(tmp_path / "run")
     records = read_records(run.folder / "records.jsonl", 6)
     metrics = dataclasses.asdict(fedss.evaluate(run.embedder, DATA.test))
-    assert {name: run.summary[name] for name in metrics} == pytest.approx(metrics)
+    of_run = dict(run.summary)
+    assert {name: of_run[name] for name in metrics} == pytest.approx(metrics)
     assert records[3]["metrics"]
-    summary = summarise({}, [*records[:5], records[5] | {"metrics": None}])
+    summary = dict(summarize({}, [*records[:5], records[5] | {"metrics": None}]))
     assert {name: summary[name] for name in metrics} == dict.fromkeys(metrics)
     assert summary["bytes_down_per_client_round"] == run.summary["bytes_down_per_client_round"]
 
@@ -369,7 +371,7 @@ MOMENTS_OF_A_ROUND = {
     "the sum": ((algorithm, "aggregate"), 1, 3),
     "the first table": ((class_rows, "to_bfloat16"), 2, 2),
     "a bad step": ((algorithm, "check_finite_state"), 1, 2),
-    "the record": ((loop, "round_traffic"), 1, 2),
+    "the record": ((loop, "new_record"), 1, 2),
     "the scalars": ((loop, "add_scalars"), 1, 4),
     # It is tried once more.
     "the checkpoint": ((checkpoint, "save"), 0.5, 4),
@@ -644,7 +646,7 @@ def test_damaged_json_is_refused(tmp_path, file, content):
     if (file, content) == ("summary.json", "[]"):
         train(tmp_path / "run", dataclasses.replace(SMALL, rounds=1))
         return
-    with pytest.raises(RunFolderError, match=rf"{file}.*(is damaged|'folder' is missing)"):
+    with pytest.raises(RunFolderError, match=rf"{file}.*(damaged|'folder' is missing|expected)"):
         train(tmp_path / "run", dataclasses.replace(SMALL, rounds=1))
 
 

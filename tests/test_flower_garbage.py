@@ -24,9 +24,10 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.evaluation.intervals import FLOORS
 from fedss.evaluation.retrieval import RetrievalMetrics
-from fedss.flower.engine import FlowerEngine, Site
+from fedss.flower.engine import FlowerEngine
 from fedss.flower.registry import Growth, Registry
 from fedss.flower.settings import Deployment
+from fedss.flower.sites import Site, Sites
 from fedss.flower.validation import MOST_EXAMPLES
 from fedss.seeds import generator
 from fedss.training.build import round_plan
@@ -89,19 +90,15 @@ def engine_of(changes: dict[str, Any], answers: dict[str, Content], folder: Path
     optimizer = ServerOptimizer()
     clients = tuple(f"client {k}" for k in CLIENTS)
     known = Registry(tuple(f"c{i}" for i in range(N)), clients, "", (Growth(0, N, len(CLIENTS)),))
-    engine = FlowerEngine(
+    sites = Sites(
         GarbageGrid(answers),
         {"version": "1", "config": {}},
-        9,
-        2,
-        optimizer,
-        wire,
         Impatient("/srv/run", deadline=0.0),
-        lambda phase: None,
         folder / "registry.json",
         known,
         {5: Site("stamp", np.arange(N, dtype=np.int32), {k: k for k in CLIENTS})},
     )
+    engine = FlowerEngine(sites, 9, 2, optimizer, wire, lambda phase: None)
     rows = create_class_rows(N, D, optimizer.slots, 0)
     plan = round_plan(config, N, ROUND)
     if plan.method.moments:
@@ -250,7 +247,7 @@ def test_what_the_garbage_is_made_of_is_an_update(method, tmp_path):
     engine, state, plan = engine_of(METHODS[method], {}, tmp_path)
     parts = {f"{k}/{n}": t for k in CLIENTS for n, t in honest(plan, engine.wire, k).items()}
     data = save(parts)
-    engine.grid.answers["train"] = RecordDict(
+    engine.sites.grid.answers["train"] = RecordDict(
         {
             "fedss": ConfigRecord({"json": json.dumps({"round": ROUND})}),
             "fedss.tensors": ArrayRecord(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from fedss.flower import engine as engine_module
-from fedss.flower.engine import exchange
+from fedss.flower import exchange as exchange_module
+from fedss.flower.exchange import exchange
 from fedss.flower.messages import EVALUATE, REGISTER, REQUEST, TRAIN, pack
 from fedss.flower.validation import RefusedError
 from tests.flower_grid import ProcessGrid, digests
@@ -285,7 +285,7 @@ NEVER = 1e9
 )
 def test_how_long_others_are_waited_for(seconds, enough, grace, late, ended, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(exchange_module, "time", clock)
     grid = TimedGrid(clock, dict(enumerate(seconds, start=1)))
     messages = [(n, Message(pack({"round": 0}), n, REGISTER, ttl=500.0)) for n in grid.seconds]
     done, reasons, unanswered = [], [], dict[str, int]()

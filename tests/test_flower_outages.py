@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from fedss.errors import ConfigError
-from fedss.flower.engine import exchange
+from fedss.flower.exchange import exchange
 from fedss.flower.messages import REGISTER, pack
 from fedss.flower.server_app import app
 from tests.flower_grid import ProcessGrid

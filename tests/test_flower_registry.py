@@ -455,7 +455,7 @@ def test_a_site_that_joins_later_takes_part_from_the_next_round_on(photos, tmp_p
 
 def test_a_grown_table_trains_its_new_rows(photos, tmp_path):
     seen: list[ClassRows] = []
-    run_round = loop.run_round
+    run_round = loop.run_round  # type: ignore[attr-defined]
 
     def watch(*arguments: Any) -> Any:
         result = run_round(*arguments)

@@ -6,8 +6,8 @@ from scipy import stats
 
 from fedss.evaluation.intervals import (
     DRAWS,
-    FEWEST,
-    SOME,
+    ENOUGH_CLASSES,
+    FEWEST_CLASSES,
     ClassScores,
     Interval,
     difference,
@@ -99,16 +99,16 @@ def test_a_difference_is_shown_where_nought_lies_outside():
     assert Interval(0.2, 0.1, 0.3, 6).shown
     assert Interval(-0.2, -0.3, -0.1, 6).shown
     assert not Interval(0.1, -0.01, 0.3, 6).shown
-    assert not Interval(0.2, 0.1, 0.3, FEWEST - 1).shown
+    assert not Interval(0.2, 0.1, 0.3, FEWEST_CLASSES - 1).shown
 
 
 def test_how_many_classes_a_test_needs():
     # Better in every class, by chance: below 5 % from so many classes on.
-    assert 2 ** (1 - FEWEST) < 0.05 <= 2 ** (2 - FEWEST)
-    assert 1.96 * 0.25 / np.sqrt(SOME) < 0.1 < 1.96 * 0.25 / np.sqrt(SOME - 2)
-    assert weakness(SOME) == ""
-    assert "weak" in weakness(SOME - 1)
-    assert "tells nothing" in weakness(FEWEST - 1)
+    assert 2 ** (1 - FEWEST_CLASSES) < 0.05 <= 2 ** (2 - FEWEST_CLASSES)
+    assert 1.96 * 0.25 / np.sqrt(ENOUGH_CLASSES) < 0.1 < 1.96 * 0.25 / np.sqrt(ENOUGH_CLASSES - 2)
+    assert weakness(ENOUGH_CLASSES) == ""
+    assert "weak" in weakness(ENOUGH_CLASSES - 1)
+    assert "tells nothing" in weakness(FEWEST_CLASSES - 1)
     assert "one class" in weakness(1)
 
 
@@ -126,7 +126,7 @@ def test_equal_methods_are_seldom_shown_to_differ_however_few_the_classes(classe
         shown += difference([scores(one)], [scores(other)], paired=True).shown
         ends = interval([scores(one)])
         hits += ends.low <= 0.5 <= ends.high
-    assert shown == 0 if classes < FEWEST else shown / 400 < 0.1
+    assert shown == 0 if classes < FEWEST_CLASSES else shown / 400 < 0.1
     # The mean of 2 classes lies between its own ends alone: nothing is farther out.
     assert hits / 400 > {2: 0.45, 3: 0.7, 5: 0.88}.get(classes, 0.91)
 

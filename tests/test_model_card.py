@@ -169,7 +169,7 @@ def measured(classes: int, seed: int = 0) -> dict[str, Any]:
     )
     found = verify(RetrievalTask(query), (h_ND, None), 0)
     assert found is not None
-    return found
+    return dataclasses.asdict(found)
 
 
 def test_rates_and_thresholds_are_those_of_the_run():

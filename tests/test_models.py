@@ -256,7 +256,8 @@ def test_trained_weights_get_the_pixels_they_expect(
     channels: int, mean: list[float], std: list[float]
 ) -> None:
     module = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    module.pretrained_cfg = {"mean": (0.4, 0.5, 0.9), "std": (1, 2, 3)}
+    settings: Any = {"mean": (0.4, 0.5, 0.9), "std": (1, 2, 3)}
+    module.pretrained_cfg = settings
     build = dict(channels=channels, image_size=28, embedding_size=4, seed=0)
     trained = build_embedder(module, pretrained=True, **build)
     torch.testing.assert_close(trained.mean, torch.tensor(mean))
@@ -297,6 +298,8 @@ class DropPath(nn.Module):
 
 
 class Counter(nn.Module):
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()), persistent=False)
@@ -336,7 +339,7 @@ class Plain(nn.BatchNorm2d):
 @pytest.mark.parametrize("rule", ["freeze", "replace"])
 def test_a_batch_norm_with_a_forward_of_its_own_is_not_taken_for_torchs(rule: str) -> None:
     patched = nn.BatchNorm2d(6)
-    patched.forward = lambda x: x  # type: ignore[method-assign]
+    patched.forward = lambda x: x  # type: ignore[method-assign, assignment]
     for norm in (Scaled(6), patched):
         with pytest.raises(ConfigError, match=r"1 \(\w+\) is a batch norm with a forward"):
             small(own_module(norm), batch_norm=rule)

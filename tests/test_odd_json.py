@@ -17,9 +17,9 @@ import fedss
 from fedss.config import OPTIONS, Config, config_from_dict
 from fedss.errors import ConfigError, FedssError, RunFolderError
 from fedss.models import EmbedderSpec
-from fedss.runs.folder import read_summaries
 from fedss.runs.reading import read_runs
-from fedss.runs.records import read_records, summarise
+from fedss.runs.records import read_records
+from fedss.runs.summaries import read_summaries, summarize
 from fedss.search import build_collection, open_collection
 from tests import reference
 
@@ -157,7 +157,7 @@ def test_a_record_of_odd_values_is_refused_or_used_by_all_who_read_it(run, tmp_p
     for place in keys(second):
         for name, odd in changed(second, place):
             path.write_text(json.dumps(first) + "\n" + json.dumps(odd) + "\n")
-            refused_or_used(lambda: summarise({}, read_records(path, 2)), RunFolderError)
+            refused_or_used(lambda: summarize({}, read_records(path, 2)), RunFolderError)
             refused_or_used(lambda: read_runs(tmp_path / "run"), RunFolderError)
             if name in ("missing", "flipped") and len(place) == 1:
                 with pytest.raises(RunFolderError, match="line 2"):

@@ -51,13 +51,13 @@ def said(words: Sequence[str], encoding: str, to: int | None = None) -> Said:
         io.TextIOWrapper(os.fdopen(handle, "wb"), encoding=encoding, errors="strict")
         for handle in handles
     ]
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__ = streams
     try:
         code = main(words)
     except SystemExit as stop:
         code = int(str(stop.code))
     finally:
-        sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = before  # type: ignore[misc]
+        sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__ = before
         for stream in streams:
             stream.close()
     out, err = (os.pread(file, 2**20, 0) for file in files)
@@ -126,8 +126,8 @@ def test_a_command_says_in_every_encoding_all_that_it_has_to_say(chinese, encodi
             # A table may fold it.
             whole, folded = encodable(printable(name), encoding), "".join(text.split())
             assert "".join(whole.split()) in folded, (words, name)
-    for words in (["evaluate", run], ["search", run, picture], ["identify", run, picture]):
-        json.loads(said([*words, "--json"], encoding).out.decode(encoding))
+    for command in (["evaluate", run], ["search", run, picture], ["identify", run, picture]):
+        json.loads(said([*command, "--json"], encoding).out.decode(encoding))
 
 
 @given(st.text(), st.sampled_from(("ascii", "latin-1", "cp1252", "utf-8")))

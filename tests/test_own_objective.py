@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import fedss
 from examples.own_loss import smoothed_softmax
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import logits, positive_hinge
-from fedss.training.build import objective_name
+from fedss.training.objective import objective_name
 from tests import reference
 
 DATA = reference.tiny_dataset()
@@ -187,7 +188,8 @@ def test_a_partial_is_named_by_what_is_in_it(objective, others):
     assert objective_name(again) == names[0]
     assert objective_name(partial(scaled, 2, plus="a")) == "scaled(2, plus='a')"
     # A function's own name counts, also where it was given.
-    assert objective_name(partial(smoothed_softmax(0.5), x=1)) == "smoothed_loss(0.5)(x=1)"
+    smoothed: Any = smoothed_softmax(0.5)
+    assert objective_name(partial(smoothed, x=1)) == "smoothed_loss(0.5)(x=1)"
 
 
 def test_a_run_does_not_go_on_with_a_partial_of_another_number(tmp_path):

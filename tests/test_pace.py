@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedss import Config, progress
+from fedss import Config
 from fedss.flower.server_app import line
+from fedss.runs import progress
 from fedss.runs.eta import TimeLeft, time_left
 
 
@@ -106,7 +107,7 @@ def record(number: int, score: float | None = None) -> dict:
 
 def test_where_there_is_no_terminal_no_half_minute_is_silent(capsys, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     with progress.show_progress("a run", Config(rounds=9, eval_every=0)) as on_round:
         for number in range(1, 9):
             now += 12

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.data.cache import decode
+from fedss.data.decoding import decode
 
 SIDE = 16
 

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 import fedss
 from fedss.cli import main
-from fedss.data.cache import decode
+from fedss.data.decoding import decode
 from fedss.errors import ConfigError, RunFolderError
 from fedss.inference import export as portable
 from fedss.inference.export import CARD, FORMATS, export
 from fedss.models import Embedder, EmbedderSpec, build_embedder, fingerprint, save_embedder
 from fedss.models.embedder import assemble
 from fedss.models.layout import channels_last
+from fedss.models.saving import safetensors_of
 from fedss.training.summary import describe_model
 from tests import reference
 from tests.installed import by_timm, needs_timm, timm
@@ -277,7 +278,7 @@ def test_trained_weights_go_straight_into_timm(name, tmp_path):
     embedder = with_trained_norms(None if own else name)
     name = name.removeprefix("timm:")
     path = tmp_path / "model.safetensors"
-    path.write_bytes(portable.safetensors_of(embedder, {}))
+    path.write_bytes(safetensors_of(embedder, {}))
     photograph(tmp_path / "photo.jpg")
     size = {"img_size": 32} if name == "test_vit" else {}
     net = own_network() if own else timm.create_model(name, num_classes=0, in_chans=3, **size)

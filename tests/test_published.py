@@ -11,8 +11,8 @@ from PIL import Image
 
 from fedss import DataError, load_dataset
 from fedss.cli import main
-from fedss.data import own_classes
-from fedss.data.manifest import Row
+from fedss.data import count_own_classes
+from fedss.data.manifest import ListedImage
 from fedss.data.sets.landmarks import read_gld23k
 from fedss.data.sets.products import read_products
 from fedss.data.sets.published import Counts, published_listing
@@ -233,8 +233,8 @@ def test_products(tmp_path, folder):
     assert same_pixels(data.test.query, root)
     # The default partition: each product at one client, at most ten at each.
     assert len(data.train.client_names) == 3
-    assert sorted(own_classes(data.train)) == [7, 8, 8]
-    assert own_classes(data.train).sum() == 23
+    assert sorted(count_own_classes(data.train)) == [7, 8, 8]
+    assert count_own_classes(data.train).sum() == 23
     other = load("sop", tmp_path / "data", tmp_path, partition="class").train
     assert other.client_names == data.train.class_names
 
@@ -264,7 +264,7 @@ def test_a_list_of_products_without_its_header(tmp_path):
 
 
 def test_more_than_was_published_is_a_remark_too(tmp_path):
-    rows = [Row(f"user {i}", f"class {i}", f"{i}.jpg", "train", i) for i in range(1200)]
+    rows = [ListedImage(f"user {i}", f"class {i}", f"{i}.jpg", "train", i) for i in range(1200)]
     lists = {"train": tmp_path / "train.csv"}
 
     def remarks(number):

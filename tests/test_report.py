@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fedss
 from fedss.errors import ConfigError, RunFolderError
-from fedss.evaluation.baselines import write_scores
+from fedss.evaluation.baselines import Floors
 from fedss.evaluation.intervals import ClassScores
 from fedss.report import (
     bytes_picture,
     charts,
+    figures,
     frontier,
     frontier_picture,
     labels,
-    page,
-    records,
     rounds,
-    words,
     write_report,
 )
+from fedss.runs import headlines, reading
+from fedss.runs.findings import write_scores
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
@@ -335,7 +336,7 @@ def measured(
             name: ClassScores(tuple(f"{i:03d}" for i in range(classes)), np.full(classes, 5), v)
             for name, v in by_class.items()
         }
-        write_scores(path, {name: s.map_at_10 for name, s in scores.items()}, scores)
+        write_scores(path, Floors({name: s.map_at_10 for name, s in scores.items()}, scores))
 
     for method, level in methods.items():
         for seed in range(seeds):
@@ -600,10 +601,18 @@ def test_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("scores", lambda a: a[:, :4], "shapes do not fit 12 queries with 4 neighbours each"),
-        ("scores", lambda a: a[:, :0], r"scores: expected \[queries, neighbours\], got \(12, 0\)"),
+        (
+            "scores",
+            lambda a: a[:, :4],
+            "scores: expected those of all neighbours, .*got 4",
+        ),
+        (
+            "scores",
+            lambda a: a[:, :0],
+            "scores: expected those of all neighbours, .*got 0",
+        ),
         ("scores", lambda a: a.astype(str), "scores: unexpected type"),
-        ("query_index", lambda a: a[0], "shapes do not fit"),
+        ("query_index", lambda a: a[0], r"query_index: expected \[Q\], got \[\]"),
         ("pixels", lambda a: a.astype(float), "pixels: unexpected type float64"),
         ("pixels", lambda a: a[..., 0], "pixels: expected"),
     ],
@@ -703,10 +712,11 @@ def test_every_line_of_the_bytes_chart_is_labelled_in_order(tmp_path: Path) -> N
     summary = fake_comparison(tmp_path, methods, rounds=20)
     html, _ = read(tmp_path)
     chart = html[html.index("MAP@10 against bytes moved for") :].partition("</svg>")[0]
+    of_slot = {charts.SLOT_OF[method]: method for method in methods}
     place: dict[str, float] = {}  # the last line of a wrapped label stands for it
     for slot, x, y in re.findall(r'fill: var\(--([\w-]+)\)".*?\((?:-0 )?(\S+) (\S+)\)">', chart):
-        if slot in methods:
-            place[slot] = float(y)
+        if slot in of_slot:
+            place[of_slot[slot]] = float(y)
             assert float(x) > 300
     ends = sorted((entry["map_at_10"], entry["method"]) for entry in summary)
     heights = [place[method] for _, method in ends]
@@ -829,8 +839,8 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def groups_of(folder: Path) -> list[records.Group]:
-    return records.group_runs(records.read_runs(folder), folder)
+def groups_of(folder: Path) -> list[reading.Group]:
+    return reading.group_runs(reading.read_runs(folder), folder)
 
 
 def test_runs_are_grouped_by_label(variants: Path) -> None:
@@ -888,7 +898,7 @@ def test_moments_are_counted_with_the_class_rows(variants: Path, tmp_path: Path)
     html, page = read(variants)
     at = page.cells.index("moments")
     rows = 408e3 / 2 - 0.45 * 408e3
-    assert page.cells[at + 6] == page.cells[at + 8] == words.human_bytes(rows)
+    assert page.cells[at + 6] == page.cells[at + 8] == headlines.human_bytes(rows)
     assert "class rows and moments</text>" in html
     assert "class rows with moments, where a method sends these" in page.words
     fake_comparison(tmp_path, ["full", "fedss", "pos-only"], rounds=5)  # older: no moments at all
@@ -906,8 +916,8 @@ def test_moments_of_a_run_still_under_way(tmp_path: Path) -> None:
             line |= {f"backbone_bytes_{way}": 20 * 1000}
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (group,) = groups_of(tmp_path)
-    assert words.both_ways(group, "row_") == 222
-    assert words.has_moments([group])
+    assert headlines.both_ways(group, "row_") == 222
+    assert headlines.has_moments([group])
 
 
 @pytest.mark.parametrize(
@@ -1032,8 +1042,8 @@ def test_seconds_of_each_phase_are_means_over_rounds_and_seeds(tmp_path: Path) -
 def test_seconds_fit_the_longest_round(
     longest: float, seconds: float | None, unit: str, shown: str
 ) -> None:
-    paces = rounds.Paces([], [], longest)
-    assert (paces.unit, paces.shown(seconds)) == (unit, shown)
+    times = rounds.RoundTimes([], [], longest)
+    assert (times.unit, times.shown(seconds)) == (unit, shown)
 
 
 def test_time_of_a_run_that_has_just_begun(tmp_path: Path) -> None:
@@ -1228,8 +1238,8 @@ def test_data_without_a_test(tmp_path: Path) -> None:
     assert "test classes" not in page.words
 
 
-def point(label: str, moved: float, score: float) -> frontier.Point:
-    return frontier.Point(label, "fedss", moved, score, score - 0.004, score + 0.004)
+def point(label: str, moved: float, score: float) -> frontier.FrontierPoint:
+    return frontier.FrontierPoint(label, "fedss", moved, score, score - 0.004, score + 0.004)
 
 
 def test_frontier_is_what_nothing_beats() -> None:
@@ -1337,8 +1347,13 @@ def test_twelve_variants_look_different() -> None:
     slots = charts.slots_of([f"variant {i}" for i in range(12)])
     assert len(set(slots)) == 12
     assert len({(charts.DASHES[s], charts.MARKERS[s]) for s in slots}) == 12
-    assert charts.slots_of(["fedss", "moments", "fedss deck"]) == ["fedss", "moments", "extra-1"]
-    assert charts.DASHES["moments"]
+    known = charts.SLOT_OF
+    assert charts.slots_of(["fedss", "moments", "fedss deck"]) == [
+        *(known["fedss"], known["moments"], "extra-1")
+    ]
+    assert charts.DASHES[known["moments"]]
+    assert set(known) == set(fedss.METHODS)
+    assert len(set(known.values())) == len(known)
 
 
 # Machado et al. 2009: normal, protanopia, deuteranopia, tritanopia, on linear RGB.
@@ -1359,7 +1374,7 @@ def linear(color: str) -> np.ndarray:
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_colours_can_be_read_and_told_apart(theme: int) -> None:
-    style = (Path(page.__file__).parent / "report.html").read_text()
+    style = (Path(charts.__file__).parent / "report.html").read_text()
     block = style.split(":root {")[1 + theme].split("}")[0]
     colors = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
     luminance = {name: float(linear(c) @ [0.2126, 0.7152, 0.0722]) for name, c in colors.items()}
@@ -1375,8 +1390,10 @@ def test_colours_can_be_read_and_told_apart(theme: int) -> None:
         assert (high + 0.05) / (low + 0.05) >= (1.5 if name == "phase-pause" else 3)
         for j in range(i):
             assert np.linalg.norm(timed[i] - timed[j], axis=1).min() > 0.15
+    of_method = {method: colors[slot] for method, slot in charts.SLOT_OF.items()}
     for other in ("full", "fedss"):
-        seen = [np.cbrt((SEEN_AS @ linear(c)).clip(0)) for c in (colors["moments"], colors[other])]
+        pair = of_method["moments"], of_method[other]
+        seen = [np.cbrt((SEEN_AS @ linear(c)).clip(0)) for c in pair]
         assert np.linalg.norm(seen[0] - seen[1], axis=1).min() > 0.3
 
 
@@ -1408,8 +1425,8 @@ def test_frontier_picture_is_relative_where_every_comparison_has_full(
     variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_variants(tmp_path, ["fedss deck", "pos-only"])
-    drawn: list[frontier.Panel] = []
-    monkeypatch.setattr(page, "frontier_png", lambda panels, _: drawn.extend(panels) or b"")
+    drawn: list[frontier.FrontierPanel] = []
+    monkeypatch.setattr(figures, "frontier_png", lambda panels, _: drawn.extend(panels) or b"")
     frontier_picture({"with full": variants})
     frontier_picture({"with full": variants, "without": tmp_path})
     scores = [{p.label: p.mean for p in panel.points} for panel in drawn]

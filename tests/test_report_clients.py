@@ -8,7 +8,7 @@ from PIL import Image
 
 from fedss.report import clients_picture
 from fedss.report.clients import clients_png
-from fedss.report.page import _light
+from fedss.report.figures import _light
 
 
 def pairs(clients, labels):
@@ -46,7 +46,7 @@ def test_the_same_numbers_give_the_same_bytes():
 
 def test_the_matrix_is_in_the_colours_of_the_page():
     # One client, one class: a single cell in the full colour, on the lower right.
-    colors = {**_light(), "fedss": "#ff0000"}
+    colors = {**_light(), "accent": "#ff0000"}
     with Image.open(io.BytesIO(clients_png(pairs(np.array([0]), np.array([0])), "", colors))) as im:
         pixels = np.asarray(im.convert("RGB"))
     lower_right = pixels[1833 // 2 + 200 : -250, 2444 // 2 + 200 : -150]

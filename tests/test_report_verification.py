@@ -17,13 +17,14 @@ from PIL import Image
 from fedss import RetrievalTask, RunFolderError, write_report
 from fedss.evaluation.evaluate import embed_task, findings
 from fedss.report.verification import number
+from fedss.runs.findings import write_findings
 from tests import reference
 from tests.test_report import fake_comparison, fake_run, read, single
 
 FIGURES = "What is taken for the same"
 
 
-def write_findings(folder: Path, noise: float = 1.2, classes: int = 40, seed: int = 0) -> Any:
+def leave_findings(folder: Path, noise: float = 1.2, classes: int = 40, seed: int = 0) -> Any:
     """What a run leaves of a task of 6 pictures a class, under embeddings of some quality."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), 6)
@@ -38,9 +39,9 @@ def write_findings(folder: Path, noise: float = 1.2, classes: int = 40, seed: in
     centres = rng.normal(size=(classes, 4))
     h_ND = torch.from_numpy(centres[labels] + noise * rng.normal(size=(len(labels), 4)))
     task = RetrievalTask(query)
-    for name, content in findings(task, embed_task(lambda _: h_ND, task), seed=0).items():
-        if name != "retrieval.npz":
-            (folder / name).write_bytes(content)
+    kept = (folder / "retrieval.npz").read_bytes()
+    write_findings(folder, findings(task, embed_task(lambda _: h_ND, task), seed=0))
+    (folder / "retrieval.npz").write_bytes(kept)
     return json.loads((folder / "verification.json").read_text()), task, h_ND
 
 
@@ -49,7 +50,7 @@ def test_a_run_shows_its_rates_as_far_as_pairs_support_them(tmp_path: Path) -> N
     _, plain = read(tmp_path)
     assert FIGURES not in plain.words
     assert "FAR, TAR, EER" not in plain.words
-    found, _, _ = write_findings(tmp_path)
+    found, _, _ = leave_findings(tmp_path)
     html, page = read(tmp_path)
     assert FIGURES in page.words
     shown = page.cells[page.cells.index("EER") :]
@@ -75,7 +76,7 @@ def test_a_run_shows_its_rates_as_far_as_pairs_support_them(tmp_path: Path) -> N
 
 def test_confused_classes_stand_with_a_picture_of_each(tmp_path: Path) -> None:
     single(tmp_path, rounds=5)
-    _, task, h_ND = write_findings(tmp_path, noise=1.0)
+    _, task, h_ND = leave_findings(tmp_path, noise=1.0)
     html, page = read(tmp_path)
     unit = torch.nn.functional.normalize(h_ND, dim=1)
     best = (unit @ unit.T).fill_diagonal_(-2).argmax(1).numpy()
@@ -110,7 +111,7 @@ def test_confused_classes_stand_with_a_picture_of_each(tmp_path: Path) -> None:
 def test_a_comparison_shows_each_method_and_the_confusions_of_the_best(tmp_path: Path) -> None:
     fake_comparison(tmp_path, ["full", "fedss", "central"], seeds=2, rounds=10)
     figures = {
-        (method, seed): write_findings(tmp_path / f"{method}-{seed}", noise, seed=seed)[0]
+        (method, seed): leave_findings(tmp_path / f"{method}-{seed}", noise, seed=seed)[0]
         for method, noise in (("full", 0.6), ("fedss", 1.0), ("central", 0.4))
         for seed in (0, 1)
     }
@@ -142,7 +143,7 @@ def test_many_methods_have_a_table_and_no_chart(tmp_path: Path) -> None:
     fake_comparison(tmp_path, methods, rounds=5)
     before = read(tmp_path)[0].count('<svg class="chart"')
     for method in methods:
-        write_findings(tmp_path / f"{method}-0")
+        leave_findings(tmp_path / f"{method}-0")
     html, page = read(tmp_path)
     assert html.count('<svg class="chart"') == before
     assert FIGURES in page.words
@@ -152,7 +153,7 @@ def test_many_methods_have_a_table_and_no_chart(tmp_path: Path) -> None:
 def test_few_pairs_make_no_chart_and_no_claim(tmp_path: Path) -> None:
     single(tmp_path, rounds=5)
     before = read(tmp_path)[0].count('<svg class="chart"')
-    write_findings(tmp_path, classes=2)
+    leave_findings(tmp_path, classes=2)
     found = json.loads((tmp_path / "verification.json").read_text())
     found |= {"smallest_far": 1.5, "roc": found["roc"][-1:], "identification": None}
     for point in found["points"]:
@@ -187,7 +188,7 @@ def test_damaged_figures(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     fake_run(tmp_path, rounds=5)
-    found, _, _ = write_findings(tmp_path, classes=5)
+    found, _, _ = leave_findings(tmp_path, classes=5)
     (tmp_path / "verification.json").write_text(json.dumps(change(found)))
     advice = "delete it and run fedss evaluate"
     with pytest.raises(RunFolderError, match=rf"verification\.json: {message}.*{advice}"):
@@ -197,8 +198,8 @@ def test_damaged_figures(
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("queries", lambda a: a[:, 0], "shapes do not fit 10 pairs"),
-        ("scores", lambda a: a[:3], "shapes do not fit 3 pairs"),
+        ("queries", lambda a: a[:, 0], r"queries: expected \[P, 2\], got \[10\]"),
+        ("scores", lambda a: a[:3], r"scores: expected \[P\], got \[3\]"),
         ("scores", lambda a: a.astype(str), "scores: unexpected type"),
         ("pixels", lambda a: a[:, :1], "pixels: expected"),
         ("pixels", lambda a: a.astype(float), "pixels: unexpected type"),
@@ -208,7 +209,7 @@ def test_damaged_confusions(
     tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], message: str
 ) -> None:
     fake_run(tmp_path, rounds=5)
-    write_findings(tmp_path)
+    leave_findings(tmp_path)
     with np.load(tmp_path / "confusions.npz") as file:
         arrays = dict(file)
     np.savez(tmp_path / "confusions.npz", **(arrays | {name: change(arrays[name])}))

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedss.evaluation import retrieval
-from fedss.evaluation.retrieval import RetrievalMetrics, block_rows, evaluate_retrieval, nearest
+from fedss.evaluation import neighbours, retrieval
+from fedss.evaluation.inputs import unit_rows
+from fedss.evaluation.neighbours import block_rows
+from fedss.evaluation.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
 from tests.installed import needs_torchvision
 
 
@@ -71,7 +73,8 @@ def slow_metrics(
         return None
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     by_class = sum(sum(found) / len(found) for found in of_class.values()) / len(of_class)
-    return RetrievalMetrics(*means, by_class, len(rows), len(of_class), len(query) - len(rows))
+    counts = len(rows), len(of_class), len(query) - len(rows)
+    return RetrievalMetrics(*[*means, by_class, *counts])
 
 
 def assert_close(a: RetrievalMetrics, b: RetrievalMetrics, tolerance: float = 1e-12) -> None:
@@ -103,9 +106,9 @@ def pictures(draw: st.DrawFn, least: int) -> tuple[list[list[int]], list[int]]:
 def screening(*dtypes: torch.dtype, group: int = 16) -> Iterator[None]:
     """Screens of these types, whatever pays on this machine, also for small galleries."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "_GROUP", group)
-        patch.setattr(retrieval, "_bfloat16_pays", lambda: torch.bfloat16 in dtypes)
-        patch.setattr(retrieval, "_float32_is_kept", lambda: torch.float32 in dtypes)
+        patch.setattr(neighbours, "_GROUP", group)
+        patch.setattr(neighbours, "_bfloat16_pays", lambda: torch.bfloat16 in dtypes)
+        patch.setattr(neighbours, "_float32_is_kept", lambda: torch.float32 in dtypes)
         yield
 
 
@@ -204,7 +207,7 @@ def test_equals_torchmetrics() -> None:
         columns["r"].append(average_precision(target, score, int(target.sum())))
     of_class = [np.mean(np.array(columns["10"])[labels == label]) for label in labels.unique()]
     means = [sum(c) / len(c) for c in columns.values()]
-    theirs = RetrievalMetrics(*means, float(np.mean(of_class)), len(rows), len(of_class), 0)
+    theirs = RetrievalMetrics(*[*means, float(np.mean(of_class)), len(rows), len(of_class), 0])
     assert_close(evaluate_retrieval(rows, labels, gallery, gallery_labels), theirs, 1e-6)
 
 
@@ -215,10 +218,10 @@ def test_rows_of_any_size_have_the_same_direction(power: int) -> None:
     labels = torch.arange(60) % 7
     far = rows * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
     assert bool(far.isfinite().all())
-    assert torch.equal(retrieval.unit_rows(far, ""), retrieval.unit_rows(rows, ""))
+    assert torch.equal(unit_rows(far, ""), unit_rows(rows, ""))
     assert evaluate_retrieval(far, labels) == evaluate_retrieval(rows, labels)
     mixed = torch.where(torch.arange(60)[:, None] % 2 == 0, far, rows)
-    assert torch.equal(retrieval.unit_rows(mixed, ""), retrieval.unit_rows(rows, ""))
+    assert torch.equal(unit_rows(mixed, ""), unit_rows(rows, ""))
 
 
 def collapsed(n: int) -> Tensor:
@@ -294,8 +297,8 @@ def test_a_screen_changes_no_bit(
     with screening():
         scores, index = nearest(*sides, k)
     with screening(*dtypes, group=4), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "_BLOCK", block)
-        patch.setattr(retrieval, "_TILE", 1000)
+        patch.setattr(neighbours, "_BLOCK", block)
+        patch.setattr(neighbours, "_TILE", 1000)
         screened_scores, screened_index = nearest(*sides, k)
     assert torch.equal(screened_index, index)
     assert torch.equal(screened_scores, scores)
@@ -340,15 +343,15 @@ def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> 
     spacing = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(d**-0.5))
     steps = torch.randint(-9, 9, (300, d), generator=generator)
     rows = d**-0.5 + spacing * (steps + torch.linspace(-0.5, 0.5, 300)[:, None])
-    rows = retrieval.unit_rows(torch.cat([rows, torch.randn(300, d, generator=generator)]), "")
+    rows = unit_rows(torch.cat([rows, torch.randn(300, d, generator=generator)]), "")
     with screening(dtype, group=1):
-        (screen,) = retrieval._searched(rows, 1).screens
+        (screen,) = neighbours.prepare_gallery(rows, 1).screens
     rounded = rows.to(dtype)
     found = torch.mm(screen.rows_GD, rounded.T, out=torch.empty(600, 600, dtype=dtype)).double()
     error = (found - rows.double() @ rows.double().T).abs() - found.abs() * torch.finfo(
         dtype
     ).eps / 2
-    doubt = retrieval._doubt(screen, rows, rounded)
+    doubt = neighbours._doubt(screen, rows, rounded)
     assert (error <= doubt).all()
     if dtype == torch.bfloat16 and d > 1:
         assert (error > 0.5 * doubt).any()
@@ -402,20 +405,20 @@ def test_a_screen_leaves_nothing_of_rows_that_differ(
     rows, labels = random_set(5000, 900, 64)
     with screening():
         expected = evaluate_retrieval(rows, labels)
-    monkeypatch.delattr(retrieval, "_exact")
+    monkeypatch.delattr(neighbours, "_exact")
     with screening(dtype):
         assert evaluate_retrieval(rows, labels) == expected
 
 
 def test_what_one_screen_leaves_is_left_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def spy(query: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-        found = screened(query, *args)  # type: ignore[arg-type]
+        found = screened(query, *args)
         seen.append((args[3].rows_GD.dtype, len(query), int(found[0].sum())))  # type: ignore[attr-defined]
         return found
 
-    screened = retrieval._screened
+    screened = neighbours._screened
     seen: list[tuple[torch.dtype, int, int]] = []
-    monkeypatch.setattr(retrieval, "_screened", spy)
+    monkeypatch.setattr(neighbours, "_screened", spy)
     apart, alike = random_set(1000, 1000, 64)[0], 1 + 0.03 * random_set(1000, 1000, 64, 1)[0]
     apart -= apart.mean(1, keepdim=True)  # no component along `alike`
     with screening(torch.bfloat16, torch.float32):
@@ -430,11 +433,11 @@ def test_autocast_and_matmul_precision_change_no_bit() -> None:
         assert evaluate_retrieval(rows, labels) == expected
     torch.set_float32_matmul_precision("medium")
     try:
-        assert not retrieval._float32_is_kept()
+        assert not neighbours._float32_is_kept()
         assert evaluate_retrieval(rows, labels) == expected
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert retrieval._float32_is_kept()
+    assert neighbours._float32_is_kept()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -536,7 +539,7 @@ class Bytes(TorchDispatchMode):
         self.most = 0
         self.held: dict[int, int] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.held:
@@ -554,8 +557,8 @@ def test_a_block_stays_below_its_bytes(
     dtypes: tuple[torch.dtype, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retrieval, "BLOCK_BYTES", 2**20)
-    monkeypatch.setattr(retrieval, "_TILE", 2**12)
+    monkeypatch.setattr(neighbours, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(neighbours, "_TILE", 2**12)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # what others make is not counted
     rows, labels = make(1001), random_set(1001, 170)[1]
     labels[:120] = 0
@@ -575,7 +578,7 @@ def test_a_block_stays_below_its_bytes(
 def test_workers_share_the_bytes_of_blocks(workers: int) -> None:
     bytes_of_a_query = 4 * 60_502 + 32 * 16 * 72
     rows = block_rows(60_502, 10, workers)
-    assert rows == 1 or rows * workers * bytes_of_a_query < retrieval.BLOCK_BYTES / 2
+    assert rows == 1 or rows * workers * bytes_of_a_query < neighbours.BLOCK_BYTES / 2
     assert rows * workers > 100 or rows == 1
     assert block_rows(10**9, 10, workers) == 1
 
@@ -587,12 +590,12 @@ def test_workers_change_no_bit(
 ) -> None:
     def spy(*args: object) -> tuple[Tensor, Tensor]:
         seen.add((threading.get_ident(), torch.get_num_threads()))
-        return top(*args)  # type: ignore[arg-type]
+        return top(*args)
 
-    top = retrieval._top
+    top = neighbours._top
     seen: set[tuple[int, int]] = set()
-    monkeypatch.setattr(retrieval, "_top", spy)
-    monkeypatch.setattr(retrieval, "_BLOCK", 10)
+    monkeypatch.setattr(neighbours, "_top", spy)
+    monkeypatch.setattr(neighbours, "_BLOCK", 10)
     rows, labels = make(2000), random_set(2000, 300)[1]
     before = torch.get_num_threads()
     try:
@@ -619,12 +622,12 @@ def test_the_long_lists_of_one_large_class_are_not_paid_by_all(
     lists = []
 
     def spy(*args: object) -> tuple[Tensor, Tensor]:
-        values, index = top(*args)  # type: ignore[arg-type]
+        values, index = top(*args)
         lists.append(index.shape)
         return values, index
 
-    top = retrieval._top
-    monkeypatch.setattr(retrieval, "_top", spy)
+    top = neighbours._top
+    monkeypatch.setattr(neighbours, "_top", spy)
     monkeypatch.setattr(retrieval, "block_rows", lambda *_: 50)
     rows, _ = random_set(1000)
     labels = torch.arange(1000) // 2 + 1

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from fedss.cli import main
 from fedss.data import RetrievalTask
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.evaluation.evaluate import verify
-from fedss.evaluation.verification import NOTHING
+from fedss.evaluation.verification import REJECT_ALL
 from fedss.inference.embedding import embed_files, list_pictures
-from fedss.inference.pixels import preview
+from fedss.inference.pixels import thumbnail
 from fedss.models import build_embedder, fingerprint, save_embedder
 from fedss.search import (
     build_collection,
@@ -91,7 +91,7 @@ def measured(rows_ND: torch.Tensor | None = None, **identification: object) -> d
     query = reference.tiny_dataset().test.query
     if rows_ND is None:
         rows_ND = torch.randn(len(query), 6, generator=torch.Generator().manual_seed(0))
-    found = verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0)
+    found = asdict(verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0))
     return found | {"identification": found["identification"] | identification}
 
 
@@ -315,12 +315,12 @@ def test_places_without_pictures_are_named(made, tmp_path):
 
 def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch):
     picture(0, (40, 40)).save(tmp_path / "huge.png")
-    monkeypatch.setattr("fedss.data.cache.MAX_PIXELS", 1000)
+    monkeypatch.setattr("fedss.data.decoding.MAX_PIXELS", 1000)
     limit = "40 x 40 = 1,600 pixels, above the limit of 1,000: save it smaller"
     with pytest.raises(DataError, match=rf"huge\.png: {limit}"):
         opened(made).embed([tmp_path / "huge.png"])
     with pytest.raises(ValueError, match=limit):
-        preview(tmp_path / "huge.png")
+        thumbnail(tmp_path / "huge.png")
 
 
 def test_the_model_that_made_an_index_is_asked_for(place):
@@ -595,7 +595,7 @@ def test_the_threshold_of_an_evaluation_is_read(tmp_path):
     # A stranger is passed by two independent halves.
     assert 1 - stored.fpir_among(240) == pytest.approx((1 - stored.fpir_among(120)) ** 2)
     path.write_text(json.dumps(measured(threshold=1.5)))
-    assert stored_threshold(tmp_path).threshold == NOTHING
+    assert stored_threshold(tmp_path).threshold == REJECT_ALL
     wrong = ({"threshold": "high"}, {"enrolled": 0}, {"threshold": 1e999}, {"threshold": -1.5})
     for change in wrong:
         path.write_text(json.dumps(measured(**change)))
@@ -634,7 +634,7 @@ def test_a_model_that_collapsed_names_nobody(place, capsys):
     assert (rows_ND == rows_ND[0]).all()
     (run / "verification.json").write_text(json.dumps(measured(rows_ND[:1].expand(500, 6))))
     stored = stored_threshold(run)
-    assert stored.threshold == NOTHING > 1
+    assert stored.threshold == REJECT_ALL > 1
     (one, other) = identify(collection, rows_ND[:2], stored.threshold)
     assert one.label is other.label is None
     assert one.nearest == "class 0"

@@ -27,9 +27,9 @@ from PIL import Image
 
 import fedss
 from fedss.cli import main
-from fedss.data.cache import open_picture, quiet_pillow
+from fedss.data.decoding import open_picture, quiet_pillow
 from fedss.errors import ConfigError
-from fedss.evaluation.verification import NOTHING
+from fedss.evaluation.verification import REJECT_ALL
 from fedss.search import (
     Collection,
     Threshold,
@@ -240,8 +240,8 @@ def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
         pictures = server.get("/pictures", **{"class": item["name"]}).json
         assert pictures["count"] == item["count"] == COPIES
         number = NAMES.index(item["name"])
-        names = [picture["name"] for picture in pictures["pictures"]]
-        assert names == [f"{number:02}-{copy}.png" for copy in range(COPIES)]
+        files = [picture["name"] for picture in pictures["pictures"]]
+        assert files == [f"{number:02}-{copy}.png" for copy in range(COPIES)]
     assert server.get("/pictures", **{"class": "no such class"}).status == 404
 
 
@@ -387,7 +387,7 @@ def test_others_are_answered_while_a_picture_is_decoded(
 ) -> None:
     """Only one is decoded at a time; who sends none need not wait for it."""
     begun, go_on, at_once = threading.Event(), threading.Event(), list[int]()
-    read = guard.read_pictures
+    read = guard.read_pictures  # type: ignore[attr-defined]
 
     def slow(*arguments: Any, **named: Any) -> Any:
         at_once.append(1)
@@ -652,7 +652,7 @@ def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
 
 
 def test_a_test_that_allows_no_name_names_nobody_and_shows_neighbours(site: Site) -> None:
-    limits = guard.make_limits(1, None, Threshold(NOTHING, 0.01, 15))
+    limits = guard.make_limits(1, None, Threshold(REJECT_ALL, 0.01, 15))
     with served(site.collection, limits) as server:
         note = server.get("/about").json["threshold_note"]
         answer = server.send("/search?count=3", [("x.png", png())])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fedss
-from fedss.evaluation.verification import NOTHING
+from fedss.evaluation.verification import REJECT_ALL
 from fedss.search import open_collection, remove
 from fedss.search.classes import Threshold
 from fedss.search.web.guard import make_limits
@@ -293,7 +293,7 @@ def test_narrow_windows_scroll_only_downwards(page: Any, site: Site, width: int)
 
 
 def test_a_test_that_allows_no_name_is_told(browser: Any, site: Site) -> None:
-    limits = make_limits(1, None, Threshold(NOTHING, 0.01, 15))
+    limits = make_limits(1, None, Threshold(REJECT_ALL, 0.01, 15))
     with served(site.collection, limits) as server:
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{server.port}/")

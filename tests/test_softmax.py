@@ -184,8 +184,8 @@ def test_renaming_classes_changes_nothing_else(seed, name):
     inverse = torch.argsort(permutation)
     renamed = ClassSample(sample.ids_S, sample.log_q_S[permutation], sample.own_S[permutation])
     objective = METHODS[name].objective
-    before = objective(h, rows, target, sample, Scoring())
-    after = objective(h, rows[permutation], inverse[target], renamed, Scoring())
+    before = objective(h, rows, target, sample, Scoring(), None)
+    after = objective(h, rows[permutation], inverse[target], renamed, Scoring(), None)
     assert torch.allclose(before, after, rtol=0, atol=1e-12)
 
 

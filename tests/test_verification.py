@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fedss.evaluation import verification as v
 from fedss.evaluation.confusions import hardest_confusions
+from fedss.seeds import generator
 
 
 def grid(cosine: float) -> int:
@@ -209,7 +210,7 @@ def slow_identification(rows, labels, gallery, gallery_labels, fpir, draws, seed
     unit, stored = (F.normalize(t.double(), dim=1) for t in (rows, store))
     mated, nonmated = [], []
     for draw in range(draws):
-        rng = v.generator(seed, "open set", draw)
+        rng = generator(seed, "open set", draw)
         classes, chosen = v._enrol(store_labels.numpy(), alone, rng)
         of_class = {c: [i for i in chosen.tolist() if store_labels[i] == c] for c in classes}
         means = {c: F.normalize(stored[i].mean(0), dim=0) for c, i in of_class.items()}
@@ -268,7 +269,7 @@ def test_half_of_the_pictures_of_half_of_the_classes_are_enrolled():
     labels = np.repeat(np.arange(10), [1, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     drawn = set()
     for draw in range(30):
-        classes, rows = v._enrol(labels, True, v.generator(0, "open set", draw))
+        classes, rows = v._enrol(labels, True, generator(0, "open set", draw))
         assert len(classes) == 5
         assert min(classes) >= 2
         sizes = {c: int((labels == c).sum()) for c in classes.tolist()}
@@ -322,7 +323,7 @@ def test_confusions_are_those_of_a_count_by_hand(sides):
     more = (store, store_labels)
     if sides == "alone":
         cosine.fill_diagonal_(-2)
-        more = ()
+        more = ()  # type: ignore[assignment]
     best = cosine.argmax(1)
     found = hardest_confusions(rows, labels, *more, most=100)
     used = torch.isin(labels, store_labels) & (labels != 9)

@@ -182,7 +182,7 @@ def test_a_run_that_stopped_is_said_to_be_late(
         said.append(line)
         if len(said) == 2:
             assert "Under way" in (tmp_path / "report.html").read_text()
-            monkeypatch.setattr(watch.time, "time", lambda: last + 3600)
+            monkeypatch.setattr("time.time", lambda: last + 3600)
         if len(said) == 3:
             (tmp_path / "summary.json").write_text(json.dumps([entry]))
 
@@ -209,7 +209,7 @@ def test_late_is_a_minute_and_three_times_the_longest_of_recent_rounds(
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     last, runs = path.stat().st_mtime, read_runs(tmp_path)
     for seconds, late in ((359, False), (361, True)):
-        monkeypatch.setattr(watch.time, "time", lambda at=last + seconds: at)
+        monkeypatch.setattr("time.time", lambda at=last + seconds: at)
         assert watch._late(tmp_path, runs) == late
 
 

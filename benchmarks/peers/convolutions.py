@@ -5,22 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from job import (
-    BATCH,
-    BLOCKS,
-    COHORT,
-    PICTURES,
-    WIDTH,
-    finish,
-    keep_freed_memory,
-    read_job,
-    turns,
-)
+from job import BATCH, BLOCKS, COHORT, IMAGES, WIDTH, finish, keep_freed_memory, read_job, turns
 from torch import Tensor, nn
 
 
 def one_client(_: int) -> None:
-    for _ in range(PICTURES // BATCH):
+    for _ in range(IMAGES // BATCH):
         for convolution, x, gradient in LAYERS:
             wanted: list[Tensor] = [*convolution.parameters(), *([x] if x.requires_grad else [])]
             torch.autograd.grad(convolution(x), wanted, gradient)

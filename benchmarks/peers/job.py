@@ -1,6 +1,6 @@
 """The common job: what every participant reads, and when it is its turn. Needs numpy alone.
 
-600 clients hold 30 grey pictures of 28 x 28 each, of 15 own classes. A round: 16 clients each take
+600 clients hold 30 gray images of 28 x 28 each, of 15 own classes. A round: 16 clients each take
 one pass of SGD over theirs, batch 10, on the loss -log softmax(16 cos(h, w))_y; the server takes
 the mean of their weights. The schedule (who, in which order, which classes) is drawn beforehand and
 the same for all, so that all must end at the same weights.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 BLOCKS, WIDTH, GROUPS, DIM = 4, 64, 8, 64
-SCALE, LR, BATCH, COHORT, CLIENTS, PICTURES = 16.0, 0.1, 10, 16, 600, 30
+SCALE, LR, BATCH, COHORT, CLIENTS, IMAGES = 16.0, 0.1, 10, 16, 600, 30
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
         theta: float32 [P], the network's parameters in the order of :func:`shapes`.
         rows: float32 [n, 64], one class row per class.
         cohorts: int64 [rounds, 16], the clients of each round.
-        orders: int64 [rounds, 16, 30], each client's pictures in the order of its batches.
+        orders: int64 [rounds, 16, 30], each client's images in the order of its batches.
         samples: int64 [rounds, 16, |S|], the classes of each client; None: all n.
         log_q: float32, as ``samples``: log of their inclusion probabilities.
     """
@@ -58,8 +58,27 @@ def read_job(folder: Path) -> Job:
         return np.load(path, mmap_mode="c") if path.exists() else None
 
     names = ("pixels", "labels", "theta", "rows", "cohorts", "orders", "samples", "log_q")
-    settings = json.loads((folder / "job.json").read_text())
-    return Job(folder, settings, *(array(name) for name in names))
+    told = json.loads((folder / "job.json").read_text())
+    return Job(folder, told, *(array(name) for name in names))
+
+
+def settings(method: str, rounds: int) -> dict[str, Any]:
+    """The job as fields of ``fedss.Config``."""
+    return {
+        "method": method,
+        "rounds": rounds,
+        "scale": SCALE,
+        "clients_per_round": COHORT,
+        "batch_size": BATCH,
+        "client_lr": LR,
+        "class_row_lr": LR,
+        "lr_schedule": "constant",
+        "server_optimizer": "sgd",
+        "normalize_rows": False,
+        "embedding_size": DIM,
+        "eval_every": 0,
+        "checkpoint_every": 10**6,
+    }
 
 
 def shapes() -> list[tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """The best loop that we could write by hand for this one job: the ceiling for a library.
 
 Threads of one torch thread and one model each; channels_last, with one channel too; pooling before
-ReLU; one call for all gradients, no ``.grad``; freed memory is kept; pictures are scaled once.
+ReLU; one call for all gradients, no ``.grad``; freed memory is kept; images are scaled once.
 """
 
 import sys
@@ -33,18 +33,19 @@ def main() -> None:
     for _ in range(threads):
         models.put(pools_first(network(job.theta)))
     theta = [p.detach() for p in network(job.theta).parameters()]
-    W, pictures = torch.from_numpy(job.rows), scaled(job.pixels)
+    W, images = torch.from_numpy(job.rows), scaled(job.pixels)
 
     def train(round: int, k: int, client: int) -> Change:
-        labels, log_q, ids = job.labels[client], torch.zeros(1), slice(None)
+        labels, log_q = job.labels[client], torch.zeros(1)
+        ids: Tensor | slice = slice(None)
         if job.samples is not None and job.log_q is not None:
             labels = np.searchsorted(job.samples[round, k], labels)
             ids, log_q = map(torch.from_numpy, (job.samples[round, k], job.log_q[round, k]))
         order = torch.from_numpy(job.orders[round, k])
-        x, target, start = pictures[client][order], torch.from_numpy(labels)[order], W[ids]
+        x, target, start = images[client][order], torch.from_numpy(labels)[order], W[ids]
         rows = start.clone().requires_grad_()
         model = models.get()
-        parameters = list(model.parameters())
+        parameters: list[Tensor] = list(model.parameters())
         with torch.no_grad():
             torch._foreach_copy_(parameters, theta)
         for i in range(0, len(x), BATCH):

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def network(theta: np.ndarray | None = None) -> nn.Sequential:
-    """The network, with these weights if there are any."""
+def network(theta: np.ndarray | None = None, side: int = 28) -> nn.Sequential:
+    """The network, with these weights if there are any; for images of so many pixels a side."""
     layers: list[nn.Module] = []
     for block in range(BLOCKS):
         layers += [
@@ -17,7 +17,7 @@ def network(theta: np.ndarray | None = None) -> nn.Sequential:
             nn.ReLU(),
             nn.MaxPool2d(2),
         ]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(WIDTH, DIM))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(WIDTH * (side // 16) ** 2, DIM))
     if theta is not None:
         nn.utils.vector_to_parameters(torch.from_numpy(theta.copy()), model.parameters())
     return model

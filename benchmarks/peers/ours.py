@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from job import CLIENTS, DIM, PICTURES, Job, finish, read_job, turns
+from job import CLIENTS, DIM, IMAGES, Job, finish, read_job, turns
 from network import network
 
 import fedss
@@ -15,14 +15,14 @@ from fedss.runs.checkpoint import load_checkpoint
 
 
 def dataset(job: Job) -> fedss.Dataset:
-    """The job's pictures. A test set is not part of it: here it is as small as one can be."""
+    """The job's images. A test set is not part of it: here it is as small as one can be."""
     images = fedss.Images(
         job.pixels.reshape(-1, 1, 28, 28),
         job.labels.reshape(-1),
-        np.repeat(np.arange(CLIENTS), PICTURES),
+        np.repeat(np.arange(CLIENTS), IMAGES),
         [str(i) for i in range(len(job.rows))],
         [str(k) for k in range(CLIENTS)],
-        [str(i) for i in range(CLIENTS * PICTURES)],
+        [str(i) for i in range(CLIENTS * IMAGES)],
     )
     # A test of one class would be refused.
     few = fedss.Images(
@@ -47,6 +47,7 @@ def main() -> None:
         )
         rows = create_class_rows(len(job.rows), DIM, (), config.seed)
         state = load_checkpoint(Path(folder) / "checkpoint", rows)
+        assert state is not None
         W = read(state.class_rows, torch.arange(len(job.rows)))[0]
         finish(job, state.backbone_P.numpy(), W.numpy())
 

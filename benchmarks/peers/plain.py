@@ -28,7 +28,7 @@ for round, cohort in enumerate(job.cohorts.tolist()):
         for batch in job.orders[round, k].reshape(-1, BATCH):
             optimizer.zero_grad()
             h = model(scaled(job.pixels[client, batch]))
-            loss(h, rows, torch.from_numpy(labels[batch]), log_q, SCALE).backward()
+            loss(h, rows, torch.from_numpy(labels[batch]), log_q, SCALE).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         for name, value in model.state_dict().items():
             mean[name] += value / len(cohort)

@@ -64,7 +64,7 @@ _AXES = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 def main() -> None:
     job = read_job(Path(sys.argv[1]))
-    pictures = job.pixels.transpose(0, 1, 3, 4, 2)
+    images = job.pixels.transpose(0, 1, 3, 4, 2)
     algorithm = fed_avg.federated_averaging(
         jax.grad(loss),
         fedjax.optimizers.sgd(LR),
@@ -79,7 +79,7 @@ def main() -> None:
         turn()
         clients = []
         for client, order in zip(cohort, orders, strict=True):
-            examples = {"x": pictures[client, order], "y": job.labels[client, order]}
+            examples = {"x": images[client, order], "y": job.labels[client, order]}
             clients.append((int(client), fedjax.ClientDataset(examples), jax.random.PRNGKey(0)))
         state, _ = algorithm.apply(state, clients)
         jax.block_until_ready(state.params)

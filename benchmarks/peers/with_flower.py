@@ -30,7 +30,7 @@ server = ServerApp()
 
 
 class InTurn(FedAvg):
-    """FedAvg that waits for its turn, and tells each node whose pictures to train on."""
+    """FedAvg that waits for its turn, and tells each node whose images to train on."""
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

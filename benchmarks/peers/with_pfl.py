@@ -32,16 +32,16 @@ class Model(nn.Module):
         super().__init__()
         self.network, self.rows = network(theta), nn.Parameter(torch.from_numpy(rows))
 
-    def loss(self, pictures: Tensor, labels: Tensor, eval: bool = False) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, eval: bool = False) -> Tensor:
         self.eval() if eval else self.train()
-        pictures = channels_last(pictures) if TUNED else pictures
-        return loss(self.network(pictures), self.rows, labels, torch.zeros(1), SCALE)
+        images = channels_last(images) if TUNED else images
+        return loss(self.network(images), self.rows, labels, torch.zeros(1), SCALE)
 
-    def metrics(self, pictures: Tensor, labels: Tensor, eval: bool = False) -> dict[str, Any]:
+    def metrics(self, images: Tensor, labels: Tensor, eval: bool = False) -> dict[str, Any]:
         return {}
 
 
-class Turns(TrainingProcessCallback):
+class Turns(TrainingProcessCallback):  # type: ignore[misc]
     """The first rank speaks and listens for all; the others wait until it goes on."""
 
     def __init__(self) -> None:
@@ -66,12 +66,12 @@ def main() -> None:
     if TUNED:
         keep_freed_memory()
     job = read_job(Path(sys.argv[1]))
-    pictures, labels = scaled(job.pixels), torch.from_numpy(job.labels)
+    images, labels = scaled(job.pixels), torch.from_numpy(job.labels)
     clients, orders = job.cohorts.ravel(), job.orders.reshape(-1, job.orders.shape[2])
 
     def dataset(slot: int) -> Dataset:
         client, order = clients[slot], orders[slot]
-        return Dataset([pictures[client, order], labels[client, order]], user_id=str(slot))
+        return Dataset([images[client, order], labels[client, order]], user_id=str(slot))
 
     slots = iter(range(len(clients)))
     model = Model(job.theta, job.rows)

@@ -39,6 +39,7 @@ MODULES = (
     "fedss.sampling.samplers",
     "fedss.wire.messages",
     "fedss.wire.codec",
+    "fedss.data.assembly",
     "fedss.evaluation.retrieval",
     "fedss.evaluation.verification",
     "fedss.search",

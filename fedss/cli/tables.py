@@ -164,7 +164,7 @@ def print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Pat
         seen: how many of the test classes were seen in training.
         folder: of the run or the comparison.
     """
-    from fedss.runs.headlines import finding
+    from fedss.runs.headlines import headline
     from fedss.runs.reading import Group, group_runs, read_runs
 
     groups: Sequence[Group] = ()
@@ -180,7 +180,7 @@ def print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Pat
     intervals = {group.label: group.interval for group in groups}
     _print_retrieved(title, by_method, intervals)
     if groups:
-        sentence = finding(groups)
+        sentence = headline(groups)
         if sys.stdout.isatty():
             sentence = fill(sentence, shutil.get_terminal_size().columns)
         say(*sentence.splitlines(), "")

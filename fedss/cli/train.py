@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace) -> None:
 )
 def info(options: argparse.Namespace) -> None:
     """Show what is in a data set, and what each method would send."""
-    from fedss.data import DEFAULT_PARTITIONS, holdings, parse_partition
+    from fedss.data import DATASETS, holdings, parse_partition
     from fedss.training.build import (
         build_model,
         check_trainable,
@@ -99,7 +99,7 @@ def info(options: argparse.Namespace) -> None:
     check_trainable(data)
     held = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
-    dealt = dealt or DEFAULT_PARTITIONS.get(config.data)
+    dealt = dealt or DATASETS[config.data].partition
     embedder = build_model(config, data, None)
     facts = {
         **describe(config, data),

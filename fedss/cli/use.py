@@ -5,7 +5,6 @@ import dataclasses
 import json
 import sys
 import webbrowser
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from fedss.text import DASH, counted, decimals
 
 if TYPE_CHECKING:
     from fedss.data import Dataset
+    from fedss.evaluation.verification import Verification
     from fedss.models import Embedder
     from fedss.search import Match
 
@@ -51,13 +51,13 @@ if TYPE_CHECKING:
 )
 def evaluate(options: argparse.Namespace) -> None:
     """Measure retrieval, verification and identification with a trained model."""
-    from fedss.evaluation.baselines import Floors, data_floors
+    from fedss.evaluation.baselines import data_floors
     from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
     from fedss.evaluation.intervals import interval
     from fedss.evaluation.verification import FARS
     from fedss.inference.model import load
     from fedss.models import embed_pixels
-    from fedss.runs.reading import read_scores
+    from fedss.runs.findings import read_scores
     from fedss.training.build import evaluation_task
 
     fars, run = options.far or FARS, Path(options.folder)
@@ -78,19 +78,20 @@ def evaluate(options: argparse.Namespace) -> None:
     ends = interval([found.by_class])
     floors = data_floors(task)
     if own and (run / "floors.json").exists():
-        floors |= Floors(*read_scores(run / "floors.json"))
+        floors |= read_scores(run / "floors.json")
     if options.json:
-        told = {
+        told: dict[str, Any] = {
             "map_at_10_interval": ends and [ends.low, ends.high],
             "floors": floors.map_at_10,
         }
-        print(json.dumps({**found.metrics, **told, "verification": measured}, indent=2))
+        told["verification"] = dataclasses.asdict(measured)
+        print(json.dumps({**found.metrics, **told}, indent=2))
     else:
         if not own:
             say(f"images of {data.name}, other than the run's own")
-        print_evaluation(found.metrics, ends, floors.map_at_10, measured)
+        print_evaluation(found.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
     # Of other images it would not be the run's.
-    _keep_measured(run / "verification.json", measured, writes=own and not options.far)
+    _keep_measured(run, measured, writes=own and not options.far)
 
 
 def _data_to_evaluate(
@@ -101,7 +102,7 @@ def _data_to_evaluate(
     Raises:
         ConfigError: the run's own images are not at hand, and no others are named.
     """
-    from fedss.data import fingerprint
+    from fedss.data import data_fingerprint
     from fedss.files import read_json
     from fedss.training.build import load_data
     from fedss.training.summary import why_not_own
@@ -116,28 +117,27 @@ def _data_to_evaluate(
         raise ConfigError(other)
     data = load_data(config)
     say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
-    own = known.get("fingerprint") == fingerprint(data)
+    own = known.get("fingerprint") == data_fingerprint(data)
     if not own and not given(options):
         raise ConfigError(other)
     return config, data, own
 
 
-def _keep_measured(path: Path, measured: Mapping[str, Any], writes: bool) -> None:
+def _keep_measured(run: Path, measured: "Verification", writes: bool) -> None:
     """Write ``verification.json`` where there is none that can be read."""
-    from fedss.files import write_json
-    from fedss.runs.reading import read_verified
+    from fedss.runs.findings import VERIFICATION, read_verification, write_verification
 
     try:
-        if read_verified(path) is not None:
+        if read_verification(run) is not None:
             return
     except RunFolderError as error:
         if not writes:
             say(error, file=sys.stderr)
     if writes:
         try:
-            write_json(path, measured)
+            write_verification(run, measured)
         except OSError as error:
-            say(f"{path} cannot be written: {error}", file=sys.stderr)
+            say(f"{run / VERIFICATION} cannot be written: {error}", file=sys.stderr)
 
 
 @command(

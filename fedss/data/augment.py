@@ -1,12 +1,12 @@
-"""Changes of training pictures at the client: parameters are drawn first, then applied.
+"""Changes of training images at the client: parameters are drawn first, then applied.
 
 All of a client's parameters of a round come from one generator of its own, and applying them draws
 nothing. So what a client sees in a round depends on seed, round and client alone: not on threads,
 engine, or who trains beside it. torchvision's own random transforms draw from torch's global
 generator, which threads share; its kernels draw nothing.
 
-Shape suffixes: B pictures, C channels, H height, W width, Q their pixels, A parameters of a
-picture.
+Shape suffixes: B images, C channels, H height, W width, Q their pixels, A parameters of a
+image.
 """
 
 import io
@@ -27,13 +27,13 @@ _PREVIEWED, _VERSIONS = 8, 5
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One way to change pictures.
+    """One way to change images.
 
     Attributes:
         name: of this way.
-        ranges: of each parameter of a picture: lowest and highest; drawn uniformly between them.
-        apply: pictures uint8 [B, C, H, W] on the CPU, H = W, and parameters float64 [B, A] to
-            changed pictures uint8 of the same shape. Picture and parameters decide each result.
+        ranges: of each parameter of an image: lowest and highest; drawn uniformly between them.
+        apply: images uint8 [B, C, H, W] on the CPU, H = W, and parameters float64 [B, A] to
+            changed images uint8 of the same shape. Image and parameters decide each result.
     """
 
     name: str
@@ -42,24 +42,24 @@ class Augmentation:
 
 
 def draw_parameters(augmentation: Augmentation, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Parameters for so many pictures, float64 [count, A]."""
+    """Parameters for so many images, float64 [count, A]."""
     low_A, high_A = np.array(augmentation.ranges).T
     return rng.uniform(low_A, high_A, (count, len(augmentation.ranges)))
 
 
 def change(augmentation: Augmentation, pixels: Tensor, drawn: np.ndarray) -> Tensor:
-    """Changed pictures uint8 [..., C, H, W], by their parameters [..., A]."""
+    """Changed images uint8 [..., C, H, W], by their parameters [..., A]."""
     flat_BCHW = pixels.reshape(-1, *pixels.shape[-3:])
     changed_BCHW = augmentation.apply(flat_BCHW, drawn.reshape(-1, drawn.shape[-1]))
     return changed_BCHW.view(pixels.shape)
 
 
 def preview(augmentation: Augmentation, pixels_NCHW: np.ndarray, seed: int) -> bytes:
-    """Training pictures, each with what clients may make of it, for the report.
+    """Training images, each with what clients may make of it, for the report.
 
     Returns:
-        A file of numpy's (npz) with ``pixels``: uint8 [8, 1 + 5, C, H, W], the picture itself
-        first; fewer where there are fewer pictures.
+        A file of numpy's (npz) with ``pixels``: uint8 [8, 1 + 5, C, H, W], the image itself
+        first; fewer where there are fewer images.
     """
     rng = generator(seed, "augment preview")
     chosen = np.sort(rng.permutation(len(pixels_NCHW))[:_PREVIEWED])
@@ -73,7 +73,7 @@ def preview(augmentation: Augmentation, pixels_NCHW: np.ndarray, seed: int) -> b
 
 
 def _photos(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
-    """A part of the picture, resized to the whole; perhaps mirrored; other light and colour.
+    """A part of the image, resized to the whole; perhaps mirrored; other light and colour.
 
     What torchvision's kernels of these names compute, bit for bit, without its compiled library,
     which has to be of the same build as torch.
@@ -113,9 +113,9 @@ def _blend(pixels_CHW: Tensor, other: Tensor, share: float) -> Tensor:
 
 
 def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
-    """Turned, moved, scaled and sheared, on the picture's own background.
+    """Turned, moved, scaled and sheared, on the image's own background.
 
-    What ``affine`` of torchvision does picture by picture, in one call: on small drawings the
+    What ``affine`` of torchvision does image by image, in one call: on small drawings the
     calls would cost a third of the training.
     """
     side = pixels_BCHW.shape[-1]
@@ -126,7 +126,7 @@ def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
     along_y_B22 = _matrices(one_B, zero_B, -np.tan(np.radians(shear_y_B)), one_B)
     along_x_B22 = _matrices(one_B, -np.tan(np.radians(shear_x_B)), zero_B, one_B)
     scale_B11 = np.exp(log_scale_B)[:, None, None]
-    # From each new pixel back to where it comes from; the picture reaches from -1 to 1.
+    # From each new pixel back to where it comes from; the image reaches from -1 to 1.
     back_B22 = np.linalg.inv(scale_B11 * turn_B22 @ along_y_B22 @ along_x_B22)
     from_B21 = -back_B22 @ np.stack([2 * x_B, 2 * y_B], axis=1)[..., None]
     to_xy = np.meshgrid(*[(np.arange(side) + 0.5) / side * 2 - 1] * 2)
@@ -162,7 +162,7 @@ AUGMENTATIONS = {
     "photos": Augmentation(
         "photos",
         (
-            (0.5, 1.0),  # area of the part, as a share of the picture's
+            (0.5, 1.0),  # area of the part, as a share of the image's
             (math.log(3 / 4), math.log(4 / 3)),  # its width to its height
             (0.0, 1.0),  # where it lies from left to right
             (0.0, 1.0),  # and from top to bottom

@@ -1,4 +1,4 @@
-"""Pictures in folders: root/client/class/picture."""
+"""Images in folders: root/client/class/picture."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.names import composed
 from fedss.errors import DataError
 
@@ -19,35 +19,29 @@ _UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 _HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
 # Made by Synology, QNAP, NetApp, macOS, Windows, Android, ext4: thumbnails, deleted files,
 # snapshots.
+# fmt: off
 _SYSTEM_FOLDERS = (
-    *("@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
-    *(
-        "~snapshot",
-        "@__thumb",
-        "__macosx",
-        "network trash folder",
-        "temporary items",
-        "$recycle.bin",
-        "recycler",
-    ),
-    *("system volume information", "lost.dir", "lost+found"),
+    "@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
+    "~snapshot", "@__thumb", "__macosx", "network trash folder", "temporary items", "$recycle.bin",
+    "recycler", "system volume information", "lost.dir", "lost+found",
 )
+# fmt: on
 _FOUND = re.compile(r"found\.\d{3}")  # by Windows, when it mends a disk
 
 
 @cache
 def extensions() -> frozenset[str]:
-    """Endings of the files that count as pictures in a folder: of all that can be decoded here."""
+    """Endings of the files that count as images in a folder: of all that can be decoded here."""
     known = Image.registered_extensions()
     decoded = {*Image.OPEN, "MPO"} - {*_UNDECODED}  # MPO comes as JPEG
     return frozenset(_HEIF) | {ending for ending, kind in known.items() if kind in decoded}
 
 
 def passed_over(name: str, is_folder: bool) -> str | None:
-    """What a file or folder within a folder of pictures is, where it is none of the pictures.
+    """What a file or folder within a folder of images is, where it is none of the images.
 
     The one rule for what is passed over, in training and in search: hidden files and folders,
-    folders that systems make for themselves, and files without the ending of a picture. It is
+    folders that systems make for themselves, and files without the ending of an image. It is
     counted by what this returns, and shown.
     """
     if name.startswith("."):
@@ -63,19 +57,19 @@ def passed_over(name: str, is_folder: bool) -> str | None:
 
 
 def read_folder(root: Path) -> Listing:
-    """The pictures in folders ``root/client/class/picture``; opens none.
+    """The images in folders ``root/client/class/picture``; opens none.
 
-    What is none of the pictures is passed over and counted (``passed_over``), and so are folders
+    What is none of the images is passed over and counted (``passed_over``), and so are folders
     within those of classes. Links are followed as long as they stay below ``root``.
 
     Raises:
-        DataError: No pictures, a client without pictures, a picture at another depth, a link that
+        DataError: No images, a client without images, an image at another depth, a link that
             leads out of ``root``, a name of nothing but spaces, or a folder that cannot be read.
     """
     layout = f"expected pictures as {root}/client/class/picture, such as 1.jpg or 1.png"
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
-    rows: list[Row] = []
+    rows: list[ListedImage] = []
     over: Counter[str] = Counter()
     for parts in _pictures(str(root), os.path.realpath(root), (), over):
         if len(parts) != 3:
@@ -86,22 +80,18 @@ def read_folder(root: Path) -> Listing:
                 f"{root.joinpath(*parts)}: a client or class whose name is nothing but spaces; "
                 "give the folder a name"
             )
-        # Of millions of pictures, each name of a class is kept once.
-        rows.append(Row(client, sys.intern(label), "/".join(parts), None, 0))
+        # Of millions of images, each name of a class is kept once.
+        rows.append(ListedImage(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no pictures found{besides(over)}; {layout}")
     clients = {row.client for row in rows}
     for folder in sorted(root.iterdir()):
-        if (
-            not folder.is_dir()
-            or passed_over(folder.name, True)
-            or composed(folder.name) in clients
-        ):
-            continue
-        raise DataError(
-            f"{folder}: a client without pictures{besides(over)}; {layout}. Add pictures or remove "
-            "the folder"
-        )
+        counts = folder.is_dir() and not passed_over(folder.name, True)
+        if counts and composed(folder.name) not in clients:
+            raise DataError(
+                f"{folder}: a client without pictures{besides(over)}; {layout}. Add pictures or "
+                "remove the folder"
+            )
     return Listing(root, os.path.abspath(root), rows, passed_over=over)
 
 
@@ -114,10 +104,10 @@ def besides(over: Mapping[str, int]) -> str:
 def _pictures(
     folder: str, root: str, above: tuple[str, ...], over: Counter[str]
 ) -> Iterator[tuple[str, ...]]:
-    """Paths of pictures below a folder, in parts, down to the fourth level; counts others.
+    """Paths of images below a folder, in parts, down to the fourth level; counts others.
 
     Links within ``root``, a real path, are followed; with so few levels they cannot run in
-    circles. What is called a picture and is no file comes too: it will be missed.
+    circles. What is called an image and is no file comes too: it will be missed.
     """
     try:
         entries = list(os.scandir(folder))

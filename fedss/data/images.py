@@ -1,16 +1,20 @@
-"""The one type of picture data that everything else reads.
+"""The one type of image data that everything else reads.
 
-Shape suffixes: N pictures, C channels, H height, W width.
+Shape suffixes: N images, C channels, H height, W width.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import overload
 
 import numpy as np
 
 from fedss.errors import DataError
+
+_SAMPLE, _BLOCK = 256, 10_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class LazyNames(Sequence[str]):
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled pictures, each held by one client.
+    """Labelled images, each held by one client.
 
     Attributes:
         pixels: uint8 [N, C, H, W], C = 1 or 3, H = W; in memory or a read-only memory map.
@@ -50,7 +54,7 @@ class Images:
         class_names: one name per class, no two the same. Classes of different ``Images`` are the
             same where their names are.
         client_names: one name per client.
-        names: one name per picture: its file name relative to the data set's root. Any sequence
+        names: one name per image: its file name relative to the data set's root. Any sequence
             will do for all three; ``LazyNames`` is one for names by the million.
 
     Raises:
@@ -119,12 +123,12 @@ def repeated(names: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Pictures to search with, and pictures to search in.
+    """Images to search with, and images to search in.
 
     ``gallery=None``: each query is searched among all the other queries.
 
     Raises:
-        DataError: No queries, a query for which no picture could be right, or pictures of
+        DataError: No queries, a query for which no image could be right, or images of
             different shapes.
     """
 
@@ -145,11 +149,11 @@ class RetrievalTask:
 def unanswerable(
     query: Sequence[str], gallery: Sequence[str] | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Queries for which no picture could be right: their position and the reason.
+    """Queries for which no image could be right: their position and the reason.
 
     Args:
-        query: the class name of each query picture.
-        gallery: the class name of each gallery picture; None: the other queries are the gallery.
+        query: the class name of each query image.
+        gallery: the class name of each gallery image; None: the other queries are the gallery.
     """
     count, findable = Counter(query), set(gallery or ())
     for position, name in enumerate(query):
@@ -169,20 +173,20 @@ def unanswerable(
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training pictures by client, and retrieval tasks on classes that training never sees.
+    """Training images by client, and retrieval tasks on classes that training never sees.
 
     ``test`` is reported; None: there is nothing to test with, as at a site of a federation that
-    holds none of the test's pictures. ``validation``, where a data set has one, is for choosing
-    settings. ``train`` may be without pictures where there are some to test with: then there is
-    nothing to train on, but a trained model can be judged. ``skipped`` names the pictures left out
+    holds none of the test's images. ``validation``, where a data set has one, is for choosing
+    settings. ``train`` may be without images where there are some to test with: then there is
+    nothing to train on, but a trained model can be judged. ``skipped`` names the images left out
     because they could not be read (``skip_broken``), ``unpaired`` those that are for testing and
-    left out because no other picture here could be right (see ``fedss.data.manifest.arrange``).
+    left out because no other image here could be right (see ``fedss.data.splits.arrange``).
     ``remarks`` are sentences about what is not as it was published, not read, or easily taken for
     something else. ``passed_over`` counts files and folders of a folder that are none of its
-    pictures, by kind.
+    images, by kind.
 
     Raises:
-        DataError: No pictures, or parts with pictures of different shapes.
+        DataError: No images, or parts with images of different shapes.
     """
 
     name: str
@@ -204,7 +208,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class ClientIndex:
-    """Which pictures each client holds: ``order_N[start_K[k] : start_K[k + 1]]`` are client k's."""
+    """Which images each client holds: ``order_N[start_K[k] : start_K[k + 1]]`` are client k's."""
 
     images: Images
     order_N: np.ndarray
@@ -212,17 +216,17 @@ class ClientIndex:
 
     @property
     def num_clients(self) -> int:
-        """Number of clients; each holds at least one picture."""
+        """Number of clients; each holds at least one image."""
         return len(self.start_K) - 1
 
     def examples(self, client: int) -> np.ndarray:
-        """Numbers (int64) of a client's pictures. O(their count)."""
+        """Numbers (int64) of a client's images. O(their count)."""
         return self.order_N[self.start_K[client] : self.start_K[client + 1]]
 
 
 def holdings(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who holds what: client, class and number of pictures, each int64 [P], one for each pair of
-    client and class that has a picture, sorted by client and class. O(N log N), whatever K and n.
+    """Who holds what: client, class and number of images, each int64 [P], one for each pair of
+    client and class that has an image, sorted by client and class. O(N log N), whatever K and n.
     """
     n = len(images.class_names)
     # Not np.unique: on integers it hashes, which takes many times as long and as much memory.
@@ -231,8 +235,8 @@ def holdings(images: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return pairs[first_P] // n, pairs[first_P] % n, np.diff(first_P, append=len(pairs))
 
 
-def own_classes(images: Images) -> np.ndarray:
-    """Number of classes of which each client holds a picture, int64 [K]."""
+def count_own_classes(images: Images) -> np.ndarray:
+    """Number of classes of which each client holds an image, int64 [K]."""
     clients_P, _, _ = holdings(images)
     return np.bincount(clients_P, minlength=len(images.client_names))
 
@@ -249,10 +253,10 @@ def seen_classes(data: Dataset) -> int:
 
 
 def index_clients(images: Images) -> ClientIndex:
-    """Index pictures by client.
+    """Index images by client.
 
     Raises:
-        DataError: a client without pictures.
+        DataError: a client without images.
     """
     count_K = np.bincount(images.clients, minlength=len(images.client_names))
     if not count_K.all():
@@ -265,12 +269,40 @@ def index_clients(images: Images) -> ClientIndex:
     return ClientIndex(images, order_N, np.concatenate([[0], np.cumsum(count_K)]))
 
 
+def data_fingerprint(data: Dataset) -> str:
+    """SHA-256, in hex, of training, test (queries and gallery) and validation images.
+
+    Covers, of each of these parts: whether it is there, all labels, all clients, the names of all
+    classes, clients and images in order, the pixels' shape, and the pixels of up to 256 images
+    spread evenly. Does not cover: the pixels of other images (names stand for them), the data
+    set's own name, the names of skipped and unpaired images, and where anything is stored.
+    """
+    digest = hashlib.sha256()
+    tasks = [(t.query, t.gallery) if t else (None, None) for t in (data.test, data.validation)]
+    for images in (data.train, *tasks[0], *tasks[1]):
+        if images is None:
+            digest.update(b"none\n")
+            continue
+        digest.update(f"{images.pixels.shape}\n".encode())
+        for numbers in (images.labels, images.clients):
+            digest.update(np.ascontiguousarray(numbers, "<i8").data)
+        for names in (images.class_names, images.client_names, images.names):
+            digest.update(f"{len(names)}\n".encode())
+            lines = (f"{len(name)}:{name}\n" for name in names)
+            while block := "".join(islice(lines, _BLOCK)):
+                digest.update(block.encode("utf-8", "surrogateescape"))
+        if len(images):
+            sample = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(np.int64))
+            digest.update(np.ascontiguousarray(images.pixels[sample]).tobytes())
+    return digest.hexdigest()
+
+
 def _labels(images: Images) -> list[str]:
     return [images.class_names[label] for label in images.labels.tolist()]
 
 
 def _present_classes(images: Images) -> Iterator[str]:
-    """The names of the classes that a picture has, each once."""
+    """The names of the classes that an image has, each once."""
     present = np.flatnonzero(np.bincount(images.labels)).tolist()
     return (images.class_names[label] for label in present)
 

@@ -1,4 +1,4 @@
-"""What may be meant by the name of a picture file that is not there."""
+"""What may be meant by the name of an image file that is not there."""
 
 import os
 import re

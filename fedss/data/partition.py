@@ -1,6 +1,6 @@
-"""Other federations of the same pictures: other clients, smaller ones, more classes.
+"""Other federations of the same images: other clients, smaller ones, more classes.
 
-Shape suffixes: N pictures, n classes that have a picture, P pairs of a client and a class, O
+Shape suffixes: N images, n classes that have an image, P pairs of a client and a class, O
 classes that are not used up.
 """
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedss.data.images import Images, LazyNames, index_clients, own_classes
+from fedss.data.images import Images, LazyNames, count_own_classes, index_clients
 from fedss.errors import ConfigError, DataError
 from fedss.seeds import generator
 
@@ -21,7 +21,7 @@ _FORMS = "classes:K, dirichlet:ALPHA or class"
 
 @dataclass(frozen=True)
 class Partition:
-    """Who holds which picture, where no one is given, or instead of those who are.
+    """Who holds which image, where no one is given, or instead of those who are.
 
     Attributes:
         kind: ``classes``: each client holds at most ``amount`` classes. ``dirichlet``: its classes
@@ -85,32 +85,32 @@ def parse_partition(text: str | None, clients: int | None) -> Partition | None:
 
 
 def deal_pictures(images: Images, partition: Partition, seed: int) -> Images:
-    """The same pictures, in the same order, at other clients: each at one, none without any.
+    """The same images, in the same order, at other clients: each at one, none without any.
 
     - ``classes:K``: the classes are dealt like cards to clients of K classes each, deck after
       shuffled deck, so that all classes are held by as many clients, or one more or less, and no
-      client gets a class twice; the pictures of a class are dealt evenly to those who hold it.
+      client gets a class twice; the images of a class are dealt evenly to those who hold it.
       (Those that get none of it, as it has too few, hold less than K.) Where no number of clients
       is given, there is one deck and each class is at one client. McMahan et al. 2017
       (arXiv 1602.05629, section 3) deal shards of two digits each in this spirit.
     - ``dirichlet:ALPHA``: Hsu, Qi, Brown 2019 (arXiv 1909.06335, section 3). With p the shares of
-      the classes in all pictures, client k draws ``q_k ~ Dirichlet(ALPHA p)``, so
+      the classes in all images, client k draws ``q_k ~ Dirichlet(ALPHA p)``, so
       ``E q_kc = p_c`` and ``Var q_kc = p_c (1 - p_c) / (ALPHA + 1)``, then the classes of its
-      pictures from q_k, clients in turn, all of as many pictures or one more or less. A class whose
-      pictures are used up drops out of q_k. (Many programs take ALPHA for each class instead of
+      images from q_k, clients in turn, all of as many images or one more or less. A class whose
+      images are used up drops out of q_k. (Many programs take ALPHA for each class instead of
       ALPHA p_c: theirs is ours divided by the number of classes.)
     - ``class``: a client for each class, with its name.
 
-    How many pictures of which class a client gets depends on the seed and on how many pictures
+    How many images of which class a client gets depends on the seed and on how many images
     each class has, and on nothing else. O(N log N), and for ``dirichlet`` O(K n) more.
 
     Args:
-        images: Pictures and labels; clients are not looked at.
+        images: Images and labels; clients are not looked at.
         partition: Of what kind.
         seed: Of all draws.
 
     Raises:
-        DataError: A partition that these pictures do not have.
+        DataError: A partition that these images do not have.
     """
     present_n, label_N = np.unique(images.labels, return_inverse=True)
     if partition.kind == "class":
@@ -122,7 +122,7 @@ def deal_pictures(images: Images, partition: Partition, seed: int) -> Images:
         client_N, class_N = _hands(count_n, int(partition.amount), number, partition, seed)
     else:
         client_N, class_N = _draws(count_n, partition.amount, number, seed)
-    # Both sides sorted by class; which of a class's pictures goes where is drawn.
+    # Both sides sorted by class; which of a class's images goes where is drawn.
     shuffled_N = generator(seed, "partition").permutation(len(images))
     of_class_N = shuffled_N[np.argsort(label_N[shuffled_N], kind="stable")]
     clients_N = np.empty(len(images), np.int64)
@@ -139,7 +139,7 @@ def deal_pictures(images: Images, partition: Partition, seed: int) -> Images:
 def _hands(
     count_n: np.ndarray, most: int, number: int, partition: Partition, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Client and class of each picture, [N] both, for ``classes:K``."""
+    """Client and class of each image, [N] both, for ``classes:K``."""
     n = len(count_n)
     if most > n or most * number < n:
         raise DataError(
@@ -183,7 +183,7 @@ def _hands(
 def _draws(
     count_n: np.ndarray, alpha: float, number: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Client and class of each picture, [N] both, for ``dirichlet:ALPHA``."""
+    """Client and class of each image, [N] both, for ``dirichlet:ALPHA``."""
     n, total = len(count_n), int(count_n.sum())
     if number > total:
         raise DataError(
@@ -220,11 +220,11 @@ def split_clients(images: Images, max_classes: int, seed: int) -> Images:
     stays whole. Clients that are small enough stay as they are.
 
     Args:
-        images: pictures, labels, clients.
+        images: images, labels, clients.
         max_classes: at least 1.
         seed: of the deal.
     """
-    index, parts_K = index_clients(images), -(-own_classes(images) // max_classes)
+    index, parts_K = index_clients(images), -(-count_own_classes(images) // max_classes)
     first_K = np.cumsum(parts_K) - parts_K
     clients_N = first_K[images.clients]
     for client in np.flatnonzero(parts_K > 1).tolist():
@@ -247,7 +247,7 @@ def rotate_classes(images: Images) -> Images:
     """Four times the classes: each turned by 0, 90, 180 and 270 degrees is a class of its own.
 
     As is common with Omniglot (Santoro et al. 2016, arXiv 1605.06065, section 4.1). The turned
-    pictures of a client are at a client of their own, so that there are four times as many clients,
+    images of a client are at a client of their own, so that there are four times as many clients,
     each with as many classes as before.
     """
     pixels = np.concatenate([np.rot90(images.pixels, turns, axes=(2, 3)) for turns in range(4)])

@@ -1,17 +1,15 @@
 """Floors: what a test gives for nothing, against which a trained model is judged.
 
-``chance`` is a random ranking, ``pixels`` the pictures themselves, ``untrained`` the network before
+``chance`` is a random ranking, ``pixels`` the images themselves, ``untrained`` the network before
 its first round. Where it begins with trained weights, ``frozen`` is what its backbone gives as it
 comes, without the projection, which is random, and ``frozen_whitened`` the same after PCA.
 
-Shape suffixes: N pictures, C classes (of scores) or channels (of pixels), D numbers per picture.
+Shape suffixes: N images, C classes (of scores) or channels (of pixels), D numbers per image.
 """
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,18 +18,17 @@ from torch.nn import functional as F
 
 from fedss.data import Images, RetrievalTask
 from fedss.errors import ConfigError
-from fedss.evaluation.evaluate import Embed, count_classes, embed_task, score_classes
+from fedss.evaluation.evaluate import EmbedPixels, count_classes, embed_task, score_classes
 from fedss.evaluation.intervals import ClassScores
-from fedss.files import write_file
 from fedss.models import Embedder, embed_pixels
 
 SIDE = 12
-"""Pictures are averaged down to so many pixels a side: of 6, 8, 10, 12, 14 and 16, with and without
+"""Images are averaged down to so many pixels a side: of 6, 8, 10, 12, 14 and 16, with and without
 their mean, what stays within 7 % of the best on each of glyphs, Omniglot, photographs and Chinese
 characters."""
 
-_BATCH = 4096  # pictures reduced at a time
-_FITTED = 10_000  # training pictures that whitening is fitted on
+_BATCH = 4096  # images reduced at a time
+_FITTED = 10_000  # training images that whitening is fitted on
 _DEPTH = 10
 
 
@@ -69,7 +66,7 @@ def backbone_floors(
         device: where to compute.
 
     Raises:
-        ConfigError: features that are not finite, or the same for all pictures of the test.
+        ConfigError: features that are not finite, or the same for all images of the test.
     """
     if not embedder.spec.pretrained:
         return Floors()
@@ -125,13 +122,13 @@ def chance(task: RetrievalTask) -> ClassScores:
     names, queries_C = tuple(queries), np.array([*queries.values()])
     if gallery is None:
         return ClassScores(names, queries_C, expected_precision(queries_C - 1, len(query) - 1))
-    there = count_classes(gallery)
-    relevant_C = np.array([there[name] for name in names])
+    held = count_classes(gallery)
+    relevant_C = np.array([held[name] for name in names])
     return ClassScores(names, queries_C, expected_precision(relevant_C, len(gallery)))
 
 
 def pixel_vectors(pixels_NCHW: np.ndarray) -> Tensor:
-    """Pictures averaged down to 12 x 12 (smaller ones stay as they are), less their own mean.
+    """Images averaged down to 12 x 12 (smaller ones stay as they are), less their own mean.
 
     Args:
         pixels_NCHW: uint8; a memory map is read in blocks.
@@ -173,22 +170,7 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     return lambda rows_MD: ((rows_MD.double() - mean_D) @ whitening_DK).float()
 
 
-def write_scores(
-    path: Path, map_at_10: Mapping[str, float], by_class: Mapping[str, ClassScores]
-) -> None:
-    """MAP@10 by name, and that of each class of one test, for :func:`read_scores`."""
-    first = next(iter(by_class.values()), None)
-    content = {
-        "map_at_10": dict(map_at_10),
-        "class_names": [] if first is None else list(first.names),
-        "queries": [] if first is None else first.queries_C.tolist(),
-        "by_class": {name: scores.map_at_10_C.tolist() for name, scores in by_class.items()},
-    }
-    # In one line: a number of each class in a line of its own would help nobody.
-    write_file(path, (json.dumps(content) + "\n").encode())
-
-
-def _scores(embed: Embed, task: RetrievalTask) -> ClassScores:
+def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
     return score_classes(task, *embed_task(embed, task))[1]
 
 

@@ -1,4 +1,4 @@
-"""Which classes are taken for each other: a query of the one whose nearest picture is of the other.
+"""Which classes are taken for each other: a query of the one whose nearest image is of the other.
 
 Works on tensors and knows nothing federated.
 """
@@ -20,10 +20,10 @@ class Confusion:
 
     Attributes:
         classes: their labels; of the first, the larger share of queries goes to the other.
-        confused: queries of each whose nearest picture is of the other class.
+        confused: queries of each whose nearest image is of the other class.
         queries: queries of each.
-        query: the query of either whose wrong nearest picture is nearest of all.
-        neighbour: that picture, a position in the gallery.
+        query: the query of either whose wrong nearest image is nearest of all.
+        neighbour: that image, a position in the gallery.
         score: their cosine.
     """
 
@@ -59,11 +59,11 @@ def hardest_confusions(
         ValueError: as in :func:`fedss.evaluation.retrieval.nearest`.
     """
     score_Q1, nearest_Q1 = nearest(query_QD, gallery_GD, k=1)
-    score_Q, nearest_Q = (found[:, 0].cpu().numpy() for found in (score_Q1, nearest_Q1))
+    score_Q, nearest_Q = (first_Q1[:, 0].cpu().numpy() for first_Q1 in (score_Q1, nearest_Q1))
     own_Q = query_labels_Q.cpu().numpy()
     labels_G = own_Q if gallery_labels_G is None else gallery_labels_G.cpu().numpy()
-    there, counts = np.unique(labels_G, return_counts=True)
-    findable = there[counts > 1] if gallery_labels_G is None else there
+    labels_C, counts_C = np.unique(labels_G, return_counts=True)
+    findable = labels_C[counts_C > 1] if gallery_labels_G is None else labels_C
     used_Q = np.isin(own_Q, findable)
     found_Q = labels_G[nearest_Q]
     queries = Counter(own_Q[used_Q].tolist())

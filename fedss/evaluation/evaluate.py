@@ -1,10 +1,8 @@
-"""Retrieval with an embedding: figures, and pictures to look at."""
+"""Retrieval with an embedding: figures, and images to look at."""
 
 import dataclasses
-import io
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,19 +15,25 @@ from fedss.errors import DataError, DivergedError
 from fedss.evaluation.confusions import hardest_confusions
 from fedss.evaluation.intervals import ClassScores
 from fedss.evaluation.retrieval import RetrievalMetrics, evaluate_by_label, nearest
-from fedss.evaluation.verification import FARS, count_pairs, identification, verification
+from fedss.evaluation.verification import (
+    FARS,
+    Verification,
+    count_pairs,
+    identification,
+    verification,
+)
 from fedss.models import Embedder, embed_pixels
 from fedss.seeds import generator
 
-_PANEL_QUERIES, _PANEL_NEIGHBOURS = 48, 5
+_SHOWN_QUERIES, _SHOWN_NEIGHBOURS = 48, 5
 
 
 def evaluate(embedder: Embedder, task: RetrievalTask) -> RetrievalMetrics:
     """Retrieval with a trained model; see :func:`fedss.evaluate_retrieval`."""
-    return evaluate_embedding(partial(embed_pixels, embedder), task)
+    return score(task, *embed_task(partial(embed_pixels, embedder), task))
 
 
-Embed = Callable[[np.ndarray], Tensor]
+EmbedPixels = Callable[[np.ndarray], Tensor]
 Embedded = tuple[Tensor, Tensor | None]
 """Embeddings of a task's queries, and of its gallery where there is one."""
 
@@ -40,7 +44,7 @@ class Evaluation:
 
     Attributes:
         metrics: retrieval figures; None where nobody can tell.
-        embedded: what they were computed from, where the pictures are here.
+        embedded: what they were computed from, where the images are here.
         by_class: MAP@10 of each class, likewise.
     """
 
@@ -49,19 +53,14 @@ class Evaluation:
     by_class: ClassScores | None = None
 
 
-def evaluate_embedding(embed: Embed, task: RetrievalTask) -> RetrievalMetrics:
-    """Retrieval under any function from uint8 pixels to embeddings."""
-    return score(task, *embed_task(embed, task))
-
-
-def embed_task(embed: Embed, task: RetrievalTask) -> Embedded:
-    """A task's pictures under a model."""
+def embed_task(embed: EmbedPixels, task: RetrievalTask) -> Embedded:
+    """A task's images under any function from uint8 pixels to embeddings."""
     gallery = task.gallery
     return embed(task.query.pixels), None if gallery is None else embed(gallery.pixels)
 
 
 def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
-    """Retrieval with embeddings of a task's pictures."""
+    """Retrieval with embeddings of a task's images."""
     return score_classes(task, query_QD, gallery_GD)[0]
 
 
@@ -78,7 +77,7 @@ def score_classes(
 
 
 def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
-    """How a model does whose embeddings of a task's pictures are here.
+    """How a model does whose embeddings of a task's images are here.
 
     Raises:
         DivergedError: NaN or infinite ones.
@@ -93,14 +92,14 @@ def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
 
 
 def count_classes(images: Images) -> dict[str, int]:
-    """Number of pictures of each class that has any, in the order of names."""
+    """Number of images of each class that has any, in the order of names."""
     labels, counts = np.unique(images.labels, return_counts=True)
     found = zip(labels.tolist(), counts.tolist(), strict=True)
     return dict(sorted((images.class_names[label], count) for label, count in found))
 
 
 def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
-    """Refuse a test in which every picture is right.
+    """Refuse a test in which every image is right.
 
     Args:
         task: the test.
@@ -122,61 +121,96 @@ def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
 
 def verify(
     task: RetrievalTask, embedded: Embedded, seed: int, fars: Sequence[float] = FARS
-) -> dict[str, Any] | None:
-    """What ``verification.json`` says: the fields of `Verification`, and under ``identification``
-    those of `Identification`, or null; None where no two pictures are of two classes.
+) -> Verification | None:
+    """Verification, and identification where there is anybody to find and to refuse.
 
     Args:
-        task: the pictures.
+        task: the images.
         embedded: their embeddings.
         seed: of the draws of enrolled classes.
         fars: rates of false accepts to give the TAR at.
+
+    Returns:
+        None where no two pictures are of two classes.
     """
     sides = _labelled(task, *embedded)
     pairs = count_pairs(*sides)
     if not pairs.impostor_C.any():
         return None
-    known = identification(*sides, seed=seed)
-    return {
-        **dataclasses.asdict(verification(pairs, fars)),
-        "identification": None if known is None else dataclasses.asdict(known),
-    }
+    return replace(verification(pairs, fars), identification=identification(*sides, seed=seed))
 
 
-def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> dict[str, bytes]:
-    """What else is found with a task's embeddings, as files of a run folder, by their names."""
-    files = {
-        "retrieval.npz": panels(task, embedded, seed),
-        "confusions.npz": confused(task, embedded),
-    }
-    measured = verify(task, embedded, seed)
-    if measured is not None:
-        files["verification.json"] = (json.dumps(measured, indent=2) + "\n").encode()
-    return files
+@dataclass(frozen=True)
+class Neighbours:
+    """Queries and what is found for them: Q queries, each followed by its nearest K.
 
-
-def panels(task: RetrievalTask, embedded: Embedded, seed: int) -> bytes:
-    """Some queries and their nearest pictures, for the report; the same queries for every run.
-
-    Returns:
-        An ``.npz`` file of what :func:`find_neighbours` finds.
+    Attributes:
+        pixels: uint8 [Q, 1 + K, C, H, W], query first.
+        labels: int64 [Q, 1 + K].
+        class_names: str [Q, 1 + K].
+        scores: cosines, float32 [Q, K].
+        query_index: int64 [Q], the same for all runs on one data set.
     """
-    return _npz(**find_neighbours(task, embedded, seed, _PANEL_QUERIES))
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    class_names: np.ndarray
+    scores: np.ndarray
+    query_index: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """bool [Q, K]: whether a neighbour has the query's class."""
+        return np.asarray(self.labels[:, 1:] == self.labels[:, :1])
+
+
+@dataclass(frozen=True)
+class ConfusedClasses:
+    """P pairs of classes that are taken for each other, the hardest first.
+
+    Attributes:
+        pixels: uint8 [P, 2, C, H, W], a query and its wrong nearest picture.
+        shown: str [P, 2], the classes of these two.
+        class_names: str [P, 2].
+        confused: int64 [P, 2], queries of each class whose nearest is of the other.
+        queries: int64 [P, 2], queries of each class.
+        scores: float64 [P], cosines of the pictures.
+    """
+
+    pixels: np.ndarray
+    shown: np.ndarray
+    class_names: np.ndarray
+    confused: np.ndarray
+    queries: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What else is found with a task's embeddings, beside its figures of retrieval."""
+
+    neighbours: Neighbours
+    confused: ConfusedClasses
+    verification: Verification | None
+
+
+def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> Findings:
+    """What a run keeps of its last evaluation, for the report and for search."""
+    return Findings(
+        find_neighbours(task, embedded, seed),
+        find_confused(task, embedded),
+        verify(task, embedded, seed),
+    )
 
 
 def find_neighbours(
-    task: RetrievalTask, embedded: Embedded, seed: int, queries: int
-) -> dict[str, np.ndarray]:
-    """Some queries, drawn by the seed, and their five nearest pictures.
-
-    Returns:
-        pixels uint8 [Q, 6, C, H, W], query first, labels int64 [Q, 6], class_names str [Q, 6],
-        scores (cosines) float32 [Q, 5] and query_index int64 [Q].
-    """
+    task: RetrievalTask, embedded: Embedded, seed: int, queries: int = _SHOWN_QUERIES
+) -> Neighbours:
+    """Some queries, drawn by the seed (the same for every run), and their five nearest pictures."""
     query, gallery = task.query, task.gallery or task.query
     query_QD, gallery_GD = embedded
     among_queries = gallery_GD is None
-    count = min(_PANEL_NEIGHBOURS, len(gallery) - among_queries)
+    count = min(_SHOWN_NEIGHBOURS, len(gallery) - among_queries)
     chosen = generator(seed, "panels").permutation(len(query))[:queries]
     among_GD = query_QD if gallery_GD is None else gallery_GD
     found_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
@@ -192,23 +226,11 @@ def find_neighbours(
     names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
     # Labels are numbers within each set; the report compares them, so they are numbered by name.
     labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
-    return {
-        "pixels": pixels,
-        "labels": labels,
-        "class_names": names,
-        "scores": scores,
-        "query_index": chosen,
-    }
+    return Neighbours(pixels, labels, names, scores, chosen)
 
 
-def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
-    """The classes most often taken for each other, for the report; see `hardest_confusions`.
-
-    Returns:
-        An ``.npz`` file of P pairs: pixels uint8 [P, 2, C, H, W], a query and its wrong nearest
-        picture; shown str [P, 2], the classes of these two; class_names str [P, 2], confused and
-        queries int64 [P, 2] as in `Confusion`; scores float64 [P].
-    """
+def find_confused(task: RetrievalTask, embedded: Embedded) -> ConfusedClasses:
+    """The classes most often taken for each other; see `hardest_confusions`."""
     sides = _labelled(task, *embedded)
     query, gallery = task.query, task.gallery or task.query
     found = hardest_confusions(*sides)
@@ -217,7 +239,7 @@ def confused(task: RetrievalTask, embedded: Embedded) -> bytes:
     def table(values: list[Any], dtype: type) -> np.ndarray:
         return np.array(values, dtype).reshape(len(found), 2)
 
-    return _npz(
+    return ConfusedClasses(
         pixels=np.array(
             [[images.pixels[i] for images, i in pair] for pair in pairs], np.uint8
         ).reshape(len(found), 2, *query.pixels.shape[1:]),
@@ -243,9 +265,3 @@ def _labelled(
     renumbered = np.array([number.get(name, -1 - i) for i, name in enumerate(query.class_names)])
     labels_Q = torch.from_numpy(renumbered[query.labels])
     return query_QD, labels_Q, gallery_GD, torch.from_numpy(gallery.labels)
-
-
-def _npz(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()

@@ -1,6 +1,6 @@
 """How sure a retrieval figure is, and what it is judged against: bootstrap over classes.
 
-A test stands for the classes that it was drawn from, and pictures of one class resemble each other:
+A test stands for the classes that it was drawn from, and images of one class resemble each other:
 so classes are drawn again, not queries, each with all of its queries, and the gallery stays as it
 is. Figures that are compared are compared on the same draws (paired). Where there are several
 training seeds these are drawn again too, independently of classes (the pigeonhole bootstrap, Owen
@@ -32,11 +32,11 @@ FLOORS = {
 """What a figure is judged against, and its name for people; see
 :mod:`fedss.evaluation.baselines`."""
 
-FEWEST = 6
+FEWEST_CLASSES = 6
 """Test classes below which nothing can be shown: of two methods that do equally well, one is better
 in each of C classes with probability 2^(1 - C), more than 5 % where C < 6 (sign test)."""
 
-SOME = 25
+ENOUGH_CLASSES = 25
 """Test classes from which on a test is not called weak. Half of a 95 % interval is about
 1.96 s / sqrt(C), s the standard deviation over classes of a class's MAP@10: at most 0.5, and about
 0.25 where most is to be told, which gives 0.1 at 25 classes and 0.05 at 100."""
@@ -78,7 +78,7 @@ class Interval:
     @property
     def shown(self) -> bool:
         """Whether a difference is: 0 lies outside, and there are classes enough to tell."""
-        return self.classes >= FEWEST and (self.low > 0 or self.high < 0)
+        return self.classes >= FEWEST_CLASSES and (self.low > 0 or self.high < 0)
 
 
 def interval(seeds: Sequence[ClassScores]) -> Interval | None:
@@ -133,11 +133,17 @@ def difference(
 
 def weakness(classes: int) -> str:
     """What is to be said of a test of so many classes; empty if it has enough."""
-    if classes < FEWEST:
+    if classes < FEWEST_CLASSES:
         few = "one class" if classes == 1 else f"{classes} classes"
-        return f"a test of {few} tells nothing for sure: take {FEWEST}, better {SOME} or more"
-    if classes < SOME:
-        return f"a test of {classes} classes is weak: with {SOME} figures are good to about 0.1"
+        return (
+            f"a test of {few} tells nothing for sure: take {FEWEST_CLASSES}, better "
+            f"{ENOUGH_CLASSES} or more"
+        )
+    if classes < ENOUGH_CLASSES:
+        return (
+            f"a test of {classes} classes is weak: with {ENOUGH_CLASSES} figures are good to about "
+            "0.1"
+        )
     return ""
 
 

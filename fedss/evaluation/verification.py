@@ -1,6 +1,6 @@
-"""Are two pictures of one class, and is a picture of any class that is known?
+"""Are two images of one class, and is an image of any class that is known?
 
-Works on tensors and knows nothing federated. Verification (1:1) accepts a pair of pictures as one
+Works on tensors and knows nothing federated. Verification (1:1) accepts a pair of images as one
 class if their cosine reaches a threshold: ROC, TAR at a FAR, EER. Open-set identification (1:N)
 names the nearest enrolled class, or none if its cosine stays below a threshold: DIR at a FPIR.
 
@@ -10,27 +10,27 @@ E enrolled classes.
 Cells and thresholds: cosines are counted in cells of 2^-16, cell c from -1 + c 2^-16 (inclusive) to
 -1 + (c + 1) 2^-16, the last one for a cosine of 1. A threshold t = -1 + c 2^-16 accepts cell c and
 all above, so at a threshold of this grid every rate is exact, a ratio of two whole numbers; only
-that thresholds lie on the grid is a choice. The last threshold, `NOTHING`, 1 + 2^-16, accepts
-nothing. Cosines are those of `fedss.evaluation.retrieval`, products of rows rounded to 2^-24 that
+that thresholds lie on the grid is a choice. The last threshold, `REJECT_ALL`, 1 + 2^-16, accepts
+nothing. Cosines are those of `fedss.evaluation.neighbours`, products of rows rounded to 2^-24 that
 float64 gives without error, and counts are whole numbers: the result does not depend on blocks,
 threads or the order of rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedss.evaluation.retrieval import both_sides, checked_labels, shared_out, unit_rows
+from fedss.evaluation.inputs import labelled_sides, unit_rows
+from fedss.evaluation.neighbours import in_workers, workers_on
 from fedss.seeds import generator
 
 STEP = 2.0**-16
 """The distance between two thresholds."""
-NOTHING = 1 + STEP
+REJECT_ALL = 1 + STEP
 """The last threshold: no cosine reaches it."""
 
 FARS = (0.1, 0.01, 0.001, 0.0001)
@@ -54,7 +54,7 @@ class PairCounts:
 
 
 @dataclass(frozen=True)
-class Point:
+class OperatingPoint:
     """What a threshold does: the largest TAR of all thresholds whose FAR is at most `far`.
 
     `supported`: at this FAR at least `ERRORS` false accepts are allowed.
@@ -71,15 +71,17 @@ class Verification:
     """1:1. `genuine` and `impostor` are numbers of pairs; see `verification`.
 
     `smallest_far` is the FAR of `ERRORS` false accepts; `roc` goes from there (or from 1) to 1.
+    `identification`, 1:N, is None where it was not measured, or nobody can be found or refused.
     """
 
     eer: float
     eer_threshold: float
-    points: tuple[Point, ...]
-    roc: tuple[Point, ...]
+    points: tuple[OperatingPoint, ...]
+    roc: tuple[OperatingPoint, ...]
     genuine: int
     impostor: int
     smallest_far: float
+    identification: "Identification | None" = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def count_pairs(
     """Genuine and impostor pairs by cosine.
 
     Args:
-        query_QD: floating point [Q, D]; rows need not be normalised, a zero row has cosine 0 with
+        query_QD: floating point [Q, D]; rows need not be normalized, a zero row has cosine 0 with
             everything.
         query_labels_Q: integers [Q], any values.
         gallery_GD: floating point [G, D]: pairs are each query with each gallery item. None: each
@@ -130,58 +132,47 @@ def count_pairs(
     Raises:
         ValueError: as in :func:`fedss.evaluation.retrieval.evaluate_retrieval`.
     """
-    if (gallery_GD is None) != (gallery_labels_G is None):
-        raise ValueError("give gallery embeddings and gallery labels together, or neither")
-    unit_QD, unit_GD = both_sides(query_QD, gallery_GD)
-    alone = gallery_labels_G is None
-    labels_Q = checked_labels(query_labels_Q, unit_QD, "query")
+    sides = labelled_sides(query_QD, query_labels_Q, gallery_GD, gallery_labels_G)
     # In the order of labels the genuine pairs of a block of rows lie in a few columns.
-    labels_Q, order_Q = labels_Q.sort(stable=True)
-    unit_QD = unit_QD[order_Q]
-    if gallery_labels_G is None:
-        unit_GD, labels_G = unit_QD, labels_Q
-    else:
-        labels_G, order_G = checked_labels(gallery_labels_G, unit_GD, "gallery").sort(stable=True)
-        unit_GD = unit_GD[order_G]
+    labels_Q, order_Q = sides.labels_Q.sort(stable=True)
+    unit_QD = sides.query_QD[order_Q]
+    unit_GD, labels_G = unit_QD, labels_Q
+    if not sides.alone:
+        labels_G, order_G = sides.labels_G.sort(stable=True)
+        unit_GD = sides.gallery_GD[order_G]
 
-    device = unit_QD.device
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    sums: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(workers):
-        sums.put(torch.zeros(2, _CELLS, dtype=torch.int64, device=device))
+    def count(first: int, sum_2C: Tensor) -> None:
+        rows = slice(first, first + _ROWS)
+        labels_B = labels_Q[rows]
+        # In units of a cell, and from 0 on, by one column more: exact, as all intermediates are
+        # multiples of 2^-32 below 2^18.
+        row_BD = F.pad(unit_QD[rows].double(), (0, 1), value=1.0) / STEP
+        # Among themselves the first columns are the rows.
+        start, width = (first, len(labels_B)) if sides.alone else (0, _COLUMNS)
+        while start < len(labels_G):
+            columns = slice(start, start + width)
+            column_MD = F.pad(unit_GD[columns].double(), (0, 1), value=1.0)
+            # Rounding may have made a row a bit longer than 1.
+            cell_BM = (row_BD @ column_MD.T).to(torch.int32).clamp_(0, _CELLS - 1)
+            labels_M = labels_G[columns]
+            once_BM = None
+            if sides.alone and start == first:
+                once_BM = torch.ones_like(cell_BM, dtype=torch.bool).triu_(1)
+            cell_P = cell_BM.view(-1) if once_BM is None else cell_BM[once_BM]
+            sum_2C[0] += torch.bincount(cell_P, minlength=_CELLS)
+            if labels_M[0] <= labels_B[-1] and labels_B[0] <= labels_M[-1]:
+                same_BM = labels_B[:, None] == labels_M
+                if once_BM is not None:
+                    same_BM &= once_BM
+                sum_2C[1] += torch.bincount(cell_BM[same_BM], minlength=_CELLS)
+            start, width = start + width, _COLUMNS
 
-    def count(first: int) -> None:
-        sum_2C = sums.get()
-        try:
-            rows = slice(first, first + _ROWS)
-            labels_B = labels_Q[rows]
-            # In units of a cell, and from 0 on, by one column more: exact, as all intermediates are
-            # multiples of 2^-32 below 2^18.
-            row_BD = F.pad(unit_QD[rows].double(), (0, 1), value=1.0) / STEP
-            # Among themselves the first columns are the rows.
-            start, width = (first, len(labels_B)) if alone else (0, _COLUMNS)
-            while start < len(labels_G):
-                columns = slice(start, start + width)
-                column_MD = F.pad(unit_GD[columns].double(), (0, 1), value=1.0)
-                # Rounding may have made a row a bit longer than 1.
-                cell_BM = (row_BD @ column_MD.T).to(torch.int32).clamp_(0, _CELLS - 1)
-                labels_M = labels_G[columns]
-                once_BM = None
-                if alone and start == first:
-                    once_BM = torch.ones_like(cell_BM, dtype=torch.bool).triu_(1)
-                cell_P = cell_BM.view(-1) if once_BM is None else cell_BM[once_BM]
-                sum_2C[0] += torch.bincount(cell_P, minlength=_CELLS)
-                if labels_M[0] <= labels_B[-1] and labels_B[0] <= labels_M[-1]:
-                    same_BM = labels_B[:, None] == labels_M
-                    if once_BM is not None:
-                        same_BM &= once_BM
-                    sum_2C[1] += torch.bincount(cell_BM[same_BM], minlength=_CELLS)
-                start, width = start + width, _COLUMNS
-        finally:
-            sums.put(sum_2C)
-
-    shared_out(count, range(0, len(labels_Q), _ROWS), workers)
-    all_C, genuine_C = torch.stack([sums.get().cpu() for _ in range(workers)]).sum(0)
+    sums = [
+        torch.zeros(2, _CELLS, dtype=torch.int64, device=unit_QD.device)
+        for _ in range(workers_on(unit_QD.device))
+    ]
+    in_workers(count, range(0, len(labels_Q), _ROWS), sums)
+    all_C, genuine_C = torch.stack([sum_2C.cpu() for sum_2C in sums]).sum(0)
     return PairCounts(genuine_C, all_C - genuine_C)
 
 
@@ -201,7 +192,7 @@ def verification(pairs: PairCounts, fars: Sequence[float] = FARS) -> Verificatio
 
     Rule of 30 (Doddington et al. 2000, Speech Communication 31): with 30 errors or more a rate is
     within 30 % of the true one with 90 % confidence, *if* trials are independent. Pairs that share
-    a picture or a class are not, so this is the least that is needed.
+    an image or a class are not, so this is the least that is needed.
 
     Raises:
         ValueError: no genuine or no impostor pair; a FAR that is not above 0 and at most 1.
@@ -221,9 +212,9 @@ def verification(pairs: PairCounts, fars: Sequence[float] = FARS) -> Verificatio
     along = float(gap_T[after - 1] / (gap_T[after - 1] - gap_T[after]))
     smallest = ERRORS / impostor
 
-    def at(fars: Sequence[float]) -> tuple[Point, ...]:
+    def at(fars: Sequence[float]) -> tuple[OperatingPoint, ...]:
         return tuple(
-            Point(far, float(tar_T[t]), _threshold(t), far >= smallest)
+            OperatingPoint(far, float(tar_T[t]), _threshold(t), far >= smallest)
             for far, t in zip(fars, _lowest(far_T, fars), strict=True)
         )
 
@@ -252,9 +243,9 @@ def identification(
     """Open-set identification: does the nearest enrolled class say right who it is, if anybody?
 
     In each draw half of the classes are enrolled, a class by the mean of the unit embeddings of
-    half of its pictures (at least one); all its other pictures are mated searches, all pictures of
+    half of its images (at least one); all its other images are mated searches, all images of
     the other classes nonmated ones. With a gallery, half of its classes are enrolled by all of
-    their pictures there, and all queries are searches. With s the cosine with the nearest enrolled
+    their images there, and all queries are searches. With s the cosine with the nearest enrolled
     mean, over all draws together::
 
         FPIR(t) = nonmated searches with s >= t / nonmated searches
@@ -282,17 +273,11 @@ def identification(
     """
     if not 0 < fpir <= 1 or draws < 1:
         raise ValueError(f"need a FPIR above 0 and at most 1 and a draw, got {fpir} and {draws}")
-    if (gallery_GD is None) != (gallery_labels_G is None):
-        raise ValueError("give gallery embeddings and gallery labels together, or neither")
-    both_sides(query_QD, gallery_GD)
+    sides = labelled_sides(query_QD, query_labels_Q, gallery_GD, gallery_labels_G)
+    alone = sides.alone
     # On the CPU, where a sum has an order.
-    unit_QD = unit_rows(query_QD, "query").cpu()
-    labels_Q = checked_labels(query_labels_Q, unit_QD, "query").numpy()
-    unit_GD, labels_G = unit_QD, labels_Q
-    if gallery_GD is not None and gallery_labels_G is not None:
-        unit_GD = unit_rows(gallery_GD, "gallery").cpu()
-        labels_G = checked_labels(gallery_labels_G, unit_GD, "gallery").numpy()
-    alone = gallery_GD is None
+    unit_QD, unit_GD = sides.query_QD.cpu(), sides.gallery_GD.cpu()
+    labels_Q, labels_G = sides.labels_Q.cpu().numpy(), sides.labels_G.cpu().numpy()
     right_DC = torch.zeros(draws, _CELLS, dtype=torch.int64)
     false_C = torch.zeros(_CELLS, dtype=torch.int64)
     mated = np.zeros(draws, np.int64)
@@ -344,7 +329,7 @@ def _enrol(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted labels to enrol, and the rows that stand for them."""
     values_E, counts_E = np.unique(labels_G, return_counts=True)
-    # A class of one picture has none left to search with.
+    # A class of one image has none left to search with.
     fit_E = values_E[counts_E > 1] if alone else values_E
     number = min(max(1, len(values_E) // 2), len(fit_E))
     enrolled_E = np.sort(rng.choice(fit_E, number, replace=False))
@@ -365,22 +350,14 @@ def _best(unit_ND: Tensor, centre_ED: Tensor) -> tuple[Tensor, Tensor]:
     For one neighbour among few centres the screens of `nearest` cost more than they save.
     """
     step = max(1, _ROWS * _COLUMNS // len(centre_ED))
-    workers = torch.get_num_threads() if unit_ND.device.type == "cpu" else 1
-    # Memory for scores is used again: what threads free stays with them.
-    rooms: SimpleQueue[Tensor] = SimpleQueue()
-    for _ in range(workers):
-        rooms.put(centre_ED.new_empty(step, len(centre_ED)))
 
-    def search(first: int) -> tuple[Tensor, Tensor]:
-        room = rooms.get()
-        try:
-            row_BD = unit_ND[first : first + step].double()
-            best = torch.mm(row_BD, centre_ED.T, out=room[: len(row_BD)]).max(1)
-            return best.values.cpu(), best.indices.cpu()
-        finally:
-            rooms.put(room)
+    def search(first: int, room: Tensor) -> tuple[Tensor, Tensor]:
+        row_BD = unit_ND[first : first + step].double()
+        best = torch.mm(row_BD, centre_ED.T, out=room[: len(row_BD)]).max(1)
+        return best.values.cpu(), best.indices.cpu()
 
-    found = shared_out(search, range(0, len(unit_ND), step), workers)
+    rooms = [centre_ED.new_empty(step, len(centre_ED)) for _ in range(workers_on(unit_ND.device))]
+    found = in_workers(search, range(0, len(unit_ND), step), rooms)
     score_N, nearest_N = (torch.cat(part) for part in zip(*found, strict=True))
     return score_N, nearest_N
 

@@ -24,6 +24,7 @@ from fedss.flower.engine import FlowerEngine
 from fedss.flower.messages import Nodes, say
 from fedss.flower.registry import Registry, check_registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
+from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.runs.checkpoint import newest_round
@@ -32,7 +33,7 @@ from fedss.runs.progress import estimate
 from fedss.runs.records import Record
 from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
 from fedss.training.experiment import Run, train_federation
-from fedss.training.federation import Federation, Lap
+from fedss.training.federation import Federation, OnPhase
 
 app = ServerApp()
 show_on_stderr()  # The process is the app's own.
@@ -100,7 +101,7 @@ def _federation(
     deployment: Deployment,
     embedder: Embedder,
     optimizer: ServerOptimizer,
-    lap: Lap,
+    on_phase: OnPhase,
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
@@ -110,26 +111,18 @@ def _federation(
         "config": dataclasses.asdict(config),
         "frozen": frozen_fingerprint(embedder),
     }
-    engine = FlowerEngine(
-        grid,
-        told,
-        config.rounds,
-        config.clients_per_round,
-        optimizer,
-        wire_format(config, embedder, 1),
-        deployment,
-        lap,
-        path,
-        # Before the first checkpoint nothing has been learnt by which a row would be known.
-        load_registry(path) if newest else Registry(),
-    )
+    # Before the first checkpoint nothing has been learnt by which a row would be known.
+    registry = load_registry(path) if newest else Registry()
+    sites = Sites(grid, told, deployment, path, registry)
+    wire = wire_format(config, embedder, 1)
+    engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     task, train = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
         task = evaluation_task(config, data)
         train = data.train
         check_tellable(task, data.name, config.test_classes)
-    engine.start(deployment.sites, newest)
+    sites.start(deployment.sites, newest)
     with _judge(config, embedder, task) as workers:
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
@@ -151,9 +144,9 @@ def _federation(
 
         yield Federation(
             engine=engine,
-            num_classes=lambda round: engine.registry.at(round).classes,
+            num_classes=lambda round: sites.registry.at(round).classes,
             cohort_size=config.clients_per_round,
-            client_name=lambda client: engine.registry.clients[client],
+            client_name=lambda client: sites.registry.clients[client],
             evaluate=evaluate,
             floors=floors,
             task=task,

@@ -1,4 +1,4 @@
-"""A trained model used on picture files: from files to embeddings with names."""
+"""A trained model used on image files: from files to embeddings with names."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from fedss.inference.pixels import read_pictures
 from fedss.models import Embedder
 
 LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
-"""What to do about a picture that cannot be read, where one has the choice."""
+"""What to do about an image that cannot be read, where one has the choice."""
 
 LINKS = "symbolic links"
 """How links are counted in a folder to search in."""
@@ -31,7 +31,7 @@ _ADVICE = "make room or mend the place, or choose another one (--out)"
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Embeddings of picture files.
+    """Embeddings of image files.
 
     Attributes:
         names: one per row, as given or the file's path.
@@ -51,12 +51,12 @@ def embed_files(
     names: Sequence[str] | None = None,
     skip_broken: bool = False,
 ) -> Embeddings:
-    """Embed picture files: decoded as in training, a block at a time.
+    """Embed image files: decoded as in training, a block at a time.
 
     Args:
         embedder: e.g. from ``fedss.load``.
-        paths: picture files.
-        names: a name per picture; None: its path.
+        paths: image files.
+        names: a name per image; None: its path.
         skip_broken: leave out files that cannot be read, and list them in ``skipped``.
 
     Raises:
@@ -78,18 +78,18 @@ def embed_files(
 
 @dataclass(frozen=True)
 class PictureList:
-    """Picture files of a folder or a CSV, none of them opened.
+    """Image files of a folder or a CSV, none of them opened.
 
     Attributes:
         source: the folder or the CSV, as an absolute path.
         root: what names are relative to: the folder, or that of the CSV.
-        names: relative to ``root``, with forward slashes; absolute if a CSV names a picture that is
+        names: relative to ``root``, with forward slashes; absolute if a CSV names an image that is
             not below it. In the order of a folder's sorted names or of the CSV's lines.
-        labels: a class per picture; None where it has none.
-        passed_over: files and folders of the folder that are none of these pictures, by kind:
+        labels: a class per image; None where it has none.
+        passed_over: files and folders of the folder that are none of these images, by kind:
             those that training passes over too, and symbolic links.
         remarks: sentences on what else is not read.
-        lines: of a CSV, that of each picture; of a folder, none.
+        lines: of a CSV, that of each image; of a folder, none.
     """
 
     source: Path
@@ -102,15 +102,15 @@ class PictureList:
 
     @property
     def paths(self) -> list[Path]:
-        """The pictures' files."""
+        """The images' files."""
         return [self.root / name for name in self.names]
 
     def where(self, position: int) -> str:
-        """A picture's place, for messages: "LIST, line 2: " of a CSV, of a folder nothing."""
+        """An image's place, for messages: "LIST, line 2: " of a CSV, of a folder nothing."""
         return f"{self.source}, line {self.lines[position]}: " if self.lines else ""
 
     def check_there(self) -> None:
-        """Whether each picture has a file.
+        """Whether each image has a file.
 
         Raises:
             DataError: the first one that has none.
@@ -126,15 +126,15 @@ class PictureList:
 
 
 def list_pictures(path: Path) -> PictureList:
-    """Picture files in a folder (and below it), or in the ``image`` column of a CSV.
+    """Image files in a folder (and below it), or in the ``image`` column of a CSV.
 
-    A picture's class is the name of the folder that it lies in (none for a picture directly in
+    An image's class is the name of the folder that it lies in (none for an image directly in
     ``path``), or what the CSV has in its column ``label``. In a folder, what training passes over
     is passed over, and so are symbolic links: what a folder holds cannot lead out of it or in a
-    circle. A CSV lists a picture once, by whatever path, as in training.
+    circle. A CSV lists an image once, by whatever path, as in training.
 
     Raises:
-        DataError: no such place, no picture in it, a folder that cannot be read, or anything
+        DataError: no such place, no image in it, a folder that cannot be read, or anything
             amiss with the CSV.
     """
     source = root = path.resolve()
@@ -145,7 +145,7 @@ def list_pictures(path: Path) -> PictureList:
         names = _below(source, over)
         labels = [class_name(Path(name).parent.name) for name in names]
     elif source.is_file():
-        # As in training: pictures lie beside the CSV that was named, be it a link.
+        # As in training: images lie beside the CSV that was named, be it a link.
         root = Path(os.path.abspath(path.parent))
         table = read_table(path, ("image",), optional="label")
         without = () if table.complete else ("no column label: these pictures have no class",)

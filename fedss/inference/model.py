@@ -6,7 +6,7 @@ from torch import nn
 
 from fedss.errors import RunFolderError
 from fedss.models import Embedder, load_embedder
-from fedss.runs.folder import read_summaries
+from fedss.runs.summaries import read_summaries
 
 
 def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:

@@ -12,11 +12,12 @@ from typing import Any
 from fedss.config import OPTIONS
 from fedss.errors import RunFolderError
 from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.verification import Verification
 from fedss.files import read_json
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
-from fedss.runs.folder import read_summaries
-from fedss.runs.reading import Verified, read_verified
+from fedss.runs.findings import read_verification
+from fedss.runs.summaries import read_summaries
 from fedss.text import human_bytes
 
 UNKNOWN = "unknown"
@@ -89,7 +90,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         "## Results",
         *_results(data, settings, summary),
         "## Thresholds",
-        *_thresholds(read_verified(folder / "verification.json"), settings),
+        *_thresholds(read_verification(folder), settings),
         "## What training moved",
         *_traffic(summary),
         "## Limits",
@@ -107,7 +108,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _facts(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     about, summaries = read_json(folder / "config.json"), read_summaries(folder)
     if not isinstance(about, dict) or not all(
         isinstance(about.get(part), dict) for part in ("config", "data", "model")
@@ -199,7 +200,7 @@ def _results(
     ]
 
 
-def _thresholds(found: Verified | None, settings: Mapping[str, Any]) -> list[str]:
+def _thresholds(found: Verification | None, settings: Mapping[str, Any]) -> list[str]:
     if found is None:
         return [
             f"{UNKNOWN.capitalize()}: no `verification.json` lay beside the run. `fedss evaluate` "
@@ -215,10 +216,10 @@ def _thresholds(found: Verified | None, settings: Mapping[str, Any]) -> list[str
             "a share of pairs of one class is refused",
         )
     ]
-    for far, at in found.points.items():
-        means = f"share of pairs of one class accepted, where at most {far:g} of those of two are"
-        means += "" if at.supported else few
-        rows.append((f"TAR at FAR {far:g}", f"{at.tar:.4f}", f"{at.threshold:.4f}", means))
+    for at in found.points:
+        means = "share of pairs of one class accepted, where at most "
+        means += f"{at.far:g} of those of two are{'' if at.supported else few}"
+        rows.append((f"TAR at FAR {at.far:g}", f"{at.tar:.4f}", f"{at.threshold:.4f}", means))
     counted = (
         f"{found.genuine:,} pairs of pictures of one class and {found.impostor:,} of two, of the "
         f"split `{settings.get('eval_split', 'test')}`. A pair is accepted as one class if its "

@@ -1,4 +1,4 @@
-"""From picture files to vectors and thumbnails, a block at a time."""
+"""From image files to vectors and thumbnails, a block at a time."""
 
 import io
 import os
@@ -10,12 +10,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
-from fedss.data.cache import in_threads, open_picture, pixels_of, upright
+from fedss.data.cache import in_threads
+from fedss.data.decoding import open_picture, pixels_of, upright
 from fedss.data.missing import why_missing
 from fedss.errors import DataError
 from fedss.models import Embedder, EmbedderSpec, embed_pixels
 
-Picture = str | Path | BinaryIO | Image.Image
+ImageSource = str | Path | BinaryIO | Image.Image
 
 THUMBNAIL = 160
 """The longer side of a thumbnail, in pixels, at most."""
@@ -24,7 +25,7 @@ _BLOCK = 256
 
 
 class Read(NamedTuple):
-    """One picture that was read; ``thumbnail`` is empty where none was asked for."""
+    """One image that was read; ``thumbnail`` is empty where none was asked for."""
 
     position: int
     vector_D: np.ndarray
@@ -39,36 +40,36 @@ class _Broken:
 
 def read_pictures(
     embedder: Embedder,
-    pictures: Sequence[Picture],
+    images: Sequence[ImageSource],
     *,
     thumbnails: bool,
     broken: dict[int, str] | None = None,
     advice: str = "mend it or choose another one",
 ) -> Iterator[list[Read]]:
-    """Blocks of pictures, embedded as in training, in order.
+    """Blocks of images, embedded as in training, in order.
 
-    Pictures are decoded on all cores while the model works; a few hundred are in memory.
+    Images are decoded on all cores while the model works; a few hundred are in memory.
 
     Args:
         embedder: the model.
-        pictures: files, their content, or open pictures. These stay as they are: what is not
+        images: files, their content, or open images. These stay as they are: what is not
             decoded yet is read from its file, else its pixels are copied. Decoded from the start,
             a large JPEG gives slightly other pixels than its file, of which fewer are decoded.
         thumbnails: whether to make them.
-        broken: gets the positions of pictures that cannot be read, and why. None: the first such
-            picture is an error.
+        broken: gets the positions of images that cannot be read, and why. None: the first such
+            image is an error.
         advice: what to do about it.
 
     Raises:
-        DataError: a picture that cannot be read, or whose embedding is not finite.
+        DataError: an image that cannot be read, or whose embedding is not finite.
     """
     spec = embedder.spec
 
     def prepare(position: int) -> tuple[int, np.ndarray, bytes] | _Broken:
         try:
-            pixels, small = _prepared(pictures[position], spec, thumbnails)
+            pixels, small = _prepared(images[position], spec, thumbnails)
         except FileNotFoundError as error:
-            hint = why_missing(os.path.abspath(str(pictures[position])))
+            hint = why_missing(os.path.abspath(str(images[position])))
             return _Broken(position, f"{error.strerror}{hint}")
         except Exception as error:
             return _Broken(position, str(error) or type(error).__name__)
@@ -78,26 +79,24 @@ def read_pictures(
 
     def embedded() -> list[Read]:
         vectors_BD = embed_pixels(embedder, np.stack([pixels for _, pixels, _ in waiting])).numpy()
-        for (position, _, _), finite in zip(waiting, np.isfinite(vectors_BD).all(1), strict=True):
-            if not finite:
+        read = []
+        for (position, _, small), vector_D in zip(waiting, vectors_BD, strict=True):
+            if not np.isfinite(vector_D).all():
                 raise DataError(
-                    f"the embedding of {name_of(pictures[position], position)} is not finite: this "
+                    f"the embedding of {name_of(images[position], position)} is not finite: this "
                     "model cannot be used; did its training diverge?"
                 )
-        read = [
-            Read(position, vector_D, small)
-            for (position, _, small), vector_D in zip(waiting, vectors_BD, strict=True)
-        ]
+            read.append(Read(position, vector_D, small))
         waiting.clear()
         return read
 
-    for some in in_threads(lambda some: [prepare(position) for position in some], len(pictures)):
-        for done in some:
+    for block in in_threads(lambda block: [prepare(i) for i in block], len(images)):
+        for done in block:
             if not isinstance(done, _Broken):
                 waiting.append(done)
             elif broken is None:
                 raise DataError(
-                    f"cannot read picture {name_of(pictures[done.position], done.position)}: "
+                    f"cannot read picture {name_of(images[done.position], done.position)}: "
                     f"{done.reason}; {advice}"
                 )
             else:
@@ -108,8 +107,10 @@ def read_pictures(
         yield embedded()
 
 
-def _prepared(picture: Picture, spec: EmbedderSpec, thumbnails: bool) -> tuple[np.ndarray, bytes]:
-    with _opened(picture) as image:
+def _prepared(
+    source: ImageSource, spec: EmbedderSpec, thumbnails: bool
+) -> tuple[np.ndarray, bytes]:
+    with _opened(source) as image:
         full = max(image.size)
         with upright(image, spec.image_size) as seen:
             pixels = pixels_of(seen, spec.image_size, spec.channels)
@@ -118,57 +119,54 @@ def _prepared(picture: Picture, spec: EmbedderSpec, thumbnails: bool) -> tuple[n
             if full == max(seen.size) or max(seen.size) >= THUMBNAIL:
                 return pixels, _small(seen)
     # The model wants few pixels: of a JPEG fewer were decoded than people want to see.
-    return pixels, preview(picture)
+    return pixels, thumbnail(source)
 
 
-def _opened(picture: Picture) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        content = _content(picture)
-        return picture.copy() if content is None else open_picture(io.BytesIO(content))
-    if not isinstance(picture, str | Path):
-        picture.seek(0)
-    elif not os.path.isfile(picture) and os.path.exists(picture):
+def _opened(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        content = _content(source)
+        return source.copy() if content is None else open_picture(io.BytesIO(content))
+    if not isinstance(source, str | Path):
+        source.seek(0)
+    elif not os.path.isfile(source) and os.path.exists(source):
         # A pipe would keep whoever opens it waiting.
         raise OSError("not a file")
-    return open_picture(picture)
+    return open_picture(source)
 
 
-def _content(picture: Image.Image) -> bytes | None:
-    """The file of an open picture that nobody has decoded yet, so that it is read as files are.
+def _content(image: Image.Image) -> bytes | None:
+    """The file of an open image that nobody has decoded yet, so that it is read as files are.
 
     None where there is none, or where it was opened and then told to be another size or page.
     """
-    if not isinstance(picture, ImageFile.ImageFile) or picture.fp is None or not picture.tile:
+    if not isinstance(image, ImageFile.ImageFile) or image.fp is None or not image.tile:
         return None
-    before = picture.fp.tell()
+    before = image.fp.tell()
     try:
-        picture.fp.seek(0)
-        content = picture.fp.read()
+        image.fp.seek(0)
+        content = image.fp.read()
     finally:
-        picture.fp.seek(before)
+        image.fp.seek(before)
     with Image.open(io.BytesIO(content)) as again:
-        same = (again.size, again.mode, again.tell()) == (
-            picture.size,
-            picture.mode,
-            picture.tell(),
-        )
+        opened = (image.size, image.mode, image.tell())
+        same = (again.size, again.mode, again.tell()) == opened
     return content if same else None
 
 
-def name_of(picture: Picture, position: int) -> str:
-    """What to call a picture in a message or a table."""
-    if isinstance(picture, str | Path):
-        return str(picture)
-    return str(getattr(picture, "filename", "") or getattr(picture, "name", "") or position + 1)
+def name_of(source: ImageSource, position: int) -> str:
+    """What to call an image in a message or a table."""
+    if isinstance(source, str | Path):
+        return str(source)
+    return str(getattr(source, "filename", "") or getattr(source, "name", "") or position + 1)
 
 
-def preview(picture: Picture) -> bytes:
-    """A small JPEG of a picture, whole and upright, without anything but its pixels.
+def thumbnail(source: ImageSource) -> bytes:
+    """A small JPEG of an image, whole and upright, without anything but its pixels.
 
     Raises:
-        OSError, ValueError, SyntaxError or others of Pillow's for a file that is no picture.
+        OSError, ValueError, SyntaxError or others of Pillow's for a file that is no image.
     """
-    with _opened(picture) as image, upright(image, THUMBNAIL) as seen:
+    with _opened(source) as image, upright(image, THUMBNAIL) as seen:
         return _small(seen)
 
 

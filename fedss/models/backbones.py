@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fedss.errors import ConfigError
-from fedss.models.checks import check_image, own_size, told
+from fedss.models.checks import check_image, one_line, size_hint
 from fedss.models.norms import LEAST_VALUES, largest_groups
 from fedss.optional import import_extra
 
@@ -23,22 +23,22 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
     """Four blocks of 3 x 3 convolution (padding 1, no bias), group norm, ReLU, max-pool 2.
 
     The usual small network of few-shot learning (Vinyals et al. 2016, arXiv 1606.04080), changed
-    in what federated training and small pictures ask for:
+    in what federated training and small images ask for:
 
     - group norm instead of batch norm, since running statistics do not average over clients; one
       group per channel, or as many channels as make 8 values where `width` allows: a norm over
-      one value is constant 0, whatever the picture;
+      one value is constant 0, whatever the image;
     - a first convolution of stride 2 takes the place of the first pool; no pool where the map has
       4 pixels a side or less: what is left of where strokes are is worth its parameters;
     - no ReLU in the last block: its output meets a linear layer, and half of it would be gone
-      (with default initialisation too, such a network was seen to collapse);
-    - Kaiming initialisation (He et al. 2015, arXiv 1502.01852).
+      (with default initialization too, such a network was seen to collapse);
+    - Kaiming initialization (He et al. 2015, arXiv 1502.01852).
 
     Drawn from torch's global generator, as torch's own layers are; `build_embedder` draws the same
     network from a seed.
 
     Args:
-        channels: of the pictures.
+        channels: of the images.
         image_size: H and W, 8 or more.
         width: channels of each block, 1 to 2,048.
 
@@ -136,10 +136,10 @@ def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> 
         model = _without_dropout(timm.create_model, name, settings)
     except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
         what = "with its pretrained weights " if pretrained else ""
-        size = own_size(published and published.to_dict(), image_size)
+        size = size_hint(published and published.to_dict(), image_size)
         raise ConfigError(
             f'timm cannot build "{name}" {what}for {channels} channels at {image_size} px: '
-            f"{told(error)}{size}"
+            f"{one_line(error)}{size}"
             + ("; without a network give a file with them, --weights FILE" if pretrained else "")
         ) from error
     for part in model.modules():

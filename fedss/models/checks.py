@@ -19,9 +19,9 @@ _ADVICE = (
 
 
 def check_image(channels: int, image_size: int) -> None:
-    """Refuse pictures without channels, or below 8 pixels, where four halvings leave nothing.
+    """Refuse images without channels, or below 8 pixels, where four halvings leave nothing.
 
-    Nor are there networks for thousands of channels, or pictures of more than 4,096 pixels a side.
+    Nor are there networks for thousands of channels, or images of more than 4,096 pixels a side.
     """
     if not 1 <= channels <= 1024:
         raise ConfigError(f"channels must be 1 to 1024, not {reprlib.repr(channels)}")
@@ -47,7 +47,7 @@ def refuse_trained_norms(body: nn.Module) -> None:
             initial = bool((part.running_mean == 0).all() and (part.running_var == 1).all())
             if not initial:
                 return True
-        # Initialisation may choose another constant, as for a residual block that begins as 0.
+        # Initialization may choose another constant, as for a residual block that begins as 0.
         affine = [tensor for tensor in (part.weight, part.bias) if tensor is not None]
         return any(bool((tensor != tensor[:1]).any()) for tensor in affine)
 
@@ -121,7 +121,7 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
     Functional and attention dropout move the generator. A counter or running mean of a module's own
     is in no message: each worker's copy would go its own way.
     """
-    images_BCHW = probe_pictures(channels, image_size)
+    images_BCHW = probe_images(channels, image_size)
     body = copy.deepcopy(body).train()
     buffers = {name: buffer.clone() for name, buffer in body.named_buffers()}
     before = torch.get_rng_state()
@@ -131,7 +131,7 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
     except Exception as error:
         raise ConfigError(
             f"the backbone fails in training mode on pictures {list(images_BCHW.shape)}: "
-            f"{told(error)}"
+            f"{one_line(error)}"
         ) from error
     if not torch.equal(before, torch.get_rng_state()):
         raise ConfigError(f"the backbone draws random numbers when it trains. {_ADVICE}")
@@ -148,22 +148,22 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
         )
 
 
-def probe_pictures(channels: int, image_size: int) -> Tensor:
-    """Two pictures, float32 from -1 to 1, to try a backbone on."""
+def probe_images(channels: int, image_size: int) -> Tensor:
+    """Two images, float32 from -1 to 1, to try a backbone on."""
     shape = (2, channels, image_size, image_size)
     return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
 
 def output_size(body: nn.Module, channels: int, image_size: int) -> int:
-    """The number of features that the backbone gives for a picture."""
+    """The number of features that the backbone gives for an image."""
     images_BCHW = torch.zeros(1, channels, image_size, image_size)
     takes = f"must map float32 {list(images_BCHW.shape)} to [1, features]"
     try:
         with torch.no_grad():
             features_BF = copy.deepcopy(body).eval()(images_BCHW)
     except Exception as error:
-        size = own_size(getattr(body, "pretrained_cfg", None), image_size)
-        raise ConfigError(f"the backbone {takes}, but fails: {told(error)}{size}") from error
+        size = size_hint(getattr(body, "pretrained_cfg", None), image_size)
+        raise ConfigError(f"the backbone {takes}, but fails: {one_line(error)}{size}") from error
     if not isinstance(features_BF, Tensor):
         raise ConfigError(f"the backbone {takes}, but gives a {type(features_BF).__name__}")
     if features_BF.ndim != 2 or len(features_BF) != 1 or features_BF.shape[1] < 1:
@@ -174,7 +174,7 @@ def output_size(body: nn.Module, channels: int, image_size: int) -> int:
     return int(features_BF.shape[1])
 
 
-def own_size(published: Any, image_size: int) -> str:
+def size_hint(published: Any, image_size: int) -> str:
     """What to say of the size that a timm model was made for, where it is another one."""
     side = published.get("input_size", [0])[-1] if isinstance(published, Mapping) else 0
     if side in (0, image_size):
@@ -182,7 +182,7 @@ def own_size(published: Any, image_size: int) -> str:
     return f"; the model is made for {side} px: --image-size {side}"
 
 
-def told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An exception of somebody else's code in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

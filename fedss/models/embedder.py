@@ -1,6 +1,6 @@
 """Pixels to unit vectors.
 
-Shape suffixes: B pictures of a batch, N pictures in all, C channels, H height, W width,
+Shape suffixes: B images of a batch, N images in all, C channels, H height, W width,
 F features of the backbone, D embedding size.
 """
 
@@ -8,10 +8,10 @@ import copy
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fedss.models.backbones import named_backbone, own_random_state
 from fedss.models.checks import (
     check_image,
     output_size,
-    probe_pictures,
+    probe_images,
     refuse_batch_statistics,
     refuse_broken_numbers,
     refuse_dropout,
@@ -63,30 +63,16 @@ class EmbedderSpec:
     group_values: int = LEAST_VALUES
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value, kinds = getattr(self, item.name), _KINDS[item.name]
+        for name, hint in get_type_hints(EmbedderSpec).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
             if type(value) not in kinds:
                 expected = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
-                raise ConfigError(f"{item.name}: expected {expected}, got {reprlib.repr(value)}")
-        if not 1 <= self.embedding_size <= MOST_FEATURES:
-            got = reprlib.repr(self.embedding_size)
-            raise ConfigError(f"embedding_size must be 1 to {MOST_FEATURES}, not {got}")
-        if not 1 <= self.group_values <= MOST_FEATURES:
-            got = reprlib.repr(self.group_values)
-            raise ConfigError(f"group_values must be 1 to {MOST_FEATURES}, not {got}")
+                raise ConfigError(f"{name}: expected {expected}, got {reprlib.repr(value)}")
+        for name in ("embedding_size", "group_values"):
+            value = getattr(self, name)
+            if not 1 <= value <= MOST_FEATURES:
+                raise ConfigError(f"{name} must be 1 to {MOST_FEATURES}, not {reprlib.repr(value)}")
         check_image(self.channels, self.image_size)
-
-
-_KINDS: Mapping[str, tuple[type, ...]] = {
-    "backbone": (str, NoneType),
-    "channels": (int,),
-    "image_size": (int,),
-    "embedding_size": (int,),
-    "pretrained": (bool,),
-    "weights": (str, NoneType),
-    "trainable": (str,),
-    "group_values": (int,),
-}
 
 
 class Embedder(nn.Module):
@@ -95,7 +81,7 @@ class Embedder(nn.Module):
     f is the backbone, A the projection without bias (a bias would move all embeddings towards one
     common direction), or nothing where the backbone's own size is wanted. `mean` and `std` [C] are
     buffers: saved with the model, not trained, not sent. With `channels_last` the backbone gets its
-    pictures in that layout, which changes results by rounding alone. Where ``precision`` is set to
+    images in that layout, which changes results by rounding alone. Where ``precision`` is set to
     ``"bfloat16"``, backbone and projection run under torch's autocast; weights, their gradients
     and the division by ‖g‖ stay in float32.
 
@@ -132,7 +118,7 @@ class Embedder(nn.Module):
                 image size the model was built for.
 
         Returns:
-            float32 [B, D], rows of length 1 (a row that is exactly zero before normalising stays
+            float32 [B, D], rows of length 1 (a row that is exactly zero before normalizing stays
             zero).
 
         Raises:
@@ -184,8 +170,8 @@ def build_embedder(
         backbone: "conv4", "conv4-<width>" (see `conv4`), "timm:<model>" (any image model of timm:
             `pip install "fedss[timm]"`), or a module of your own that maps float32 [B, C, H, W] to
             [B, features]. Yours is copied to the CPU, never changed.
-        channels: C of the pictures.
-        image_size: H and W of the pictures.
+        channels: C of the images.
+        image_size: H and W of the images.
         embedding_size: D.
         seed: of the initial weights; the same seed gives the same bits, and the global random
             state is left as it was.
@@ -262,7 +248,7 @@ def assemble(
         freeze_(body, spec.trainable)
         refuse_dropout(body)
         features = output_size(body, spec.channels, spec.image_size)
-        images_BCHW = probe_pictures(spec.channels, spec.image_size)
+        images_BCHW = probe_images(spec.channels, spec.image_size)
         if spec.backbone is not None:
             # Some models lay out constants by the size of the first images that they see.
             with torch.no_grad():
@@ -329,7 +315,7 @@ def _per_channel(values: Sequence[float], channels: int) -> list[float]:
 def embed_pixels(
     embedder: Embedder, pixels_NCHW: NDArray[np.uint8], batch_size: int = 256
 ) -> Tensor:
-    """Embeddings of many pictures, in eval mode and without gradients.
+    """Embeddings of many images, in eval mode and without gradients.
 
     Reads `pixels_NCHW` (a memory map is fine) one batch at a time and runs on the embedder's
     device. The batch size changes results by rounding alone (below 1e-6).
@@ -337,7 +323,7 @@ def embed_pixels(
     Args:
         embedder: left in the mode, training or not, it came in.
         pixels_NCHW: uint8 [N, C, H, W]; N may be 0.
-        batch_size: pictures at a time, 1 or more.
+        batch_size: images at a time, 1 or more.
 
     Returns:
         float32 [N, D] on the CPU.

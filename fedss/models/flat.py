@@ -31,6 +31,12 @@ class FlatParameters:
     grad_P: Tensor
 
 
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers as they lie in memory, row after row; for digests."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
 def flatten_(module: nn.Module) -> FlatParameters:
     """Move a module's trainable parameters into one vector, in place; gradients become zero.
 

@@ -4,11 +4,11 @@ import hashlib
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from fedss.errors import ConfigError
 from fedss.models.checks import few
+from fedss.models.flat import raw_bytes
 from fedss.optional import import_extra
 
 _TRAINABLE = re.compile(r"all|head|last-[1-9]\d{0,3}")
@@ -84,6 +84,5 @@ def frozen_fingerprint(embedder: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, tensor in frozen.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()

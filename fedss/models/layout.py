@@ -2,7 +2,7 @@
 
 ``docs/performance.md`` has the measurements behind both.
 
-Shape suffixes: B pictures of a batch, C channels, H height, W width.
+Shape suffixes: B images of a batch, C channels, H height, W width.
 """
 
 import copy
@@ -12,11 +12,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fedss.models.checks import probe_pictures
+from fedss.models.checks import probe_images
 
 
 def channels_last(x_BCHW: Tensor) -> Tensor:
-    """The same pictures with the channels of a pixel side by side in memory.
+    """The same images with the channels of a pixel side by side in memory.
 
     Also where C = 1: ``to(memory_format=torch.channels_last)`` finds nothing to do there and leaves
     the strides of a contiguous tensor, by which a convolution then goes.
@@ -27,9 +27,9 @@ def channels_last(x_BCHW: Tensor) -> Tensor:
 
 
 def channels_last_pays(body: nn.Module, channels: int, image_size: int) -> bool:
-    """Whether a backbone gets its pictures in channels_last: a rule, not a measurement.
+    """Whether a backbone gets its images in channels_last: a rule, not a measurement.
 
-    It does if it has convolutions, takes pictures of that layout (``x.view(len(x), -1)`` does
+    It does if it has convolutions, takes images of that layout (``x.view(len(x), -1)`` does
     not), and has no norm over fewer than 8 channels at a time: torch takes these in channels_last
     number by number, up to 20 times as slowly.
     """
@@ -40,7 +40,7 @@ def channels_last_pays(body: nn.Module, channels: int, image_size: int) -> bool:
         return False
     body = copy.deepcopy(body).train()
     try:
-        features_BF = body(channels_last(probe_pictures(channels, image_size)))
+        features_BF = body(channels_last(probe_images(channels, image_size)))
         if features_BF.requires_grad:
             features_BF.sum().backward()
     except RuntimeError:
@@ -57,7 +57,7 @@ def pool_before_relu_(embedder: nn.Module, x_BCHW: Tensor) -> None:
 
     Args:
         embedder: changed in place.
-        x_BCHW: pictures to try it on.
+        x_BCHW: images to try it on.
     """
     chains = [part for part in embedder.modules() if type(part) is nn.Sequential]
     before = [list(chain._modules) for chain in chains]

@@ -18,6 +18,7 @@ from fedss.files import START_LENGTH, what_begins, write_file
 from fedss.models.backbones import conv4, conv4_width
 from fedss.models.checks import few
 from fedss.models.embedder import Embedder, EmbedderSpec, assemble
+from fedss.models.flat import raw_bytes
 from fedss.models.norms import NormAct
 
 _WEIGHTS = "model.safetensors"
@@ -128,8 +129,7 @@ def fingerprint(embedder: Embedder) -> str:
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(embedder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -212,8 +212,8 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
                 network = conv4(spec.channels, spec.image_size, width)
             except ConfigError as error:
                 raise ConfigError(f"{file} does not fit its description: {error}") from error
-            picture = torch.empty(1, spec.channels, spec.image_size, spec.image_size)
-            features = network(picture).shape[1]
+            image = torch.empty(1, spec.channels, spec.image_size, spec.image_size)
+            features = network(image).shape[1]
         expected["backbone.block1.conv.weight"] = (width, spec.channels, 3, 3)
         expected["projection.weight"] = (spec.embedding_size, features)
     elif spec.backbone is not None:

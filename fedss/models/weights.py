@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.files import START_LENGTH, what_begins
-from fedss.models.checks import few, told
+from fedss.models.checks import few, one_line
 from fedss.optional import import_extra
 
 # Statistics of a batch norm are frozen with it, and then nobody asks how many batches made them.
@@ -44,13 +44,13 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     alone are read and no code is run; wrapped in ``state_dict`` or ``model`` or not, with the
     prefix ``module.`` of parallel training or not; averaged weights (``state_dict_ema``) go first.
     Then what timm does with published weights: positions of a transformer are resized to the
-    model's pictures, and a first convolution of three colours is summed up for grey ones. The
+    model's images, and a first convolution of three colours is summed up for grey ones. The
     tensors of timm's classifier may be left over. Nothing else may be, and nothing may be missing.
 
     Args:
         model: a timm model without its classifier; changed only if all fits.
         path: the file.
-        channels: of the pictures.
+        channels: of the images.
 
     Raises:
         ConfigError: the file cannot be read; it has not the tensors of this architecture (they are
@@ -149,7 +149,7 @@ def _what_it_holds(path: Path, error: Exception) -> str:
     if isinstance(error, AttributeError):
         return "holds no tensors by name"
     if not isinstance(error.__cause__ or error, pickle.UnpicklingError):
-        return f"cannot be read: {told(error)[:300]}"
+        return f"cannot be read: {one_line(error)[:300]}"
     objects: list[str] = []
     # It knows files of torch 1.6 and later alone.
     with suppress(Exception):

@@ -1,14 +1,15 @@
 """Charts as SVG text whose colours are CSS variables, so that a page decides on light or dark.
 
 Matplotlib draws with stand-in colours that are replaced by ``var(--name)`` afterwards. One unit
-of the drawing is one CSS pixel in a column of ``WIDTH`` pixels. A picture (`bytes_png`) is drawn by
-the same code with real colours in their place.
+of the drawing is one CSS pixel in a column of ``WIDTH`` pixels. A PNG (`bytes_png`) is drawn by the
+same code with real colours in their place.
 """
 
 import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,42 +21,48 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from fedss.losses.methods import METHODS
 from fedss.report.labels import FONT, apart, text_height, text_width, wrap, wrapped
 from fedss.text import human_bytes
 
 WIDTH, HEIGHT, TALL = 420, 300, 390
 FEW = 6  # more lines or marks need a taller chart
-PICTURE = 6.4 * 72, 4 * 72
+PNG_SIZE = 6.4 * 72, 4 * 72
 LABEL_GAP = 16
-# Known methods have a slot of their own, all other names take turns at the rest.
-SLOTS = (
-    *("full", "fedss", "moments", "fedss-uncorrected"),
-    *("pos-only", "neg-only", "fedaws", "central"),
+# A method's slot (colour, dashes, marker) is that of its place among those that train on clients;
+# a reference on pooled images has one of its own. All other names take turns at the rest.
+_DASHES: tuple[tuple[float, ...] | None, ...] = (
+    *(None, None, (9, 2.5), (5, 2), (2, 1.5)),
+    *((7, 2, 2, 2), (4, 1.5, 1, 1.5)),
 )
+_METHOD_SLOTS = tuple(f"method-{place}" for place in range(1, len(_DASHES) + 1))
+SLOTS = (*_METHOD_SLOTS, "pooled")
 EXTRA_SLOTS = tuple(f"extra-{number}" for number in range(1, 13))
+_FEDERATED = [method.name for method in METHODS.values() if not method.pooled]
+SLOT_OF = {
+    **dict(zip(_FEDERATED, _METHOD_SLOTS, strict=False)),
+    **{method.name: "pooled" for method in METHODS.values() if method.pooled},
+}
 _PATTERNS: tuple[tuple[float, ...] | None, ...] = (None, (5, 2), (2, 1.5))
 DASHES: Mapping[str, tuple[float, ...] | None] = {
     "muted": (1, 3),
-    "moments": (9, 2.5),
-    "fedss-uncorrected": (5, 2),
-    "pos-only": (2, 1.5),
-    "neg-only": (7, 2, 2, 2),
-    "fedaws": (4, 1.5, 1, 1.5),
-    "central": (1, 2),
+    **dict(zip(_METHOD_SLOTS, _DASHES, strict=True)),
+    "pooled": (1, 2),
     **{slot: _PATTERNS[i % 3] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 # Four shapes and three patterns: no two of the twelve extra slots share both.
 MARKERS: Mapping[str, str] = {
-    "moments": "D",
+    "method-3": "D",
     **{slot: "s^vP"[i % 4] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 _NAMES = ("ink", "muted", "rule", "paper", "neutral", *SLOTS, *EXTRA_SLOTS)
+_TEXT: Mapping[str, Any] = {"va": "center", "fontsize": FONT, "parse_math": False}
 STAND_IN = {name: f"#fe01{number:02x}" for number, name in enumerate(_NAMES)}
 
 
 @dataclass(frozen=True)
-class Line:
-    """A curve: mean, lowest and highest value at each x."""
+class Curve:
+    """Mean, lowest and highest value at each x."""
 
     label: str
     slot: str
@@ -77,15 +84,15 @@ class Bar:
 
 
 def slots_of(labels: Sequence[str]) -> list[str]:
-    """The slot (colour, dash, marker) of each label: its own if that is the name of a method."""
-    unknown = sorted(set(labels) - set(SLOTS))
-    extra = {name: EXTRA_SLOTS[i % len(EXTRA_SLOTS)] for i, name in enumerate(unknown)}
-    return [extra.get(label, label) for label in labels]
+    """The slot of each label: its own if that is the name of a method."""
+    others = sorted(set(labels) - set(SLOT_OF))
+    extra = {name: EXTRA_SLOTS[i % len(EXTRA_SLOTS)] for i, name in enumerate(others)}
+    return [extra.get(label) or SLOT_OF[label] for label in labels]
 
 
 def rounds_chart(
     name: str,
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     last_round: int,
     alt: str,
     level: tuple[str, float] | None = None,
@@ -94,7 +101,7 @@ def rounds_chart(
     if level is not None:
         ends = np.full(2, level[1])
         across = np.array([0.0, max(last_round, 1)])
-        lines = [*lines, Line(level[0], "muted", across, ends, ends, ends)]
+        lines = [*lines, Curve(level[0], "muted", across, ends, ends, ends)]
     figure, ax = new_figure((WIDTH, tall(len(lines))))
     for line in lines:
         draw_line(ax, line, band=len(lines) <= FEW)
@@ -110,7 +117,7 @@ def rounds_chart(
 
 
 def bytes_chart(
-    name: str, lines: Sequence[Line], level: tuple[str, str, float] | None, alt: str
+    name: str, lines: Sequence[Curve], level: tuple[str, str, float] | None, alt: str
 ) -> Markup:
     """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes."""
     size = WIDTH, tall(len(lines))
@@ -118,15 +125,15 @@ def bytes_chart(
 
 
 def bytes_png(
-    lines: Sequence[Line], level: tuple[str, str, float] | None, colors: Mapping[str, str]
+    lines: Sequence[Curve], level: tuple[str, str, float] | None, colors: Mapping[str, str]
 ) -> bytes:
     """The chart of `bytes_chart` on its own: 6.4 x 4 inches at 200 dpi, with a title."""
-    figure = _bytes_figure(lines, level, colors, PICTURE, "MAP@10 against bytes moved")
+    figure = _bytes_figure(lines, level, colors, PNG_SIZE, "MAP@10 against bytes moved")
     return as_png(figure, colors)
 
 
 def _bytes_figure(
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     level: tuple[str, str, float] | None,
     colors: Mapping[str, str],
     size: tuple[float, float],
@@ -148,7 +155,7 @@ def _bytes_figure(
         top = max(top, value)
         ax.axhline(value, color=colors[slot], linewidth=1.6, dashes=dashes(slot))
         ends = np.array([ax.get_xlim()[1]]), np.array([value])
-        labelled = [*lines, Line(label, slot, *ends, ends[1], ends[1])]
+        labelled = [*lines, Curve(label, slot, *ends, ends[1], ends[1])]
     ax.set_ylim(0, top * 1.06 if top > 0 else 1)
     bytes_ticks(ax, last / first)
     ax.set_xlabel("bytes moved, all clients, both ways (log)", loc="right")
@@ -171,32 +178,68 @@ def bars_chart(name: str, bars: Sequence[Bar], rows: str, alt: str) -> Markup:
             y + 26, bar.class_rows, 13, left=bar.backbone, color=STAND_IN[bar.slot], linewidth=0
         )
         total = bar.backbone + bar.class_rows
-        ax.text(
-            0,
-            y + 9,
-            wrap(bar.label, 52, 1),
-            color=STAND_IN["ink"],
-            va="center",
-            fontsize=FONT,
-            parse_math=False,
-        )
+        ax.text(0, y + 9, wrap(bar.label, 52, 1), color=STAND_IN["ink"], **_TEXT)
         ax.annotate(
             bar.text,
             (total, y + 26),
             (6, 0),
             textcoords="offset points",
-            va="center",
             color=STAND_IN["muted"],
-            fontsize=FONT,
+            **_TEXT,
         )
     for x, slot, text in ((0.0, "neutral", "backbone"), (0.29, bars[0].slot, rows)):
         ax.barh(9, longest * 0.028, 11, left=longest * x, color=STAND_IN[slot], linewidth=0)
-        ax.text(longest * (x + 0.045), 9, text, color=STAND_IN["muted"], va="center", fontsize=FONT)
+        ax.text(longest * (x + 0.045), 9, text, color=STAND_IN["muted"], **_TEXT)
     ax.set_xlim(0, longest * 1.0)
     ax.set_ylim(height, 0)
     ax.set_axis_off()
     ax.set_position((2 / WIDTH, 0, (WIDTH - 90) / WIDTH, 1))
     return as_svg(figure, name, alt)
+
+
+def write(
+    ax: Axes,
+    place: tuple[float, float],
+    text: str,
+    color: str,
+    size: float = FONT,
+    side: str = "left",
+) -> None:
+    """A text at a place of the figure, in its points; ``side`` of the text stands there."""
+    ax.annotate(
+        text,
+        place,
+        xycoords="figure points",
+        color=color,
+        ha=side,
+        linespacing=1.1,
+        annotation_clip=False,
+        **{**_TEXT, "fontsize": size},
+    )
+
+
+def tie(
+    ax: Axes, mark: tuple[float, float], text: tuple[float, float], color: str, gap: float
+) -> None:
+    """A thin line from a text to ``gap`` points before its mark; places in the figure's points."""
+    line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
+    ax.annotate(
+        "",
+        mark,
+        text,
+        xycoords="figure points",
+        textcoords="figure points",
+        arrowprops={**line, "shrinkA": 0, "shrinkB": gap},
+    )
+
+
+def place_axes(ax: Axes, left: float, bottom: float, right: float, top: float) -> None:
+    """Put axes at these edges, in points of the figure."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    width, height = (72 * side for side in figure.get_size_inches())
+    size = (right - left) / width, (top - bottom) / height
+    ax.set_position((left / width, bottom / height, *size))
 
 
 def tall(count: int) -> float:
@@ -255,7 +298,7 @@ def dashes(slot: str) -> tuple[float, ...] | tuple[None, None]:
     return DASHES.get(slot) or (None, None)
 
 
-def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> list[str]:
+def _place(ax: Axes, lines: Sequence[Curve], top: float = 10) -> list[str]:
     """Set the axes' place, with a margin on the right for the labels; return these wrapped."""
     figure = ax.get_figure(root=True)
     assert figure is not None
@@ -264,14 +307,13 @@ def _place(ax: Axes, lines: Sequence[Line], top: float = 10) -> list[str]:
     # Names that take up most of the height are hard to follow to their lines.
     texts = wrapped([line.label for line in lines], 0.6 * (height - top - bottom))
     right = LABEL_GAP + 2 + max(text_width(text) for text in texts)
-    size = ((width - left - right) / width, (height - top - bottom) / height)
-    ax.set_position((left / width, bottom / height, *size))
+    place_axes(ax, left, bottom, width - right, height - top)
     return texts
 
 
 def draw_line(
     ax: Axes,
-    line: Line,
+    line: Curve,
     colors: Mapping[str, str] = STAND_IN,
     end: bool = False,
     band: bool = True,
@@ -280,15 +322,15 @@ def draw_line(
     color = colors[line.slot]
     if band and np.any(line.high > line.low):
         ax.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
-    width = 2.6 if line.slot == "fedss" else 2.0
+    ours = line.slot == SLOT_OF["fedss"]
     ax.plot(
         line.x,
         line.mean,
         color=color,
-        linewidth=width,
+        linewidth=2.6 if ours else 2.0,
         dashes=dashes(line.slot),
         solid_capstyle="round",
-        zorder=3 if line.slot == "fedss" else 2,
+        zorder=3 if ours else 2,
     )
     if end or len(line.x) == 1:
         ax.plot(
@@ -304,14 +346,14 @@ def draw_line(
 
 
 def _label_ends(
-    ax: Axes, lines: Sequence[Line], texts: Sequence[str], colors: Mapping[str, str] = STAND_IN
+    ax: Axes, lines: Sequence[Curve], texts: Sequence[str], colors: Mapping[str, str] = STAND_IN
 ) -> None:
     """Labels right of all lines in the order of their ends, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
     _label(ax, lines, texts, ends, max(float(x) for x, _ in ends) + LABEL_GAP, colors)
 
 
-def label_starts(ax: Axes, lines: Sequence[Line], texts: Sequence[str]) -> None:
+def label_starts(ax: Axes, lines: Sequence[Curve], texts: Sequence[str]) -> None:
     """Labels left of all lines in the order of their starts, tied to them, none touching."""
     ends = [ax.transData.transform((line.x[0], line.mean[0])) for line in lines]
     _label(ax, lines, texts, ends, min(float(x) for x, _ in ends) - LABEL_GAP, STAND_IN)
@@ -319,7 +361,7 @@ def label_starts(ax: Axes, lines: Sequence[Line], texts: Sequence[str]) -> None:
 
 def _label(
     ax: Axes,
-    lines: Sequence[Line],
+    lines: Sequence[Curve],
     texts: Sequence[str],
     ends: Sequence[np.ndarray],
     x: float,
@@ -332,27 +374,8 @@ def _label(
     for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
         color = colors[line.slot]
         if abs(y - end_y) > 4 or abs(x - end_x) > LABEL_GAP + 12:
-            tie = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
-            ax.annotate(
-                "",
-                (end_x, end_y),
-                (x - 3 * way, y),
-                xycoords="figure points",
-                textcoords="figure points",
-                arrowprops={**tie, "shrinkA": 0, "shrinkB": 5},
-            )
-        ax.annotate(
-            text,
-            (x, y),
-            xycoords="figure points",
-            color=color,
-            ha="left" if way > 0 else "right",
-            va="center",
-            annotation_clip=False,
-            linespacing=1.1,
-            fontsize=FONT,
-            parse_math=False,
-        )
+            tie(ax, (end_x, end_y), (x - 3 * way, y), color, gap=5)
+        write(ax, (x, y), text, color, side="left" if way > 0 else "right")
 
 
 def as_png(figure: Figure, colors: Mapping[str, str]) -> bytes:

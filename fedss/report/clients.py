@@ -68,7 +68,7 @@ def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Mapping
         left, right = left * (right / left) ** gap, right / (right / left) ** gap
     else:
         left, right = left + gap * (right - left), right - gap * (right - left)
-    ax.bar(left, number, right - left, align="edge", color=colors["fedss"], linewidth=0)
+    ax.bar(left, number, right - left, align="edge", color=colors["accent"], linewidth=0)
     ax.xaxis.set_minor_locator(NullLocator())
     if high - low < _FEW_BARS:
         room = (_FEW_BARS - (high - low)) / 2
@@ -113,7 +113,7 @@ def _matrix(
     columns = min(len(classes), _COLUMNS)
     matrix = np.zeros((len(chosen), columns))
     np.add.at(matrix, (row_P, rank_n[column_P] * columns // len(classes)), count_P)
-    ramp = LinearSegmentedColormap.from_list("held", [colors["wash"], colors["fedss"]])
+    ramp = LinearSegmentedColormap.from_list("held", [colors["wash"], colors["accent"]])
     darkest = matrix.max()
     # Counts are skewed, so by their logarithms; and one picture is to be told from none.
     shade = 1 - 0.75 * (1 - np.log(np.maximum(matrix, 1)) / max(np.log(darkest), 1e-9))

@@ -27,12 +27,12 @@ from fedss.report.labels import (
 )
 
 MOST_PANELS = 4
-PANEL = 5.8 * 72, 4.4 * 72  # of several: two beside each other stay readable at 800 pixels
+PANEL_SIZE = 5.8 * 72, 4.4 * 72  # of several: two beside each other stay readable at 800 pixels
 _SHAPE = 24, 2  # most characters and lines of a name beside its mark
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """A variant: bytes per client and round, and its score (mean, lowest and highest seed)."""
 
     label: str
@@ -44,7 +44,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Panel:
+class FrontierPanel:
     """The variants on one data set.
 
     Attributes:
@@ -55,12 +55,12 @@ class Panel:
     """
 
     title: str
-    points: tuple[Point, ...]
+    points: tuple[FrontierPoint, ...]
     level: tuple[str, str, float] | None
     relative: bool = False
 
 
-def on_frontier(points: Sequence[Point]) -> list[bool]:
+def on_frontier(points: Sequence[FrontierPoint]) -> list[bool]:
     """For each variant whether no other is as cheap and as good, and better in one of the two."""
     return [
         not any(
@@ -73,7 +73,7 @@ def on_frontier(points: Sequence[Point]) -> list[bool]:
     ]
 
 
-def frontier_chart(name: str, panel: Panel, alt: str) -> Markup:
+def frontier_chart(name: str, panel: FrontierPanel, alt: str) -> Markup:
     """The chart of a page."""
     size = charts.WIDTH, charts.tall(len(panel.points))
     figure, ax = charts.new_figure(size)
@@ -81,9 +81,9 @@ def frontier_chart(name: str, panel: Panel, alt: str) -> Markup:
     return charts.as_svg(figure, name, alt)
 
 
-def frontier_png(panels: Sequence[Panel], colors: Mapping[str, str]) -> bytes:
+def frontier_png(panels: Sequence[FrontierPanel], colors: Mapping[str, str]) -> bytes:
     """One panel of 6.4 x 4 inches, or up to four in two columns, at 200 dpi."""
-    wide, high = charts.PICTURE if len(panels) == 1 else PANEL
+    wide, high = charts.PNG_SIZE if len(panels) == 1 else PANEL_SIZE
     columns, rows = min(len(panels), 2), (len(panels) + 1) // 2
     figure = Figure(figsize=(columns * wide / 72, rows * high / 72), dpi=72)
     FigureCanvasAgg(figure)
@@ -96,7 +96,7 @@ def frontier_png(panels: Sequence[Panel], colors: Mapping[str, str]) -> bytes:
     return charts.as_png(figure, colors)
 
 
-def _score_range(panels: Sequence[Panel]) -> tuple[float, float]:
+def _score_range(panels: Sequence[FrontierPanel]) -> tuple[float, float]:
     """The lowest and highest score on the axis.
 
     What lies far from the frontiers would press all else together: its value is named at the edge.
@@ -115,20 +115,15 @@ def _score_range(panels: Sequence[Panel]) -> tuple[float, float]:
 
 def _draw_panel(
     ax: Axes,
-    panel: Panel,
+    panel: FrontierPanel,
     area: tuple[float, float, float, float],
     scores: tuple[float, float],
     colors: Mapping[str, str],
 ) -> None:
     """Draw within ``area`` (left, bottom, right, top of the figure, in its units)."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    width, height = (72 * side for side in figure.get_size_inches())
     left, bottom = area[0] + 42, area[1] + 46
     right, top = area[2] - 14, area[3] - (54 if panel.title else 30)
-    ax.set_position(
-        (left / width, bottom / height, (right - left) / width, (top - bottom) / height)
-    )
+    charts.place_axes(ax, left, bottom, right, top)
     moved = np.array([point.moved for point in panel.points])
     span = max(moved.max() / moved.min(), 1.5)
     ax.set_xscale("log")
@@ -138,12 +133,12 @@ def _draw_panel(
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     ax.set_xlabel("bytes per client and round, both ways (log)", loc="right")
     axis = "MAP@10 ÷ full" if panel.relative else "MAP@10"
-    _say(ax, (area[0] + 8, top + 16), axis, colors["muted"], FONT - 1)
+    charts.write(ax, (area[0] + 8, top + 16), axis, colors["muted"], FONT - 1)
     if panel.title:
-        _say(ax, (area[0] + 8, area[3] - 18), panel.title, colors["ink"], FONT + 1)
+        charts.write(ax, (area[0] + 8, area[3] - 18), panel.title, colors["ink"], FONT + 1)
     taken = []
     if panel.relative:
-        ax.axhline(1.0, color=colors["full"], linewidth=1, alpha=0.45, zorder=1)
+        ax.axhline(1.0, color=colors["ink"], linewidth=1, alpha=0.45, zorder=1)
     if panel.level is not None:
         taken.append(_draw_level(ax, panel, (right, top), colors))
     best = on_frontier(panel.points)
@@ -163,7 +158,7 @@ def _draw_panel(
 
 
 def _draw_level(
-    ax: Axes, panel: Panel, corner: tuple[float, float], colors: Mapping[str, str]
+    ax: Axes, panel: FrontierPanel, corner: tuple[float, float], colors: Mapping[str, str]
 ) -> tuple[float, float, float, float]:
     """Draw pooled training at its height, or name it at the top edge; the box of its name."""
     assert panel.level is not None
@@ -173,16 +168,16 @@ def _draw_level(
     if score <= ax.get_ylim()[1]:
         ax.axhline(score, color=colors[slot], linewidth=1.6, dashes=charts.dashes(slot))
         text, y = label, float(_pixels(ax, [(1.0, score)])[0, 1]) + 10
-    _say(ax, (right, y), text, colors[slot], FONT, "right")
+    charts.write(ax, (right, y), text, colors[slot], FONT, "right")
     return right - text_width(text), y - 9, right, y + 9
 
 
-def _number(panel: Panel, score: float) -> str:
+def _number(panel: FrontierPanel, score: float) -> str:
     return f"{score:.{2 if panel.relative else 3}f}"
 
 
 def _draw_point(
-    ax: Axes, point: Point, mark: np.ndarray, is_on: bool, colors: Mapping[str, str]
+    ax: Axes, point: FrontierPoint, mark: np.ndarray, is_on: bool, colors: Mapping[str, str]
 ) -> None:
     color = colors[point.slot]
     x, y = ax.transData.inverted().transform(mark)
@@ -215,7 +210,7 @@ def _height(ax: Axes, score: float) -> float:
 
 def _name_points(
     ax: Axes,
-    panel: Panel,
+    panel: FrontierPanel,
     marks: np.ndarray,
     best: Sequence[bool],
     edges: np.ndarray,
@@ -243,39 +238,14 @@ def _name_points(
     ends = nearest_point(marks, places, sizes)
     for i, point in enumerate(points):
         if tied[i]:
-            line = {"arrowstyle": "-", "color": colors[point.slot], "linewidth": 0.8, "alpha": 0.6}
-            ax.annotate(
-                "",
-                tuple(marks[i]),
-                tuple(ends[i]),
-                xycoords="figure points",
-                textcoords="figure points",
-                arrowprops={**line, "shrinkA": 0, "shrinkB": 4},
-            )
+            charts.tie(ax, tuple(marks[i]), tuple(ends[i]), colors[point.slot], gap=4)
         color = colors[point.slot] if best[i] else colors["muted"]
         # Held where it is nearest to its mark: only the far end depends on the reader's font.
         way = int(np.sign(ends[i, 0] - marks[i, 0]))
         x = places[i, 0] - way * sizes[i, 0] / 2
         side = {1: "left", 0: "center", -1: "right"}[way]
-        _say(ax, (x, places[i, 1]), texts[i], color, FONT, side)
+        charts.write(ax, (x, places[i, 1]), texts[i], color, FONT, side)
 
 
 def _pixels(ax: Axes, values: Sequence[tuple[float, float]]) -> np.ndarray:
     return np.asarray(ax.transData.transform(np.array(values)))
-
-
-def _say(
-    ax: Axes, place: tuple[float, float], text: str, color: str, size: float, side: str = "left"
-) -> None:
-    ax.annotate(
-        text,
-        place,
-        xycoords="figure points",
-        color=color,
-        ha=side,
-        va="center",
-        fontsize=size,
-        linespacing=1.1,
-        annotation_clip=False,
-        parse_math=False,
-    )

@@ -1,4 +1,4 @@
-"""Retrieval panels: which queries to show, and their pictures as data URIs."""
+"""Retrieval panels: which queries to show, and their images as data URIs."""
 
 import base64
 import io
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from fedss.runs.reading import Group, Neighbours
+from fedss.evaluation.evaluate import Neighbours
+from fedss.runs.reading import Group
 
-MOST_PICTURES = 260
-SMALL_SIDE = 64  # up to here a picture is enlarged pixel by pixel
+MOST_THUMBNAILS = 260
+SMALL_SIDE = 64  # up to here an image is enlarged pixel by pixel
 
 
 @dataclass(frozen=True)
-class Picture:
+class Thumbnail:
     """One thumbnail; ``right`` and ``score`` are None for a query."""
 
     uri: str
@@ -25,25 +26,25 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Answer:
+class MethodAnswer:
     """What one method found for a query."""
 
     label: str
     slot: str
-    pictures: list[Picture]
+    thumbnails: list[Thumbnail]
 
     @property
     def right(self) -> int:
-        """How many of the pictures have the query's class."""
-        return sum(bool(picture.right) for picture in self.pictures)
+        """How many of the images have the query's class."""
+        return sum(bool(thumbnail.right) for thumbnail in self.thumbnails)
 
 
 @dataclass(frozen=True)
-class Panel:
+class QueryPanel:
     """One query and the answers to it."""
 
-    query: Picture
-    answers: list[Answer]
+    query: Thumbnail
+    answers: list[MethodAnswer]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Chapter:
     """Panels chosen for one reason."""
 
     title: str
-    panels: list[Panel]
+    panels: list[QueryPanel]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Augmented:
-    """Training pictures, each followed by what clients may make of it, as data URIs."""
+    """Training images, each followed by what clients may make of it, as data URIs."""
 
     name: str
     rows: list[list[str]]
@@ -75,7 +76,7 @@ class Augmented:
 
 
 def augmented(groups: Sequence[Group]) -> list[Augmented]:
-    """For each augmentation, the pictures of the first run with it that stored some."""
+    """For each augmentation, the images of the first run with it that stored some."""
     found: dict[str, np.ndarray] = {}
     for run in (run for group in groups for run in group.runs):
         if run.augmented is not None:
@@ -83,7 +84,7 @@ def augmented(groups: Sequence[Group]) -> list[Augmented]:
     return [
         Augmented(
             name,
-            [[data_uri(picture) for picture in row] for row in pixels],
+            [[data_uri(image) for image in row] for row in pixels],
             max(pixels.shape[-2:]) <= SMALL_SIDE,
         )
         for name, pixels in found.items()
@@ -111,20 +112,20 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None
     )
     classes = shown[0][2].labels[rows[0], 0]
     per_query = 1 + depth * len(shown)
-    chosen = _choose(right_MQK, classes, most=max(2, MOST_PICTURES // per_query))
+    chosen = _choose(right_MQK, classes, most=max(2, MOST_THUMBNAILS // per_query))
     chapters = []
     for title, positions in chosen:
         panels = []
         for position in positions:
             first, first_row = shown[0][2], rows[0][position]
-            query = Picture(
+            query = Thumbnail(
                 data_uri(first.pixels[first_row, 0]), str(first.class_names[first_row, 0])
             )
             answers = [
-                Answer(group.label, slot, _pictures(found, row[position], depth))
+                MethodAnswer(group.label, slot, _thumbnails(found, row[position], depth))
                 for (group, slot, found), row in zip(shown, rows, strict=True)
             ]
-            panels.append(Panel(query, answers))
+            panels.append(QueryPanel(query, answers))
         chapters.append(Chapter(title, panels))
     shares = [
         (group.label, slot, float(right.mean()))
@@ -168,9 +169,9 @@ def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
     return chosen
 
 
-def _pictures(found: Neighbours, row: int, depth: int) -> list[Picture]:
+def _thumbnails(found: Neighbours, row: int, depth: int) -> list[Thumbnail]:
     return [
-        Picture(
+        Thumbnail(
             data_uri(found.pixels[row, k]),
             str(found.class_names[row, k]),
             bool(found.labels[row, k] == found.labels[row, 0]),
@@ -181,7 +182,7 @@ def _pictures(found: Neighbours, row: int, depth: int) -> list[Picture]:
 
 
 def data_uri(pixels_CHW: np.ndarray) -> str:
-    """Small pictures as PNG, bit for bit; larger ones shrunk to a JPEG thumbnail."""
+    """Small images as PNG, bit for bit; larger ones shrunk to a JPEG thumbnail."""
     grey = pixels_CHW.shape[0] == 1
     array = pixels_CHW[0] if grey else np.moveaxis(pixels_CHW, 0, -1)
     image = Image.fromarray(np.ascontiguousarray(array))

@@ -5,8 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedss.runs.headlines import NOTHING, count
-from fedss.runs.reading import Failure, Group
+from fedss.runs.headlines import count
+from fedss.runs.reading import Group
+from fedss.runs.records import FailedClient
+from fedss.text import DASH
 
 MOST_CLIENTS = 10
 # In their order within a round; any others come behind them.
@@ -42,7 +44,7 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Pace:
+class RoundTime:
     """Seconds per round of a group, by phase: means over all rounds and seeds."""
 
     label: str
@@ -56,10 +58,10 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Paces:
-    """The groups' paces, the phases that any of them has in order, and the longest round."""
+class RoundTimes:
+    """The groups' times, the phases that any of them has in order, and the longest round."""
 
-    groups: list[Pace]
+    groups: list[RoundTime]
     phases: list[str]
     longest: float
 
@@ -71,7 +73,7 @@ class Paces:
     def shown(self, seconds: float | None) -> str:
         """In the table's unit, all with as many decimals; ``<0.1`` for what would be a zero."""
         if seconds is None:
-            return NOTHING
+            return DASH
         scale = 1 if self.unit == "s" else 1000
         digits = 0 if self.longest * scale >= 1000 else 1 if self.longest * scale >= 100 else 2
         if 0 < seconds * scale < 10**-digits:
@@ -87,23 +89,24 @@ class Paces:
         return round(100 * seconds / self.longest, 2)
 
 
-def paces(groups: Sequence[Group], slots: Sequence[str]) -> Paces | None:
+def round_times(groups: Sequence[Group], slots: Sequence[str]) -> RoundTimes | None:
     """Where the time of a round goes; None before anything has been timed."""
     found = []
     for group, slot in zip(groups, slots, strict=True):
-        runs = [run.rounds for run in group.runs if run.rounds]
+        runs = [run.records for run in group.runs if run.records]
         seconds: defaultdict[str, float] = defaultdict(float)
-        for rounds in runs:
-            for phase, value in (item for r in rounds for item in r.seconds.items()):
-                seconds[phase] += (value if math.isfinite(value) else 0.0) / len(rounds) / len(runs)
+        for records in runs:
+            for phase, value in (item for r in records for item in r["seconds"].items()):
+                known = value if math.isfinite(value) else 0.0
+                seconds[phase] += known / len(records) / len(runs)
         if seconds:
-            found.append(Pace(group.label, slot, dict(seconds)))
-    longest = max((pace.whole for pace in found), default=0.0)
+            found.append(RoundTime(group.label, slot, dict(seconds)))
+    longest = max((time.whole for time in found), default=0.0)
     if longest <= 0:
         return None
-    named = {phase for pace in found for phase in pace.seconds}
+    named = {phase for time in found for phase in time.seconds}
     phases = [*(p for p in PHASES if p in named), *sorted(named - PHASES.keys())]
-    return Paces(found, phases, longest)
+    return RoundTimes(found, phases, longest)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Reason:
 
 
 @dataclass(frozen=True)
-class Unlucky:
+class FailingClient:
     """A client, how often it failed and why, and the last round in which it did."""
 
     name: str
@@ -149,28 +152,29 @@ class Failures:
     again: int
     labels: list[str]
     reasons: list[Reason]
-    clients: list[Unlucky]
+    clients: list[FailingClient]
     num_clients: int
 
 
 def failures(groups: Sequence[Group]) -> Failures | None:
     """What went wrong; None if nothing did."""
-    rounds = [r for group in groups for run in group.runs for r in run.rounds]
-    again = sum(r.attempts - 1 for r in rounds)
-    of_group = [Counter(f.reason for f in _failures(group)) for group in groups]
+    records = [r for group in groups for run in group.runs for r in run.records]
+    again = sum(record.get("attempts", 1) - 1 for record in records)
+    of_group = [Counter(failure["reason"] for failure in _failures(group)) for group in groups]
     total = sum(of_group, Counter[str]())
     if not total and not again:
         return None
     by_client: dict[str, Counter[str]] = {}
     last: dict[str, int] = {}
-    for r in rounds:
-        for failure in r.failures:
-            by_client.setdefault(failure.client, Counter())[failure.reason] += 1
-            last[failure.client] = max(r.number, last.get(failure.client, 0))
+    for record in records:
+        for failure in record.get("failures", ()):
+            client = failure["client"]
+            by_client.setdefault(client, Counter())[failure["reason"]] += 1
+            last[client] = max(record["round"], last.get(client, 0))
     most = sorted(by_client.items(), key=lambda item: (-item[1].total(), item[0]))
     return Failures(
         count=total.total(),
-        asked=total.total() + sum(int(r.clients) for r in rounds),
+        asked=total.total() + sum(int(record["clients"]) for record in records),
         again=again,
         labels=[group.label for group in groups],
         reasons=[
@@ -178,22 +182,23 @@ def failures(groups: Sequence[Group]) -> Failures | None:
             for word, _ in _most_frequent(total)
         ],
         clients=[
-            Unlucky(name, reasons.total(), _told(reasons), last[name])
+            FailingClient(name, reasons.total(), _listed_reasons(reasons), last[name])
             for name, reasons in most[:MOST_CLIENTS]
         ],
         num_clients=len(by_client),
     )
 
 
-def _failures(group: Group) -> list[Failure]:
-    return [failure for run in group.runs for r in run.rounds for failure in r.failures]
+def _failures(group: Group) -> list[FailedClient]:
+    records = [record for run in group.runs for record in run.records]
+    return [failure for record in records for failure in record.get("failures", ())]
 
 
 def _most_frequent(counts: Counter[str]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _told(reasons: Counter[str]) -> str:
+def _listed_reasons(reasons: Counter[str]) -> str:
     """``5 offline, 2 deadline``, or ``offline`` if that is all."""
     if len(reasons) == 1:
         return next(iter(reasons))

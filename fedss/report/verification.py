@@ -9,21 +9,22 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from fedss.evaluation.verification import OperatingPoint, Verification
 from fedss.report import charts
 from fedss.report.labels import FONT, beside, text_height, text_width, wrapped
-from fedss.report.panels import SMALL_SIDE, Picture, data_uri
+from fedss.report.panels import SMALL_SIDE, Thumbnail, data_uri
 from fedss.runs import headlines
-from fedss.runs.reading import Group, Verified
+from fedss.runs.reading import Group
 
 _SHOWN = (0.01, 0.001)  # FARs of a comparison's columns
 _LEAST = 1e-4  # FAR at the left end of a chart: below, curves of many pictures say little
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-Mark = tuple[float, float, str]
+RocMark = tuple[float, float, str]
 """A point of an ROC and what to write beside it: FAR, TAR, text."""
 
 
 @dataclass(frozen=True)
-class Line:
+class RateRow:
     """A line of the table: what it is about, and (text, smaller addition) of each cell."""
 
     label: str
@@ -32,13 +33,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Confused:
+class ConfusedPair:
     """Two classes with a picture of each, and how often the one was taken for the other.
 
     ``taken`` has (text, share) of the queries of the first and of the second.
     """
 
-    pictures: tuple[Picture, Picture]
+    thumbnails: tuple[Thumbnail, Thumbnail]
     taken: tuple[tuple[str, str], tuple[str, str]]
     score: float
 
@@ -49,12 +50,12 @@ class Confusions:
 
     label: str
     slot: str
-    pairs: list[Confused]
+    pairs: list[ConfusedPair]
     small: bool
 
 
 @dataclass(frozen=True)
-class Verification:
+class VerificationSection:
     """What a page says on pairs: figures of all methods that have any; ``headings`` in lines.
 
     ``least`` is the smallest FAR that the pairs support, ``enrolled`` the number of classes behind
@@ -63,7 +64,7 @@ class Verification:
 
     svg: Markup | None
     headings: list[tuple[str, ...]]
-    lines: list[Line]
+    lines: list[RateRow]
     genuine: int
     impostor: int
     least: float
@@ -73,10 +74,12 @@ class Verification:
     confusions: Confusions | None
 
 
-def verification(groups: Sequence[Group], slots: Sequence[str]) -> Verification | None:
+def verification_section(
+    groups: Sequence[Group], slots: Sequence[str]
+) -> VerificationSection | None:
     """Figures of the groups all of whose runs have them; None if there are none."""
     measured = {
-        group.label: [run.verified for run in group.runs if run.verified is not None]
+        group.label: [run.verification for run in group.runs if run.verification is not None]
         for group in groups
     }
     paired = [
@@ -87,7 +90,7 @@ def verification(groups: Sequence[Group], slots: Sequence[str]) -> Verification 
     if not paired:
         return None
     every = [found for group, _ in paired for found in measured[group.label]]
-    fars = [far for far in every[0].points if all(_supported(found, far) for found in every)]
+    fars = [p.far for p in every[0].points if all(_supported(found, p.far) for found in every)]
     known = all(found.identification is not None for found in every)
     single = len(groups) == 1
     if single:
@@ -99,7 +102,7 @@ def verification(groups: Sequence[Group], slots: Sequence[str]) -> Verification 
         if known and every[0].identification:
             headings.append(("DIR at", f"FPIR {number(every[0].identification.fpir)}"))
         lines = [
-            Line(group.label, slot, _cells(measured[group.label], fars, known))
+            RateRow(group.label, slot, _cells(measured[group.label], fars, known))
             for group, slot in paired
         ]
     curves = [
@@ -111,7 +114,7 @@ def verification(groups: Sequence[Group], slots: Sequence[str]) -> Verification 
     marks = _marks(every, fars) if single else []
     shown = 0 < len(curves) <= charts.FEW
     first = every[0].identification
-    return Verification(
+    return VerificationSection(
         svg=roc_chart("roc", curves, marks, f"TAR against FAR for {names}") if shown else None,
         headings=headings,
         lines=lines,
@@ -135,53 +138,60 @@ def number(rate: float) -> str:
     return power if factor == "1.0" else f"{float(factor):g}\u00a0·\u00a0{power}"
 
 
-def _supported(found: Verified, far: float) -> bool:
-    return far in found.points and found.points[far].supported
+def _supported(found: Verification, far: float) -> bool:
+    return any(point.far == far and point.supported for point in found.points)
 
 
-def _single(every: Sequence[Verified], fars: Sequence[float], known: bool) -> list[Line]:
+def _point(found: Verification, far: float) -> OperatingPoint:
+    return next(point for point in found.points if point.far == far)
+
+
+def _single(every: Sequence[Verification], fars: Sequence[float], known: bool) -> list[RateRow]:
     cells = _cells(every, fars, known)
     names = ["EER", *(f"TAR at FAR {number(far)}" for far in fars)]
     thresholds = [[found.eer_threshold for found in every]]
-    thresholds += [[found.points[far].threshold for found in every] for far in fars]
+    thresholds += [[_point(found, far).threshold for found in every] for far in fars]
     if known:
         names.append(_dir_name(every))
         thresholds.append([f.identification.threshold for f in every if f.identification])
     return [
-        Line(name, "", [cell, (headlines.decimals(float(np.mean(at))), "")])
+        RateRow(name, "", [cell, (headlines.decimals(float(np.mean(at))), "")])
         for name, cell, at in zip(names, cells, thresholds, strict=True)
     ]
 
 
-def _dir_name(every: Sequence[Verified]) -> str:
+def _dir_name(every: Sequence[Verification]) -> str:
     first = every[0].identification
     return "" if first is None else f"DIR at FPIR {number(first.fpir)}"
 
 
-def _cells(every: Sequence[Verified], fars: Sequence[float], known: bool) -> list[tuple[str, str]]:
+def _cells(
+    every: Sequence[Verification], fars: Sequence[float], known: bool
+) -> list[tuple[str, str]]:
     columns = [[found.eer for found in every]]
-    columns += [[found.points[far].tar for found in every] for far in fars]
+    columns += [[_point(found, far).tar for found in every] for far in fars]
     if known:
         columns.append([f.identification.dir for f in every if f.identification])
     return [(headlines.decimals(float(np.mean(c))), headlines.spread(c)) for c in columns]
 
 
-def _curve(label: str, slot: str, every: Sequence[Verified]) -> charts.Line | None:
+def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve | None:
     """TAR over FAR: mean, lowest and highest of the runs; none with less than two points."""
-    far = max((found.far for found in every), key=lambda far: float(far[0]))
+    rocs = [np.array([(point.far, point.tar) for point in found.roc]).T for found in every]
+    far = max((fars for fars, _ in rocs), key=lambda fars: float(fars[0]))
     if far[0] < _LEAST:
         far = np.array([_LEAST, *far[far > _LEAST]])
     if len(far) < 2:
         return None
-    tar = np.array([np.interp(np.log(far), np.log(found.far), found.tar) for found in every])
-    return charts.Line(label, slot, far, tar.mean(axis=0), tar.min(axis=0), tar.max(axis=0))
+    tar = np.array([np.interp(np.log(far), np.log(fars), tars) for fars, tars in rocs])
+    return charts.Curve(label, slot, far, tar.mean(axis=0), tar.min(axis=0), tar.max(axis=0))
 
 
-def _marks(every: Sequence[Verified], fars: Sequence[float]) -> list[Mark]:
+def _marks(every: Sequence[Verification], fars: Sequence[float]) -> list[RocMark]:
     eer = float(np.mean([found.eer for found in every]))
     marks = [(eer, 1 - eer, f"EER {headlines.decimals(eer)}")]
     for far in fars:
-        tar = float(np.mean([found.points[far].tar for found in every]))
+        tar = float(np.mean([_point(found, far).tar for found in every]))
         marks.append((far, tar, headlines.decimals(tar)))
     return [mark for mark in marks if mark[0] >= max(found.smallest_far for found in every)]
 
@@ -191,7 +201,7 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> Confusions | None:
     having = [
         (group, slot, group.runs[0].confused)
         for group, slot in paired
-        if group.runs[0].confused is not None and (len(paired) == 1 or group.method != "central")
+        if group.runs[0].confused is not None and (len(paired) == 1 or not group.pooled)
     ]
     if not having:
         return None
@@ -203,22 +213,23 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> Confusions | None:
         # The query may be of either class.
         own = int(found.shown[i, 0] != found.class_names[i, 0])
         order = (own, 1 - own)
-        pictures = [
-            Picture(data_uri(found.pixels[i, order[k]]), str(found.class_names[i, k]))
+        thumbnails = [
+            Thumbnail(data_uri(found.pixels[i, order[k]]), str(found.class_names[i, k]))
             for k in (0, 1)
         ]
         taken = [
             (f"{n} of {of}", headlines.percent(n / of) if n else "")
             for n, of in zip(found.confused[i].tolist(), found.queries[i].tolist(), strict=True)
         ]
-        pairs.append(
-            Confused((pictures[0], pictures[1]), (taken[0], taken[1]), float(found.scores[i]))
-        )
+        both, score = (thumbnails[0], thumbnails[1]), float(found.scores[i])
+        pairs.append(ConfusedPair(both, (taken[0], taken[1]), score))
     small = max(found.pixels.shape[-2:]) <= SMALL_SIDE
     return Confusions(group.label, slot, pairs, small)
 
 
-def roc_chart(name: str, lines: Sequence[charts.Line], marks: Sequence[Mark], alt: str) -> Markup:
+def roc_chart(
+    name: str, lines: Sequence[charts.Curve], marks: Sequence[RocMark], alt: str
+) -> Markup:
     """TAR over FAR: one line with marks, or several with their names where they part, at the left.
 
     The end at the right is common to all lines, so that names there would tell nothing.
@@ -238,23 +249,9 @@ def roc_chart(name: str, lines: Sequence[charts.Line], marks: Sequence[Mark], al
     texts = [] if marks else wrapped([line.label for line in lines], 0.6 * (size[1] - 76))
     wide = 0.0 if marks else charts.LABEL_GAP + max(text_width(text) for text in texts)
     left, right, bottom, top = (38, 14, 46, 30) if marks else (wide, 38, 46, 30)
-    ax.set_position(
-        (
-            left / size[0],
-            bottom / size[1],
-            (size[0] - left - right) / size[0],
-            (size[1] - bottom - top) / size[1],
-        )
-    )
-    ax.annotate(
-        "TAR",
-        (8 if marks else size[0] - 8, size[1] - 12),
-        xycoords="figure points",
-        color=charts.STAND_IN["muted"],
-        ha="left" if marks else "right",
-        va="center",
-        fontsize=FONT - 1,
-    )
+    charts.place_axes(ax, left, bottom, size[0] - right, size[1] - top)
+    place, side = (8, "left") if marks else (size[0] - 8, "right")
+    charts.write(ax, (place, size[1] - 12), "TAR", charts.STAND_IN["muted"], FONT - 1, side)
     if marks:
         _write_marks(ax, lines[0], marks)
     else:
@@ -264,7 +261,7 @@ def roc_chart(name: str, lines: Sequence[charts.Line], marks: Sequence[Mark], al
     return charts.as_svg(figure, name, alt)
 
 
-def _write_marks(ax: Axes, line: charts.Line, marks: Sequence[Mark]) -> None:
+def _write_marks(ax: Axes, line: charts.Curve, marks: Sequence[RocMark]) -> None:
     color = charts.STAND_IN[line.slot]
     points = np.asarray(ax.transData.transform(np.array([mark[:2] for mark in marks])))
     curve = np.asarray(ax.transData.transform(np.stack([line.x, line.mean], axis=1)))
@@ -287,14 +284,4 @@ def _write_marks(ax: Axes, line: charts.Line, marks: Sequence[Mark]) -> None:
             clip_on=False,
             zorder=4,
         )
-        ax.annotate(
-            text,
-            tuple(place),
-            xycoords="figure points",
-            color=charts.STAND_IN["ink"],
-            ha="center",
-            va="center",
-            fontsize=FONT,
-            annotation_clip=False,
-            parse_math=False,
-        )
+        charts.write(ax, tuple(place), text, charts.STAND_IN["ink"], side="center")

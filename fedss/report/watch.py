@@ -8,7 +8,7 @@ from pathlib import Path
 from fedss.errors import RunFolderError
 from fedss.files import read_json, write_file, writing
 from fedss.runs import headlines
-from fedss.runs.reading import Run, group_runs, read_runs
+from fedss.runs.reading import RecordedRun, group_runs, read_runs
 
 REFRESH = 10  # seconds after which the page loads itself again
 _SHARE = 0.1  # of one core, at most, for the page: the run needs it more
@@ -44,7 +44,7 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
     say(f"{path}: open it in a browser; it loads itself again every {REFRESH} s")
     try:
         while True:
-            seen, done, began = _stamp(folder), _done(folder), time.process_time()
+            seen, done, began = _file_times(folder), _done(folder), time.process_time()
             late = False
             if not any(name.endswith("records.jsonl") for name in seen):
                 say(f"{_now()}  waiting for the first records")
@@ -59,7 +59,7 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
             rest = time.monotonic() + (time.process_time() - began) * (1 / _SHARE - 1)
             while True:
                 time.sleep(poll)
-                more = _stamp(folder) != seen or (shown and not late and _late(folder, runs))
+                more = _file_times(folder) != seen or (shown and not late and _late(folder, runs))
                 if more and (time.monotonic() >= rest or _done(folder)):
                     break
     except KeyboardInterrupt:
@@ -68,21 +68,21 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
         raise
 
 
-def _write(path: Path, runs: Sequence[Run], folder: Path, late: bool | None) -> None:
+def _write(path: Path, runs: Sequence[RecordedRun], folder: Path, late: bool | None) -> None:
     """The page; one that loads itself again, unless ``late`` is None."""
     # Here, since drawing takes a large library, which most uses of this one need not load.
-    from fedss.report.page import Watched, render
+    from fedss.report.page import LiveNotice, render
 
     watched = None
     if late is not None:
         last = _last(folder)
         last_round = "" if last is None else _clock(datetime.fromtimestamp(last))
-        watched = Watched(_now(), last_round, late, REFRESH)
+        watched = LiveNotice(_now(), last_round, late, REFRESH)
     with writing(folder, "make room or mend the place, then start the same command again"):
         write_file(path, render(runs, folder, watched).encode("utf-8", "backslashreplace"))
 
 
-def _stamp(folder: Path) -> Mapping[str, tuple[int, int]]:
+def _file_times(folder: Path) -> Mapping[str, tuple[int, int]]:
     """Which of the files that a report is made from are there, and their times and sizes."""
     found = {}
     for place in (folder, *folder.glob("*/")):
@@ -112,10 +112,10 @@ def _last(folder: Path) -> float | None:
     return max(times, default=None)
 
 
-def _late(folder: Path, runs: Sequence[Run]) -> bool:
+def _late(folder: Path, runs: Sequence[RecordedRun]) -> bool:
     """Whether nothing was recorded for a minute and three times the longest of recent rounds."""
     last = _last(folder)
-    took = [sum(r.seconds.values()) for run in runs for r in run.rounds[-30:]]
+    took = [sum(r["seconds"].values()) for run in runs for r in run.records[-30:]]
     return last is not None and time.time() - last > _PATIENCE + 3 * max(took, default=0.0)
 
 
@@ -128,10 +128,10 @@ def _clock(moment: datetime) -> str:
     return f"{moment:%H:%M:%S}" if today else f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
-def _line(runs: Sequence[Run], folder: Path, done: bool, late: bool) -> str:
+def _line(runs: Sequence[RecordedRun], folder: Path, done: bool, late: bool) -> str:
     if done:
-        return f"done. {headlines.finding(group_runs(runs, folder))}"
-    parts = [headlines.standing(run) for run in runs if not run.finished]
+        return f"done. {headlines.headline(group_runs(runs, folder))}"
+    parts = [headlines.status(run) for run in runs if not run.finished]
     if finished := sum(run.finished for run in runs):
         parts.append(f"{finished} {'run' if finished == 1 else 'runs'} done")
     if late:

@@ -16,7 +16,6 @@ from fedss.config import OPTIONS, Config
 from fedss.distributed import Ranks
 from fedss.errors import RunFolderError
 from fedss.files import RUN_FOLDER_ADVICE, read_json, remove_litter, write_json, writing
-from fedss.runs.reading import read_summary
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding). Files may have moved: what is in them is compared.
@@ -35,15 +34,15 @@ _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
 
 
 @contextmanager
-def hold(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
+def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
     """Make the folder and keep other processes out of it; failed writes become RunFolderErrors.
 
     Args:
-        folder: what to hold.
+        folder: what to lock.
         advice: what to do about a failed write.
 
     Raises:
-        RunFolderError: another process holds it, or it cannot be written.
+        RunFolderError: another process has locked it, or it cannot be written.
     """
     with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def hold(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
             lock.release()
 
 
-def claim_run(
+def write_run_config(
     folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any], ranks: Ranks
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
@@ -86,7 +85,7 @@ def claim_run(
         ranks.gather(None)
         if not (folder / "config.json").exists():
             raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
-    found = _claimed(folder)
+    found = _read_config(folder)
     if found is None:
         write_json(folder / "config.json", content)
     elif "methods" in found:
@@ -113,14 +112,16 @@ def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
 _SHARE = "ranks on several hosts need an --out that all of them see, such as a network drive"
 
 
-def claim_comparison(folder: Path, config: Config, methods: list[str], seeds: list[int]) -> None:
+def write_comparison_config(
+    folder: Path, config: Config, methods: list[str], seeds: list[int]
+) -> None:
     """Write a comparison's ``config.json``, or check that only methods and seeds differ.
 
     Raises:
         RunFolderError: the folder holds a single run, or a comparison with other settings.
     """
     content = {"config": _stored(config), "methods": methods, "seeds": seeds} | _versions()
-    found = _claimed(folder)
+    found = _read_config(folder)
     if found is not None:
         if "methods" not in found:
             raise RunFolderError(f"{folder} holds a single run; choose another folder to compare")
@@ -128,26 +129,6 @@ def claim_comparison(folder: Path, config: Config, methods: list[str], seeds: li
         content["methods"] = list(dict.fromkeys([*found["methods"], *methods]))
         content["seeds"] = list(dict.fromkeys([*found["seeds"], *seeds]))
     write_json(folder / "config.json", content)
-
-
-def read_summaries(folder: Path) -> list[dict[str, Any]]:
-    """The objects of ``summary.json``; none if there is no such file.
-
-    Raises:
-        RunFolderError: it is damaged.
-    """
-    path = folder / "summary.json"
-    if not path.exists():
-        return []
-    found = read_json(path)
-    if not isinstance(found, list):
-        raise RunFolderError(
-            f"{path} is damaged: expected a list with an object for each run; delete the file and "
-            "start the same command again, which writes it anew"
-        )
-    for entry in found:
-        read_summary(entry, path)
-    return found
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -172,7 +153,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _claimed(folder: Path) -> dict[str, Any] | None:
+def _read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.exists():
         left = [name for name in _LEFT_BY_A_RUN if (folder / name).exists()]

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the one sentence that says what was found."""
+"""Numbers as people read them, and the sentence that says how a run or a comparison did."""
 
 import math
 import statistics
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fedss.evaluation.intervals import FLOORS, Interval
 from fedss.runs.eta import time_left
-from fedss.runs.reading import MOMENTS, Group, Run
+from fedss.runs.reading import Group, RecordedRun
+from fedss.runs.summaries import MOMENTS
 from fedss.text import DASH, plural
 from fedss.text import decimals as decimals
 from fedss.text import human_bytes as human_bytes
@@ -19,7 +20,7 @@ ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recomme
 
 def count(value: float | None) -> str:
     """A whole number with thin spaces between thousands."""
-    grouped = NOTHING if value is None or not math.isfinite(value) else f"{value:,.0f}"
+    grouped = DASH if value is None or not math.isfinite(value) else f"{value:,.0f}"
     return grouped.replace(",", "\u202f")
 
 
@@ -43,7 +44,7 @@ def listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def numbers(values: Sequence[int]) -> str:
+def listed_numbers(values: Sequence[int]) -> str:
     """``0–2`` for consecutive numbers, otherwise ``0, 2 and 5``."""
     values = sorted(set(values))
     if len(values) > 2 and values[-1] - values[0] == len(values) - 1:
@@ -51,7 +52,7 @@ def numbers(values: Sequence[int]) -> str:
     return listed([str(value) for value in values])
 
 
-def nearest(number: int) -> str:
+def nearest_neighbours(number: int) -> str:
     """``nearest neighbour``, ``five nearest neighbours``."""
     if number == 1:
         return "nearest neighbour"
@@ -62,30 +63,30 @@ def nearest(number: int) -> str:
 def cohort(groups: Sequence[Group]) -> str:
     """How many clients took part in a round, as recorded: ``20 clients``; empty if not known."""
     # Pooled pictures have no clients.
-    runs = [run for group in groups if group.method != "central" for run in group.runs]
-    sizes = [r.clients for run in runs for r in run.rounds]
+    runs = [run for group in groups if not group.pooled for run in group.runs]
+    sizes = [record["clients"] for run in runs for record in run.records]
     if sizes:
         low, high = min(sizes), max(sizes)
         many = count(low) if low == high else f"{count(low)}\u2060–\u2060{count(high)}"
         return f"{many} client{'' if high == 1 else 's'}"
-    known = [run.settings.get("clients_per_round") for run in runs]
-    return f"up to {tally(known[0], 'client')}" if known and known[0] is not None else ""
+    planned = runs[0].settings.get("clients_per_round") if runs else None
+    return "" if planned is None else f"up to {tally(planned, 'client')}"
 
 
-def progress(run: Run) -> str:
+def rounds_done(run: RecordedRun) -> str:
     """``round 40 of 120``."""
     return f"round {run.last_round} of {run.planned_rounds}"
 
 
-def standing(run: Run) -> str:
+def status(run: RecordedRun) -> str:
     """``fedss, seed 0: round 40 of 120, MAP@10 0.310, about 3 min left`` of an unfinished run."""
     score = run.results["map_at_10"]
     evaluated, saved = (run.settings.get(name) for name in ("eval_every", "checkpoint_every"))
     left = None
     if evaluated is not None and saved is not None:  # older records do not say
-        seconds = [r.seconds for r in run.rounds]
+        seconds = [record["seconds"] for record in run.records]
         left = time_left(seconds, run.planned_rounds, evaluated, saved)
-    parts = [f"{run.label}, seed {run.seed}: {progress(run)}"]
+    parts = [f"{run.label}, seed {run.seed}: {rounds_done(run)}"]
     parts += [] if score is None else [f"MAP@10 {decimals(score)}"]
     parts += [str(left)] if left else []
     return ", ".join(parts)
@@ -127,9 +128,9 @@ def rows_sent(groups: Sequence[Group]) -> str:
     return "class rows and moments" if has_moments(groups) else "class rows"
 
 
-def finding(groups: Sequence[Group]) -> str:
+def headline(groups: Sequence[Group]) -> str:
     """Say, computed from the records, how the method did, also when it lost."""
-    sentence = _under_a_floor(groups) or _found(groups)
+    sentence = _under_a_floor(groups) or _result(groups)
     if any(run.at_sites for group in groups for run in group.runs):
         sentence = sentence.replace("MAP@10", "MAP@10 in each site’s gallery", 1)
     return " ".join([*filter(None, map(_grown, groups)), sentence])
@@ -141,7 +142,7 @@ GROWN = 1.5
 
 def _grown(group: Group) -> str:
     """What to say of a group in which a run's loss did not fall but grew."""
-    ends = [(run.rounds[0].loss, run.rounds[-1].loss) for run in group.runs if run.rounds]
+    ends = [(r.records[0]["loss"], r.records[-1]["loss"]) for r in group.runs if r.records]
     grown = [(first, last) for first, last in ends if last > GROWN * abs(first)]
     if not grown:
         return ""
@@ -153,11 +154,8 @@ def _grown(group: Group) -> str:
 
 def best_floor(group: Group) -> tuple[str, float] | None:
     """The highest floor of a group, its name and MAP@10; None where none was measured."""
-    found = [(value, name) for name in FLOORS if (value := group.floor(name)) is not None]
-    if not found:
-        return None
-    value, name = max(found)
-    return name, value
+    floors = [(value, name) for name in FLOORS if (value := group.floor(name)) is not None]
+    return max(floors)[::-1] if floors else None
 
 
 def unbeaten_floor(group: Group) -> tuple[str, float] | None:
@@ -165,16 +163,13 @@ def unbeaten_floor(group: Group) -> tuple[str, float] | None:
 
     Where classes are not known, as in a federation, the higher figure has to do.
     """
-    score, found = group.mean("map_at_10"), []
+    score, floors = group.mean("map_at_10"), []
     for name in FLOORS:
         value, ends = group.floor(name), group.over_floor(name)
         if score is not None and value is not None:
             beaten = score > value if ends is None else ends.shown and ends.low > 0
-            found += [] if beaten else [(value, name)]
-    if not found:
-        return None
-    value, name = max(found)
-    return name, value
+            floors += [] if beaten else [(value, name)]
+    return max(floors)[::-1] if floors else None
 
 
 def _under_a_floor(groups: Sequence[Group]) -> str:
@@ -192,11 +187,9 @@ def _under_a_floor(groups: Sequence[Group]) -> str:
             start = f"No difference shown between {group.label} and {FLOORS[name]}"
         return f"{start}: MAP@10 {score} against {decimals(value)} {rounds}."
     under = [group for group, _ in floors]
-    told = [f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in under]
-    sentence = (
-        f"Not shown to beat {FLOORS[name]}, MAP@10 {decimals(value)}, {rounds}: {listed(told)}."
-    )
-    above = [f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in done if g not in under]
+    below = listed([_with_score(group) for group in under])
+    sentence = f"Not shown to beat {FLOORS[name]}, MAP@10 {decimals(value)}, {rounds}: {below}."
+    above = [_with_score(group) for group in done if group not in under]
     return f"{sentence} Above it: {listed(above)}." if above else sentence
 
 
@@ -211,7 +204,7 @@ def _within(ends: Interval) -> str:
     return f"95 % interval of the difference: {low} to {high}"
 
 
-def _found(groups: Sequence[Group]) -> str:
+def _result(groups: Sequence[Group]) -> str:
     full = full_softmax(groups)
     others = _measured(groups, full)
     if full is not None and len(others) > 1 and has_variants(others):
@@ -237,7 +230,7 @@ def unscored(groups: Sequence[Group]) -> str:
     missing = [
         group
         for group in groups
-        if not all(any(r.metrics for r in run.rounds) for run in group.runs)
+        if not all(any(r["metrics"] for r in run.records) for run in group.runs)
     ]
     if not missing:
         return ""
@@ -248,7 +241,7 @@ def unscored(groups: Sequence[Group]) -> str:
     return f"No round has been evaluated{yet}, so there is no accuracy to draw.{advice}"
 
 
-def second_finding(groups: Sequence[Group]) -> str:
+def caveat(groups: Sequence[Group]) -> str:
     """What the first sentence must not hide: what did better than what it is about, or lost."""
     full = full_softmax(groups)
     others = _measured(groups, full)
@@ -270,15 +263,17 @@ def second_finding(groups: Sequence[Group]) -> str:
     ]
     if not better:
         return ""
-    names = listed([f"{g.label} ({decimals(g.mean('map_at_10'))})" for g in better])
+    names = listed([_with_score(group) for group in better])
     return f"{names} {'retrieves' if len(better) == 1 else 'retrieve'} better than fedss here."
 
 
 def _measured(groups: Sequence[Group], full: Group | None) -> list[Group]:
     """The finished groups that can be compared with the full softmax, but for pooled training."""
-    return [
-        g for g in groups if g is not full and g.method != "central" and ratio(g, full) is not None
-    ]
+    return [g for g in groups if g is not full and not g.pooled and ratio(g, full) is not None]
+
+
+def _with_score(group: Group) -> str:
+    return f"{group.label} ({decimals(group.mean('map_at_10'))})"
 
 
 def _with_ratio(group: Group, full: Group | None) -> str:
@@ -376,6 +371,6 @@ def _alone(group: Group) -> str:
     else:
         text = f"{group.label} stands at MAP@10 {decimals(score)}"
     if not group.finished:
-        text += f" ({progress(run)})"
+        text += f" ({rounds_done(run)})"
     moved = both_ways(group)
     return text if moved is None else f"{text}, moving {human_bytes(moved)} per client and round"

@@ -1,74 +1,136 @@
-"""What a run writes down: a line of JSON per round, and a summary."""
+"""``records.jsonl``: a line of JSON per round of a run, its one writer and its one reader."""
 
-import dataclasses
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
-from fedss.core.client import ClientUpdate
+from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.errors import RunFolderError
-from fedss.evaluation.retrieval import RetrievalMetrics
-from fedss.runs.reading import check_counts, read_round
+from fedss.runs.fields import Fields, damaged, parse_json, read_bytes
+from fedss.text import printable
 from fedss.wire.messages import PARTS
 
-Record = dict[str, Any]
-"""One round: ``round`` (1-based), mean ``loss``, ``clients``, ``examples``, ``num_classes`` (n),
-``num_clients`` (that the cohort was drawn from), ``class_rows`` (sum of |S_k|), bytes over the
-cohort as serialised (``bytes_down``, ``bytes_up`` and their parts ``backbone_bytes_*``,
-``class_row_bytes_*``, ``moment_bytes_*``), ``seconds`` by phase, ``metrics`` or None (in every
-round, where nobody can evaluate), the round's learning rates ``client_lr`` and ``class_row_lr``.
-Where clients may fail also ``failures``, a list of ``{"client": name, "reason": word}``, and
-``attempts``: how often the round was begun. Without them none failed, and it was begun once."""
-
-
-_PER_CLIENT = (
-    "bytes_down",
-    "bytes_up",
-    *(f"{part}_bytes_{way}" for part in PARTS for way in ("down", "up")),
+METRICS = ("map_at_10", "recall_at_1", "recall_at_5", "map_at_r")
+WAYS = ("down", "up")
+# Sums over a cohort's clients.
+SUMS = (
+    *(f"bytes_{way}" for way in WAYS),
+    *(f"{part}_bytes_{way}" for part in PARTS for way in WAYS),
+    "class_rows",
 )
-_COUNTED = (*_PER_CLIENT, "class_rows")
-_NEEDED = ("examples", "num_classes", "num_clients", "client_lr", "class_row_lr")
 
 
-def round_traffic(updates: Sequence[ClientUpdate]) -> dict[str, int]:
-    """Bytes of all messages of a round, as the engine counted them, and |S_k| summed up."""
-    counted = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
-    return {**counted, "class_rows": sum(len(update.ids_S) for update in updates)}
+class FailedClient(TypedDict):
+    """A client, by its name, without an update that could be used, and a word for the reason."""
+
+    client: str
+    reason: str
 
 
-def read_records(path: Path, rounds: int) -> list[Record]:
-    """The records of the first ``rounds`` rounds; later lines, also half a line, are left out.
+class Record(TypedDict):
+    """One round of a run.
 
-    Raises:
-        RunFolderError: a line of these rounds is missing or damaged.
+    Attributes:
+        round: its number, from 1 on.
+        loss: the mean over clients.
+        clients: how many gave an update.
+        examples: pictures that they trained on.
+        num_classes: n.
+        num_clients: how many the cohort was drawn from.
+        bytes_down: of all messages of the cohort, as serialised, as are its parts and ``bytes_up``;
+            None where pictures are pooled: no federated message exists.
+        class_rows: the sum of ``|S_k|``; None likewise.
+        client_lr: the round's learning rate of the backbone.
+        class_row_lr: the round's learning rate of the class rows.
+        seconds: by phase.
+        metrics: retrieval, where it was evaluated; ``sites``: how many sites could tell.
+        failures: those of the cohort that failed. Where none did, it and ``attempts`` are left out.
+        attempts: how often the round was begun.
     """
-    lines = path.read_bytes().splitlines()[:rounds] if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RunFolderError(
-                f"{where} is damaged ({error}); start again in another folder"
-            ) from error
-        if read_round(record, where).number != number:
-            raise RunFolderError(
-                f"{where}: expected round {number}, got {record['round']}; start again in another "
-                "folder"
-            )
-        check_counts(record, (*_COUNTED, *_NEEDED), where)
-        records.append(record)
-    if len(records) != rounds:
-        raise RunFolderError(
-            f"{path}: expected a line for each of the {rounds} rounds in the checkpoint, got "
-            f"{len(records)}; start again in another folder"
-        )
-    return records
+
+    round: int
+    loss: float
+    clients: int
+    examples: int
+    num_classes: int
+    num_clients: int
+    bytes_down: float | None
+    bytes_up: float | None
+    backbone_bytes_down: float | None
+    backbone_bytes_up: float | None
+    class_row_bytes_down: float | None
+    class_row_bytes_up: float | None
+    moment_bytes_down: float | None
+    moment_bytes_up: float | None
+    class_rows: float | None
+    client_lr: float
+    class_row_lr: float
+    seconds: Mapping[str, float]
+    metrics: Mapping[str, float] | None
+    failures: NotRequired[list[FailedClient]]
+    attempts: NotRequired[int]
+
+
+# What a record of an earlier version may lack.
+_LATER: Mapping[str, Any] = {
+    **dict.fromkeys(("examples", "num_classes", "num_clients", "client_lr", "class_row_lr")),
+    **dict.fromkeys(SUMS[2:]),
+    **{f"moment_bytes_{way}": 0.0 for way in WAYS},
+}
+
+
+def new_record(
+    plan: RoundPlan,
+    updates: Sequence[ClientUpdate],
+    num_clients: int,
+    seconds: Mapping[str, float],
+    metrics: Mapping[str, float] | None,
+    failures: Sequence[FailedClient] = (),
+    attempts: int = 1,
+) -> Record:
+    """The record of a round.
+
+    Args:
+        plan: what the cohort was told.
+        updates: what it gave, one or more.
+        num_clients: how many clients the cohort was drawn from.
+        seconds: by phase.
+        metrics: retrieval, if the round was evaluated.
+        failures: those of the cohort that failed.
+        attempts: how often the round was begun.
+    """
+    traffic = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
+    traffic["class_rows"] = sum(len(update.ids_S) for update in updates)
+    record = {
+        "round": plan.round + 1,
+        "loss": sum(update.loss for update in updates) / len(updates),
+        "clients": len(updates),
+        "examples": sum(update.num_examples for update in updates),
+        "num_classes": plan.num_classes,
+        "num_clients": num_clients,
+        **(dict.fromkeys(traffic) if plan.method.pooled else traffic),
+        "client_lr": plan.local.lr,
+        "class_row_lr": plan.local.row_lr,
+        "seconds": seconds,
+        "metrics": metrics,
+    }
+    if failures or attempts > 1:
+        record |= {"failures": list(failures), "attempts": attempts}
+    return cast(Record, record)
+
+
+def bytes_moved(record: Record) -> float | None:
+    """Bytes of a round, both ways; None where there are none."""
+    down, up = record["bytes_down"], record["bytes_up"]
+    return None if down is None or up is None else down + up
+
+
+def num_sites(record: Record) -> int:
+    """How many sites evaluated in a round; 0 where none did."""
+    return int((record["metrics"] or {}).get("sites", 0))
 
 
 @contextmanager
@@ -102,27 +164,81 @@ def records_to_disk(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def summarise(run: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
-    """A run in one object: what it was, how the model is judged, means per client and round.
+def read_records(path: Path, rounds: int) -> list[Record]:
+    """The records of the first ``rounds`` rounds; later lines, also half a line, are left out.
 
-    Retrieval figures are None where nobody could judge it, byte figures where pictures are
-    pooled: no federated message exists. ``failures`` counts those of all rounds by reason, and
-    ``seconds_by_phase`` adds up to ``seconds``.
+    Raises:
+        RunFolderError: a line of these rounds is missing or damaged.
     """
-    clients = sum(record["clients"] for record in records)
-    unknown = dict.fromkeys(field.name for field in dataclasses.fields(RetrievalMetrics))
-    # Of the model that is kept: figures of an earlier round would be another's.
-    summary = {**run, **(records[-1]["metrics"] or unknown)}
-    for name in _COUNTED:
-        counts = [record[name] for record in records]
-        mean = None if None in counts else sum(counts) / clients
-        shown = "class_rows_per_client" if name == "class_rows" else f"{name}_per_client_round"
-        summary[shown] = mean
-    phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
-    summary["seconds_by_phase"] = {
-        phase: sum(record["seconds"].get(phase, 0.0) for record in records) for phase in phases
+    lines = path.read_bytes().splitlines()[:rounds] if path.exists() else []
+    records = _parse(lines, path, later={})
+    numbers = [record["round"] for record in records]
+    if numbers != list(range(1, rounds + 1)):
+        raise RunFolderError(
+            f"{path}: expected a line for each of the {rounds} rounds in the checkpoint, got "
+            f"{len(records)}, up to round {numbers[-1] if numbers else 0}; start again in another "
+            "folder"
+        )
+    return records
+
+
+def read_all_records(path: Path, finished: bool) -> list[Record]:
+    """All records, those of earlier versions too.
+
+    Args:
+        path: of ``records.jsonl``.
+        finished: whether the run is; otherwise the last line may still be half written.
+
+    Raises:
+        RunFolderError: the file cannot be read, or a line is damaged.
+    """
+    content = read_bytes(path)
+    if not finished:
+        content = content[: content.rfind(b"\n") + 1]
+    return _parse(content.splitlines(), path, _LATER)
+
+
+def _parse(lines: Sequence[bytes], path: Path, later: Mapping[str, Any]) -> list[Record]:
+    records: list[Record] = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        record = _check(Fields(parse_json(line, where), where), later)
+        if records and record["round"] <= records[-1]["round"]:
+            last = records[-1]["round"]
+            what = f"round {record['round']} after round {last}, expected a later"
+            raise damaged(where, what)
+        records.append(record)
+    return records
+
+
+def _check(fields: Fields, later: Mapping[str, Any]) -> Record:
+    """A record whose values are checked; ``later``: those that it may lack."""
+    fields.value = {**later, **fields.value}
+    record = {
+        name: fields.unless_null(name, fields.number)
+        for name in (*SUMS, "examples", "client_lr", "class_row_lr")
     }
-    summary["seconds"] = sum(summary["seconds_by_phase"].values())
-    failures = (failure for record in records for failure in record.get("failures", ()))
-    summary["failures"] = dict(Counter(failure["reason"] for failure in failures))
-    return summary
+    record |= {
+        name: fields.unless_null(name, fields.integer) for name in ("num_classes", "num_clients")
+    }
+    if not fields.number("clients") >= 1:
+        raise fields.wrong("clients", "1 or more")
+    record |= {name: fields.number(name) for name in ("loss", "clients")}
+    record["round"] = fields.integer("round")
+    record["seconds"] = fields.numbers("seconds")
+    record["metrics"] = fields.unless_null("metrics", fields.numbers)
+    if record["metrics"] is not None:
+        metrics = fields.object("metrics")
+        for name in METRICS:
+            metrics.number(name)
+        if "sites" in metrics:
+            metrics.integer("sites")
+    if "failures" in fields:
+        # Sites have named these clients.
+        record["failures"] = [
+            {name: printable(failure.text(name)) for name in ("client", "reason")}
+            for failure in fields.objects("failures")
+        ]
+    if "attempts" in fields:
+        record["attempts"] = fields.integer("attempts")
+    return cast(Record, {**fields.value, **record})

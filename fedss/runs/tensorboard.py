@@ -2,10 +2,10 @@
 
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from fedss.data import RetrievalTask
 from fedss.evaluation.evaluate import Embedded, find_neighbours
+from fedss.runs.records import Record
 from fedss.seeds import generator
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _THUMBNAIL = 48  # 23 x 23 of them are far below the 8192 pixels that a sprite's
 
 
 @contextmanager
-def open_board(folder: Path, round: int) -> "Iterator[SummaryWriter]":
+def open_writer(folder: Path, round: int) -> "Iterator[SummaryWriter]":
     """Open a run folder's TensorBoard events; what is there of ``round`` and later is hidden."""
     # Here, since importing it takes a second that most commands need not spend.
     from torch.utils.tensorboard import SummaryWriter
@@ -42,43 +43,46 @@ def open_board(folder: Path, round: int) -> "Iterator[SummaryWriter]":
 
     threading.excepthook = quiet
     try:
-        with SummaryWriter(place, purge_step=round, flush_secs=10) as board:
-            yield board
+        with SummaryWriter(place, purge_step=round, flush_secs=10) as writer:
+            yield writer
     finally:
         threading.excepthook = before
 
 
-def add_scalars(board: "SummaryWriter", record: Mapping[str, Any], failures: bool) -> None:
+def add_scalars(writer: "SummaryWriter", record: Record, failures: bool) -> None:
     """A round's record as scalars; those of failures only where there were any so far."""
     seconds, clients = record["seconds"], record["clients"]
     scalars = {
         "train/loss": record["loss"],
-        **{f"train/{name}": record[name] for name in ("client_lr", "class_row_lr")},
+        "train/client_lr": record["client_lr"],
+        "train/class_row_lr": record["class_row_lr"],
         "train/clients": clients,
         "train/examples": record["examples"],
         **{f"seconds/{phase}": took for phase, took in seconds.items()},
         "seconds/round": sum(seconds.values()),
         **{f"test/{name}": value for name, value in (record["metrics"] or {}).items()},
     }
-    if record["bytes_down"] is not None:
-        scalars["bytes/down_per_client"] = record["bytes_down"] / clients
-        scalars["bytes/up_per_client"] = record["bytes_up"] / clients
-    if record["class_rows"] is not None:
-        scalars["train/class_rows_per_client"] = record["class_rows"] / clients
+    for name, total in (
+        ("bytes/down_per_client", record["bytes_down"]),
+        ("bytes/up_per_client", record["bytes_up"]),
+        ("train/class_rows_per_client", record["class_rows"]),
+    ):
+        if total is not None:
+            scalars[name] = total / clients
     if failures:
         scalars["federation/failures"] = len(record.get("failures", ()))
         scalars["federation/attempts"] = record.get("attempts", 1)
     for name, value in scalars.items():
-        board.add_scalar(name, value, record["round"])
+        writer.add_scalar(name, value, record["round"])
 
 
 def add_neighbours(
-    board: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
+    writer: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
 ) -> None:
     """A picture of some queries and what is nearest to them, the same queries in every round."""
-    arrays = find_neighbours(task, found, seed, _QUERIES)
-    picture = draw_neighbours(arrays["pixels"], arrays["labels"])
-    board.add_image("test/neighbours", picture, round, dataformats="HWC")
+    shown = find_neighbours(task, found, seed, _QUERIES)
+    image = draw_neighbours(shown.pixels, shown.labels)
+    writer.add_image("test/neighbours", image, round, dataformats="HWC")
 
 
 def draw_neighbours(pixels_QKCHW: np.ndarray, labels_QK: np.ndarray) -> np.ndarray:
@@ -125,14 +129,14 @@ def _thumbnail(pixels_CHW: np.ndarray, side: int) -> Image.Image:
 
 
 def add_projection(
-    board: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
+    writer: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
 ) -> None:
     """Embeddings of some test classes, with names and thumbnails, for TensorBoard's projector."""
     images = task.gallery or task.query
     query_QD, gallery_GD = found
     embeddings_ND = query_QD if gallery_GD is None else gallery_GD
     chosen = choose_points(images.labels, seed)
-    logs = Path(board.log_dir)
+    logs = Path(writer.log_dir)
     # A run that was stopped right after writing it writes it again.
     shutil.rmtree(logs / f"{round:05d}", ignore_errors=True)
     # TensorBoard's tables are UTF-8, one name a line; names of folders may be any bytes.
@@ -146,7 +150,7 @@ def add_projection(
     tiles_NCHW = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
     # Written as text: digits that nobody sees would be half of it.
     shown = embeddings_ND[chosen].cpu().double().round(decimals=6)
-    board.add_embedding(shown, names, tiles_NCHW, round, "test")
+    writer.add_embedding(shown, names, tiles_NCHW, round, "test")
     # It must not look like a picture to who takes all that are below a folder with this run in it.
     sprite, config = logs / f"{round:05d}/test/sprite.png", logs / "projector_config.pbtxt"
     sprite.rename(sprite.with_suffix(""))

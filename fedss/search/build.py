@@ -18,7 +18,7 @@ from fedss.inference.embedding import LEAVE_OUT, PictureList, list_pictures
 from fedss.inference.model import load
 from fedss.inference.pixels import read_pictures
 from fedss.models import Embedder, fingerprint
-from fedss.runs.folder import hold
+from fedss.runs.folder import lock_folder
 from fedss.search.collection import (
     ENROLLED,
     INDEX,
@@ -83,7 +83,7 @@ def build_collection(
     embedder = load(run, backbone)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     found = list_pictures(Path(pictures))
-    with hold(folder, _ADVICE):
+    with lock_folder(folder, _ADVICE):
         if store_exists(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
         _check_old(folder / INDEX, found, embedder)

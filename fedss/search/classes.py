@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fedss.errors import ConfigError, DataError
 from fedss.evaluation.retrieval import nearest
-from fedss.evaluation.verification import NOTHING
+from fedss.evaluation.verification import REJECT_ALL
 from fedss.files import read_json
 from fedss.inference.embedding import class_name
-from fedss.inference.pixels import Picture, Read, name_of, read_pictures
+from fedss.inference.pixels import ImageSource, Read, name_of, read_pictures
 from fedss.models import fingerprint
-from fedss.runs.reading import read_verified
+from fedss.runs.findings import read_verification
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
 from fedss.search.store import (
     Item,
@@ -45,7 +45,7 @@ class Identity:
 def enrol(
     collection: Collection,
     label: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageSource],
     *,
     names: Sequence[str] | None = None,
 ) -> Collection:
@@ -129,15 +129,15 @@ def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list
     Args:
         collection: with classes, of its folders or enrolled.
         query_QD: floating point [Q, D], such as from ``Collection.embed``.
-        threshold: the least cosine, -1 to 1; or ``fedss.evaluation.verification.NOTHING``, as a
-            run's test may have measured it: then all pictures are unknown.
+        threshold: the least cosine, -1 to 1; or ``fedss.evaluation.verification.REJECT_ALL``, as
+            a run's test may have measured it: then all pictures are unknown.
 
     Raises:
         DataError: no picture of the collection has a class; queries of another size, NaN or
             infinite.
         ConfigError: a threshold out of range.
     """
-    if not -1.0 <= threshold <= 1.0 and threshold != NOTHING:
+    if not -1.0 <= threshold <= 1.0 and threshold != REJECT_ALL:
         raise ConfigError(f"threshold: expected a cosine from -1 to 1, got {threshold}")
     if not collection.classes:
         raise DataError(
@@ -161,7 +161,7 @@ class Threshold:
 
     Attributes:
         threshold: the least cosine at which a class is named;
-        ``fedss.evaluation.verification.NOTHING``: at
+        ``fedss.evaluation.verification.REJECT_ALL``: at
             every other one more strangers than ``fpir`` were named, so that no class ever is.
         fpir: false-positive identification rate: the share of pictures of no enrolled class for
             which one is named all the same.
@@ -201,11 +201,11 @@ def stored_threshold(run: str | Path) -> Threshold | None:
     Raises:
         RunFolderError: the file is damaged.
     """
-    found = read_verified(Path(run) / "verification.json")
+    found = read_verification(Path(run))
     known = None if found is None else found.identification
     if known is None:
         return None
-    return Threshold(min(known.threshold, NOTHING), known.fpir, known.enrolled, known.supported)
+    return Threshold(min(known.threshold, REJECT_ALL), known.fpir, known.enrolled, known.supported)
 
 
 def why_no_threshold(run: str | Path) -> str:

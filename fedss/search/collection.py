@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fedss.errors import DataError, RunFolderError
-from fedss.evaluation.retrieval import nearest, unit_rows
+from fedss.evaluation.inputs import unit_rows
+from fedss.evaluation.retrieval import nearest
 from fedss.inference.model import load
-from fedss.inference.pixels import Picture, read_pictures
+from fedss.inference.pixels import ImageSource, read_pictures
 from fedss.models import Embedder, fingerprint
 from fedss.search.store import (
     VectorStore,
@@ -134,7 +135,7 @@ class Collection:
             )
         return small
 
-    def embed(self, pictures: Sequence[Picture]) -> Tensor:
+    def embed(self, pictures: Sequence[ImageSource]) -> Tensor:
         """Embeddings of pictures: files, their content (a binary file object) or open images.
 
         Returns:

@@ -17,13 +17,17 @@ from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
 from fedss.evaluation.evaluate import check_tellable
 from fedss.evaluation.intervals import interval
-from fedss.files import write_json
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
-from fedss.runs.folder import claim_comparison, claim_run, hold, read_summaries, with_absolute_paths
+from fedss.runs.folder import (
+    lock_folder,
+    with_absolute_paths,
+    write_comparison_config,
+    write_run_config,
+)
 from fedss.runs.progress import show_progress
-from fedss.runs.records import summarise
+from fedss.runs.summaries import Summary, read_summaries, summarize, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.training.build import (
     build_model,
@@ -53,7 +57,7 @@ class Run:
 
     folder: Path
     embedder: Embedder
-    summary: dict[str, Any]
+    summary: Summary
     already_done: bool
 
 
@@ -184,8 +188,8 @@ def train_federation(
         keep_freed_memory()
     plan_of = partial(round_plan, config, sampler=own.sampler, objective=own.objective)
     model = describe_model(embedder, own.sampler, own.objective)
-    with hold(folder) if ranks.first else nullcontext():
-        claim_run(folder, config, data, model, ranks)
+    with lock_folder(folder) if ranks.first else nullcontext():
+        write_run_config(folder, config, data, model, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             with _observer(label, config, on_round, ranks) as see:
@@ -194,7 +198,7 @@ def train_federation(
             if not already_done:
                 about = {"method": config.method, "data": data["name"]}
                 save_embedder(embedder, folder / "model", about)
-                write_json(folder / "summary.json", [_summary(config, done)])
+                write_summaries(folder, [_summary(config, done)])
             # One that was written while it was under way says so.
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
@@ -203,16 +207,11 @@ def train_federation(
         return Run(folder, embedder, summary, already_done)
 
 
-def _summary(config: Config, done: Trained) -> dict[str, Any]:
+def _summary(config: Config, done: Trained) -> Summary:
     run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
     run |= {"sample_size": sample_size(config, done.num_classes), "folder": "."}
-    summary = summarise(run, done.records)
-    at_sites = "sites" in (done.records[-1]["metrics"] or {})
-    summary["gallery"] = "each site's own" if at_sites else "all test pictures"
-    summary["floors"] = dict(done.floors.map_at_10)
     ends = None if done.by_class is None else interval([done.by_class])
-    summary["map_at_10_interval"] = ends and [ends.low, ends.high]
-    return summary
+    return summarize(run, done.records, done.floors.map_at_10, ends)
 
 
 def load_together(config: Config) -> Dataset:
@@ -293,9 +292,9 @@ def compare(
         ]
         for _, run in runs:
             _check(run, data, own)
-        with hold(folder) if ranks.first else nullcontext():
+        with lock_folder(folder) if ranks.first else nullcontext():
             if ranks.first:
-                claim_comparison(folder, config, list(methods), list(seeds))
+                write_comparison_config(folder, config, list(methods), list(seeds))
             for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
@@ -304,6 +303,6 @@ def compare(
             if ranks.first:
                 now = {summary["folder"] for summary in summaries}
                 earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
-                write_json(folder / "summary.json", earlier + summaries)
+                write_summaries(folder, [*earlier, *summaries])
                 write_report(folder)
     return summaries

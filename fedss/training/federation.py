@@ -54,11 +54,11 @@ class Federation:
     pause: float = 0.0
 
 
-Lap = Callable[[str], None]
+OnPhase = Callable[[str], None]
 Known = dict[tuple[object, ...], Floors]
 """Floors that several runs share, by what they depend on."""
-Federate = Callable[[Embedder, ServerOptimizer, Lap], AbstractContextManager[Federation]]
-"""Opens a federation for a model and a server optimizer. It may tell ``lap`` of its phases."""
+Federate = Callable[[Embedder, ServerOptimizer, OnPhase], AbstractContextManager[Federation]]
+"""Opens a federation for a model and a server optimizer, which may tell of its phases."""
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def local_federation(
     known: Known,
     embedder: Embedder,
     optimizer: ServerOptimizer,
-    lap: Lap,
+    on_phase: OnPhase,
 ) -> Iterator[Federation]:
     """All clients on this machine, or on those that torchrun has started ranks on."""
     images, cohort_size = data.train, config.clients_per_round

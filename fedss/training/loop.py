@@ -18,17 +18,24 @@ from fedss.core.engine import Failure
 from fedss.core.state import ServerState
 from fedss.distributed import Ranks
 from fedss.errors import DivergedError, QuorumError, RunFolderError
-from fedss.evaluation.baselines import Floors, write_scores
+from fedss.evaluation.baselines import Floors, floor
 from fedss.evaluation.evaluate import Evaluation, findings
 from fedss.evaluation.intervals import ClassScores
 from fedss.files import write_file
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, flatten_
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
+from fedss.runs.findings import read_scores, write_findings, write_scores
 from fedss.runs.folder import check_same_round
-from fedss.runs.reading import read_scores
-from fedss.runs.records import Record, open_records, read_records, records_to_disk, round_traffic
-from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_board
+from fedss.runs.records import (
+    FailedClient,
+    Record,
+    new_record,
+    open_records,
+    read_records,
+    records_to_disk,
+)
+from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
 from fedss.training.build import server_optimizer
@@ -94,13 +101,10 @@ def train_rounds(
         theta_P.copy_(state.backbone_P)
     if ranks.first and federation.task and found and found.embedded:
         # Outside, where torch may use all cores again.
-        last = findings(federation.task, found.embedded, config.data_seed)
-        for name, content in last.items():
-            write_file(folder / name, content)
+        write_findings(folder, findings(federation.task, found.embedded, config.data_seed))
     by_class = found.by_class if found else None
     if by_class is not None:
-        found_now = {"trained": by_class.map_at_10}
-        write_scores(folder / "by_class.json", found_now, {"trained": by_class})
+        write_scores(folder / "by_class.json", floor("trained", by_class))
     return Trained(state.class_rows.num_classes, records, floors, by_class)
 
 
@@ -113,16 +117,16 @@ def _to_the_end(
     done_before, found = state.round == config.rounds, None
     with (
         open_records(job.folder, records) if first else nullcontext() as add_record,
-        open_board(job.folder, state.round + 1) if first else nullcontext() as board,
+        open_writer(job.folder, state.round + 1) if first else nullcontext() as writer,
     ):
 
         def add_pictures(add: Callable[..., None]) -> None:
-            if board and federation.task and found and found.embedded:
-                add(board, federation.task, found.embedded, config.data_seed, state.round)
+            if writer and federation.task and found and found.embedded:
+                add(writer, federation.task, found.embedded, config.data_seed, state.round)
                 job.timer.lap("evaluate")
 
-        if board and not state.round and "untrained" in floors.map_at_10:
-            board.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
+        if writer and not state.round and "untrained" in floors.map_at_10:
+            writer.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
         job.timer.restart()
         try:
             while state.round < config.rounds:
@@ -133,8 +137,8 @@ def _to_the_end(
                 if add_record:
                     add_record(record, due)
                 records.append(record)
-                if board:
-                    add_scalars(board, record, failed)
+                if writer:
+                    add_scalars(writer, record, failed)
                 add_pictures(add_neighbours)
                 on_round(record)
                 if due:
@@ -164,12 +168,12 @@ def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: 
     if ranks.first and path.exists():
         # What cannot be read is measured again.
         with suppress(RunFolderError):
-            floors = Floors(*read_scores(path))
+            floors = read_scores(path)
     floors = ranks.gather(floors)[0]
     if floors is None:
         floors = federation.floors(theta_P) or Floors()
         if ranks.first:
-            write_scores(path, floors.map_at_10, floors.by_class)
+            write_scores(path, floors)
     return floors
 
 
@@ -202,26 +206,19 @@ def _next_round(
     updates = [u for part in job.ranks.gather([without_deltas(u) for u in updates]) for u in part]
     if first_loss is not None:
         check_growth([update.loss for update in updates], first_loss, plan)
-    moved = round_traffic(updates)
-    record = {
-        "round": state.round,
-        "loss": sum(update.loss for update in updates) / len(updates),
-        "clients": len(updates),
-        "examples": sum(update.num_examples for update in updates),
-        "num_classes": plan.num_classes,
-        "num_clients": federation.engine.num_clients(round),
-        **(dict.fromkeys(moved) if plan.method.pooled else moved),
-        "client_lr": plan.local.lr,
-        "class_row_lr": plan.local.row_lr,
-        "seconds": job.timer.restart(),
-        "metrics": found.metrics if found else None,
-    }
-    if failures or attempts > 1:
-        record["failures"] = [
-            {"client": federation.client_name(failure.client), "reason": failure.reason}
-            for failure in failures
-        ]
-        record["attempts"] = attempts
+    named = [
+        FailedClient(client=federation.client_name(failure.client), reason=failure.reason)
+        for failure in failures
+    ]
+    record = new_record(
+        plan,
+        updates,
+        federation.engine.num_clients(round),
+        job.timer.restart(),
+        found.metrics if found else None,
+        named,
+        attempts,
+    )
     return state, record, found
 
 

@@ -16,7 +16,7 @@ from fedss.core.client import (
     limit_own_classes,
     num_negatives,
 )
-from fedss.data import Dataset, fingerprint, own_classes, seen_classes
+from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
 from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
 from fedss.losses.methods import METHODS
@@ -46,12 +46,12 @@ from fedss.wire.messages import (
 
 def describe(config: Config, data: Dataset) -> dict[str, Any]:
     """What is in a data set, as a run writes it down."""
-    images, own_K = data.train, own_classes(data.train)
+    images, own_K = data.train, count_own_classes(data.train)
     untested = data.test is None and config.eval_split == "test"
     task = None if untested else evaluation_task(config, data)
     return {
         "name": data.name,
-        "fingerprint": fingerprint(data),
+        "fingerprint": data_fingerprint(data),
         "train_images": len(images),
         "train_classes": len(images.class_names),
         "train_clients": len(images.client_names),
@@ -108,7 +108,7 @@ def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
 
 def notes(config: Config, data: Dataset) -> list[str]:
     """What makes a run other than it looks; each in a line of up to 80 columns."""
-    classes, own_K = len(data.train.class_names), own_classes(data.train)
+    classes, own_K = len(data.train.class_names), count_own_classes(data.train)
     size = sample_size(config, classes)
     weak = weakness(len(count_classes(evaluation_task(config, data).query)))
     told = [weak] if weak else []
@@ -168,7 +168,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
         ConfigError: ``sample_size`` is above the number of classes.
     """
     num_classes = len(data.train.class_names)
-    own, clients = np.unique(own_classes(data.train), return_counts=True)
+    own, clients = np.unique(count_own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
         of_method = replace(config, method=method.name)

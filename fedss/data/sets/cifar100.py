@@ -1,19 +1,21 @@
-"""CIFAR-100 (Krizhevsky 2009): 60,000 pictures of 32 x 32 pixels in 100 classes.
+"""CIFAR-100 (Krizhevsky 2009): 60,000 images of 32 x 32 pixels in 100 classes.
 
 Source: the data set's own page (www.cs.toronto.edu/~kriz/cifar.html). The binary version is read:
 the Python version is made of pickles, and to read a pickle is to run what it says.
 """
 
 import io
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import cached_array, decode, stamp_files
+from fedss.data.assembly import DataOptions, assemble_dataset
+from fedss.data.cache import cached_array, stamp_files
+from fedss.data.decoding import decode
 from fedss.data.images import Dataset
-from fedss.data.manifest import Row, arrange, assemble
+from fedss.data.manifest import ListedImage
 from fedss.data.sets.published import NOBODY, Counts, find, published_listing, read_lines
+from fedss.data.splits import arrange
 from fedss.errors import DataError
 
 _SIDE, _CHANNELS = 32, 3
@@ -21,43 +23,23 @@ _PIXELS = _CHANNELS * _SIDE * _SIDE
 _RECORD = 2 + _PIXELS  # <1 x coarse label><1 x fine label><3072 x pixel>
 _FILES = {"train": "train.bin", "test": "test.bin", "names": "fine_label_names.txt"}
 _FOLDER = "cifar-100-binary/"
-_BATCH = 256
 
 
-def cifar100_dataset(
-    root: str | Path,
-    *,
-    image_size: int = _SIDE,
-    channels: int | None = None,
-    test_classes: float = 0.2,
-    cache: Path | None = None,
-    seed: int = 0,
-    at_site: bool = False,
-) -> Dataset:
+def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
     """CIFAR-100, with some classes held out of training as the test.
 
-    ``train.bin`` (500 pictures a class) and ``test.bin`` (100) are taken together: both have all
+    ``train.bin`` (500 images a class) and ``test.bin`` (100) are taken together: both have all
     100 classes, and what is tested is retrieval of classes that training never saw. There are no
-    users; ``fedss.data.DEFAULT_PARTITIONS`` says who holds what.
+    users: ``fedss.data.DATASETS`` says who holds what.
 
     Args:
         root: The folder with ``train.bin``, ``test.bin`` and ``fine_label_names.txt``, or the one
             that holds ``cifar-100-binary/``.
-        image_size: Side of the pictures; the originals have 32.
-        channels: 1 or 3; None is 3.
-        test_classes: As for ``build_dataset``.
-        cache: Folder for the resized pictures; see ``cache_folder``.
-        seed: Decides which classes are held out.
-        at_site: As for ``build_dataset``.
+        options: ``channels=None`` is 3.
 
     Raises:
         DataError: A file is missing or of another form, or a setting cannot be.
     """
-    root, depth = Path(root), channels or _CHANNELS
-    if image_size < 1:
-        raise DataError(f"image_size: expected at least 1, got {image_size}")
-    if depth not in (1, 3):
-        raise DataError(f"channels: expected 1 (grayscale) or 3 (colour), got {channels}")
     wanted = {key: (name, _FOLDER + name) for key, name in _FILES.items()}
     try:
         found = find("CIFAR-100's binary version", root, wanted)
@@ -74,32 +56,26 @@ def cifar100_dataset(
     files = {part: found[part] for part in ("train", "test")}
     records = {part: _records(path, len(class_names)) for part, path in files.items()}
     rows = [
-        Row(NOBODY, class_names[label], f"{part}.bin/{position:05}", None, 0)
+        ListedImage(NOBODY, class_names[label], f"{part}.bin/{position:05}", None, 0)
         for part, of_part in records.items()
         for position, label in enumerate(of_part[:, 1].tolist())
     ]
     counts = {"": Counts(60_000, 100)}
-    listing = published_listing({"": found["train"]}, root, rows, counts)
-    splits, unpaired = arrange(listing, test_classes, seed, at_site=at_site)
+    listing = published_listing(found, root, rows, counts)
+    splits, unpaired = arrange(listing, options.test_classes, options.seed, at_site=options.at_site)
     stamp = stamp_files([str(path) for path in files.values()])
-
-    def batches(members: Sequence[Row]) -> Iterator[np.ndarray]:
-        for start in range(0, len(members), _BATCH):
-            yield np.stack(
-                [_picture(records, row, image_size, depth) for row in members[start:][:_BATCH]]
-            )
-
+    side, channels = options.image_size, options.channels or _CHANNELS
     pixels = {
         split: cached_array(
             ("cifar100", stamp, *(row.name for row in members)),
-            (len(members), depth, image_size, image_size),
-            batches(members),
-            cache=cache,
+            (len(members), channels, side, side),
+            (_decode(records, row.name, side, channels)[None] for row in members),
+            cache=options.cache,
             title=f"cifar100: {split}",
         )
         for split, members in splits.items()
     }
-    return assemble("cifar100", splits, pixels, unpaired, remarks=listing.remarks)
+    return assemble_dataset(options.name, listing, splits, pixels, unpaired)
 
 
 def _records(path: Path, num_classes: int) -> np.ndarray:
@@ -121,9 +97,9 @@ def _records(path: Path, num_classes: int) -> np.ndarray:
     return records
 
 
-def _picture(records: dict[str, np.ndarray], row: Row, side: int, channels: int) -> np.ndarray:
-    file, _, position = row.name.rpartition("/")
+def _decode(records: dict[str, np.ndarray], name: str, side: int, channels: int) -> np.ndarray:
+    file, _, position = name.rpartition("/")
     pixels = records[file.removesuffix(".bin")][int(position), 2:]
-    # As a file of portable pixels, so that it is resized as any other picture is.
+    # As a file of portable pixels, so that it is resized as any other image is.
     interleaved = pixels.reshape(_CHANNELS, _SIDE, _SIDE).transpose(1, 2, 0).tobytes()
     return decode(io.BytesIO(b"P6 32 32 255\n" + interleaved), side, channels)

@@ -2,15 +2,16 @@
 
 Like Omniglot, and for any number of classes: a class is a motor program of 2 to 5 pen strokes, an
 alphabet is a group of classes with a common look, a client is a drawer with a handwriting, and
-each picture adds the hand's own jitter. Each number is a hash of (seed, part, purpose, id), so a
+each image adds the hand's own jitter. Each number is a hash of (seed, part, purpose, id), so a
 class looks the same whatever the number of classes. (On another kind of machine a pixel may differ
 by one level, by the rounding of its exp and log.)
 
-Shape suffixes: N pictures (or classes, or drawers), S strokes, K control points of a stroke,
-H = W the picture's side, 2 = (x, y).
+Shape suffixes: N images (or classes, or drawers), S strokes, K control points of a stroke,
+H = W the image's side, 2 = (x, y).
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +53,7 @@ _LENGTH_MAX = np.array([1.6, 1.7, 2.8, 1.7, 1.8, 1.8])
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 arrays."""
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 arrays."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = state ^ (state >> np.uint64(31))
@@ -215,7 +216,7 @@ def _write_glyphs(
 
 
 def _ink(points: np.ndarray, radius: np.ndarray, side: int) -> np.ndarray:
-    """Pictures, uint8 [N, 1, H, W]: a soft round pen drawn along each stroke."""
+    """Images, uint8 [N, 1, H, W]: a soft round pen drawn along each stroke."""
     # The pen's mark is a product of a profile across and one down, so a piece of a stroke is a
     # matrix product. Pieces this small stay below the size where OpenBLAS wakes its threads.
     piece = max(1, min(40, 2**18 // side**2))
@@ -240,6 +241,24 @@ def _ink(points: np.ndarray, radius: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(255.0 * (1.0 - np.exp(-1.6 * ink)) + 0.5).astype(np.uint8)[:, None]
 
 
+def _who_draws_what(
+    sizes: np.ndarray, num_clients: int, drawers: int, copies: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Client, class and number of the copy of each image, int64 [N], sorted by these."""
+    first = np.cumsum(sizes) - sizes
+    seats = max(drawers, -(-num_clients // len(sizes)))
+    # One entry per seat, then one per (seat, class), then one per image.
+    seat_alphabet = np.repeat(np.arange(len(sizes)), seats)
+    seat_client = np.arange(len(seat_alphabet)) % num_clients
+    seat_size = sizes[seat_alphabet]
+    within = np.arange(seat_size.sum()) - np.repeat(np.cumsum(seat_size) - seat_size, seat_size)
+    labels = np.repeat(np.repeat(first[seat_alphabet], seat_size) + within, copies)
+    clients = np.repeat(np.repeat(seat_client, seat_size), copies)
+    copy = np.tile(np.arange(copies), len(within))
+    order = np.lexsort((copy, labels, clients))
+    return clients[order], labels[order], copy[order]
+
+
 def glyphs(
     num_classes: int = 1024,
     num_clients: int = 256,
@@ -262,8 +281,8 @@ def glyphs(
         num_clients: How many drawers; drawer k has the same hand whatever this number is.
         part: Each part has scripts and drawers of its own.
         drawers: Clients per alphabet, at least.
-        copies: Pictures of a class by one client.
-        image_size: Side of the pictures.
+        copies: Images of a class by one client.
+        image_size: Side of the images.
         seed: Another seed, another world.
         cache: Folder for the pixels where they take more than 1 GiB (see ``cache_folder``);
             fewer stay in memory.
@@ -293,20 +312,9 @@ def glyphs(
     sizes = _alphabet_sizes(num_classes, world)
     first = np.cumsum(sizes) - sizes
     alphabet_of = np.repeat(np.arange(len(sizes)), sizes)
-    seats = max(drawers, -(-num_clients // len(sizes)))
+    clients, labels, copy = _who_draws_what(sizes, num_clients, drawers, copies)
 
-    # One entry per seat, then one per (seat, class), then one per picture.
-    seat_alphabet = np.repeat(np.arange(len(sizes)), seats)
-    seat_client = np.arange(len(seat_alphabet)) % num_clients
-    seat_size = sizes[seat_alphabet]
-    within = np.arange(seat_size.sum()) - np.repeat(np.cumsum(seat_size) - seat_size, seat_size)
-    labels = np.repeat(np.repeat(first[seat_alphabet], seat_size) + within, copies)
-    clients = np.repeat(np.repeat(seat_client, seat_size), copies)
-    copy = np.tile(np.arange(copies), len(within))
-    order = np.lexsort((copy, labels, clients))
-    labels, clients, copy = labels[order], clients[order], copy[order]
-
-    # Large pictures are drawn fewer at a time.
+    # Large images are drawn fewer at a time.
     many = max(1, min(_BATCH, _PIXELS_AT_ONCE // image_size**2))
 
     def batches() -> Iterator[np.ndarray]:
@@ -334,7 +342,7 @@ def glyphs(
     def drawer(client: int) -> str:
         return f"{part}/drawer{client:05d}"
 
-    def picture(i: int) -> str:
+    def image_name(i: int) -> str:
         return f"{drawer(clients[i])}/{character(labels[i])}_{copy[i]}"
 
     return Images(
@@ -343,7 +351,7 @@ def glyphs(
         clients,
         LazyNames(num_classes, lambda label: f"{part}/{character(label)}"),
         LazyNames(num_clients, drawer),
-        LazyNames(len(labels), picture),
+        LazyNames(len(labels), image_name),
     )
 
 
@@ -360,8 +368,8 @@ def glyphs_dataset(
 ) -> Dataset:
     """Glyphs to train on, and glyphs of other scripts by other drawers to retrieve.
 
-    By default 1,024 training classes at 256 clients (about 64 pictures each), 256 test classes
-    and 128 validation classes; each test or validation class has 10 pictures, one a drawer.
+    By default 1,024 training classes at 256 clients (about 64 images each), 256 test classes
+    and 128 validation classes; each test or validation class has 10 images, one a drawer.
 
     Args:
         num_classes: Training and test classes together. Validation adds half as many as test.
@@ -369,7 +377,7 @@ def glyphs_dataset(
         test_classes: Share of ``num_classes`` that is for testing, at least one.
         drawers: See ``glyphs``; for training.
         copies: See ``glyphs``; for training.
-        image_size: Side of the pictures.
+        image_size: Side of the images.
         seed: Another seed, another world.
         cache: See ``glyphs``.
 
@@ -387,33 +395,15 @@ def glyphs_dataset(
         )
     unseen = min(max(1, round(num_classes * test_classes)), num_classes - 1)
 
+    draw = partial(glyphs, image_size=image_size, seed=seed, cache=cache)
+
     def unseen_task(part: Part, count: int) -> RetrievalTask:
         alphabets = len(_alphabet_sizes(count, (seed % 2**64, _PARTS.index(part))))
-        return RetrievalTask(
-            glyphs(
-                count,
-                10 * alphabets,
-                part=part,
-                drawers=10,
-                copies=1,
-                image_size=image_size,
-                seed=seed,
-                cache=cache,
-            )
-        )
+        return RetrievalTask(draw(count, 10 * alphabets, part=part, drawers=10, copies=1))
 
-    train = glyphs(
-        num_classes - unseen,
-        num_clients,
-        drawers=drawers,
-        copies=copies,
-        image_size=image_size,
-        seed=seed,
-        cache=cache,
-    )
     return Dataset(
         "glyphs",
-        train,
+        train=draw(num_classes - unseen, num_clients, drawers=drawers, copies=copies),
         test=unseen_task("test", unseen),
         validation=unseen_task("validation", max(1, unseen // 2)),
     )

@@ -3,7 +3,7 @@
 Sources: Hsu, Qi, Brown 2020 (arXiv 2003.08082) and google-research's
 ``federated_vision_datasets/README.md``; TensorFlow Federated's
 ``simulation/datasets/inaturalist.py`` for counts; visipedia's ``inat_comp/2017/README.md`` for
-where pictures are.
+where images are.
 """
 
 import os
@@ -18,9 +18,9 @@ _FOLDER = "train_val_images"
 
 
 def read_inaturalist(root: Path) -> Listing:
-    """iNaturalist-User-120k: 120,300 training pictures of 1,203 species at 9,275 observers.
+    """iNaturalist-User-120k: 120,300 training images of 1,203 species at 9,275 observers.
 
-    ``federated_train_user_120k.csv`` is for training, ``test.csv``, 35,641 pictures without users,
+    ``federated_train_user_120k.csv`` is for training, ``test.csv``, 35,641 images without users,
     is the test: each is searched among the others. Its species are those of the training.
 
     Args:
@@ -28,34 +28,23 @@ def read_inaturalist(root: Path) -> Listing:
             with ``train_val_images/`` as iNaturalist 2017 unpacks (super category/species/file).
 
     Raises:
-        DataError: A file is missing, a line is of another form, or two pictures have one id.
+        DataError: A file is missing, a line is of another form, or two images have one id.
     """
-    bundle = "inaturalist-user-120k/"
-    found = find(
-        "iNaturalist-User-120k",
-        root,
-        {
-            "train": (
-                "federated_train_user_120k.csv",
-                bundle + "federated_train_user_120k.csv",
-            ),
-            "test": ("test.csv", bundle + "test.csv"),
-            "pictures": (_FOLDER + "/",),
-        },
-    )
+    lists = {"train": "federated_train_user_120k.csv", "test": "test.csv"}
+    wanted = {split: (name, f"inaturalist-user-120k/{name}") for split, name in lists.items()}
+    found = find("iNaturalist-User-120k", root, {**wanted, "pictures": (f"{_FOLDER}/",)})
     places = _places(found["pictures"])
 
     def name(image: str) -> str:
         # A name that no file has stands for one that is missing.
         return f"{_FOLDER}/{places.get(image, f'*/*/{image}.jpg')}"
 
-    lists = {split: found[split] for split in ("train", "test")}
     counts = {"train": Counts(120_300, 1_203, 9_275), "test": Counts(35_641)}
-    return read_user_split(root, lists, name, counts)
+    return read_user_split(root, found, name, counts)
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """Each picture's path below the folder by its id, the name of its file without the ending."""
+    """Each image's path below the folder by its id, the name of its file without the ending."""
     places: dict[str, str] = {}
     for above in _folders(folder):
         for species in _folders(above):

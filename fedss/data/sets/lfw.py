@@ -7,7 +7,7 @@ lists of people and counts.
 import sys
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.sets.published import Counts, find, published_listing, read_lines
 from fedss.errors import DataError
 
@@ -16,11 +16,11 @@ _LISTS = {"train": "peopleDevTrain.txt", "test": "peopleDevTest.txt"}
 
 
 def read_lfw(root: Path) -> Listing:
-    """Labeled Faces in the Wild: 13,233 pictures of 5,749 people.
+    """Labeled Faces in the Wild: 13,233 images of 5,749 people.
 
     The people of ``peopleDevTrain.txt`` are for training, those of ``peopleDevTest.txt``, whom
-    training never sees, are the test (View 1): each of their pictures is searched among the others.
-    Most people have a single picture; in the test there is nothing to find for them, and they are
+    training never sees, are the test (View 1): each of their images is searched among the others.
+    Most people have a single image; in the test there is nothing to find for them, and they are
     left out of it (``Dataset.unpaired``). The pairs of the verification protocol are not read.
 
     Args:
@@ -39,8 +39,8 @@ def read_lfw(root: Path) -> Listing:
         },
     )
     rows, folder = [], found["pictures"].name
-    lists = {split: found[split] for split in _LISTS}
-    for split, path in lists.items():
+    for split in _LISTS:
+        path = found[split]
         lines = read_lines(path, "Aaron_Eckhart\t1", r"([^\s/]+)(?:\s+([1-9]\d{0,3}))?")
         _, (people, more) = next(lines, (1, ("nothing", None)))
         if more is not None or not people.isdigit():
@@ -56,8 +56,7 @@ def read_lfw(root: Path) -> Listing:
                     f"{path}, line {line}: expected a name and a number of pictures, got {person!r}"
                 )
             person = sys.intern(person)
-            rows += [
-                Row(person, person, f"{folder}/{person}/{person}_{number:04}.jpg", split, line)
-                for number in range(1, int(count) + 1)
-            ]
-    return published_listing(lists, root, rows, _COUNTS)
+            for number in range(1, int(count) + 1):
+                name = f"{folder}/{person}/{person}_{number:04}.jpg"
+                rows.append(ListedImage(person, person, name, split, line))
+    return published_listing(found, root, rows, _COUNTS)

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import cache_folder, cached_array, decode, stamp
+from fedss.data.assembly import images_of
+from fedss.data.cache import cache_folder, cached_array, stamp
+from fedss.data.decoding import decode
 from fedss.data.images import Dataset, Images, RetrievalTask
+from fedss.data.manifest import ListedImage
 from fedss.errors import DataError
 from fedss.files import write_file
 
@@ -24,9 +27,8 @@ _MD5 = {
     "images_background": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-_PICTURE = re.compile(r"(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_(?P<drawer>\d+)\.png")
+_IMAGE = re.compile(r"(?P<alphabet>[^/]+)/(?P<character>character\d+)/\d+_(?P<drawer>\d+)\.png")
 _VALIDATION_ALPHABETS = 6
-_BATCH = 256
 
 
 def omniglot_dataset(
@@ -34,23 +36,23 @@ def omniglot_dataset(
 ) -> Dataset:
     """Omniglot as a federation: a client is one drawer of one alphabet.
 
-    Training: the 964 characters of the 30 background alphabets, 19,280 pictures at 600 clients.
+    Training: the 964 characters of the 30 background alphabets, 19,280 images at 600 clients.
     The 20 evaluation alphabets, sorted by name (which is also the order of the numbers in their
     file names), give validation and test: the first six are for validation, 150 characters and
-    3,000 pictures; the other 14 are the test, 509 characters and 10,180 pictures.
+    3,000 images; the other 14 are the test, 509 characters and 10,180 images.
 
     Args:
         root: Folder with ``images_background.zip`` and ``images_evaluation.zip`` (a repacked
             archive will do), or with these archives unpacked. None is ``omniglot`` in the cache
             folder. Archives that are not there are fetched.
-        image_size: Side of the pictures (the originals have 105).
-        cache: Folder for the decoded pictures; see ``cache_folder``.
+        image_size: Side of the images (the originals have 105).
+        cache: Folder for the decoded images; see ``cache_folder``.
 
     Returns:
         Dataset of uint8 [N, 1, image_size, image_size]; ink is 255, the ground 0.
 
     Raises:
-        DataError: Pictures neither there nor to be had, or broken, or of another layout.
+        DataError: Images neither there nor to be had, or broken, or of another layout.
     """
     place = cache_folder(cache) / "omniglot" if root is None else Path(root)
     with ExitStack() as stack:
@@ -72,7 +74,7 @@ def omniglot_dataset(
 
 @dataclass(frozen=True)
 class _Archive:
-    """Pictures by name (alphabet/character/file), zipped or not; the stamp changes with them."""
+    """Images by name (alphabet/character/file), zipped or not; the stamp changes with them."""
 
     place: Path
     stamps: dict[str, object]
@@ -103,13 +105,13 @@ def _open(place: Path, name: str, stack: ExitStack) -> _Archive:
             {inner: stamp(path) for inner, path in files.items()},
             lambda inner: files[inner].read_bytes(),
         )
-    pictures = {inner: s for inner, s in archive.stamps.items() if _PICTURE.fullmatch(inner)}
-    if not pictures:
+    images = {inner: s for inner, s in archive.stamps.items() if _IMAGE.fullmatch(inner)}
+    if not images:
         raise DataError(
             f"{archive.place}: expected pictures {name}/<alphabet>/character<NN>/<GGGG>_<DD>.png, "
             f"found none among {len(archive.stamps)} entries"
         )
-    return replace(archive, stamps=pictures)
+    return replace(archive, stamps=images)
 
 
 def _images(
@@ -121,38 +123,28 @@ def _images(
 ) -> Images:
     rows = []
     for name in archive.stamps:
-        match = _PICTURE.fullmatch(name)
+        match = _IMAGE.fullmatch(name)
         if match and keep(match["alphabet"]):
             client = f"{match['alphabet']}/drawer{match['drawer']}"
-            rows.append((client, f"{match['alphabet']}/{match['character']}", name))
+            label = f"{match['alphabet']}/{match['character']}"
+            rows.append(ListedImage(client, label, name, None, 0))
     rows.sort()
 
-    def batches() -> Iterator[np.ndarray]:
-        for start in range(0, len(rows), _BATCH):
-            batch = []
-            for _, _, name in rows[start : start + _BATCH]:
-                try:
-                    picture = decode(io.BytesIO(archive.read(name)), image_size, 1)
-                except Exception as error:
-                    raise DataError(
-                        f"{archive.place}: {name} cannot be read ({error}); get this archive anew"
-                    ) from error
-                batch.append(255 - picture)
-            yield np.stack(batch)
+    def ink() -> Iterator[np.ndarray]:
+        for row in rows:
+            try:
+                image = decode(io.BytesIO(archive.read(row.name)), image_size, 1)
+            except Exception as error:
+                raise DataError(
+                    f"{archive.place}: {row.name} cannot be read ({error}); get this archive anew"
+                ) from error
+            yield 255 - image[None]
 
-    key = ("omniglot", *((name, archive.stamps[name]) for _, _, name in rows))
+    key = ("omniglot", *((row.name, archive.stamps[row.name]) for row in rows))
     shape = (len(rows), 1, image_size, image_size)
-    pixels = cached_array(key, shape, batches(), cache=cache, title=title)
-    client_names, clients = np.unique([client for client, _, _ in rows], return_inverse=True)
-    class_names, labels = np.unique([label for _, label, _ in rows], return_inverse=True)
-    return Images(
-        pixels,
-        labels.astype(np.int64),
-        clients.astype(np.int64),
-        class_names.tolist(),
-        client_names.tolist(),
-        [f"{archive.place.stem}/{name}" for _, _, name in rows],
-    )
+    pixels = cached_array(key, shape, ink(), cache=cache, title=title)
+    named = [row._replace(name=f"{archive.place.stem}/{row.name}") for row in rows]
+    return images_of(pixels, named, named)
 
 
 def _fetch(name: str, packed: Path) -> None:

@@ -8,7 +8,7 @@ counts from the former.
 import sys
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.data.sets.published import NOBODY, Counts, find, published_listing, read_lines
 from fedss.errors import DataError
 
@@ -18,13 +18,13 @@ _FOLDER = "Stanford_Online_Products/"
 
 
 def read_products(root: Path) -> Listing:
-    """Stanford Online Products: 59,551 pictures of 11,318 products to train on, 60,502 of others.
+    """Stanford Online Products: 59,551 images of 11,318 products to train on, 60,502 of others.
 
-    The other 11,316 products are the test, as published: each picture is searched among all
-    others. There are no users; ``fedss.data.DEFAULT_PARTITIONS`` says who holds what.
+    The other 11,316 products are the test, as published: each image is searched among all
+    others. There are no users: ``fedss.data.DATASETS`` says who holds what.
 
     Args:
-        root: The folder with ``Ebay_train.txt``, ``Ebay_test.txt`` and the folders of pictures, or
+        root: The folder with ``Ebay_train.txt``, ``Ebay_test.txt`` and the folders of images, or
             the one that holds ``Stanford_Online_Products/``.
 
     Raises:
@@ -53,5 +53,5 @@ def read_products(root: Path) -> Listing:
                     f"the folder of the list, got {name!r}"
                 )
             label = f"{folders.removesuffix('_final')} {number}"
-            rows.append(Row(NOBODY, sys.intern(label), name, split, line))
+            rows.append(ListedImage(NOBODY, sys.intern(label), name, split, line))
     return published_listing(lists, lists["train"].parent, rows, _COUNTS)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedss.data.manifest import Listing, Row
+from fedss.data.manifest import ListedImage, Listing
 from fedss.errors import DataError
 
-NOBODY = "nobody"  # the client of pictures for which no user is published
+NOBODY = "nobody"  # the client of images for which no user is published
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[st
         raise DataError(f"{where}; got {what} (docs/datasets.md says where to get what)")
     found, missing = {}, []
     for key, places in wanted.items():
-        there = [
+        present = [
             place
             for place in places
             if ((root / place).is_dir() if place.endswith("/") else (root / place).is_file())
         ]
-        if len(there) > 1:
+        if len(present) > 1:
             raise DataError(
-                f"{root}: both {there[0]} and {there[1]} are there, and {title} is read from one "
-                "of them; remove or rename the other"
+                f"{root}: both {present[0]} and {present[1]} are there, and {title} is read from "
+                "one of them; remove or rename the other"
             )
-        if there:
-            found[key] = root / there[0]
+        if present:
+            found[key] = root / present[0]
         else:
             missing.append(" or ".join(places))
     if missing:
@@ -96,22 +96,23 @@ def read_lines(path: Path, form: str, pattern: str) -> Iterator[tuple[int, tuple
 
 
 def published_listing(
-    lists: Mapping[str, Path],
+    found: Mapping[str, Path],
     root: Path,
-    rows: Sequence[Row],
+    rows: Sequence[ListedImage],
     counts: Mapping[str, Counts],
     remarks: Sequence[str] = (),
 ) -> Listing:
     """A listing of files that others have made, with remarks on what is not as published.
 
     Args:
-        lists: The file that lists each split.
+        found: What ``find`` gives: the file that lists each split, by its name; the first one
+            is the listing's source.
         root: The folder that rows' names are relative to.
-        rows: All pictures.
-        counts: What was published of each split; the split "" is all pictures.
+        rows: All images.
+        counts: What was published of each split; the split "" is all images.
         remarks: More of them.
     """
-    found = list(remarks)
+    said = list(remarks)
     for split, expected in counts.items():
         of_split = [row for row in rows if not split or row.split == split]
         for what, number, names in (
@@ -121,17 +122,17 @@ def published_listing(
         ):
             if number is not None and len(names) != number:
                 part = f"{split} {what}" if split else what
-                found.append(f"{part}: the lists have {len(names):,}, published are {number:,}")
+                said.append(f"{part}: the lists have {len(names):,}, published are {number:,}")
     times = Counter(row.name for row in rows)
     twice = [name for name, count in times.items() if count > 1]
     if twice:
-        found.append(f"pictures listed more than once: {len(twice):,}, the first is {twice[0]}")
+        said.append(f"pictures listed more than once: {len(twice):,}, the first is {twice[0]}")
     trained = {row.name for row in rows if row.split == "train"}
     leaked = {row.name: None for row in rows if row.split != "train" and row.name in trained}
     if leaked:
-        found.append(
+        said.append(
             f"pictures listed both for training and for testing: {len(leaked):,}, the first is "
             f"{next(iter(leaked))}; figures of the test are better than on pictures never seen"
         )
-    source = next(iter(lists.values()))
-    return Listing(source, os.path.abspath(root), rows, lists, True, tuple(found))
+    source = next(iter(found.values()))
+    return Listing(source, os.path.abspath(root), rows, found, True, tuple(said))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fedss.data.cache import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
+from fedss.data.decoding import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
 from fedss.errors import ConfigError, DataError
 from fedss.inference.embedding import class_name
 from fedss.inference.pixels import Read, read_pictures

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from fedss.inference.pixels import preview
+from fedss.inference.pixels import thumbnail
 from fedss.search.collection import Collection, Match
 from fedss.text import printable
 
@@ -49,7 +49,7 @@ def neighbours_page(
         queries=[
             {
                 "name": printable(str(query)),
-                "picture": _inline(preview(query)),
+                "picture": _inline(thumbnail(query)),
                 "found": [(_shown(m), _inline(collection.thumbnail(m.position))) for m in matches],
             }
             for query, matches in zip(queries, found, strict=True)

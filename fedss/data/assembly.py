@@ -1,0 +1,206 @@
+"""Listed images, decoded, as a ``Dataset``."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedss.data.cache import BrokenPicturesError, all_colourless, decode_files, stamp_files
+from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
+from fedss.data.manifest import ListedImage, Listing
+from fedss.data.missing import why_missing
+from fedss.data.names import look_alikes
+from fedss.data.splits import arrange
+from fedss.errors import DataError
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is asked of a data set.
+
+    Attributes:
+        name: The data set's.
+        image_size: Side of the images after cutting to the central square and resizing.
+        channels: 1 or 3; None is 1 for glyphs and Omniglot, 3 for CIFAR-100, else 1 if every image
+            is stored in grayscale and 3 otherwise.
+        test_classes: Share of the classes to hold out as the test; that of a few classes is up to
+            chance. 0: none, and no test. Of no effect where the data name test images: a CSV that
+            does, Omniglot, and the published sets with a test of their own (docs/datasets.md).
+        skip_broken: Leave out image files that are missing or cannot be read; ``Dataset.skipped``
+            names them. The rest is as if they had never been listed.
+        cache: Folder for decoded images; see ``cache_folder``.
+        seed: The data's seed (which glyphs, which classes are held out, who holds what in a
+            partition), not the training's.
+        at_site: The images are a site's part of a federation. With the same ``seed`` and
+            ``test_classes`` a class is trained on at all sites or at none, and a site may have no
+            test. A column ``split`` is obeyed, and test images that have no other one of their
+            class here are left out as ``Dataset.unpaired``.
+        glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
+        glyphs_clients: Training clients.
+        partition: ``classes:K``, ``dirichlet:ALPHA`` or ``class``: deals the training images to
+            clients of its own, instead of those that the data have; see ``deal_pictures``. None:
+            the data's clients; where they have none, ``Source.partition``.
+        partition_clients: How many, for ``classes`` (where it may be left out) and ``dirichlet``.
+
+    Raises:
+        DataError: An image size or a number of channels that no image can have.
+    """
+
+    name: str
+    image_size: int = 64
+    channels: int | None = None
+    test_classes: float = 0.2
+    skip_broken: bool = False
+    cache: Path | None = None
+    seed: int = 0
+    at_site: bool = False
+    glyphs_classes: int = 1280
+    glyphs_clients: int = 256
+    partition: str | None = None
+    partition_clients: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise DataError(f"image_size: expected at least 1, got {self.image_size}")
+        if self.channels not in (None, 1, 3):
+            raise DataError(f"channels: expected 1 (grayscale) or 3 (colour), got {self.channels}")
+
+
+def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
+    """Decode listed images into a ``Dataset``; without a test it holds classes out (``arrange``).
+
+    Returns:
+        Dataset of uint8 [N, C, image_size, image_size]; the same whatever the order of the rows.
+
+    Raises:
+        DataError: Anything amiss with the images or an option; says where and what to do.
+    """
+    rows, file = sorted(listing.rows), listing.file
+    kept = [row for row in rows if os.path.isfile(file(row))]
+    if len(kept) < len(rows) and not options.skip_broken:
+        present = set(kept)
+        missing = [row for row in rows if row not in present]
+        raise _missing(listing, missing)
+    while True:
+        if not kept:
+            raise DataError(
+                f"none of the {len(rows)} pictures can be read, the first one is {file(rows[0])}"
+            )
+        splits, unpaired = arrange(
+            replace(listing, rows=kept),
+            options.test_classes,
+            options.seed,
+            at_site=options.at_site,
+        )
+        pixels, reasons = _decode(listing, kept, splits, options)
+        if not reasons:
+            break
+        if not options.skip_broken:
+            raise BrokenPicturesError(reasons, len(kept))
+        # A class may have become too small to test, so begin again as if these had not been.
+        kept = [row for row in kept if file(row) not in reasons]
+    readable = {row.name for row in kept}
+    skipped = tuple(row.name for row in rows if row.name not in readable)
+    return assemble_dataset(options.name, listing, splits, pixels, unpaired, skipped)
+
+
+def _missing(listing: Listing, missing: Sequence[ListedImage]) -> DataError:
+    first, file = missing[0], listing.file(missing[0])
+    advice = "Paths are relative to the CSV; mend them" if first.line else "Mend them"
+    if listing.published:
+        advice = "Unpack the rest of the archives there"
+    return DataError(
+        f"{listing.where(first)}: no such picture file: {file} ({len(missing)} of "
+        f"{len(listing.rows)} are missing{why_missing(file)}). {advice}, or leave missing pictures "
+        "out with skip_broken (--skip-broken)"
+    )
+
+
+def _decode(
+    listing: Listing,
+    rows: Sequence[ListedImage],
+    splits: Mapping[str, Sequence[ListedImage]],
+    options: DataOptions,
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Pixels by split, and why files cannot be read, by file."""
+    files = {split: _files(listing, members) for split, members in splits.items()}
+    stamps = {split: stamp_files(paths) for split, paths in files.items()}
+    channels = options.channels
+    if channels is None:
+        stamp = "".join(stamps.values())
+        channels = 1 if all_colourless(_files(listing, rows), stamp, cache=options.cache) else 3
+    pixels: dict[str, np.ndarray] = {}
+    reasons: dict[str, str] = {}
+    for split in splits:
+        try:
+            pixels[split] = decode_files(
+                files[split],
+                stamps[split],
+                options.image_size,
+                channels,
+                cache=options.cache,
+                title=f"{options.name}: {split}",
+                expect_broken=options.skip_broken,
+            )
+        except BrokenPicturesError as error:
+            reasons |= error.reasons
+    return pixels, reasons
+
+
+def assemble_dataset(
+    name: str,
+    listing: Listing,
+    splits: Mapping[str, Sequence[ListedImage]],
+    pixels: Mapping[str, np.ndarray],
+    unpaired: Sequence[ListedImage],
+    skipped: tuple[str, ...] = (),
+) -> Dataset:
+    """The ``Dataset`` of a listing's images as ``arrange`` splits them, with their ``pixels``."""
+    images: dict[str, Images] = {}
+    for split, members in splits.items():
+        # Queries and gallery are compared, so they number classes and clients alike.
+        pair = ("query", "gallery") if split in ("query", "gallery") else (split,)
+        numbered = [row for part in pair for row in splits[part]]
+        images[split] = images_of(pixels[split], members, numbered)
+    query = images.get("test", images.get("query"))
+    train = images.get("train")
+    if train is None:
+        # A list to judge a trained model on.
+        shape = next(iter(images.values())).pixels.shape[1:]
+        train = images_of(np.empty((0, *shape), np.uint8), [], [])
+    classes = look_alikes({row.label for row in listing.rows}, "classes")
+    clients = look_alikes({row.client for row in listing.rows}, "clients")
+    return Dataset(
+        name,
+        train,
+        test=None if query is None else RetrievalTask(query, images.get("gallery")),
+        validation=RetrievalTask(images["validation"]) if "validation" in images else None,
+        skipped=skipped,
+        unpaired=tuple(row.name for row in unpaired),
+        remarks=(*listing.remarks, *classes, *clients),
+        passed_over=listing.passed_over,
+    )
+
+
+def _files(listing: Listing, rows: Sequence[ListedImage]) -> LazyNames:
+    return LazyNames(len(rows), lambda i: listing.file(rows[i]))
+
+
+def images_of(
+    pixels: np.ndarray, rows: Sequence[ListedImage], numbered: Sequence[ListedImage]
+) -> Images:
+    """``pixels`` of ``rows``, and the classes and clients of ``numbered`` sorted by name."""
+    class_names = sorted({row.label for row in numbered})
+    client_names = sorted({row.client for row in numbered})
+    label_of = {name: i for i, name in enumerate(class_names)}
+    client_of = {name: i for i, name in enumerate(client_names)}
+    return Images(
+        pixels,
+        np.fromiter((label_of[row.label] for row in rows), np.int64, len(rows)),
+        np.fromiter((client_of[row.client] for row in rows), np.int64, len(rows)),
+        class_names,
+        client_names,
+        [row.name for row in rows],
+    )

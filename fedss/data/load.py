@@ -1,0 +1,148 @@
+"""Data sets by name."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedss.data.assembly import DataOptions, build_dataset
+from fedss.data.folder import read_folder
+from fedss.data.images import Dataset
+from fedss.data.manifest import Listing, read_manifest
+from fedss.data.partition import Partition, deal_pictures, parse_partition
+from fedss.data.sets.celeba import read_celeba
+from fedss.data.sets.cifar100 import cifar100_dataset
+from fedss.data.sets.glyphs import glyphs_dataset
+from fedss.data.sets.inaturalist import read_inaturalist
+from fedss.data.sets.landmarks import read_gld23k, read_landmarks
+from fedss.data.sets.lfw import read_lfw
+from fedss.data.sets.omniglot import omniglot_dataset
+from fedss.data.sets.products import read_products
+from fedss.errors import DataError
+
+_Load = Callable[[Any, DataOptions], Dataset]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that has a name.
+
+    Attributes:
+        load: The data set at a path (a ``Path``, or None where none is needed).
+        path: What is needed there; "" for a set that needs no path.
+        image_size: Side of the images where none is asked for.
+        grayscale: Whether its images have one channel and no choice.
+        partition: Who holds what where no image has a user: our choice, as none is published.
+    """
+
+    load: _Load
+    path: str = "the folder with its files (see docs/datasets.md)"
+    image_size: int = 64
+    grayscale: bool = False
+    partition: Partition | None = None
+
+
+def _listed(read: Callable[[Path], Listing]) -> _Load:
+    """A data set of image files, by the function that lists them."""
+    return lambda path, options: build_dataset(read(path), options)
+
+
+def _glyphs(path: Path | None, options: DataOptions) -> Dataset:
+    if path is not None:
+        raise DataError(f"glyphs are made by a program: leave out the path {path}")
+    return glyphs_dataset(
+        options.glyphs_classes,
+        options.glyphs_clients,
+        test_classes=options.test_classes,
+        image_size=options.image_size,
+        seed=options.seed,
+        cache=options.cache,
+    )
+
+
+def _omniglot(path: Path | None, options: DataOptions) -> Dataset:
+    return omniglot_dataset(path, image_size=options.image_size, cache=options.cache)
+
+
+DATASETS: Mapping[str, Source] = {
+    "glyphs": Source(_glyphs, path="", image_size=28, grayscale=True),
+    "omniglot": Source(_omniglot, path="", image_size=28, grayscale=True),
+    "csv": Source(_listed(read_manifest), path="a CSV file"),
+    "folder": Source(_listed(read_folder), path="a folder client/class/picture"),
+    "landmarks-user-160k": Source(_listed(read_landmarks)),
+    "gld23k": Source(_listed(read_gld23k)),
+    "inaturalist-user-120k": Source(_listed(read_inaturalist)),
+    "sop": Source(_listed(read_products), partition=Partition("classes", 10)),
+    "celeba": Source(_listed(read_celeba)),
+    "lfw": Source(_listed(read_lfw)),
+    "cifar100": Source(cifar100_dataset, image_size=32, partition=Partition("dirichlet", 1.0, 100)),
+}
+
+
+def load_dataset(name: str, path: str | Path | None = None, **options: Any) -> Dataset:
+    """A data set by name.
+
+    Args:
+        name: One of ``fedss.data.DATASETS``.
+        path: The CSV (``read_manifest`` has its columns) or the root folder (``read_folder``); for
+            ``omniglot`` the folder of its archives, which are fetched into it if they are missing
+            (None: a folder in the cache folder). ``glyphs`` takes none. Of the other published sets
+            nothing is fetched: docs/datasets.md says where to get what.
+        **options: Fields of :class:`fedss.data.DataOptions`, such as ``image_size=32``.
+
+    Returns:
+        Dataset of uint8 [N, channels, image_size, image_size].
+
+    Raises:
+        DataError: Unknown name, missing path, anything amiss with the images, or a partition that
+            they do not have.
+        ConfigError: A partition that cannot be.
+    """
+    source = DATASETS.get(name)
+    if source is None:
+        near = difflib.get_close_matches(name, DATASETS, 3)
+        raise DataError(
+            f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}"
+            + (f"; is {' or '.join(near)} meant?" if near else "")
+        )
+    if options.get("image_size") is None:
+        options["image_size"] = source.image_size
+    asked = DataOptions(name, **options)
+    partition = parse_partition(asked.partition, asked.partition_clients) or source.partition
+    if source.grayscale and asked.channels not in (None, 1):
+        raise DataError(f"channels: {name} has 1 channel, got {asked.channels}; leave it out")
+    if path is None and source.path:
+        raise DataError(f"data set {name!r} needs a path: {source.path}")
+    data = source.load(None if path is None else Path(path), asked)
+    if partition is None or not len(data.train):
+        return data
+    return replace(data, train=deal_pictures(data.train, partition, asked.seed))
+
+
+def usual_side(name: str) -> int:
+    """The side of a data set's images, in pixels, where none is asked for."""
+    return DATASETS[name].image_size if name in DATASETS else Source.image_size
+
+
+def locate(path: str | Path) -> tuple[str, Path]:
+    """Name and path, for ``load_dataset``, of the images that a site keeps at ``path``.
+
+    A file is a CSV, and so is a folder with a ``manifest.csv``; any other folder is
+    ``path/client/class/picture``.
+
+    Raises:
+        DataError: There is neither file nor folder.
+    """
+    path = Path(path)
+    manifest = path / "manifest.csv"
+    if manifest.is_file():
+        return "csv", manifest
+    if path.is_file():
+        return "csv", path
+    if path.is_dir():
+        return "folder", path
+    raise DataError(
+        f"{path}: expected a CSV file, a folder with a manifest.csv, or a folder "
+        "client/class/picture; found neither file nor folder"
+    )

@@ -1,0 +1,253 @@
+"""Sites that come, register, go, and keep the others waiting."""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from fedss.errors import QuorumError
+from fedss.flower.exchange import exchange, once_more
+from fedss.flower.messages import REGISTER, Nodes, pack, say
+from fedss.flower.registry import Registry, numbers, register, save_registry
+from fedss.flower.settings import Deployment
+from fedss.flower.validation import Parts, RefusedError, check_registration, read_reply
+
+# Reasons that may be gone in a moment: a node that was just restarted, say.
+_PASSING = ("offline", "lost", "died")
+# Those of a site that let the others wait.
+_WAITED_FOR = ("late", "deadline")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A node that has registered.
+
+    Attributes:
+        stamp: of the names of its classes and clients; when these change, the site says so.
+        class_ids: int32, the rows of its classes, in the order of their names.
+        places: its clients: number, and place in the order of their names.
+    """
+
+    stamp: str
+    class_ids: np.ndarray
+    places: Mapping[int, int]
+
+
+@dataclass
+class Sites:
+    """The sites of a federation: who is online, and what each is registered with.
+
+    Attributes:
+        grid: Flower's way to the nodes.
+        told: what every message tells: the version, the configuration, and the fingerprint of the
+            weights that are not sent.
+        deployment: how long sites have to answer, and how many must.
+        path: the registry's file.
+        registry: rows of classes and numbers of clients.
+        online: those that have registered, by node.
+        refused: nodes online that could not register, and why.
+        aside: sites that let the others wait, and the first round (0-based) that asks them again.
+        unanswered: the messages that these have not answered, by id, and the site of each.
+    """
+
+    grid: Nodes
+    told: Mapping[str, Any]
+    deployment: Deployment
+    path: Path
+    registry: Registry
+    online: dict[int, Site] = field(default_factory=dict)
+    refused: dict[int, RefusedError] = field(default_factory=dict)
+    aside: dict[int, int] = field(default_factory=dict)
+    unanswered: dict[str, int] = field(default_factory=dict)
+
+    def start(self, sites: int, round: int) -> None:
+        """Wait until so many sites are there, and register them all at once.
+
+        Together, since rows are numbered in the order of names: so it does not matter who came
+        first.
+
+        Args:
+            sites: how many.
+            round: number of rounds complete.
+
+        Raises:
+            QuorumError: they are not there in time.
+        """
+        arrived: dict[int, dict[str, Any]] = {}
+        deadline = self.deployment.deadline
+        end, shown, before = time.monotonic() + deadline, -1, self.registry
+        while True:
+            online = self.nodes()
+            arrived = {node: facts for node, facts in arrived.items() if node in online}
+            self.refused = {
+                node: error
+                for node, error in self.refused.items()
+                if node in online and error.reason not in _PASSING
+            }
+            arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
+            if len(arrived) != shown:
+                shown = len(arrived)
+                say(f"{shown} of {sites} sites are there")
+            if len(arrived) >= sites:
+                # All or none: a name that was a mistake would stay for good.
+                self.registry, self.online = before, {}
+                self._admit(arrived, round)
+                if len(self.online) >= sites:
+                    save_registry(self.path, self.registry)
+                    return
+                arrived = {n: facts for n, facts in arrived.items() if n not in self.refused}
+            if time.monotonic() >= end:
+                reasons = "".join(f"; {_why(*refused)}" for refused in self.refused.items())
+                there = {n for n, error in self.refused.items() if error.reason != "deadline"}
+                self._introduce(there, round)
+                raise QuorumError(
+                    f"expected {sites} sites within {deadline:g} s, found {shown}{reasons}. "
+                    "Start the others and submit again, or set sites to what there is"
+                )
+            time.sleep(1)
+
+    def meet(self, round: int) -> None:
+        """Forget sites that are gone, and register those that came, from the next round on.
+
+        Those that could not be registered are asked again in every round: what was amiss may have
+        been mended, or was another node with their clients that is seen to be gone by now. But
+        who does not answer costs all a deadline, and is asked again only after it has been away.
+        """
+        online = self.nodes()
+        self.online = {node: site for node, site in self.online.items() if node in online}
+        silent = {node for node, error in self.refused.items() if error.reason == "deadline"}
+        before = self.registry
+        arrived = self._introduce(online - self.online.keys() - silent, round)
+        self.refused = {
+            n: error for n, error in self.refused.items() if n in online - arrived.keys()
+        }
+        self._admit(arrived, round)
+        if self.registry is not before:
+            save_registry(self.path, self.registry)
+        self._take_back(online, round)
+
+    def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
+        """What sites say of themselves; those that were refused hear why, for their own log."""
+
+        def messages() -> Iterator[tuple[int, Message]]:
+            for node in sorted(nodes):
+                facts = {**self.told, "round": round}
+                if node in self.refused:
+                    facts["refused"] = _why(node, self.refused[node])
+                yield node, self.message(REGISTER, node, round, pack(facts))
+
+        arrived: dict[int, dict[str, Any]] = {}
+        for node, reply in exchange(self.grid, messages(), self.deployment.deadline):
+            try:
+                arrived[node], _ = read_reply(reply, round)
+            except RefusedError as error:
+                if node not in arrived:
+                    self._refuse(node, error)
+        return arrived
+
+    def nodes(self) -> set[int]:
+        """Nodes that Flower says are there."""
+        return set(once_more(self.grid.get_node_ids))
+
+    def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
+        """Register what sites have said of themselves."""
+        names: dict[int, tuple[list[str], list[str], str]] = {}
+        for node, facts in sorted(arrived.items()):
+            taken = {k for n, site in self.online.items() if n != node for k in site.places}
+            taken_names = {self.registry.clients[k] for k in taken}
+            taken_names |= {name for _, clients, _ in names.values() for name in clients}
+            try:
+                names[node] = check_registration(facts, self.registry, taken_names)
+            except RefusedError as error:
+                self._refuse(node, error)
+                continue
+            if self.registry.secret is None:
+                self.registry = replace(self.registry, secret=facts["secret"])
+        classes = [name for of_site, _, _ in names.values() for name in of_site]
+        clients = [name for _, of_site, _ in names.values() for name in of_site]
+        grown = register(self.registry, classes, clients, round + 1)
+        if grown is not self.registry:
+            self.registry = grown
+            now = grown.growth[-1]
+            say(f"registered {now.classes:,} classes and {now.clients:,} clients")
+        for node, (classes, clients, stamp) in names.items():
+            ids = numbers(grown.clients, clients).tolist()
+            places = {k: place for place, k in enumerate(ids)}
+            self.online[node] = Site(stamp, numbers(grown.classes, classes), places)
+
+    def _refuse(self, node: int, error: RefusedError) -> None:
+        self.refused[node] = error
+        self.online.pop(node, None)
+        say(_why(node, error))
+
+    def read(
+        self, node: int, reply: "Message | RefusedError", round: int
+    ) -> tuple[dict[str, Any], dict[str, Parts]]:
+        """A reply; one that says that the site's names have changed registers them."""
+        facts, buffers = read_reply(reply, round)
+        if "changed" in facts:
+            before = self.registry
+            self._admit({node: facts["changed"]}, round)
+            if self.registry is not before:
+                save_registry(self.path, self.registry)
+            raise RefusedError("registered", "classes or clients of the site have changed")
+        return facts, buffers
+
+    def exchange(
+        self, messages: Iterable[tuple[int, Message]], enough: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, "Message | RefusedError"]]:
+        """Send messages and give the replies: :func:`fedss.flower.exchange.exchange`."""
+        of_run = self.deployment
+        return exchange(self.grid, messages, of_run.deadline, enough, of_run.grace, self.unanswered)
+
+    def put_aside(self, node: int, error: RefusedError, round: int) -> None:
+        """A site that let the others wait is not asked in some rounds from ``round`` on."""
+        if error.reason in _WAITED_FOR and self.deployment.aside:
+            self.aside[node] = again = round + self.deployment.aside
+            say(
+                f"site {node} let the others wait ({error.reason}): it is not asked before round "
+                f"{again + 1}, unless it answers or starts anew before"
+            )
+
+    def _take_back(self, online: Collection[int], round: int) -> None:
+        """Of the sites put aside, those whose time is over, or that are seen to be well again.
+
+        A reply that comes too late is not used; but who has sent it can take the next message.
+        """
+        late = list(self.unanswered)
+        for reply in once_more(self.grid.pull_messages, late) if late else []:
+            node = self.unanswered.pop(reply.metadata.reply_to_message_id, None)
+            # An error is Flower's word, and as a rule that the message has outlived its time.
+            if node in self.aside and not reply.has_error():
+                del self.aside[node]
+                say(f"site {node} has answered at last: it is asked again")
+        self.aside = {n: again for n, again in self.aside.items() if n in online and again > round}
+        self.unanswered = {id: n for id, n in self.unanswered.items() if n in self.aside}
+
+    def message(self, kind: str, node: int, round: int, content: RecordDict) -> Message:
+        """A message for a node."""
+        # Flower says of a message that has outlived its time that it is lost: not before the
+        # deadline has been noticed here.
+        ttl = self.deployment.deadline + 2.0
+        return Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(round))
+
+    def homes(self) -> dict[int, int]:
+        """The node of each client that is online."""
+        return {k: node for node, site in self.online.items() for k in site.places}
+
+    def by_node(self, clients: Iterable[int]) -> dict[int, list[int]]:
+        """Those of the clients that are online, by node."""
+        homes, found = self.homes(), dict[int, list[int]]()
+        for k in clients:
+            if k in homes:
+                found.setdefault(homes[k], []).append(k)
+        return found
+
+
+def _why(node: int, error: RefusedError) -> str:
+    detail = f": {error.detail}" if error.detail else ""
+    return f"site {node} could not register ({error.reason}){detail}"

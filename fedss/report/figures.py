@@ -1,0 +1,302 @@
+"""The charts of a page, from the records of its groups, and those that stand alone as PNG."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+
+from fedss.errors import ConfigError, RunFolderError
+from fedss.evaluation.intervals import FLOORS
+from fedss.report import charts
+from fedss.report.clients import clients_png
+from fedss.report.frontier import (
+    MOST_PANELS,
+    FrontierPanel,
+    FrontierPoint,
+    frontier_chart,
+    frontier_png,
+    on_frontier,
+)
+from fedss.runs import headlines
+from fedss.runs.reading import Group, group_runs, read_runs
+from fedss.runs.records import Record, bytes_moved
+
+Value = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart with its title and what to know when reading it."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
+    """The charts that these groups have anything to show in."""
+    paired = list(zip(groups, slots, strict=True))
+    several = any(len(group.runs) > 1 for group in groups)
+    band = " Lines: mean over seeds; bands: lowest to highest." if several else ""
+    if several and len(groups) > charts.FEW:
+        band = " Means over seeds."
+    names = headlines.listed([group.label for group in groups])
+    last = max(run.planned_rounds for group in groups for run in group.runs)
+    made = []
+    scores = _lines(paired, _map_at_10, start=True)
+    if scores:
+        floor = _highest_floor(groups)
+        svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}", floor)
+        caption = f"The higher, the better.{band}"
+        if floor is not None:
+            caption += f" Dotted: {floor[0]}, to be had without training."
+        made.append(Chart("MAP@10 over rounds", caption, svg))
+    moved, level = _over_bytes(paired)
+    if 0 < len(moved) <= charts.FEW:
+        caption = "Further left: fewer bytes for the same accuracy."
+        if level is not None:
+            caption += f" {level[0]}, the pooled reference, moves pictures: only its end is shown."
+        alt = f"MAP@10 against bytes moved for {names}"
+        svg = charts.bytes_chart("bytes", moved, level, alt)
+        made.append(Chart("MAP@10 against bytes moved", caption, svg))
+    if len(_points(paired)) >= 3:
+        panel = _panel(paired)
+        svg = frontier_chart("frontier", panel, f"MAP@10 against bytes per round for {names}")
+        made.append(Chart("The frontier", _frontier_caption(panel), svg))
+    if bars := _bars(paired):
+        rows = headlines.rows_sent(groups)
+        alt = f"Bytes per client and round, backbone and {rows}, for {names}"
+        caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
+        svg = charts.bars_chart("bars", bars, rows, alt)
+        made.append(Chart("Bytes per client and round", f"{caption} As serialised.", svg))
+    losses = _lines(paired, lambda record: record["loss"])
+    if losses:
+        caption = "Each method’s loss is over its own class sample"
+        caption += "." if len(groups) == 1 else ": compare shapes, not heights."
+        svg = charts.rounds_chart("loss", losses, last, f"Training loss over rounds for {names}")
+        made.append(Chart("Training loss", caption, svg))
+    return made
+
+
+def _highest_floor(groups: Sequence[Group]) -> tuple[str, float] | None:
+    """The best that is to be had without this network, whose own curve begins at round 0."""
+    found = [
+        (value, FLOORS[name])
+        for group in groups
+        for name in FLOORS
+        if name != "untrained" and (value := group.floor(name)) is not None
+    ]
+    return max(found)[::-1] if found else None
+
+
+def _over_bytes(
+    paired: Sequence[tuple[Group, str]],
+) -> tuple[list[charts.Curve], tuple[str, str, float] | None]:
+    """MAP@10 over the bytes moved, and the (label, slot, score) of pooled training."""
+    return _lines(paired, _map_at_10, over_bytes=True), _level(paired)
+
+
+def _map_at_10(record: Record) -> float | None:
+    return None if record["metrics"] is None else record["metrics"]["map_at_10"]
+
+
+def _level(paired: Sequence[tuple[Group, str]]) -> tuple[str, str, float] | None:
+    """The (label, slot, score) of pooled training."""
+    pooled = next((pair for pair in paired if pair[0].pooled), None)
+    score = None if pooled is None else pooled[0].mean("map_at_10")
+    if pooled is None or score is None or not np.isfinite(score):
+        return None
+    return pooled[0].label, pooled[1], score
+
+
+def _points(paired: Sequence[tuple[Group, str]]) -> list[FrontierPoint]:
+    """What each finished group reaches in the end, and what it moves."""
+    points = []
+    for group, slot in paired:
+        mean, moved = group.mean("map_at_10"), headlines.both_ways(group)
+        known = [value for value in (mean, moved) if value is not None and np.isfinite(value)]
+        if group.finished and len(known) == 2 and known[1] > 0:
+            values = group.values("map_at_10")
+            ends = min(values), max(values)
+            points.append(FrontierPoint(group.label, slot, known[1], known[0], *ends))
+    return points
+
+
+def _panel(
+    paired: Sequence[tuple[Group, str]], title: str = "", reference: float | None = None
+) -> FrontierPanel:
+    """The variants for the frontier; all scores relative to the ``reference`` if there is one."""
+    unit, level = reference or 1.0, _level(paired)
+    points = [
+        replace(p, mean=p.mean / unit, low=p.low / unit, high=p.high / unit)
+        for p in _points(paired)
+    ]
+    level = None if level is None else (level[0], level[1], level[2] / unit)
+    return FrontierPanel(title, tuple(points), level, relative=reference is not None)
+
+
+def _frontier_caption(panel: FrontierPanel) -> str:
+    """What to see: what nothing else beats, and what is beaten."""
+    upright = any(point.high > point.low for point in panel.points)
+    beaten = not all(on_frontier(panel.points))
+    parts = ["Up and left is better: along the line nothing is both cheaper and better"]
+    parts += ["hollow marks are beaten"] if beaten else []
+    parts += ["uprights span the seeds"] if upright else []
+    return f"{'; '.join(parts)}."
+
+
+def _lines(
+    paired: Sequence[tuple[Group, str]],
+    value: Value,
+    over_bytes: bool = False,
+    start: bool = False,
+) -> list[charts.Curve]:
+    """A line per method over the rounds that all of its runs have a finite ``value`` for; with
+    ``start`` from round 0 on, the untrained network."""
+    lines = []
+    for group, slot in paired:
+        values = [_finite(run.records, value) for run in group.runs]
+        if not over_bytes and start:
+            for run, of_run in zip(group.runs, values, strict=True):
+                floors = run.floors.map_at_10
+                of_run.update({0: floors["untrained"]} if "untrained" in floors else {})
+        positions = [_cumulative(run.records) if over_bytes else None for run in group.runs]
+        common = sorted(set.intersection(*(set(of_run) for of_run in values)))
+        if not common or (over_bytes and any(not of_run for of_run in positions)):
+            continue
+        table = np.array([[of_run[r] for r in common] for of_run in values])
+        if over_bytes:
+            x = np.array([[p[r] for r in common] for p in positions if p]).mean(axis=0)
+        else:
+            x = np.array(common, dtype=float)
+        lines.append(
+            charts.Curve(
+                group.label, slot, x, table.mean(axis=0), table.min(axis=0), table.max(axis=0)
+            )
+        )
+    return lines
+
+
+def _finite(records: Sequence[Record], value: Value) -> dict[int, float]:
+    values = {record["round"]: value(record) for record in records}
+    return {number: v for number, v in values.items() if v is not None and np.isfinite(v)}
+
+
+def _cumulative(records: Sequence[Record]) -> dict[int, float]:
+    """Bytes moved up to and with each round; empty if they are not known."""
+    moved = {record["round"]: bytes_moved(record) for record in records}
+    if None in moved.values():
+        return {}
+    sums = np.cumsum(np.array([*moved.values()], np.float64))
+    return {number: float(total) for number, total in zip(moved, sums, strict=True) if total > 0}
+
+
+def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
+    """A bar per method, or one per direction if there is one method only."""
+    full = headlines.full_softmax([group for group, _ in paired])
+    reference = None if full is None else headlines.both_ways(full)
+    bars = []
+    for group, slot in paired:
+        for way in ("both",) if len(paired) > 1 else ("down", "up"):
+            total, backbone, class_rows = (
+                headlines.both_ways(group, part)
+                if way == "both"
+                else group.mean(f"{part}bytes_{way}_per_client_round")
+                for part in ("", "backbone_", "row_")
+            )
+            if total is None or backbone is None or class_rows is None:
+                continue
+            text = headlines.human_bytes(total)
+            if way == "both" and reference and group is not full:
+                text += f" · {headlines.percent(total / reference)}"
+            label = group.label if way == "both" else way
+            bars.append(charts.Bar(label, slot, backbone, class_rows, text))
+    return bars
+
+
+def bytes_picture(folder: Path) -> bytes:
+    """The report's chart of MAP@10 against bytes moved, as a PNG for a README or a talk.
+
+    Args:
+        folder: as for :func:`write_report`.
+
+    Returns:
+        A PNG of 6.4 x 4 inches at 200 dpi on white. The same records give the same bytes.
+
+    Raises:
+        RunFolderError: records are missing or damaged, or no round has both score and bytes.
+    """
+    groups = group_runs(read_runs(folder), folder)
+    slots = charts.slots_of([group.label for group in groups])
+    lines, level = _over_bytes(list(zip(groups, slots, strict=True)))
+    if not lines:
+        raise RunFolderError(f"{folder}: expected an evaluated round with its bytes, found none")
+    return charts.bytes_png(lines, level, _light())
+
+
+def frontier_picture(folders: Mapping[str, Path]) -> bytes:
+    """The report's chart of the frontier, of one or several comparisons, as a PNG for a README.
+
+    Each variant's final MAP@10 (mean over seeds; a line from the lowest to the highest) against
+    the bytes it moves per client and round, both ways. Where every comparison has a finished
+    ``full``, scores are relative to it, and all panels share one axis.
+
+    Args:
+        folders: one to four: title -> folder of a comparison, as for :func:`write_report`. Runs
+            not yet finished are left out. The pictures of several stand in two columns.
+
+    Returns:
+        A PNG at 200 dpi on white: 6.4 x 4 inches for one comparison, 5.8 x 4.4 inches for each
+        of several. The same records give the same bytes.
+
+    Raises:
+        ConfigError: no folder, or more than four.
+        RunFolderError: records are missing or damaged, or a comparison has no finished run with
+            both score and bytes.
+    """
+    if not 1 <= len(folders) <= MOST_PANELS:
+        raise ConfigError(f"folders: expected 1 to {MOST_PANELS} of them, got {len(folders)}")
+    of_folder = {}
+    for title, folder in folders.items():
+        of_folder[title] = group_runs(read_runs(folder), folder)
+        if not _points([(group, "") for group in of_folder[title]]):
+            raise RunFolderError(
+                f"{folder}: expected a finished run with its score and bytes, found none"
+            )
+    labels = list(dict.fromkeys(g.label for groups in of_folder.values() for g in groups))
+    slots = dict(zip(labels, charts.slots_of(labels), strict=True))
+    fulls = [headlines.full_softmax(groups) for groups in of_folder.values()]
+    means = [None if g is None or not g.finished else g.mean("map_at_10") for g in fulls]
+    relative = all(means)
+    panels = []
+    for (title, groups), mean in zip(of_folder.items(), means, strict=True):
+        paired = [(group, slots[group.label]) for group in groups]
+        panels.append(_panel(paired, title, mean if relative else None))
+    return frontier_png(panels, _light())
+
+
+def clients_picture(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
+    """Pictures and classes per client, clients per class, and a client x class matrix, as a PNG.
+
+    The matrix shows up to 36 clients, evenly spread from most pictures to fewest, and the classes
+    that they hold; those held by the same clients stand next to each other.
+
+    Args:
+        held: client, class and number of pictures of each pair of client and class that has any,
+            integers [P], as :func:`fedss.data.holdings` gives them.
+        title: stands above.
+
+    Returns:
+        A PNG of 12.2 x 9.2 inches at 200 dpi on white. The same numbers give the same bytes.
+    """
+    return clients_png(held, title, _light())
+
+
+def _light() -> dict[str, str]:
+    """The colours of the page's light theme."""
+    page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    light, _, _ = page.partition("@media")
+    return dict(re.findall(r"--([\w-]+): (#\w+);", light))

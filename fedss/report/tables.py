@@ -1,0 +1,153 @@
+"""The tables of a page: methods in figures, floors, settings, commands, versions."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from fedss.evaluation.intervals import FLOORS
+from fedss.runs import headlines
+from fedss.runs.reading import Group, RecordedRun
+from fedss.text import DASH
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: what it shows, a smaller addition, and the exact values on hovering."""
+
+    text: str
+    addition: str = ""
+    exact: str = ""
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A line of the table of methods."""
+
+    label: str
+    slot: str
+    note: str
+    cells: list[Cell]
+
+
+def method_row(group: Group, slot: str, full: Group | None) -> MethodRow:
+    """A group's line, in figures and relative to the full softmax."""
+    share = headlines.ratio(group, full)
+    note = "" if group.finished else headlines.rounds_done(group.runs[0])
+    relative = "" if share is None or group is full else f"{share:.3f}"
+    ends = group.interval
+    cells = [
+        _score(group, "map_at_10"),
+        Cell(relative),
+        Cell("" if ends is None else f"{ends.low:.3f}\u2060–\u2060{ends.high:.3f}"),
+        _score(group, "map_at_10_by_class", spread=False),
+        _score(group, "recall_at_1"),
+    ]
+    rows = group.mean("class_rows_per_client")
+    cells.append(Cell(headlines.count(rows), exact="" if rows is None else f"{rows:.2f}"))
+    for way in ("down", "up"):
+        for part in ("backbone_", "row_"):
+            mean = group.mean(f"{part}bytes_{way}_per_client_round")
+            exact = "" if mean is None else f"{headlines.count(mean)} bytes"
+            cells.append(Cell(headlines.human_bytes(mean), exact=exact))
+    seconds = group.mean("seconds")
+    cells.append(
+        Cell(headlines.human_seconds(seconds), exact=f"{headlines.decimals(seconds, 1)} s")
+    )
+    return MethodRow(group.label, slot, note, cells)
+
+
+def floor_rows(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
+    """The floors' rows: name, MAP@10 and its mean over classes; means over groups."""
+    rows = []
+    for name, told in FLOORS.items():
+        values = [v for group in groups if (v := group.floor(name)) is not None]
+        if not values:
+            continue
+        exact = "; ".join(f"{g.label}: {headlines.decimals(g.floor(name), 4)}" for g in groups)
+        scores = [run.floors.by_class.get(name) for group in groups for run in group.runs]
+        by_class = [float(s.map_at_10_C.mean()) for s in scores if s is not None]
+        mean = sum(by_class) / len(by_class) if by_class else None
+        score = headlines.decimals(sum(values) / len(values))
+        rows.append((told, Cell(score, exact=exact), Cell(headlines.decimals(mean))))
+    return rows
+
+
+def _score(group: Group, key: str, spread: bool = True) -> Cell:
+    values = group.values(key)
+    exact = "; ".join(
+        f"seed {run.seed}: {headlines.decimals(run.results[key], 4)}" for run in group.runs
+    )
+    return Cell(
+        headlines.decimals(group.mean(key)), headlines.spread(values) if spread else "", exact
+    )
+
+
+def settings(groups: Sequence[Group]) -> dict[str, Any]:
+    """Every setting: those all methods share, and a table of those that differ."""
+    of_group = {group.label: dict(group.runs[0].settings) for group in groups}
+    if any(len(group.runs) > 1 for group in groups):
+        for group in groups:
+            seeds = [run.seed for run in group.runs]
+            of_group[group.label]["seed"] = headlines.listed_numbers(seeds)
+    keys = sorted({key for settings in of_group.values() for key in settings})
+    shared, differing = [], []
+    for key in keys:
+        values = [_shown(settings.get(key)) for settings in of_group.values()]
+        if all(a == b for a, b in pairwise(values)):
+            shared.append((key, values[0]))
+        elif key != "method" or headlines.has_variants(groups):
+            differing.append((key, values))
+    return {"shared": shared, "differing": differing, "labels": list(of_group)}
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return DASH
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def commands(groups: Sequence[Group]) -> list[str]:
+    """One command for the run or the comparison; one per method if other settings differ too."""
+    settings = [
+        {k: v for k, v in group.runs[0].settings.items() if k not in ("method", "seed")}
+        for group in groups
+    ]
+    if len(groups) > 1 and all(a == b for a, b in pairwise(settings)):
+        seeds = sorted({run.seed for group in groups for run in group.runs})
+        methods = list(dict.fromkeys(group.method for group in groups))
+        chosen = {"methods": methods, "seeds": seeds}
+        return [_command("compare", {**chosen, **settings[0]})]
+    first = [group.runs[0] for group in groups]
+    return [run.command or _again(run) for run in first]
+
+
+def _again(run: RecordedRun) -> str:
+    where = run.data.get("evaluated_at")
+    if where is None:
+        return _command("train", run.settings)
+    app = _command("app", {**run.settings, "evaluate_at": where}, "again", out="/srv/again")
+    return f"{app} && flwr run again"
+
+
+def _command(name: str, settings: Mapping[str, Any], *arguments: str, out: str = "again") -> str:
+    parts = ["fedss", name, *arguments]
+    for key, value in settings.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            parts.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            several = value if isinstance(value, list) else [value]
+            parts += [f"--{flag}", *(str(item) for item in several)]
+    return shlex.join([*parts, "--out", out])
+
+
+def versions(runs: Sequence[RecordedRun]) -> list[tuple[str, str]]:
+    """What the runs were made with: name and version, or several of them."""
+    names = list(dict.fromkeys(name for run in runs for name in run.versions))
+    return [
+        (name, ", ".join(dict.fromkeys(r.versions[name] for r in runs if name in r.versions)))
+        for name in names
+    ]

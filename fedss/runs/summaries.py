@@ -1,0 +1,152 @@
+"""``summary.json``: a run in one object, its one writer and its one reader."""
+
+import dataclasses
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from fedss.evaluation.intervals import Interval
+from fedss.evaluation.retrieval import RetrievalMetrics
+from fedss.files import write_json
+from fedss.runs.fields import Fields, damaged, parse_json, read_bytes
+from fedss.runs.records import METRICS, SUMS, Record, num_sites
+
+# A sum in a record -> its mean per client and round.
+MEANS = {
+    name: "class_rows_per_client" if name == "class_rows" else f"{name}_per_client_round"
+    for name in SUMS
+}
+MOMENTS = tuple(mean for mean in MEANS.values() if mean.startswith("moment_"))
+
+
+class Summary(TypedDict, total=False):
+    """A run: what it was, how its model is judged, means per client and round."""
+
+    # As its configuration says, but for the size of the class samples that clients got.
+    method: str
+    seed: int
+    rounds: int
+    sample_size: int
+    # From where the file lies, and what a comparison calls the variant.
+    folder: str
+    label: str | None
+    # As in RetrievalMetrics; None where nobody could judge the model. ``sites``: how many could.
+    recall_at_1: float | None
+    recall_at_5: float | None
+    map_at_10: float | None
+    map_at_r: float | None
+    map_at_10_by_class: float | None
+    queries: int | None
+    classes: int | None
+    skipped: int | None
+    sites: int
+    # None where images are pooled.
+    bytes_down_per_client_round: float | None
+    bytes_up_per_client_round: float | None
+    backbone_bytes_down_per_client_round: float | None
+    backbone_bytes_up_per_client_round: float | None
+    class_row_bytes_down_per_client_round: float | None
+    class_row_bytes_up_per_client_round: float | None
+    moment_bytes_down_per_client_round: float | None
+    moment_bytes_up_per_client_round: float | None
+    class_rows_per_client: float | None
+    # Over all rounds; the phases add up to ``seconds``. Failures by reason.
+    seconds_by_phase: Mapping[str, float]
+    seconds: float
+    failures: Mapping[str, int]
+    # What a query was searched in; MAP@10 by the name of the floor; the ends of the 95 % interval.
+    gallery: str
+    floors: Mapping[str, float]
+    map_at_10_interval: Sequence[float] | None
+
+
+# What a summary of an earlier version may lack.
+_LATER: Mapping[str, Any] = {
+    **dict.fromkeys(MOMENTS, 0.0),
+    **dict.fromkeys(("map_at_10_by_class", "map_at_10_interval")),
+    "floors": {},
+}
+
+
+def summarize(
+    run: Mapping[str, Any],
+    records: Sequence[Record],
+    floors: Mapping[str, float] | None = None,
+    interval: Interval | None = None,
+) -> Summary:
+    """A run in one object.
+
+    Args:
+        run: what it was: method, seed, rounds, sample_size, folder.
+        records: all of its rounds so far. Of their metrics the last round's count, of the model
+            that is kept: figures of an earlier round would be another's.
+        floors: MAP@10 by the name of the floor.
+        interval: of MAP@10.
+    """
+    last = records[-1] if records else None
+    clients = sum(record["clients"] for record in records)
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(RetrievalMetrics))
+    metrics = None if last is None else last["metrics"]
+    summary: dict[str, Any] = {**run, **unknown, **(metrics or {})}
+    for name, mean in MEANS.items():
+        counts = [cast(Mapping[str, Any], record)[name] for record in records]
+        summary[mean] = None if None in counts or not clients else sum(counts) / clients
+    phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
+    by_phase = {p: sum(record["seconds"].get(p, 0.0) for record in records) for p in phases}
+    failures = (failure for record in records for failure in record.get("failures", ()))
+    at_sites = last is not None and num_sites(last)
+    summary |= {
+        "seconds_by_phase": by_phase,
+        "seconds": sum(by_phase.values()),
+        "failures": dict(Counter(failure["reason"] for failure in failures)),
+        "gallery": "each site's own" if at_sites else "all test pictures",
+        "floors": dict(floors or {}),
+        "map_at_10_interval": interval and [interval.low, interval.high],
+    }
+    return cast(Summary, summary)
+
+
+def write_summaries(folder: Path, summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``folder/summary.json``, of a run or of a comparison."""
+    write_json(folder / "summary.json", summaries)
+
+
+def read_summaries(folder: Path) -> list[Summary]:
+    """The summaries in ``folder/summary.json``, those of earlier versions too; none without it.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    path = folder / "summary.json"
+    if not path.exists():
+        return []
+    found = parse_json(read_bytes(path), path)
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        got = reprlib.repr(found)
+        raise damaged(path, f"expected a list with one object per run, got {got}")
+    return [_check(Fields(entry, path)) for entry in found]
+
+
+def _check(fields: Fields) -> Summary:
+    """A summary whose values are checked."""
+    fields.value = {**fields.value, **_LATER, **fields.value}
+    folder = fields.text("folder")
+    if "\0" in folder or folder.encode("utf-8", "ignore").decode() != folder:
+        raise fields.wrong("folder", "a path")
+    figures = ("class_rows_per_client", *METRICS, "map_at_10_by_class", *MEANS.values())
+    checked = {name: fields.unless_null(name, fields.number) for name in figures}
+    checked["seconds"] = fields.number("seconds")
+    checked |= {name: fields.integer(name) for name in ("seed", "rounds")}
+    checked["method"] = fields.text("method")
+    if "label" in fields:
+        fields.unless_null("label", fields.text)
+    floors = fields.object("floors")
+    checked["floors"] = {name: floors.share(name) for name in floors}
+    ends = fields.value["map_at_10_interval"]
+    if ends is not None and not (
+        isinstance(ends, list) and len(ends) == 2 and all(isinstance(v, float) for v in ends)
+    ):
+        raise fields.wrong("map_at_10_interval", "two numbers")
+    return cast(Summary, {**fields.value, **checked})
