@@ -197,8 +197,8 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
-        numbers(self, "pixel_mean")
-        numbers(self, "pixel_std")
+        option_numbers(self, "pixel_mean")
+        option_numbers(self, "pixel_std")
         parse_partition(self.partition, self.partition_clients)
         if METHODS[self.method].moments:
             self._check_moments()
@@ -220,7 +220,7 @@ class Config:
             )
 
 
-def numbers(config: Config, name: str) -> tuple[float, ...] | None:
+def option_numbers(config: Config, name: str) -> tuple[float, ...] | None:
     """The numbers of an option that holds them as text, separated by commas.
 
     Raises:

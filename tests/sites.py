@@ -10,7 +10,7 @@ from PIL import Image
 
 import fedss
 from fedss.config import Config
-from fedss.flower.server_app import serve
+from fedss.flower.server_app import run_server
 from tests.flower_grid import ProcessGrid
 
 SITES = ("north", "south", "west")
@@ -70,6 +70,6 @@ def nodes(photos: Path, **more: Any) -> dict[int, dict[str, Any]]:
 def federate(grid: ProcessGrid, config: Config, out: Path, **deployment: Any) -> fedss.Run:
     values = {k: "" if v is None else v for k, v in dataclasses.asdict(config).items()}
     federation = {"out": str(out), "sites": 3, "evaluate-at": "server", "deadline": 5.0, "pause": 0}
-    return serve(
+    return run_server(
         grid, {k.replace("_", "-"): v for k, v in {**values, **federation, **deployment}.items()}
     )

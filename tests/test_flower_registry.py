@@ -27,8 +27,8 @@ from fedss.flower.registry import (
     Registry,
     digest,
     load_registry,
-    numbers,
     register,
+    row_numbers,
     save_registry,
     token,
 )
@@ -141,7 +141,7 @@ def test_the_registry_only_grows_and_remembers_when(batches, tmp_path_factory):
         new = grown.classes[len(registry.classes) :]
         assert new == tuple(sorted(new))
         assert len(set(grown.classes)) == len(grown.classes)
-        assert [grown.classes[i] for i in numbers(grown.classes, classes)] == classes
+        assert [grown.classes[i] for i in row_numbers(grown.classes, classes)] == classes
         registry = grown
         seen.append((grown.classes, grown.clients))
     if registry.growth:

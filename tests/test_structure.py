@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,33 @@ def test_heavy_extras_are_imported_where_they_are_used():
         if path.parent == PACKAGE / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path
+
+
+def bodies() -> Iterator[tuple[str, int]]:
+    """Each function of the library, and the lines of its body without its docstring."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                yield f"{path.relative_to(PACKAGE)}:{node.name}", lines
+
+
+def test_functions_and_modules_are_short():
+    assert {name: lines for name, lines in bodies() if lines > 60} == {}
+    modules = {str(p.relative_to(PACKAGE)): p.read_text() for p in PACKAGE.rglob("*.py")}
+    assert {name: t.count("\n") for name, t in modules.items() if t.count("\n") > 450} == {}
+
+
+def test_a_public_name_means_one_thing():
+    """Commands have the names of what they call, and Flower starts an ``app`` on either side."""
+    places: dict[str, set[str]] = {}
+    for path in (p for p in PACKAGE.rglob("*.py") if PACKAGE / "cli" not in p.parents):
+        for node in ast.parse(path.read_text()).body:
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            for name in names:
+                if not name.startswith("_") and len(name) > 1 and name != "app":
+                    places.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

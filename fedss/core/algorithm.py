@@ -89,7 +89,7 @@ def run_round(
     step_all_rows_(server.optimizer, plan.method, state)
 
     check_finite_state(state, None if plan.method.server_step else mean.ids_U)
-    update_index_(plan.sampler, state, mean.ids_U)
+    refresh_index_(plan.sampler, state, mean.ids_U)
     return state, updates, failures
 
 
@@ -217,7 +217,7 @@ def step_all_rows_(optimizer: ServerOptimizer, method: Method, state: ServerStat
         write_(rows, ids_N, method.server_step(weight_ND), slots, state.round)
 
 
-def update_index_(sampler: Sampler, state: ServerState, ids_U: Tensor) -> None:
+def refresh_index_(sampler: Sampler, state: ServerState, ids_U: Tensor) -> None:
     """What the sampler keeps of the class rows, with those that have changed; in place."""
     if sampler.index is not None:
         sampler.index.update(state.sampler_index, ids_U, read(state.class_rows, ids_U)[0])

@@ -64,7 +64,7 @@ def register(
     return Registry(classes, clients, registry.secret, (*before, now))
 
 
-def numbers(known: Sequence[str], names: Sequence[str]) -> np.ndarray:
+def row_numbers(known: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Places of some names among the known ones, int32 in the order of ``names``."""
     place = {name: i for i, name in enumerate(known)}
     return np.array([place[name] for name in names], np.int32)

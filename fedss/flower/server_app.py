@@ -43,7 +43,7 @@ show_on_stderr()  # The process is the app's own.
 def main(grid: Grid, context: Context) -> None:
     """What Flower starts when a run is submitted."""
     try:
-        run = serve(grid, context.run_config)
+        run = run_server(grid, context.run_config)
     except FedssError as error:
         say(str(error))
         # Flower makes the text of an exception that it catches the reason of the run's failure; an
@@ -54,7 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     say(f"{done}; report {run.folder / 'report.html'}")
 
 
-def serve(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
+def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     """Train with the sites that ``grid`` reaches, or go on with what ``out`` holds.
 
     Raises:

@@ -12,7 +12,7 @@ from flwr.app import Message, RecordDict
 from fedss.errors import QuorumError
 from fedss.flower.exchange import exchange, once_more
 from fedss.flower.messages import REGISTER, Nodes, pack, say
-from fedss.flower.registry import Registry, numbers, register, save_registry
+from fedss.flower.registry import Registry, register, row_numbers, save_registry
 from fedss.flower.settings import Deployment
 from fedss.flower.validation import Parts, RefusedError, check_registration, read_reply
 
@@ -175,9 +175,9 @@ class Sites:
             now = grown.growth[-1]
             say(f"registered {now.classes:,} classes and {now.clients:,} clients")
         for node, (classes, clients, stamp) in names.items():
-            ids = numbers(grown.clients, clients).tolist()
+            ids = row_numbers(grown.clients, clients).tolist()
             places = {k: place for place, k in enumerate(ids)}
-            self.online[node] = Site(stamp, numbers(grown.classes, classes), places)
+            self.online[node] = Site(stamp, row_numbers(grown.classes, classes), places)
 
     def _refuse(self, node: int, error: RefusedError) -> None:
         self.refused[node] = error

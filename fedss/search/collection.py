@@ -22,7 +22,7 @@ from fedss.inference.pixels import ImageSource, read_pictures
 from fedss.models import Embedder, fingerprint
 from fedss.search.store import (
     VectorStore,
-    damaged,
+    damaged_store,
     read_metadata,
     read_store,
     read_thumbnail,
@@ -254,7 +254,7 @@ def open_with(folder: Path, embedder: Embedder) -> Collection:
             _ids=tuple(number for part in both for number in part.ids),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise damaged(folder / INDEX, error) from error
+        raise damaged_store(folder / INDEX, error) from error
 
 
 def _read(path: Path, embedder: Embedder) -> VectorStore:

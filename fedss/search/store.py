@@ -156,7 +156,7 @@ def read_store(path: Path, size: int) -> VectorStore:
             file.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
         )
         if path.stat().st_size < pages * size_of_page:
-            raise damaged(path, "its end is missing")
+            raise damaged_store(path, "its end is missing")
         (count,) = file.execute("SELECT count(*) FROM pictures").fetchone()
         ids: list[int] = []
         names: list[str] = []
@@ -166,7 +166,7 @@ def read_store(path: Path, size: int) -> VectorStore:
         rows = file.execute("SELECT id, name, label, vector FROM pictures ORDER BY id")
         for position, (number, name, label, vector) in enumerate(rows):
             if position >= count or len(vector) != 4 * size:
-                raise damaged(path, f"image {number} has {len(vector)} bytes of vector")
+                raise damaged_store(path, f"image {number} has {len(vector)} bytes of vector")
             vectors_ND[position] = np.frombuffer(vector, "<f4")
             ids.append(number)
             names.append(_text(name))
@@ -175,7 +175,7 @@ def read_store(path: Path, size: int) -> VectorStore:
             labels.append(known[label])
     lengths_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     if not np.all((np.abs(lengths_N - 1) < 1e-3) | (lengths_N == 0)):
-        raise damaged(path, "a vector is not of length 1")
+        raise damaged_store(path, "a vector is not of length 1")
     return VectorStore(metadata, tuple(ids), tuple(names), tuple(labels), vectors_ND)
 
 
@@ -201,7 +201,7 @@ def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarr
                 (number,),
             ).fetchone()
             if row is None:
-                raise damaged(path, f"image {number} is missing")
+                raise damaged_store(path, f"image {number} is missing")
             found.append((number, (np.frombuffer(row[0], "<f4"), row[1])))
         return found
 
@@ -224,7 +224,7 @@ def read_thumbnail(path: Path, number: int, build: str) -> bytes | None:
         return None if row is None else row[0]
 
 
-def damaged(path: Path, why: object) -> RunFolderError:
+def damaged_store(path: Path, why: object) -> RunFolderError:
     """The error for a file that nobody can use."""
     return RunFolderError(
         f"{path} is damaged ({why}); restore it from a backup, or delete it and make it anew: "
@@ -244,7 +244,7 @@ def _text(name: bytes) -> str:
 def _metadata(file: sqlite3.Connection, path: Path) -> dict[str, str]:
     metadata = dict(file.execute("SELECT key, value FROM about").fetchall())
     if metadata.get("format") != _FORMAT:
-        raise damaged(path, f"expected format {_FORMAT}, found {metadata.get('format')}")
+        raise damaged_store(path, f"expected format {_FORMAT}, found {metadata.get('format')}")
     return metadata
 
 
@@ -277,7 +277,7 @@ def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
                 f"{path} is in use by another fedss process; wait for it and try again"
             ) from error
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR:
-            raise damaged(path, error) from error
+            raise damaged_store(path, error) from error
         raise RunFolderError(f"cannot use {path}: {error}; {advice}") from error
     except sqlite3.DatabaseError as error:
-        raise damaged(path, error) from error
+        raise damaged_store(path, error) from error

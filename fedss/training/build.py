@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fedss.config import Config, numbers
+from fedss.config import Config, option_numbers
 from fedss.core.client import LocalTraining, RoundPlan
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import (
@@ -99,8 +99,8 @@ def model_for(
         weights=config.weights,
         trainable=config.trainable,
         batch_norm=config.batch_norm,
-        pixel_mean=numbers(config, "pixel_mean"),
-        pixel_std=numbers(config, "pixel_std"),
+        pixel_mean=option_numbers(config, "pixel_mean"),
+        pixel_std=option_numbers(config, "pixel_std"),
     )
 
 
