@@ -450,7 +450,7 @@ def main() -> int:
         together = folder / "all sites"
         together.mkdir()
         for drawer in (drawer for data in images for drawer in data.iterdir()):
-            (together / drawer.name).symlink_to(drawer)
+            shutil.copytree(drawer, together / drawer.name)
         config = fedss.Config(
             data="folder",
             data_path=str(together),
