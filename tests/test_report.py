@@ -28,6 +28,7 @@ from fedss.report import (
 )
 from fedss.runs import headlines, reading
 from fedss.runs.findings import write_scores
+from fedss.text import human_bytes
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
@@ -898,7 +899,7 @@ def test_moments_are_counted_with_the_class_rows(variants: Path, tmp_path: Path)
     html, page = read(variants)
     at = page.cells.index("moments")
     rows = 408e3 / 2 - 0.45 * 408e3
-    assert page.cells[at + 6] == page.cells[at + 8] == headlines.human_bytes(rows)
+    assert page.cells[at + 6] == page.cells[at + 8] == human_bytes(rows)
     assert "class rows and moments</text>" in html
     assert "class rows with moments, where a method sends these" in page.words
     fake_comparison(tmp_path, ["full", "fedss", "pos-only"], rounds=5)  # older: no moments at all

@@ -23,6 +23,7 @@ from fedss.report.frontier import (
 from fedss.runs import headlines
 from fedss.runs.reading import Group, group_runs, read_runs
 from fedss.runs.records import Record, bytes_moved
+from fedss.text import human_bytes
 
 Value = Callable[[Record], float | None]
 
@@ -209,7 +210,7 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
             )
             if total is None or backbone is None or class_rows is None:
                 continue
-            text = headlines.human_bytes(total)
+            text = human_bytes(total)
             if way == "both" and reference and group is not full:
                 text += f" · {headlines.percent(total / reference)}"
             label = group.label if way == "both" else way

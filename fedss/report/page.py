@@ -18,6 +18,7 @@ from fedss.report.verification import number, verification_section
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun, group_runs
 from fedss.runs.records import METRICS, num_sites
+from fedss.text import decimals, human_seconds
 
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
@@ -84,7 +85,7 @@ def render(runs: Sequence[RecordedRun], folder: Path, watched: LiveNotice | None
         has_moments=headlines.has_moments(groups),
         pooled=next((group.label for group in groups if group.pooled), ""),
         nearest_neighbours=headlines.nearest_neighbours,
-        human_seconds=headlines.human_seconds,
+        human_seconds=human_seconds,
         count=headlines.count,
         tally=headlines.tally,
     )
@@ -99,7 +100,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "decimals": headlines.decimals,
+        "decimals": decimals,
         "percent": headlines.percent,
         "breakable": lambda name: _breakable(name, "/_"),
         "shortened": lambda name: wrap(name, 20, 1),

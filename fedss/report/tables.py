@@ -10,7 +10,7 @@ from typing import Any
 from fedss.evaluation.intervals import FLOORS
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun
-from fedss.text import DASH
+from fedss.text import DASH, decimals, human_bytes, human_seconds
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,9 @@ def method_row(group: Group, slot: str, full: Group | None) -> MethodRow:
         for part in ("backbone_", "row_"):
             mean = group.mean(f"{part}bytes_{way}_per_client_round")
             exact = "" if mean is None else f"{headlines.count(mean)} bytes"
-            cells.append(Cell(headlines.human_bytes(mean), exact=exact))
+            cells.append(Cell(human_bytes(mean), exact=exact))
     seconds = group.mean("seconds")
-    cells.append(
-        Cell(headlines.human_seconds(seconds), exact=f"{headlines.decimals(seconds, 1)} s")
-    )
+    cells.append(Cell(human_seconds(seconds), exact=f"{decimals(seconds, 1)} s"))
     return MethodRow(group.label, slot, note, cells)
 
 
@@ -66,23 +64,19 @@ def floor_rows(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
         values = [v for group in groups if (v := group.floor(name)) is not None]
         if not values:
             continue
-        exact = "; ".join(f"{g.label}: {headlines.decimals(g.floor(name), 4)}" for g in groups)
+        exact = "; ".join(f"{g.label}: {decimals(g.floor(name), 4)}" for g in groups)
         scores = [run.floors.by_class.get(name) for group in groups for run in group.runs]
         by_class = [float(s.map_at_10_C.mean()) for s in scores if s is not None]
         mean = sum(by_class) / len(by_class) if by_class else None
-        score = headlines.decimals(sum(values) / len(values))
-        rows.append((told, Cell(score, exact=exact), Cell(headlines.decimals(mean))))
+        score = decimals(sum(values) / len(values))
+        rows.append((told, Cell(score, exact=exact), Cell(decimals(mean))))
     return rows
 
 
 def _score(group: Group, key: str, spread: bool = True) -> Cell:
     values = group.values(key)
-    exact = "; ".join(
-        f"seed {run.seed}: {headlines.decimals(run.results[key], 4)}" for run in group.runs
-    )
-    return Cell(
-        headlines.decimals(group.mean(key)), headlines.spread(values) if spread else "", exact
-    )
+    exact = "; ".join(f"seed {run.seed}: {decimals(run.results[key], 4)}" for run in group.runs)
+    return Cell(decimals(group.mean(key)), headlines.spread(values) if spread else "", exact)
 
 
 def settings(groups: Sequence[Group]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fedss.report.labels import FONT, beside, text_height, text_width, wrapped
 from fedss.report.panels import SMALL_SIDE, Thumbnail, data_uri
 from fedss.runs import headlines
 from fedss.runs.reading import Group
+from fedss.text import decimals
 
 _SHOWN = (0.01, 0.001)  # FARs of a comparison's columns
 _LEAST = 1e-4  # FAR at the left end of a chart: below, curves of many pictures say little
@@ -155,7 +156,7 @@ def _single(every: Sequence[Verification], fars: Sequence[float], known: bool) -
         names.append(_dir_name(every))
         thresholds.append([f.identification.threshold for f in every if f.identification])
     return [
-        RateRow(name, "", [cell, (headlines.decimals(float(np.mean(at))), "")])
+        RateRow(name, "", [cell, (decimals(float(np.mean(at))), "")])
         for name, cell, at in zip(names, cells, thresholds, strict=True)
     ]
 
@@ -172,7 +173,7 @@ def _cells(
     columns += [[_point(found, far).tar for found in every] for far in fars]
     if known:
         columns.append([f.identification.dir for f in every if f.identification])
-    return [(headlines.decimals(float(np.mean(c))), headlines.spread(c)) for c in columns]
+    return [(decimals(float(np.mean(c))), headlines.spread(c)) for c in columns]
 
 
 def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve | None:
@@ -189,10 +190,10 @@ def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve
 
 def _marks(every: Sequence[Verification], fars: Sequence[float]) -> list[RocMark]:
     eer = float(np.mean([found.eer for found in every]))
-    marks = [(eer, 1 - eer, f"EER {headlines.decimals(eer)}")]
+    marks = [(eer, 1 - eer, f"EER {decimals(eer)}")]
     for far in fars:
         tar = float(np.mean([_point(found, far).tar for found in every]))
-        marks.append((far, tar, headlines.decimals(tar)))
+        marks.append((far, tar, decimals(tar)))
     return [mark for mark in marks if mark[0] >= max(found.smallest_far for found in every)]
 
 

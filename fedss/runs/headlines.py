@@ -8,12 +8,7 @@ from fedss.evaluation.intervals import FLOORS, Interval
 from fedss.runs.eta import time_left
 from fedss.runs.reading import Group, RecordedRun
 from fedss.runs.summaries import MOMENTS
-from fedss.text import DASH, plural
-from fedss.text import decimals as decimals
-from fedss.text import human_bytes as human_bytes
-from fedss.text import human_seconds as human_seconds
-
-NOTHING = DASH
+from fedss.text import DASH, decimals, human_bytes, plural
 
 ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recommended for its bytes
 

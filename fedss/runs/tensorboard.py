@@ -15,6 +15,7 @@ from fedss.data import RetrievalTask
 from fedss.evaluation.evaluate import Embedded, find_neighbours
 from fedss.runs.records import Record
 from fedss.seeds import generator
+from fedss.text import encodable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -140,10 +141,7 @@ def add_projection(
     # A run that was stopped right after writing it writes it again.
     shutil.rmtree(logs / f"{round:05d}", ignore_errors=True)
     # TensorBoard's tables are UTF-8, one name a line; names of folders may be any bytes.
-    plain = [
-        images.class_names[i].encode("utf-8", "backslashreplace").decode()
-        for i in images.labels[chosen]
-    ]
+    plain = [encodable(images.class_names[i], "utf-8") for i in images.labels[chosen]]
     names = [" ".join(name.split()) or "–" for name in plain]
     side = min(_THUMBNAIL, images.pixels.shape[-1])
     tiles = [np.asarray(_thumbnail(pixels, side)) for pixels in images.pixels[chosen]]
