@@ -238,7 +238,7 @@ def test_a_run_with_augmentation(tmp_path: Path):
     with pytest.raises(RunFolderError, match=r"augmentation.npz: cannot be read.*delete it"):
         fedss.write_report(out)
     np.savez(out / "augmentation.npz", pixels=np.zeros((2, 3), np.uint8))
-    with pytest.raises(RunFolderError, match=r"expected uint8 \[P, 1 \+ V"):
+    with pytest.raises(RunFolderError, match=r"pixels: expected \[P, V"):
         fedss.write_report(out)
     (out / "augmentation.npz").unlink()
     assert "What clients train on" not in fedss.write_report(out).read_text()
