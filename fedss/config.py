@@ -48,7 +48,7 @@ class Config:
         channels: 1 for grayscale, 3 for colour (default: 3 if any image has colour)
         test_classes: share of classes held out for the test, where the data set names none
         skip_broken: leave out unreadable images, and count them
-        data_seed: seed of the glyphs, the held-out classes and the partition
+        data_seed: seed of the glyphs, the held-out classes and who holds what
         glyphs_classes: glyphs: number of classes, those of the test included
         glyphs_clients: glyphs: number of training clients
         partition: assign the images to clients anew: classes:K, dirichlet:ALPHA or class
