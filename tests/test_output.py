@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -319,3 +320,27 @@ def test_progress_that_cannot_be_written_ends_no_training(monkeypatch, nobody):
     monkeypatch.undo()
     with pytest.raises(BrokenPipeError):
         stream.close()
+
+
+INTERRUPTED = """
+import signal, time
+from fedss.cli.output import lasting_output
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with lasting_output():
+    try:
+        print("a line", flush=True)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_what_was_written_when_ctrl_c_came_is_not_written_again():
+    """The reader has the line before the writer knows that it is written: on one core, often."""
+    for _ in range(3):
+        command = [sys.executable, "-c", INTERRUPTED]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "a line\n"
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=20)[0] == ""

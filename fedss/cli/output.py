@@ -3,7 +3,9 @@
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -20,12 +22,23 @@ class _Lasting(io.FileIO):
     error: OSError | None = None
 
     def write(self, content: Any, /) -> int:
+        # By map in C: an interrupt after the call would lose how much was written, and the buffer
+        # would write it once more.
+        written: list[int] = []
         try:
-            return super().write(content)
+            written.extend(map(super().write, (content,)))
         except OSError as error:
             if error.errno not in _NOBODY_READS:
                 self.error = error
             return memoryview(content).nbytes
+        except KeyboardInterrupt:
+            if not written:
+                raise
+            main = threading.main_thread().ident
+            assert main is not None
+            # As soon as the buffer has heard of it.
+            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+        return written[0]
 
 
 @contextmanager
