@@ -58,6 +58,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def from_timm(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A timm model in every format, and its run."""
     if timm is None:
+        # It says which: timm is not installed, or torchvision does not fit torch.
         pytest.skip(needs_timm.kwargs["reason"])
     embedder = build_embedder(
         "timm:test_efficientnet", channels=3, image_size=64, embedding_size=8, seed=1
