@@ -104,7 +104,7 @@ def write_manifest(root: Path, clients: int) -> Path:
     for i in range(-(-count // 50_000)):  # file systems bound the links to one file
         originals.append(root / f"original{i}.png")
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(originals[-1])
-    path = root / "pictures.csv"
+    path = root / "images.csv"
     with path.open("w") as file:
         file.write("image,label,client\n")
         for i in range(count):

@@ -349,8 +349,8 @@ def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> O
     """One trial, in a copy of a folder whose database knows the sites' keys."""
     shutil.copytree(folder / "keys and database", folder / name)
     out, app = folder / name / "run", folder / name / "app"
-    shutil.copytree(folder / "pictures", folder / name / "pictures")
-    images = sorted((folder / name / "pictures").iterdir())
+    shutil.copytree(folder / "images", folder / name / "images")
+    images = sorted((folder / name / "images").iterdir())
     deployment = Deployment(
         out=str(out),
         sites=SITES,
@@ -446,7 +446,7 @@ def main() -> int:
     )
     with ExitStack() as stack:
         folder = (options.folder or Path(stack.enter_context(TemporaryDirectory()))).resolve()
-        images = federation.write_pictures(folder / "pictures", SITES, CLIENTS, CLASSES)
+        images = federation.write_images(folder / "images", SITES, CLIENTS, CLASSES)
         together = folder / "all sites"
         together.mkdir()
         for drawer in (drawer for data in images for drawer in data.iterdir()):

@@ -151,7 +151,7 @@ def main() -> None:
     )
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        images = federation.write_pictures(folder / "pictures", SITES)
+        images = federation.write_images(folder / "images", SITES)
         here = stack.enter_context(federation.place(folder / "federation", SITES))
         federation.superlink(here)
         federation.superexec(here)

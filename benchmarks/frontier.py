@@ -27,7 +27,7 @@ from typing import Any
 import common
 
 import fedss
-from fedss.report import frontier_picture
+from fedss.report import frontier_figure
 
 TABLE, STORED = common.RESULTS / "frontier.txt", common.RESULTS / "frontier.json"
 CHART = common.ROOT / "docs" / "images" / "frontier.png"
@@ -167,7 +167,7 @@ STAGES = {
     ),
 }
 # Not those where `full` is undertrained: they would say that a sample beats it.
-PICTURED = {"n = 964": "standard", "clients of 8 classes": "small-clients"}
+IMAGED = {"n = 964": "standard", "clients of 8 classes": "small-clients"}
 
 
 def run_stage(
@@ -286,10 +286,10 @@ def main() -> None:
             results[name] = ran + [r for r in results.get(name, []) if r["label"] not in labels]
             STORED.write_text(json.dumps(results, indent=1) + "\n")
             TABLE.write_text(text(results))
-    shown = {title: options.out / name for title, name in PICTURED.items()}
+    shown = {title: options.out / name for title, name in IMAGED.items()}
     shown = {title: folder for title, folder in shown.items() if (folder / "summary.json").exists()}
     if shown:
-        CHART.write_bytes(frontier_picture(shown))
+        CHART.write_bytes(frontier_figure(shown))
     print(f"\n{TABLE.read_text()}")
 
 

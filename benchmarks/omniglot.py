@@ -32,7 +32,7 @@ from typing import Any
 import common
 
 import fedss
-from fedss.report import bytes_picture
+from fedss.report import bytes_figure
 
 CHART = common.ROOT / "docs" / "images" / "accuracy-against-bytes.png"
 SEEDS, TUNING_SEED, SAMPLE_SIZE = (0, 1, 2), 100, 64
@@ -315,7 +315,7 @@ def main() -> None:
         ablation = ablate(pool, options.data_path, out, best) if regime is DRAWERS else []
     write_reports(out, regime, runs)
     if regime is DRAWERS:
-        CHART.write_bytes(bytes_picture(out / "rounds120"))
+        CHART.write_bytes(bytes_figure(out / "rounds120"))
     write_table(regime, tuning, ablation, runs)
 
 

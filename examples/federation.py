@@ -432,8 +432,8 @@ def stop_all(here: Place, *, patience: float = 10) -> None:
     here.processes.clear()
 
 
-def write_pictures(folder: Path, sites: int, clients: int = 24, classes: int = 160) -> list[Path]:
-    """Glyphs as picture files, ``site-1/drawer/class/picture.png``; the folder of each site."""
+def write_images(folder: Path, sites: int, clients: int = 24, classes: int = 160) -> list[Path]:
+    """Glyphs as image files, ``site-1/drawer/class/image.png``; the folder of each site."""
     data = fedss.load_dataset("glyphs", glyphs_classes=classes, glyphs_clients=clients).train
     folders = [folder / f"site-{number + 1}" for number in range(sites)]
     for i, pixels_CHW in enumerate(data.pixels):
@@ -455,8 +455,8 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
 
-    pictures = write_pictures(folder / "pictures", sites)
-    say(f"{sites} sites, 8 clients each: pictures in {folder / 'pictures'}")
+    images = write_images(folder / "images", sites)
+    say(f"{sites} sites, 8 clients each: images in {folder / 'images'}")
     if not (folder / "app").exists():
         words = ["app", str(folder / "app"), "--out", str(folder.resolve() / "run")]
         words += ["--sites", str(sites), "--rounds", str(rounds), "--clients-per-round", "12"]
@@ -471,7 +471,7 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
         secret = here.folder / "keys" / "names.secret"
         if not secret.exists():
             write_private(secret, secrets.token_bytes(32))
-        for number, data in enumerate(pictures):
+        for number, data in enumerate(images):
             register(here, number)
             name = f"site-{number + 1}"
             site(
@@ -493,7 +493,7 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
         "  run/records.jsonl   a line per round\n"
         "  app/pyproject.toml  what was submitted, with every setting\n"
         "  logs/               what each process said; what clients said is in site-*.log\n"
-        "  pictures/, keys/    what each site holds\n"
+        "  images/, keys/    what each site holds\n"
         "docs/deploy.md does the same by hand, on several machines."
     )
     return ended == "finished:completed"

@@ -5,7 +5,7 @@
 
 Images of characters are written as files with a CSV, as your own would be; a model is trained on
 the background alphabets; characters of other alphabets are indexed, all but one. With
-``--pictures DIR`` a browser without a window then opens the page, enrols the missing character from
+``--images DIR`` a browser without a window then opens the page, enrols the missing character from
 three images, searches with a fourth and takes the screenshots of the documentation
 (``pip install playwright``, and Chromium on the PATH).
 """
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for files, run and index")
     parser.add_argument("--omniglot", help="folder with Omniglot's archives (default: fetch them)")
     parser.add_argument("--rounds", type=int, default=300, help="of training (default: 300)")
-    parser.add_argument("--pictures", type=Path, help="folder for screenshots of the page")
+    parser.add_argument("--images", type=Path, help="folder for screenshots of the page")
     options = parser.parse_args()
     collection = make_collection(options.out, options.omniglot, options.rounds)
     if MISSING in collection.enrolled:
@@ -172,9 +172,9 @@ def main() -> None:
     share = share_found(vectors_ND, labels)
     print(f"enrolled from 3 images, a class is the nearest of {share:.0%} of its others")
     print(f"fedss serve {options.out / 'run'} --threshold {THRESHOLD}")
-    if options.pictures:
+    if options.images:
         with served(collection) as address:
-            take_screenshots(address, files, options.pictures)
+            take_screenshots(address, files, options.images)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Federated Sampled Softmax: image embeddings from pictures that stay where they are."""
+"""Federated Sampled Softmax: image embeddings from images that stay where they are."""
 
 from importlib.metadata import version
 

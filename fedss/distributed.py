@@ -30,7 +30,7 @@ from fedss.text import printable
 T = TypeVar("T")
 _LOG = logging.getLogger("fedss.distributed")
 
-# The longest that ranks wait for one of them, which may decode pictures or evaluate meanwhile;
+# The longest that ranks wait for one of them, which may decode images or evaluate meanwhile;
 # and so for a host that has lost its power.
 _PATIENCE = timedelta(hours=1)
 

@@ -13,7 +13,7 @@ class ConfigError(FedssError, ValueError):
 
 
 class DataError(FedssError, ValueError):
-    """Pictures or a manifest that cannot be read or do not fit together."""
+    """Images or a manifest that cannot be read or do not fit together."""
 
 
 class RunFolderError(FedssError, RuntimeError):

@@ -1,11 +1,11 @@
-"""Pictures of made-up things, as a camera might take them: for backbones that know photographs.
+"""Images of made-up things, as a camera might take them: for backbones that know photographs.
 
 A class is a thing: a few solids put together, with a pattern carved through them in colours of its
-own. Things share solids, patterns and colours, so that neither tells the class alone. A picture is
+own. Things share solids, patterns and colours, so that neither tells the class alone. An image is
 that thing seen from somewhere, at some distance, under a light of some direction and colour, before
 a background that has nothing to do with it, with blur and noise.
 
-Shape suffixes: N pictures, Q pixels of one.
+Shape suffixes: N images, Q pixels of one.
 """
 
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ class Thing:
 def make_photographs(
     classes: int = 40, test_classes: int = 16, per_class: int = 16, side: int = 64, seed: int = 0
 ) -> Dataset:
-    """Training pictures of the first classes, at eight clients, and test pictures of the last.
+    """Training images of the first classes, at eight clients, and test images of the last.
 
-    Two clients have pictures of each training class, half of them each: 6 classes a client.
+    Two clients have images of each training class, half of them each: 6 classes a client.
     """
     rng = np.random.default_rng(seed)
     things = [_thing(rng) for _ in range(classes)]
@@ -96,7 +96,7 @@ def of_features(embedder: Embedder, photos: Dataset) -> float:
 
 
 def fine_tuning(weights: Path) -> Config:
-    """How the trained backbone learns more, with these pictures."""
+    """How the trained backbone learns more, with these images."""
     return Config(
         backbone=f"timm:{LITE0}",
         weights=str(weights),
@@ -145,7 +145,7 @@ def _photograph(thing: Thing, side: int, rng: np.random.Generator) -> np.ndarray
         nearer_Q = t_Q < depth_Q
         depth_Q[nearer_Q], normal_Q3[nearer_Q] = t_Q[nearer_Q], (n_Q3 / size)[nearer_Q]
     seen_Q = np.isfinite(depth_Q)
-    picture_Q3 = _background(x_Q, y_Q, rng)
+    image_Q3 = _background(x_Q, y_Q, rng)
     point_S3 = from_Q3[seen_Q] + depth_Q[seen_Q, None] * along_3
     normal_S3 = normal_Q3[seen_Q] / np.linalg.norm(normal_Q3[seen_Q], axis=1, keepdims=True)
     light = rng.normal(size=3) * [1, 1, 0.4] - [0, 0.5, 1.2]
@@ -155,11 +155,11 @@ def _photograph(thing: Thing, side: int, rng: np.random.Generator) -> np.ndarray
     gloss_S = np.clip(normal_S3 @ (halfway / np.linalg.norm(halfway)), 0, 1) ** 30
     tint = rng.uniform(0.8, 1.1, 3) * rng.uniform(0.7, 1.1)
     lit_S3 = _colour(thing, point_S3) * (0.3 + 0.8 * facing_S[:, None]) * tint
-    picture_Q3[seen_Q] = lit_S3 + 0.35 * gloss_S[:, None]
-    picture = picture_Q3.reshape(side, side, 3)
+    image_Q3[seen_Q] = lit_S3 + 0.35 * gloss_S[:, None]
+    image = image_Q3.reshape(side, side, 3)
     if rng.random() < 0.5:
-        picture = (picture + np.roll(picture, 1, 0) + np.roll(picture, 1, 1)) / 3
-    noisy = picture + rng.normal(0, rng.uniform(0.005, 0.04), picture.shape)
+        image = (image + np.roll(image, 1, 0) + np.roll(image, 1, 1)) / 3
+    noisy = image + rng.normal(0, rng.uniform(0.005, 0.04), image.shape)
     return (np.clip(noisy, 0, 1) * 255).astype(np.uint8).transpose(2, 0, 1)
 
 

@@ -53,7 +53,7 @@ def sampled_softmax_loss(
     margin: float = 0.0,
     left_out: Sequence[int] = (),
 ) -> float:
-    """``-o_y + log sum_i exp(o_i) / q_i`` for one picture; ``q`` is 1 for own classes."""
+    """``-o_y + log sum_i exp(o_i) / q_i`` for one image; ``q`` is 1 for own classes."""
     total = 0.0
     for i, row in enumerate(rows):
         if i not in left_out:
@@ -97,7 +97,7 @@ def weighted_means(
 
 
 def tiny_dataset(num_classes: int = 12, num_clients: int = 6, seed: int = 0) -> Dataset:
-    """Noisy copies of one random 8 x 8 picture per class; each client holds 2 to 4 classes."""
+    """Noisy copies of one random 8 x 8 image per class; each client holds 2 to 4 classes."""
     rng = np.random.default_rng(seed)
     prototypes = rng.integers(0, 256, (num_classes + 4, 1, 8, 8))
 

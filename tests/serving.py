@@ -1,4 +1,4 @@
-"""A small trained run, pictures of 30 classes with names in many scripts, and an index of them."""
+"""A small trained run, images of 30 classes with names in many scripts, and an index of them."""
 
 import csv
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ COPIES = 4
 
 @dataclass(frozen=True)
 class Site:
-    """A run with its index, and pictures that are not in it."""
+    """A run with its index, and images that are not in it."""
 
     run: Path
     photos: Path
@@ -38,7 +38,7 @@ class Site:
 
 
 def make_site(folder: Path) -> Site:
-    """Four pictures of each class are indexed; ``new`` has 5 of a class that is not."""
+    """Four images of each class are indexed; ``new`` has 5 of a class that is not."""
     config = fedss.Config(
         data="glyphs",
         image_size=28,
@@ -64,16 +64,16 @@ def make_site(folder: Path) -> Site:
     for number, (name, glyph) in enumerate(zip(NAMES, glyphs[:-1], strict=True)):
         for copy in range(COPIES):
             file = f"{number:02}-{copy}.png"
-            write_picture(photos / file, glyph, rng)
+            write_image(photos / file, glyph, rng)
             rows.append((file, name))
     with (photos / "photos.csv").open("w", newline="", encoding="utf-8") as listing:
         csv.writer(listing).writerows([("image", "label"), *rows])
     for copy in range(5):
-        write_picture(new / f"new-{copy}.png", glyphs[-1], rng)
+        write_image(new / f"new-{copy}.png", glyphs[-1], rng)
     return Site(run, photos, new, build_collection(run, photos / "photos.csv"))
 
 
-def write_picture(path: Path, glyph_HW: np.ndarray, rng: np.random.Generator) -> None:
+def write_image(path: Path, glyph_HW: np.ndarray, rng: np.random.Generator) -> None:
     """A glyph three times as large, moved by up to a pixel and with noise."""
     moved = np.roll(np.kron(glyph_HW, np.ones((3, 3))), rng.integers(-1, 2, 2), (0, 1))
     noisy = np.clip(moved + rng.normal(0, 4, moved.shape), 0, 255)

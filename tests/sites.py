@@ -18,7 +18,7 @@ CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fa
 
 
 def write_photos(folder: Path) -> None:
-    """A picture folder for each site, and manifests of each and of all. Same client, same site."""
+    """An image folder for each site, and manifests of each and of all. Same client, same site."""
     rng = np.random.default_rng(0)
     prototypes = rng.integers(0, 256, (17, 8, 8))
     rows: dict[str, list[tuple[str, ...]]] = {}
@@ -35,9 +35,9 @@ def write_photos(folder: Path) -> None:
             rows[SITES[label % 3]].append(of_test)
     for name, label, *_ in (row for part in rows.values() for row in part):
         noise = rng.normal(0, 20, (8, 8))
-        picture = np.clip(prototypes[int(label.split()[1])] + noise, 0, 255).astype(np.uint8)
+        image = np.clip(prototypes[int(label.split()[1])] + noise, 0, 255).astype(np.uint8)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / name)
+        Image.fromarray(image).save(folder / name)
     for name, listed in {"all": [r for part in rows.values() for r in part], **rows}.items():
         with (folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("image", "label", "client", "split"), *listed])

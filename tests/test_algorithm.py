@@ -69,7 +69,7 @@ class Model:
         flat = flatten_(self.embedder)
         self.theta_P, self.grad_P = flat.theta_P, flat.grad_P
 
-    def pictures(self, example: np.ndarray) -> torch.Tensor:
+    def images(self, example: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(DATA.train.pixels[example])
 
     def embed(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
@@ -302,7 +302,7 @@ def test_what_a_row_is_divided_by():
     assert aggregate(updates, "holders").rows_delta_UD[:, 0].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_client_with_too_many_classes_uses_only_the_kept_ones_pictures():
+def test_a_client_with_too_many_classes_uses_only_the_kept_ones_images():
     told, state = plan("fedss", 4), start()
     own = limit_own_classes(told, 0, np.repeat(np.arange(8), 2))
     sample = draw_classes(told, 0, own)

@@ -1,4 +1,4 @@
-"""Changes of training pictures: against Pillow's and torchvision's, and who may see which."""
+"""Changes of training images: against Pillow's and torchvision's, and who may see which."""
 
 import sys
 from dataclasses import replace
@@ -24,24 +24,24 @@ PHOTOS, DRAWINGS = AUGMENTATIONS["photos"], AUGMENTATIONS["drawings"]
 BOTH = pytest.mark.parametrize("augmentation", [PHOTOS, DRAWINGS], ids=lambda a: a.name)
 
 
-def pictures(count: int, channels: int = 3, side: int = 20, seed: int = 0) -> torch.Tensor:
+def make_images(count: int, channels: int = 3, side: int = 20, seed: int = 0) -> torch.Tensor:
     rng = np.random.default_rng(seed)
     return torch.from_numpy(rng.integers(0, 256, (count, channels, side, side), dtype=np.uint8))
 
 
 def letter(side: int = 28) -> torch.Tensor:
     """An F, black on white: another letter in a mirror."""
-    picture = np.full((side, side), 255, np.uint8)
-    picture[4:24, 8:11] = picture[4:7, 8:20] = picture[12:15, 8:17] = 0
-    return torch.from_numpy(picture)[None]
+    image = np.full((side, side), 255, np.uint8)
+    image[4:24, 8:11] = image[4:7, 8:20] = image[12:15, 8:17] = 0
+    return torch.from_numpy(image)[None]
 
 
 @BOTH
 @given(st.integers(0, 2**32), st.sampled_from([1, 3]), st.integers(8, 40), st.integers(1, 4))
-def test_pictures_stay_pictures_and_each_depends_on_its_own_draw(
+def test_images_stay_images_and_each_depends_on_its_own_draw(
     augmentation, seed, channels, side, count
 ):
-    pixels = pictures(count, channels, side, seed)
+    pixels = make_images(count, channels, side, seed)
     drawn = draw_parameters(augmentation, count, np.random.default_rng(seed))
     for values, (low, high) in zip(drawn.T, augmentation.ranges, strict=True):
         assert ((low <= values) & (values <= high)).all()
@@ -75,7 +75,7 @@ def test_the_ranges_are_the_documented_ones():
 
 
 def test_no_change_is_the_same_bits():
-    pixels = pictures(2)
+    pixels = make_images(2)
     assert torch.equal(change(DRAWINGS, pixels, np.zeros((2, 6))), pixels)
     as_it_is = np.array([1.0, 0, 0.5, 0.5, 1.0, 1, 1, 1])
     assert torch.equal(change(PHOTOS, pixels, np.stack([as_it_is] * 2)), pixels)
@@ -84,12 +84,12 @@ def test_no_change_is_the_same_bits():
 
 
 def test_photos_are_what_pillow_makes_of_these_numbers():
-    pixels = pictures(1)
+    pixels = make_images(1)
     drawn = np.array([[0.5, np.log(1.2), 0.3, 0.9, 0.2, 1.1, 0.85, 1.15]])
     width, height = round(20 * (0.5 * 1.2) ** 0.5), round(20 * (0.5 / 1.2) ** 0.5)
     top, left = int(0.9 * (21 - height)), int(0.3 * (21 - width))
-    picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    part = picture.crop((left, top, left + width, top + height)).resize(
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    part = image.crop((left, top, left + width, top + height)).resize(
         (20, 20), Image.Resampling.BILINEAR
     )
     part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -104,14 +104,14 @@ def test_photos_need_nothing_but_torch(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchvision", None)  # an import of it fails
     drawn = draw_parameters(PHOTOS, 2, np.random.default_rng(0))
-    assert change(PHOTOS, pictures(2), drawn).shape == (2, 3, 20, 20)
+    assert change(PHOTOS, make_images(2), drawn).shape == (2, 3, 20, 20)
 
 
 @needs_torchvision
 def test_photos_are_what_torchvision_makes_of_these_numbers():
     from torchvision.transforms.v2 import functional
 
-    pixels = pictures(1)
+    pixels = make_images(1)
     drawn = np.array([[0.5, np.log(1.2), 0.3, 0.9, 0.2, 1.1, 0.85, 1.15]])
     width, height = round(20 * (0.5 * 1.2) ** 0.5), round(20 * (0.5 / 1.2) ** 0.5)
     top, left = int(0.9 * (21 - height)), int(0.3 * (21 - width))
@@ -131,7 +131,7 @@ def test_drawings_are_what_torchvision_makes_of_these_numbers():
     from torchvision.transforms.v2 import functional
 
     pixels = torch.full((1, 1, 20, 20), 230, dtype=torch.uint8)
-    pixels[..., 3:17, 3:17] = pictures(1, 1, 14)
+    pixels[..., 3:17, 3:17] = make_images(1, 1, 14)
     drawn = np.array([[7.0, 0.1, -0.05, np.log(0.9), 5.0, -3.0]])
     # On a larger sheet: torchvision's fill darkens pixels that are half inside.
     sheet = functional.pad(pixels.float(), [20], fill=230.0)
@@ -214,7 +214,7 @@ TINY = {
 
 
 def test_a_run_with_augmentation(tmp_path: Path):
-    """The same bits with any number of threads; tests see pictures as they are; a preview."""
+    """The same bits with any number of threads; tests see images as they are; a preview."""
     bits = []
     for workers in (1, 2):
         out = tmp_path / str(workers)
@@ -228,8 +228,8 @@ def test_a_run_with_augmentation(tmp_path: Path):
     with np.load(out / "augmentation.npz") as file:
         pixels = file["pixels"]
     assert pixels.shape == (8, 6, 1, 16, 16)
-    originals = {picture.tobytes() for picture in data.train.pixels}
-    assert all(picture.tobytes() in originals for picture in pixels[:, 0])
+    originals = {image.tobytes() for image in data.train.pixels}
+    assert all(image.tobytes() in originals for image in pixels[:, 0])
     assert all(len({p.tobytes() for p in row}) == 6 for row in pixels)
     page = fedss.write_report(out).read_text()
     assert "What clients train on" in page
@@ -244,6 +244,6 @@ def test_a_run_with_augmentation(tmp_path: Path):
     assert "What clients train on" not in fedss.write_report(out).read_text()
 
 
-def test_a_preview_of_few_pictures_and_with_another_seed():
-    few = pictures(3).numpy()
+def test_a_preview_of_few_images_and_with_another_seed():
+    few = make_images(3).numpy()
     assert preview(PHOTOS, few, 0) == preview(PHOTOS, few, 0) != preview(PHOTOS, few, 1)

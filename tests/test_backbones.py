@@ -107,7 +107,7 @@ def test_weights_are_those_of_timm_in_eval_mode(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name, channels", [(RESNET, 1), (VIT, 3), (VIT, 1)])
-def test_other_sizes_and_grey_pictures_get_what_timm_makes_of_them(
+def test_other_sizes_and_grey_images_get_what_timm_makes_of_them(
     name: str, channels: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.safetensors"
@@ -130,7 +130,7 @@ def test_weights_of_another_architecture_are_listed(resnet: Path, tmp_path: Path
     with pytest.raises(ConfigError) as caught:
         build("resnet18", resnet)
     text = str(caught.value)
-    assert "does not hold those of timm:resnet18 for pictures of 3 channels" in text
+    assert "does not hold those of timm:resnet18 for images of 3 channels" in text
     theirs, ours = (
         {n for n in state(timm.create_model(name, num_classes=0)) if "tracked" not in n}
         for name in ("resnet18", RESNET)

@@ -81,7 +81,7 @@ def test_pixels_are_averaged_down_less_their_mean():
     small = pixels.reshape(5, 3, 12, 2, 12, 2).mean((3, 5)) / 255
     expected = small - small.mean((1, 2, 3), keepdims=True)
     assert np.allclose(pixel_vectors(pixels).numpy(), expected.reshape(5, -1), atol=1e-6)
-    # Small pictures stay as they are; light makes no difference.
+    # Small images stay as they are; light makes no difference.
     tiny = np.clip(pixels[:, :, :5, :5], 0, 200)
     assert np.allclose(pixel_vectors(tiny), pixel_vectors(tiny + np.uint8(30)), atol=1e-6)
     assert pixel_vectors(tiny).shape == (5, 75)
@@ -153,7 +153,7 @@ def frozen_floors(scale: float, pixels: np.ndarray) -> Floors:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
-def test_training_pictures_that_do_not_differ_leave_nothing_to_whiten(scale):
+def test_training_images_that_do_not_differ_leave_nothing_to_whiten(scale):
     same = np.broadcast_to(DATA.train.pixels[:1], DATA.train.pixels.shape)
     assert frozen_floors(scale, same).map_at_10.keys() == {"frozen"}
     assert frozen_floors(scale, DATA.train.pixels).map_at_10.keys() > {"frozen"}

@@ -42,9 +42,9 @@ def test_a_run_shows_scalars_neighbours_and_the_projector(tmp_path, capsys):
     assert drawn["train/class_rows_per_client"] == [6] * 6
     phases = [tag for tag in drawn if tag.startswith("seconds/") and tag != "seconds/round"]
     assert sum(drawn["seconds/round"]) == pytest.approx(sum(sum(drawn[tag]) for tag in phases))
-    pictures = board.Images("test/neighbours")
-    assert [picture.step for picture in pictures] == [2, 4, 6]
-    sheet = Image.open(io.BytesIO(pictures[-1].encoded_image_string))
+    images = board.Images("test/neighbours")
+    assert [image.step for image in images] == [2, 4, 6]
+    sheet = Image.open(io.BytesIO(images[-1].encoded_image_string))
     assert sheet.size == (6 * 66 + 8, 6 * 66 + 4)
     (embedding,) = projector(run.folder).embeddings
     logs = run.folder / "tensorboard"
@@ -110,7 +110,7 @@ def test_points_are_whole_classes_as_far_as_there_is_room(labels, seed):
 
 
 @pytest.mark.parametrize(("pairs", "singles"), [(60, 200), (20, 200)])
-def test_classes_of_several_pictures_come_first(pairs, singles):
+def test_classes_of_several_images_come_first(pairs, singles):
     labels = np.concatenate([np.arange(pairs).repeat(2), pairs + np.arange(singles)])
     for seed in range(3):
         taken = np.unique(labels[choose_points(labels, seed)])
@@ -129,7 +129,7 @@ def test_frames_tell_right_from_wrong_also_without_colours():
     assert (sheet[7:63, left[2] + 3 : left[2] + 59] == 0).all()
 
 
-def test_a_gallery_of_large_colour_pictures_with_strange_names(tmp_path):
+def test_a_gallery_of_large_colour_images_with_strange_names(tmp_path):
     rng = np.random.default_rng(0)
     gallery = dataclasses.replace(
         QUERY,

@@ -38,7 +38,7 @@ COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """12 classes of 4 pictures at 3 clients, colour and mixed sizes and kinds, with a manifest."""
+    """12 classes of 4 images at 3 clients, colour and mixed sizes and kinds, with a manifest."""
     rng = np.random.default_rng(0)
     rows = []
     for label in range(12):
@@ -47,8 +47,8 @@ def photos(tmp_path: Path) -> Path:
             name = f"{label}-{copy}.{['png', 'jpg', 'webp'][copy % 3]}"
             size = tuple(rng.integers(14, 40, 2)[::-1])
             noise = rng.normal(0, 12, (*size, 3))
-            picture = np.clip(colour + noise, 0, 255).astype(np.uint8)
-            Image.fromarray(picture).save(tmp_path / name)
+            image = np.clip(colour + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(image).save(tmp_path / name)
             rows.append((name, f"class {label}", f"site {(label + copy) % 3}"))
     with (tmp_path / "photos.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "label", "client"), *rows])
@@ -89,7 +89,7 @@ def test_a_rank_that_never_met_the_others_speaks_for_itself(capfd, monkeypatch):
     assert "these ranks do not meet" in capfd.readouterr().err
 
 
-def test_a_missing_device_is_told_before_pictures_are_looked_for(tmp_path, capsys):
+def test_a_missing_device_is_told_before_images_are_looked_for(tmp_path, capsys):
     words = ["--data", "csv", "--data-path", str(tmp_path / "none.csv"), "--device", "cuda:99"]
     assert main(["train", *words, "--out", str(tmp_path / "run")]) == 2
     assert "device: cuda:99" in capsys.readouterr().err
@@ -248,7 +248,7 @@ def test_train_then_everything_else(tmp_path, capsys):
     assert found == {**before, "rounds": 1}
 
 
-def test_compare_on_a_csv_of_pictures(photos, tmp_path, capsys):
+def test_compare_on_a_csv_of_images(photos, tmp_path, capsys):
     out = tmp_path / "out"
     data = ["--data", "csv", "--data-path", str(photos / "photos.csv"), "--sample-size", "6"]
     words = ["compare", *TINY, *data, "--methods", "full", "fedss", "--seeds", "0", "1"]
@@ -316,14 +316,14 @@ def test_figures_stand_beside_floors_and_interval(tmp_path, capsys):
     assert found["floors"] == summary["floors"]
     assert found["map_at_10_interval"] == pytest.approx([low, high], abs=1e-6)
     assert found["map_at_10_by_class"] == pytest.approx(summary["map_at_10_by_class"], abs=1e-6)
-    # Of other pictures, what belongs to them.
+    # Of other images, what belongs to them.
     assert main(["evaluate", run, "--data-seed", "9", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)["floors"]
     assert other.keys() == {"chance", "pixels"}
     assert other["pixels"] != summary["floors"]["pixels"]
 
 
-def test_a_run_is_not_judged_on_pictures_that_are_not_its_own(photos, tmp_path, capsys):
+def test_a_run_is_not_judged_on_images_that_are_not_its_own(photos, tmp_path, capsys):
     config = fedss.Config(
         rounds=1, clients_per_round=2, backbone="conv4-4", embedding_size=8, sample_size=6
     )
@@ -349,7 +349,7 @@ def test_a_run_is_not_judged_on_pictures_that_are_not_its_own(photos, tmp_path, 
     )
 
 
-def test_pictures_that_are_not_the_same_any_more_are_refused(photos, tmp_path, capsys):
+def test_images_that_are_not_the_same_any_more_are_refused(photos, tmp_path, capsys):
     data = with_splits(photos, "some.csv", {f"class {i}": "test" for i in range(3)})
     run = str(tmp_path / "run")
     assert main(["train", *TINY, *data, "--sample-size", "6", "--out", run]) == 0
@@ -357,7 +357,7 @@ def test_pictures_that_are_not_the_same_any_more_are_refused(photos, tmp_path, c
     assert "are not those that it was trained and tested on" in refused(["evaluate", run], capsys)
 
 
-def test_a_list_of_test_pictures_alone_can_be_evaluated(photos, tmp_path, capsys):
+def test_a_list_of_test_images_alone_can_be_evaluated(photos, tmp_path, capsys):
     run, data = (
         tmp_path / "run",
         with_splits(photos, "some.csv", {"class 1": "test", "class 2": "test"}),
@@ -369,7 +369,7 @@ def test_a_list_of_test_pictures_alone_can_be_evaluated(photos, tmp_path, capsys
     found = json.loads(capsys.readouterr().out)
     assert (found["queries"], found["classes"]) == (48, 12)
     for command in (["train", "--out", str(tmp_path / "none")], ["info"]):
-        assert "no training pictures" in refused([*command, *TINY, *alone], capsys)
+        assert "no training images" in refused([*command, *TINY, *alone], capsys)
     assert not (tmp_path / "none").exists()
 
 
@@ -378,9 +378,9 @@ def test_a_test_of_one_class_is_none(photos, tmp_path, capsys):
     for words in (["train"], ["compare", "--methods", "full"]):
         out = str(tmp_path / words[0])
         message = refused([*words, *TINY, *one, "--sample-size", "6", "--out", out], capsys)
-        assert "all test pictures are of one class, 'class 0'" in message
+        assert "all test images are of one class, 'class 0'" in message
         assert not Path(out).exists()
-    # Nor is one class with a gallery. Its queries among pictures of others are, if a weak one.
+    # Nor is one class with a gallery. Its queries among images of others are, if a weak one.
     rows = (photos / "photos.csv").read_text().splitlines()[1:]
     splits = ["query", "gallery"] * 2 + ["train"] * (len(rows) - 4)
     pair = photos / "pair.csv"
@@ -458,7 +458,7 @@ def test_info_says_what_each_method_would_move(capsys):
 def test_what_is_left_out_of_the_test_is_said(photos, capsys):
     path = photos / "photos.csv"
     lines = path.read_text().splitlines()
-    # Of each class but the first two a single picture is left.
+    # Of each class but the first two a single image is left.
     path.write_text("\n".join([*lines[:9], *lines[9::4]]) + "\n")
     words = ["info", *TINY, "--data", "csv", "--data-path", str(path), "--sample-size", "2"]
     assert main([*words, "--test-classes", "0.6"]) == 0
@@ -507,7 +507,7 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
     refused(["compare", *GLYPHS, "--methods", "full", "fedsss", "--out", str(out)], capsys)
     assert not (out / "summary.json").exists()
 
-    (photos / "3-1.jpg").write_bytes(b"not a picture")
+    (photos / "3-1.jpg").write_bytes(b"not an image")
     assert "3-1.jpg" in refused([*csv_words, *path], capsys)
     assert main([*csv_words, *path, "--skip-broken"]) == 0
     assert "left out 1 unreadable" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Pictures from files: they equal what Pillow decodes, and each mistake has its message."""
+"""Images from files: they equal what Pillow decodes, and each mistake has its message."""
 
 import dataclasses
 import hashlib
@@ -48,14 +48,14 @@ from fedss.data.manifest import ListedImage, Listing
 from fedss.data.names import composed
 from fedss.data.splits import arrange, lot
 from fedss.errors import DataError
-from fedss.inference.embedding import list_pictures
+from fedss.inference.embedding import list_images
 from fedss.training.build import evaluation_task
 from fedss.training.summary import describe
 from tests import reference
 from tests.reference import tiny_backbone, tiny_dataset
 
 
-def picture(seed, size=(20, 20), mode="RGB"):
+def make_image(seed, size=(20, 20), mode="RGB"):
     depth = () if mode == "L" else (3,)
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], *depth), np.uint8)
     return Image.fromarray(noise)
@@ -67,16 +67,16 @@ def save(path, image, **options):
 
 
 def write_csv(root, lines, header="image,label,client,split"):
-    path = root / "pictures.csv"
+    path = root / "images.csv"
     path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
     return path
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Nine pictures p0.png to p8.png, in colour."""
+    """Nine images p0.png to p8.png, in colour."""
     for i in range(9):
-        save(tmp_path / f"p{i}.png", picture(i))
+        save(tmp_path / f"p{i}.png", make_image(i))
     return tmp_path
 
 
@@ -181,7 +181,7 @@ def lots(labels, seed):
 
 
 def unsplit(labels):
-    """A listing, without a column split, of one picture per label."""
+    """A listing, without a column split, of one image per label."""
     rows = [ListedImage("x", label, f"p{i}.png", None, i + 2) for i, label in enumerate(labels)]
     return Listing(Path("some.csv"), "", rows)
 
@@ -191,7 +191,7 @@ def sides(listing, share, seed, at_site):
     splits, unpaired = arrange(listing, share, seed, at_site=at_site)
     assert splits.keys() <= {"train", "test"}
     parts = (splits["train"], splits.get("test", []), unpaired)
-    # Every picture is somewhere, once.
+    # Every image is somewhere, once.
     assert sorted(row for part in parts for row in part) == sorted(listing.rows)
     return tuple({row.label for row in part} for part in parts)
 
@@ -288,17 +288,17 @@ def contents(images):
         for name, label, client, pixels in zip(
             images.names, images.labels, images.clients, images.pixels, strict=True
         ):
-            picture = (name, images.class_names[label], pixels.tobytes())
-            held[images.client_names[client]].append(picture)
+            image = (name, images.class_names[label], pixels.tobytes())
+            held[images.client_names[client]].append(image)
     return held
 
 
 def parts_of(data):
-    """What is in each part of a data set, and that every picture is in one at most."""
+    """What is in each part of a data set, and that every image is in one at most."""
     tasks = [data.test, data.validation]
     images = [data.train, *(t and t.query for t in tasks), data.test and data.test.gallery]
     held = [contents(i) for i in images]
-    names = [p[0] for part in held for pictures in part.values() for p in pictures]
+    names = [p[0] for part in held for images in part.values() for p in images]
     assert len(set(names) | set(data.unpaired)) == len(names) + len(data.unpaired)
     return held, {*names, *data.unpaired}
 
@@ -317,7 +317,7 @@ def test_sites_together_hold_what_one_machine_would(root, federation, share, see
         """What a site with these rows loads; None if it has nothing to train on."""
         if any(lot_of[label] >= share if s is None else s == "train" for _, (label, _, s) in own):
             return load(listed(root, own), **options, at_site=True)
-        with pytest.raises(DataError, match=r"no training pictures|nothing to train on"):
+        with pytest.raises(DataError, match=r"no training images|nothing to train on"):
             load(listed(root, own), **options, at_site=True)
         return None
 
@@ -334,10 +334,10 @@ def test_sites_together_hold_what_one_machine_would(root, federation, share, see
         assert trained.keys().isdisjoint(held[0])
         trained |= held[0]
         for here, there in zip(held[1:], expected[1:], strict=True):
-            # What is tested at a site is what one machine would test, but for pictures that have
+            # What is tested at a site is what one machine would test, but for images that have
             # no other one of their class at the site.
-            for client, pictures in here.items():
-                assert pictures == [p for p in there[client] if p[0] not in data.unpaired]
+            for client, images in here.items():
+                assert images == [p for p in there[client] if p[0] not in data.unpaired]
         labels = {f"p{i}.png": (label, split) for i, (label, _, split) in own}
         for name in data.unpaired:
             label, split = labels[name]
@@ -383,14 +383,14 @@ def test_data_without_a_test(root):
     facts = describe(config, data)
     assert facts["test_queries"] == facts["test_classes"] == facts["test_classes_seen"] == 0
     assert facts["test_gallery"] is None
-    message = "nothing to evaluate: data set 'csv' has no test pictures.*it is 0"
+    message = "nothing to evaluate: data set 'csv' has no test images.*it is 0"
     with pytest.raises(DataError, match=message):
         evaluation_task(config, data)
     with pytest.raises(DataError, match=message):
         train(config, root / "run", data=data)
 
 
-def test_pictures_that_are_alone_in_a_held_out_class_are_named(root):
+def test_images_that_are_alone_in_a_held_out_class_are_named(root):
     labels = "aabbccdefg"
     low = lots(labels, 0)
     share = sorted(low.values())[5]
@@ -418,7 +418,7 @@ def test_only_train_and_validation_rows_still_hold_out_a_test(root):
          r"is 'labels' meant as 'label'\?"),
         ("Image,label,client", [], "is 'Image' meant as 'image'"),
         ("image;label;client", [], "missing: image, label, client.*separate .* with commas"),
-        ("image,label,client", [], "no pictures"),
+        ("image,label,client", [], "no images"),
         ("", [], "empty; expected a header line"),
         (None, ["p0.png,,ann,train"], "line 2: empty label"),
         (None, ["p0.png,cat,ann,train", "p1.png,cat, ,train"], "line 3: empty client"),
@@ -431,9 +431,9 @@ def test_only_train_and_validation_rows_still_hold_out_a_test(root):
          "line 4: p0.png is listed already in line 2"),
         (None, ["p0.png,a,x,train", "./p0.png,b,x,train"],
          "line 3: p0.png is listed already in line 2"),
-        (None, ["q.png,cat,ann,train", *GOOD], r"line 2: no such picture file: .*q\.png \(1 of 8"),
+        (None, ["q.png,cat,ann,train", *GOOD], r"line 2: no such image file: .*q\.png \(1 of 8"),
         (None, [*GOOD, "p7.png,elk,ann,test"], "line 9, split 'test': class 'elk' has a single "
-         "picture .*add a second"),
+         "image .*add a second"),
         (None, [*GOOD, "p7.png,elk,ann,validation"],
          "line 9, split 'validation': class 'elk' has a single"),
         (None, [*GOOD, "p7.png,elk,ann,query"], "both 'test' and 'query' rows"),
@@ -475,7 +475,7 @@ def test_mistakes_in_the_settings(root):
         load_dataset("csv", path, image_size=0)
 
 
-# Broken pictures
+# Broken images
 
 
 def bomb():
@@ -490,15 +490,15 @@ def bomb():
 
 
 @pytest.mark.filterwarnings("default")
-def test_broken_pictures_are_all_counted_and_can_be_left_out(root):
+def test_broken_images_are_all_counted_and_can_be_left_out(root):
     lines = [f"p{i}.png,{label},x" for i, label in enumerate("aabbccdde")]
     path = write_csv(root, lines, "image,label,client")
     whole = (root / "p0.png").read_bytes()
     (root / "p0.png").write_bytes(whole[: len(whole) // 2])
-    (root / "p2.png").write_text("not a picture")
+    (root / "p2.png").write_text("not an image")
     (root / "p4.png").write_bytes(b"")
     (root / "p6.png").write_bytes(bomb())
-    message = r"4 of 9 pictures cannot be read: .*p0\.png .*p2\.png .*p4\.png .*p6\.png .*skip_brok"
+    message = r"4 of 9 images cannot be read: .*p0\.png .*p2\.png .*p4\.png .*p6\.png .*skip_brok"
     with pytest.raises(DataError, match=message) as caught:
         load(path)
     assert "above the limit of 134,217,728" in str(caught.value)
@@ -506,7 +506,7 @@ def test_broken_pictures_are_all_counted_and_can_be_left_out(root):
     (root / "p8.png").unlink()
     with pytest.raises(DataError, match="1 of 9 are missing"):
         load(path)
-    save(root / "q.png", picture(99))
+    save(root / "q.png", make_image(99))
     path = write_csv(root, [*lines, "q.png,a,x"], "image,label,client")
     kept = write_csv(root, [lines[i] for i in (1, 3, 5, 7)] + ["q.png,a,x"], "image,label,client")
     expected = load(kept)
@@ -515,7 +515,7 @@ def test_broken_pictures_are_all_counted_and_can_be_left_out(root):
         data = load(path, skip_broken=True)
         assert same(data, expected)
         assert data.skipped == ("p0.png", "p2.png", "p4.png", "p6.png", "p8.png")
-    # A mended picture is another file.
+    # A mended image is another file.
     (root / "p0.png").write_bytes(whole)
     assert "p0.png" not in load(path, skip_broken=True).skipped
 
@@ -525,10 +525,10 @@ def test_nothing_readable(root):
     (root / "p1.png").write_text("x")
     path = write_csv(root, ["p0.png,a,x", "p1.png,b,x", "p0b.png,a,x"], "image,label,client")
     (root / "p0b.png").write_text("x")
-    with pytest.raises(DataError, match="none of the 3 pictures"):
+    with pytest.raises(DataError, match="none of the 3 images"):
         load(path, skip_broken=True)
     path = write_csv(root, ["u.png,a,x,test", "v.png,a,x,train"])
-    with pytest.raises(DataError, match="none of the 2 pictures"):
+    with pytest.raises(DataError, match="none of the 2 images"):
         load(path, skip_broken=True)
 
 
@@ -540,7 +540,7 @@ def test_nothing_readable(root):
 @pytest.mark.parametrize("size", [(30, 30), (40, 31), (13, 50)])
 def test_decode_is_what_pillow_decodes(tmp_path, suffix, mode, size):
     path = tmp_path / f"p.{suffix}"
-    save(path, picture(7, size, mode))
+    save(path, make_image(7, size, mode))
     for channels, wanted in ((1, "L"), (3, "RGB")):
         with Image.open(path) as image:
             # Independently of ImageOps.fit: the central square of the shorter side.
@@ -554,7 +554,7 @@ def test_decode_is_what_pillow_decodes(tmp_path, suffix, mode, size):
 
 
 def test_a_large_jpeg_decodes_at_a_fraction_of_its_size_to_nearly_the_same(tmp_path):
-    smooth = picture(1, (8, 6)).resize((800, 600), Image.Resampling.BICUBIC)
+    smooth = make_image(1, (8, 6)).resize((800, 600), Image.Resampling.BICUBIC)
     save(tmp_path / "p.jpg", smooth, quality=95)
     expected = np.asarray(ImageOps.fit(smooth, (32, 32), Image.Resampling.BILINEAR))
     got = decode(tmp_path / "p.jpg", 32, 3).transpose(1, 2, 0)
@@ -564,7 +564,7 @@ def test_a_large_jpeg_decodes_at_a_fraction_of_its_size_to_nearly_the_same(tmp_p
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_cameras_rotation_is_undone(tmp_path, orientation):
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # as numbered by Image.Transpose
-    stored = picture(5, (16, 16))
+    stored = make_image(5, (16, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
     save(tmp_path / "p.png", stored, exif=exif)
@@ -601,14 +601,14 @@ def test_sixteen_bits_black_and_white_and_cmyk(tmp_path):
         decode(tmp_path / "float.tiff", 3, 1)
 
 
-def test_channels_are_one_if_every_picture_is_gray(root):
+def test_channels_are_one_if_every_image_is_gray(root):
     for i in range(7):
-        save(root / f"p{i}.png", picture(i, mode="L"))
+        save(root / f"p{i}.png", make_image(i, mode="L"))
     path = write_csv(root, GOOD)
     for _ in range(2):
         assert load(path).train.pixels.shape == (3, 1, 8, 8)
     assert load(path, channels=3).train.pixels.shape == (3, 3, 8, 8)
-    save(root / "p6.png", picture(6))
+    save(root / "p6.png", make_image(6))
     assert load(path).train.pixels.shape == (3, 3, 8, 8)
     assert load(path, channels=1).train.pixels.shape == (3, 1, 8, 8)
 
@@ -617,14 +617,14 @@ def test_channels_are_one_if_every_picture_is_gray(root):
 
 
 def many(root, count):
-    """A CSV of ``count`` pictures, more than a worker takes at a time."""
+    """A CSV of ``count`` images, more than a worker takes at a time."""
     for i in range(count):
-        save(root / f"q{i:03d}.png", picture(i, (5, 5)))
+        save(root / f"q{i:03d}.png", make_image(i, (5, 5)))
     lines = [f"q{i:03d}.png,class {i},x,train" for i in range(count)]
     return write_csv(root, [*lines, "p0.png,t,x,test", "p1.png,t,x,test"])
 
 
-def test_pictures_keep_their_order_whoever_decodes_them(root):
+def test_images_keep_their_order_whoever_decodes_them(root):
     train = load(many(root, 150)).train
     assert [train.class_names[label] for label in train.labels] == [
         f"class {i}" for i in sorted(range(150), key=str)
@@ -633,10 +633,10 @@ def test_pictures_keep_their_order_whoever_decodes_them(root):
         assert np.array_equal(pixels, decode(root / name, 8, 3))
 
 
-def test_broken_pictures_are_found_in_every_worker_s_share(root):
+def test_broken_images_are_found_in_every_worker_s_share(root):
     path, broken = many(root, 150), (3, 40, 149)
     for i in broken:
-        (root / f"q{i:03d}.png").write_text("not a picture")
+        (root / f"q{i:03d}.png").write_text("not an image")
     with pytest.raises(DataError, match=r"3 of 152 .*q003\.png .*q040\.png .*q149\.png"):
         load(path)
     data = load(path, skip_broken=True)
@@ -659,20 +659,20 @@ def test_the_same_relative_path_elsewhere_is_another_file(tmp_path, monkeypatch)
         for label in ("a", "b"):
             for i in range(2):
                 file = tmp_path / place / "root" / "x" / label / f"{i}.bmp"
-                save(file, picture(number, (8, 8)))
+                save(file, make_image(number, (8, 8)))
                 os.utime(file, (0, 0))
         monkeypatch.chdir(tmp_path / place)
         found.append(load_dataset("folder", "root", image_size=8, cache=tmp_path / "cache"))
     assert not np.array_equal(found[0].train.pixels, found[1].train.pixels)
 
 
-def test_pictures_are_decoded_once_until_they_change(root, monkeypatch):
+def test_images_are_decoded_once_until_they_change(root, monkeypatch):
     path = write_csv(root, GOOD)
     first = load(path)
     with monkeypatch.context() as patch:
         patch.setattr("fedss.data.cache.decode", lambda *_: pytest.fail("decoded again"))
         assert same(load(path), first)
-    save(root / "p0.png", picture(1000))
+    save(root / "p0.png", make_image(1000))
     assert not np.array_equal(load(path).train.pixels[0], first.train.pixels[0])
 
 
@@ -788,9 +788,9 @@ def folders(tmp_path):
         [("ann", "cat"), ("ann", "cat"), ("ann", "dog"), ("bob", "dog"), ("bob", "fox")]
     ):
         suffix = ["png", "JPG", "webp"][i % 3]
-        save(root / client / label / f"{i}.{suffix}", picture(i, (10 + i, 12)))
-    (root / "ann" / "cat" / "notes.txt").write_text("not a picture")
-    (root / "ann" / "cat" / ".hidden.png").write_text("not a picture")
+        save(root / client / label / f"{i}.{suffix}", make_image(i, (10 + i, 12)))
+    (root / "ann" / "cat" / "notes.txt").write_text("not an image")
+    (root / "ann" / "cat" / ".hidden.png").write_text("not an image")
     (root / ".git").mkdir()
     return root
 
@@ -812,13 +812,13 @@ def test_names_are_compared_without_outer_spaces(folders, tmp_path):
     expected = load_folder(folders, tmp_path)
     (folders / "bob" / "dog").rename(folders / "bob" / " dog\u00a0")
     (folders / "ann").rename(folders / "ann ")
-    save(folders / "ann" / "cat " / "5.png", picture(9))
+    save(folders / "ann" / "cat " / "5.png", make_image(9))
     data = load_folder(folders, tmp_path)
     parts = [data.train, data.test.query]
     assert {name for part in parts for name in part.class_names} == {"cat", "dog", "fox"}
     assert {name for part in parts for name in part.client_names} == {"ann", "bob"}
     assert len(data.train) + len(data.test.query) == 6
-    assert set(list_pictures(folders).labels) == {"cat", "dog", "fox"}
+    assert set(list_images(folders).labels) == {"cat", "dog", "fox"}
     listing = read_folder(folders)
     lines = [f'"{row.name}"," {row.label} ",{row.client} ' for row in listing.rows]
     assert same(load(write_csv(folders, lines, "image,label,client")), data)
@@ -827,7 +827,7 @@ def test_names_are_compared_without_outer_spaces(folders, tmp_path):
 
 @pytest.mark.parametrize("place", ["ann/ /1.png", " /cat/1.png"])
 def test_a_name_of_spaces_is_refused(folders, tmp_path, place):
-    save(folders / place, picture(0))
+    save(folders / place, make_image(0))
     with pytest.raises(DataError, match=f"{place}: a client or class whose name is nothing but"):
         load_folder(folders, tmp_path)
 
@@ -853,13 +853,13 @@ def test_mistakes_in_folders(folders, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         load_dataset("folder", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no pictures found; expected pictures as .*client/class"):
+    with pytest.raises(DataError, match=r"no images found; expected images as .*client/class"):
         load_dataset("folder", tmp_path / "empty")
     (folders / "cid" / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match="cid: a client without pictures"):
+    with pytest.raises(DataError, match="cid: a client without images"):
         load_dataset("folder", folders)
-    save(folders / "cid" / "p.png", picture(0))
-    with pytest.raises(DataError, match=r"p\.png: a picture at the wrong depth"):
+    save(folders / "cid" / "p.png", make_image(0))
+    with pytest.raises(DataError, match=r"p\.png: an image at the wrong depth"):
         load_dataset("folder", folders)
 
 
@@ -911,7 +911,7 @@ def small_omniglot(tmp_path):
                             f"{name}/Alphabet_{alphabet}/character{character:02d}/"
                             f"{number:04d}_{drawer:02d}.png"
                         )
-                        image = picture(number * 10 + drawer, (35, 35), "L").convert("1")
+                        image = make_image(number * 10 + drawer, (35, 35), "L").convert("1")
                         file = tmp_path / "unpacked" / inner
                         save(file, image)
                         pack.write(file, inner)
@@ -943,7 +943,7 @@ def test_omniglot_that_is_broken_or_of_another_layout(small_omniglot, tmp_path):
         omniglot_dataset(unpacked, cache=tmp_path)
     with zipfile.ZipFile(zipped / "images_background.zip", "w") as pack:
         pack.writestr("elsewhere/p.png", b"")
-    with pytest.raises(DataError, match="expected pictures images_background/<alphabet>"):
+    with pytest.raises(DataError, match="expected images images_background/<alphabet>"):
         omniglot_dataset(zipped, cache=tmp_path)
     (zipped / "images_background.zip").write_bytes(b"PK no more")
     with pytest.raises(DataError, match="not a whole zip archive"):
@@ -1035,7 +1035,7 @@ def test_the_fingerprint_tells_files_apart(root):
     assert data_fingerprint(load(path, channels=1)) != first
     for name in ("p1.png", "p3.png"):
         before = data_fingerprint(load(path))
-        save(root / name, picture(77))
+        save(root / name, make_image(77))
         assert data_fingerprint(load(path)) != before
 
 
@@ -1200,7 +1200,7 @@ def test_names_whose_hashes_are_the_same_are_still_different():
 
 
 def in_memory(labels, names=None, /, **changes):
-    """Pictures with these labels, for class names c0, c1 and so on; each at its own client."""
+    """Images with these labels, for class names c0, c1 and so on; each at its own client."""
     count = len(labels)
     names = names or [f"c{i}" for i in range(max(labels, default=0) + 1)]
     fields = {
@@ -1264,7 +1264,7 @@ def test_the_fingerprint_tells_which_part_is_missing():
         ({"pixels": np.zeros((2, 4, 4), np.uint8)}, r"uint8 \[N, C, H, W\], got uint8 \[2, 4, 4\]"),
         ({"pixels": [[0]]}, "expected a numpy array, .* got a list"),
         ({"pixels": np.zeros((2, 4, 4, 3), np.uint8)}, r"1 or 3 channels.* got \[2, 4, 4, 3\]"),
-        ({"pixels": np.zeros((2, 1, 4, 5), np.uint8)}, "square pictures"),
+        ({"pixels": np.zeros((2, 1, 4, 5), np.uint8)}, "square images"),
         ({"labels": np.array([0, 2])}, "labels: expected numbers from 0 to 1, got 0 to 2"),
         ({"labels": np.array([-1, 0])}, "labels: expected numbers from 0 to 1, got -1 to 0"),
         (
@@ -1273,36 +1273,34 @@ def test_the_fingerprint_tells_which_part_is_missing():
         ),
         ({"labels": [0, 1]}, "labels: expected a numpy array, .*got a list"),
         ({"labels": np.array([[0], [1]])}, r"got int64 \[2, 1\]"),
-        ({"labels": np.array([0])}, "labels: expected 2 values, one per picture, got 1"),
+        ({"labels": np.array([0])}, "labels: expected 2 values, one per image, got 1"),
         ({"clients": np.array([0, 9])}, "clients: expected numbers from 0 to 1"),
         ({"clients": np.array([0, 1], np.int32)}, "clients: .*got int32"),
         ({"names": ["a"]}, "names: expected 2 values"),
         ({"class_names": ["a", "a"]}, "class_names: 'a' stands there 2 times"),
     ],
 )
-def test_pictures_that_do_not_fit_together_are_refused(changes, message):
+def test_images_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
         in_memory([0, 1], **changes)
 
 
 def test_queries_that_nothing_could_match_are_refused():
-    with pytest.raises(
-        DataError, match=r"'2\.png': class 'c1' has a single picture .*add a second"
-    ):
+    with pytest.raises(DataError, match=r"'2\.png': class 'c1' has a single image .*add a second"):
         RetrievalTask(in_memory([0, 0, 1]))
     with pytest.raises(DataError, match=r"'0\.png': class 'a' is not in the gallery"):
         RetrievalTask(in_memory([0, 1], ["a", "b"]), in_memory([0, 1], ["b", "c"]))
-    with pytest.raises(DataError, match="without query pictures"):
+    with pytest.raises(DataError, match="without query images"):
         RetrievalTask(in_memory([]))
-    # By name, not by number; and names that no picture has do not count.
+    # By name, not by number; and names that no image has do not count.
     RetrievalTask(in_memory([0, 0], ["a", "b"]), in_memory([1], ["b", "a"]))
     with pytest.raises(DataError, match="not in the gallery"):
         RetrievalTask(in_memory([0, 0], ["a", "b"]), in_memory([0], ["b", "a"]))
 
 
-def test_parts_of_different_shapes_or_without_training_pictures_are_refused():
+def test_parts_of_different_shapes_or_without_training_images_are_refused():
     data, wide = whole(), np.zeros((2, 3, 4, 4), np.uint8)
-    with pytest.raises(DataError, match="'mine' has no training pictures"):
+    with pytest.raises(DataError, match="'mine' has no training images"):
         dataclasses.replace(data, train=in_memory([]), test=None, validation=None)
     message = r"one shape .* train \[3, 4, 4\], test \[1, 4, 4\], validation \[1, 4, 4\]"
     with pytest.raises(DataError, match=message):
@@ -1315,12 +1313,12 @@ def test_seen_classes_are_counted_by_name():
     query = RetrievalTask(in_memory([0, 0, 1, 1], ["b", "c", "d"]))
     for names, seen in ((["a", "b"], 1), (["x", "y"], 0), (["c", "b"], 2), (["a", "d"], 0)):
         assert seen_classes(Dataset("mine", in_memory([0, 1], names), query)) == seen
-    # Names that no picture has do not count.
+    # Names that no image has do not count.
     assert seen_classes(Dataset("mine", in_memory([0], ["a", "b"]), query)) == 0
     assert seen_classes(reference.tiny_dataset()) == 0
 
 
-def test_split_clients_keeps_pictures_and_bounds_classes():
+def test_split_clients_keeps_images_and_bounds_classes():
     images = tiny_dataset(num_classes=12, num_clients=6).train
     split = split_clients(images, 2, seed=0)
     assert count_own_classes(split).max() == 2
@@ -1354,13 +1352,13 @@ def test_rotations_are_classes_and_clients_of_their_own():
         assert np.array_equal(turned.pixels[turns * count + 5], expected.numpy())
 
 
-def test_pictures_that_the_disk_has_no_room_for_are_not_drawn(tmp_path, monkeypatch):
+def test_images_that_the_disk_has_no_room_for_are_not_drawn(tmp_path, monkeypatch):
     def batches():
         raise AssertionError("drawn all the same")
         yield
 
     free = shutil.disk_usage(tmp_path)._replace(free=5_000)
     monkeypatch.setattr("fedss.data.cache.shutil.disk_usage", lambda path: free)
-    with pytest.raises(DataError, match=r"100 pictures of 8 x 8 pixels take .*--image-size"):
+    with pytest.raises(DataError, match=r"100 images of 8 x 8 pixels take .*--image-size"):
         cached_array(("k",), (100, 1, 8, 8), batches(), cache=tmp_path, title="glyphs")
     assert not list(tmp_path.iterdir())

@@ -78,6 +78,6 @@ def test_every_data_set_has_a_section():
     assert set(rows.values()) <= anchors(page)
 
 
-def test_every_picture_is_shown():
+def test_every_image_is_shown():
     shown = "".join(page.read_text() for page in PAGES)
     assert not [p.name for p in (ROOT / "docs" / "images").iterdir() if p.name not in shown]

@@ -1,4 +1,4 @@
-"""Picture files in, embeddings with names out."""
+"""Image files in, embeddings with names out."""
 
 import json
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from fedss.data.decoding import decode
 from fedss.errors import ConfigError, DataError, RunFolderError
-from fedss.inference.embedding import Embeddings, embed_files, list_pictures, write_embeddings
+from fedss.inference.embedding import Embeddings, embed_files, list_images, write_embeddings
 from fedss.models import build_embedder, embed_pixels
 
 MODEL = build_embedder("conv4-4", channels=1, image_size=12, embedding_size=5, seed=0)
@@ -16,8 +16,8 @@ RESULT = Embeddings(("a.png", "b.png"), np.eye(2, 3, dtype=np.float32))
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three pictures p0.png to p2.png."""
+def images(tmp_path):
+    """Three images p0.png to p2.png."""
     rng = np.random.default_rng(0)
     for i in range(3):
         Image.fromarray(rng.integers(0, 256, (20, 20), np.uint8)).save(tmp_path / f"p{i}.png")
@@ -25,13 +25,13 @@ def pictures(tmp_path):
 
 
 def write_csv(root, content):
-    path = root / "pictures.csv"
+    path = root / "images.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
 
 
-def test_files_are_decoded_as_in_training(pictures):
-    found = list_pictures(pictures)
+def test_files_are_decoded_as_in_training(images):
+    found = list_images(images)
     result = embed_files(MODEL, found.paths, names=found.names)
     assert result.names == ("p0.png", "p1.png", "p2.png")
     expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in found.paths]))
@@ -46,10 +46,10 @@ def test_files_are_decoded_as_in_training(pictures):
         'label, image \r\n"a\nb", p1.png \r\n,p0.png\r\n',
     ],
 )
-def test_a_csv_needs_no_column_but_image(pictures, content):
-    found = list_pictures(write_csv(pictures, content))
+def test_a_csv_needs_no_column_but_image(images, content):
+    found = list_images(write_csv(images, content))
     assert found.names == ("p1.png", "p0.png")
-    assert found.paths == [pictures / "p1.png", pictures / "p0.png"]
+    assert found.paths == [images / "p1.png", images / "p0.png"]
 
 
 @pytest.mark.parametrize(
@@ -64,43 +64,43 @@ def test_a_csv_needs_no_column_but_image(pictures, content):
         ("Image\nx.png\n", "is 'Image' meant as 'image'"),
         ("image,label\np0.png,a\n,b\n", "line 3: empty image"),
         ("image,label\np0.png,a,b\n", "line 2: expected 2 cells, got 3"),
-        ("image\n", "no pictures"),
+        ("image\n", "no images"),
     ],
 )
-def test_each_mistake_in_a_csv_is_named_as_in_training(pictures, content, message):
-    path = write_csv(pictures, content)
+def test_each_mistake_in_a_csv_is_named_as_in_training(images, content, message):
+    path = write_csv(images, content)
     with pytest.raises(DataError, match=message) as caught:
-        list_pictures(path)
+        list_images(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("second", ["p0.png", "./p0.png", "x/../p0.png", "absolute"])
-def test_a_csv_lists_a_picture_once_as_in_training(pictures, second):
-    second = pictures / "p0.png" if second == "absolute" else second
-    path = write_csv(pictures, f"image,label\np0.png,a\np1.png,a\n{second},b\n")
-    message = r"pictures\.csv, line 4: p0\.png is listed already in line 2; each picture has one"
+def test_a_csv_lists_an_image_once_as_in_training(images, second):
+    second = images / "p0.png" if second == "absolute" else second
+    path = write_csv(images, f"image,label\np0.png,a\np1.png,a\n{second},b\n")
+    message = r"images\.csv, line 4: p0\.png is listed already in line 2; each image has one"
     with pytest.raises(DataError, match=message):
-        list_pictures(path)
+        list_images(path)
 
 
-def test_names_of_a_csv_are_paths_from_where_it_lies(pictures, tmp_path):
-    path = write_csv(pictures, f"image\n./p1.png\n{pictures / 'p0.png'}\n../other.png\n")
-    found = list_pictures(path)
-    assert found.names == ("p1.png", "p0.png", str(pictures.parent / "other.png"))
-    assert found.paths == [pictures / "p1.png", pictures / "p0.png", pictures.parent / "other.png"]
+def test_names_of_a_csv_are_paths_from_where_it_lies(images, tmp_path):
+    path = write_csv(images, f"image\n./p1.png\n{images / 'p0.png'}\n../other.png\n")
+    found = list_images(path)
+    assert found.names == ("p1.png", "p0.png", str(images.parent / "other.png"))
+    assert found.paths == [images / "p1.png", images / "p0.png", images.parent / "other.png"]
     # A link to a CSV lists what lies beside the link, as in training.
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "list.csv"
     link.symlink_to(path)
     Image.new("L", (9, 9)).save(tmp_path / "links" / "p1.png")
-    assert list_pictures(link).paths[0] == tmp_path / "links" / "p1.png"
+    assert list_images(link).paths[0] == tmp_path / "links" / "p1.png"
 
 
-def test_places_without_pictures_are_named(tmp_path):
-    with pytest.raises(DataError, match="no picture found"):
-        list_pictures(tmp_path)
-    with pytest.raises(DataError, match="expected a folder of pictures or a CSV"):
-        list_pictures(tmp_path / "none")
+def test_places_without_images_are_named(tmp_path):
+    with pytest.raises(DataError, match="no image found"):
+        list_images(tmp_path)
+    with pytest.raises(DataError, match="expected a folder of images or a CSV"):
+        list_images(tmp_path / "none")
 
 
 def test_any_name_is_read_back_and_no_other_file_is_touched(tmp_path):

@@ -201,7 +201,7 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "codes as floats": (INT8, as_("class_rows.values", Tensor.float), "shape"),
     "loss in float32": ({}, as_("loss", Tensor.float), "shape"),
     "many losses": ({}, as_("loss", lambda t: t.repeat(3)), "shape"),
-    "pictures as a float": ({}, as_("num_examples", Tensor.double), "shape"),
+    "images as a float": ({}, as_("num_examples", Tensor.double), "shape"),
     "no backbone": ({}, without("backbone.values"), "damaged"),
     "no rows": ({}, without("class_rows.values"), "damaged"),
     "no scale": (INT8, without("class_rows.scale"), "damaged"),
@@ -216,11 +216,11 @@ PARTS: dict[str, tuple[dict[str, Any], Callable[[Part], None], str]] = {
     "unsorted ids": ({}, as_("ids", lambda t: t.flip(0)), "ids"),
     "ids not asked for": ({}, as_("ids", moved), "ids"),
     "long ids": ({}, as_("ids", Tensor.long), "ids"),
-    "no pictures": ({}, put("num_examples", 0), "examples"),
-    "fewer than no pictures": ({}, put("num_examples", -5), "examples"),
-    "least pictures": ({}, put("num_examples", -(2**63)), "examples"),
+    "no images": ({}, put("num_examples", 0), "examples"),
+    "fewer than no images": ({}, put("num_examples", -5), "examples"),
+    "least images": ({}, put("num_examples", -(2**63)), "examples"),
     "absurdly many": ({}, put("num_examples", MOST_EXAMPLES + 1), "examples"),
-    "most pictures": ({}, as_("num_examples", lambda t: torch.tensor(2**63 - 1)), "examples"),
+    "most images": ({}, as_("num_examples", lambda t: torch.tensor(2**63 - 1)), "examples"),
 }
 
 
@@ -866,13 +866,13 @@ def test_sites_judge_the_model_together(backbone_down, photos, tmp_path):
     )
     before = weighted([fedss.evaluate(first, metrics_at(site, photos, None)) for site in SITES])
     assert done.summary["floors"]["untrained"] == pytest.approx(before["map_at_10"], abs=1e-6)
-    # No picture leaves its site.
+    # No image leaves its site.
     assert not (done.folder / "retrieval.npz").exists()
     assert not (done.folder / "tensorboard" / "projector_config.pbtxt").exists()
 
 
-def test_sites_judge_by_the_pictures_that_the_configuration_names(photos, tmp_path):
-    """Settings are chosen on validation pictures; the test must not be touched meanwhile."""
+def test_sites_judge_by_the_images_that_the_configuration_names(photos, tmp_path):
+    """Settings are chosen on validation images; the test must not be touched meanwhile."""
     found = nodes(photos)
     for site, number in NODES.items():
         text = (photos / f"{site}.csv").read_text().replace(",test\n", ",validation\n")
@@ -887,7 +887,7 @@ def test_sites_judge_by_the_pictures_that_the_configuration_names(photos, tmp_pa
 
 @pytest.fixture
 def untested(photos, tmp_path):
-    """Nodes of which those of the given sites have no pictures to test with."""
+    """Nodes of which those of the given sites have no images to test with."""
 
     def without_tests(*sites: str) -> dict[int, dict[str, Any]]:
         found = nodes(photos)

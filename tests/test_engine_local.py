@@ -67,7 +67,7 @@ def own_network() -> nn.Sequential:
 def test_what_is_fast_trains_as_what_is_plain(method, network, layout):
     """Three rounds end where a loop over clients ends that takes the network as it was written.
 
-    With the same bits, where pictures lie in memory as they do there. Elsewhere operations round
+    With the same bits, where images lie in memory as they do there. Elsewhere operations round
     in another order, each processor in its own; a pixel that ties in a pool goes another way, and
     the difference grows with each step: it is held against how far training moved.
     """

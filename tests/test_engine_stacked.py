@@ -37,8 +37,8 @@ from tests.test_algorithm import DATA, MOMENTUM, N, plan, start
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def pictures(channels: int, size: int) -> Images:
-    """Random pictures in place of the tiny ones; the same labels and clients."""
+def make_images(channels: int, size: int) -> Images:
+    """Random images in place of the tiny ones; the same labels and clients."""
     shape = (len(DATA.train), channels, size, size)
     pixels = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
     return replace(DATA.train, pixels=pixels)
@@ -67,14 +67,14 @@ def own_network() -> nn.Module:
 
 
 def network(name: str) -> tuple[Embedder, Images]:
-    """An embedder of 6 numbers, and pictures for it."""
+    """An embedder of 6 numbers, and images for it."""
     backbone: str | nn.Module
     if name == "tiny":
         backbone, images = reference.tiny_backbone(), DATA.train
     elif name == "own":
         backbone, images = own_network(), DATA.train
     else:
-        backbone, images = name, pictures(3, 64) if "timm" in name else pictures(1, 20)
+        backbone, images = name, make_images(3, 64) if "timm" in name else make_images(1, 20)
     _, channels, size, _ = images.pixels.shape
     pretrained = name == "own"  # which freezes its batch norm
     return (
@@ -150,7 +150,7 @@ def test_a_stack_is_the_plain_loop_with_margins(kind):
 
 
 def ragged(sizes: list[int]) -> Images:
-    """Pictures of clients of these sizes."""
+    """Images of clients of these sizes."""
     rng = np.random.default_rng(len(sizes))
     count = sum(sizes)
     return replace(
@@ -206,11 +206,11 @@ def test_who_has_no_batch_left_is_not_computed():
     model, seen = replica(images), []
 
     class Spy:
-        def pictures(self, example_KB: np.ndarray) -> torch.Tensor:
+        def make_images(self, example_KB: np.ndarray) -> torch.Tensor:
             seen.append(example_KB.shape)
             # What fills up a batch is the client's own.
             assert all(len(np.unique(images.clients[example_B])) == 1 for example_B in example_KB)
-            return model.pictures(example_KB)
+            return model.images(example_KB)
 
         def embed_stacked(self, theta_KP: torch.Tensor, pixels_KBCHW: torch.Tensor) -> torch.Tensor:
             return model.embed_stacked(theta_KP, pixels_KBCHW)
@@ -221,7 +221,7 @@ def test_who_has_no_batch_left_is_not_computed():
 
 
 class Standardize(nn.Module):
-    """Not a number, and no gradient, for a picture of one colour."""
+    """Not a number, and no gradient, for an image of one colour."""
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         x_BF = x_BCHW.flatten(1)

@@ -37,7 +37,7 @@ def test_panels_show_each_query_with_its_nearest_others():
     h = F.normalize(flat(twins.pixels).double(), dim=1)
     cos = (h @ h.T).fill_diagonal_(-2)
     assert sorted(found["query_index"]) == list(range(len(twins)))
-    for q, pictures, names, scores in zip(
+    for q, images, names, scores in zip(
         found["query_index"],
         found["pixels"],
         found["class_names"],
@@ -45,7 +45,7 @@ def test_panels_show_each_query_with_its_nearest_others():
         strict=True,
     ):
         nearest = torch.sort(cos[q], descending=True, stable=True).indices[:5].numpy()
-        assert np.array_equal(pictures, twins.pixels[[q, *nearest]])
+        assert np.array_equal(images, twins.pixels[[q, *nearest]])
         assert names.tolist() == [twins.class_names[twins.labels[i]] for i in [q, *nearest]]
         assert np.allclose(scores, cos[q, nearest], atol=1e-5)
 
@@ -60,9 +60,9 @@ def test_the_seed_draws_which_queries_are_shown():
 
 
 def test_a_small_gallery_is_shown_whole():
-    def only(picture: list[int]) -> Images:
-        arrays = {name: getattr(QUERY, name)[picture] for name in ("pixels", "labels", "clients")}
-        return dataclasses.replace(QUERY, **arrays, names=[QUERY.names[i] for i in picture])
+    def only(image: list[int]) -> Images:
+        arrays = {name: getattr(QUERY, name)[image] for name in ("pixels", "labels", "clients")}
+        return dataclasses.replace(QUERY, **arrays, names=[QUERY.names[i] for i in image])
 
     one_of_each, pairs = only([0, 5, 10, 15]), only([0, 1, 5, 6])
     shown = find_neighbours(*embedded(RetrievalTask(QUERY, one_of_each)), 0, 20)
@@ -129,7 +129,7 @@ def test_the_seed_draws_who_is_enrolled(tmp_path):
     assert found[0] != found[3]
 
 
-def test_pictures_of_one_class_have_no_pairs_to_tell_apart():
+def test_images_of_one_class_have_no_pairs_to_tell_apart():
     one = dataclasses.replace(QUERY, labels=np.zeros(len(QUERY), np.int64))
     task = RetrievalTask(one)
     assert verify(*embedded(task), seed=0) is None

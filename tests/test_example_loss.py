@@ -25,7 +25,7 @@ def problem(sample):
 
 
 def slow(h, rows, label, q, smoothing):
-    """One picture, from the formula, in floats."""
+    """One image, from the formula, in floats."""
     o = [SCALE * cosine(h, row) for row in rows]
     log_z = math.log(sum(math.exp(value) / p for value, p in zip(o, q, strict=True)))
     mean = sum(value / p for value, p in zip(o, q, strict=True)) / N

@@ -37,7 +37,7 @@ from fedss.runs.summaries import summarize
 from fedss.runs.tensorboard import add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.training import federation, loop
-from fedss.training.build import build_model, compute_device, pool_pictures, round_plan
+from fedss.training.build import build_model, compute_device, pool_images, round_plan
 from tests import reference
 
 DATA = reference.tiny_dataset()
@@ -119,7 +119,7 @@ def test_a_run_knows_its_floors_and_how_sure_it_is(tmp_path):
     assert trained.map_at_10_C.mean() == pytest.approx(run.summary["map_at_10_by_class"])
     ends = interval([trained])
     assert run.summary["map_at_10_interval"] == [ends.low, ends.high]
-    assert run.summary["gallery"] == "all test pictures"
+    assert run.summary["gallery"] == "all test images"
     # Measured once, and again only where they cannot be read.
     path = run.folder / "floors.json"
     before = path.read_bytes()
@@ -689,8 +689,8 @@ def test_the_default_sample_size_fits_few_classes(tmp_path):
     assert run.summary["sample_size"] == 12
 
 
-def test_no_validation_pictures(tmp_path):
-    with pytest.raises(ConfigError, match="no validation pictures"):
+def test_no_validation_images(tmp_path):
+    with pytest.raises(ConfigError, match="no validation images"):
         train(tmp_path / "run", dataclasses.replace(SMALL, eval_split="validation"))
 
 
@@ -752,8 +752,8 @@ def test_learning_rates_decay_over_rounds(schedule, expected):
             assert local.row_lr == pytest.approx(row_lr * factor)
 
 
-def test_pooling_deals_every_picture_once():
-    pooled = pool_pictures(DATA.train, cohort_size=3, seed=0)
+def test_pooling_deals_every_image_once():
+    pooled = pool_images(DATA.train, cohort_size=3, seed=0)
     assert len(pooled.client_names) == 2
     counts = np.bincount(pooled.clients)
     assert counts.sum() == len(DATA.train)

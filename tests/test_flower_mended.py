@@ -30,14 +30,14 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 
 def all_grown(photos: Path) -> dict[int, dict[str, Any]]:
-    """Every client has a picture of a class that was not there before."""
+    """Every client has an image of a class that was not there before."""
     rng, found = np.random.default_rng(1), {}
     (photos / "new").mkdir()
     for node, site in zip(nodes(photos), SITES, strict=True):
         lines = (photos / f"{site}.csv").read_text().splitlines()
         for client in CLIENTS[site]:
-            picture = rng.integers(0, 256, (8, 8)).astype(np.uint8)
-            Image.fromarray(picture).save(photos / "new" / f"{client}.png")
+            image = rng.integers(0, 256, (8, 8)).astype(np.uint8)
+            Image.fromarray(image).save(photos / "new" / f"{client}.png")
             lines.append(f"new/{client}.png,new {client},{client},train")
         (photos / f"{site} grown.csv").write_text("\n".join(lines) + "\n")
         found[node] = {"data": str(photos / f"{site} grown.csv")}

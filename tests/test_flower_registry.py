@@ -279,7 +279,7 @@ def rename(photos: Path, site: str, to: Path, named: Callable[[str, str], str]) 
 def test_no_name_reaches_the_server_and_names_do_not_matter(photos, tmp_path):
     """A run on tokens is that of sites whose names are these tokens."""
     (tmp_path / "secret").write_text(SECRET)
-    # One batch for each client: the order of its pictures is that of their names.
+    # One batch for each client: the order of its images is that of their names.
     config = settings(photos, data_path=None, data="glyphs", eval_every=0, batch_size=64)
     crossed: list[bytes] = []
 
@@ -349,7 +349,7 @@ def test_tokens_of_names_that_are_no_unicode():
 # Growth in the middle of a run.
 
 
-def add_pictures(photos: Path) -> Path:
+def add_images(photos: Path) -> Path:
     """Manifest of the site south with two new classes, and a new client, beside what it had."""
     lines = (photos / "south.csv").read_text().splitlines()
     rng = np.random.default_rng(5)
@@ -407,7 +407,7 @@ def test_classes_and_clients_that_come_in_the_middle(variant, photos, tmp_path):
         assert not left
         return found
 
-    grown = add_pictures(photos)
+    grown = add_images(photos)
     whole_run = run(tmp_path / "whole", [])
     assert len(set(whole_run)) == 6
     known = registered(tmp_path / "whole")
@@ -425,7 +425,7 @@ def test_classes_and_clients_that_come_in_the_middle(variant, photos, tmp_path):
 
 def test_growth_that_is_seen_when_the_model_is_judged(photos, tmp_path):
     """A client with a class that has no row yet trains on the others for a round."""
-    grid, grown = ProcessGrid(nodes(photos)), add_pictures(photos)
+    grid, grown = ProcessGrid(nodes(photos)), add_images(photos)
     grid.visit = lambda round: (
         grid.nodes.update({10: {"data": str(grown)}})
         if round >= 2 and grid.sent[-1][0] == "train"
@@ -463,7 +463,7 @@ def test_a_grown_table_trains_its_new_rows(photos, tmp_path):
         return result
 
     grid = ProcessGrid(nodes(photos))
-    manifest = add_pictures(photos)
+    manifest = add_images(photos)
     grid.visit = lambda round: grid.nodes.update({10: {"data": str(manifest)}}) if round else None
     config = settings(photos, rounds=4, clients_per_round=7, eval_every=0)
     with pytest.MonkeyPatch.context() as patched:
@@ -478,9 +478,9 @@ def test_one_class_in_all(method, photos, tmp_path):
     """There is nothing to tell apart, but nothing to fall over either."""
     rows = ["image,label,client,split"]
     for client in ("ada", "ben"):
-        picture = f"north/{client}.png"
-        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(photos / picture)
-        rows.append(f"{picture},only,{client},train")
+        image = f"north/{client}.png"
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(photos / image)
+        rows.append(f"{image},only,{client},train")
     (photos / "one.csv").write_text("\n".join(rows) + "\n")
     config = settings(photos, method=method, sample_size=None, eval_every=0, rounds=2)
     grid = ProcessGrid({3: {"data": str(photos / "one.csv")}})

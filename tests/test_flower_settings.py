@@ -46,7 +46,7 @@ def test_the_command_line_writes_the_same(tmp_path, capsys):
     assert main(["app", str(tmp_path / "app"), *words]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["app", str(tmp_path / "other"), *words, "--rotations"]) == 2
-    assert "rotations: sites read their pictures as they are" in capsys.readouterr().err
+    assert "rotations: sites read their images as they are" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
@@ -84,12 +84,12 @@ def test_whole_numbers_do_for_seconds():
         ({**APART, "evaluate-at": "home"}, "evaluate_at: expected sites or server, got 'home'"),
         ({**APART, "evaluate-at": 3}, "evaluate_at: expected sites or server, got 3"),
         ({**APART, "simple-size": 3}, "configuration field: 'simple_size' is unknown.*sample_size"),
-        ({**APART, "method": "central"}, "method: central pools pictures"),
-        ({**APART, "rotations": True}, "rotations: sites read their pictures as they are"),
-        ({**APART, "client-classes": 3}, "client_classes: sites read their pictures as they are"),
+        ({**APART, "method": "central"}, "method: central pools images"),
+        ({**APART, "rotations": True}, "rotations: sites read their images as they are"),
+        ({**APART, "client-classes": 3}, "client_classes: sites read their images as they are"),
         (
             {**APART, "partition": "dirichlet:0.5", "partition-clients": 3},
-            "partition: sites read their pictures as they are",
+            "partition: sites read their images as they are",
         ),
         ({**APART, "rounds": 1.5}, "rounds: expected int, got 1.5"),
     ],

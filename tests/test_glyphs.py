@@ -15,29 +15,29 @@ from fedss.data.sets.glyphs import (
 from fedss.errors import DataError
 
 
-def pictures(images):
+def make_images(images):
     names = zip(images.names, images.pixels, strict=True)
-    return {name: picture.tobytes() for name, picture in names}
+    return {name: image.tobytes() for name, image in names}
 
 
-def test_same_seed_same_bits_other_seed_other_pictures():
+def test_same_seed_same_bits_other_seed_other_images():
     first, again, other = (glyphs(40, 8, drawers=4, seed=seed) for seed in (3, 3, 4))
     assert first.pixels.tobytes() == again.pixels.tobytes()
     assert list(first.names) == list(again.names)
     assert other.pixels.tobytes() != first.pixels.tobytes()
 
 
-def test_a_picture_does_not_depend_on_how_many_there_are():
+def test_an_image_does_not_depend_on_how_many_there_are():
     # With as many clients as seats at an alphabet, each client draws every class in both worlds.
     few, many = glyphs(60, 8, seed=1), glyphs(300, 8, seed=1)
-    small, large = pictures(few), pictures(many)
+    small, large = make_images(few), make_images(many)
     assert set(small) <= set(large)
-    assert all(large[name] == picture for name, picture in small.items())
+    assert all(large[name] == image for name, image in small.items())
     one = glyphs(60, 8, copies=1, seed=1)
-    assert pictures(one).items() <= small.items()
+    assert make_images(one).items() <= small.items()
 
 
-def test_many_pictures_go_to_the_cache(tmp_path, monkeypatch):
+def test_many_images_go_to_the_cache(tmp_path, monkeypatch):
     expected = glyphs(30, 8)
     monkeypatch.setattr("fedss.data.sets.glyphs._KEEP_IN_MEMORY", 1000)
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_many_pictures_go_to_the_cache(tmp_path, monkeypatch):
 
 def test_parts_share_nothing():
     train, test = (glyphs(30, 8, part=part) for part in ("train", "test"))
-    assert not set(pictures(train).values()) & set(pictures(test).values())
+    assert not set(make_images(train).values()) & set(make_images(test).values())
 
 
 def test_names_are_unique_over_all_parts():
@@ -106,7 +106,7 @@ def test_ink_is_bright_on_black_centred_and_leaves_the_rim_free(side):
     assert rim.mean() < 2
 
 
-def test_a_larger_picture_shows_the_same_glyph():
+def test_a_larger_image_shows_the_same_glyph():
     small, large = (glyphs(30, 8, image_size=side).pixels[:, 0] for side in (28, 56))
     pooled = large.reshape(len(large), 28, 2, 28, 2).mean(axis=(2, 4))
     assert np.abs(pooled - small).mean() < 3
@@ -123,7 +123,7 @@ def test_raw_pixels_find_little_but_more_than_chance():
     assert 0.2 < found < 0.7
 
 
-def test_dataset_has_unseen_classes_of_ten_pictures():
+def test_dataset_has_unseen_classes_of_ten_images():
     data = glyphs_dataset(100, 20, test_classes=0.3)
     assert len(data.train.class_names) == 70
     assert len(data.train.client_names) == 20

@@ -105,9 +105,9 @@ def test_a_hub_reads_the_header():
 def test_figures_are_those_of_the_run():
     text = card_of()
     data, settings, results = (table(text, h) for h in ("Data", "Training", "Results"))
-    assert data["training pictures"] == ["12,345"]
+    assert data["training images"] == ["12,345"]
     assert data["classes per client"] == ["2 to 9, median 5.5"]
-    assert data["pictures left out as unreadable"] == ["2"]
+    assert data["images left out as unreadable"] == ["2"]
     assert settings["`rounds`"][0] == "`7`"
     assert settings["`sample_size`"][0] == "`33`"
     assert settings["`margin_kind`"][0] == "`arcface`"
@@ -133,8 +133,8 @@ def test_what_nobody_knows_is_unknown():
     assert card.data.metrics == []
     assert card.data.eval_results is None
     data = table(text, "Data")
-    assert data["training pictures"] == data["clients"] == data["classes per client"] == ["unknown"]
-    assert data["why unknown"] == ["pictures stayed at their sites, and these counts with them"]
+    assert data["training images"] == data["clients"] == data["classes per client"] == ["unknown"]
+    assert data["why unknown"] == ["images stayed at their sites, and these counts with them"]
     assert "\n\nUnknown: nobody could evaluate the model.\n" in text
     judged = card_of({**ABOUT, "data": federation})
     assert "(evaluated at: sites)" in judged
@@ -147,14 +147,14 @@ def test_pooled_training_moves_nothing_and_own_networks_are_named():
         summary={**pooled, "method": "central"},
         spec=EmbedderSpec(None, channels=1, image_size=32, embedding_size=8),
     )
-    assert "\n\nNo federated message: pictures were pooled.\n" in text
-    assert "`central`: pictures pooled" in text
+    assert "\n\nNo federated message: images were pooled.\n" in text
+    assert "`central`: images pooled" in text
     assert table(text, "Training")["`backbone`"][0] == "`Sequential (a module of its owner's)`"
     assert 'fedss.load("model.safetensors", backbone=net)  # net: a module' in text
 
 
 def measured(classes: int, seed: int = 0) -> dict[str, Any]:
-    """What a run writes of six pictures a class, under embeddings of some quality."""
+    """What a run writes of six images a class, under embeddings of some quality."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), 6)
     noise = 0.7 * rng.normal(size=(len(labels), 4))
@@ -187,7 +187,7 @@ def test_rates_and_thresholds_are_those_of_the_run():
     assert (name, threshold) == (f"{known['dir']:.4f}", f"{known['threshold']:.4f}")
     assert ("fewer than 30" in means) == (not known["supported"])
     assert len(shown) == len(found["points"]) + 2
-    assert f"{24 * 15:,} pairs of pictures of one class and {(24 * 23 // 2) * 36:,} of two" in text
+    assert f"{24 * 15:,} pairs of images of one class and {(24 * 23 // 2) * 36:,} of two" in text
     assert f"{known['enrolled']:,} enrolled classes, drawn {known['draws']:,} times" in text
     # The rest of the card is as without them.
     without = card_of()

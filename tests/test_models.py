@@ -65,7 +65,7 @@ def test_conv4_any_size(size: int) -> None:
     for _ in range(3):
         side = side // 2 if side > 4 else side  # small maps are not pooled
     assert out.shape == (4, 16 * side * side)
-    # A norm over a single value would give the same whatever the picture.
+    # A norm over a single value would give the same whatever the image.
     assert (out.std(0) > 1e-3).all()
 
 
@@ -812,7 +812,7 @@ def test_parameters_that_cannot_be_flat_are_refused() -> None:
         flatten_(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
 
 
-# --- many pictures
+# --- many images
 
 
 def test_embed_pixels_reads_a_memory_map(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_the_client_moves_its_own_rows_alone_under_the_loss_of_all():
     held, absent = W0[own].clone(), AbsentClasses(len(others), *mean_and_covariance(W0[others]))
     for batch in batches(len(example_N), told.local, keyed(told.seed, "batches", 0, client)):
         model.grad_P.zero_()
-        h, rows = model.embed(model.pictures(example_N[batch])), held.clone().requires_grad_()
+        h, rows = model.embed(model.images(example_N[batch])), held.clone().requires_grad_()
         target = torch.from_numpy(np.searchsorted(own, labels[example_N[batch]]))
         moments_softmax(h, rows, target, sample, told.scoring, absent).mean().backward()
         model.theta_P.sub_(model.grad_P, alpha=told.local.lr)

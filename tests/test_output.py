@@ -69,7 +69,7 @@ def said(words: Sequence[str], encoding: str, to: int | None = None) -> Said:
 
 @pytest.fixture(scope="module")
 def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CSV of pictures whose names, classes and clients no narrow encoding holds, and its run."""
+    """A CSV of images whose names, classes and clients no narrow encoding holds, and its run."""
     folder = tmp_path_factory.mktemp("图片")
     rng = np.random.default_rng(0)
     rows = [("image", "label", "client")]
@@ -94,13 +94,13 @@ def data(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_command_says_in_every_encoding_all_that_it_has_to_say(chinese, encoding, tmp_path):
-    run, picture, new = str(chinese / "run"), str(chinese / "图0-0.png"), "新类–"
+    run, image, new = str(chinese / "run"), str(chinese / "图0-0.png"), "新类–"
     nearest = [f"图{label}-{copy}.png" for label in range(10) for copy in range(4)]
     shown_names = {
         ("info", *data(chinese)): ["full", "100.0%"],
-        ("search", run, picture, "--count", "40"): [*nearest, *map(LABEL.format, range(10))],
-        ("enrol", run, new, picture): [new],
-        ("identify", run, picture, "--threshold", "0.5"): ["图0-0.png", new],
+        ("search", run, image, "--count", "40"): [*nearest, *map(LABEL.format, range(10))],
+        ("enrol", run, new, image): [new],
+        ("identify", run, image, "--threshold", "0.5"): ["图0-0.png", new],
         ("enrol", run, new, "--remove"): [new],
         ("train", "--help"): ["--rounds"],
         ("search", run, str(tmp_path / "没有.png")): ["没有.png"],
@@ -114,7 +114,7 @@ def test_a_command_says_in_every_encoding_all_that_it_has_to_say(chinese, encodi
             ("evaluate", run): ["MAP@10", "threshold"],
             ("embed", run, str(chinese / "m.csv"), "--out", str(tmp_path / "嵌.npy")): ["嵌.npy"],
             ("export", run, "--format", "safetensors", "--out", str(tmp_path / "出")): ["出"],
-            ("search", run, picture, "--show", str(tmp_path / "显.html")): ["显.html"],
+            ("search", run, image, "--show", str(tmp_path / "显.html")): ["显.html"],
             ("report", run): ["report.html"],
             ("app", str(tmp_path / "应"), "--out", str(tmp_path / "果")): ["应"],
         }
@@ -127,7 +127,7 @@ def test_a_command_says_in_every_encoding_all_that_it_has_to_say(chinese, encodi
             # A table may fold it.
             whole, folded = encodable(printable(name), encoding), "".join(text.split())
             assert "".join(whole.split()) in folded, (words, name)
-    for command in (["evaluate", run], ["search", run, picture], ["identify", run, picture]):
+    for command in (["evaluate", run], ["search", run, image], ["identify", run, image]):
         json.loads(said([*command, "--json"], encoding).out.decode(encoding))
 
 
@@ -187,14 +187,14 @@ def test_output_that_is_lost_is_said_after_the_work(chinese, tmp_path):
 def test_a_shell_that_knows_ascii_alone_and_a_pipe_that_is_closed(chinese):
     """The real thing: a process of its own, its locale C and Python's UTF-8 mode off."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    search = f'"{sys.executable}" -m fedss search "$RUN" "$PICTURE"'
+    search = f'"{sys.executable}" -m fedss search "$RUN" "$IMAGE"'
     done = subprocess.run(
         [
             "bash",
             "-c",
             f"{search}; echo $?; {search} | true; echo ${{PIPESTATUS[0]}}; {search} >&-",
         ],
-        env={**environment, "RUN": str(chinese / "run"), "PICTURE": str(chinese / "图0-0.png")},
+        env={**environment, "RUN": str(chinese / "run"), "IMAGE": str(chinese / "图0-0.png")},
         capture_output=True,
     )
     assert (done.returncode, done.stderr) == (0, b"")

@@ -125,7 +125,7 @@ def numbers(*arguments):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (Reduced(), r"objective 'Reduced': expected .* a loss per picture, \[2\], got \[\]$"),
+        (Reduced(), r"objective 'Reduced': expected .* a loss per image, \[2\], got \[\]$"),
         (numbers, r"objective 'numbers': expected a tensor .*, got list$"),
         (breaks, "objective 'breaks' fails: KeyError: 'x'"),
         (jitters, "objective 'jitters' draws random numbers"),

@@ -1,4 +1,4 @@
-"""Partitions: each picture at one client, as drawn from the seed and the law that is stated."""
+"""Partitions: each image at one client, as drawn from the seed and the law that is stated."""
 
 import dataclasses
 
@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedss import Config, ConfigError, DataError, load_data
-from fedss.data import Images, deal_pictures, holdings, parse_partition
+from fedss.data import Images, deal_images, holdings, parse_partition
 from fedss.data.partition import Partition
 from fedss.flower.settings import Deployment, write_app
 
 
-def pictures(labels):
-    """Pictures of these labels at one client; pixels tell them apart."""
+def make_images(labels):
+    """Images of these labels at one client; pixels tell them apart."""
     labels = np.asarray(labels, np.int64)
     pixels = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
     names = [f"p{i}" for i in range(len(labels))]
@@ -49,17 +49,17 @@ def impossible(labels, partition):
     if partition.kind == "class":
         return False
     number = partition.clients or n
-    # More hands than pictures in some class: a client may be left without any.
+    # More hands than images in some class: a client may be left without any.
     rare = min(labels.count(label) for label in labels) < -(-number * partition.amount // n)
     return partition.amount > n or number * partition.amount < n or rare
 
 
 @given(cases(), st.integers(0, 3), st.randoms(use_true_random=False))
-def test_each_picture_is_at_one_client_and_no_client_is_empty(case, seed, random):
+def test_each_image_is_at_one_client_and_no_client_is_empty(case, seed, random):
     labels, partition = case
-    images = pictures(labels)
+    images = make_images(labels)
     try:
-        dealt = deal_pictures(images, partition, seed)
+        dealt = deal_images(images, partition, seed)
     except DataError:
         assert impossible(labels, partition)
         return
@@ -71,7 +71,7 @@ def test_each_picture_is_at_one_client_and_no_client_is_empty(case, seed, random
     assert (counts.sum(0) == np.bincount(labels)).all()
     assert (counts.sum(1) > 0).all()
     assert list(dealt.client_names) == sorted(dealt.client_names)
-    assert (deal_pictures(images, partition, seed).clients == dealt.clients).all()
+    assert (deal_images(images, partition, seed).clients == dealt.clients).all()
 
     present = (counts.sum(0) > 0).sum()
     if partition.kind == "classes":
@@ -86,22 +86,22 @@ def test_each_picture_is_at_one_client_and_no_client_is_empty(case, seed, random
         assert len(counts) == present
         assert [images.class_names[row.argmax()] for row in counts] == list(dealt.client_names)
 
-    # What a client gets of a class does not depend on which picture stands where.
+    # What a client gets of a class does not depend on which image stands where.
     shuffled = list(labels)
     random.shuffle(shuffled)
-    assert (matrix(deal_pictures(pictures(shuffled), partition, seed)) == counts).all()
+    assert (matrix(deal_images(make_images(shuffled), partition, seed)) == counts).all()
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 30), st.integers(0, 5))
 def test_classes_are_dealt_evenly(n, most, clients, seed):
     if most > n or clients * most < n:
         with pytest.raises(DataError, match="the training has"):
-            deal_pictures(
-                pictures(np.arange(n).repeat(40)), Partition("classes", most, clients), seed
+            deal_images(
+                make_images(np.arange(n).repeat(40)), Partition("classes", most, clients), seed
             )
         return
-    images = pictures(np.arange(n).repeat(400))
-    counts = matrix(deal_pictures(images, Partition("classes", most, clients), seed))
+    images = make_images(np.arange(n).repeat(400))
+    counts = matrix(deal_images(images, Partition("classes", most, clients), seed))
     assert ((counts > 0).sum(1) == most).all()
     holders = (counts > 0).sum(0)
     assert holders.max() - holders.min() <= 1
@@ -112,23 +112,22 @@ def test_classes_are_dealt_evenly(n, most, clients, seed):
 
 
 def test_another_seed_deals_otherwise():
-    images = pictures(np.arange(20).repeat(10))
+    images = make_images(np.arange(20).repeat(10))
     for text, clients in (("classes:3", 10), ("classes:3", None), ("dirichlet:1", 10)):
         partition = parse_partition(text, clients)
         assert (
-            deal_pictures(images, partition, 0).clients
-            != deal_pictures(images, partition, 1).clients
+            deal_images(images, partition, 0).clients != deal_images(images, partition, 1).clients
         ).any()
 
 
 @pytest.mark.parametrize("alpha", [0.05, 1.0, 20.0])
 def test_dirichlet_shares_have_the_mean_and_variance_of_their_law(alpha):
-    # Counts of a client of m pictures: E = m p, Var = m p (1 - p) (m + alpha) / (1 + alpha).
+    # Counts of a client of m images: E = m p, Var = m p (1 - p) (m + alpha) / (1 + alpha).
     p, m = np.array([0.5, 0.3, 0.15, 0.05]), 20
-    images = pictures(np.repeat(np.arange(4), (p * 16_000).astype(int)))
+    images = make_images(np.repeat(np.arange(4), (p * 16_000).astype(int)))
     partition = Partition("dirichlet", alpha, 800)
-    # The first quarter of the clients find most pictures still there, and draw for themselves.
-    first = [matrix(deal_pictures(images, partition, seed))[:200] for seed in range(3)]
+    # The first quarter of the clients find most images still there, and draw for themselves.
+    first = [matrix(deal_images(images, partition, seed))[:200] for seed in range(3)]
     counts = np.concatenate(first)
     variance = m * p * (1 - p) * (m + alpha) / (1 + alpha)
     error = np.sqrt(variance / len(counts))
@@ -138,33 +137,33 @@ def test_dirichlet_shares_have_the_mean_and_variance_of_their_law(alpha):
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
 def test_a_class_that_is_used_up_drops_out_of_the_draws(alpha):
-    # One picture of class 0, three of class 1; the first client draws two. It has none of class 0
+    # One image of class 0, three of class 1; the first client draws two. It has none of class 0
     # if both draws are class 1, E q_1^2 = a (a + 1) / (alpha (alpha + 1)) with a = 3 alpha / 4, and
     # else one, since a second one of class 0 is drawn anew.
     a, seeds = 0.75 * alpha, 600
-    images, partition = pictures([0, 1, 1, 1]), Partition("dirichlet", alpha, 2)
-    found = np.array([matrix(deal_pictures(images, partition, s))[0, 0] for s in range(seeds)])
+    images, partition = make_images([0, 1, 1, 1]), Partition("dirichlet", alpha, 2)
+    found = np.array([matrix(deal_images(images, partition, s))[0, 0] for s in range(seeds)])
     expected = a * (a + 1) / (alpha * (alpha + 1))
     assert (found == 0).mean() == pytest.approx(expected, abs=4 * 0.5 / np.sqrt(seeds))
 
 
 def test_the_smallest_concentration_gives_a_client_classes_one_after_another():
-    # 5 pictures a class, 50 a client: ten classes, though nearly all of q is below any float.
-    images = pictures(np.arange(400).repeat(5))
-    counts = matrix(deal_pictures(images, Partition("dirichlet", 1e-3, 40), 0))
+    # 5 images a class, 50 a client: ten classes, though nearly all of q is below any float.
+    images = make_images(np.arange(400).repeat(5))
+    counts = matrix(deal_images(images, Partition("dirichlet", 1e-3, 40), 0))
     assert np.median((counts > 0).sum(1)) <= 12
     assert ((counts > 0).sum(1) >= 10).all()
 
 
 def test_the_largest_concentration_is_an_even_draw():
-    images = pictures(np.arange(5).repeat(400))
-    counts = matrix(deal_pictures(images, Partition("dirichlet", 1e6, 4), 0))
+    images = make_images(np.arange(5).repeat(400))
+    counts = matrix(deal_images(images, Partition("dirichlet", 1e6, 4), 0))
     assert np.abs(counts - 100).max() < 50
 
 
-def test_holdings_are_the_pairs_that_have_a_picture():
+def test_holdings_are_the_pairs_that_have_an_image():
     rng = np.random.default_rng(0)
-    images = pictures(rng.integers(0, 7, 50))
+    images = make_images(rng.integers(0, 7, 50))
     images = dataclasses.replace(
         images, clients=rng.integers(0, 5, 50), client_names=[f"c{i}" for i in range(5)]
     )
@@ -209,16 +208,16 @@ def test_partitions_that_cannot_be(text, clients, message):
             "the training has 3 classes; expected K to be at most",
         ),
         ([0, 1, 2], Partition("classes", 1, 2), "classes:1, 2 clients: .*at least 3 clients"),
-        ([0, 1, 2], Partition("classes", 1, 4), "1 of 4 clients would have no picture"),
+        ([0, 1, 2], Partition("classes", 1, 4), "1 of 4 clients would have no image"),
         ([0, 1, 2], Partition("dirichlet", 1.0, 4), "expected at most 3, the number of training"),
     ],
 )
-def test_partitions_that_pictures_do_not_have(labels, partition, message):
+def test_partitions_that_images_do_not_have(labels, partition, message):
     with pytest.raises(DataError, match=message):
-        deal_pictures(pictures(labels), partition, 0)
+        deal_images(make_images(labels), partition, 0)
 
 
-def test_pictures_are_dealt_then_turned_then_split():
+def test_images_are_dealt_then_turned_then_split():
     config = Config(glyphs_classes=40, glyphs_clients=8, image_size=12)
     given_clients = load_data(config)
     dealt = load_data(
@@ -237,8 +236,8 @@ def test_pictures_are_dealt_then_turned_then_split():
 @pytest.mark.parametrize(
     "options", [{"partition": "class"}, {"partition": "dirichlet:1", "partition_clients": 9}]
 )
-def test_sites_read_their_pictures_as_they_are(options, tmp_path):
-    with pytest.raises(ConfigError, match="partition: sites read their pictures as they are"):
+def test_sites_read_their_images_as_they_are(options, tmp_path):
+    with pytest.raises(ConfigError, match="partition: sites read their images as they are"):
         write_app(tmp_path / "app", Config(**options), Deployment(out="/srv/run"))
 
 

@@ -243,12 +243,12 @@ def blocks(text: str) -> list[str]:
 
 
 def photograph(path: Path) -> None:
-    """A picture whose embedding shows it when rotation, crop, filter or colours are wrong."""
+    """An image whose embedding shows it when rotation, crop, filter or colours are wrong."""
     y, x = np.mgrid[0:90, 0:150]
-    picture = np.stack([x, y * 2, (x * y) % 256], 2).astype(np.uint8)
+    image = np.stack([x, y * 2, (x * y) % 256], 2).astype(np.uint8)
     rotated = Image.Exif()
     rotated[0x0112] = 6
-    Image.fromarray(picture).save(path, exif=rotated)
+    Image.fromarray(image).save(path, exif=rotated)
 
 
 def test_the_page_runs_as_written(from_timm, monkeypatch):
@@ -295,9 +295,7 @@ def test_trained_weights_go_straight_into_timm(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "gray.png"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_cards_code_reads_pictures_as_training_did(
-    kind, channels, exported, from_timm, tmp_path
-):
+def test_the_cards_code_reads_images_as_training_did(kind, channels, exported, from_timm, tmp_path):
     card = (exported if channels == 1 else from_timm)["onnx"].with_name(CARD).read_text()
     size = 12 if channels == 1 else 64
     names: dict[str, Any] = {}
@@ -353,7 +351,7 @@ class Strided(nn.Module):
 
 
 class OfTwo(nn.Module):
-    """Another function for pairs of pictures."""
+    """Another function for pairs of images."""
 
     def __init__(self) -> None:
         super().__init__()

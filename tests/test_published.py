@@ -21,7 +21,7 @@ SHADES = {}
 
 
 def photograph(path, shade=None):
-    """A picture of one shade of gray, in colour: its pixels say which file it is."""
+    """An image of one shade of gray, in colour: its pixels say which file it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shade = SHADES.setdefault(str(path), (len(SHADES) * 37) % 256) if shade is None else shade
     Image.new("RGB", (9, 9), (shade,) * 3).save(path, format="PNG")
@@ -32,7 +32,7 @@ def load(name, root, tmp_path, **options):
 
 
 def held(images):
-    """(client, class, file) of each picture, after a look at its pixels."""
+    """(client, class, file) of each image, after a look at its pixels."""
     if images is None:
         return []
     clients = [images.client_names[k] for k in images.clients.tolist()]
@@ -94,13 +94,13 @@ def test_landmarks(tmp_path, name, names, folder, nested):
     assert f"train clients: the lists have 2, published are {clients:,}" in data.remarks
 
 
-def test_pictures_that_a_published_list_names_but_nobody_unpacked(tmp_path):
+def test_images_that_a_published_list_names_but_nobody_unpacked(tmp_path):
     file = landmarks(tmp_path, ("federated_train.csv", "test.csv"), True)
     (tmp_path / file("a1d4e5")).unlink()
     (tmp_path / file("ffaa00")).unlink()
     with pytest.raises(
         DataError,
-        match=r"federated_train\.csv, line 3: no such picture file: .*a1d4e5\.jpg "
+        match=r"federated_train\.csv, line 3: no such image file: .*a1d4e5\.jpg "
         r"\(2 of 7 are missing\)\. Unpack the rest",
     ):
         load("landmarks-user-160k", tmp_path, tmp_path)
@@ -117,7 +117,7 @@ def test_pictures_that_a_published_list_names_but_nobody_unpacked(tmp_path):
         (["user_id,image_id,class", "7,ab,3"], r"line 2: expected an image_id of 3 or more"),
         (["user_id,image_id,class", "7,abc,"], r"line 2: empty class"),
         (["user_id,image_id", "7,abc"], r"line 1: .*missing: class"),
-        (["user_id,image_id,class"], "no pictures"),
+        (["user_id,image_id,class"], "no images"),
     ],
 )
 def test_lines_of_another_form_in_a_split_file(tmp_path, lines, message):
@@ -127,23 +127,23 @@ def test_lines_of_another_form_in_a_split_file(tmp_path, lines, message):
         load("gld23k", tmp_path, tmp_path)
 
 
-def test_a_picture_listed_twice_is_a_remark(tmp_path):
+def test_an_image_listed_twice_is_a_remark(tmp_path):
     landmarks(tmp_path, ("mini_gld_train_split.csv", "mini_gld_test.csv"), False)
     with (tmp_path / "mini_gld_train_split.csv").open("a") as file:
         file.write("9,ffaa01,3\n")
     remarks = load("gld23k", tmp_path, tmp_path).remarks
-    assert "pictures listed more than once: 1, the first is images/ffaa01.jpg" in remarks
+    assert "images listed more than once: 1, the first is images/ffaa01.jpg" in remarks
     # It is for testing and for training: that is worse.
-    leak = "pictures listed both for training and for testing: 1, the first is images/ffaa01.jpg; "
+    leak = "images listed both for training and for testing: 1, the first is images/ffaa01.jpg; "
     assert sum(remark.startswith(leak) for remark in remarks) == 1
 
 
-def test_a_picture_of_two_people_is_no_leak(tmp_path):
+def test_an_image_of_two_people_is_no_leak(tmp_path):
     landmarks(tmp_path, ("mini_gld_train_split.csv", "mini_gld_test.csv"), False)
     with (tmp_path / "mini_gld_train_split.csv").open("a") as file:
         file.write("9,0123ab,3\n")
     remarks = load("gld23k", tmp_path, tmp_path).remarks
-    assert "pictures listed more than once: 1, the first is images/0123ab.jpg" in remarks
+    assert "images listed more than once: 1, the first is images/0123ab.jpg" in remarks
     assert not any("for testing" in remark for remark in remarks)
 
 
@@ -180,7 +180,7 @@ def test_inaturalist(tmp_path):
     ]
     assert data.test.query.names == [f"{birds}/bb01.jpg", f"{birds}/bb02.jpg"]
     assert same_pixels(data.train, root)
-    assert "test pictures: the lists have 2, published are 35,641" in data.remarks
+    assert "test images: the lists have 2, published are 35,641" in data.remarks
 
 
 def test_mistakes_in_inaturalist(tmp_path):
@@ -189,9 +189,7 @@ def test_mistakes_in_inaturalist(tmp_path):
     with pytest.raises(DataError, match=r"120k\.csv, line 4: .*/\*/\*/aa03\.jpg \(1 of 5 are mis"):
         load("inaturalist-user-120k", root, tmp_path)
     photograph(root / "train_val_images/Mollusca/Ostrea edulis/aa01.jpg")
-    with pytest.raises(
-        DataError, match=r"two pictures have the id aa01: .*alba.*edulis|edulis.*al"
-    ):
+    with pytest.raises(DataError, match=r"two images have the id aa01: .*alba.*edulis|edulis.*al"):
         load("inaturalist-user-120k", root, tmp_path)
 
 
@@ -202,7 +200,7 @@ HEADER = "image_id class_id super_class_id path"
 
 
 def products(root, classes=23):
-    """``classes`` products with two pictures each to train on, three more to test with."""
+    """``classes`` products with two images each to train on, three more to test with."""
     root.mkdir(parents=True, exist_ok=True)
     lines, number = {"train": [HEADER], "test": [HEADER]}, 0
     for product in range(1, classes + 4):
@@ -275,7 +273,7 @@ def test_more_than_was_published_is_a_remark_too(tmp_path):
     for number in (1199, 1201):
         assert remarks(number) == tuple(
             f"train {what}: the lists have 1,200, published are {number:,}"
-            for what in ("pictures", "classes", "clients")
+            for what in ("images", "classes", "clients")
         )
 
 
@@ -306,12 +304,12 @@ def test_lists_of_the_published_size_have_no_remark(tmp_path):
 def celeba(root, nested):
     counts = {"2880": 6, "2937": 5, "8692": 4, "17": 5, "18": 7}
     lines, number = [], 0
-    pictures = root / ("Img/img_align_celeba" if nested else "img_align_celeba")
+    images = root / ("Img/img_align_celeba" if nested else "img_align_celeba")
     for person, count in counts.items():
         for _ in range(count):
             number += 1
             lines.append(f"{number:06}.jpg {person}")
-            photograph(pictures / f"{number:06}.jpg")
+            photograph(images / f"{number:06}.jpg")
     place = root / ("Anno" if nested else "")
     place.mkdir(exist_ok=True)
     (place / "identity_CelebA.txt").write_text("\n".join(lines) + "\n")
@@ -333,7 +331,7 @@ def test_celeba_is_a_celebrity_a_client(tmp_path, nested):
     assert tested
     assert not set(trained) & set(tested)
     assert same_pixels(data.train, root)
-    left_out = "left out, as in LEAF, celebrities with fewer than 5 pictures: 1, with 4 pictures"
+    left_out = "left out, as in LEAF, celebrities with fewer than 5 images: 1, with 4 images"
     assert left_out in data.remarks
     assert "classes: the lists have 4, published are 9,343" in data.remarks
 
@@ -378,7 +376,7 @@ def test_lfw_is_a_person_a_client(tmp_path, folder):
     assert len(data.test.query) == 5
     assert data.unpaired == (f"{folder}/Zoran_Djindjic/Zoran_Djindjic_0001.jpg",)
     assert same_pixels(data.train, root)
-    assert "pictures: the lists have 12, published are 13,233" in data.remarks
+    assert "images: the lists have 12, published are 13,233" in data.remarks
 
 
 @pytest.mark.parametrize(
@@ -387,7 +385,7 @@ def test_lfw_is_a_person_a_client(tmp_path, folder):
         ("Zico\t3\n", "line 1: expected the number of people, got 'Zico'"),
         ("", "line 1: expected the number of people"),
         ("3\nZico\t3\n", "line 1 says 3 people, and 1 follow"),
-        ("1\nZico\n", "line 2: expected a name and a number of pictures, got 'Zico'"),
+        ("1\nZico\n", "line 2: expected a name and a number of images, got 'Zico'"),
         ("1\nZico\t3\t4\n", r"line 2: expected 'Aaron_Eckhart\\t1'"),
         ("1\n../Zico\t3\n", "line 2: expected"),
         ("1\nZico\t0\n", "line 2: expected"),
@@ -406,17 +404,17 @@ def test_lists_of_people_of_another_form(tmp_path, text, message):
 def cifar100(root, classes=10, copies=(5, 2)):
     """Records <coarse><fine><3072 pixels>; returns {name: (class name, pixels [3, 32, 32])}."""
     root.mkdir(parents=True, exist_ok=True)
-    rng, pictures = np.random.default_rng(0), {}
+    rng, images = np.random.default_rng(0), {}
     for part, count in zip(("train", "test"), copies, strict=True):
         labels = rng.permutation(np.arange(classes).repeat(count))
         records = []
         for position, label in enumerate(labels.tolist()):
             pixels = rng.integers(0, 256, (3, 32, 32), np.uint8)
             records.append(bytes([label // 5, label]) + pixels.tobytes())
-            pictures[f"{part}.bin/{position:05}"] = (f"fine_{label:03}", pixels)
+            images[f"{part}.bin/{position:05}"] = (f"fine_{label:03}", pixels)
         (root / f"{part}.bin").write_bytes(b"".join(records))
     (root / "fine_label_names.txt").write_text("".join(f"fine_{i:03}\n" for i in range(classes)))
-    return pictures
+    return images
 
 
 def load_cifar100(root, **options):
@@ -425,7 +423,7 @@ def load_cifar100(root, **options):
 
 @pytest.mark.parametrize("folder", ["", "cifar-100-binary"])
 def test_cifar100_is_read_as_it_is(tmp_path, folder):
-    pictures = cifar100(tmp_path / "data" / folder)
+    written = cifar100(tmp_path / "data" / folder)
     # Another seed holds out as many other classes, whose pixels are kept apart from these.
     other = load_cifar100(tmp_path, partition="classes:3", seed=2)
     data = load_cifar100(tmp_path, partition="classes:3")
@@ -437,19 +435,19 @@ def test_cifar100_is_read_as_it_is(tmp_path, folder):
     for images in (train, test):
         for pixels, label, name in zip(images.pixels, images.labels, images.names, strict=True):
             found[name] = (images.class_names[label], pixels)
-    assert found.keys() == pictures.keys()
-    for name, (label, pixels) in pictures.items():
+    assert found.keys() == written.keys()
+    for name, (label, pixels) in written.items():
         assert found[name][0] == label
         assert (found[name][1] == pixels).all()
-    # Whole classes are on one side, with the pictures of both files.
+    # Whole classes are on one side, with the images of both files.
     assert not set(train.class_names) & set(test.class_names)
     assert set(np.bincount(test.labels)) == {7}
-    assert "pictures: the lists have 70, published are 60,000" in data.remarks
+    assert "images: the lists have 70, published are 60,000" in data.remarks
     assert isinstance(train.pixels, np.memmap)
 
 
-def test_cifar100_resized_is_what_its_pictures_as_files_are(tmp_path):
-    pictures = cifar100(tmp_path / "data")
+def test_cifar100_resized_is_what_its_images_as_files_are(tmp_path):
+    images = cifar100(tmp_path / "data")
     for channels in (1, 3):
         data = load_dataset(
             "cifar100",
@@ -462,8 +460,8 @@ def test_cifar100_resized_is_what_its_pictures_as_files_are(tmp_path):
         lines = ["image,label,client,split"]
         for name in data.names:
             file = tmp_path / f"{name.replace('/', '-')}.png"
-            Image.fromarray(pictures[name][1].transpose(1, 2, 0)).save(file)
-            lines.append(f"{file.name},{pictures[name][0]},{pictures[name][0]},train")
+            Image.fromarray(images[name][1].transpose(1, 2, 0)).save(file)
+            lines.append(f"{file.name},{images[name][0]},{images[name][0]},train")
         (tmp_path / "files.csv").write_text("\n".join(lines))
         files = load_dataset(
             "csv",
@@ -524,12 +522,12 @@ def test_links_are_followed_and_dangling_ones_are_missing(tmp_path):
     data = load("gld23k", root, tmp_path)
     assert len(data.train) == 4
     assert same_pixels(data.train, store)
-    picture = store / file("a1b2c3")
-    picture.rename(tmp_path / "moved.jpg")
-    picture.symlink_to(tmp_path / "moved.jpg")
+    image = store / file("a1b2c3")
+    image.rename(tmp_path / "moved.jpg")
+    image.symlink_to(tmp_path / "moved.jpg")
     assert len(load("gld23k", root, tmp_path).train) == 4
     (tmp_path / "moved.jpg").unlink()
-    with pytest.raises(DataError, match=r"line 2: no such picture file: .*a1b2c3\.jpg"):
+    with pytest.raises(DataError, match=r"line 2: no such image file: .*a1b2c3\.jpg"):
         load("gld23k", root, tmp_path)
 
 
@@ -591,22 +589,22 @@ def test_info_tells_what_is_not_as_published_and_draws_who_holds_what(
     products(tmp_path / "data", classes=23)
     words = ["info", "--data", "sop", "--data-path", str(tmp_path / "data"), "--image-size", "12"]
     words += ["--backbone", "conv4-4", "--embedding-size", "8"]
-    picture = tmp_path / "clients.png"
-    assert main([*words, "--plot", str(picture)]) == 0
+    image = tmp_path / "clients.png"
+    assert main([*words, "--plot", str(image)]) == 0
     said = capsys.readouterr().out
     assert "remark: train classes: the lists have 23, published are 11,318" in said
     assert re.search(r"clients +3, dealt by classes:10 *\n", said)
     assert re.search(r"images per client +14 to 16, median 16 *\n", said)
     assert re.search(r"clients per class +1 *\n", said)
-    with Image.open(picture) as image:
+    with Image.open(image) as image:
         assert image.format == "PNG"
         assert image.width > 2000
     options = ["--partition", "dirichlet:2", "--partition-clients", "5"]
-    picture = tmp_path / "none" / "clients.png"
-    assert main([*words, *options, "--plot", str(picture)]) == 2
+    image = tmp_path / "none" / "clients.png"
+    assert main([*words, *options, "--plot", str(image)]) == 2
     said = capsys.readouterr()
     assert re.search(r"clients +5, dealt by dirichlet:2 *\n", said.out)
-    assert f"--plot {picture}: cannot write it: No such file" in said.err
+    assert f"--plot {image}: cannot write it: No such file" in said.err
     assert main([*words, "--plot", "clients.jpg"]) == 2
     assert "--plot clients.jpg: expected a name that ends with .png" in capsys.readouterr().err
     for options in (["--partition", "shards:3"], ["--partition-clients", "3"]):

@@ -17,11 +17,11 @@ from fedss.errors import ConfigError, RunFolderError
 from fedss.evaluation.baselines import Floors
 from fedss.evaluation.intervals import ClassScores
 from fedss.report import (
-    bytes_picture,
+    bytes_figure,
     charts,
     figures,
     frontier,
-    frontier_picture,
+    frontier_figure,
     labels,
     rounds,
     write_report,
@@ -525,7 +525,7 @@ def test_comparison_shows_the_same_queries(comparison: tuple[Path, Any]) -> None
     assert "Where the methods differ" in page.words
 
 
-def test_large_colour_pictures_stay_small(tmp_path: Path) -> None:
+def test_large_colour_images_stay_small(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 4, 3, 160, 120), dtype=np.uint8)
     for method in ("full", "fedss", "pos-only", "central"):
         fake_run(tmp_path / method, method, rounds=5, pixels=pixels)
@@ -543,7 +543,7 @@ def test_only_central(tmp_path: Path) -> None:
 
 AGAIN = "; restore it from a copy, or run again in another folder"
 ANEW = "; delete it and start this folder's fedss command again, which writes it anew"
-NO_PICTURES = "; delete it: the report is then written without pictures"
+NO_IMAGES = "; delete it: the report is then written without images"
 
 
 @pytest.mark.parametrize(
@@ -564,8 +564,8 @@ NO_PICTURES = "; delete it: the report is then written without pictures"
         ("summary.json", "[]", "summary.json: expected a list with one object per run", ANEW),
         ("summary.json", "[{}]", "summary.json: 'folder' is missing", ANEW),
         ("summary.json", '[{"folder": "."}]', "'class_rows_per_client' is missing", ANEW),
-        ("retrieval.npz", "no archive", "retrieval.npz: cannot be read", NO_PICTURES),
-        ("retrieval.npz", "", "retrieval.npz: cannot be read", NO_PICTURES),
+        ("retrieval.npz", "no archive", "retrieval.npz: cannot be read", NO_IMAGES),
+        ("retrieval.npz", "", "retrieval.npz: cannot be read", NO_IMAGES),
     ],
 )
 def test_damaged_records(
@@ -625,7 +625,7 @@ def test_damaged_neighbours(
     with np.load(tmp_path / "retrieval.npz") as file:
         arrays = dict(file)
     np.savez(tmp_path / "retrieval.npz", **(arrays | {name: change(arrays[name])}))
-    with pytest.raises(RunFolderError, match=rf"retrieval\.npz: {message}.*{NO_PICTURES}"):
+    with pytest.raises(RunFolderError, match=rf"retrieval\.npz: {message}.*{NO_IMAGES}"):
         write_report(tmp_path)
 
 
@@ -680,7 +680,7 @@ def test_says_which_test_classes_were_trained_on(
 
 def test_pooled_training_is_a_reference(comparison: tuple[Path, Any]) -> None:
     _, page = read(comparison[0])
-    assert "central, the pooled reference, moves pictures" in page.words
+    assert "central, the pooled reference, moves images" in page.words
     assert "upper bound" not in page.words
 
 
@@ -724,9 +724,9 @@ def test_every_line_of_the_bytes_chart_is_labelled_in_order(tmp_path: Path) -> N
     assert np.all(np.diff(heights) < -13)  # downwards in SVG
 
 
-def test_picture_has_size_and_colours(comparison: tuple[Path, Any]) -> None:
-    picture = bytes_picture(comparison[0])
-    with Image.open(io.BytesIO(picture)) as image:
+def test_image_has_size_and_colours(comparison: tuple[Path, Any]) -> None:
+    image = bytes_figure(comparison[0])
+    with Image.open(io.BytesIO(image)) as image:
         assert image.format == "PNG"
         assert image.size == (1280, 800)
         assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
@@ -736,10 +736,10 @@ def test_picture_has_size_and_colours(comparison: tuple[Path, Any]) -> None:
         assert (pixels == color).all(axis=1).sum() > 100
 
 
-def test_picture_needs_bytes(tmp_path: Path) -> None:
+def test_image_needs_bytes(tmp_path: Path) -> None:
     single(tmp_path, method="central", rounds=5)
     with pytest.raises(RunFolderError, match="expected an evaluated round with its bytes"):
-        bytes_picture(tmp_path)
+        bytes_figure(tmp_path)
 
 
 def test_two_runs_of_one_method_and_seed(tmp_path: Path) -> None:
@@ -783,12 +783,12 @@ def test_damage_is_named_and_no_traceback(tmp_path: Path, file: str, content: st
         write_report(folder)
 
 
-def test_the_picture_is_a_png_and_the_same_each_time(tmp_path: Path) -> None:
+def test_the_image_is_a_png_and_the_same_each_time(tmp_path: Path) -> None:
     folder = tmp_path / "four"
     fake_comparison(folder, ["full", "fedss", "pos-only", "central"])
-    picture = bytes_picture(folder)
-    assert picture.startswith(b"\x89PNG")
-    assert picture == bytes_picture(folder)
+    image = bytes_figure(folder)
+    assert image.startswith(b"\x89PNG")
+    assert image == bytes_figure(folder)
 
 
 # label -> (method, MAP@10, bytes both ways, of these moments)
@@ -1179,7 +1179,7 @@ def test_run_that_nobody_could_evaluate(tmp_path: Path) -> None:
     assert titles == ["Bytes per client and round", "Training loss"]
     assert page.cells[page.cells.index("fedss") + 1 :][:2] == ["–", "–"]
     with pytest.raises(RunFolderError, match="expected an evaluated round with its bytes"):
-        bytes_picture(tmp_path)
+        bytes_figure(tmp_path)
 
 
 def test_methods_that_nobody_could_evaluate(tmp_path: Path) -> None:
@@ -1218,7 +1218,7 @@ def test_retrieval_at_the_sites_is_called_so(tmp_path: Path, scored: bool) -> No
         line |= {"num_classes": 1300 + line["round"], "num_clients": 48}
         line["metrics"] = scores(0.3) | {"sites": 7} if scored else None
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = "Retrieval was measured at 7 sites, each among its own pictures"
+    told = "Retrieval was measured at 7 sites, each among its own images"
     words = read(tmp_path)[1].words
     assert (told in words) == scored
     assert "fedss in a federation" in words
@@ -1398,10 +1398,10 @@ def test_colours_can_be_read_and_told_apart(theme: int) -> None:
         assert np.linalg.norm(seen[0] - seen[1], axis=1).min() > 0.3
 
 
-def test_frontier_picture_of_one_comparison(variants: Path) -> None:
-    picture = frontier_picture({"Omniglot": variants})
-    assert picture == frontier_picture({"Omniglot": variants})
-    with Image.open(io.BytesIO(picture)) as image:
+def test_frontier_image_of_one_comparison(variants: Path) -> None:
+    image = frontier_figure({"Omniglot": variants})
+    assert image == frontier_figure({"Omniglot": variants})
+    with Image.open(io.BytesIO(image)) as image:
         assert image.format == "PNG"
         assert image.size == (1280, 800)
         assert image.info["dpi"] == pytest.approx((200, 200), abs=0.1)
@@ -1412,24 +1412,24 @@ def test_frontier_picture_of_one_comparison(variants: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, (2320, 880)), (3, (2320, 1760))])
-def test_frontier_picture_of_several(
+def test_frontier_image_of_several(
     variants: Path, tmp_path: Path, count: int, size: tuple[int, int]
 ) -> None:
     fake_variants(tmp_path, ["full", "fedss deck", "pos-only"])
     folders = {"one": variants, "two": tmp_path, "three": variants}
-    picture = frontier_picture(dict(list(folders.items())[:count]))
-    with Image.open(io.BytesIO(picture)) as image:
+    image = frontier_figure(dict(list(folders.items())[:count]))
+    with Image.open(io.BytesIO(image)) as image:
         assert image.size == size
 
 
-def test_frontier_picture_is_relative_where_every_comparison_has_full(
+def test_frontier_image_is_relative_where_every_comparison_has_full(
     variants: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_variants(tmp_path, ["fedss deck", "pos-only"])
     drawn: list[frontier.FrontierPanel] = []
     monkeypatch.setattr(figures, "frontier_png", lambda panels, _: drawn.extend(panels) or b"")
-    frontier_picture({"with full": variants})
-    frontier_picture({"with full": variants, "without": tmp_path})
+    frontier_figure({"with full": variants})
+    frontier_figure({"with full": variants, "without": tmp_path})
     scores = [{p.label: p.mean for p in panel.points} for panel in drawn]
     assert [panel.relative for panel in drawn] == [True, False, False]
     assert scores[0]["full"] == 1
@@ -1441,12 +1441,12 @@ def test_frontier_picture_is_relative_where_every_comparison_has_full(
     assert slots[1]["fedss deck"] == slots[2]["fedss deck"]
 
 
-def test_frontier_picture_needs_one_to_four_comparisons_with_bytes(
+def test_frontier_image_needs_one_to_four_comparisons_with_bytes(
     variants: Path, tmp_path: Path
 ) -> None:
     for folders in ({}, {str(i): variants for i in range(5)}):
         with pytest.raises(ConfigError, match="folders: expected 1 to 4 of them, got"):
-            frontier_picture(folders)
+            frontier_figure(folders)
     single(tmp_path, method="central", rounds=5)
     with pytest.raises(RunFolderError, match="expected a finished run with its score and bytes"):
-        frontier_picture({"pooled": tmp_path})
+        frontier_figure({"pooled": tmp_path})

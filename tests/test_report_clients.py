@@ -1,4 +1,4 @@
-"""The picture of who holds what: it is drawn from the numbers alone, whatever they are."""
+"""The image of who holds what: it is drawn from the numbers alone, whatever they are."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.report import clients_picture
+from fedss.report import clients_figure
 from fedss.report.clients import clients_png
 from fedss.report.figures import _light
 
@@ -30,18 +30,18 @@ def many(seed):
         pairs(np.arange(5).repeat(4), np.tile(np.arange(4), 5)),
         many(0),
     ],
-    ids=["one picture", "gaps in the numbers", "all alike", "many"],
+    ids=["one image", "gaps in the numbers", "all alike", "many"],
 )
 def test_whatever_is_held_is_drawn(held):
-    with Image.open(io.BytesIO(clients_picture(held, "a $title_ with & signs"))) as image:
+    with Image.open(io.BytesIO(clients_figure(held, "a $title_ with & signs"))) as image:
         assert image.format == "PNG"
         assert image.size == (2444, 1833)
 
 
 def test_the_same_numbers_give_the_same_bytes():
-    picture = clients_picture(many(1), "")
-    assert picture == clients_picture(many(1), "")
-    assert picture != clients_picture(many(2), "")
+    image = clients_figure(many(1), "")
+    assert image == clients_figure(many(1), "")
+    assert image != clients_figure(many(2), "")
 
 
 def test_the_matrix_is_in_the_colours_of_the_page():

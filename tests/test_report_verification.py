@@ -1,4 +1,4 @@
-"""What the page says on pairs of pictures: rates, ROC, the hardest confusions."""
+"""What the page says on pairs of images: rates, ROC, the hardest confusions."""
 
 import base64
 import dataclasses
@@ -25,7 +25,7 @@ FIGURES = "What is taken for the same"
 
 
 def leave_findings(folder: Path, noise: float = 1.2, classes: int = 40, seed: int = 0) -> Any:
-    """What a run leaves of a task of 6 pictures a class, under embeddings of some quality."""
+    """What a run leaves of a task of 6 images a class, under embeddings of some quality."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), 6)
     query = dataclasses.replace(
@@ -66,7 +66,7 @@ def test_a_run_shows_its_rates_as_far_as_pairs_support_them(tmp_path: Path) -> N
     assert not points[0.001]["supported"]
     assert "600 of one class" in page.words
     assert "28\u202f080 of two, too few for a FAR below 1.1\u00a0·\u00a010⁻³" in page.words
-    assert "20 classes are enrolled, drawn 10 times; so few pictures" in page.words
+    assert "20 classes are enrolled, drawn 10 times; so few images" in page.words
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", html[html.index(FIGURES) :])
     assert f"EER {found['eer']:.3f}" in texts
     assert {f"{points[far]['tar']:.3f}" for far in (0.1, 0.01)} <= set(texts)
@@ -74,15 +74,15 @@ def test_a_run_shows_its_rates_as_far_as_pairs_support_them(tmp_path: Path) -> N
     assert "it grows with the number of enrolled classes" in page.words
 
 
-def test_confused_classes_stand_with_a_picture_of_each(tmp_path: Path) -> None:
+def test_confused_classes_stand_with_an_image_of_each(tmp_path: Path) -> None:
     single(tmp_path, rounds=5)
     _, task, h_ND = leave_findings(tmp_path, noise=1.0)
     html, page = read(tmp_path)
     unit = torch.nn.functional.normalize(h_ND, dim=1)
     best = (unit @ unit.T).fill_diagonal_(-2).argmax(1).numpy()
     labels, names = task.query.labels, task.query.class_names
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)" alt="Confused: ([^"]+)"', html)
-    assert len(pictures) == 2 * 10
+    images = re.findall(r'src="data:image/png;base64,([^"]+)" alt="Confused: ([^"]+)"', html)
+    assert len(images) == 2 * 10
     rows = []
     at = page.cells.index("cosine")
     for i in range(10):
@@ -96,7 +96,7 @@ def test_confused_classes_stand_with_a_picture_of_each(tmp_path: Path) -> None:
         assert ways[0] >= ways[1]
         rows.append(sum(ways))
         pixels = []
-        for (uri, name), of in zip(pictures[2 * i : 2 * i + 2], (first, second), strict=True):
+        for (uri, name), of in zip(images[2 * i : 2 * i + 2], (first, second), strict=True):
             assert name == names[of]
             shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
             (position,) = np.flatnonzero((task.query.pixels[:, 0] == shown).all((1, 2)))
@@ -213,7 +213,7 @@ def test_damaged_confusions(
     with np.load(tmp_path / "confusions.npz") as file:
         arrays = dict(file)
     np.savez(tmp_path / "confusions.npz", **(arrays | {name: change(arrays[name])}))
-    with pytest.raises(RunFolderError, match=rf"confusions\.npz: {message}.*without pictures"):
+    with pytest.raises(RunFolderError, match=rf"confusions\.npz: {message}.*without images"):
         write_report(tmp_path)
     (tmp_path / "confusions.npz").write_bytes(b"no archive")
     with pytest.raises(RunFolderError, match=r"confusions\.npz: cannot be read"):

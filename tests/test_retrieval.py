@@ -93,7 +93,7 @@ any_row = st.lists(st.integers(-2, 2), min_size=4, max_size=4)
 
 
 @st.composite
-def pictures(draw: st.DrawFn, least: int) -> tuple[list[list[int]], list[int]]:
+def make_images(draw: st.DrawFn, least: int) -> tuple[list[list[int]], list[int]]:
     rows = draw(st.integers(least, 16))
     labels = st.integers(-2, 2).map(lambda y: y * 2**40)
     return (
@@ -114,7 +114,7 @@ def screening(*dtypes: torch.dtype, group: int = 16) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtypes", [(), (torch.bfloat16,), (torch.float32,)])
 @settings(max_examples=60)
-@given(query=pictures(2), gallery=st.none() | pictures(1), scale=st.integers(-30, 30))
+@given(query=make_images(2), gallery=st.none() | make_images(1), scale=st.integers(-30, 30))
 def test_equals_the_definition_also_among_ties(
     dtypes: tuple[torch.dtype, ...],
     query: tuple[list[list[int]], list[int]],
@@ -658,7 +658,7 @@ def test_what_cannot_be_is_refused() -> None:
         (lambda: evaluate_retrieval(rows, labels > 0), "must be integers"),
         (lambda: evaluate_retrieval(rows, labels, rows), "together, or neither"),
         (lambda: evaluate_retrieval(rows, labels, None, labels), "together, or neither"),
-        (lambda: evaluate_retrieval(rows, torch.arange(10)), "another picture of its class"),
+        (lambda: evaluate_retrieval(rows, torch.arange(10)), "another image of its class"),
         (lambda: evaluate_retrieval(rows, labels, rows, labels + 9), "class in the gallery"),
     ):
         with pytest.raises(ValueError, match=message):

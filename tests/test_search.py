@@ -1,4 +1,4 @@
-"""Pictures found in an index: what is searched, what is kept, who may change it."""
+"""Images found in an index: what is searched, what is kept, who may change it."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from fedss.data import RetrievalTask
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.evaluation.evaluate import verify
 from fedss.evaluation.verification import REJECT_ALL
-from fedss.inference.embedding import embed_files, list_pictures
+from fedss.inference.embedding import embed_files, list_images
 from fedss.inference.pixels import thumbnail
 from fedss.models import build_embedder, fingerprint, save_embedder
 from fedss.search import (
@@ -44,7 +44,7 @@ from tests import reference
 MODEL = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
 
 
-def picture(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
+def make_image(seed: int, size: tuple[int, int] = (24, 18)) -> Image.Image:
     """Of four colours and a little noise; neighbouring seeds look nothing alike."""
     rng = np.random.default_rng(seed)
     fields = rng.integers(0, 256, (2, 2, 3), np.uint8)
@@ -60,7 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for copy in range(3):
             file = root / "photos" / f"class {label}" / f"{copy}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            picture(3 * label + copy).save(file)
+            make_image(3 * label + copy).save(file)
     build_collection(root / "run", root / "photos")
     return root
 
@@ -121,7 +121,7 @@ def test_what_is_found_is_what_a_plain_sort_finds_and_ties_go_by_position(
         assert np.allclose([match.score for match in matches], scores[order], atol=1e-6)
 
 
-def test_of_many_pictures_exactly_those_of_nearest_are_found(made):
+def test_of_many_images_exactly_those_of_nearest_are_found(made):
     rows_ND = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0))
     rows_ND[1000:] = rows_ND[:1000].repeat(2, 1) + 1e-7  # nearly or quite equal ones
     collection = with_vectors(opened(made), rows_ND)
@@ -133,11 +133,11 @@ def test_of_many_pictures_exactly_those_of_nearest_are_found(made):
 
 def test_an_index_holds_names_classes_and_the_embeddings_of_embed_files(made):
     collection = opened(made)
-    found = list_pictures(made / "photos")
+    found = list_images(made / "photos")
     assert collection.names == found.names == tuple(sorted(found.names))
     assert collection.labels == tuple(name.split("/")[0] for name in found.names)
     assert collection.classes == {f"class {i}": 3 for i in range(4)}
-    assert collection.pictures_of("class 2") == [6, 7, 8]
+    assert collection.images_of("class 2") == [6, 7, 8]
     expected = embed_files(MODEL, found.paths).embeddings_ND
     assert np.allclose(collection.vectors_ND, expected, atol=1e-6)
     assert [collection.path(i) for i in range(12)] == found.paths
@@ -148,7 +148,7 @@ def test_a_class_is_the_name_of_the_folder_whatever_lies_above_it(made, tmp_path
     files = ["shop a/mug/1.png", "shop b/mug/1.png", "pot/1.png", "1.png", ".hidden/x/2.png"]
     for seed, name in enumerate(files):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(tmp_path / name)
+        make_image(seed).save(tmp_path / name)
     collection = build_collection(made / "run", tmp_path, tmp_path / "index")
     assert dict(zip(collection.names, collection.labels, strict=True)) == {
         "1.png": None,
@@ -159,9 +159,9 @@ def test_a_class_is_the_name_of_the_folder_whatever_lies_above_it(made, tmp_path
     assert collection.classes == {"mug": 2, "pot": 1}
 
 
-def test_a_csv_gives_names_and_classes_and_each_picture_once(made, tmp_path):
+def test_a_csv_gives_names_and_classes_and_each_image_once(made, tmp_path):
     for seed in range(3):
-        picture(seed).save(tmp_path / f"{seed}.png")
+        make_image(seed).save(tmp_path / f"{seed}.png")
     listed = tmp_path / "list.txt"
     listed.write_text("image,label\n2.png,pot\n0.png,\n")
     collection = build_collection(made / "run", listed, tmp_path / "index")
@@ -175,7 +175,7 @@ def test_a_csv_gives_names_and_classes_and_each_picture_once(made, tmp_path):
 
 def test_links_are_passed_over_and_counted(made, tmp_path):
     (tmp_path / "photos").mkdir()
-    picture(0).save(tmp_path / "photos" / "a.png")
+    make_image(0).save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "b.png").symlink_to(made / "photos" / "class 0" / "1.png")
     (tmp_path / "photos" / "c").symlink_to(made / "photos")
     (tmp_path / "photos" / "circle").symlink_to(tmp_path / "photos")
@@ -200,7 +200,7 @@ def test_names_in_any_script_and_of_bytes_that_are_no_text(made, tmp_path, capsy
     for seed, name in enumerate(names):
         file = tmp_path / "photos" / name
         file.parent.mkdir(parents=True)
-        picture(seed).save(os.fsencode(file))
+        make_image(seed).save(os.fsencode(file))
     run, index = str(made / "run"), str(tmp_path / "index")
     collection = build_collection(run, tmp_path / "photos", index)
     assert set(collection.names) == set(names)
@@ -219,11 +219,11 @@ def test_names_in_any_script_and_of_bytes_that_are_no_text(made, tmp_path, capsy
     assert "DROP" in page
 
 
-def test_thumbnails_are_small_upright_and_of_the_right_picture(made, tmp_path):
+def test_thumbnails_are_small_upright_and_of_the_right_image(made, tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6  # to be rotated by a quarter
-    picture(1, (600, 400)).save(tmp_path / "turned.jpg", exif=turned)
-    picture(2, (20, 10)).save(tmp_path / "small.png")
+    make_image(1, (600, 400)).save(tmp_path / "turned.jpg", exif=turned)
+    make_image(2, (20, 10)).save(tmp_path / "small.png")
     Image.new("CMYK", (90, 30)).save(tmp_path / "print.jpg")
     collection = build_collection(made / "run", tmp_path, tmp_path / "index")
     assert collection.names == ("print.jpg", "small.png", "turned.jpg")
@@ -238,28 +238,28 @@ def test_thumbnails_are_small_upright_and_of_the_right_picture(made, tmp_path):
 def test_only_what_is_new_or_changed_is_embedded_again(place):
     photos = place / "photos"
     (photos / "class 0" / "0.png").unlink()
-    picture(50).save(photos / "class 1" / "new.png")
-    picture(51).save(photos / "class 2" / "1.png")
+    make_image(50).save(photos / "class 1" / "new.png")
+    make_image(51).save(photos / "class 2" / "1.png")
     os.utime(photos / "class 2" / "1.png", ns=(1, 1))
     before = opened(place)
     after = build_collection(place / "run", photos)
     assert (before.embedded, after.embedded) == (12, 2)
-    found = list_pictures(photos)
+    found = list_images(photos)
     assert after.names == found.names
     expected = embed_files(MODEL, found.paths).embeddings_ND
     assert np.allclose(after.vectors_ND, expected, atol=1e-6)
     whole = build_collection(place / "run", photos, place / "other")
     assert whole.embedded == 12
     assert [after.thumbnail(i) for i in range(12)] == [whole.thumbnail(i) for i in range(12)]
-    # Positions mean other pictures now: an index opened earlier must not show them as its own.
+    # Positions mean other images now: an index opened earlier must not show them as its own.
     with pytest.raises(RunFolderError, match="open the index again"):
         before.thumbnail(3)
 
 
 def test_a_build_that_fails_leaves_the_old_index(place):
-    picture(60).save(place / "photos" / "more.png")
-    (place / "photos" / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"cannot read picture .*broken\.png: .*--skip-broken"):
+    make_image(60).save(place / "photos" / "more.png")
+    (place / "photos" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"cannot read image .*broken\.png: .*--skip-broken"):
         build_collection(place / "run", place / "photos")
 
     def interrupt(done: int, total: int) -> None:
@@ -291,21 +291,21 @@ def test_an_interrupted_build_goes_on(place, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         build_collection(place / "run", place / "photos", on_progress=interrupt)
-    picture(61).save(place / "photos" / "class 0" / "1.png")  # changed since it was embedded
+    make_image(61).save(place / "photos" / "class 0" / "1.png")  # changed since it was embedded
     os.utime(place / "photos" / "class 0" / "1.png", ns=(1, 1))
     seen: list[int] = []
     build_collection(place / "run", place / "photos", on_progress=lambda now, _: seen.append(now))
     assert seen[0] == 7
-    expected = embed_files(MODEL, list_pictures(place / "photos").paths).embeddings_ND
+    expected = embed_files(MODEL, list_images(place / "photos").paths).embeddings_ND
     assert np.allclose(opened(place).vectors_ND, expected, atol=1e-6)
     assert opened(place).embedded == 12
 
 
-def test_places_without_pictures_are_named(made, tmp_path):
-    with pytest.raises(DataError, match="no picture found"):
+def test_places_without_images_are_named(made, tmp_path):
+    with pytest.raises(DataError, match="no image found"):
         build_collection(made / "run", tmp_path)
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="no readable picture among the 1"):
+    with pytest.raises(DataError, match="no readable image among the 1"):
         build_collection(made / "run", tmp_path, tmp_path / "index", skip_broken=True)
     with pytest.raises(RunFolderError, match=r"index\.sqlite is missing: fedss index RUN IMAGES"):
         open_collection(tmp_path / "index", made / "run")
@@ -313,8 +313,8 @@ def test_places_without_pictures_are_named(made, tmp_path):
         open_collection(made / "run" / "index", tmp_path)
 
 
-def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch):
-    picture(0, (40, 40)).save(tmp_path / "huge.png")
+def test_an_image_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch):
+    make_image(0, (40, 40)).save(tmp_path / "huge.png")
     monkeypatch.setattr("fedss.data.decoding.MAX_PIXELS", 1000)
     limit = "40 x 40 = 1,600 pixels, above the limit of 1,000: save it smaller"
     with pytest.raises(DataError, match=rf"huge\.png: {limit}"):
@@ -324,7 +324,7 @@ def test_a_picture_that_may_be_an_attack_is_refused(made, tmp_path, monkeypatch)
 
 
 def test_the_model_that_made_an_index_is_asked_for(place):
-    collection = enrol(opened(place), "new", [picture(80)])
+    collection = enrol(opened(place), "new", [make_image(80)])
     other = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
     assert fingerprint(other) == fingerprint(MODEL)
     with torch.no_grad():
@@ -344,8 +344,8 @@ def test_the_model_that_made_an_index_is_asked_for(place):
     assert build_collection(place / "run", place / "photos").embedded == 12
 
 
-def test_an_index_of_other_pictures_is_not_replaced(place, tmp_path):
-    picture(0).save(tmp_path / "another.png")
+def test_an_index_of_other_images_is_not_replaced(place, tmp_path):
+    make_image(0).save(tmp_path / "another.png")
     before = (place / "run" / "index" / "index.sqlite").read_bytes()
     (tmp_path / "others").mkdir()
     (tmp_path / "another.png").rename(tmp_path / "others" / "another.png")
@@ -372,11 +372,11 @@ def test_models_whose_fingerprints_differ_in_one_digit_are_two(place, place_of_d
 def test_a_change_within_a_second_that_keeps_the_size_is_seen(made, tmp_path):
     photo, moment = tmp_path / "photos" / "a.bmp", 10**18 + 5 * 10**8
     photo.parent.mkdir()
-    picture(1).save(photo)
+    make_image(1).save(photo)
     size = photo.stat().st_size
     os.utime(photo, ns=(moment, moment))
     before = build_collection(made / "run", photo.parent, tmp_path / "index").vectors_ND
-    picture(2).save(photo)
+    make_image(2).save(photo)
     os.utime(photo, ns=(moment, moment + 1000))
     assert photo.stat().st_size == size
     after = build_collection(made / "run", photo.parent, tmp_path / "index")
@@ -407,9 +407,9 @@ def test_vectors_that_were_changed_are_noticed(place):
 
 def test_an_enrolled_class_is_found_at_once_and_by_whoever_opens_the_index(place):
     before = opened(place)
-    new = [picture(70), picture(71)]
+    new = [make_image(70), make_image(71)]
     content = io.BytesIO()
-    picture(72).save(content, "PNG")
+    make_image(72).save(content, "PNG")
     after = enrol(before, " ключ ", [*new, content], names=["a", "b", "c"])
     assert len(before) == 12
     assert after.enrolled == {"ключ": 3}
@@ -435,42 +435,42 @@ def test_an_enrolled_class_is_found_at_once_and_by_whoever_opens_the_index(place
         after.vectors_ND[-1].numpy().tobytes()
         not in (place / "run" / "index" / "enrolled.sqlite").read_bytes()
     )
-    # Its number is given to no other picture.
-    enrol(gone, "other", [picture(73)])
+    # Its number is given to no other image.
+    enrol(gone, "other", [make_image(73)])
     with pytest.raises(RunFolderError, match="open the index again"):
         after.thumbnail(12)
 
 
 def test_accents_are_one_letter_however_they_are_written(made, tmp_path):
     (tmp_path / "photos" / "cafe\u0301").mkdir(parents=True)
-    picture(0).save(tmp_path / "photos" / "cafe\u0301" / "1.png")
+    make_image(0).save(tmp_path / "photos" / "cafe\u0301" / "1.png")
     collection = build_collection(made / "run", tmp_path / "photos", tmp_path / "index")
     assert collection.path(0).is_file()
-    assert enrol(collection, "caf\u00e9", [picture(1)]).classes == {"caf\u00e9": 2}
+    assert enrol(collection, "caf\u00e9", [make_image(1)]).classes == {"caf\u00e9": 2}
     assert remove(collection, "cafe\u0301").classes == {"caf\u00e9": 1}
 
 
-def test_pictures_enrolled_into_a_class_of_the_folder_join_it(place):
-    both = enrol(opened(place), "class 1", [picture(74)])
+def test_images_enrolled_into_a_class_of_the_folder_join_it(place):
+    both = enrol(opened(place), "class 1", [make_image(74)])
     assert both.classes["class 1"] == 4
-    assert both.pictures_of("class 1") == [3, 4, 5, 12]
+    assert both.images_of("class 1") == [3, 4, 5, 12]
     assert remove(both, "class 1").classes["class 1"] == 3
 
 
 def test_what_cannot_be_enrolled_leaves_nothing(place):
     collection = opened(place)
-    for label, pictures, message in (
-        ("  ", [picture(0)], "a class needs a name"),
-        ("new", [], "expected one picture or more"),
-        ("new", [picture(0), place / "none.png"], r"cannot read picture .*none\.png"),
-        ("new", [io.BytesIO(b"GIF89a")], "cannot read picture 1:"),
+    for label, images, message in (
+        ("  ", [make_image(0)], "a class needs a name"),
+        ("new", [], "expected one image or more"),
+        ("new", [make_image(0), place / "none.png"], r"cannot read image .*none\.png"),
+        ("new", [io.BytesIO(b"GIF89a")], "cannot read image 1:"),
     ):
         with pytest.raises(DataError, match=message):
-            enrol(collection, label, pictures)
+            enrol(collection, label, images)
     assert not (collection.folder / "enrolled.sqlite").exists()
 
 
-def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(place, tmp_path):
+def test_an_open_image_is_embedded_as_its_file_and_stays_as_it_was(place, tmp_path):
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (300, 400, 3), np.uint8))
     noise.save(tmp_path / "a.jpg", quality=95)
@@ -497,7 +497,7 @@ def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(place, tmp_
         image.draft("L", None)
         assert torch.equal(collection.embed([image]), told_1D)
         assert not torch.equal(told_1D, expected_1D)
-    first, second = picture(1), picture(2)
+    first, second = make_image(1), make_image(2)
     first.save(tmp_path / "two.gif", save_all=True, append_images=[second])
     with Image.open(tmp_path / "two.gif") as image:
         image.seek(1)
@@ -509,12 +509,12 @@ def test_an_open_picture_is_embedded_as_its_file_and_stays_as_it_was(place, tmp_
 def test_several_enrol_at_once(place):
     collection = opened(place)
     with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda i: enrol(collection, f"new {i}", [picture(i)] * 2), range(12)))
+        list(pool.map(lambda i: enrol(collection, f"new {i}", [make_image(i)] * 2), range(12)))
     assert opened(place).enrolled == dict(sorted((f"new {i}", 2) for i in range(12)))
 
 
 def test_an_enrolment_killed_in_its_middle_was_never_there(place):
-    collection = enrol(opened(place), "new", [picture(75)])
+    collection = enrol(opened(place), "new", [make_image(75)])
     # With so small a cache half of it is on the disk when the process dies.
     code = """if True:
         import os, sys
@@ -533,12 +533,12 @@ def test_an_enrolment_killed_in_its_middle_was_never_there(place):
     assert died.returncode == 9
     assert path.stat().st_size > 10 * size
     assert opened(place).enrolled == {"new": 1}
-    assert enrol(collection, "more", [picture(76)]).enrolled == {"more": 1, "new": 1}
+    assert enrol(collection, "more", [make_image(76)]).enrolled == {"more": 1, "new": 1}
 
 
 def test_identify_names_the_nearest_class_or_says_unknown(place):
     collection = opened(place)
-    query_QD = collection.embed([place / "photos" / "class 3" / "1.png", picture(90)])
+    query_QD = collection.embed([place / "photos" / "class 3" / "1.png", make_image(90)])
     means = [collection.vectors_ND[3 * i : 3 * i + 3].double().mean(0) for i in range(4)]
     units = torch.stack([mean / mean.norm() for mean in means]).float()
     scores_QC = query_QD @ units.T
@@ -557,9 +557,9 @@ def test_identify_names_the_nearest_class_or_says_unknown(place):
 
 
 def test_identify_needs_classes(made, tmp_path):
-    picture(0).save(tmp_path / "a.png")
+    make_image(0).save(tmp_path / "a.png")
     collection = build_collection(made / "run", tmp_path, tmp_path / "index")
-    with pytest.raises(DataError, match=r"no picture of .* has a class: sort the pictures"):
+    with pytest.raises(DataError, match=r"no image of .* has a class: sort the images"):
         identify(collection, collection.vectors_ND, 0.5)
     named = enrol(collection, "new", [tmp_path / "a.png"])
     assert identify(named, collection.vectors_ND, 0.99)[0].label == "new"
@@ -607,7 +607,7 @@ def test_the_threshold_of_an_evaluation_is_read(tmp_path):
 
 def test_where_no_threshold_can_be_measured_it_is_said_why(tmp_path):
     assert "fedss evaluate" in why_no_threshold(tmp_path)
-    assert "if its test pictures are of several classes" in why_no_threshold(tmp_path)
+    assert "if its test images are of several classes" in why_no_threshold(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"data": {"name": "federation", "evaluated_at": "sites"}}))
     assert "evaluated at the sites, which gives none" in why_no_threshold(tmp_path)
@@ -727,11 +727,11 @@ def test_the_commands(place, capsys, monkeypatch):
     assert main(["identify", "run", one]) == 0
     said = capsys.readouterr().out
     assert "among 5 classes, threshold 0.100 (of strangers 1.0% are named among 5 classes" in said
-    assert "here about 1.0%; too few pictures were at hand" in said
+    assert "here about 1.0%; too few images were at hand" in said
     assert "unknown" not in said
     assert main(["enrol", "run", "new one", "--remove"]) == 0
     assert "4 classes now" in capsys.readouterr().out
     assert main(["enrol", "run", "new one", one, "--remove"]) == 2
     assert "give no images with it" in capsys.readouterr().err
     assert main(["search", "run", "none.png"]) == 2
-    assert "cannot read picture none.png" in capsys.readouterr().err
+    assert "cannot read image none.png" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from PIL import Image
 
 import fedss
 from fedss.cli import main
-from fedss.data.decoding import open_picture, quiet_pillow
+from fedss.data.decoding import open_image, quiet_pillow
 from fedss.errors import ConfigError
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.search import (
@@ -151,7 +151,7 @@ def png(seed: int = 0) -> bytes:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A picture of many pixels, said in 60 bytes."""
+    """An image of many pixels, said in 60 bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = zlib.crc32(kind + data)
@@ -163,7 +163,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def nearest_by_hand(site: Site, query: Path) -> tuple[list[str], np.ndarray]:
-    """Names and cosines of all indexed pictures, best first, from files alone."""
+    """Names and cosines of all indexed images, best first, from files alone."""
     model = fedss.load(site.run)
     files = sorted(site.photos.glob("*.png"))
     rows_ND = fedss.embed_files(model, files).embeddings_ND.astype(np.float64)
@@ -173,7 +173,7 @@ def nearest_by_hand(site: Site, query: Path) -> tuple[list[str], np.ndarray]:
     return [files[i].name for i in order], cosines_N[order]
 
 
-def test_an_uploaded_picture_finds_what_exact_search_finds(site: Site, server: Server) -> None:
+def test_an_uploaded_image_finds_what_exact_search_finds(site: Site, server: Server) -> None:
     query = site.new / "new-0.png"
     names, cosines = nearest_by_hand(site, query)
     answer = server.send("/search?count=30", [("photo.png", query.read_bytes())]).json
@@ -184,9 +184,7 @@ def test_an_uploaded_picture_finds_what_exact_search_finds(site: Site, server: S
     assert not any(match["enrolled"] for match in found)
 
 
-def test_a_click_on_a_picture_searches_with_it_and_leaves_it_out(
-    site: Site, server: Server
-) -> None:
+def test_a_click_on_an_image_searches_with_it_and_leaves_it_out(site: Site, server: Server) -> None:
     position = 17
     answer = server.get(f"/neighbours/{position}", count=12).json
     query = site.collection.path(position)
@@ -199,7 +197,7 @@ def test_a_click_on_a_picture_searches_with_it_and_leaves_it_out(
     assert scores == pytest.approx([at for _, at in others[:12]], abs=1e-5)
 
 
-def test_a_picture_of_no_class_is_unknown(site: Site) -> None:
+def test_an_image_of_no_class_is_unknown(site: Site) -> None:
     unknown, known = (site.new / "new-0.png").read_bytes(), (site.photos / "03-0.png").read_bytes()
     sums = np.zeros((len(NAMES), 16))
     np.add.at(sums, np.arange(len(site.collection)) // COPIES, site.collection.vectors_ND.numpy())
@@ -237,10 +235,10 @@ def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
         matching = server.get("/classes", contains=wanted).json
         assert {item["name"] for item in matching["classes"]} == names
     for item in found["classes"]:
-        pictures = server.get("/pictures", **{"class": item["name"]}).json
-        assert pictures["count"] == item["count"] == COPIES
+        images = server.get("/pictures", **{"class": item["name"]}).json
+        assert images["count"] == item["count"] == COPIES
         number = NAMES.index(item["name"])
-        files = [picture["name"] for picture in pictures["pictures"]]
+        files = [image["name"] for image in images["pictures"]]
         assert files == [f"{number:02}-{copy}.png" for copy in range(COPIES)]
     assert server.get("/pictures", **{"class": "no such class"}).status == 404
 
@@ -259,7 +257,7 @@ def test_long_lists_come_in_pages(site: Site, server: Server, monkeypatch) -> No
         assert server.get("/classes", page=page).status == 400
 
 
-def test_thumbnails_are_small_pictures_asked_for_by_number(site: Site, server: Server) -> None:
+def test_thumbnails_are_small_images_asked_for_by_number(site: Site, server: Server) -> None:
     answer = server.get("/thumbnail/5")
     assert answer.headers["content-type"] == "image/jpeg"
     with (
@@ -305,7 +303,7 @@ def test_no_path_leads_to_a_file(server: Server, target: str) -> None:
 
 def test_a_class_named_like_a_path_is_a_name(server: Server) -> None:
     found = server.get("/pictures", **{"class": "../../etc/passwd"}).json
-    assert [picture["label"] for picture in found["pictures"]] == ["../../etc/passwd"] * COPIES
+    assert [image["label"] for image in found["pictures"]] == ["../../etc/passwd"] * COPIES
     assert server.get("/pictures", **{"class": "/etc/passwd"}).status == 404
 
 
@@ -315,8 +313,8 @@ def test_searching_stores_nothing(site: Site, server: Server) -> None:
 
     before = state()
     server.send("/search", [("x.png", png())])
-    server.send("/search", [("x.txt", b"no picture")])
-    server.send("/enrol", [("x.txt", b"no picture")], name="never")
+    server.send("/search", [("x.txt", b"no image")])
+    server.send("/enrol", [("x.txt", b"no image")], name="never")
     assert state() == before
 
 
@@ -330,11 +328,11 @@ def test_searching_stores_nothing(site: Site, server: Server) -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "expected PNG, JPEG"),
         (png()[:700], "cannot be read"),
         (b"BM" + bytes(60), "cannot be read"),
-        (b"\xff\xd8\xff and no more", "no picture, it begins with"),
+        (b"\xff\xd8\xff and no more", "no image, it begins with"),
     ],
     ids=["empty", "text", "svg", "html", "eps", "truncated", "bmp", "jpeg"],
 )
-def test_what_is_no_picture_is_refused_by_its_content(
+def test_what_is_no_image_is_refused_by_its_content(
     server: Server, content: bytes, said: str
 ) -> None:
     for path in ("/search", "/enrol"):
@@ -353,7 +351,7 @@ def test_what_is_no_picture_is_refused_by_its_content(
         (25_000_001, 1, "25,000,001 x 1 = 25,000,001 pixels,"),
     ],
 )
-def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     server: Server, width: int, height: int, said: str
 ) -> None:
     """The first is above Pillow's own limit, too, the second below that of training."""
@@ -371,23 +369,23 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(
     assert answer.error.startswith("full.png cannot be read")
 
 
-def test_pictures_of_too_many_pixels_leave_the_callers_file_open(site: Site) -> None:
+def test_images_of_too_many_pixels_leave_the_callers_file_open(site: Site) -> None:
     for content in (huge_png(11_586, 11_586), b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"):
         file = io.BytesIO(content)
         with (
             quiet_pillow(),
             pytest.raises(ValueError, match=r"above the limit of 134,217,728|PostScript"),
         ):
-            open_picture(file)
+            open_image(file)
         assert not file.closed
 
 
-def test_others_are_answered_while_a_picture_is_decoded(
+def test_others_are_answered_while_an_image_is_decoded(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only one is decoded at a time; who sends none need not wait for it."""
     begun, go_on, at_once = threading.Event(), threading.Event(), list[int]()
-    read = guard.read_pictures  # type: ignore[attr-defined]
+    read = guard.read_images  # type: ignore[attr-defined]
 
     def slow(*arguments: Any, **named: Any) -> Any:
         at_once.append(1)
@@ -397,7 +395,7 @@ def test_others_are_answered_while_a_picture_is_decoded(
         yield from read(*arguments, **named)
         at_once.clear()
 
-    monkeypatch.setattr(guard, "read_pictures", slow)
+    monkeypatch.setattr(guard, "read_images", slow)
     with served(site.collection, guard.Limits()) as server:
         answers: list[Answer] = []
 
@@ -416,13 +414,13 @@ def test_others_are_answered_while_a_picture_is_decoded(
         assert [answer.status for answer in answers] == [200, 200]
 
 
-def test_a_picture_may_have_any_name(server: Server) -> None:
+def test_an_image_may_have_any_name(server: Server) -> None:
     for name in ("notes.txt", "猫.png", "", "..", "x.php"):
         assert server.send("/search", [(name, png())]).status == 200
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG"])
-def test_pictures_of_each_kind_are_read(site: Site, server: Server, kind: str) -> None:
+def test_images_of_each_kind_are_read(site: Site, server: Server, kind: str) -> None:
     out = io.BytesIO()
     options = {"lossless": True} if kind == "WEBP" else {}
     with Image.open(site.photos / "05-2.png") as image:
@@ -436,8 +434,8 @@ def test_uploads_over_the_limit_are_refused(server: Server) -> None:
     large = png() + bytes(MEGABYTE)
     answer = server.send("/search", [("large.png", large)])
     assert answer.status == 413
-    assert answer.error.startswith("large.png is too large. A picture may have 1 MB")
-    # Far over it, reading ends before the form does, also where it is no picture that is large.
+    assert answer.error.startswith("large.png is too large. An image may have 1 MB")
+    # Far over it, reading ends before the form does, also where it is no image that is large.
     for name in ("picture", "other"):
         body, kind = form([("large.png", png() + bytes(2 * MEGABYTE))], {})
         body = body.replace(b'name="picture"', f'name="{name}"'.encode())
@@ -447,14 +445,14 @@ def test_uploads_over_the_limit_are_refused(server: Server) -> None:
             sent: Any = blocks if chunked else body
             answer = server.ask("POST", "/search", sent, {"content-type": kind, **size}, chunked)
             assert answer.status == 413
-            assert answer.error.startswith("A picture may have 1 MB")
+            assert answer.error.startswith("An image may have 1 MB")
             assert "--max-upload-mb" in answer.error
     full = png() + bytes(MEGABYTE - len(png()))
     assert server.send("/search", [("full.png", full)]).status == 200
-    many = [(f"{i}.png", png(i)) for i in range(guard.MOST_PICTURES + 1)]
+    many = [(f"{i}.png", png(i)) for i in range(guard.MOST_IMAGES + 1)]
     answer = server.send("/enrol", many, name="many")
     assert answer.status == 400
-    assert str(guard.MOST_PICTURES) in answer.error
+    assert str(guard.MOST_IMAGES) in answer.error
     assert server.send("/search", many[:2]).status == 400
 
 
@@ -578,15 +576,13 @@ def test_a_new_class_is_enrolled_found_and_removed(site: Site, server: Server) -
     assert server.ask("DELETE", f"/enrolled?name={quote(shown)}").status == 400
 
 
-def test_pictures_can_be_added_to_an_indexed_class_and_taken_out(
-    site: Site, server: Server
-) -> None:
+def test_images_can_be_added_to_an_indexed_class_and_taken_out(site: Site, server: Server) -> None:
     content = (site.new / "new-0.png").read_bytes()
     # A path that a program sends as a file's name is only a name, and of it the last part.
     server.send("/enrol", [("../../../tmp/evil.png", content)], name=NAMES[0])
     both = server.get("/pictures", **{"class": NAMES[0]}).json
     assert both["count"] == COPIES + 1
-    assert [picture["enrolled"] for picture in both["pictures"]] == [False] * COPIES + [True]
+    assert [image["enrolled"] for image in both["pictures"]] == [False] * COPIES + [True]
     assert both["pictures"][-1]["name"] == "evil.png"
     server.ask("DELETE", f"/enrolled?name={quote(NAMES[0])}")
     assert server.get("/pictures", **{"class": NAMES[0]}).json["count"] == COPIES
@@ -615,7 +611,7 @@ def test_a_class_needs_a_name_that_can_be_seen(server: Server, name: str) -> Non
     assert server.get("/enrolled").json == {"classes": []}
 
 
-def test_one_broken_picture_of_several_is_named_and_none_is_kept(server: Server) -> None:
+def test_one_broken_image_of_several_is_named_and_none_is_kept(server: Server) -> None:
     files = [("a.png", png(1)), ("b.png", png(2)[:600]), ("c.png", png(3))]
     answer = server.send("/enrol", files, name="half")
     assert answer.status == 415
@@ -648,7 +644,7 @@ def test_what_a_measured_threshold_is_worth_is_said(site: Site) -> None:
         note = server.get("/about").json["threshold_note"]
     # Twice as many classes: 1 - 0.99 ** 2.
     assert "1.0% are named among 15 classes, as measured; here about 2.0%" in note
-    assert "too few pictures" in note
+    assert "too few images" in note
 
 
 def test_a_test_that_allows_no_name_names_nobody_and_shows_neighbours(site: Site) -> None:
@@ -664,7 +660,7 @@ def test_a_test_that_allows_no_name_names_nobody_and_shows_neighbours(site: Site
     assert answer.json["identity"]["threshold"] > 1
 
 
-def test_pictures_without_a_class_are_found(site: Site, tmp_path: Path) -> None:
+def test_images_without_a_class_are_found(site: Site, tmp_path: Path) -> None:
     for file in site.photos.glob("0[0-3]-0.png"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     collection = build_collection(site.run, tmp_path, tmp_path / "index")

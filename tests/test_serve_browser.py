@@ -68,7 +68,7 @@ def address(site: Site) -> Iterator[str]:
 
 
 def threshold(site: Site) -> float:
-    """Between what the new class's fourth picture scores before and after it is enrolled."""
+    """Between what the new class's fourth image scores before and after it is enrolled."""
     model = fedss.load(site.run)
     new_ND = fedss.embed_files(model, sorted(site.new.glob("*.png"))).embeddings_ND
     gallery_ND = fedss.embed_files(model, sorted(site.photos.glob("*.png"))).embeddings_ND
@@ -105,7 +105,7 @@ def page(browser: Any, address: str, site: Site) -> Iterator[Any]:
         ),
     )
     page.goto(address)
-    expect(page.get_by_role("heading", level=1)).to_have_text("120 pictures of 30 classes")
+    expect(page.get_by_role("heading", level=1)).to_have_text("120 images of 30 classes")
     yield page
     context.close()
     for label in open_collection(site.run / "index", site.run).enrolled:
@@ -138,20 +138,20 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     expect(page.get_by_role("heading", name="Or start from one of these")).to_be_visible()
     expect(neighbours).to_have_count(24)
 
-    # A picture from the file picker, opened with the keyboard.
+    # An image from the file picker, opened with the keyboard.
     query = site.photos / "04-1.png"
-    page.get_by_label("Drop a picture here").focus()
+    page.get_by_label("Drop an image here").focus()
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Space")
     chooser.value.set_files(query)
-    expect(page.get_by_role("heading", name="Nearest pictures")).to_be_visible()
+    expect(page.get_by_role("heading", name="Nearest images")).to_be_visible()
     expect(page.locator("#identity .who")).to_have_text(NAMES[4])
     assert results(page) == expected(site, query, 24)
     assert page.locator("#neighbours img").first.evaluate("image => image.naturalWidth") > 0
     # Names are text: markup in them does nothing.
     assert page.locator("#neighbours b").count() == 0
 
-    # A click on a picture searches with it; Back goes back.
+    # A click on an image searches with it; Back goes back.
     neighbours.nth(1).locator(".frame").click()
     expect(page.locator("#query")).to_contain_text(".png")
     expect(page.locator("#identity")).to_be_hidden()
@@ -171,11 +171,11 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     expect(classes).to_have_count(1)
     page.get_by_role("link", name="кошка").click()
     expect(page.get_by_role("heading", name="кошка")).to_be_visible()
-    expect(page.locator("#pictures > li")).to_have_count(4)
-    page.locator("#pictures .frame").nth(2).click()
-    expect(page.get_by_role("heading", name="Nearest pictures")).to_be_visible()
+    expect(page.locator("#images > li")).to_have_count(4)
+    page.locator("#images .frame").nth(2).click()
+    expect(page.get_by_role("heading", name="Nearest images")).to_be_visible()
 
-    # Enrol from three pictures; one more was chosen and is left out again.
+    # Enrol from three images; one more was chosen and is left out again.
     page.get_by_role("link", name="Enrol").click()
     expect(page.get_by_text("None yet.")).to_be_visible()
     button = page.locator("#enrol-button")
@@ -183,17 +183,17 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     page.get_by_label("Name of the class").fill("новый <img src=x onerror=alert(1)>")
     files = sorted(site.new.glob("*.png"))
     page.locator("#enrol-files").set_input_files([*files[:3], query])
-    page.get_by_role("button", name="Leave out picture 4").click()
-    expect(button).to_have_text("Enrol from 3 pictures")
+    page.get_by_role("button", name="Leave out image 4").click()
+    expect(button).to_have_text("Enrol from 3 images")
     button.click()
     name = "новый <img src=x onerror=alert(1)>"
-    expect(page.locator("#enrolled-note")).to_contain_text(f"{name} is enrolled from 3 pictures")
-    expect(page.get_by_role("heading", level=1)).to_have_text("123 pictures of 31 classes")
+    expect(page.locator("#enrolled-note")).to_contain_text(f"{name} is enrolled from 3 images")
+    expect(page.get_by_role("heading", level=1)).to_have_text("123 images of 31 classes")
     expect(page.locator("#enrolled > li")).to_contain_text(name)
     page.get_by_role("button", name="Find it").click()
     expect(neighbours.first.locator(".badge")).to_have_text("enrolled")
 
-    # A fourth picture of it finds it.
+    # A fourth image of it finds it.
     page.locator("#search-file").set_input_files(files[3])
     expect(page.locator("#identity .who")).to_have_text(name)
     assert [label for label, _ in results(page)[:3]] == [name] * 3
@@ -206,13 +206,13 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     page.get_by_role("button", name=f"Remove {name}").click()
     page.get_by_role("button", name=f"Remove for good {name}").click()
     expect(page.get_by_text("None yet.")).to_be_visible()
-    expect(page.get_by_role("heading", level=1)).to_have_text("120 pictures of 30 classes")
+    expect(page.get_by_role("heading", level=1)).to_have_text("120 images of 30 classes")
     page.get_by_role("link", name="Search", exact=True).click()
     expect(page.locator("#identity .who")).to_have_text("Unknown")
     assert results(page) == expected(site, files[3], 12)
 
 
-def test_pictures_can_be_dropped_and_pasted(page: Any, site: Site) -> None:
+def test_images_can_be_dropped_and_pasted(page: Any, site: Site) -> None:
     content = list((site.photos / "12-0.png").read_bytes())
     give = """([content, kind, where]) => {
         const files = new DataTransfer();
@@ -224,7 +224,7 @@ def test_pictures_can_be_dropped_and_pasted(page: Any, site: Site) -> None:
         document.querySelector(where).dispatchEvent(event);
         return event.defaultPrevented;
     }"""
-    # Beside the zone, too, where a browser would leave the page and open the picture.
+    # Beside the zone, too, where a browser would leave the page and open the image.
     for kind, where in (("drop", "#search-drop"), ("paste", "body"), ("drop", "footer")):
         prevented = page.evaluate(give, [content, kind, where])
         assert prevented == (kind == "drop")
@@ -242,17 +242,17 @@ def test_what_cannot_be_taken_is_said_on_the_page(page: Any, site: Site, tmp_pat
     text, large, pixels = (
         tmp_path / f"{name}" for name in ("notes.txt", "large.png", "pixels.png")
     )
-    text.write_text("no picture")
+    text.write_text("no image")
     large.write_bytes((site.photos / "00-0.png").read_bytes() + bytes(300_000))
     choose = page.locator("#search-file").set_input_files
     choose(text)
-    expect(alert).to_contain_text("notes.txt is not a picture that can be read here")
+    expect(alert).to_contain_text("notes.txt is not an image that can be read here")
     # The page is as it was before, and stays so: one can start from a sample, or go and come back.
     start = page.get_by_role("heading", name="Or start from one of these")
     expect(start).to_be_visible()
     expect(page.locator("#neighbours > li")).to_have_count(24)
     expect(page.locator("#query")).to_be_hidden()
-    expect(page.get_by_text("Drop a picture here", exact=True)).to_be_visible()
+    expect(page.get_by_text("Drop an image here", exact=True)).to_be_visible()
     page.get_by_role("link", name="Classes", exact=True).click()
     page.get_by_role("link", name="Search", exact=True).click()
     expect(start).to_be_visible()
@@ -262,7 +262,7 @@ def test_what_cannot_be_taken_is_said_on_the_page(page: Any, site: Site, tmp_pat
     expect(alert).to_contain_text("pixels.png has 11,000 x 11,000 = 121,000,000 pixels, above")
     expect(start).to_be_visible()
     choose(large)
-    expect(alert).to_contain_text("large.png has 0.3 MB; this server takes pictures of up to 0.2")
+    expect(alert).to_contain_text("large.png has 0.3 MB; this server takes images of up to 0.2")
     choose(site.photos / "00-0.png")
     expect(alert).to_be_hidden()
     expect(page.locator("#identity .who")).to_have_text(NAMES[0])
@@ -271,7 +271,7 @@ def test_what_cannot_be_taken_is_said_on_the_page(page: Any, site: Site, tmp_pat
     page.get_by_label("Name of the class").fill("x")
     page.locator("#enrol-files").set_input_files([text, site.photos / "00-0.png"])
     page.locator("#enrol-button").click()
-    expect(alert).to_contain_text("notes.txt is not a picture")
+    expect(alert).to_contain_text("notes.txt is not an image")
     expect(page.locator("#chosen > li")).to_have_count(2)
     expect(page.get_by_text("None yet.")).to_be_visible()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedss.data.names import composed, look_alikes
 from fedss.data.table import read_table
 from fedss.errors import DataError
-from fedss.inference.embedding import list_pictures
+from fedss.inference.embedding import list_images
 
 COLUMNS = ("image", "label", "client")
 
@@ -106,11 +106,11 @@ def test_a_quote_that_closes_in_another_row_is_told_everywhere(write, text):
     path = write(f"image,label,client\n{text}\n")
     assert "line 2: expected 3 cells" in mistake(path)
     with pytest.raises(DataError, match="goes on to line 3: remove a double quote"):
-        list_pictures(path)
+        list_images(path)
 
 
-def test_pictures_without_a_class_are_counted(write):
-    found = list_pictures(write("image,label\na.png,cup\nb.png,\n"))
+def test_images_without_a_class_are_counted(write):
+    found = list_images(write("image,label\na.png,cup\nb.png,\n"))
     assert (found.labels, found.lines) == (("cup", None), (2, 3))
     assert found.remarks == ("1 without a class: label is empty",)
 
@@ -153,18 +153,18 @@ def test_an_index_is_as_strict_with_its_header(write, column):
     others = ",".join({"image", "label", "client", "split"} - {column})
     for more in (column, column.capitalize()):
         with pytest.raises(DataError, match=f"line 1: 2 columns are called {column}"):
-            list_pictures(write(f"{others},{column},{more}\na.png,b\n"))
+            list_images(write(f"{others},{column},{more}\na.png,b\n"))
     if column == "note":
         return
     for near in (column.capitalize(), f"{column}s", f"{column[:-2]}{column[-1]}{column[-2]}"):
         with pytest.raises(DataError, match=f"line 1: is '{near}' meant as '{column}'"):
-            list_pictures(write(f"image,{near}\na.png,b\n"))
+            list_images(write(f"image,{near}\na.png,b\n"))
         with pytest.raises(DataError, match=f"is '{near}' meant as '{column}'"):
             rows(write(f"{others},{near}\na.png,b\n"))
 
 
 def test_a_name_of_two_words_is_no_slip_where_its_like_is_not_read(write):
-    assert len(list_pictures(write("image,client_id\na.png,7\n")).paths) == 1
+    assert len(list_images(write("image,client_id\na.png,7\n")).paths) == 1
     with pytest.raises(DataError, match="is 'client_id' meant as 'client'"):
         rows(write("image,label,client_id\na.png,b,7\n"))
 
@@ -172,12 +172,12 @@ def test_a_name_of_two_words_is_no_slip_where_its_like_is_not_read(write):
 def test_columns_that_are_not_read_are_told(write):
     path = write("image,label,client,Notes,,photographer\na.png,b,c,d,e,f\n")
     assert read_table(path, COLUMNS).remarks == ("columns not read: Notes, photographer",)
-    found = list_pictures(write("image,category,client,split\na.png,b,c,d\n"))
+    found = list_images(write("image,category,client,split\na.png,b,c,d\n"))
     assert found.remarks == (
-        "no column label: these pictures have no class",
+        "no column label: these images have no class",
         "columns not read: category",
     )
-    assert list_pictures(write("image,label,client,split\na.png,b,c,d\n")).remarks == ()
+    assert list_images(write("image,label,client,split\na.png,b,c,d\n")).remarks == ()
 
 
 # The file
@@ -192,7 +192,7 @@ def test_columns_that_are_not_read_are_told(write):
         ("image,label,client\na.png,café,c\n".encode("latin-1"), "line 2: .*got byte 0xe9"),
         (b"image,label,client\na.png;b;c\n", "line 2: empty label; .*with commas, not semicolons"),
         ("image,label,client\na.png,\u200b\ufeff,c\n".encode(), "line 2: empty label"),
-        ("image,label,client\n\u200b,,\n".encode(), "no pictures"),
+        ("image,label,client\n\u200b,,\n".encode(), "no images"),
     ],
 )
 def test_a_file_that_is_something_else_is_named(write, content, message):

@@ -150,7 +150,7 @@ def test_figures_by_hand():
     assert [p.far for p in result.roc] == [1.0]
     perfect = v.verification(of_cells(at(0.5, 0.6), at(0.1, 0.2)), (0.0001,))
     assert (perfect.eer, perfect.points[0].tar) == (0.0, 1.0)
-    # The only impostor pair is of equal pictures: nothing may be accepted.
+    # The only impostor pair is of equal images: nothing may be accepted.
     twins = v.verification(of_cells(at(0.5), at(1.0)), (0.1,))
     assert (twins.points[0].tar, twins.points[0].threshold) == (0.0, 1 + 2**-16)
     assert twins.eer == 1.0
@@ -204,7 +204,7 @@ def test_names_of_classes_do_not_matter(seed):
 
 
 def slow_identification(rows, labels, gallery, gallery_labels, fpir, draws, seed):
-    """Search by search, with the classes and pictures that were drawn for enrolment."""
+    """Search by search, with the classes and images that were drawn for enrolment."""
     alone = gallery is None
     store, store_labels = (rows, labels) if alone else (gallery, gallery_labels)
     unit, stored = (F.normalize(t.double(), dim=1) for t in (rows, store))
@@ -265,7 +265,7 @@ def test_a_gallery_of_one_class_can_be_searched():
     assert (found.dir, found.enrolled, found.mated, found.nonmated) == (1.0, 1, 8, 12)
 
 
-def test_half_of_the_pictures_of_half_of_the_classes_are_enrolled():
+def test_half_of_the_images_of_half_of_the_classes_are_enrolled():
     labels = np.repeat(np.arange(10), [1, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     drawn = set()
     for draw in range(30):
@@ -318,7 +318,7 @@ def test_confusions_are_those_of_a_count_by_hand(sides):
         store, store_labels = clustered(50, 6, 3, noise=0.7)
         store_labels[store_labels == 5] = 4  # queries of class 5 have nothing to find
     else:
-        labels[7] = 9  # nor has the only picture of a class
+        labels[7] = 9  # nor has the only image of a class
     cosine = F.normalize(rows.double(), dim=1) @ F.normalize(store.double(), dim=1).T
     more = (store, store_labels)
     if sides == "alone":
@@ -360,7 +360,7 @@ def test_a_share_of_many_queries_counts_for_more():
     at = lambda degrees: torch.stack(  # noqa: E731
         [torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))], 1
     )
-    # Classes 0, 1: 20 pictures each, 9 of class 1 lie singly among pairs of class 0.
+    # Classes 0, 1: 20 images each, 9 of class 1 lie singly among pairs of class 0.
     many = torch.arange(20) * 1.0
     inside = torch.arange(9) * 2 + 0.3
     apart = 80 + torch.arange(11) * 0.5

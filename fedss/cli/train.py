@@ -147,10 +147,10 @@ def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
 
 def _plot_clients(path: Path, held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> None:
     from fedss.files import write_file
-    from fedss.report import clients_picture
+    from fedss.report import clients_figure
 
     try:
-        write_file(path, clients_picture(held, title))
+        write_file(path, clients_figure(held, title))
     except OSError as error:
         raise ConfigError(f"--plot {path}: cannot write it: {error.strerror}") from error
     say(path)

@@ -149,11 +149,11 @@ def _keep_measured(run: Path, measured: "Verification", writes: bool) -> None:
 )
 def embed(options: argparse.Namespace) -> None:
     """Write embeddings of images, with their file names."""
-    from fedss.inference.embedding import embed_files, list_pictures, write_embeddings
+    from fedss.inference.embedding import embed_files, list_images, write_embeddings
     from fedss.inference.model import load
 
     embedder = load(options.folder)
-    found = list_pictures(Path(options.images))
+    found = list_images(Path(options.images))
     if not options.skip_broken:
         found.check_there()
     result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)

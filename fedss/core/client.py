@@ -1,6 +1,6 @@
 """A client's part of Algorithm 1, lines 2 to 4: it asks for classes, trains, returns its changes.
 
-Shape suffixes: N the client's pictures, B a batch, D embedding size, P backbone parameters,
+Shape suffixes: N the client's images, B a batch, D embedding size, P backbone parameters,
 S requested classes.
 """
 
@@ -71,7 +71,7 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """How a client trains: SGD over ``epochs`` of its pictures, or exactly ``steps`` batches.
+    """How a client trains: SGD over ``epochs`` of its images, or exactly ``steps`` batches.
 
     ``lr`` is the backbone's learning rate, ``row_lr`` the class rows'.
     """
@@ -88,7 +88,7 @@ class RoundPlan:
     """What every client of a round is told.
 
     ``sample_size`` is |S| where negatives are sampled, ``cover`` their number where the method
-    does not need them. ``augmentation`` changes training pictures, at the client.
+    does not need them. ``augmentation`` changes training images, at the client.
     """
 
     round: int
@@ -106,11 +106,11 @@ class RoundPlan:
 class Trainable(Protocol):
     """One trainable copy of the backbone; its parameters and gradients are flat vectors.
 
-    All of it lies on one device; pictures come from the CPU.
+    All of it lies on one device; images come from the CPU.
     """
 
-    def pictures(self, example: np.ndarray) -> Tensor:
-        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
+    def images(self, example: np.ndarray) -> Tensor:
+        """Training images by their numbers, uint8 [..., C, H, W], on the CPU."""
 
     @property
     def theta_P(self) -> Tensor:
@@ -121,14 +121,14 @@ class Trainable(Protocol):
         """Their gradients; ``backward`` adds to them."""
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit-norm embeddings [B, D] of pictures, uint8 on the CPU."""
+        """Unit-norm embeddings [B, D] of images, uint8 on the CPU."""
 
     def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
-        """Unit-norm embeddings [K, B, D] of pictures, those of row k under weights k."""
+        """Unit-norm embeddings [K, B, D] of images, those of row k under weights k."""
 
 
 def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
-    """Line 2, at the client: the classes of its pictures, or a random part that fits the sample."""
+    """Line 2, at the client: the classes of its images, or a random part that fits the sample."""
     rng = generator(plan.seed, "own classes", plan.round, client)
     budget = {
         "all": plan.num_classes,
@@ -203,7 +203,7 @@ class Learner:
     """A client at work: what it trains on, and what it trains beside the backbone.
 
     Its tensors lie where the backbone is trained. ``batches`` has, for each local step, the numbers
-    of the pictures, the positions of their labels in S, and the parameters by which the pictures
+    of the images, the positions of their labels in S, and the parameters by which the images
     are changed, [B, A]. ``rows_SD`` and ``losses`` change.
     """
 
@@ -259,11 +259,11 @@ def prepare(
     )
 
 
-def training_pictures(
+def training_images(
     plan: RoundPlan, model: Trainable, example: np.ndarray, drawn: np.ndarray
 ) -> Tensor:
-    """Line 3: pictures by their numbers [...], as the client trains on them: [..., C, H, W]."""
-    pixels = model.pictures(example)
+    """Line 3: images by their numbers [...], as the client trains on them: [..., C, H, W]."""
+    pixels = model.images(example)
     return pixels if plan.augmentation is None else change(plan.augmentation, pixels, drawn)
 
 
@@ -312,7 +312,7 @@ def train_client(
         model: where the backbone is trained.
         submodel: what the server sent.
         sample: the class sample of which ``submodel`` has the rows.
-        example_N: int64, numbers of the client's pictures; those of own classes are used.
+        example_N: int64, numbers of the client's images; those of own classes are used.
         label_N: int64, their class ids.
     """
     device = model.theta_P.device
@@ -320,7 +320,7 @@ def train_client(
     model.theta_P.copy_(learner.submodel.broadcast.backbone_P)
     for example_B, target_B, drawn_BA in learner.batches:
         model.grad_P.zero_()
-        h_BD = model.embed(training_pictures(plan, model, example_B, drawn_BA))
+        h_BD = model.embed(training_images(plan, model, example_B, drawn_BA))
         batch_loss(plan, learner, h_BD, target_B).backward()  # type: ignore[no-untyped-call]
         model.theta_P.sub_(model.grad_P, alpha=plan.local.lr)
         step_own_rows_(plan, learner)

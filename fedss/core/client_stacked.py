@@ -1,10 +1,10 @@
 """Several clients in one call of the network: for devices that one client's batch does not fill.
 
-The backbones of K clients are the rows of one matrix, and torch.func.vmap runs each on pictures of
+The backbones of K clients are the rows of one matrix, and torch.func.vmap runs each on images of
 its own. Objectives, class rows and steps are those of :func:`fedss.core.client.train_client`, so
 the results are the same up to rounding.
 
-Shape suffixes: K clients, B pictures of a batch, C channels, H height, W width, D embedding size,
+Shape suffixes: K clients, B images of a batch, C channels, H height, W width, D embedding size,
 P backbone parameters, S classes of a class sample.
 """
 
@@ -24,7 +24,7 @@ from fedss.core.client import (
     batch_loss,
     client_update,
     step_own_rows_,
-    training_pictures,
+    training_images,
 )
 from fedss.errors import ConfigError
 from fedss.losses.softmax import ClassSample, Objective, Scoring
@@ -37,7 +37,7 @@ def train_clients(
     each.
 
     A client whose batches are used up drops out. A batch that is smaller than another's is filled
-    up with pictures of its own, whose embeddings go into no loss.
+    up with images of its own, whose embeddings go into no loss.
     """
     learners = sorted(learners, key=lambda learner: -len(learner.batches))
     backbone_P = learners[0].submodel.broadcast.backbone_P
@@ -50,7 +50,7 @@ def train_clients(
         drawn_KBA = np.stack([np.resize(d, (widest, d.shape[1])) for d in drawn])
         # The weights of those still active: a leaf of autograd that shares memory with all.
         active_KP = theta_KP[: len(active)].requires_grad_()
-        pixels_KBCHW = training_pictures(plan, model, example_KB, drawn_KBA)
+        pixels_KBCHW = training_images(plan, model, example_KB, drawn_KBA)
         h_KBD = model.embed_stacked(active_KP, pixels_KBCHW)
         batch_losses(plan, active, h_KBD, targets).sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -75,7 +75,7 @@ def batch_losses(
         plan: the round's plan.
         learners: the clients.
         h_KBD: embeddings of their batches; what fills up a smaller batch comes last.
-        targets: for each, int64, as many as there are pictures in its batch.
+        targets: for each, int64, as many as there are images in its batch.
     """
     sizes = {len(learner.rows_SD) for learner in learners}
     if len(sizes) > 1 or any(learner.absent is not None for learner in learners):
@@ -106,7 +106,7 @@ def stacked_losses(
     target_KB: Tensor,
     samples: Sequence[ClassSample],
 ) -> Tensor:
-    """The loss of each client's pictures, [K, B], in one call of the objective."""
+    """The loss of each client's images, [K, B], in one call of the objective."""
 
     def losses(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, *sample: Tensor) -> Tensor:
         return objective(h_BD, rows_SD, target_B, ClassSample(*sample), scoring, None)

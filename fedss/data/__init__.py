@@ -17,13 +17,15 @@ from fedss.data.images import (
 from fedss.data.load import DATASETS, load_dataset, locate, usual_side
 from fedss.data.partition import (
     Partition,
-    deal_pictures,
+    deal_images,
     parse_partition,
     rotate_classes,
     split_clients,
 )
 from fedss.data.sets.glyphs import glyphs_dataset
 from fedss.data.sets.omniglot import omniglot_dataset
+
+deal_pictures = deal_images  # its name before 0.3, for one release
 
 __all__ = [
     "DATASETS",
@@ -37,7 +39,7 @@ __all__ = [
     "cache_folder",
     "count_own_classes",
     "data_fingerprint",
-    "deal_pictures",
+    "deal_images",
     "glyphs_dataset",
     "holdings",
     "index_clients",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import BrokenPicturesError, all_colourless, decode_files, stamp_files
+from fedss.data.cache import BrokenImagesError, all_colourless, decode_files, stamp_files
 from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
 from fedss.data.manifest import ListedImage, Listing
 from fedss.data.missing import why_missing
@@ -40,7 +40,7 @@ class DataOptions:
         glyphs_classes: Training and test classes together; see ``glyphs_dataset``.
         glyphs_clients: Training clients.
         partition: ``classes:K``, ``dirichlet:ALPHA`` or ``class``: deals the training images to
-            clients of its own, instead of those that the data have; see ``deal_pictures``. None:
+            clients of its own, instead of those that the data have; see ``deal_images``. None:
             the data's clients; where they have none, ``Source.partition``.
         partition_clients: How many, for ``classes`` (where it may be left out) and ``dirichlet``.
 
@@ -86,7 +86,7 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
     while True:
         if not kept:
             raise DataError(
-                f"none of the {len(rows)} pictures can be read, the first one is {file(rows[0])}"
+                f"none of the {len(rows)} images can be read, the first one is {file(rows[0])}"
             )
         splits, unpaired = arrange(
             replace(listing, rows=kept),
@@ -98,7 +98,7 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
         if not reasons:
             break
         if not options.skip_broken:
-            raise BrokenPicturesError(reasons, len(kept))
+            raise BrokenImagesError(reasons, len(kept))
         # A class may have become too small to test, so begin again as if these had not been.
         kept = [row for row in kept if file(row) not in reasons]
     readable = {row.name for row in kept}
@@ -112,8 +112,8 @@ def _missing(listing: Listing, missing: Sequence[ListedImage]) -> DataError:
     if listing.published:
         advice = "Unpack the rest of the archives there"
     return DataError(
-        f"{listing.where(first)}: no such picture file: {file} ({len(missing)} of "
-        f"{len(listing.rows)} are missing{why_missing(file)}). {advice}, or leave missing pictures "
+        f"{listing.where(first)}: no such image file: {file} ({len(missing)} of "
+        f"{len(listing.rows)} are missing{why_missing(file)}). {advice}, or leave missing images "
         "out with skip_broken (--skip-broken)"
     )
 
@@ -144,7 +144,7 @@ def _decode(
                 title=f"{options.name}: {split}",
                 expect_broken=options.skip_broken,
             )
-        except BrokenPicturesError as error:
+        except BrokenImagesError as error:
             reasons |= error.reasons
     return pixels, reasons
 

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from fedss.data.decoding import decode, is_colourless, open_picture, quiet_pillow
+from fedss.data.decoding import decode, is_colourless, open_image, quiet_pillow
 from fedss.errors import DataError
 from fedss.files import atomic, remove_litter
 
@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
-class BrokenPicturesError(DataError):
+class BrokenImagesError(DataError):
     """Images that cannot be read: ``reasons`` by file, out of ``total`` images."""
 
     def __init__(self, reasons: Mapping[str, str], total: int) -> None:
@@ -40,7 +40,7 @@ class BrokenPicturesError(DataError):
         first = [f"{path} ({reason})" for path, reason in sorted(reasons.items())[:5]]
         more = f", and {len(reasons) - len(first)} more" if len(reasons) > len(first) else ""
         super().__init__(
-            f"{len(reasons)} of {total} pictures cannot be read: {'; '.join(first)}{more}. "
+            f"{len(reasons)} of {total} images cannot be read: {'; '.join(first)}{more}. "
             "Mend or remove them, or leave them out with skip_broken (--skip-broken)"
         )
 
@@ -77,7 +77,7 @@ def _caches(home: Path | None) -> Path:
     if place.is_symlink() or place.stat().st_uid != os.getuid():
         raise DataError(f"{place} belongs to somebody else: name a folder with FEDSS_CACHE")
     logging.getLogger("fedss.data").warning(
-        "no home directory that can be written; decoded pictures are kept in %s (name another "
+        "no home directory that can be written; decoded images are kept in %s (name another "
         "folder with FEDSS_CACHE)",
         place,
     )
@@ -125,7 +125,7 @@ def decode_files(
     images found earlier among these same files is believed without a second look.
 
     Raises:
-        BrokenPicturesError: All the images that cannot be read.
+        BrokenImagesError: All the images that cannot be read.
         DataError: The cache cannot be written.
     """
     key = ("pictures", stamp, image_size, channels)
@@ -133,7 +133,7 @@ def decode_files(
     if expect_broken:
         with suppress(OSError, ValueError):
             reasons = {paths[i]: reason for i, reason in json.loads(note.read_text())}
-            raise BrokenPicturesError(reasons, len(paths))
+            raise BrokenImagesError(reasons, len(paths))
 
     def decode_block(positions: range) -> tuple[np.ndarray, dict[int, Exception]]:
         pixels = np.empty((len(positions), channels, image_size, image_size), np.uint8)
@@ -156,7 +156,7 @@ def decode_files(
             if not any(map(_may_be_mended, broken.values())):
                 with _cache_file(note) as file:
                     file.write(json.dumps(reasons).encode())
-            raise BrokenPicturesError({paths[i]: reason for i, reason in reasons}, len(paths))
+            raise BrokenImagesError({paths[i]: reason for i, reason in reasons}, len(paths))
 
     shape = (len(paths), channels, image_size, image_size)
     return cached_array(key, shape, batches(), cache=cache, title=title)
@@ -181,7 +181,7 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
     def colourless(positions: range) -> bool:
         for position in positions:
             # What cannot be opened has no colour; decoding will say what is wrong with it.
-            with suppress(Exception), open_picture(paths[position]) as image:
+            with suppress(Exception), open_image(paths[position]) as image:
                 if not is_colourless(image):
                     return False
         return True
@@ -240,7 +240,7 @@ def cached_array(
         size, free = math.prod(shape), shutil.disk_usage(path.parent).free
         if size > free:
             raise DataError(
-                f"{title}: {shape[0]:,} pictures of {shape[-1]} x {shape[-2]} pixels take "
+                f"{title}: {shape[0]:,} images of {shape[-1]} x {shape[-2]} pixels take "
                 f"{size / 1e9:,.1f} GB, {path.parent} has {free / 1e9:,.1f} GB: take smaller ones "
                 "(image_size, --image-size), or another folder with cache= or the variable "
                 "FEDSS_CACHE"
@@ -273,6 +273,6 @@ def _cache_file(path: Path) -> Iterator[BinaryIO]:
             yield file
     except OSError as error:
         raise DataError(
-            f"cannot write decoded pictures to {path.parent}: {error.strerror or error}. Make room "
+            f"cannot write decoded images to {path.parent}: {error.strerror or error}. Make room "
             "there, or choose another folder with cache= or the variable FEDSS_CACHE"
         ) from error

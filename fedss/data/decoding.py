@@ -39,9 +39,7 @@ class PixelLimitError(ValueError):
     """An image of more pixels than are decoded."""
 
 
-def open_picture(
-    file: str | Path | BinaryIO, most_pixels: int | None = None
-) -> ImageFile.ImageFile:
+def open_image(file: str | Path | BinaryIO, most_pixels: int | None = None) -> ImageFile.ImageFile:
     """``PIL.Image.open`` for files that nobody has looked at; pixels are not decoded yet.
 
     Raises:
@@ -69,7 +67,7 @@ def open_picture(
     if image.format == "EPS":
         _close(image)
         # Pillow would have Ghostscript run it.
-        raise ValueError("PostScript is a program, not a picture: save it as PNG")
+        raise ValueError("PostScript is a program, not an image: save it as PNG")
     return image
 
 
@@ -103,9 +101,9 @@ def _prepare_for(file: str | Path | BinaryIO, error: UnidentifiedImageError) -> 
     if start.startswith(_TIFF):
         what = "a TIFF of a kind that cannot be read, or a damaged one: save it as PNG"
     elif known := what_begins(start):
-        what = f"no picture: it {known}"
+        what = f"no image: it {known}"
     else:
-        what = f"no picture, it begins with {start[:12]!r}" if start else "an empty file"
+        what = f"no image, it begins with {start[:12]!r}" if start else "an empty file"
     raise UnidentifiedImageError(what) from error
 
 
@@ -114,15 +112,15 @@ def decode(file: str | Path | BinaryIO, image_size: int, channels: int) -> np.nd
 
     The camera's rotation is undone and transparency laid on white; of an animation or of several
     pages the first counts; 16 bits a pixel become 8 by leaving out the lower half.
-    ``docs/pictures.md`` has all rules, and why.
+    ``docs/image-files.md`` has all rules, and why.
 
     Raises:
-        ValueError: see ``open_picture``; or pixels whose range nobody knows: floating-point ones,
+        ValueError: see ``open_image``; or pixels whose range nobody knows: floating-point ones,
             integers below 0 or above 65535.
         ImportError: HEIC, and pi-heif is not installed.
         OSError, SyntaxError or others of Pillow's for a file that is no image.
     """
-    with open_picture(file) as image, upright(image, image_size) as seen:
+    with open_image(file) as image, upright(image, image_size) as seen:
         return pixels_of(seen, image_size, channels)
 
 

@@ -1,4 +1,4 @@
-"""Images in folders: root/client/class/picture."""
+"""Images in folders: root/client/class/image."""
 
 import os
 import re
@@ -57,7 +57,7 @@ def passed_over(name: str, is_folder: bool) -> str | None:
 
 
 def read_folder(root: Path) -> Listing:
-    """The images in folders ``root/client/class/picture``; opens none.
+    """The images in folders ``root/client/class/image``; opens none.
 
     What is none of the images is passed over and counted (``passed_over``), and so are folders
     within those of classes. Links are followed as long as they stay below ``root``.
@@ -66,14 +66,14 @@ def read_folder(root: Path) -> Listing:
         DataError: No images, a client without images, an image at another depth, a link that
             leads out of ``root``, a name of nothing but spaces, or a folder that cannot be read.
     """
-    layout = f"expected pictures as {root}/client/class/picture, such as 1.jpg or 1.png"
+    layout = f"expected images as {root}/client/class/image, such as 1.jpg or 1.png"
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; {layout}")
     rows: list[ListedImage] = []
     over: Counter[str] = Counter()
-    for parts in _pictures(str(root), os.path.realpath(root), (), over):
+    for parts in _images(str(root), os.path.realpath(root), (), over):
         if len(parts) != 3:
-            raise DataError(f"{root.joinpath(*parts)}: a picture at the wrong depth; {layout}")
+            raise DataError(f"{root.joinpath(*parts)}: an image at the wrong depth; {layout}")
         client, label = map(composed, parts[:2])
         if not (client and label):
             raise DataError(
@@ -83,13 +83,13 @@ def read_folder(root: Path) -> Listing:
         # Of millions of images, each name of a class is kept once.
         rows.append(ListedImage(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
-        raise DataError(f"{root}: no pictures found{besides(over)}; {layout}")
+        raise DataError(f"{root}: no images found{besides(over)}; {layout}")
     clients = {row.client for row in rows}
     for folder in sorted(root.iterdir()):
         counts = folder.is_dir() and not passed_over(folder.name, True)
         if counts and composed(folder.name) not in clients:
             raise DataError(
-                f"{folder}: a client without pictures{besides(over)}; {layout}. Add pictures or "
+                f"{folder}: a client without images{besides(over)}; {layout}. Add images or "
                 "remove the folder"
             )
     return Listing(root, os.path.abspath(root), rows, passed_over=over)
@@ -101,7 +101,7 @@ def besides(over: Mapping[str, int]) -> str:
     return f"; passed over: {kinds}" if over else ""
 
 
-def _pictures(
+def _images(
     folder: str, root: str, above: tuple[str, ...], over: Counter[str]
 ) -> Iterator[tuple[str, ...]]:
     """Paths of images below a folder, in parts, down to the fourth level; counts others.
@@ -125,7 +125,7 @@ def _pictures(
         elif not is_folder:
             yield (*above, entry.name)
         elif len(above) < 3:
-            yield from _pictures(entry.path, root, (*above, entry.name), over)
+            yield from _images(entry.path, root, (*above, entry.name), over)
         else:
             over["folders below those of classes"] += 1
 
@@ -135,6 +135,6 @@ def _check_inside(link: str, root: str) -> None:
     if not target.startswith(os.path.join(root, "")):
         raise DataError(
             f"{link}: a link out of the folder, to {target}; what a folder shares should lie in "
-            "it. Remove the link, move its target here, or list the pictures in a CSV, which may "
+            "it. Remove the link, move its target here, or list the images in a CSV, which may "
             "name any file"
         )

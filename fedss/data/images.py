@@ -76,7 +76,7 @@ class Images:
             )
         if pixels.shape[1] not in (1, 3) or pixels.shape[2] != pixels.shape[3]:
             raise DataError(
-                "pixels: expected square pictures of 1 or 3 channels, [N, C, H, W] with C = 1 or "
+                "pixels: expected square images of 1 or 3 channels, [N, C, H, W] with C = 1 or "
                 f"3 and H = W, got {list(pixels.shape)}"
             )
         for name, limit in (("labels", self.class_names), ("clients", self.client_names)):
@@ -96,7 +96,7 @@ class Images:
         for name in ("labels", "clients", "names"):
             if len(getattr(self, name)) != len(pixels):
                 raise DataError(
-                    f"{name}: expected {len(pixels)} values, one per picture, "
+                    f"{name}: expected {len(pixels)} values, one per image, "
                     f"got {len(getattr(self, name))}"
                 )
         twice = repeated(self.class_names)
@@ -138,7 +138,7 @@ class RetrievalTask:
     def __post_init__(self) -> None:
         query, gallery = self.query, self.gallery
         if not len(query):
-            raise DataError("a retrieval task without query pictures: give at least two of a class")
+            raise DataError("a retrieval task without query images: give at least two of a class")
         if gallery is not None:
             _check_same_shape({"query": query, "gallery": gallery})
         names = (_labels(query), None if gallery is None else _labels(gallery))
@@ -160,14 +160,14 @@ def unanswerable(
         if gallery is None and count[name] == 1:
             yield (
                 position,
-                f"class {name!r} has a single picture to test with, so no other picture could be "
+                f"class {name!r} has a single image to test with, so no other image could be "
                 "right; add a second one or remove this one",
             )
         elif gallery is not None and name not in findable:
             yield (
                 position,
                 f"class {name!r} is not in the gallery, so nothing could be right; add a gallery "
-                "picture or remove this query",
+                "image or remove this query",
             )
 
 
@@ -200,7 +200,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if not len(self.train) and self.test is None and self.validation is None:
-            raise DataError(f"data set {self.name!r} has no training pictures")
+            raise DataError(f"data set {self.name!r} has no training images")
         tasks = {"test": self.test, "validation": self.validation}
         queries = {name: task.query for name, task in tasks.items() if task is not None}
         _check_same_shape({"train": self.train, **queries})
@@ -262,7 +262,7 @@ def index_clients(images: Images) -> ClientIndex:
     if not count_K.all():
         empty = images.client_names[int(np.argmin(count_K))]
         raise DataError(
-            f"client {empty!r} has no training pictures (one of {int((count_K == 0).sum())} "
+            f"client {empty!r} has no training images (one of {int((count_K == 0).sum())} "
             "such clients); leave these clients out"
         )
     order_N = np.argsort(images.clients, kind="stable")

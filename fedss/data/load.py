@@ -10,7 +10,7 @@ from fedss.data.assembly import DataOptions, build_dataset
 from fedss.data.folder import read_folder
 from fedss.data.images import Dataset
 from fedss.data.manifest import Listing, read_manifest
-from fedss.data.partition import Partition, deal_pictures, parse_partition
+from fedss.data.partition import Partition, deal_images, parse_partition
 from fedss.data.sets.celeba import read_celeba
 from fedss.data.sets.cifar100 import cifar100_dataset
 from fedss.data.sets.glyphs import glyphs_dataset
@@ -69,7 +69,7 @@ DATASETS: Mapping[str, Source] = {
     "glyphs": Source(_glyphs, path="", image_size=28, grayscale=True),
     "omniglot": Source(_omniglot, path="", image_size=28, grayscale=True),
     "csv": Source(_listed(read_manifest), path="a CSV file"),
-    "folder": Source(_listed(read_folder), path="a folder client/class/picture"),
+    "folder": Source(_listed(read_folder), path="a folder client/class/image"),
     "landmarks-user-160k": Source(_listed(read_landmarks)),
     "gld23k": Source(_listed(read_gld23k)),
     "inaturalist-user-120k": Source(_listed(read_inaturalist)),
@@ -117,7 +117,7 @@ def load_dataset(name: str, path: str | Path | None = None, **options: Any) -> D
     data = source.load(None if path is None else Path(path), asked)
     if partition is None or not len(data.train):
         return data
-    return replace(data, train=deal_pictures(data.train, partition, asked.seed))
+    return replace(data, train=deal_images(data.train, partition, asked.seed))
 
 
 def usual_side(name: str) -> int:
@@ -129,7 +129,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
     """Name and path, for ``load_dataset``, of the images that a site keeps at ``path``.
 
     A file is a CSV, and so is a folder with a ``manifest.csv``; any other folder is
-    ``path/client/class/picture``.
+    ``path/client/class/image``.
 
     Raises:
         DataError: There is neither file nor folder.
@@ -144,5 +144,5 @@ def locate(path: str | Path) -> tuple[str, Path]:
         return "folder", path
     raise DataError(
         f"{path}: expected a CSV file, a folder with a manifest.csv, or a folder "
-        "client/class/picture; found neither file nor folder"
+        "client/class/image; found neither file nor folder"
     )

@@ -121,6 +121,6 @@ def check_listed_once(path: Path, names: Sequence[str], line: Callable[[int], in
         first, second, *_ = (i for i, name in enumerate(names) if os.path.normcase(name) == twice)
         raise DataError(
             f"{path}, line {line(second)}: {names[second]} is listed already in line "
-            f"{line(first)}; each picture has one line, with one class and one client: remove one "
+            f"{line(first)}; each image has one line, with one class and one client: remove one "
             "of the lines"
         )

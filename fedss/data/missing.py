@@ -18,7 +18,7 @@ def why_missing(file: str) -> str:
         file: The path where it was looked for: what a list has, behind the list's folder.
     """
     if _ADDRESS.search(file):
-        return "; this is an address: pictures are read from files, so fetch them first"
+        return "; this is an address: images are read from files, so fetch them first"
     if _HOME.search(file):
         return "; '~' stands for no folder here: write the whole path"
     for form in ("NFC", "NFD"):

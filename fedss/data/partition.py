@@ -84,7 +84,7 @@ def parse_partition(text: str | None, clients: int | None) -> Partition | None:
     return Partition("class")
 
 
-def deal_pictures(images: Images, partition: Partition, seed: int) -> Images:
+def deal_images(images: Images, partition: Partition, seed: int) -> Images:
     """The same images, in the same order, at other clients: each at one, none without any.
 
     - ``classes:K``: the classes are dealt like cards to clients of K classes each, deck after
@@ -173,8 +173,8 @@ def _hands(
     empty = np.flatnonzero(np.bincount(client_N, minlength=number) == 0)
     if len(empty):
         raise DataError(
-            f"partition {partition}: {len(empty):,} of {number:,} clients would have no picture: "
-            "each of their classes has fewer pictures than clients to hold it; take fewer clients "
+            f"partition {partition}: {len(empty):,} of {number:,} clients would have no image: "
+            "each of their classes has fewer images than clients to hold it; take fewer clients "
             f"(up to {-(-n // most):,} each class is at one client) or more classes for each"
         )
     return client_N, class_N
@@ -187,7 +187,7 @@ def _draws(
     n, total = len(count_n), int(count_n.sum())
     if number > total:
         raise DataError(
-            f"partition_clients: expected at most {total:,}, the number of training pictures, got "
+            f"partition_clients: expected at most {total:,}, the number of training images, got "
             f"{number:,}"
         )
     clients, classes, left_n = [], [], count_n.copy()

@@ -42,19 +42,19 @@ def arrange(
     to_test = splits["test"] or splits["query"] or splits["validation"]
     if not splits["train"] and (at_site or not to_test):
         raise DataError(
-            f"no training pictures: {len(listing.rows)} rows, none with split 'train'; give some "
+            f"no training images: {len(listing.rows)} rows, none with split 'train'; give some "
             "that split"
         )
     pair = [split for split in ("query", "gallery") if splits[split]]
     if pair and splits["test"]:
         raise DataError(
-            f"both 'test' and {pair[0]!r} rows: use 'test' alone (each picture is searched among "
+            f"both 'test' and {pair[0]!r} rows: use 'test' alone (each image is searched among "
             "the others) or 'query' with 'gallery'"
         )
     if len(pair) == 1 and not at_site:
         other = "gallery" if pair == ["query"] else "query"
         raise DataError(
-            f"{pair[0]!r} rows but no {other!r} rows: give both, or use 'test' for pictures that "
+            f"{pair[0]!r} rows but no {other!r} rows: give both, or use 'test' for images that "
             "are each searched among the others"
         )
     # Another site may hold the test that this one's column does not name.
@@ -103,7 +103,7 @@ def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site:
             raise DataError(
                 f"nothing to train on at this site: all its classes ({len(count)}) are among those "
                 f"that test_classes = {test_classes} and the seed {seed} hold out as the test at "
-                "all sites; add pictures of other classes, leave this site out, or have the share "
+                "all sites; add images of other classes, leave this site out, or have the share "
                 "lowered for all sites"
             )
         return held_out
@@ -113,7 +113,7 @@ def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site:
     if not eligible or len(count) < 2:
         raise DataError(
             "cannot hold out a class for testing: expected at least 2 classes, one of them with "
-            f"2 or more pictures; got {counted(len(count), 'class')}, {len(eligible)} of "
+            f"2 or more images; got {counted(len(count), 'class')}, {len(eligible)} of "
             "them with 2 or more"
         )
     tested = min(eligible, key=lots.__getitem__)

@@ -112,7 +112,7 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
                 where = f"{path}, line {number}"
                 yield number, _cells(where, cells, len(header), taken, columns)
         if empty:
-            raise DataError(f"{path}: no pictures: there is a header line and nothing below it")
+            raise DataError(f"{path}: no images: there is a header line and nothing below it")
 
     unread = tuple(name for name in header if name and name not in read)
     return Table(rows(), unread, optional in header)

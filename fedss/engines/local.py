@@ -1,11 +1,11 @@
 """The engine of this machine: clients train in threads, each with one torch thread.
 
-Threads share the pictures and the server's state; each has one model of its own, loaded anew for
+Threads share the images and the server's state; each has one model of its own, loaded anew for
 every client. Every client's update depends on its own inputs alone, so the number of workers does
 not change a bit of the result. Where several ranks train, each has such an engine for its share of
 every cohort.
 
-Models may lie on a GPU. Pictures, the server's state and all messages stay on the CPU.
+Models may lie on a GPU. Images, the server's state and all messages stay on the CPU.
 """
 
 import copy
@@ -59,33 +59,33 @@ from fedss.wire.messages import (
 _CPU = torch.device("cpu")
 
 Work = tuple[int, Submodel, ClassSample, np.ndarray, np.ndarray]
-"""A client to train: its number, what it got, its class sample, its pictures and their labels."""
+"""A client to train: its number, what it got, its class sample, its images and their labels."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """One worker's model and the pictures it reads; a :class:`fedss.core.client.Trainable`."""
+    """One worker's model and the images it reads; a :class:`fedss.core.client.Trainable`."""
 
     embedder: Embedder
     theta_P: Tensor
     grad_P: Tensor
     pixels: np.ndarray
 
-    def pictures(self, example: np.ndarray) -> Tensor:
-        """Training pictures by their numbers, uint8 [..., C, H, W], on the CPU."""
+    def images(self, example: np.ndarray) -> Tensor:
+        """Training images by their numbers, uint8 [..., C, H, W], on the CPU."""
         return torch.from_numpy(self.pixels[example])
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit-norm embeddings [B, D] of pictures."""
+        """Unit-norm embeddings [B, D] of images."""
         h_BD: Tensor = self.embedder(self._there(pixels_BCHW))
         return h_BD
 
     def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
-        """Unit-norm embeddings [K, B, D] of pictures, those of row k under weights k."""
+        """Unit-norm embeddings [K, B, D] of images, those of row k under weights k."""
         return embed_stacked(self.embedder, theta_KP, self._there(pixels_KBCHW))
 
     def _there(self, pixels: Tensor) -> Tensor:
-        """Pictures where the model is."""
+        """Images where the model is."""
         if self.theta_P.is_cuda:
             # Out of pinned memory they travel while the GPU still works on what came before.
             pixels = pixels.pin_memory()
@@ -113,7 +113,7 @@ class Workers:
     def embed(
         self, backbone_P: Tensor, pixels: np.ndarray, ranks: Ranks = ALONE, block: int = 512
     ) -> Tensor:
-        """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""
+        """Embeddings [N, D] of any images under the given backbone; ranks share the work."""
         with self.replica() as model:
             h_ND = torch.zeros(len(pixels), model.embedder.spec.embedding_size)
 
@@ -197,9 +197,9 @@ class LocalEngine:
         return [order[i : i + stack] for i in range(0, len(order), stack)]
 
     def _share(self, asked: Mapping[int, ClassRequest], local: LocalTraining) -> list[int]:
-        """This rank's clients of the cohort, by the pictures they will train on.
+        """This rank's clients of the cohort, by the images they will train on.
 
-        Every rank knows every client's pictures of own classes, so all come to the same shares.
+        Every rank knows every client's images of own classes, so all come to the same shares.
         """
         cohort = [*asked]
         if self.ranks.size == 1:
@@ -212,7 +212,7 @@ class LocalEngine:
         return [cohort[i] for i in share_out(work_K, self.ranks.size)[self.ranks.rank]]
 
     def embed(self, backbone_P: Tensor, pixels: np.ndarray) -> Tensor:
-        """Embeddings [N, D] of any pictures under the given backbone; ranks share the work."""
+        """Embeddings [N, D] of any images under the given backbone; ranks share the work."""
         return self.workers.embed(backbone_P, pixels, self.ranks)
 
 
@@ -230,7 +230,7 @@ def start_workers(
 
     Args:
         embedder: the model; copied for each worker, not changed.
-        pixels: uint8 [N, C, H, W], the training pictures.
+        pixels: uint8 [N, C, H, W], the training images.
         count: number of threads.
         device: where they train and embed.
         precision: of the network's forward pass.
@@ -285,7 +285,7 @@ def local_engine(
 
     Args:
         embedder: the model; copied for each worker, not changed.
-        clients: the training pictures by client.
+        clients: the training images by client.
         optimizer: the server optimizer, which knows how rows are read.
         wire: how messages are encoded.
         workers: number of threads; None: as many as this rank may keep busy, and one for a GPU.

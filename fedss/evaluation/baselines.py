@@ -175,7 +175,7 @@ def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
 
 
 _OVERFLOW = (
-    "the weights overflow: what the trained backbone gives for pictures is not finite; expected "
+    "the weights overflow: what the trained backbone gives for images is not finite; expected "
     "weights that fit it and its scale of pixels (weights, pixel_mean, pixel_std)"
 )
 
@@ -185,8 +185,8 @@ def _check_features(rows_ND: Tensor, pixels_NCHW: np.ndarray) -> None:
         raise ConfigError(_OVERFLOW)
     if bool((rows_ND == rows_ND[:1]).all()) and bool((pixels_NCHW != pixels_NCHW[:1]).any()):
         raise ConfigError(
-            "the weights give the same features for all pictures of the test: expected weights "
-            "that tell pictures apart, on the scale of pixels that they were trained with "
+            "the weights give the same features for all images of the test: expected weights "
+            "that tell images apart, on the scale of pixels that they were trained with "
             "(weights, pixel_mean, pixel_std)"
         )
 

@@ -84,7 +84,7 @@ def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
     """
     if not all(bool(h_ND.isfinite().all()) for h_ND in embedded if h_ND is not None):
         raise DivergedError(
-            "the model gives NaN or infinite embeddings of the test pictures: expected finite "
+            "the model gives NaN or infinite embeddings of the test images: expected finite "
             "weights, and none so large that they overflow"
         )
     metrics, by_class = score_classes(task, *embedded)
@@ -112,8 +112,8 @@ def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
     (first, *others) = count_classes(task.gallery or task.query)
     if not others:
         raise DataError(
-            f"data set {name!r}: all test pictures are of one class, {first!r}, so that whatever "
-            "is found is right: that is no test. List pictures of several classes with the split "
+            f"data set {name!r}: all test images are of one class, {first!r}, so that whatever "
+            "is found is right: that is no test. List images of several classes with the split "
             f"'test', or hold out more of them (test_classes; it is {test_classes}, of which a few "
             "classes get more or less by chance: another data_seed holds out others)"
         )
@@ -131,7 +131,7 @@ def verify(
         fars: rates of false accepts to give the TAR at.
 
     Returns:
-        None where no two pictures are of two classes.
+        None where no two images are of two classes.
     """
     sides = _labelled(task, *embedded)
     pairs = count_pairs(*sides)
@@ -169,12 +169,12 @@ class ConfusedClasses:
     """P pairs of classes that are taken for each other, the hardest first.
 
     Attributes:
-        pixels: uint8 [P, 2, C, H, W], a query and its wrong nearest picture.
+        pixels: uint8 [P, 2, C, H, W], a query and its wrong nearest image.
         shown: str [P, 2], the classes of these two.
         class_names: str [P, 2].
         confused: int64 [P, 2], queries of each class whose nearest is of the other.
         queries: int64 [P, 2], queries of each class.
-        scores: float64 [P], cosines of the pictures.
+        scores: float64 [P], cosines of the images.
     """
 
     pixels: np.ndarray
@@ -206,7 +206,7 @@ def findings(task: RetrievalTask, embedded: Embedded, seed: int) -> Findings:
 def find_neighbours(
     task: RetrievalTask, embedded: Embedded, seed: int, queries: int = _SHOWN_QUERIES
 ) -> Neighbours:
-    """Some queries, drawn by the seed (the same for every run), and their five nearest pictures."""
+    """Some queries, drawn by the seed (the same for every run), and their five nearest images."""
     query, gallery = task.query, task.gallery or task.query
     query_QD, gallery_GD = embedded
     among_queries = gallery_GD is None

@@ -156,12 +156,12 @@ def evaluate_by_label(
     relevant_Q = _count_of_label(labels_Q, labels_G) - int(sides.alone)
     used_Q = relevant_Q > 0
     if not bool(used_Q.any()):
-        where = "a picture of its class in the gallery"
+        where = "an image of its class in the gallery"
         if sides.alone:
-            where = "another picture of its class"
+            where = "another image of its class"
         raise ValueError(
             f"no query has {where} ({len(labels_Q)} queries, {len(labels_G)} gallery items): "
-            "evaluate on classes of two pictures or more"
+            "evaluate on classes of two images or more"
         )
 
     # From many relevant items to few: only the blocks that need a long list of neighbours pay for

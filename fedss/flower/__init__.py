@@ -1,4 +1,4 @@
-"""A real federation on Flower: pictures stay at sites, each of which holds clients.
+"""A real federation on Flower: images stay at sites, each of which holds clients.
 
 The server (:mod:`fedss.flower.server_app`) runs the driver of :mod:`fedss.training.experiment` with
 the engine of :mod:`fedss.flower.engine`; a site (:mod:`fedss.flower.client_app`) answers its

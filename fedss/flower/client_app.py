@@ -1,9 +1,9 @@
-"""A site's side: a Flower ClientApp that reads the site's own pictures and answers the server.
+"""A site's side: a Flower ClientApp that reads the site's own images and answers the server.
 
 Flower starts it anew for each message, and nothing is kept in between. It is started by
 ``flower-supernode ... --node-config 'data="/data/photos"'``; what may stand there:
 
-- ``data``: a folder ``client/class/picture``, or a manifest (see :func:`fedss.data.locate`).
+- ``data``: a folder ``client/class/image``, or a manifest (see :func:`fedss.data.locate`).
 - ``site``: a name to put before the names of clients, where other sites have the same ones.
 - ``secret-file``: a file that all sites have and the server has not: names are sent as tokens.
 - ``device``: where to train; cpu by default. ``workers``: threads; all cores by default.
@@ -69,12 +69,12 @@ Answer = tuple[dict[str, Any], dict[str, Tensors]]
 
 
 @dataclass(frozen=True)
-class Pictures:
+class SiteImages:
     """What a site holds, and under which names.
 
     Attributes:
-        data: the site's pictures.
-        clients: its training pictures by client.
+        data: the site's images.
+        clients: its training images by client.
         classes: names that the server knows, sorted, each once.
         class_of: for each label, the place of its name there.
         client_names: names that the server knows, sorted.
@@ -111,18 +111,18 @@ def answer_train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def answer_evaluate(message: Message, context: Context) -> Message:
-    """Retrieval among the site's own pictures."""
+    """Retrieval among the site's own images."""
     return _answer(message, context, _evaluate)
 
 
 def _answer(
     message: Message,
     context: Context,
-    work: Callable[[Pictures, Mapping[str, Any], Mapping[str, Tensors]], Answer],
+    work: Callable[[SiteImages, Mapping[str, Any], Mapping[str, Tensors]], Answer],
 ) -> Message:
     """The reply that ``work`` makes; or the kind of error, without its text.
 
-    The text of an error may hold names of pictures or people: it stays in the site's log.
+    The text of an error may hold names of images or people: it stays in the site's log.
     """
     try:
         facts, tensors = unpack(message)
@@ -137,7 +137,7 @@ def _checked(
     facts: Mapping[str, Any],
     tensors: Mapping[str, Tensors],
     node: Mapping[str, Any],
-    work: Callable[[Pictures, Mapping[str, Any], Mapping[str, Tensors]], Answer],
+    work: Callable[[SiteImages, Mapping[str, Any], Mapping[str, Tensors]], Answer],
 ) -> RecordDict:
     ours, round = version("fedss"), facts["round"]
     if "refused" in facts:
@@ -157,8 +157,8 @@ def _checked(
     return pack({"round": round, **told}, **{name: buffer(of) for name, of in parts.items()})
 
 
-def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
-    """The site's pictures, with the names under which the server knows them."""
+def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
+    """The site's images, with the names under which the server knows them."""
     known = {"data", "site", "secret-file", "device", "workers", "weights"}
     known |= {"partition-id", "num-partitions"}
     for name in node:
@@ -180,7 +180,7 @@ def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
         data = _share(load_data(config), int(node["partition-id"]), int(node["num-partitions"]))
     else:
         raise ConfigError(
-            'node-config: expected data="<folder or manifest>", the site\'s pictures; start '
+            'node-config: expected data="<folder or manifest>", the site\'s images; start '
             "flower-supernode with --node-config 'data=\"/data/photos\"'"
         )
     prefix = f"{node['site']}/" if "site" in node else ""
@@ -198,7 +198,7 @@ def _open(config: Config, node: Mapping[str, Any]) -> Pictures:
     unique = sorted(set(classes))
     place = {name: i for i, name in enumerate(unique)}
     order = sorted(range(len(clients)), key=clients.__getitem__)
-    return Pictures(
+    return SiteImages(
         data,
         index_clients(images),
         unique,
@@ -240,7 +240,7 @@ def _share(data: Dataset, part: int, parts: int) -> Dataset:
     return replace(data, train=chosen)
 
 
-def _names(site: Pictures) -> dict[str, Any]:
+def _names(site: SiteImages) -> dict[str, Any]:
     return {"classes": site.classes, "clients": site.client_names, "secret": site.secret}
 
 
@@ -248,21 +248,21 @@ def _plan(facts: Mapping[str, Any]) -> RoundPlan:
     return round_plan(facts["config"], facts["num_classes"], facts["round"])
 
 
-def _labels(site: Pictures, tensors: Mapping[str, Tensors]) -> np.ndarray:
-    """The class ids (int64) of the site's training pictures: rows of W."""
+def _labels(site: SiteImages, tensors: Mapping[str, Tensors]) -> np.ndarray:
+    """The class ids (int64) of the site's training images: rows of W."""
     row_of_class = tensors["classes"]["classes"].numpy().astype(np.int64)
     labels_N: np.ndarray = row_of_class[site.class_of[site.data.train.labels]]
     return labels_N
 
 
 def _each_client(
-    site: Pictures,
+    site: SiteImages,
     plan: RoundPlan,
     labels_N: np.ndarray,
     listed: Sequence[Sequence[int]],
     do: Callable[[int, np.ndarray], Any],
 ) -> tuple[dict[int, Any], dict[str, str]]:
-    """What ``do(client, its pictures)`` gives for each; the kind of error for those that fail.
+    """What ``do(client, its images)`` gives for each; the kind of error for those that fail.
 
     Classes that were registered in the midst of a round have their rows from the next one on.
     """
@@ -281,7 +281,7 @@ def _each_client(
 
 
 def _requests(
-    site: Pictures, plan: RoundPlan, wire: WireFormat, labels_N: np.ndarray, listed: Any
+    site: SiteImages, plan: RoundPlan, wire: WireFormat, labels_N: np.ndarray, listed: Any
 ) -> tuple[dict[int, Any], dict[str, str]]:
     def ask(client: int, example_N: np.ndarray) -> Tensors:
         return encode_request(wire, request_classes(plan, client, labels_N[example_N]).ids_S)
@@ -289,14 +289,14 @@ def _requests(
     return _each_client(site, plan, labels_N, listed, ask)
 
 
-def _request(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
+def _request(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
     plan, labels_N = _plan(facts), _labels(site, tensors)
     wire = WireFormat((), facts["config"].embedding_size, plan.num_classes)
     requests, failed = _requests(site, plan, wire, labels_N, facts["clients"])
     return {"failed": failed}, {"requests": of_clients(requests)}
 
 
-def _model(site: Pictures, facts: Mapping[str, Any]) -> Embedder:
+def _model(site: SiteImages, facts: Mapping[str, Any]) -> Embedder:
     """The model, whose frozen part, which no message holds, is the server's."""
     embedder = build_model(facts["config"], site.data, None)
     ours, theirs = frozen_fingerprint(embedder), facts["frozen"]
@@ -314,7 +314,7 @@ def _start(fingerprint: str | None) -> str:
     return "none" if fingerprint is None else fingerprint[:16]
 
 
-def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
+def _train(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
     config, plan, labels_N = facts["config"], _plan(facts), _labels(site, tensors)
     embedder = _model(site, facts)
     wire = wire_format(config, embedder, plan.num_classes)
@@ -353,7 +353,7 @@ def _train(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 
 @contextmanager
-def _workers(config: Config, embedder: Any, site: Pictures) -> Iterator[Workers]:
+def _workers(config: Config, embedder: Any, site: SiteImages) -> Iterator[Workers]:
     if config.keep_memory:
         keep_freed_memory()
     device = compute_device(config)
@@ -369,11 +369,11 @@ def _workers(config: Config, embedder: Any, site: Pictures) -> Iterator[Workers]
         yield workers
 
 
-def _evaluate(site: Pictures, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
+def _evaluate(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
     config = facts["config"]
     task = site.data.test if config.eval_split == "test" else site.data.validation
     if task is None or len(count_classes(task.gallery or task.query)) < 2:
-        # Where all pictures are of one class, whatever is found is right.
+        # Where all images are of one class, whatever is found is right.
         return {"metrics": None}, {}
     embedder = _model(site, facts)
     wire = replace(wire_format(config, embedder, 1), backbone_down="float32")

@@ -243,7 +243,7 @@ class FlowerEngine:
     def evaluate(
         self, backbone_P: Tensor, round: int
     ) -> tuple[dict[str, float] | None, dict[str, float]]:
-        """Retrieval at each site among its own pictures, averaged over all their queries.
+        """Retrieval at each site among its own images, averaged over all their queries.
 
         Args:
             backbone_P: the weights to judge; they travel in float32, as the model is kept.

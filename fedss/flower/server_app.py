@@ -160,7 +160,7 @@ def _federation(
 def _judge(
     config: Config, embedder: Embedder, task: RetrievalTask | None
 ) -> Iterator[Workers | None]:
-    """Workers that embed the server's own test pictures, if it has any."""
+    """Workers that embed the server's own test images, if it has any."""
     if task is None:
         yield None
         return

@@ -29,7 +29,7 @@ class Deployment:
     out: str = _setting("", "run folder at the server, a full path")
     sites: int = _setting(1, "sites to wait for before the first round")
     evaluate_at: Literal["sites", "server"] = _setting(
-        "sites", "who has pictures to test with; server: those that data names"
+        "sites", "who has images to test with; server: those that data names"
     )
     deadline: float = _setting(600.0, "seconds that sites have for each of a round's messages")
     quorum: float = _setting(0.5, "part of a round's clients without which there is no step")
@@ -62,7 +62,7 @@ class Deployment:
                 raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
-# How a simulation may rearrange pictures.
+# How a simulation may rearrange images.
 _NOT_AT_SITES = ("rotations", "client_classes", "partition", "partition_clients")
 
 DEPLOYMENT_FIELDS = dataclasses.fields(Deployment)
@@ -100,14 +100,14 @@ def read_settings(run_config: Mapping[str, Any]) -> tuple[Config, Deployment]:
 def _check_apart(config: Config) -> None:
     for name in _NOT_AT_SITES:
         if getattr(config, name):
-            raise ConfigError(f"{name}: sites read their pictures as they are; leave it out")
+            raise ConfigError(f"{name}: sites read their images as they are; leave it out")
     if config.method == "central":
-        raise ConfigError("method: central pools pictures, which a federation cannot")
+        raise ConfigError("method: central pools images, which a federation cannot")
 
 
 def explicit(config: Config) -> Config:
     """The configuration with what a data set decides by itself, which must be the same at all
-    sites: pictures of their usual side (64, mostly), gray for glyphs and Omniglot, else in colour.
+    sites: images of their usual side (64, mostly), gray for glyphs and Omniglot, else in colour.
     """
     drawn = config.data in ("glyphs", "omniglot")
     return replace(

@@ -25,7 +25,7 @@ from fedss.text import printable
 from fedss.wire.messages import WireFormat, decode_request, decode_update, encode_update
 
 MOST_EXAMPLES = 2**31
-"""More pictures than this no client is believed to have: its weight would drown all others."""
+"""More images than this no client is believed to have: its weight would drown all others."""
 
 _ERRORS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "not installed",
@@ -155,7 +155,7 @@ def check_update(
             )
     num_examples = int(message["num_examples"])
     if not 0 < num_examples <= MOST_EXAMPLES:
-        raise RefusedError("examples", f"expected 1 or more pictures, got {num_examples}")
+        raise RefusedError("examples", f"expected 1 or more images, got {num_examples}")
     update = decode_update(wire, message, client)
     numbers = [update.backbone_delta_P, update.rows_delta_SD]
     # A loss is a float32 there: of larger ones the mean might not be finite.
@@ -215,7 +215,7 @@ def _names(facts: dict[str, Any], kind: str) -> list[str]:
 
 
 def check_metrics(facts: dict[str, Any]) -> dict[str, float] | None:
-    """Retrieval figures of a site; None if it has no pictures to tell by.
+    """Retrieval figures of a site; None if it has no images to tell by.
 
     Raises:
         RefusedError: they are not such figures.

@@ -17,10 +17,10 @@ from fedss.data.names import composed
 from fedss.data.table import read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
-from fedss.inference.pixels import read_pictures
+from fedss.inference.pixels import read_images
 from fedss.models import Embedder
 
-LEAVE_OUT = "mend or remove it, or leave such pictures out with skip_broken (--skip-broken)"
+LEAVE_OUT = "mend or remove it, or leave such images out with skip_broken (--skip-broken)"
 """What to do about an image that cannot be read, where one has the choice."""
 
 LINKS = "symbolic links"
@@ -65,10 +65,10 @@ def embed_files(
     """
     names = [str(path) for path in paths] if names is None else names
     broken: dict[int, str] | None = {} if skip_broken else None
-    blocks = read_pictures(embedder, list(paths), thumbnails=False, broken=broken, advice=LEAVE_OUT)
+    blocks = read_images(embedder, list(paths), thumbnails=False, broken=broken, advice=LEAVE_OUT)
     read = [one for block in blocks for one in block]
     if not read:
-        raise DataError(f"no readable picture among the {len(paths)} given")
+        raise DataError(f"no readable image among the {len(paths)} given")
     return Embeddings(
         tuple(names[one.position] for one in read),
         np.stack([one.vector_D for one in read]),
@@ -77,7 +77,7 @@ def embed_files(
 
 
 @dataclass(frozen=True)
-class PictureList:
+class ImageList:
     """Image files of a folder or a CSV, none of them opened.
 
     Attributes:
@@ -120,12 +120,12 @@ class PictureList:
                 path.stat()
             except OSError as error:
                 raise DataError(
-                    f"{self.where(position)}cannot read picture {self.names[position]}: {path}: "
+                    f"{self.where(position)}cannot read image {self.names[position]}: {path}: "
                     f"{error.strerror}{why_missing(str(path))}; {LEAVE_OUT}"
                 ) from error
 
 
-def list_pictures(path: Path) -> PictureList:
+def list_images(path: Path) -> ImageList:
     """Image files in a folder (and below it), or in the ``image`` column of a CSV.
 
     An image's class is the name of the folder that it lies in (none for an image directly in
@@ -148,7 +148,7 @@ def list_pictures(path: Path) -> PictureList:
         # As in training: images lie beside the CSV that was named, be it a link.
         root = Path(os.path.abspath(path.parent))
         table = read_table(path, ("image",), optional="label")
-        without = () if table.complete else ("no column label: these pictures have no class",)
+        without = () if table.complete else ("no column label: these images have no class",)
         lines, rows = zip(*table.rows, strict=True)
         names = [listed_name(str(root), cells[0]) for cells in rows]
         check_listed_once(path, names, lines.__getitem__)
@@ -157,13 +157,13 @@ def list_pictures(path: Path) -> PictureList:
             without = (f"{labels.count(None):,} without a class: label is empty",)
         remarks = (*without, *table.remarks)
     else:
-        raise DataError(f"{path}: expected a folder of pictures or a CSV, found neither")
+        raise DataError(f"{path}: expected a folder of images or a CSV, found neither")
     if not names:
         advice = "; list what links lead to in a CSV" if LINKS in over else ""
         raise DataError(
-            f"{path}: no picture found{besides(over)}{advice}; expected files such as 1.jpg"
+            f"{path}: no image found{besides(over)}{advice}; expected files such as 1.jpg"
         )
-    return PictureList(source, root, tuple(names), tuple(labels), over, remarks, lines)
+    return ImageList(source, root, tuple(names), tuple(labels), over, remarks, lines)
 
 
 def class_name(text: str) -> str | None:
@@ -230,7 +230,7 @@ def write_embeddings(path: Path, result: Embeddings) -> list[Path]:
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{path}: parquet keeps names in UTF-8, which {error.object!r} is not; rename the "
-                "picture, or write .npy"
+                "image, or write .npy"
             ) from error
         pyarrow.parquet.write_table(table, buffer)
         files = {path: buffer.getvalue()}

@@ -1,6 +1,6 @@
 """A trained model in a file for others: ONNX, safetensors, torch.export; checked before it stays.
 
-Shape suffixes: B pictures of a batch, C channels, H height, W width, D embedding size.
+Shape suffixes: B images of a batch, C channels, H height, W width, D embedding size.
 """
 
 import copy
@@ -65,10 +65,10 @@ def export(
     ``model.onnx`` and ``model.pt2`` (torch.export) map uint8 pixels [B, C, H, W], 0 … 255, of any
     B, to unit embeddings, float32 [B, D]; scaling by mean and std is inside. ``model.safetensors``
     holds the tensors, for :func:`fedss.load` and for plain PyTorch or timm. Each file says in its
-    metadata what is to be done to a picture before, and which model it is (``docs/export.md``).
+    metadata what is to be done to an image before, and which model it is (``docs/export.md``).
 
     Before the file gets its name it is read back and compared with the model on batches of 1, 2
-    and 7 pictures: ``1 - cos(h, h') <= 1e-5`` for each, h and h' the two embeddings of a picture.
+    and 7 images: ``1 - cos(h, h') <= 1e-5`` for each, h and h' the two embeddings of an image.
 
     Args:
         folder: a finished run.
@@ -297,13 +297,13 @@ def _check_equal(embedder: Embedder, run: Embed, format: str) -> None:
             apart_B = (run(pixels_BCHW).double() - expected_BD).square().sum(1) / 2
         except Exception as error:
             raise ConfigError(
-                f"{format}: the exported model fails on {B} pictures: {_first_line(error)}; "
+                f"{format}: the exported model fails on {B} images: {_first_line(error)}; "
                 f"{_OTHER_FORMAT}"
             ) from error
         if not apart_B.max() <= TOLERANCE:  # a NaN is not
             raise ConfigError(
                 f"{format}: the exported model gives other embeddings than the run's model: 1 - "
-                f"cosine is up to {apart_B.max():.2g} on {B} pictures, expected up to "
+                f"cosine is up to {apart_B.max():.2g} on {B} images, expected up to "
                 f"{TOLERANCE:g}, so no file is left; {_OTHER_FORMAT}"
             )
 

@@ -24,9 +24,9 @@ UNKNOWN = "unknown"
 
 _METRICS = {
     "map_at_10": ("MAP@10", "mean over queries of the average precision among the first 10 found"),
-    "map_at_r": ("MAP@R", "the same among the first R, R = pictures of the query's class"),
-    "recall_at_1": ("R@1", "share of queries whose first picture found is of their class"),
-    "recall_at_5": ("R@5", "share of queries with a picture of their class among the first 5"),
+    "map_at_r": ("MAP@R", "the same among the first R, R = images of the query's class"),
+    "recall_at_1": ("R@1", "share of queries whose first image found is of their class"),
+    "recall_at_5": ("R@5", "share of queries with an image of their class among the first 5"),
 }
 # Beside these, each setting that is not the default.
 _SETTINGS = """
@@ -43,7 +43,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         folder: the run folder.
         spec: what the model is built from.
         fingerprint: the model's.
-        preprocessing: what is to be done to a picture before the model gets it.
+        preprocessing: what is to be done to an image before the model gets it.
 
     Raises:
         RunFolderError: a configuration or a summary that is missing, damaged or of no single run.
@@ -77,12 +77,12 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     parts = [
         "\n".join(["---", *yaml, "---"]),
         f"# {title}",
-        f"Maps a picture to a vector of {spec.embedding_size} numbers and length 1; the nearer two "
-        "vectors (cosine), the likelier two pictures show the same class, also a class that "
-        "training never saw. Made for search: given a picture, find others of the same thing.",
+        f"Maps an image to a vector of {spec.embedding_size} numbers and length 1; the nearer two "
+        "vectors (cosine), the likelier two images show the same class, also a class that "
+        "training never saw. Made for search: given an image, find others of the same thing.",
         "## Data",
         _table(("", ""), _data_rows(data)),
-        "What is in the pictures, who labelled them and who consented to their use: "
+        "What is in the images, who labelled them and who consented to their use: "
         f"{UNKNOWN} to the program that wrote this card; for the owner to fill in.",
         "## Training",
         f"Method `{_plain(summary['method'])}`: {method.summary if method else UNKNOWN}.",
@@ -103,7 +103,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         "## Versions",
         _table(("", ""), _version_rows(about, fingerprint)),
         "## Licence",
-        "Not stated: the owner of pictures and model fills it in here, and as `license` above.",
+        "Not stated: the owner of images and model fills it in here, and as `license` above.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -133,17 +133,17 @@ def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
     size = UNKNOWN if shape is None else "{} x {} x {} (channels, height, width)".format(*shape)
     rows: list[tuple[str, ...]] = [
         ("data set", _plain(data.get("name", UNKNOWN))),
-        ("training pictures", _number(data.get("train_images"))),
+        ("training images", _number(data.get("train_images"))),
         ("training classes", _number(data.get("train_classes"))),
         ("clients", _number(data.get("train_clients"))),
         ("classes per client", own),
-        ("pictures, as trained on", size),
-        ("pictures left out as unreadable", _number(data.get("skipped_pictures"))),
+        ("images, as trained on", size),
+        ("images left out as unreadable", _number(data.get("skipped_pictures"))),
     ]
     if "fingerprint" in data:
         rows.append(("fingerprint of the data", f"`{data['fingerprint']}`"))
     if "train_images" not in data:
-        rows.append(("why unknown", "pictures stayed at their sites, and these counts with them"))
+        rows.append(("why unknown", "images stayed at their sites, and these counts with them"))
     return rows
 
 
@@ -177,7 +177,7 @@ def _results(
     queries, skipped = summary.get("queries"), summary.get("skipped")
     among = "each among all the others"
     if data.get("test_gallery") is not None:
-        among = f"among {data['test_gallery']:,} gallery pictures"
+        among = f"among {data['test_gallery']:,} gallery images"
     elif "test_queries" not in data:
         among = f"evaluated at: {data.get('evaluated_at', UNKNOWN)}"
     classes, seen = _number(data.get("test_classes")), _number(data.get("test_classes_seen"))
@@ -196,7 +196,7 @@ def _results(
         f"{_number(queries)} queries of the split `{settings.get('eval_split', 'test')}` "
         f"({among}), {_number(skipped)} more left out for want of anything to find; {classes} "
         f"classes, {seen} of them seen in training. One run with one seed; whether settings were "
-        f"chosen on these pictures is {UNKNOWN}.",
+        f"chosen on these images is {UNKNOWN}.",
     ]
 
 
@@ -204,7 +204,7 @@ def _thresholds(found: Verification | None, settings: Mapping[str, Any]) -> list
     if found is None:
         return [
             f"{UNKNOWN.capitalize()}: no `verification.json` lay beside the run. `fedss evaluate` "
-            "measures them where there are test pictures of two classes or more."
+            "measures them where there are test images of two classes or more."
         ]
     few = "; these are fewer than 30, so it is a rough figure"
     rows = [
@@ -221,22 +221,22 @@ def _thresholds(found: Verification | None, settings: Mapping[str, Any]) -> list
         means += f"{at.far:g} of those of two are{'' if at.supported else few}"
         rows.append((f"TAR at FAR {at.far:g}", f"{at.tar:.4f}", f"{at.threshold:.4f}", means))
     counted = (
-        f"{found.genuine:,} pairs of pictures of one class and {found.impostor:,} of two, of the "
+        f"{found.genuine:,} pairs of images of one class and {found.impostor:,} of two, of the "
         f"split `{settings.get('eval_split', 'test')}`. A pair is accepted as one class if its "
         "cosine reaches the threshold."
     )
     known = found.identification
     if known is not None:
         means = (
-            "share of pictures of enrolled classes that get the right name, where at most "
-            f"{known.fpir:g} of the pictures of other classes get any"
+            "share of images of enrolled classes that get the right name, where at most "
+            f"{known.fpir:g} of the images of other classes get any"
         )
         means += "" if known.supported else few
         dir_at = f"DIR at FPIR {known.fpir:g}"
         rows.append((dir_at, f"{known.dir:.4f}", f"{known.threshold:.4f}", means))
         counted += (
             f" DIR is that of {known.enrolled:,} enrolled classes, drawn {known.draws:,} times; "
-            "with more classes, more pictures of others get a name at the same threshold."
+            "with more classes, more images of others get a name at the same threshold."
         )
     return [_table(("figure", "value", "threshold", "what it is"), rows), counted]
 
@@ -244,7 +244,7 @@ def _thresholds(found: Verification | None, settings: Mapping[str, Any]) -> list
 def _traffic(summary: Mapping[str, Any]) -> list[str]:
     down = summary.get("bytes_down_per_client_round")
     if down is None:
-        return ["No federated message: pictures were pooled."]
+        return ["No federated message: images were pooled."]
     rows = [
         (label, *(human_bytes(summary.get(f"{part}bytes_{way}_per_client_round")) for way in ways))
         for ways in [("down", "up")]
@@ -259,12 +259,12 @@ def _traffic(summary: Mapping[str, Any]) -> list[str]:
 _LIMITS = [
     "- FedSS is not a privacy method: the server sees which classes a client asks for, and updates "
     "travel in the clear unless something else protects them. Nothing is known about what of the "
-    "training pictures could be drawn out of these weights.\n"
-    "- The figures above hold for pictures like those that were tested. For other cameras, places, "
+    "training images could be drawn out of these weights.\n"
+    "- The figures above hold for images like those that were tested. For other cameras, places, "
     "classes or people they are unknown, and so are biases: none was looked for.\n"
     '- A cosine is no probability. A threshold for "the same" or "unknown" has to be chosen on '
-    "pictures of your own, also where some stand above.\n"
-    "- Only the central square of a picture is seen, at the size stated below.\n"
+    "images of your own, also where some stand above.\n"
+    "- Only the central square of an image is seen, at the size stated below.\n"
     "- Not for recognising or following people without their consent, nor for decisions about "
     "people.",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from fedss.data.cache import in_threads
-from fedss.data.decoding import open_picture, pixels_of, upright
+from fedss.data.decoding import open_image, pixels_of, upright
 from fedss.data.missing import why_missing
 from fedss.errors import DataError
 from fedss.models import Embedder, EmbedderSpec, embed_pixels
@@ -38,7 +38,7 @@ class _Broken:
     reason: str
 
 
-def read_pictures(
+def read_images(
     embedder: Embedder,
     images: Sequence[ImageSource],
     *,
@@ -96,7 +96,7 @@ def read_pictures(
                 waiting.append(done)
             elif broken is None:
                 raise DataError(
-                    f"cannot read picture {name_of(images[done.position], done.position)}: "
+                    f"cannot read image {name_of(images[done.position], done.position)}: "
                     f"{done.reason}; {advice}"
                 )
             else:
@@ -125,13 +125,13 @@ def _prepared(
 def _opened(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         content = _content(source)
-        return source.copy() if content is None else open_picture(io.BytesIO(content))
+        return source.copy() if content is None else open_image(io.BytesIO(content))
     if not isinstance(source, str | Path):
         source.seek(0)
     elif not os.path.isfile(source) and os.path.exists(source):
         # A pipe would keep whoever opens it waiting.
         raise OSError("not a file")
-    return open_picture(source)
+    return open_image(source)
 
 
 def _content(image: Image.Image) -> bytes | None:

@@ -41,7 +41,7 @@ class Method:
         server_step: what the server does to all class rows [N, D] after each round; gets the
             settings named in ``server_settings`` as keyword arguments.
         server_settings: fields of the configuration.
-        pooled: pictures are pooled first: a reference, not federated learning.
+        pooled: images are pooled first: a reference, not federated learning.
         row_mean: default of the setting: whose weight divides a row's sum.
         class_row_lr: default of the setting.
     """
@@ -104,7 +104,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "central",
-            "pictures pooled, full softmax, plain SGD: a reference",
+            "images pooled, full softmax, plain SGD: a reference",
             "all",
             sampled_softmax,
             pooled=True,

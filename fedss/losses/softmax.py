@@ -1,6 +1,6 @@
 """The maths of sampled softmax: class samples, corrected logits, objectives, margins.
 
-Shape suffixes: B pictures of a batch, D embedding size, P own classes, M negatives,
+Shape suffixes: B images of a batch, D embedding size, P own classes, M negatives,
 S classes of a class sample (S = P + M).
 """
 
@@ -54,12 +54,12 @@ class Scoring:
 
 
 def logits(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, scoring: Scoring) -> Tensor:
-    """``o_BS = s * cos(h_b, w_i)``, with the margin applied to each picture's own label.
+    """``o_BS = s * cos(h_b, w_i)``, with the margin applied to each image's own label.
 
     Args:
         h_BD: unit-norm embeddings.
         rows_SD: class rows of any norm; a row of zeros has cosine 0 with everything.
-        target_B: int64, each picture's label as a position in S.
+        target_B: int64, each image's label as a position in S.
         scoring: scale and margin.
     """
     cos_BS = h_BD @ F.normalize(rows_SD, dim=1).T
@@ -69,7 +69,7 @@ def logits(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, scoring: Scoring) ->
         if scoring.margin_kind == "cosface":
             with_margin_B1 = cos_B1 - m
         else:
-            # The square root has no gradient at 0, where the picture lies on its class row.
+            # The square root has no gradient at 0, where the image lies on its class row.
             sin_B1 = (1 - cos_B1.square()).clamp_min(1e-12).sqrt()
             with_margin_B1 = torch.where(
                 cos_B1 > -math.cos(m),
@@ -96,7 +96,7 @@ class AbsentClasses:
 
 
 Objective = Callable[[Tensor, Tensor, Tensor, ClassSample, Scoring, AbsentClasses | None], Tensor]
-"""``objective(h_BD, rows_SD, target_B, sample, scoring, absent)``: one loss per picture, [B].
+"""``objective(h_BD, rows_SD, target_B, sample, scoring, absent)``: one loss per image, [B].
 
 Arguments as for :func:`sampled_softmax`. ``absent`` is None for methods that do not use it, and
 where no class is absent. A client takes the mean of a batch and differentiates it with respect to
@@ -129,7 +129,7 @@ def sampled_softmax(
         absent: not used.
 
     Returns:
-        The loss of each picture, [B].
+        The loss of each image, [B].
 
     Example:
         >>> own_S = torch.tensor([False, True, False])

@@ -34,7 +34,7 @@ def refuse_lazy_layers(body: nn.Module) -> None:
     tensors = [*body.named_parameters(), *body.named_buffers()]
     lazy = [name for name, tensor in tensors if nn.parameter.is_lazy(tensor)]
     if lazy:
-        raise ConfigError(f"the backbone has lazy layers: run it once on a picture ({few(lazy)})")
+        raise ConfigError(f"the backbone has lazy layers: run it once on an image ({few(lazy)})")
 
 
 def refuse_trained_norms(body: nn.Module) -> None:
@@ -130,7 +130,7 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
             body(images_BCHW)
     except Exception as error:
         raise ConfigError(
-            f"the backbone fails in training mode on pictures {list(images_BCHW.shape)}: "
+            f"the backbone fails in training mode on images {list(images_BCHW.shape)}: "
             f"{one_line(error)}"
         ) from error
     if not torch.equal(before, torch.get_rng_state()):
@@ -143,7 +143,7 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
     if changed:
         raise ConfigError(
             f"the backbone changes buffers when it trains: {few(changed)}. Buffers are not sent to "
-            "the server, so that results would depend on which worker saw which pictures: leave "
+            "the server, so that results would depend on which worker saw which images: leave "
             "them as they are in forward, or set them once before training"
         )
 

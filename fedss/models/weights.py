@@ -93,7 +93,7 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         name = published.get("architecture", type(model).__name__)
         besides = f" ({few(classifier)}: its classifier, not needed)" if classifier else ""
         raise ConfigError(
-            f"weights: {path} does not hold those of timm:{name} for pictures of {channels} "
+            f"weights: {path} does not hold those of timm:{name} for images of {channels} "
             f"channels{besides}: {'; '.join(listed)}. {_where_they_are(state, expected)}"
         )
     with torch.no_grad():

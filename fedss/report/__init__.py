@@ -37,10 +37,11 @@ def write_report(folder: Path) -> Path:
 
 
 def __getattr__(name: str) -> Any:
-    # Those that draw, as above.
+    # Those that draw, as above; until 0.3 they were called ``bytes_picture`` and so on.
+    name = name.replace("_picture", "_figure")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("fedss.report.figures"), name)
 
 
-__all__ = ["bytes_picture", "clients_picture", "frontier_picture", "write_report"]
+__all__ = ["bytes_figure", "clients_figure", "frontier_figure", "write_report"]

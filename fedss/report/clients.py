@@ -1,4 +1,4 @@
-"""Who holds what: pictures and classes by client, clients by class, and a small matrix, as PNG."""
+"""Who holds what: images and classes by client, clients by class, and a small matrix, as PNG."""
 
 from collections.abc import Mapping
 
@@ -21,21 +21,21 @@ _ROWS, _COLUMNS = 36, 90
 def clients_png(
     held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str, colors: Mapping[str, str]
 ) -> bytes:
-    """The picture of `fedss.report.clients_picture`."""
+    """The image of `fedss.report.clients_figure`."""
     client_P, class_P, count_P = held
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
     FigureCanvasAgg(figure)
-    pictures_K = np.bincount(client_P, weights=count_P).astype(np.int64)
+    images_K = np.bincount(client_P, weights=count_P).astype(np.int64)
     classes_K, clients_n = np.bincount(client_P), np.bincount(class_P)
     for place, values, what, of in (
-        ((0.07, 0.535), pictures_K, "Pictures per client", "clients"),
+        ((0.07, 0.535), images_K, "Images per client", "clients"),
         ((0.57, 0.535), classes_K, "Classes per client", "clients"),
         ((0.07, 0.055), clients_n, "Clients per class", "classes"),
     ):
         ax = style(figure.add_axes((*place, 0.405, 0.345)), colors)
         _histogram(ax, values[values > 0], what, of, colors)
     ax = style(figure.add_axes((0.57, 0.055, 0.405, 0.345)), colors)
-    _matrix(ax, held, pictures_K, colors)
+    _matrix(ax, held, images_K, colors)
     figure.text(
         0.07,
         1 - 18 / _HEIGHT,
@@ -92,15 +92,15 @@ def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Mapping
 def _matrix(
     ax: Axes,
     held: tuple[np.ndarray, np.ndarray, np.ndarray],
-    pictures_K: np.ndarray,
+    images_K: np.ndarray,
     colors: Mapping[str, str],
 ) -> None:
-    """Some clients, from most pictures to fewest, and the classes that they hold."""
+    """Some clients, from most images to fewest, and the classes that they hold."""
     client_P, class_P, count_P = held
-    there = np.flatnonzero(pictures_K)
-    order = there[np.argsort(-pictures_K[there], kind="stable")]
+    there = np.flatnonzero(images_K)
+    order = there[np.argsort(-images_K[there], kind="stable")]
     chosen = order[np.unique(np.linspace(0, len(order) - 1, _ROWS).round().astype(np.int64))]
-    row_K = np.full(len(pictures_K), -1)
+    row_K = np.full(len(images_K), -1)
     row_K[chosen] = np.arange(len(chosen))
     row_P = row_K[client_P]
     row_P, class_P, count_P = (values[row_P >= 0] for values in (row_P, class_P, count_P))
@@ -115,7 +115,7 @@ def _matrix(
     np.add.at(matrix, (row_P, rank_n[column_P] * columns // len(classes)), count_P)
     ramp = LinearSegmentedColormap.from_list("held", [colors["wash"], colors["accent"]])
     darkest = matrix.max()
-    # Counts are skewed, so by their logarithms; and one picture is to be told from none.
+    # Counts are skewed, so by their logarithms; and one image is to be told from none.
     shade = 1 - 0.75 * (1 - np.log(np.maximum(matrix, 1)) / max(np.log(darkest), 1e-9))
     shade = np.where(matrix > 0, shade if darkest > 1 else 1.0, 0.0)
     ax.imshow(shade, cmap=ramp, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -127,11 +127,9 @@ def _matrix(
     of_them = f"all {len(order):,} clients" if every else f"{len(chosen)} of {len(order):,} clients"
     grouped = f", {len(classes) / columns:.2g} to a column" if columns < len(classes) else ""
     _head(ax, "Who holds what", f"{of_them}, their {len(classes):,} classes{grouped}", colors)
-    scale = (
-        f"light to dark: 1 to {darkest:,.0f} pictures, log scale" if darkest > 1 else "1 picture"
-    )
+    scale = f"light to dark: 1 to {darkest:,.0f} images, log scale" if darkest > 1 else "1 image"
     ax.set_xlabel(f"classes; {scale}", loc="left")
-    ax.set_ylabel("clients, most pictures on top", loc="top")
+    ax.set_ylabel("clients, most images on top", loc="top")
 
 
 def _head(ax: Axes, title: str, text: str, colors: Mapping[str, str]) -> None:

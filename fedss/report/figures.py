@@ -59,7 +59,7 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
     if 0 < len(moved) <= charts.FEW:
         caption = "Further left: fewer bytes for the same accuracy."
         if level is not None:
-            caption += f" {level[0]}, the pooled reference, moves pictures: only its end is shown."
+            caption += f" {level[0]}, the pooled reference, moves images: only its end is shown."
         alt = f"MAP@10 against bytes moved for {names}"
         svg = charts.bytes_chart("bytes", moved, level, alt)
         made.append(Chart("MAP@10 against bytes moved", caption, svg))
@@ -218,7 +218,7 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
     return bars
 
 
-def bytes_picture(folder: Path) -> bytes:
+def bytes_figure(folder: Path) -> bytes:
     """The report's chart of MAP@10 against bytes moved, as a PNG for a README or a talk.
 
     Args:
@@ -238,7 +238,7 @@ def bytes_picture(folder: Path) -> bytes:
     return charts.bytes_png(lines, level, _light())
 
 
-def frontier_picture(folders: Mapping[str, Path]) -> bytes:
+def frontier_figure(folders: Mapping[str, Path]) -> bytes:
     """The report's chart of the frontier, of one or several comparisons, as a PNG for a README.
 
     Each variant's final MAP@10 (mean over seeds; a line from the lowest to the highest) against
@@ -247,7 +247,7 @@ def frontier_picture(folders: Mapping[str, Path]) -> bytes:
 
     Args:
         folders: one to four: title -> folder of a comparison, as for :func:`write_report`. Runs
-            not yet finished are left out. The pictures of several stand in two columns.
+            not yet finished are left out. The images of several stand in two columns.
 
     Returns:
         A PNG at 200 dpi on white: 6.4 x 4 inches for one comparison, 5.8 x 4.4 inches for each
@@ -279,14 +279,14 @@ def frontier_picture(folders: Mapping[str, Path]) -> bytes:
     return frontier_png(panels, _light())
 
 
-def clients_picture(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
-    """Pictures and classes per client, clients per class, and a client x class matrix, as a PNG.
+def clients_figure(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
+    """Images and classes per client, clients per class, and a client x class matrix, as a PNG.
 
-    The matrix shows up to 36 clients, evenly spread from most pictures to fewest, and the classes
+    The matrix shows up to 36 clients, evenly spread from most images to fewest, and the classes
     that they hold; those held by the same clients stand next to each other.
 
     Args:
-        held: client, class and number of pictures of each pair of client and class that has any,
+        held: client, class and number of images of each pair of client and class that has any,
             integers [P], as :func:`fedss.data.holdings` gives them.
         title: stands above.
 

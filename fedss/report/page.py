@@ -161,7 +161,7 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     facts = []
     last = run.records[-1] if run.records else None
     for key, name, known in (
-        ("train_images", "training picture", None),
+        ("train_images", "training image", None),
         # A federation learns of these by and by.
         ("train_classes", "training class", last["num_classes"] if last else None),
         ("train_clients", "client", last["num_clients"] if last else None),

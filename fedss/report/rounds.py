@@ -38,7 +38,7 @@ REASONS = {
     "request": "classes that cannot be asked for",
     "ids": "other classes than asked for",
     "shape": "arrays of another shape or type",
-    "examples": "an impossible number of pictures",
+    "examples": "an impossible number of images",
     "not finite": "infinite or undefined numbers",
 }
 

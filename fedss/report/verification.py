@@ -18,7 +18,7 @@ from fedss.runs.reading import Group
 from fedss.text import decimals
 
 _SHOWN = (0.01, 0.001)  # FARs of a comparison's columns
-_LEAST = 1e-4  # FAR at the left end of a chart: below, curves of many pictures say little
+_LEAST = 1e-4  # FAR at the left end of a chart: below, curves of many images say little
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 RocMark = tuple[float, float, str]
 """A point of an ROC and what to write beside it: FAR, TAR, text."""
@@ -35,7 +35,7 @@ class RateRow:
 
 @dataclass(frozen=True)
 class ConfusedPair:
-    """Two classes with a picture of each, and how often the one was taken for the other.
+    """Two classes with an image of each, and how often the one was taken for the other.
 
     ``taken`` has (text, share) of the queries of the first and of the second.
     """

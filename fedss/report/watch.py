@@ -38,7 +38,7 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
         what = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise RunFolderError(
             f"{folder}: expected the folder of a run or a comparison that has begun, got {what}; "
-            "give the --out of its fedss command, once that has read its pictures"
+            "give the --out of its fedss command, once that has read its images"
         )
     path, shown = folder / "report.html", False
     say(f"{path}: open it in a browser; it loads itself again every {REFRESH} s")

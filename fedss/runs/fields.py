@@ -12,13 +12,13 @@ from fedss.errors import RunFolderError
 # What to do about a damaged file; for all others `_AGAIN`.
 _ADVICE = {
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
-    "retrieval.npz": "delete it: the report is then written without pictures",
-    "confusions.npz": "delete it: the report is then written without pictures",
+    "retrieval.npz": "delete it: the report is then written without images",
+    "confusions.npz": "delete it: the report is then written without images",
     "verification.json": "delete it and run fedss evaluate on this run, which measures these "
     "figures again; without them the report is written, too",
     "floors.json": "delete it: the report is then written without floors",
     "by_class.json": "delete it: the report is then written without intervals",
-    "augmentation.npz": "delete it: the report is then written without these pictures",
+    "augmentation.npz": "delete it: the report is then written without these images",
 }
 _AGAIN = "restore it from a copy, or run again in another folder"
 _EXACT = 2**53  # integers below are exact as floats

@@ -57,7 +57,7 @@ def nearest_neighbours(number: int) -> str:
 
 def cohort(groups: Sequence[Group]) -> str:
     """How many clients took part in a round, as recorded: ``20 clients``; empty if not known."""
-    # Pooled pictures have no clients.
+    # Pooled images have no clients.
     runs = [run for group in groups if not group.pooled for run in group.runs]
     sizes = [record["clients"] for run in runs for record in run.records]
     if sizes:

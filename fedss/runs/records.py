@@ -37,11 +37,11 @@ class Record(TypedDict):
         round: its number, from 1 on.
         loss: the mean over clients.
         clients: how many gave an update.
-        examples: pictures that they trained on.
+        examples: images that they trained on.
         num_classes: n.
         num_clients: how many the cohort was drawn from.
         bytes_down: of all messages of the cohort, as serialised, as are its parts and ``bytes_up``;
-            None where pictures are pooled: no federated message exists.
+            None where images are pooled: no federated message exists.
         class_rows: the sum of ``|S_k|``; None likewise.
         client_lr: the round's learning rate of the backbone.
         class_row_lr: the round's learning rate of the class rows.

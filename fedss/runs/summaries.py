@@ -101,7 +101,7 @@ def summarize(
         "seconds_by_phase": by_phase,
         "seconds": sum(by_phase.values()),
         "failures": dict(Counter(failure["reason"] for failure in failures)),
-        "gallery": "each site's own" if at_sites else "all test pictures",
+        "gallery": "each site's own" if at_sites else "all test images",
         "floors": dict(floors or {}),
         "map_at_10_interval": interval and [interval.low, interval.high],
     }

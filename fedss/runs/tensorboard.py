@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: scalars, pictures with their neighbours, the projector."""
+"""What TensorBoard shows of a run: scalars, images with their neighbours, the projector."""
 
 import shutil
 import threading
@@ -20,7 +20,7 @@ from fedss.text import encodable
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_QUERIES, _SIDE, _FRAME, _GAP = 6, 56, 3, 4  # of the picture of neighbours; the last three: pixels
+_QUERIES, _SIDE, _FRAME, _GAP = 6, 56, 3, 4  # of the image of neighbours; the last three: pixels
 _RIGHT, _WRONG = (10, 122, 85), (179, 38, 30)  # the colours of the report
 # TensorBoard colours the points of up to 50 names. Whole classes, since of a class with a single
 # point nobody sees whether it stands together.
@@ -80,7 +80,7 @@ def add_scalars(writer: "SummaryWriter", record: Record, failures: bool) -> None
 def add_neighbours(
     writer: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
 ) -> None:
-    """A picture of some queries and what is nearest to them, the same queries in every round."""
+    """An image of some queries and what is nearest to them, the same queries in every round."""
     shown = find_neighbours(task, found, seed, _QUERIES)
     image = draw_neighbours(shown.pixels, shown.labels)
     writer.add_image("test/neighbours", image, round, dataformats="HWC")
@@ -121,7 +121,7 @@ def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
 
 
 def _thumbnail(pixels_CHW: np.ndarray, side: int) -> Image.Image:
-    """In colour; large pictures shrunk, small ones enlarged pixel by pixel."""
+    """In colour; large images shrunk, small ones enlarged pixel by pixel."""
     array = pixels_CHW[0] if len(pixels_CHW) == 1 else np.moveaxis(pixels_CHW, 0, -1)
     image = Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
     small = max(image.size) <= side
@@ -149,16 +149,16 @@ def add_projection(
     # Written as text: digits that nobody sees would be half of it.
     shown = embeddings_ND[chosen].cpu().double().round(decimals=6)
     writer.add_embedding(shown, names, tiles_NCHW, round, "test")
-    # It must not look like a picture to who takes all that are below a folder with this run in it.
+    # It must not look like an image to who takes all that are below a folder with this run in it.
     sprite, config = logs / f"{round:05d}/test/sprite.png", logs / "projector_config.pbtxt"
     sprite.rename(sprite.with_suffix(""))
     config.write_text(config.read_text().replace("sprite.png", "sprite"))
 
 
 def choose_points(labels_N: np.ndarray, seed: int) -> np.ndarray:
-    """Positions of at most 500 pictures: up to 50 classes drawn by the seed, of each up to 10.
+    """Positions of at most 500 images: up to 50 classes drawn by the seed, of each up to 10.
 
-    Classes of several pictures are taken first.
+    Classes of several images are taken first.
     """
     rng = generator(seed, "projection")
     order = rng.permutation(len(labels_N))

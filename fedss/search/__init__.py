@@ -1,7 +1,7 @@
-"""Search in one's own pictures: an index, exact search, classes enrolled by example.
+"""Search in one's own images: an index, exact search, classes enrolled by example.
 
 `build_collection` makes the index of a run, `open_collection` opens it; `enrol` and `remove` change
-its classes without training, `identify` names the class that a picture shows, or none.
+its classes without training, `identify` names the class that an image shows, or none.
 """
 
 from fedss.search.build import build_collection

@@ -1,4 +1,4 @@
-"""`fedss index`: from pictures to an index, embedding only what is new or was changed."""
+"""`fedss index`: from images to an index, embedding only what is new or was changed."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from torch import nn
 
 from fedss.errors import DataError, RunFolderError
 from fedss.files import replacing
-from fedss.inference.embedding import LEAVE_OUT, PictureList, list_pictures
+from fedss.inference.embedding import LEAVE_OUT, ImageList, list_images
 from fedss.inference.model import load
-from fedss.inference.pixels import read_pictures
+from fedss.inference.pixels import read_images
 from fedss.models import Embedder, fingerprint
 from fedss.runs.folder import lock_folder
 from fedss.search.collection import (
@@ -50,16 +50,16 @@ Stamp = tuple[int, int]
 
 def build_collection(
     run: str | Path,
-    pictures: str | Path,
+    images: str | Path,
     folder: str | Path | None = None,
     *,
     skip_broken: bool = False,
     on_progress: OnProgress | None = None,
     backbone: nn.Module | None = None,
 ) -> Collection:
-    """Index the pictures of a folder or a CSV, for search.
+    """Index the images of a folder or a CSV, for search.
 
-    An index that is there already is brought up to date: pictures whose file has the same name
+    An index that is there already is brought up to date: images whose file has the same name
     and is unchanged (``file_fingerprint``) keep what was computed, new and
     changed ones are embedded, deleted ones vanish. Enrolled classes stay. The new index takes the
     old one's place when it is whole; a process that dies on the way leaves the old one, and the
@@ -67,22 +67,22 @@ def build_collection(
 
     Args:
         run: the run folder of the model.
-        pictures: a folder, or a CSV with the columns ``image`` and perhaps ``label``. In a folder,
-            a picture's class is the name of the folder that it lies in.
+        images: a folder, or a CSV with the columns ``image`` and perhaps ``label``. In a folder,
+            an image's class is the name of the folder that it lies in.
         folder: where to put the index; None: ``run/index``.
-        skip_broken: leave out pictures that cannot be read (``Collection.skipped``).
-        on_progress: called with the number of pictures done and of all; None: a bar on stderr.
+        skip_broken: leave out images that cannot be read (``Collection.skipped``).
+        on_progress: called with the number of images done and of all; None: a bar on stderr.
         backbone: as for ``fedss.load``.
 
     Raises:
-        DataError: no pictures, or one that cannot be read.
+        DataError: no images, or one that cannot be read.
         RunFolderError: no finished run; another process is building this index; the place cannot
             be written; an index or enrolled classes of another model are there, or
-            an index without any of these pictures.
+            an index without any of these images.
     """
     embedder = load(run, backbone)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
-    found = list_pictures(Path(pictures))
+    found = list_images(Path(images))
     with lock_folder(folder, _ADVICE):
         if store_exists(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
@@ -91,11 +91,11 @@ def build_collection(
         return open_with(folder, embedder)
 
 
-def _check_old(index: Path, found: PictureList, embedder: Embedder) -> None:
+def _check_old(index: Path, found: ImageList, embedder: Embedder) -> None:
     """Whether an index that is there is this one's predecessor; a damaged one is made anew.
 
     Raises:
-        RunFolderError: it is of another model or has none of these pictures; it may have taken
+        RunFolderError: it is of another model or has none of these images; it may have taken
             hours to make.
     """
     try:
@@ -103,7 +103,7 @@ def _check_old(index: Path, found: PictureList, embedder: Embedder) -> None:
     except (RunFolderError, KeyError, TypeError, ValueError):
         return
     check_model(index, embedder)
-    # A folder that was moved has the same names of pictures.
+    # A folder that was moved has the same names of images.
     if source != str(found.source) and not read_fingerprints(index).keys() & set(found.names):
         raise RunFolderError(
             f"{index} is the index of {source}, not of {found.source}: choose another place "
@@ -113,7 +113,7 @@ def _check_old(index: Path, found: PictureList, embedder: Embedder) -> None:
 
 def _build(
     folder: Path,
-    found: PictureList,
+    found: ImageList,
     embedder: Embedder,
     skip_broken: bool,
     on_progress: OnProgress | None,
@@ -132,7 +132,7 @@ def _build(
     stamps = [file_fingerprint(path) for path in found.paths]
 
     def places() -> dict[int, tuple[Path, int]]:
-        """File and number of each picture that is embedded already."""
+        """File and number of each image that is embedded already."""
         there = {}
         for file in (index, unfinished):
             held = _held(file, model, found)
@@ -150,7 +150,7 @@ def _build(
     broken = _embed(unfinished, found, stamps, todo, embedder, skip_broken, on_progress)
     after = places()
     if not after:
-        raise DataError(f"no readable picture among the {len(stamps)} of {found.source}")
+        raise DataError(f"no readable image among the {len(stamps)} of {found.source}")
     facts |= {
         "skipped": [found.names[at] for at in broken],
         "embedded": sum(file == unfinished for file, _ in after.values()),
@@ -181,7 +181,7 @@ def _build(
 
 def _embed(
     unfinished: Path,
-    found: PictureList,
+    found: ImageList,
     stamps: Sequence[Stamp | None],
     todo: Sequence[int],
     embedder: Embedder,
@@ -196,7 +196,7 @@ def _embed(
         done(count, total)
         for some in _chunks(todo):
             broken: dict[int, str] | None = {} if skip_broken else None
-            blocks = read_pictures(
+            blocks = read_images(
                 embedder,
                 [paths[at] for at in some],
                 thumbnails=True,
@@ -224,8 +224,8 @@ def _chunks(positions: Sequence[int]) -> Iterator[Sequence[int]]:
         yield positions[start : start + _CHUNK]
 
 
-def _held(file: Path, model: str, found: PictureList) -> dict[str, tuple[int, Stamp | None]]:
-    """What an earlier index of the same pictures holds: number and stamp by name."""
+def _held(file: Path, model: str, found: ImageList) -> dict[str, tuple[int, Stamp | None]]:
+    """What an earlier index of the same images holds: number and stamp by name."""
     try:
         about = read_metadata(file)
         same_place = json.loads(about["facts"])["source"] == str(found.source)

@@ -1,4 +1,4 @@
-"""Classes without training: enrol one from a few pictures, say which one a picture shows."""
+"""Classes without training: enrol one from a few images, say which one an image shows."""
 
 import secrets
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from fedss.evaluation.retrieval import nearest
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.files import read_json
 from fedss.inference.embedding import class_name
-from fedss.inference.pixels import ImageSource, Read, name_of, read_pictures
+from fedss.inference.pixels import ImageSource, Read, name_of, read_images
 from fedss.models import fingerprint
 from fedss.runs.findings import read_verification
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
@@ -29,11 +29,11 @@ from fedss.text import counted
 
 @dataclass(frozen=True)
 class Identity:
-    """What a picture shows.
+    """What an image shows.
 
     Attributes:
         label: the class; None: unknown, as no class is near enough.
-        score: cosine of the picture's embedding and the nearest class's prototype.
+        score: cosine of the image's embedding and the nearest class's prototype.
         nearest: the nearest class, whether near enough or not.
     """
 
@@ -45,45 +45,45 @@ class Identity:
 def enrol(
     collection: Collection,
     label: str,
-    pictures: Sequence[ImageSource],
+    images: Sequence[ImageSource],
     *,
     names: Sequence[str] | None = None,
 ) -> Collection:
-    """Add pictures of a class, new or not, to a collection: no training, found at once.
+    """Add images of a class, new or not, to a collection: no training, found at once.
 
     They are kept in the index (embedding and thumbnail, not the file), also when it is built
-    again, until ``remove``. The class's prototype is the mean over all of its pictures.
+    again, until ``remove``. The class's prototype is the mean over all of its images.
 
     Args:
         collection: stays as it is.
         label: the class.
-        pictures: files, their content or open images, one or more.
+        images: files, their content or open images, one or more.
         names: a name for each, for people; None: their file names.
 
     Returns:
         The collection with them, and with what other processes have done to it meanwhile.
 
     Raises:
-        DataError: no name, no picture, or one that cannot be read: then none is added.
+        DataError: no name, no image, or one that cannot be read: then none is added.
         RunFolderError: the index cannot be written.
     """
     named = class_name(label)
     if named is None:
         raise DataError("a class needs a name: expected some text, got none")
-    if not pictures:
-        raise DataError(f"class {named}: expected one picture or more to enrol, got none")
+    if not images:
+        raise DataError(f"class {named}: expected one image or more to enrol, got none")
     if names is None:
-        names = [name_of(picture, at) for at, picture in enumerate(pictures)]
-    blocks = read_pictures(collection.embedder, pictures, thumbnails=True)
+        names = [name_of(image, at) for at, image in enumerate(images)]
+    blocks = read_images(collection.embedder, images, thumbnails=True)
     return keep(collection, named, [read for block in blocks for read in block], names)
 
 
 def keep(
-    collection: Collection, label: str, pictures: Sequence[Read], names: Sequence[str]
+    collection: Collection, label: str, images: Sequence[Read], names: Sequence[str]
 ) -> Collection:
-    """:func:`enrol`, for pictures that were read before, with thumbnails."""
+    """:func:`enrol`, for images that were read before, with thumbnails."""
     items = [
-        Item(names[read.position], label, None, read.vector_D, read.thumbnail) for read in pictures
+        Item(names[read.position], label, None, read.vector_D, read.thumbnail) for read in images
     ]
     path = collection.folder / ENROLLED
     model = fingerprint(collection.embedder)
@@ -95,12 +95,12 @@ def keep(
 
 
 def remove(collection: Collection, label: str) -> Collection:
-    """Take the enrolled pictures of a class out again.
+    """Take the enrolled images of a class out again.
 
-    Pictures of that class which lie in the indexed folder stay.
+    Images of that class which lie in the indexed folder stay.
 
     Raises:
-        DataError: no picture of this class was enrolled.
+        DataError: no image of this class was enrolled.
         RunFolderError: the index cannot be written.
     """
     path = collection.folder / ENROLLED
@@ -116,24 +116,24 @@ def remove(collection: Collection, label: str) -> Collection:
 
 
 def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list[Identity]:
-    """The class that each picture shows, or unknown.
+    """The class that each image shows, or unknown.
 
     A class is known by its prototype, p_c = m_c / ‖m_c‖ with m_c the mean embedding of its
-    pictures. A picture h shows argmax_c cos(h, p_c), if that cosine is ``threshold`` or more. Of
+    images. An image h shows argmax_c cos(h, p_c), if that cosine is ``threshold`` or more. Of
     equal scores the class of the first name wins. Scores are those of ``fedss.nearest``: exact, so
     that they do not depend on what else is asked for at one time.
 
-    The more classes there are, the more often a picture of none of them comes near to one: a
+    The more classes there are, the more often an image of none of them comes near to one: a
     threshold measured with N classes is right for about N.
 
     Args:
         collection: with classes, of its folders or enrolled.
         query_QD: floating point [Q, D], such as from ``Collection.embed``.
         threshold: the least cosine, -1 to 1; or ``fedss.evaluation.verification.REJECT_ALL``, as
-            a run's test may have measured it: then all pictures are unknown.
+            a run's test may have measured it: then all images are unknown.
 
     Raises:
-        DataError: no picture of the collection has a class; queries of another size, NaN or
+        DataError: no image of the collection has a class; queries of another size, NaN or
             infinite.
         ConfigError: a threshold out of range.
     """
@@ -141,7 +141,7 @@ def identify(collection: Collection, query_QD: Tensor, threshold: float) -> list
         raise ConfigError(f"threshold: expected a cosine from -1 to 1, got {threshold}")
     if not collection.classes:
         raise DataError(
-            f"no picture of {collection.folder} has a class: sort the pictures into folders named "
+            f"no image of {collection.folder} has a class: sort the images into folders named "
             "by class, add a column label to the CSV, or enrol classes (fedss enrol)"
         )
     labels, prototypes_CD = list(collection.classes), collection.prototypes_CD
@@ -163,10 +163,10 @@ class Threshold:
         threshold: the least cosine at which a class is named;
         ``fedss.evaluation.verification.REJECT_ALL``: at
             every other one more strangers than ``fpir`` were named, so that no class ever is.
-        fpir: false-positive identification rate: the share of pictures of no enrolled class for
+        fpir: false-positive identification rate: the share of images of no enrolled class for
             which one is named all the same.
         enrolled: with so many enrolled classes.
-        supported: there were pictures enough to measure that share.
+        supported: there were images enough to measure that share.
     """
 
     threshold: float
@@ -188,7 +188,7 @@ class Threshold:
                 "the test of this run allows no name at a false-positive rate of "
                 f"{self.fpir:.1%}: at every threshold more strangers had one"
             )
-        doubt = "" if self.supported else "; too few pictures were at hand to be sure"
+        doubt = "" if self.supported else "; too few images were at hand to be sure"
         return (
             f"of strangers {self.fpir:.1%} are named among {counted(self.enrolled, 'class')}, as "
             f"measured; here about {self.fpir_among(classes):.1%}{doubt}"
@@ -214,14 +214,14 @@ def why_no_threshold(run: str | Path) -> str:
     about = read_json(config) if config.exists() else None
     data = about.get("data") if isinstance(about, dict) else None
     if (Path(run) / "verification.json").exists():
-        why = "its test pictures left nobody to find or nobody to refuse"
+        why = "its test images left nobody to find or nobody to refuse"
     elif isinstance(data, dict) and data.get("evaluated_at") == "sites":
         why = (
-            "its pictures were evaluated at the sites, which gives none. To measure one on other "
-            f"pictures: fedss evaluate {run} with their --data-path"
+            "its images were evaluated at the sites, which gives none. To measure one on other "
+            f"images: fedss evaluate {run} with their --data-path"
         )
     else:
-        why = f"fedss evaluate {run} measures one, if its test pictures are of several classes"
+        why = f"fedss evaluate {run} measures one, if its test images are of several classes"
     return (
         f"{run} has no threshold of its own: {why}. Or give a least cosine with --threshold, such "
         "as 0.6"

@@ -1,6 +1,6 @@
 """A searchable collection: an index opened together with the model that made it.
 
-Shape suffixes: Q queries, N pictures of the collection, D embedding size, C classes.
+Shape suffixes: Q queries, N images of the collection, D embedding size, C classes.
 """
 
 import json
@@ -18,7 +18,7 @@ from fedss.errors import DataError, RunFolderError
 from fedss.evaluation.inputs import unit_rows
 from fedss.evaluation.retrieval import nearest
 from fedss.inference.model import load
-from fedss.inference.pixels import ImageSource, read_pictures
+from fedss.inference.pixels import ImageSource, read_images
 from fedss.models import Embedder, fingerprint
 from fedss.search.store import (
     VectorStore,
@@ -36,7 +36,7 @@ _BLOCK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Match:
-    """A picture that was found.
+    """An image that was found.
 
     Attributes:
         position: its place in the collection.
@@ -53,23 +53,23 @@ class Match:
 
 @dataclass(frozen=True)
 class Collection:
-    """Pictures of an index and of enrolled classes, as they were when it was opened.
+    """Images of an index and of enrolled classes, as they were when it was opened.
 
-    Positions count the pictures of the index first, then those enrolled.
+    Positions count the images of the index first, then those enrolled.
 
     Attributes:
         folder: where the index lies.
-        source: the folder or CSV of the pictures.
+        source: the folder or CSV of the images.
         root: the folder that names are relative to.
         embedder: the model.
-        names: of each picture: relative to the source, or as given when it was enrolled.
-        labels: the class of each picture; None where it has none.
+        names: of each image: relative to the source, or as given when it was enrolled.
+        labels: the class of each image; None where it has none.
         vectors_ND: float32, rows of length 1.
-        indexed: the first so many pictures are those of ``source``.
-        skipped: pictures of ``source`` that could not be read when the index was built.
-        passed_over: files and folders of ``source`` that were none of the pictures then, by kind.
+        indexed: the first so many images are those of ``source``.
+        skipped: images of ``source`` that could not be read when the index was built.
+        passed_over: files and folders of ``source`` that were none of the images then, by kind.
         remarks: sentences on what else was not read then.
-        embedded: how many pictures were embedded then; the others were there before.
+        embedded: how many images were embedded then; the others were there before.
     """
 
     folder: Path
@@ -92,13 +92,13 @@ class Collection:
 
     @cached_property
     def classes(self) -> dict[str, int]:
-        """Number of pictures by class, sorted by name."""
+        """Number of images by class, sorted by name."""
         counts = Counter(label for label in self.labels if label is not None)
         return dict(sorted(counts.items()))
 
     @cached_property
     def enrolled(self) -> dict[str, int]:
-        """Number of enrolled pictures by class, sorted by name."""
+        """Number of enrolled images by class, sorted by name."""
         counts = Counter(label for label in self.labels[self.indexed :] if label is not None)
         return dict(sorted(counts.items()))
 
@@ -111,19 +111,19 @@ class Collection:
         sums_CD.index_add_(0, rows[rows >= 0], self.vectors_ND[rows >= 0].double())
         return nn.functional.normalize(sums_CD, dim=1).float()
 
-    def pictures_of(self, label: str) -> list[int]:
-        """Positions of a class's pictures."""
+    def images_of(self, label: str) -> list[int]:
+        """Positions of a class's images."""
         return [position for position, found in enumerate(self.labels) if found == label]
 
     def path(self, position: int) -> Path | None:
-        """The file of a picture; None for an enrolled one, of which the index alone knows."""
+        """The file of an image; None for an enrolled one, of which the index alone knows."""
         return self.root / self.names[position] if position < self.indexed else None
 
     def thumbnail(self, position: int) -> bytes:
-        """A small JPEG of a picture. Any thread may ask.
+        """A small JPEG of an image. Any thread may ask.
 
         Raises:
-            RunFolderError: the index was changed meanwhile and the picture is gone.
+            RunFolderError: the index was changed meanwhile and the image is gone.
         """
         enrolled = position >= self.indexed
         path = self.folder / (ENROLLED if enrolled else INDEX)
@@ -135,26 +135,26 @@ class Collection:
             )
         return small
 
-    def embed(self, pictures: Sequence[ImageSource]) -> Tensor:
-        """Embeddings of pictures: files, their content (a binary file object) or open images.
+    def embed(self, images: Sequence[ImageSource]) -> Tensor:
+        """Embeddings of images: files, their content (a binary file object) or open images.
 
         Returns:
             float32 [Q, D], rows of length 1.
 
         Raises:
-            DataError: a picture that cannot be read (named).
+            DataError: an image that cannot be read (named).
         """
-        blocks = read_pictures(self.embedder, pictures, thumbnails=False)
+        blocks = read_images(self.embedder, images, thumbnails=False)
         vectors = [read.vector_D for block in blocks for read in block]
         size = self.embedder.spec.embedding_size
         return torch.from_numpy(np.array(vectors, np.float32).reshape(-1, size))
 
     def search(self, query_QD: Tensor, k: int = 10) -> list[list[Match]]:
-        """The nearest pictures of each query, best first: exactly what ``fedss.nearest`` finds.
+        """The nearest images of each query, best first: exactly what ``fedss.nearest`` finds.
 
-        Scores in float32 tell which pictures may be among the first k; those are scored exactly.
+        Scores in float32 tell which images may be among the first k; those are scored exactly.
         Of equal scores the lower position comes first. Scores take 64 MB at a time, or four bytes
-        per picture where that is more.
+        per image where that is more.
 
         Args:
             query_QD: floating point [Q, D], such as from ``embed``.

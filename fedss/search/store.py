@@ -24,7 +24,7 @@ _PATIENCE = 30.0
 # AUTOINCREMENT: the number of an image that was removed is never given to another one.
 _TABLES = """
     CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-    CREATE TABLE IF NOT EXISTS pictures (
+    CREATE TABLE IF NOT EXISTS images (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name BLOB NOT NULL, label BLOB,
         size INTEGER, changed INTEGER, vector BLOB NOT NULL
     );
@@ -110,7 +110,7 @@ def add_items(file: sqlite3.Connection, items: Iterable[Item]) -> None:
         vector = np.ascontiguousarray(item.vector_D, "<f4").tobytes()
         row = (_bytes(item.name), _bytes(item.label), *(item.fingerprint or (None, None)), vector)
         added = file.execute(
-            "INSERT INTO pictures (name, label, size, changed, vector) VALUES (?, ?, ?, ?, ?)", row
+            "INSERT INTO images (name, label, size, changed, vector) VALUES (?, ?, ?, ?, ?)", row
         )
         file.execute("INSERT INTO thumbnails VALUES (?, ?)", (added.lastrowid, item.thumbnail))
 
@@ -118,10 +118,10 @@ def add_items(file: sqlite3.Connection, items: Iterable[Item]) -> None:
 def remove_class(file: sqlite3.Connection, label: str) -> int:
     """Remove the images of a class; how many there were."""
     file.execute(
-        "DELETE FROM thumbnails WHERE id IN (SELECT id FROM pictures WHERE label = ?)",
+        "DELETE FROM thumbnails WHERE id IN (SELECT id FROM images WHERE label = ?)",
         (_bytes(label),),
     )
-    return file.execute("DELETE FROM pictures WHERE label = ?", (_bytes(label),)).rowcount
+    return file.execute("DELETE FROM images WHERE label = ?", (_bytes(label),)).rowcount
 
 
 def write_metadata(file: sqlite3.Connection, metadata: dict[str, str]) -> None:
@@ -157,13 +157,13 @@ def read_store(path: Path, size: int) -> VectorStore:
         )
         if path.stat().st_size < pages * size_of_page:
             raise damaged_store(path, "its end is missing")
-        (count,) = file.execute("SELECT count(*) FROM pictures").fetchone()
+        (count,) = file.execute("SELECT count(*) FROM images").fetchone()
         ids: list[int] = []
         names: list[str] = []
         labels: list[str | None] = []
         known: dict[bytes | None, str | None] = {None: None}
         vectors_ND = np.empty((count, size), np.float32)
-        rows = file.execute("SELECT id, name, label, vector FROM pictures ORDER BY id")
+        rows = file.execute("SELECT id, name, label, vector FROM images ORDER BY id")
         for position, (number, name, label, vector) in enumerate(rows):
             if position >= count or len(vector) != 4 * size:
                 raise damaged_store(path, f"image {number} has {len(vector)} bytes of vector")
@@ -182,7 +182,7 @@ def read_store(path: Path, size: int) -> VectorStore:
 def read_fingerprints(path: Path) -> dict[str, tuple[int, tuple[int, int] | None]]:
     """Number and fingerprint of each image by name; of several of one name the last."""
     with _opened(path) as file:
-        rows = file.execute("SELECT name, id, size, changed FROM pictures ORDER BY id")
+        rows = file.execute("SELECT name, id, size, changed FROM images ORDER BY id")
         return {
             _text(name): (number, None if size is None else (size, at))
             for name, number, size, at in rows
@@ -197,7 +197,7 @@ def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarr
         found = []
         for number in ids:
             row = file.execute(
-                "SELECT vector, jpeg FROM pictures JOIN thumbnails USING (id) WHERE id = ?",
+                "SELECT vector, jpeg FROM images JOIN thumbnails USING (id) WHERE id = ?",
                 (number,),
             ).fetchone()
             if row is None:

@@ -32,7 +32,7 @@ from fedss.wire.messages import WireFormat
 def load_data(config: Config) -> Dataset:
     """The data set that a configuration names.
 
-    Its training pictures are dealt to other clients (``partition``), then turned (``rotations``),
+    Its training images are dealt to other clients (``partition``), then turned (``rotations``),
     then clients of many classes are split (``client_classes``), as far as it says so.
 
     Raises:
@@ -80,7 +80,7 @@ def sample_size(config: Config, num_classes: int) -> int:
 
 
 def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
-    """The model for these pictures; ``backbone``, if given, in place of ``config.backbone``."""
+    """The model for these images; ``backbone``, if given, in place of ``config.backbone``."""
     _, channels, image_size, _ = data.train.pixels.shape
     return model_for(config, channels, image_size, backbone)
 
@@ -213,11 +213,11 @@ def round_plan(
     )
 
 
-def pool_pictures(images: Images, cohort_size: int, seed: int) -> Images:
-    """Pictures dealt at random to as few clients as there are cohorts.
+def pool_images(images: Images, cohort_size: int, seed: int) -> Images:
+    """Images dealt at random to as few clients as there are cohorts.
 
     One of them a round, trained from the last one's weights, is central SGD, with as many
-    pictures a round as a cohort holds on average.
+    images a round as a cohort holds on average.
     """
     shards = max(1, len(images.client_names) // cohort_size)
     order = generator(seed, "pool").permutation(len(images))
@@ -230,11 +230,11 @@ def check_trainable(data: Dataset) -> None:
     """Whether there is anything to train on.
 
     Raises:
-        DataError: there are test pictures alone.
+        DataError: there are test images alone.
     """
     if not len(data.train):
         raise DataError(
-            f"data set {data.name!r} has no training pictures, only pictures to test with: give "
+            f"data set {data.name!r} has no training images, only images to test with: give "
             "some the split 'train'. To judge a trained model on them: fedss evaluate"
         )
 
@@ -249,14 +249,14 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
     if config.eval_split == "test":
         if data.test is None:
             raise DataError(
-                f"nothing to evaluate: data set {data.name!r} has no test pictures. List some with "
+                f"nothing to evaluate: data set {data.name!r} has no test images. List some with "
                 "the split 'test', or hold out a share test_classes of the classes, above 0 and "
                 f"below 1; it is {config.test_classes}"
             )
         return data.test
     if data.validation is None:
         raise ConfigError(
-            f"eval_split: data set {data.name!r} has no validation pictures; use test, or give "
+            f"eval_split: data set {data.name!r} has no validation images; use test, or give "
             "rows of the manifest the split 'validation'"
         )
     return data.validation

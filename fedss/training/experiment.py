@@ -89,12 +89,12 @@ def train(
     """Train one model, or go on with it where ``out`` holds a part of the same run.
 
     Started by torchrun, its processes train the model together (:mod:`fedss.distributed`): ``out``
-    and the pictures must be there on every host, and any number of processes may go on.
+    and the images must be there on every host, and any number of processes may go on.
 
     Args:
         config: what to do.
         out: the run folder; made if it is not there.
-        data: pictures; None: those that ``config`` names.
+        data: images; None: those that ``config`` names.
         backbone: a module of your own, [B, C, H, W] float pixels to [B, features] vectors, in
             place of ``config.backbone``. Where its output is not of size ``embedding_size``, a
             linear layer is added.
@@ -107,7 +107,7 @@ def train(
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
-        DataError: pictures that cannot be read or do not fit together.
+        DataError: images that cannot be read or do not fit together.
         RunFolderError: ``out`` belongs to another configuration, is damaged or cannot be written.
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
         FedssError: another process of the run failed or is gone; the last checkpoint is kept.
@@ -217,10 +217,10 @@ def _summary(config: Config, done: Trained) -> Summary:
 def load_together(config: Config) -> Dataset:
     """The data set that ``config`` names, at every rank.
 
-    On each host one rank goes first and makes the cache of decoded pictures, which others read.
+    On each host one rank goes first and makes the cache of decoded images, which others read.
 
     Raises:
-        ConfigError: there is no such device, which is better known before pictures are decoded.
+        ConfigError: there is no such device, which is better known before images are decoded.
         DataError: they cannot be found or read, or do not fit together.
     """
     compute_device(config)
@@ -264,7 +264,7 @@ def compare(
             ``"fedss:sampler=uniform,rows_up=int8"``.
         seeds: seeds of each method.
         out: the folder; gets ``summary.json`` and ``report.html``.
-        data: pictures; None: those that ``config`` names.
+        data: images; None: those that ``config`` names.
         backbone: as in :func:`train`.
         sampler: as in :func:`train`.
         objective: as in :func:`train`.

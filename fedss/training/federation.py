@@ -19,7 +19,7 @@ from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, flo
 from fedss.evaluation.evaluate import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, fingerprint
-from fedss.training.build import compute_device, evaluation_task, pool_pictures, wire_format
+from fedss.training.build import compute_device, evaluation_task, pool_images, wire_format
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Federation:
         client_name: a client's name for people.
         evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
         floors: what the test gives for nothing, under the first backbone's weights; likewise.
-        task: the test pictures that ``evaluate`` embeds, to be looked at; None: they are not here.
-        preview: training pictures as clients see them, see :func:`fedss.data.augment.preview`; None
+        task: the test images that ``evaluate`` embeds, to be looked at; None: they are not here.
+        preview: training images as clients see them, see :func:`fedss.data.augment.preview`; None
             where they see them as they are, or nobody here may.
         quorum: the part of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
@@ -74,7 +74,7 @@ def local_federation(
     """All clients on this machine, or on those that torchrun has started ranks on."""
     images, cohort_size = data.train, config.clients_per_round
     if METHODS[config.method].pooled:
-        images, cohort_size = pool_pictures(images, cohort_size, config.seed), 1
+        images, cohort_size = pool_images(images, cohort_size, config.seed), 1
     clients, num_classes = index_clients(images), len(images.class_names)
     task = evaluation_task(config, data)
     changes, shown = AUGMENTATIONS.get(config.augment), None

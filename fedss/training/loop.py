@@ -120,7 +120,7 @@ def _to_the_end(
         open_writer(job.folder, state.round + 1) if first else nullcontext() as writer,
     ):
 
-        def add_pictures(add: Callable[..., None]) -> None:
+        def add_images(add: Callable[..., None]) -> None:
             if writer and federation.task and found and found.embedded:
                 add(writer, federation.task, found.embedded, config.data_seed, state.round)
                 job.timer.lap("evaluate")
@@ -139,7 +139,7 @@ def _to_the_end(
                 records.append(record)
                 if writer:
                     add_scalars(writer, record, failed)
-                add_pictures(add_neighbours)
+                add_images(add_neighbours)
                 on_round(record)
                 if due:
                     _checkpoint(job, state)
@@ -148,9 +148,9 @@ def _to_the_end(
                 _keep_what_was_learnt(job.folder, state, len(records))
             raise
         if done_before and federation.task:
-            # It was stopped before its pictures were written.
+            # It was stopped before its images were written.
             found = federation.evaluate(state.backbone_P, state.round)
-        add_pictures(add_projection)
+        add_images(add_projection)
     return state, found
 
 

@@ -60,7 +60,7 @@ def _told(value: object) -> str:
 
 
 def check_objective(config: Config, objective: Objective) -> None:
-    """Try a loss of a user's own on two clients of two pictures and three classes.
+    """Try a loss of a user's own on two clients of two images and three classes.
 
     Raises:
         ConfigError: the method is made by its loss, or this is none; says what came.
@@ -84,7 +84,7 @@ def check_objective(config: Config, objective: Objective) -> None:
         raise ConfigError(f"{named} fails: {type(error).__name__}: {error}") from error
     if not isinstance(loss_B, torch.Tensor) or loss_B.shape != (2,):
         came = list(loss_B.shape) if isinstance(loss_B, torch.Tensor) else type(loss_B).__name__
-        raise ConfigError(f"{named}: expected a tensor with a loss per picture, [2], got {came}")
+        raise ConfigError(f"{named}: expected a tensor with a loss per image, [2], got {came}")
     if not torch.equal(before, torch.get_rng_state()):
         raise ConfigError(
             f"{named} draws random numbers from torch's global generator, so that results would "

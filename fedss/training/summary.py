@@ -87,7 +87,7 @@ def found(config: Config, data: Dataset) -> list[str]:
 
 
 def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
-    """Why a run is not judged on the pictures that its configuration names, and what to do.
+    """Why a run is not judged on the images that its configuration names, and what to do.
 
     Args:
         run: the run folder.
@@ -95,13 +95,13 @@ def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
         name: the name of the data set that its configuration gives now.
     """
     if "evaluated_at" in data:
-        why = "its pictures are at the sites, or at the server"
+        why = "its images are at the sites, or at the server"
     elif data.get("name") != name:
         why = f"it was trained on {data.get('name')!r}, given as data=, not on {name!r}"
     else:
-        why = f"the pictures of {name!r} are not those that it was trained and tested on any more"
+        why = f"the images of {name!r} are not those that it was trained and tested on any more"
     return (
-        f"{run}: no pictures of its own to judge it on: {why}. Name the pictures to judge it on "
+        f"{run}: no images of its own to judge it on: {why}. Name the images to judge it on "
         "(--data, --data-path), or use fedss.evaluate in Python"
     )
 
@@ -150,7 +150,7 @@ class Cost:
     """What a method moves each way per client and round, on average over clients.
 
     ``bytes_down`` and ``bytes_up`` are whole messages as serialised, ``row_bytes`` the class rows
-    and moments going down; None where pictures are pooled.
+    and moments going down; None where images are pooled.
     """
 
     method: str

@@ -36,10 +36,10 @@ def read_celeba(root: Path) -> Listing:
         root,
         {
             "list": ("identity_CelebA.txt", "Anno/identity_CelebA.txt"),
-            "pictures": ("img_align_celeba/", "Img/img_align_celeba/"),
+            "images": ("img_align_celeba/", "Img/img_align_celeba/"),
         },
     )
-    rows, folder = [], found["pictures"].relative_to(root).as_posix()
+    rows, folder = [], found["images"].relative_to(root).as_posix()
     for line, (file, person) in read_lines(
         found["list"], "000001.jpg 2880", r"([\w-]+\.(?:jpg|png))\s+(\d+)"
     ):
@@ -49,8 +49,8 @@ def read_celeba(root: Path) -> Listing:
     kept = [row for row in rows if times[row.label] >= _FEWEST]
     few = sum(count < _FEWEST for count in times.values())
     left_out = (
-        f"left out, as in LEAF, celebrities with fewer than {_FEWEST} pictures: {few:,}, with "
-        f"{len(rows) - len(kept):,} pictures"
+        f"left out, as in LEAF, celebrities with fewer than {_FEWEST} images: {few:,}, with "
+        f"{len(rows) - len(kept):,} images"
     )
     remarks = [left_out] if few else []
     return published_listing(found, root, kept, _COUNTS, remarks)

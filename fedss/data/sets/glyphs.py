@@ -24,7 +24,7 @@ from fedss.errors import DataError
 Part = Literal["train", "test", "validation"]
 
 _PARTS: tuple[Part, ...] = ("train", "test", "validation")
-_ALPHABET, _CLASS, _DRAWER, _PICTURE = range(4)
+_ALPHABET, _CLASS, _DRAWER, _IMAGE = range(4)
 
 _STROKES = 5
 _CONTROLS = 6
@@ -186,7 +186,7 @@ def _write_glyphs(
     """Each drawer's writing of each program: control points [N, S, K, 2], pen radius [N]."""
     count = len(programs)
     hand = _normal(10, *world, _DRAWER, drawers)
-    jitter = _normal(76, *world, _PICTURE, drawers, classes, copies)
+    jitter = _normal(76, *world, _IMAGE, drawers, classes, copies)
     shake = jitter[:, :60].reshape(count, _STROKES, _CONTROLS, 2)
     shift = jitter[:, 60:70].reshape(count, _STROKES, 1, 2)
     more = jitter[:, 70:]

@@ -32,8 +32,8 @@ def read_inaturalist(root: Path) -> Listing:
     """
     lists = {"train": "federated_train_user_120k.csv", "test": "test.csv"}
     wanted = {split: (name, f"inaturalist-user-120k/{name}") for split, name in lists.items()}
-    found = find("iNaturalist-User-120k", root, {**wanted, "pictures": (f"{_FOLDER}/",)})
-    places = _places(found["pictures"])
+    found = find("iNaturalist-User-120k", root, {**wanted, "images": (f"{_FOLDER}/",)})
+    places = _places(found["images"])
 
     def name(image: str) -> str:
         # A name that no file has stands for one that is missing.
@@ -55,7 +55,7 @@ def _places(folder: Path) -> dict[str, str]:
                 place = f"{above.name}/{species.name}/{entry.name}"
                 if image in places:
                     raise DataError(
-                        f"{folder}: two pictures have the id {image}: {places[image]} and {place}; "
+                        f"{folder}: two images have the id {image}: {places[image]} and {place}; "
                         "remove the one that is no part of iNaturalist 2017"
                     )
                 places[image] = place

@@ -49,8 +49,8 @@ def read_gld23k(root: Path) -> Listing:
 def _listing(
     title: str, root: Path, wanted: Mapping[str, Sequence[str]], counts: Counts
 ) -> Listing:
-    found = find(title, root, {**wanted, "pictures": ("train/", "images/")})
-    folder = found["pictures"].name
+    found = find(title, root, {**wanted, "images": ("train/", "images/")})
+    folder = found["images"].name
     nested = folder == "train"
 
     def name(image: str) -> str:

@@ -35,10 +35,10 @@ def read_lfw(root: Path) -> Listing:
         root,
         {
             **{split: (name, f"view1/{name}") for split, name in _LISTS.items()},
-            "pictures": ("lfw/", "lfw_funneled/", "lfw-deepfunneled/"),
+            "images": ("lfw/", "lfw_funneled/", "lfw-deepfunneled/"),
         },
     )
-    rows, folder = [], found["pictures"].name
+    rows, folder = [], found["images"].name
     for split in _LISTS:
         path = found[split]
         lines = read_lines(path, "Aaron_Eckhart\t1", r"([^\s/]+)(?:\s+([1-9]\d{0,3}))?")
@@ -53,7 +53,7 @@ def read_lfw(root: Path) -> Listing:
         for line, (person, count) in listed:
             if count is None:
                 raise DataError(
-                    f"{path}, line {line}: expected a name and a number of pictures, got {person!r}"
+                    f"{path}, line {line}: expected a name and a number of images, got {person!r}"
                 )
             person = sys.intern(person)
             for number in range(1, int(count) + 1):

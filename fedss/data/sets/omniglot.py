@@ -108,7 +108,7 @@ def _open(place: Path, name: str, stack: ExitStack) -> _Archive:
     images = {inner: s for inner, s in archive.stamps.items() if _IMAGE.fullmatch(inner)}
     if not images:
         raise DataError(
-            f"{archive.place}: expected pictures {name}/<alphabet>/character<NN>/<GGGG>_<DD>.png, "
+            f"{archive.place}: expected images {name}/<alphabet>/character<NN>/<GGGG>_<DD>.png, "
             f"found none among {len(archive.stamps)} entries"
         )
     return replace(archive, stamps=images)

@@ -17,7 +17,7 @@ NOBODY = "nobody"  # the client of images for which no user is published
 class Counts:
     """Published numbers of a part of a data set; None where none is published."""
 
-    pictures: int | None = None
+    images: int | None = None
     classes: int | None = None
     clients: int | None = None
 
@@ -116,7 +116,7 @@ def published_listing(
     for split, expected in counts.items():
         of_split = [row for row in rows if not split or row.split == split]
         for what, number, names in (
-            ("pictures", expected.pictures, {row.name for row in of_split}),
+            ("images", expected.images, {row.name for row in of_split}),
             ("classes", expected.classes, {row.label for row in of_split}),
             ("clients", expected.clients, {row.client for row in of_split}),
         ):
@@ -126,13 +126,13 @@ def published_listing(
     times = Counter(row.name for row in rows)
     twice = [name for name, count in times.items() if count > 1]
     if twice:
-        said.append(f"pictures listed more than once: {len(twice):,}, the first is {twice[0]}")
+        said.append(f"images listed more than once: {len(twice):,}, the first is {twice[0]}")
     trained = {row.name for row in rows if row.split == "train"}
     leaked = {row.name: None for row in rows if row.split != "train" and row.name in trained}
     if leaked:
         said.append(
-            f"pictures listed both for training and for testing: {len(leaked):,}, the first is "
-            f"{next(iter(leaked))}; figures of the test are better than on pictures never seen"
+            f"images listed both for training and for testing: {len(leaked):,}, the first is "
+            f"{next(iter(leaked))}; figures of the test are better than on images never seen"
         )
     source = next(iter(found.values()))
     return Listing(source, os.path.abspath(root), rows, found, True, tuple(said))

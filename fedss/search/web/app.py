@@ -26,7 +26,7 @@ from fedss.search.store import file_fingerprint
 from fedss.search.web import lacks_server
 from fedss.search.web.guard import (
     LONGEST_NAME,
-    MOST_PICTURES,
+    MOST_IMAGES,
     Guard,
     Limits,
     TooLargeError,
@@ -95,8 +95,8 @@ def make_app(
     """The page and what it asks for, as an ASGI application.
 
     ``GET`` ``/``, ``/about``, ``/sample``, ``/thumbnail/N``, ``/neighbours/N?count``,
-    ``/classes?contains&page``, ``/pictures?class&page``, ``/enrolled``; ``POST`` ``/search?count``
-    (a form with ``picture``), ``/enrol`` (a form with ``name`` and ``picture``, several times);
+    ``/classes?contains&page``, ``/images?class&page``, ``/enrolled``; ``POST`` ``/search?count``
+    (a form with ``image``), ``/enrol`` (a form with ``name`` and ``image``, several times);
     ``DELETE`` ``/enrolled?name``.
 
     Args:
@@ -122,10 +122,10 @@ def make_app(
         return JSONResponse(await run_in_threadpool(site.search, query, count))
 
     async def enrol_class(request: Request) -> Response:
-        name, uploads = await read_form(request, limits, most=MOST_PICTURES)
+        name, uploads = await read_form(request, limits, most=MOST_IMAGES)
         name, names = check_name(name), [upload.name for upload in uploads]
-        pictures = await read(uploads)
-        return JSONResponse(await run_in_threadpool(site.enrol, name, pictures, names))
+        images = await read(uploads)
+        return JSONResponse(await run_in_threadpool(site.enrol, name, images, names))
 
     def file(name: str, request: Request) -> Response:
         return FileResponse(_HERE / name)
@@ -143,7 +143,7 @@ def make_app(
             Route("/thumbnail/{position:int}", thumbnail),
             Route("/neighbours/{position:int}", answer(site.neighbours)),
             Route("/classes", answer(site.classes)),
-            Route("/pictures", answer(site.pictures)),
+            Route("/pictures", answer(site.images)),
             Route("/enrolled", answer(site.enrolled)),
             Route("/enrolled", answer(site.remove), methods=["DELETE"]),
             Route("/search", search, methods=["POST"]),
@@ -201,7 +201,7 @@ class _Site:
                 "classes": len(there.classes),
                 "unlabelled": sum(label is None for label in there.labels),
                 "limit_bytes": self._limits.picture_bytes,
-                "most_pictures": MOST_PICTURES,
+                "most_pictures": MOST_IMAGES,
                 "longest_name": LONGEST_NAME,
                 "threshold_note": "" if measured is None else measured.worth(len(there.classes)),
             }
@@ -209,7 +209,7 @@ class _Site:
     def sample(self, request: Request) -> dict[str, Any]:
         with self._current() as there:
             count = min(_SAMPLE, len(there))
-            some = [self._picture(there, i * len(there) // count) for i in range(count)]
+            some = [self._image(there, i * len(there) // count) for i in range(count)]
             return {"pictures": some}
 
     def thumbnail(self, position: int) -> bytes:
@@ -223,7 +223,7 @@ class _Site:
             (found,) = there.search(there.vectors_ND[position][None], count + 1)
             others = [match for match in found if match.position != position][:count]
             return {
-                "query": self._picture(there, position),
+                "query": self._image(there, position),
                 "neighbours": [self._match(there, match) for match in others],
                 "identity": None,
             }
@@ -256,12 +256,12 @@ class _Site:
                 **place,
             }
 
-    def pictures(self, request: Request) -> dict[str, Any]:
+    def images(self, request: Request) -> dict[str, Any]:
         with self._current() as there:
             label = self._label(request.query_params.get("class", ""))
-            some, place = _page(request, there.pictures_of(label))
-            pictures = [self._picture(there, position) for position in some]
-            return {**self._class(there, label), "pictures": pictures, **place}
+            some, place = _page(request, there.images_of(label))
+            images = [self._image(there, position) for position in some]
+            return {**self._class(there, label), "pictures": images, **place}
 
     def enrolled(self, request: Request) -> dict[str, Any]:
         with self._current() as there:
@@ -271,14 +271,14 @@ class _Site:
             ]
             return {"classes": classes}
 
-    def enrol(self, name: str, pictures: Sequence[Read], names: Sequence[str]) -> dict[str, Any]:
+    def enrol(self, name: str, images: Sequence[Read], names: Sequence[str]) -> dict[str, Any]:
         with self._current() as there:
             label = self._labels.get(name, name)
-            now = keep(there, label, pictures, names)
+            now = keep(there, label, images, names)
             self._show(now)
-            # The last one of the class: its first pictures may lie in the index.
-            position = max(now.pictures_of(label))
-            return {"name": _shown(label), "count": len(pictures), "position": position}
+            # The last one of the class: its first images may lie in the index.
+            position = max(now.images_of(label))
+            return {"name": _shown(label), "count": len(images), "position": position}
 
     def remove(self, request: Request) -> dict[str, Any]:
         with self._current() as there:
@@ -288,7 +288,7 @@ class _Site:
 
     def _checked(self, there: Collection, position: int) -> int:
         if position >= len(there):
-            raise HTTPException(404, f"no picture {position}: there are {len(there)}, from 0 on")
+            raise HTTPException(404, f"no image {position}: there are {len(there)}, from 0 on")
         return position
 
     def _label(self, name: str) -> str:
@@ -296,7 +296,7 @@ class _Site:
             raise HTTPException(404, f"no class {name!r} in this collection")
         return self._labels[name]
 
-    def _picture(self, there: Collection, position: int) -> dict[str, Any]:
+    def _image(self, there: Collection, position: int) -> dict[str, Any]:
         label = there.labels[position]
         return {
             "position": position,
@@ -306,7 +306,7 @@ class _Site:
         }
 
     def _match(self, there: Collection, match: Match) -> dict[str, Any]:
-        return {**self._picture(there, match.position), "score": match.score}
+        return {**self._image(there, match.position), "score": match.score}
 
     def _class(self, there: Collection, label: str) -> dict[str, Any]:
         return {

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from fedss.data.decoding import MAX_PIXELS, PixelLimitError, open_picture, quiet_pillow
+from fedss.data.decoding import MAX_PIXELS, PixelLimitError, open_image, quiet_pillow
 from fedss.errors import ConfigError, DataError
 from fedss.inference.embedding import class_name
-from fedss.inference.pixels import Read, read_pictures
+from fedss.inference.pixels import Read, read_images
 from fedss.models import Embedder
 from fedss.search.classes import Threshold
 from fedss.search.web import lacks_server
@@ -26,18 +26,18 @@ try:
 except ImportError as error:
     raise lacks_server(error) from error
 
-MOST_PICTURES = 20
-"""Pictures of one enrolment, at most."""
+MOST_IMAGES = 20
+"""Images of one enrolment, at most."""
 LONGEST_NAME = 200
 _JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"  # of Persian, Indic scripts, emoji
-_FRAMING = 64 * 1024  # bytes of an upload beside its pictures: headers of its parts, a class's name
+_FRAMING = 64 * 1024  # bytes of an upload beside its images: headers of its parts, a class's name
 
 # What a file of each kind begins with. Pillow knows more, and has some of them decoded by other
 # programs (EPS by Ghostscript): not what a web page sends.
 _BEGINNINGS = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
 )
-_NO_PICTURE = "is not a picture that can be read here: expected PNG, JPEG, WebP, GIF, BMP or TIFF"
+_NO_IMAGE = "is not an image that can be read here: expected PNG, JPEG, WebP, GIF, BMP or TIFF"
 
 
 _HEADERS = {
@@ -57,10 +57,10 @@ class Limits:
     """What a page takes.
 
     Attributes:
-        picture_bytes: the largest picture.
+        picture_bytes: the largest image.
         threshold: the least cosine at which a class is named; None: nothing is said of that.
         measured: where the threshold comes from; None: from the command line.
-        picture_pixels: the picture of most pixels. Decoding takes up to 18 bytes for each, and a
+        picture_pixels: the image of most pixels. Decoding takes up to 18 bytes for each, and a
             file of few bytes may have very many.
     """
 
@@ -169,7 +169,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        images = {"/search": 1, "/enrol": MOST_PICTURES}.get(scope["path"], 0)
+        images = {"/search": 1, "/enrol": MOST_IMAGES}.get(scope["path"], 0)
         limit, read = images * self._limits.picture_bytes + _FRAMING, 0
 
         async def limited() -> Message:
@@ -226,7 +226,7 @@ async def read_form(request: Request, limits: Limits, most: int) -> tuple[str, l
             if not isinstance(file, UploadFile):
                 raise HTTPException(400, "picture: expected a file, got text")
             # Of a path that a program has sent, the file's name.
-            name = re.split(r"[/\\]", file.filename or "")[-1] or f"picture {len(uploads) + 1}"
+            name = re.split(r"[/\\]", file.filename or "")[-1] or f"image {len(uploads) + 1}"
             content = await file.read(limits.picture_bytes + 1)
             if len(content) > limits.picture_bytes:
                 raise HTTPException(413, f"{name} is too large. {_too_large_text(limits)}")
@@ -241,16 +241,16 @@ def read_uploads(embedder: Embedder, uploads: Sequence[Upload], limits: Limits) 
     """What was sent, embedded, with thumbnails; nothing of it is stored.
 
     Raises:
-        HTTPException: it is no picture, too large, or cannot be read (named, and why).
+        HTTPException: it is no image, too large, or cannot be read (named, and why).
     """
     for upload in uploads:
         if not upload.content:
             raise HTTPException(415, f"{upload.name} is empty")
         if not _BEGINNINGS.match(upload.content):
-            raise HTTPException(415, f"{upload.name} {_NO_PICTURE}")
+            raise HTTPException(415, f"{upload.name} {_NO_IMAGE}")
         try:
             with quiet_pillow():
-                open_picture(io.BytesIO(upload.content), limits.picture_pixels)
+                open_image(io.BytesIO(upload.content), limits.picture_pixels)
         except PixelLimitError as error:
             raise HTTPException(
                 413,
@@ -259,11 +259,11 @@ def read_uploads(embedder: Embedder, uploads: Sequence[Upload], limits: Limits) 
         except Exception:
             continue  # What else is wrong with it is said below.
     files, broken = [io.BytesIO(upload.content) for upload in uploads], dict[int, str]()
-    blocks = read_pictures(embedder, files, thumbnails=True, broken=broken)
-    pictures = [read for block in blocks for read in block]
+    blocks = read_images(embedder, files, thumbnails=True, broken=broken)
+    images = [read for block in blocks for read in block]
     for position, reason in broken.items():
         raise HTTPException(415, f"{uploads[position].name} cannot be read: {reason}")
-    return pictures
+    return images
 
 
 def check_name(text: str) -> str:
@@ -294,6 +294,6 @@ def too_large(limits: Limits) -> Response:
 
 def _too_large_text(limits: Limits) -> str:
     return (
-        f"A picture may have {limits.picture_bytes / 1e6:g} MB, and {MOST_PICTURES} can be sent "
+        f"An image may have {limits.picture_bytes / 1e6:g} MB, and {MOST_IMAGES} can be sent "
         "at once; fedss serve --max-upload-mb sets the limit"
     )

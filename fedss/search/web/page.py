@@ -11,7 +11,7 @@ from fedss.search.collection import Collection, Match
 from fedss.text import printable
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Nearest pictures</title>
+<html lang="en"><head><meta charset="utf-8"><title>Nearest images</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root { color-scheme: light dark; }
@@ -22,10 +22,10 @@ li { width: 10rem; overflow-wrap: anywhere; }
 img { width: 10rem; height: 10rem; object-fit: contain; background: #8882; display: block; }
 small { opacity: .7; display: block; }
 </style></head><body>
-<h1>Nearest pictures in {{ source }}</h1>
+<h1>Nearest images in {{ source }}</h1>
 {% for query in queries %}<section><h2>{{ query.name }}</h2>
-<ol><li><img src="{{ query.picture }}" alt="query"><strong>query</strong></li>
-{% for match, picture in query.found %}<li><img src="{{ picture }}" alt="{{ match.name }}">
+<ol><li><img src="{{ query.image }}" alt="query"><strong>query</strong></li>
+{% for match, image in query.found %}<li><img src="{{ image }}" alt="{{ match.name }}">
 <strong>{{ match.label or "" }}</strong> {{ "%.3f" % match.score }}
 <small>{{ match.name }}</small></li>
 {% endfor %}</ol></section>
@@ -40,7 +40,7 @@ def neighbours_page(
 
     Args:
         collection: what was searched.
-        queries: picture files.
+        queries: image files.
         found: the matches of each, as ``Collection.search`` gives them.
     """
     environment = Environment(autoescape=True, trim_blocks=True)
@@ -49,7 +49,7 @@ def neighbours_page(
         queries=[
             {
                 "name": printable(str(query)),
-                "picture": _inline(thumbnail(query)),
+                "image": _inline(thumbnail(query)),
                 "found": [(_shown(m), _inline(collection.thumbnail(m.position))) for m in matches],
             }
             for query, matches in zip(queries, found, strict=True)

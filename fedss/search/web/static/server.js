@@ -6,8 +6,8 @@ const many = (count, one, more = one + "s") => `${count.toLocaleString("en")} ${
 const link = (view, values) => `#${view}` + (values ? `?${new URLSearchParams(values)}` : "");
 const views = ["search", "classes", "class", "enrol"];
 let about = null;  // what the server says of itself
-let asked = null;  // the picture that was dropped, a File
-let chosen = [];   // the pictures to enrol, Files
+let asked = null;  // the image that was dropped, a File
+let chosen = [];   // the images to enrol, Files
 let latest = new AbortController();  // of the view that is being filled
 
 function made(tag, values = {}, ...children) {
@@ -65,8 +65,8 @@ function score(value, threshold = null) {
 // A name in a sentence: letters from right to left do not turn what follows.
 const named = (name) => made("bdi", {}, name);
 
-function thumbnail(picture) {
-  return made("img", { src: `thumbnail/${picture.position}`, alt: "", loading: "lazy" });
+function thumbnail(image) {
+  return made("img", { src: `thumbnail/${image.position}`, alt: "", loading: "lazy" });
 }
 
 function badge(item) {
@@ -78,12 +78,12 @@ function className({ label }) {
   return made("a", { className: "name", href: link("class", { name: label }), title: label }, label);
 }
 
-function pictureItem(picture, withClass) {
-  const frame = made("a", { className: "frame", href: link("search", { at: picture.position }), "aria-label": `Search with ${picture.name}`, title: picture.name }, thumbnail(picture));
+function imageItem(image, withClass) {
+  const frame = made("a", { className: "frame", href: link("search", { at: image.position }), "aria-label": `Search with ${image.name}`, title: image.name }, thumbnail(image));
   const parts = [frame];
-  if (withClass) parts.push(className(picture), ...badge(picture));
-  else parts.push(made("span", { className: "file" }, picture.name));
-  if (picture.score !== undefined) parts.push(score(picture.score));
+  if (withClass) parts.push(className(image), ...badge(image));
+  else parts.push(made("span", { className: "file" }, image.name));
+  if (image.score !== undefined) parts.push(score(image.score));
   return made("li", {}, ...parts);
 }
 
@@ -99,7 +99,7 @@ function showQuery(source, name) {
   place.hidden = !source;
   at("search-drop").classList.toggle("filled", Boolean(source));
   if (!source) return place.replaceChildren();
-  const image = made("img", { src: source, alt: `The picture searched with: ${name}` });
+  const image = made("img", { src: source, alt: `The image searched with: ${name}` });
   image.onerror = () => image.remove();  // a kind that the server reads and the browser does not
   image.onload = () => { if (source.startsWith("blob:")) URL.revokeObjectURL(source); };
   place.replaceChildren(image, made("span", {}, name));
@@ -115,7 +115,7 @@ function showIdentity(identity) {
   place.classList.toggle("unsure", threshold === null);
   const title = threshold === null ? "Nearest class" : known ? "Looks like" : threshold > 1 ? "No class can be named" : "No class is near enough";
   const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
-  let note = ["No threshold is known, so a picture of no class gets a name, too: fedss identify says why, --threshold sets one."];
+  let note = ["No threshold is known, so an image of no class gets a name, too: fedss identify says why, --threshold sets one."];
   if (threshold > 1) {
     note = ["The nearest is ", named(identity.nearest), `, but ${about.threshold_note}.`];
   } else if (threshold !== null) {
@@ -125,10 +125,10 @@ function showIdentity(identity) {
   place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold > 1 ? null : threshold), made("p", { className: "note" }, ...note));
 }
 
-function showFound(title, note, pictures) {
+function showFound(title, note, images) {
   at("found").textContent = title;
   at("found-note").textContent = note;
-  at("neighbours").replaceChildren(...pictures.map((picture) => pictureItem(picture, true)));
+  at("neighbours").replaceChildren(...images.map((image) => imageItem(image, true)));
 }
 
 async function startView(signal) {
@@ -136,7 +136,7 @@ async function startView(signal) {
   showIdentity(null);
   at("amount").hidden = true;
   const { pictures } = await ask("sample", { signal });
-  showFound(pictures.length ? "Or start from one of these" : "Nothing to find", pictures.length ? "" : "This index holds no pictures.", pictures);
+  showFound(images.length ? "Or start from one of these" : "Nothing to find", images.length ? "" : "This index holds no images.", images);
 }
 
 async function searchView(values, signal) {
@@ -156,18 +156,18 @@ async function searchView(values, signal) {
   }
   at("amount").hidden = false;
   showIdentity(answer.identity);
-  showFound("Nearest pictures", `Of ${many(about.pictures, "picture")}, with the cosine of their embeddings. Click one to search with it.`, answer.neighbours);
+  showFound("Nearest images", `Of ${many(about.pictures, "image")}, with the cosine of their embeddings. Click one to search with it.`, answer.neighbours);
 }
 
 function tooLarge(files) {
   const large = files.find((file) => file.size > about.limit_bytes);
-  return large && `${large.name} has ${(large.size / 1e6).toFixed(1)} MB; this server takes pictures of up to ${(about.limit_bytes / 1e6).toLocaleString("en")} MB.`;
+  return large && `${large.name} has ${(large.size / 1e6).toFixed(1)} MB; this server takes images of up to ${(about.limit_bytes / 1e6).toLocaleString("en")} MB.`;
 }
 
 function searchWith(files) {
   if (!files.length) return;
   attempt(async () => {
-    const fault = files.length > 1 ? `Search with one picture at a time, not ${files.length}.` : tooLarge(files);
+    const fault = files.length > 1 ? `Search with one image at a time, not ${files.length}.` : tooLarge(files);
     if (fault) throw new Error(fault);
     asked = files[0];
     if (location.hash === link("search")) render();
@@ -183,10 +183,10 @@ async function classesView(values, signal) {
   if (document.activeElement !== at("contains")) at("contains").value = contains;
   const found = await ask(`classes?${new URLSearchParams({ contains, page })}`, { signal });
   const matching = many(found.matching, "class", "classes");
-  at("classes-note").replaceChildren(...(contains ? [`${matching} of ${found.total.toLocaleString("en")} with “`, named(contains), "” in the name"] : [matching, about.unlabelled ? `, and ${many(about.unlabelled, "picture")} without a class` : ""]));
+  at("classes-note").replaceChildren(...(contains ? [`${matching} of ${found.total.toLocaleString("en")} with “`, named(contains), "” in the name"] : [matching, about.unlabelled ? `, and ${many(about.unlabelled, "image")} without a class` : ""]));
   at("classes").replaceChildren(...found.classes.map((item) => {
     const href = link("class", { name: item.name });
-    return made("li", {}, made("a", { className: "frame", href, "aria-hidden": "true", tabIndex: -1 }, thumbnail(item)), made("a", { className: "name", href, title: item.name }, item.name), ...badge(item), made("span", { className: "of" }, many(item.count, "picture")));
+    return made("li", {}, made("a", { className: "frame", href, "aria-hidden": "true", tabIndex: -1 }, thumbnail(item)), made("a", { className: "name", href, title: item.name }, item.name), ...badge(item), made("span", { className: "of" }, many(item.count, "image")));
   }));
   pager(at("classes-pager"), found.page, found.pages, (to) => link("classes", { contains, page: to }));
 }
@@ -196,15 +196,15 @@ async function classView(values, signal) {
   const page = Number(values.get("page")) || 1;
   at("class-title").textContent = name;
   const found = await ask(`pictures?${new URLSearchParams({ class: name, page })}`, { signal });
-  at("class-note").textContent = `${many(found.count, "picture")}${found.enrolled ? ", enrolled here" : ""}. Click one to search with it.`;
-  at("pictures").replaceChildren(...found.pictures.map((picture) => pictureItem(picture, false)));
-  pager(at("pictures-pager"), found.page, found.pages, (to) => link("class", { name, page: to }));
+  at("class-note").textContent = `${many(found.count, "image")}${found.enrolled ? ", enrolled here" : ""}. Click one to search with it.`;
+  at("images").replaceChildren(...found.pictures.map((image) => imageItem(image, false)));
+  pager(at("images-pager"), found.page, found.pages, (to) => link("class", { name, page: to }));
 }
 
 // ---- enrol
 
 function choose(files) {
-  show(chosen.length + files.length > about.most_pictures ? `A class is enrolled from at most ${about.most_pictures} pictures.` : tooLarge(files));
+  show(chosen.length + files.length > about.most_pictures ? `A class is enrolled from at most ${about.most_pictures} images.` : tooLarge(files));
   chosen = [...chosen, ...files.filter((file) => file.size <= about.limit_bytes)].slice(0, about.most_pictures);
   at("enrolled-note").hidden = true;
   showChosen();
@@ -216,14 +216,14 @@ function showChosen() {
     const image = made("img", { src: source, alt: file.name, title: file.name });
     image.onload = () => URL.revokeObjectURL(source);
     const drop = () => { chosen = chosen.filter((other) => other !== file); showChosen(); };
-    return made("li", {}, image, made("button", { type: "button", onclick: drop, "aria-label": `Leave out picture ${number + 1}, ${file.name}` }, "×"));
+    return made("li", {}, image, made("button", { type: "button", onclick: drop, "aria-label": `Leave out image ${number + 1}, ${file.name}` }, "×"));
   }));
   mayEnrol();
 }
 
 function mayEnrol() {
   at("enrol-button").disabled = !chosen.length || !at("name").value.trim();
-  at("enrol-button").textContent = chosen.length ? `Enrol from ${many(chosen.length, "picture")}` : "Enrol";
+  at("enrol-button").textContent = chosen.length ? `Enrol from ${many(chosen.length, "image")}` : "Enrol";
 }
 
 async function enrol() {
@@ -234,7 +234,7 @@ async function enrol() {
   try {
     const done = await ask("enrol", { method: "POST", body });
     const find = made("button", { type: "button", onclick: () => { location.hash = link("search", { at: done.position }); } }, "Find it");
-    at("enrolled-note").replaceChildren(named(done.name), ` is enrolled from ${many(done.count, "picture")}. Search with another picture of it, or:`, find);
+    at("enrolled-note").replaceChildren(named(done.name), ` is enrolled from ${many(done.count, "image")}. Search with another image of it, or:`, find);
     at("enrolled-note").hidden = false;
     chosen = [];
     at("name").value = "";
@@ -246,7 +246,7 @@ async function enrol() {
 }
 
 async function enrolView(values, signal) {
-  at("enrol-help").textContent = `Up to ${about.most_pictures} pictures of up to ${(about.limit_bytes / 1e6).toLocaleString("en")} MB.`;
+  at("enrol-help").textContent = `Up to ${about.most_pictures} images of up to ${(about.limit_bytes / 1e6).toLocaleString("en")} MB.`;
   mayEnrol();
   const { classes } = await ask("enrolled", { signal });
   at("none-enrolled").hidden = classes.length > 0;
@@ -268,7 +268,7 @@ function enrolledItem(item) {
     sure.focus();
   }));
   offer();
-  return made("li", {}, thumbnail(item), made("span", { className: "who" }, made("a", { href: link("class", { name: item.name }) }, item.name), made("span", { className: "of" }, many(item.count, "picture"))), actions);
+  return made("li", {}, thumbnail(item), made("span", { className: "who" }, made("a", { href: link("class", { name: item.name }) }, item.name), made("span", { className: "of" }, many(item.count, "image"))), actions);
 }
 
 // ---- the page
@@ -276,7 +276,7 @@ function enrolledItem(item) {
 async function describe() {
   about = await ask("about");
   at("about").textContent = `fedss search · ${about.title}`;
-  at("title").textContent = `${many(about.pictures, "picture")} of ${many(about.classes, "class", "classes")}`;
+  at("title").textContent = `${many(about.pictures, "image")} of ${many(about.classes, "class", "classes")}`;
   document.title = `${about.title} – fedss search`;
   at("name").maxLength = about.longest_name;
 }
@@ -298,7 +298,7 @@ async function render() {
     if (here) item.setAttribute("aria-current", "page");
     else item.removeAttribute("aria-current");
   }
-  const grid = { search: "neighbours", classes: "classes", class: "pictures", enrol: "enrolled" }[view];
+  const grid = { search: "neighbours", classes: "classes", class: "images", enrol: "enrolled" }[view];
   at(grid).setAttribute("aria-busy", "true");
   const fill = { search: searchView, classes: classesView, class: classView, enrol: enrolView }[view];
   await attempt(async () => {
@@ -306,11 +306,11 @@ async function render() {
       await fill(new URLSearchParams(query), signal);
     } catch (error) {
       if (error.name !== "AbortError") {
-        for (const id of [grid, "classes-note", "classes-pager", "class-note", "pictures-pager"]) at(id).replaceChildren();
+        for (const id of [grid, "classes-note", "classes-pager", "class-note", "images-pager"]) at(id).replaceChildren();
         if (view === "search") {
           at("amount").hidden = true;
           showIdentity(null);
-          showFound("No picture to search with", "", []);
+          showFound("No image to search with", "", []);
           if (error.refused) {
             asked = null;  // it would be refused again
             await startView(signal).catch(() => {});
@@ -333,7 +333,7 @@ function takesFiles(zone, input, take) {
 const enrolling = () => !at("enrol-view").hidden;
 const take = (files) => (enrolling() ? choose(files) : searchWith(files));
 
-// A picture dropped beside the zone is meant for it; the browser would leave the page and open it.
+// An image dropped beside the zone is meant for it; the browser would leave the page and open it.
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();

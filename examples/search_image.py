@@ -1,6 +1,6 @@
 """The image of a search at the top of the README: queries, and what a trained model finds.
 
-    python examples/search_picture.py runs/quickstart docs/images/search.png
+    python examples/search_image.py runs/quickstart docs/images/search.png
 
 ``runs/quickstart`` is the run of the README's quickstart. It is trained first (about a minute on
 two cores) where the folder does not hold it yet. Nobody has picked the queries that look best: all
@@ -105,7 +105,7 @@ def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the run's folder, e.g. runs/quickstart")
-    parser.add_argument("picture", type=Path, help="the PNG to write")
+    parser.add_argument("image", type=Path, help="the PNG to write")
     parser.add_argument("--rounds", type=int, default=110, help="of training (default: 110)")
     options = parser.parse_args()
     config = fedss.Config(data="glyphs", method="fedss", rounds=options.rounds)
@@ -117,7 +117,7 @@ def main() -> None:
     # The same glyphs, larger than the 28 pixels that the model sees.
     drawn = test_images(fedss.load_dataset("glyphs", image_size=TILE, glyphs_clients=8))
     page = draw(drawn, queries, index_QK[queries], scores_QK[queries])
-    page.quantize(96, dither=Image.Dither.NONE).save(options.picture, optimize=True)
+    page.quantize(96, dither=Image.Dither.NONE).save(options.image, optimize=True)
 
 
 if __name__ == "__main__":

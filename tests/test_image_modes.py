@@ -1,6 +1,6 @@
 """What pixels mean: files written bit by bit here, and what numpy says they show.
 
-Each way to store a picture (colour type, bits, transparency, photometric interpretation) in a
+Each way to store an image (colour type, bits, transparency, photometric interpretation) in a
 matrix. The files are made without Pillow, and what is expected is worked out from the same samples
 by the specifications' own words (PNG, third edition; TIFF 6.0).
 """

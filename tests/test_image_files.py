@@ -1,4 +1,4 @@
-"""Files as they come: for each rule of docs/pictures.md what is read, or what is said."""
+"""Files as they come: for each rule of docs/image-files.md what is read, or what is said."""
 
 import io
 import json
@@ -20,9 +20,9 @@ from PIL import Image, ImageFile
 
 from fedss.cli import main
 from fedss.data import decoding, load_dataset
-from fedss.data.decoding import MAX_PIXELS, decode, open_picture, quiet_pillow
+from fedss.data.decoding import MAX_PIXELS, decode, open_image, quiet_pillow
 from fedss.errors import ConfigError, DataError
-from fedss.inference.embedding import embed_files, list_pictures
+from fedss.inference.embedding import embed_files, list_images
 from fedss.models import build_embedder, load_embedder, save_embedder
 from fedss.search import build_collection
 
@@ -180,7 +180,7 @@ def test_what_is_transparent_is_white():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"])
-def test_of_several_pictures_the_first_counts(kind):
+def test_of_several_images_the_first_counts(kind):
     first, *others = [Image.new("RGB", (32, 32), c) for c in ("red", "lime", "blue")]
     content = encoded(first, kind, save_all=True, append_images=others)
     with Image.open(io.BytesIO(content)) as image:
@@ -207,7 +207,7 @@ def test_of_several_pictures_the_first_counts(kind):
     ],
     ids=str,
 )
-def test_a_truncated_picture_is_whole_or_broken_never_half(kind, options):
+def test_a_truncated_image_is_whole_or_broken_never_half(kind, options):
     content = encoded(noise(1, (160, 120)), kind, **options)
     whole, broken = read(content), 0
     cuts = {*range(0, len(content), len(content) // 20), *range(len(content) - 20, len(content))}
@@ -226,19 +226,19 @@ def test_a_truncated_picture_is_whole_or_broken_never_half(kind, options):
     ("content", "message"),
     [
         (b"", "an empty file"),
-        (b"not a picture at all", r"no picture, it begins with b'not a pictur'"),
-        (b"<!DOCTYPE html><html>", "no picture: it is a web page: download the file itself"),
-        (b"\xef\xbb\xbf\r\n<HTML>", "no picture: it is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "no picture: it is a pointer of Git LFS"),
+        (b"words, not an image", r"no image, it begins with b'words, not a'"),
+        (b"<!DOCTYPE html><html>", "no image: it is a web page: download the file itself"),
+        (b"\xef\xbb\xbf\r\n<HTML>", "no image: it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "no image: it is a pointer of Git LFS"),
         (encoded(noise(1), "EPS"), "PostScript is a program"),
     ],
 )
-def test_what_is_no_picture_is_named(tmp_path, content, message):
+def test_what_is_no_image_is_named(tmp_path, content, message):
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
-    for picture in (path, str(path), io.BytesIO(content)):
+    for image in (path, str(path), io.BytesIO(content)):
         with pytest.raises((OSError, ValueError), match=message):
-            decode(picture, 8, 3)
+            decode(image, 8, 3)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -268,7 +268,7 @@ def test_heic_without_its_package_says_which(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=message):
         load(root)
     assert load(root, skip_broken=True).skipped == ("ann/a/IMG_1.HEIC",)
-    # Once it is installed, the picture is looked at again.
+    # Once it is installed, the image is looked at again.
     assert not list((tmp_path / "cache").glob("broken-*"))
 
 
@@ -279,7 +279,7 @@ def test_heic_is_read_as_the_camera_meant_it():
     assert (blue[-1] > 200).all()
 
 
-def test_pictures_above_the_limit_are_not_decoded(monkeypatch):
+def test_images_above_the_limit_are_not_decoded(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=r"^10,000,000,000 pixels, above the limit of 134,217,728"):
         read(png(100_000, 100_000, 8, 2, b""))
@@ -287,7 +287,7 @@ def test_pictures_above_the_limit_are_not_decoded(monkeypatch):
     with pytest.raises(ValueError, match=r"^900,000,000 pixels, above the limit of 134,217,728"):
         read(real)
     # Below the limit, and above what Pillow warns of: as some telephones take them.
-    with quiet_pillow(), open_picture(io.BytesIO(png(12_000, 9_000, 8, 2, b""))) as image:
+    with quiet_pillow(), open_image(io.BytesIO(png(12_000, 9_000, 8, 2, b""))) as image:
         assert image.size == (12_000, 9_000)
 
 
@@ -308,7 +308,7 @@ def test_the_limit_holds_whatever_pillows_own_is(monkeypatch):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two clients of three classes, two pictures each, all different."""
+    """Two clients of three classes, two images each, all different."""
     for i in range(12):
         save(tmp_path / "root" / "ab"[i // 6] / "xyz"[i // 2 % 3] / f"{i % 2}.png", noise(i))
     return tmp_path / "root"
@@ -318,7 +318,7 @@ def load(root, **options):
     return load_dataset("folder", root, image_size=8, cache=root.parent / "cache", **options)
 
 
-def pictures(data):
+def make_images(data):
     parts = [data.train, data.test.query]
     return {
         (name, part.class_names[label], pixels.tobytes())
@@ -329,13 +329,13 @@ def pictures(data):
 
 def as_csv(root, names):
     lines = [f"{name},{name.split('/')[1]},{name.split('/')[0]}" for name in names]
-    path = root / "pictures.csv"
+    path = root / "images.csv"
     path.write_text("\n".join(["image,label,client", *lines]) + "\n")
     return path
 
 
-def test_one_file_name_in_many_places_is_as_many_pictures(folders):
-    found = pictures(load(folders))
+def test_one_file_name_in_many_places_is_as_many_images(folders):
+    found = make_images(load(folders))
     assert {name for name, _, _ in found} == {
         f"{client}/{label}/{i}.png" for client in "ab" for label in "xyz" for i in (0, 1)
     }
@@ -346,8 +346,8 @@ MODEL = build_embedder("conv4-4", channels=3, image_size=8, embedding_size=4, se
 
 
 @pytest.mark.parametrize("what", ["pipe", "folder", "dangling", "circle"])
-def test_what_is_called_a_picture_and_is_no_file_is_missing(folders, what):
-    expected = pictures(load(folders))
+def test_what_is_called_an_image_and_is_no_file_is_missing(folders, what):
+    expected = make_images(load(folders))
     path = folders / "a" / "x" / "9.jpg"
     if what == "pipe":
         os.mkfifo(path)
@@ -357,17 +357,17 @@ def test_what_is_called_a_picture_and_is_no_file_is_missing(folders, what):
         path.symlink_to("9.jpg" if what == "circle" else "none.jpg")
     # Nothing below waits for a writer to the pipe.
     if what != "folder":
-        with pytest.raises(DataError, match=r"a/x/9\.jpg: no such picture file: .*1 of 13 are"):
+        with pytest.raises(DataError, match=r"a/x/9\.jpg: no such image file: .*1 of 13 are"):
             load(folders)
         left = load(folders, skip_broken=True)
         assert left.skipped == ("a/x/9.jpg",)
-        assert pictures(left) == expected
+        assert make_images(left) == expected
     else:
-        assert pictures(load(folders)) == expected
+        assert make_images(load(folders)) == expected
     path_of_csv = as_csv(folders, ["a/x/0.png", "a/x/1.png", "a/y/0.png", "a/x/9.jpg"])
-    with pytest.raises(DataError, match=r"line 5: no such picture file.*Paths are relative to the"):
+    with pytest.raises(DataError, match=r"line 5: no such image file.*Paths are relative to the"):
         load_dataset("csv", path_of_csv, cache=folders.parent / "cache")
-    with pytest.raises(DataError, match=r"cannot read picture .*9\.jpg: "):
+    with pytest.raises(DataError, match=r"cannot read image .*9\.jpg: "):
         embed_files(MODEL, [path])
     assert embed_files(MODEL, [folders / "a/x/0.png", path], skip_broken=True).skipped == (
         str(path),
@@ -380,12 +380,12 @@ def test_links_within_the_folder_are_followed(folders):
     (folders / "a" / "x").symlink_to("../.store/x")
     (folders / "b" / "y" / "1.png").rename(folders / ".store" / "77")
     (folders / "b" / "y" / "1.png").symlink_to(folders / ".store" / "77")
-    found = {name for name, _, _ in pictures(load(folders))}
+    found = {name for name, _, _ in make_images(load(folders))}
     assert {"a/x/0.png", "b/y/1.png"} <= found
     assert len(found) == 12
     # The folder itself may be a link.
     (folders.parent / "link").symlink_to(folders)
-    assert {name for name, _, _ in pictures(load(folders.parent / "link"))} == found
+    assert {name for name, _, _ in make_images(load(folders.parent / "link"))} == found
 
 
 @pytest.mark.parametrize("place", ["a/x/9.png", "a/w", "c", "notes.txt"])
@@ -452,7 +452,7 @@ def test_a_folder_that_may_not_be_read_is_named(open_place, request):
 # What is passed over, and what is meant
 
 
-def test_every_ending_of_a_picture_that_can_be_read_is_found(tmp_path):
+def test_every_ending_of_an_image_that_can_be_read_is_found(tmp_path):
     """Saved by Pillow under each name that it knows, in training and in search."""
     Image.init()
     made = 0
@@ -472,11 +472,11 @@ def test_every_ending_of_a_picture_that_can_be_read_is_found(tmp_path):
     assert made > 40
     data = load(tmp_path / "root")
     assert len(data.train) + len(data.test.query) == 2 * made
-    assert len(list_pictures(tmp_path / "root").names) == 2 * made
+    assert len(list_images(tmp_path / "root").names) == 2 * made
 
 
 def clutter(root):
-    """What cameras, NAS, systems and people leave beside pictures; how it is counted."""
+    """What cameras, NAS, systems and people leave beside images; how it is counted."""
     thumbnail = root / "a" / "x" / "@eaDir" / "0.png" / "SYNOPHOTO_THUMB_M.jpg"
     for path in (
         thumbnail,
@@ -509,10 +509,10 @@ def clutter(root):
 
 
 def test_what_is_passed_over_is_counted_the_same_everywhere(folders, capsys, monkeypatch):
-    before, names = pictures(load(folders)), list_pictures(folders).names
+    before, names = make_images(load(folders)), list_images(folders).names
     expected = clutter(folders)
-    data, found = load(folders), list_pictures(folders)
-    assert pictures(data) == before
+    data, found = load(folders), list_images(folders)
+    assert make_images(data) == before
     assert found.names == names
     assert data.passed_over == found.passed_over == expected
     monkeypatch.setenv("FEDSS_CACHE", str(folders.parent / "cache"))
@@ -536,11 +536,11 @@ def test_folders_below_those_of_classes_are_counted(folders):
 
 def test_nothing_but_what_is_passed_over_says_so(tmp_path):
     save(tmp_path / "root" / "a" / "x" / "1.png", noise(1)).rename(tmp_path / "root/a/x/1.raw")
-    message = r"no pictures? found; passed over: \.raw files \(1\)"
+    message = r"no images? found; passed over: \.raw files \(1\)"
     with pytest.raises(DataError, match=message):
         load(tmp_path / "root")
     with pytest.raises(DataError, match=message):
-        list_pictures(tmp_path / "root")
+        list_images(tmp_path / "root")
 
 
 @pytest.mark.parametrize(
@@ -561,22 +561,22 @@ def test_nothing_but_what_is_passed_over_says_so(tmp_path):
         ("root/a/x/0.png", "root/a/x/0.png is there from the folder that you are in"),
     ],
 )
-def test_a_missing_picture_has_a_hint_in_training_and_in_search(
+def test_a_missing_image_has_a_hint_in_training_and_in_search(
     folders, name, hint, monkeypatch, capsys
 ):
     monkeypatch.chdir(folders.parent)
     path = as_csv(folders, ["a/x/1.png", "a/y/0.png"])
     path.write_text(path.read_text() + f"{name},x,a\n")
-    with pytest.raises(DataError, match=rf"line 4: no such picture file: .*{hint}"):
+    with pytest.raises(DataError, match=rf"line 4: no such image file: .*{hint}"):
         load_dataset("csv", path, cache=folders.parent / "cache")
-    found = list_pictures(path)
-    with pytest.raises(DataError, match=rf"cannot read picture .*{hint}"):
+    found = list_images(path)
+    with pytest.raises(DataError, match=rf"cannot read image .*{hint}"):
         embed_files(MODEL, found.paths, names=found.names)
     save_embedder(MODEL, folders.parent / "run" / "model", {})
     run, out = str(folders.parent / "run"), str(folders.parent / "e.npy")
     assert main(["embed", run, str(path), "--out", out]) == 2
-    assert f"{path}, line 4: cannot read picture" in capsys.readouterr().err
-    with pytest.raises(DataError, match=rf"line 4: cannot read picture .*{hint}"):
+    assert f"{path}, line 4: cannot read image" in capsys.readouterr().err
+    with pytest.raises(DataError, match=rf"line 4: cannot read image .*{hint}"):
         build_collection(folders.parent / "run", path)
 
 
@@ -584,7 +584,7 @@ def test_a_missing_picture_has_a_hint_in_training_and_in_search(
 
 
 def rewritten(folders, how):
-    """Other pictures under the names, sizes and times of the old ones; the new ones by name."""
+    """Other images under the names, sizes and times of the old ones; the new ones by name."""
     files = sorted(folders.glob("*/*/*.bmp"))
     contents = [file.read_bytes() for file in files]
     for file, content in zip(files, contents[1:] + contents[:1], strict=True):
@@ -604,7 +604,7 @@ def rewritten(folders, how):
 
 
 @pytest.mark.parametrize("how", ["in place", "put in place", "another folder"])
-def test_other_pictures_of_the_same_name_size_and_time_are_seen(tmp_path, how):
+def test_other_images_of_the_same_name_size_and_time_are_seen(tmp_path, how):
     root, other = tmp_path / "root", tmp_path / "other"
     for i in range(12):
         for place in (root, other):
@@ -632,7 +632,7 @@ def assert_read_as_they_are_now(root, run, indexed, changed):
             assert np.array_equal(pixels, decode(root / name, 8, 3))
     again = build_collection(run, indexed)
     assert again.embedded == changed
-    expected = embed_files(MODEL, list_pictures(indexed).paths).embeddings_ND
+    expected = embed_files(MODEL, list_images(indexed).paths).embeddings_ND
     assert np.allclose(again.vectors_ND, expected, atol=1e-6)
 
 
@@ -646,8 +646,8 @@ def of_one_moment(files):
 
 
 @pytest.mark.parametrize("how", ["folders", "links"])
-def test_pictures_of_one_moment_that_change_places_are_seen(tmp_path, how):
-    """Swapped by what changes no picture's own times: renamed folders above, links."""
+def test_images_of_one_moment_that_change_places_are_seen(tmp_path, how):
+    """Swapped by what changes no image's own times: renamed folders above, links."""
     root = tmp_path / "root"
     for i in range(12):
         path = root / "ab"[i // 6] / "xyz"[i // 2 % 3] / f"{i % 2}.bmp"
@@ -678,8 +678,8 @@ def test_pictures_of_one_moment_that_change_places_are_seen(tmp_path, how):
 # Memory
 
 
-def test_all_threads_together_hold_the_pixels_of_one_large_picture(monkeypatch):
-    """Eight pictures of a third of the bound each, and one above half of it, in nine threads."""
+def test_all_threads_together_hold_the_pixels_of_one_large_image(monkeypatch):
+    """Eight images of a third of the bound each, and one above half of it, in nine threads."""
     monkeypatch.setattr(decoding, "MAX_PIXELS", 3 * 400)
     sizes = [(20, 20)] * 8 + [(30, 30)]
     contents = [encoded(noise(1, size), "PNG") for size in sizes]
@@ -703,7 +703,7 @@ def test_all_threads_together_hold_the_pixels_of_one_large_picture(monkeypatch):
         shapes = [found.shape for found in pool.map(read, contents * 3)]
     assert shapes == [(3, 16, 16)] * 27
     assert 800 <= max(most) <= 1200
-    # A picture that cannot be decoded gives its room back.
+    # An image that cannot be decoded gives its room back.
     with pytest.raises(OSError, match="truncated"):
         read(contents[0][:-30])
     assert decoding._held == 0
@@ -787,7 +787,7 @@ def test_composed_and_decomposed_names_are_one_name(tmp_path):
     assert list(listed.train.client_names) == ["ann", composed]
     # Files have the names that they have.
     csv.write_text(f"image,label,client\nann/{composed}/1.png,a,b\n")
-    with pytest.raises(DataError, match="no such picture file"):
+    with pytest.raises(DataError, match="no such image file"):
         load_dataset("csv", csv)
     save(root / f"{decomposed}.png", noise(6))
     csv.write_text(f"image,label,client\n{composed}.png,a,b\n")

@@ -1,6 +1,6 @@
 """The image cache: making it against bare Pillow, training from it against images in RAM.
 
-    python benchmarks/pictures.py            (about 6 minutes on two cores; --short: under one)
+    python benchmarks/images.py            (about 6 minutes on two cores; --short: under one)
 
 Made-up photographs (smooth random fields with some grain) are written to a temporary folder.
 
@@ -12,7 +12,7 @@ Made-up photographs (smooth random fields with some grain) are written to a temp
 The two sides of each figure take turns, and figures are medians of the ratios of neighbouring
 turns. CPU ratios hold on a busy machine too, wall-clock ratios need a quiet one.
 
-Writes ``benchmarks/results/pictures.txt`` (not with --short).
+Writes ``benchmarks/results/images.txt`` (not with --short).
 """
 
 import os
@@ -78,7 +78,7 @@ def write_files(folder: Path, wanted: Files) -> Path:
         split = "test" if i < wanted.count // 10 else "train"
         label = i % (wanted.count // 100) + (wanted.count if split == "test" else 0)
         lines.append(f"{i:06d}.{wanted.suffix},class {label},client {i % CLIENTS},{split}")
-    path = folder / "pictures.csv"
+    path = folder / "images.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
 
