@@ -41,7 +41,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def slug(heading: str, separator: str) -> str:
-    """The anchor of a heading, as tests/test_docs.py and hosts of repositories make it."""
+    """The anchor of a heading, as tests/docs/test_pages.py and hosts of repositories make it."""
     kept = (c for c in heading.lower() if c in "-_ " or unicodedata.category(c)[0] in "LNM")
     return "".join(kept).replace(" ", separator)
 
