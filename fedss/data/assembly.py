@@ -125,12 +125,16 @@ def _decode(
     options: DataOptions,
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Pixels by split, and why files cannot be read, by file."""
-    files = {split: _files(listing, members) for split, members in splits.items()}
-    stamps = {split: stamp_files(paths) for split, paths in files.items()}
+
+    def paths(of: Sequence[ListedImage]) -> LazyNames:
+        return LazyNames(len(of), lambda i: listing.file(of[i]))
+
+    files = {split: paths(members) for split, members in splits.items()}
+    stamps = {split: stamp_files(of_split) for split, of_split in files.items()}
     channels = options.channels
     if channels is None:
         stamp = "".join(stamps.values())
-        channels = 1 if all_colourless(_files(listing, rows), stamp, cache=options.cache) else 3
+        channels = 1 if all_colourless(paths(rows), stamp, cache=options.cache) else 3
     pixels: dict[str, np.ndarray] = {}
     reasons: dict[str, str] = {}
     for split in splits:
@@ -182,10 +186,6 @@ def assemble_dataset(
         remarks=(*listing.remarks, *classes, *clients),
         passed_over=listing.passed_over,
     )
-
-
-def _files(listing: Listing, rows: Sequence[ListedImage]) -> LazyNames:
-    return LazyNames(len(rows), lambda i: listing.file(rows[i]))
 
 
 def images_of(

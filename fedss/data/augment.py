@@ -29,11 +29,9 @@ _PREVIEWED, _VERSIONS = 8, 5
 class Augmentation:
     """One way to change images.
 
-    Attributes:
-        name: of this way.
-        ranges: of each parameter of an image: lowest and highest; drawn uniformly between them.
-        apply: images uint8 [B, C, H, W] on the CPU, H = W, and parameters float64 [B, A] to
-            changed images uint8 of the same shape. Image and parameters decide each result.
+    Each parameter of an image is drawn uniformly between the ends of its range. ``apply`` takes
+    images uint8 [B, C, H, W] on the CPU, H = W, and parameters float64 [B, A] to changed images of
+    the same shape; image and parameters decide each result.
     """
 
     name: str
@@ -57,9 +55,8 @@ def change(augmentation: Augmentation, pixels: Tensor, drawn: np.ndarray) -> Ten
 def preview(augmentation: Augmentation, pixels_NCHW: np.ndarray, seed: int) -> bytes:
     """Training images, each with what clients may make of it, for the report.
 
-    Returns:
-        A file of numpy's (npz) with ``pixels``: uint8 [8, 1 + 5, C, H, W], the image itself
-        first; fewer where there are fewer images.
+    A file of numpy's (npz) with ``pixels``, uint8 [8, 1 + 5, C, H, W], the image itself first;
+    fewer where there are fewer images.
     """
     rng = generator(seed, "augment preview")
     chosen = np.sort(rng.permutation(len(pixels_NCHW))[:_PREVIEWED])

@@ -29,7 +29,6 @@ _VERSION = 3
 _BATCH = 32
 _DAY = 24 * 3600.0
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
 
 
 class BrokenImagesError(DataError):
@@ -85,16 +84,13 @@ def _caches(home: Path | None) -> Path:
 
 
 def stamp(path: str | Path) -> tuple[int, int]:
-    """A file's size, and a number that stands for which file it is and its times of last change.
+    """A file's size, and a digest of its inode and its times of last change.
 
-    Archives, ``rsync -t`` and backups set the time that a program sees as that of the content, so
-    it may be that of the file that was there before. The time of the status (POSIX's ctime) can
-    only become later and no program can set it: it tells the two apart. It changes with names,
-    rights and hard links, too, and then images are decoded once more for nothing.
-
-    Kernels count it in ticks of some milliseconds, in which an archive is unpacked, and it stays
-    when a folder above is renamed or a link leads elsewhere: there the file's number (inode) tells.
-    That of the device may change with each start of the machine and is left out.
+    Not mtime alone, which archives, ``rsync -t`` and backups set to that of the file before. No
+    program can set ctime; it changes with names and rights too, and then images are decoded once
+    more for nothing. It is counted in ticks of some milliseconds, in which an archive is unpacked,
+    and stays when a folder above is renamed: hence the inode. The device's number, which may change
+    with each start of the machine, is left out.
     """
     status = os.stat(path)
     facts = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
@@ -154,8 +150,7 @@ def decode_files(
         if broken:
             reasons = [(i, str(error) or type(error).__name__) for i, error in broken.items()]
             if not any(map(_may_be_mended, broken.values())):
-                with _cache_file(note) as file:
-                    file.write(json.dumps(reasons).encode())
+                _write_note(note, reasons)
             raise BrokenImagesError({paths[i]: reason for i, reason in reasons}, len(paths))
 
     shape = (len(paths), channels, image_size, image_size)
@@ -171,8 +166,7 @@ def _may_be_mended(error: Exception) -> bool:
 def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> bool:
     """Whether every image that can be opened is stored as black and white or grayscale.
 
-    Opens the files up to the first ones in colour; the answer is remembered under the ``stamp``
-    of the files.
+    Opens the files up to the first ones in colour; the answer is kept under their ``stamp``.
     """
     note = _file("colourless", cache, (stamp,), "json")
     with suppress(OSError, ValueError):
@@ -187,9 +181,13 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
         return True
 
     answer = all(in_threads(colourless, len(paths)))
-    with _cache_file(note) as file:
-        file.write(json.dumps(answer).encode())
+    _write_note(note, answer)
     return answer
+
+
+def _write_note(note: Path, content: object) -> None:
+    with _cache_file(note) as file:
+        file.write(json.dumps(content).encode())
 
 
 def in_threads(work: Callable[[range], _T], count: int) -> Iterator[_T]:

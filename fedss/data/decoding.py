@@ -5,7 +5,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,18 +62,13 @@ def open_image(file: str | Path | BinaryIO, most_pixels: int | None = None) -> I
         raise _too_large(found, most_pixels) from error
     width, height = image.size
     if width * height > most_pixels:
-        _close(image)
-        raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels,", most_pixels)
+        with image:  # Unlike close(), this leaves a caller's file open.
+            raise _too_large(f"{width:,} x {height:,} = {width * height:,} pixels,", most_pixels)
     if image.format == "EPS":
-        _close(image)
-        # Pillow would have Ghostscript run it.
-        raise ValueError("PostScript is a program, not an image: save it as PNG")
+        with image:
+            # Pillow would have Ghostscript run it.
+            raise ValueError("PostScript is a program, not an image: save it as PNG")
     return image
-
-
-def _close(image: Image.Image) -> None:
-    with image:
-        pass  # Unlike close(), this leaves a caller's file open.
 
 
 def _too_large(found: str, most_pixels: int) -> PixelLimitError:
@@ -130,12 +125,8 @@ def upright(image: Image.Image, image_size: int) -> Iterator[Image.Image]:
 
     For a ``with`` block, in which the image is in memory: all threads together hold MAX_PIXELS
     at a time, and whoever wants more waits. A thread that holds one is not to ask for another.
-
-    Of a JPEG that was just opened no more is decoded than ``pixels_of`` needs. ``image`` is not to
-    be used afterwards.
-
-    Raises:
-        See ``decode``.
+    Of a JPEG no more is decoded than ``pixels_of`` needs. ``image`` is not to be used afterwards.
+    Errors are those of ``decode``.
     """
     width, height = image.size
     # A JPEG decodes at a fraction of its size for much less work; twice the target is left
@@ -143,15 +134,12 @@ def upright(image: Image.Image, image_size: int) -> Iterator[Image.Image]:
     image.draft(None, (2 * image_size, 2 * image_size))
     if not image.info.get("progressive"):  # of which all is kept until the last scan
         width, height = image.size
-    with _room(width * height):
-        used = [image]
-        try:
-            used.append(_upright(image))
-            yield used[-1]
-        finally:
-            for one in used:
-                # Memory is to be free before there is room. The file is its opener's.
-                Image.Image.close(one)
+    with _room(width * height), ExitStack() as opened:
+        # Memory is to be free before there is room. The file is its opener's.
+        opened.callback(Image.Image.close, image)
+        seen = _upright(image)
+        opened.callback(Image.Image.close, seen)
+        yield seen
 
 
 @contextmanager
@@ -200,8 +188,7 @@ def _upright(image: Image.Image) -> Image.Image:
             image = image.convert("LA")
         if image.mode != "RGBA":
             image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image)
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image
 
 

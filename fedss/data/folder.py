@@ -17,8 +17,7 @@ from fedss.errors import DataError
 # What Pillow knows by name and cannot decode: data that need a handler, a player or Windows.
 _UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 _HEIF = (".heic", ".heics", ".heif", ".heifs", ".hif")
-# Made by Synology, QNAP, NetApp, macOS, Windows, Android, ext4: thumbnails, deleted files,
-# snapshots.
+# Thumbnails, deleted files and snapshots of Synology, QNAP, NetApp, macOS, Windows, Android, ext4.
 # fmt: off
 _SYSTEM_FOLDERS = (
     "@eadir", "@tmp", "@sharesnap", "#recycle", "#snapshot", "@recycle", "@recently-snapshot",
@@ -38,11 +37,10 @@ def extensions() -> frozenset[str]:
 
 
 def passed_over(name: str, is_folder: bool) -> str | None:
-    """What a file or folder within a folder of images is, where it is none of the images.
+    """The kind of a file or folder that is skipped in a folder of images; None: it is not.
 
-    The one rule for what is passed over, in training and in search: hidden files and folders,
-    folders that systems make for themselves, and files without the ending of an image. It is
-    counted by what this returns, and shown.
+    The one rule in training and in search: hidden files and folders, folders that systems make for
+    themselves, and files without the ending of an image are skipped, counted by kind, and shown.
     """
     if name.startswith("."):
         return "hidden folders" if is_folder else "hidden files"
@@ -96,7 +94,7 @@ def read_folder(root: Path) -> Listing:
 
 
 def besides(over: Mapping[str, int]) -> str:
-    """What was passed over, for a message, which begins with "; passed over: ", or nothing."""
+    """What was passed over, as the end of a message; empty where nothing was."""
     kinds = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(over.items()))
     return f"; passed over: {kinds}" if over else ""
 
@@ -119,7 +117,13 @@ def _images(
         # Unlike entry.is_dir(), it has an answer to a link that leads to itself.
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
         if entry.is_symlink() and not entry.name.startswith("."):
-            _check_inside(entry.path, root)
+            target = os.path.realpath(entry.path)
+            if not target.startswith(os.path.join(root, "")):
+                raise DataError(
+                    f"{entry.path}: a link out of the folder, to {target}; what a folder shares "
+                    "should lie in it. Remove the link, move its target here, or list the images "
+                    "in a CSV, which may name any file"
+                )
         if kind := passed_over(entry.name, is_folder):
             over[kind] += 1
         elif not is_folder:
@@ -128,13 +132,3 @@ def _images(
             yield from _images(entry.path, root, (*above, entry.name), over)
         else:
             over["folders below those of classes"] += 1
-
-
-def _check_inside(link: str, root: str) -> None:
-    target = os.path.realpath(link)
-    if not target.startswith(os.path.join(root, "")):
-        raise DataError(
-            f"{link}: a link out of the folder, to {target}; what a folder shares should lie in "
-            "it. Remove the link, move its target here, or list the images in a CSV, which may "
-            "name any file"
-        )

@@ -81,9 +81,7 @@ class Images:
             )
         for name, limit in (("labels", self.class_names), ("clients", self.client_names)):
             values = getattr(self, name)
-            if not (
-                isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype == np.int64
-            ):
+            if _kind(values) != f"int64 [{len(values)}]":
                 raise DataError(
                     f"{name}: expected a numpy array, int64 [N], got {_kind(values)}; convert it "
                     "with np.asarray(values, np.int64)"
@@ -151,9 +149,7 @@ def unanswerable(
 ) -> Iterator[tuple[int, str]]:
     """Queries for which no image could be right: their position and the reason.
 
-    Args:
-        query: the class name of each query image.
-        gallery: the class name of each gallery image; None: the other queries are the gallery.
+    Both sides are class names; without ``gallery`` the other queries are the gallery.
     """
     count, findable = Counter(query), set(gallery or ())
     for position, name in enumerate(query):
@@ -216,7 +212,7 @@ class ClientIndex:
 
     @property
     def num_clients(self) -> int:
-        """Number of clients; each holds at least one image."""
+        """Each holds at least one image."""
         return len(self.start_K) - 1
 
     def examples(self, client: int) -> np.ndarray:

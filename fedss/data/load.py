@@ -14,11 +14,10 @@ from fedss.data.partition import Partition, deal_images, parse_partition
 from fedss.data.sets.celeba import read_celeba
 from fedss.data.sets.cifar100 import cifar100_dataset
 from fedss.data.sets.glyphs import glyphs_dataset
-from fedss.data.sets.inaturalist import read_inaturalist
-from fedss.data.sets.landmarks import read_gld23k, read_landmarks
 from fedss.data.sets.lfw import read_lfw
 from fedss.data.sets.omniglot import omniglot_dataset
 from fedss.data.sets.products import read_products
+from fedss.data.sets.user_split import read_gld23k, read_inaturalist, read_landmarks
 from fedss.errors import DataError
 
 _Load = Callable[[Any, DataOptions], Dataset]
@@ -28,12 +27,10 @@ _Load = Callable[[Any, DataOptions], Dataset]
 class Source:
     """A data set that has a name.
 
-    Attributes:
-        load: The data set at a path (a ``Path``, or None where none is needed).
-        path: What is needed there; "" for a set that needs no path.
-        image_size: Side of the images where none is asked for.
-        grayscale: Whether its images have one channel and no choice.
-        partition: Who holds what where no image has a user: our choice, as none is published.
+    ``load`` gets a ``Path``, or None where none is needed; ``path`` says what is needed there, ""
+    if nothing. ``image_size`` is the side where none is asked for. ``grayscale``: its images have
+    one channel and no choice. ``partition``: who holds what where no image has a user; our choice,
+    as none is published.
     """
 
     load: _Load

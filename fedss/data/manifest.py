@@ -20,13 +20,9 @@ SPLITS = ("train", "query", "gallery", "test", "validation")
 class ListedImage(NamedTuple):
     """One listed image. Rows sort by (client, label, name): the order of all images.
 
-    Attributes:
-        client: Who holds it.
-        label: Its class.
-        name: Its file relative to the data set's root, with forward slashes; absolute if it is
-            not below the root.
-        split: One of SPLITS; None where the list does not say.
-        line: Its line in the list; 0 where the row comes from a folder.
+    ``name`` is its file relative to the data set's root, with forward slashes, absolute if it is
+    not below the root. ``split`` is one of SPLITS; None where the list does not say. ``line`` is 0
+    where the row comes from a folder.
     """
 
     client: str
@@ -40,15 +36,10 @@ class ListedImage(NamedTuple):
 class Listing:
     """Images of a data set, none of them opened: ``rows`` from a CSV or a folder ``source``.
 
-    Attributes:
-        source: What lists the images.
-        root: The folder that names are relative to.
-        rows: The images.
-        lists: The file that lists a split's images, where that is not ``source``.
-        published: The list is someone else's and not to be mended: images for testing that no
-            other one could match are left out as ``Dataset.unpaired``.
-        remarks: What is not as published, or not read, for ``Dataset.remarks``.
-        passed_over: Files and folders that are none of the images; see ``fedss.data.folder``.
+    ``root`` is the folder that names are relative to, ``lists`` has the file that lists a split's
+    images where that is not ``source``. A list that is ``published`` is someone else's and not to
+    be mended: images for testing that no other one could match are left out as unpaired.
+    ``remarks`` and ``passed_over`` go into the ``Dataset``.
     """
 
     source: Path
@@ -60,7 +51,7 @@ class Listing:
     passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def file(self, row: ListedImage) -> str:
-        """The image's file."""
+        """Path of the image."""
         return os.path.join(self.root, row.name)
 
     def where(self, row: ListedImage) -> str:
@@ -106,16 +97,7 @@ def listed_name(root: str, image: str) -> str:
 
 
 def check_listed_once(path: Path, names: Sequence[str], line: Callable[[int], int]) -> None:
-    """Refuse a CSV that lists an image twice.
-
-    Args:
-        path: The CSV, for the message.
-        names: The images, as ``listed_name`` gives them.
-        line: The line of each, by its position in ``names``.
-
-    Raises:
-        DataError: One of them is there twice.
-    """
+    """Refuse a CSV that lists an image twice; ``line`` tells the line of ``names[i]``."""
     twice = repeated(LazyNames(len(names), lambda i: os.path.normcase(names[i])))
     if twice is not None:
         first, second, *_ = (i for i, name in enumerate(names) if os.path.normcase(name) == twice)

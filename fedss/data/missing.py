@@ -12,23 +12,21 @@ _HOME = re.compile(r"(?:^|/)~[\w-]*/")
 
 
 def why_missing(file: str) -> str:
-    """A hint for a message, which begins with "; ", or nothing.
-
-    Args:
-        file: The path where it was looked for: what a list has, behind the list's folder.
-    """
+    """A hint for the end of a message, or nothing; ``file`` is the path that was looked for."""
     if _ADDRESS.search(file):
         return "; this is an address: images are read from files, so fetch them first"
     if _HOME.search(file):
         return "; '~' stands for no folder here: write the whole path"
-    for form in ("NFC", "NFD"):
-        if _is_other(unicodedata.normalize(form, file), file):
-            return f"; this one is there under the same name in another Unicode form, {form}"
-    slashed = file.replace("\\", "/")
-    if _is_other(slashed, file):
-        return "; this one is there with '/' in place of '\\': write '/'"
-    if _is_other(unquote(file), file):
-        return f"; this one is there as {unquote(file)}: write it without %"
+    nfc, nfd = unicodedata.normalize("NFC", file), unicodedata.normalize("NFD", file)
+    slashed, unquoted = file.replace("\\", "/"), unquote(file)
+    for other, hint in (
+        (nfc, "under the same name in another Unicode form, NFC"),
+        (nfd, "under the same name in another Unicode form, NFD"),
+        (slashed, "with '/' in place of '\\': write '/'"),
+        (unquoted, f"as {unquoted}: write it without %"),
+    ):
+        if other != file and os.path.isfile(other):
+            return f"; this one is there {hint}"
     if alike := _alike(slashed):
         return f"; there is {alike}: upper and lower case differ, and so do unseen characters"
     if "\\" in file:
@@ -38,10 +36,6 @@ def why_missing(file: str) -> str:
         if os.path.isfile("/".join(parts[start:])):
             return f"; {'/'.join(parts[start:])} is there from the folder that you are in"
     return ""
-
-
-def _is_other(other: str, file: str) -> bool:
-    return other != file and os.path.isfile(other)
 
 
 def _alike(file: str) -> str | None:
@@ -54,13 +48,10 @@ def _alike(file: str) -> str | None:
                 entries = sorted(os.listdir(place))
             except OSError:
                 return None
-            same = [entry for entry in entries if _plain(entry) == _plain(part)]
+            plain = composed(part).casefold()
+            same = [entry for entry in entries if composed(entry).casefold() == plain]
             if not same:
                 return None
             inside = os.path.join(place, same[0])
         place = inside
     return place if os.path.isfile(place) else None
-
-
-def _plain(name: str) -> str:
-    return composed(name).casefold()

@@ -30,12 +30,11 @@ _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2032\u2033`", "''\"\"'\"'")
 def composed(name: str) -> str:
     """The name of a client or a class: in Unicode's form NFC, as far as one can see it.
 
-    The one rule for names, wherever they come from: cells of a CSV, folders, sites, what people
-    enrol. Two that are the same after this are one client or one class: spaces of any kind and
-    number count as one, none at either end, and characters that nobody sees are left out. macOS
-    writes names of files decomposed (NFD), most others composed (Unicode Standard Annex 15), and
-    nobody sees a space at the end of a folder's name: without this, one name at two sites would be
-    two. Joiners stay where they shape letters or an emoji (UAX 31, section 2.3).
+    The one rule for names, wherever they come from. Two that are the same after this are one client
+    or one class: spaces of any kind and number count as one, none at either end, and invisible
+    characters are left out; joiners stay where they shape letters or an emoji (UAX 31, section
+    2.3). macOS writes names of files decomposed (NFD), most others composed (Unicode Standard
+    Annex 15): without this, one name at two sites would be two.
     """
     if name.isascii() and name.isprintable():
         return " ".join(name.split())
@@ -71,10 +70,7 @@ def look_alikes(names: Iterable[str], kind: str) -> tuple[str, ...]:
     """A remark on names that are different and that people would take for one; none: ().
 
     Such are names in other letter case, in letters of two alphabets, in full and half width.
-
-    Args:
-        names: As ``composed`` gives them.
-        kind: What they name, in the plural.
+    ``kind`` is what they name, in the plural.
     """
     groups = defaultdict(set)
     for name in names:

@@ -23,13 +23,9 @@ _FORMS = "classes:K, dirichlet:ALPHA or class"
 class Partition:
     """Who holds which image, where no one is given, or instead of those who are.
 
-    Attributes:
-        kind: ``classes``: each client holds at most ``amount`` classes. ``dirichlet``: its classes
-            are drawn from a Dirichlet distribution of concentration ``amount``. ``class``: each
-            class is a client.
-        amount: See ``kind``; 0 for ``class``.
-        clients: How many; None: for ``classes`` as few as hold each class once, for ``class`` as
-            many as there are classes.
+    ``classes``: each client holds at most ``amount`` classes. ``dirichlet``: its classes are drawn
+    from a Dirichlet distribution of concentration ``amount``. ``class``: each class is a client.
+    ``clients=None``: for ``classes`` as few as hold each class once.
     """
 
     kind: Literal["classes", "dirichlet", "class"]
@@ -104,11 +100,6 @@ def deal_images(images: Images, partition: Partition, seed: int) -> Images:
     How many images of which class a client gets depends on the seed and on how many images
     each class has, and on nothing else. O(N log N), and for ``dirichlet`` O(K n) more.
 
-    Args:
-        images: Images and labels; clients are not looked at.
-        partition: Of what kind.
-        seed: Of all draws.
-
     Raises:
         DataError: A partition that these images do not have.
     """
@@ -142,14 +133,9 @@ def _hands(
     """Client and class of each image, [N] both, for ``classes:K``."""
     n = len(count_n)
     if most > n or most * number < n:
-        raise DataError(
-            f"partition {partition}: the training has {n:,} classes; expected "
-            + (
-                f"K to be at most {n:,}"
-                if most > n
-                else f"at least {-(-n // most):,} clients, or each class would not be held by one"
-            )
-        )
+        wanted = f"at least {-(-n // most):,} clients, or each class would not be held by one"
+        wanted = f"K to be at most {n:,}" if most > n else wanted
+        raise DataError(f"partition {partition}: the training has {n:,} classes; expected {wanted}")
     slots = most * number if partition.clients else n
     sizes = [slots // number + (k < slots % number) for k in range(number)]
     rng, deck, hands = generator(seed, "partition", round=1), np.empty(0, np.int64), []
@@ -214,15 +200,10 @@ def _draws(
 
 
 def split_clients(images: Images, max_classes: int, seed: int) -> Images:
-    """Split clients so that none holds more than ``max_classes`` classes.
+    """Split clients so that none holds more than ``max_classes`` (at least 1) classes.
 
     The classes of a client are dealt at random, in even parts, to as few clients as do; each class
     stays whole. Clients that are small enough stay as they are.
-
-    Args:
-        images: images, labels, clients.
-        max_classes: at least 1.
-        seed: of the deal.
     """
     index, parts_K = index_clients(images), -(-count_own_classes(images) // max_classes)
     first_K = np.cumsum(parts_K) - parts_K

@@ -25,14 +25,10 @@ _Lines = Iterator[tuple[int, str]]
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV.
+    """A CSV: line number and cells, without outer spaces, of each line that is not blank.
 
-    Attributes:
-        rows: Line number, and cells without outer spaces, of the lines that are not blank; errors
-            come as it is read. The cells of the columns asked for come first, then that of the
-            optional column if there is one.
-        unread: The names of other columns.
-        complete: Whether there is the optional column.
+    The cells are those of the columns asked for, then that of the optional column if it is there
+    (``complete``); ``unread`` names the others. Errors come as ``rows`` is read.
     """
 
     rows: Iterator[tuple[int, list[str]]]

@@ -13,9 +13,9 @@ from fedss import DataError, load_dataset
 from fedss.cli import main
 from fedss.data import count_own_classes
 from fedss.data.manifest import ListedImage
-from fedss.data.sets.landmarks import read_gld23k
 from fedss.data.sets.products import read_products
 from fedss.data.sets.published import Counts, published_listing
+from fedss.data.sets.user_split import read_gld23k
 
 SHADES = {}
 

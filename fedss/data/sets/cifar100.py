@@ -22,7 +22,6 @@ _SIDE, _CHANNELS = 32, 3
 _PIXELS = _CHANNELS * _SIDE * _SIDE
 _RECORD = 2 + _PIXELS  # <1 x coarse label><1 x fine label><3072 x pixel>
 _FILES = {"train": "train.bin", "test": "test.bin", "names": "fine_label_names.txt"}
-_FOLDER = "cifar-100-binary/"
 
 
 def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
@@ -40,7 +39,7 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
     Raises:
         DataError: A file is missing or of another form, or a setting cannot be.
     """
-    wanted = {key: (name, _FOLDER + name) for key, name in _FILES.items()}
+    wanted = {key: (name, f"cifar-100-binary/{name}") for key, name in _FILES.items()}
     try:
         found = find("CIFAR-100's binary version", root, wanted)
     except DataError as error:

@@ -276,16 +276,9 @@ def glyphs(
     more where there are more clients than seats. A client draws every class of each of its
     alphabets ``copies`` times. So clients share classes as Omniglot's drawers do.
 
-    Args:
-        num_classes: How many classes; class i is the same whatever this number is.
-        num_clients: How many drawers; drawer k has the same hand whatever this number is.
-        part: Each part has scripts and drawers of its own.
-        drawers: Clients per alphabet, at least.
-        copies: Images of a class by one client.
-        image_size: Side of the images.
-        seed: Another seed, another world.
-        cache: Folder for the pixels where they take more than 1 GiB (see ``cache_folder``);
-            fewer stay in memory.
+    Class i and the hand of drawer k are the same however many of them there are. Each part has
+    scripts and drawers of its own, and so has each seed. Pixels that take more than 1 GiB are kept
+    in the ``cache`` (see ``cache_folder``).
 
     Returns:
         Images with pixels uint8 [N, 1, image_size, image_size], rows by (client, label, copy).
@@ -375,11 +368,11 @@ def glyphs_dataset(
         num_classes: Training and test classes together. Validation adds half as many as test.
         num_clients: Training clients.
         test_classes: Share of ``num_classes`` that is for testing, at least one.
-        drawers: See ``glyphs``; for training.
-        copies: See ``glyphs``; for training.
+        drawers: For training, at least so many clients draw each alphabet.
+        copies: For training, images of a class by one client.
         image_size: Side of the images.
-        seed: Another seed, another world.
-        cache: See ``glyphs``.
+        seed: Another seed, other scripts and drawers.
+        cache: Folder for pixels that take more than 1 GiB; see ``cache_folder``.
 
     Raises:
         DataError: Sizes that cannot be.

@@ -25,11 +25,8 @@ class Counts:
 def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[str, Path]:
     """The files and folders of a data set below ``root``, by the keys of ``wanted``.
 
-    Args:
-        title: The data set's name, for messages.
-        root: Its folder.
-        wanted: For each the places where it may be, one of which must be there; those that end
-            with a slash are folders. Links are followed.
+    For each, ``wanted`` has the places where it may be, one of which must be there; those that end
+    with a slash are folders. Links are followed. ``title`` is the data set's name, for messages.
 
     Raises:
         DataError: Something is nowhere, or at two places; says what was expected.
@@ -66,12 +63,10 @@ def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[st
 
 
 def read_lines(path: Path, form: str, pattern: str) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """The lines of a text file that are not blank: number, and the groups of ``pattern``.
+    """The lines of a text file in UTF-8 that are not blank: number, and the groups of ``pattern``.
 
-    Args:
-        path: The file, in UTF-8.
-        form: What a line looks like, for messages.
-        pattern: A regular expression for a whole line without outer spaces.
+    The regular expression ``pattern`` matches a whole line without outer spaces; ``form`` is what a
+    line looks like, for messages.
 
     Raises:
         DataError: The file cannot be read, or a line has another form.
@@ -104,13 +99,8 @@ def published_listing(
 ) -> Listing:
     """A listing of files that others have made, with remarks on what is not as published.
 
-    Args:
-        found: What ``find`` gives: the file that lists each split, by its name; the first one
-            is the listing's source.
-        root: The folder that rows' names are relative to.
-        rows: All images.
-        counts: What was published of each split; the split "" is all images.
-        remarks: More of them.
+    ``found``, from ``find``, has the file that lists each split; the first is the listing's source.
+    ``counts`` has what was published of each split; the split "" is all images.
     """
     said = list(remarks)
     for split, expected in counts.items():
