@@ -342,10 +342,10 @@ def _exact(
     items = len(gallery.rows_GD)
     values_BK = torch.empty(len(query_BD), k, dtype=torch.float64, device=query_BD.device)
     index_BK = torch.empty(len(query_BD), k, dtype=torch.int64, device=query_BD.device)
-    # Scores lie in `room`. Beyond, if its top k cuts through a tie, a query takes per gallery item
-    # 8 bytes for a copy and up to 24 for masks, counts and the integers they are counted in, and
-    # per neighbour kept at most 96 of float64 and int64 columns.
-    affordable = BLOCK_BYTES // 2 // gallery.workers // (32 * items + 96 * (k + 1))
+    # Scores lie in `room`. Beyond, if there are ties in its top k, a query takes per gallery item
+    # 8 bytes for a copy and up to 32 to sort it, and per neighbour kept at most 96 of float64 and
+    # int64 columns.
+    affordable = BLOCK_BYTES // 2 // gallery.workers // (40 * items + 96 * (k + 1))
     step = max(1, min(affordable, len(room) // items))
     for start in range(0, len(query_BD), step):
         part = slice(start, start + step)
@@ -363,32 +363,14 @@ def _exact(
 def _by_position(scores_BG: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest by (score descending, index ascending)."""
     # topk promises no order among equals. One neighbour more than asked for shows whether the cut
-    # after the k-th falls between equals; if so the set itself has to be settled.
+    # after the k-th falls between equals, too.
     values_BK, index_BK = scores_BG.topk(min(k + 1, scores_BG.shape[1]), dim=1)
-    cut_B = values_BK[:, k - 1] == values_BK[:, -1]
-    if values_BK.shape[1] == k:
-        cut_B = torch.zeros_like(cut_B)
+    rows_T = (values_BK[:, 1:] == values_BK[:, :-1]).any(1).nonzero().squeeze(1)
     values_BK, index_BK = values_BK[:, :k], index_BK[:, :k]
-    unsettled_B = cut_B | (values_BK[:, 1:] == values_BK[:, :-1]).any(1)
-    if not bool(unsettled_B.any()):
-        return values_BK, index_BK
-
-    rows_T = cut_B.nonzero().squeeze(1)
     if len(rows_T):
-        scores_TG = scores_BG[rows_T]
-        last_T1 = values_BK[rows_T, k - 1 :]
-        level_TG = scores_TG == last_T1
-        chosen_TG = scores_TG > last_T1
-        room_T1 = k - chosen_TG.sum(1, keepdim=True)
-        chosen_TG |= level_TG & (level_TG.cumsum(1, dtype=torch.int32) <= room_T1)
-        index_TK = chosen_TG.nonzero()[:, 1].reshape(-1, k)
-        index_BK[rows_T] = index_TK
-        values_BK[rows_T] = scores_TG.gather(1, index_TK)
-    rows_T = unsettled_B.nonzero().squeeze(1)
-    index_TK = index_BK[rows_T].sort(1).values
-    # + 0.0 turns -0.0 into 0.0, which some sorts tell apart.
-    values_TK = scores_BG[rows_T[:, None], index_TK] + 0.0
-    values_TK, order_TK = values_TK.sort(dim=1, descending=True, stable=True)
-    values_BK[rows_T] = values_TK
-    index_BK[rows_T] = index_TK.gather(1, order_TK)
+        # + 0.0 turns -0.0 into 0.0, which some sorts tell apart.
+        scores_TG = scores_BG.index_select(0, rows_T).add_(0.0)
+        order_TG = scores_TG.argsort(dim=1, descending=True, stable=True)
+        index_BK[rows_T] = order_TG[:, :k]
+        values_BK[rows_T] = scores_TG.gather(1, order_TG[:, :k])
     return values_BK, index_BK
