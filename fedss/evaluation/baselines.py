@@ -22,10 +22,9 @@ from fedss.evaluation.evaluate import EmbedPixels, count_classes, embed_task, sc
 from fedss.evaluation.intervals import ClassScores
 from fedss.models import Embedder, embed_pixels
 
+# Of 6 to 16 pixels a side, with and without their mean, what stays within 7 % of the best on each
+# of glyphs, Omniglot, photographs and Chinese characters.
 SIDE = 12
-"""Images are averaged down to so many pixels a side: of 6, 8, 10, 12, 14 and 16, with and without
-their mean, what stays within 7 % of the best on each of glyphs, Omniglot, photographs and Chinese
-characters."""
 
 _BATCH = 4096  # images reduced at a time
 _FITTED = 10_000  # training images that whitening is fitted on
@@ -58,12 +57,8 @@ def backbone_floors(
 ) -> Floors:
     """``frozen`` and ``frozen_whitened``, if the network begins with trained weights.
 
-    Args:
-        embedder: with its first weights; left as it is.
-        task: the test.
-        train: PCA is fitted on these, up to 10,000 of them spread evenly; where no two differ there
-            is none.
-        device: where to compute.
+    PCA is fitted on the training images, up to 10,000 of them spread evenly; where no two differ
+    there is none.
 
     Raises:
         ConfigError: features that are not finite, or the same for all images of the test.
@@ -78,7 +73,8 @@ def backbone_floors(
     embedded = embed_task(embed, task)
     _check_features(embedded[0], task.query.pixels)
     frozen = floor("frozen", score_classes(task, *embedded)[1])
-    fitted_ND = embed(train.pixels[_spread(len(train), _FITTED)])
+    spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), _FITTED)).astype(np.int64))
+    fitted_ND = embed(train.pixels[spread])
     if not bool(fitted_ND.isfinite().all()):
         raise ConfigError(_OVERFLOW)
     whiten = fit_whitening(fitted_ND, embedder.spec.embedding_size)
@@ -98,13 +94,6 @@ def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:
     j < i both with R(R-1) / (M(M-1)). P(i) rel(i) = (1/i) (rel(i) + sum_{j<i} rel(i) rel(j)), so
 
         E[AP@10] = 1/min(R, 10) * sum_{i<=min(10, M)} (1/i) (R/M + (i-1) R(R-1) / (M(M-1)))
-
-    Args:
-        relevant_C: R, integers [C], each from 1 to M.
-        candidates: M.
-
-    Returns:
-        float64 [C].
     """
     rank_K = np.arange(1, min(_DEPTH, candidates) + 1)
     relevant_C1 = np.asarray(relevant_C, np.float64)[:, None]
@@ -128,13 +117,8 @@ def chance(task: RetrievalTask) -> ClassScores:
 
 
 def pixel_vectors(pixels_NCHW: np.ndarray) -> Tensor:
-    """Images averaged down to 12 x 12 (smaller ones stay as they are), less their own mean.
-
-    Args:
-        pixels_NCHW: uint8; a memory map is read in blocks.
-
-    Returns:
-        float32 [N, C * side * side].
+    """Images averaged down to 12 x 12 (smaller ones stay as they are), less their own mean: float32
+    [N, C * side * side].
     """
     channels, side = pixels_NCHW.shape[1], min(SIDE, pixels_NCHW.shape[2])
     vectors_ND = torch.empty(len(pixels_NCHW), channels * side * side)
@@ -150,14 +134,8 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     """PCA-whitening: less the mean, on the leading components, each divided by its deviation.
 
     Jegou and Chum 2012 (ECCV, "Negative evidences and co-occurences in image retrieval"): of
-    vectors of length 1, and cosines afterwards.
-
-    Args:
-        rows_ND: what it is fitted on, finite.
-        size: components to keep; fewer where so many do not vary.
-
-    Returns:
-        A function from [M, D] to [M, at most size]; to [M, 0] where no two rows differ.
+    vectors of length 1, and cosines afterwards. A function from [M, D] to [M, size]; fewer where so
+    many do not vary, none where no two rows differ.
     """
     mean_D = rows_ND.double().mean(0)
     centred_ND = rows_ND.double() - mean_D
@@ -205,7 +183,3 @@ def _features(embedder: Embedder) -> Embedder:
         spec=replace(spec, embedding_size=size),
         channels_last=embedder.channels_last,
     )
-
-
-def _spread(count: int, most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))

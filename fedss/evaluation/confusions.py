@@ -1,7 +1,4 @@
-"""Which classes are taken for each other: a query of the one whose nearest image is of the other.
-
-Works on tensors and knows nothing federated.
-"""
+"""Which classes are taken for each other: queries of one whose nearest image is of the other."""
 
 import math
 from collections import Counter
@@ -18,13 +15,10 @@ from fedss.evaluation.retrieval import nearest
 class Confusion:
     """Two classes, and how often the one is taken for the other.
 
-    Attributes:
-        classes: their labels; of the first, the larger share of queries goes to the other.
-        confused: queries of each whose nearest image is of the other class.
-        queries: queries of each.
-        query: the query of either whose wrong nearest image is nearest of all.
-        neighbour: that image, a position in the gallery.
-        score: their cosine.
+    Of the first of ``classes``, two labels, the larger share of queries goes to the other. Of the
+    ``queries`` of each, so many are ``confused``: their nearest image is of the other class. The
+    ``query`` of either whose wrong nearest image is nearest of all, that image, ``neighbour``, a
+    position in the gallery, and their cosine, ``score``, are an example.
     """
 
     classes: tuple[int, int]
@@ -46,17 +40,8 @@ def hardest_confusions(
 
     A pair's order is by the lower end of Wilson's 95 % interval (Wilson 1927) of the share of both
     classes' queries that are confused: 1 of 4 says less than 9 of 40. Only queries with something
-    to find count, as in :func:`fedss.evaluation.retrieval.evaluate_retrieval`.
-
-    Args:
-        query_QD: floating point [Q, D], as in :func:`fedss.evaluation.retrieval.nearest`.
-        query_labels_Q: integers [Q].
-        gallery_GD: floating point [G, D], or None: each query against all the others.
-        gallery_labels_G: integers [G], given if and only if `gallery_GD` is.
-        most: how many pairs at most.
-
-    Raises:
-        ValueError: as in :func:`fedss.evaluation.retrieval.nearest`.
+    to find count; arguments and errors as in
+    :func:`fedss.evaluation.retrieval.evaluate_retrieval`.
     """
     score_Q1, nearest_Q1 = nearest(query_QD, gallery_GD, k=1)
     score_Q, nearest_Q = (first_Q1[:, 0].cpu().numpy() for first_Q1 in (score_Q1, nearest_Q1))
@@ -71,7 +56,8 @@ def hardest_confusions(
     ways = Counter(zip(own_Q[wrong].tolist(), found_Q[wrong].tolist(), strict=True))
     example: dict[tuple[int, int], int] = {}
     for q in wrong[np.argsort(-score_Q[wrong], kind="stable")].tolist():
-        example.setdefault(_sorted(int(own_Q[q]), int(found_Q[q])), q)
+        a, b = int(own_Q[q]), int(found_Q[q])
+        example.setdefault((min(a, b), max(a, b)), q)
     made = []
     for (a, b), q in example.items():
         share_a, share_b = (
@@ -90,10 +76,6 @@ def hardest_confusions(
             )
         )
     return sorted(made, key=lambda c: (-_lower(c.confused, c.queries), c.classes))[:most]
-
-
-def _sorted(a: int, b: int) -> tuple[int, int]:
-    return (a, b) if a <= b else (b, a)
 
 
 def _lower(confused: Sequence[int], queries: Sequence[int]) -> float:

@@ -40,12 +40,8 @@ Embedded = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model does.
-
-    Attributes:
-        metrics: retrieval figures; None where nobody can tell.
-        embedded: what they were computed from, where the images are here.
-        by_class: MAP@10 of each class, likewise.
+    """Retrieval figures of a model, None where nobody can tell; and, where the images are here, the
+    embeddings that they were computed from and the MAP@10 of each class.
     """
 
     metrics: dict[str, Any] | None
@@ -68,16 +64,17 @@ def score_classes(
     task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
 ) -> tuple[RetrievalMetrics, ClassScores]:
     """:func:`score`, and that of each class by its name, in the order of names."""
-    metrics, found = evaluate_by_label(*_labelled(task, query_QD, gallery_GD))
+    metrics, (labels_C, queries_C, map_at_10_C) = evaluate_by_label(
+        *_labelled(task, query_QD, gallery_GD)
+    )
     names = (task.gallery or task.query).class_names
-    of_name = {names[label]: c for c, label in enumerate(found.labels_C.tolist())}
+    of_name = {names[label]: c for c, label in enumerate(labels_C.tolist())}
     order = [of_name[name] for name in sorted(of_name)]
-    by_class = ClassScores(tuple(sorted(of_name)), found.queries_C[order], found.map_at_10_C[order])
-    return metrics, by_class
+    return metrics, ClassScores(tuple(sorted(of_name)), queries_C[order], map_at_10_C[order])
 
 
 def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
-    """How a model does whose embeddings of a task's images are here.
+    """How a model does, by its embeddings of a task's images.
 
     Raises:
         DivergedError: NaN or infinite ones.
@@ -99,12 +96,7 @@ def count_classes(images: Images) -> dict[str, int]:
 
 
 def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
-    """Refuse a test in which every image is right.
-
-    Args:
-        task: the test.
-        name: the data set's name.
-        test_classes: the share of classes that was held out, if any was.
+    """Refuse a test of the data set ``name`` in which every image is right.
 
     Raises:
         DataError: all that is searched is of one class.
@@ -112,10 +104,10 @@ def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
     (first, *others) = count_classes(task.gallery or task.query)
     if not others:
         raise DataError(
-            f"data set {name!r}: all test images are of one class, {first!r}, so that whatever "
-            "is found is right: that is no test. List images of several classes with the split "
-            f"'test', or hold out more of them (test_classes; it is {test_classes}, of which a few "
-            "classes get more or less by chance: another data_seed holds out others)"
+            f"data set {name!r}: all test images are of one class, {first!r}, so that every result "
+            "is right and nothing is tested. List images of several classes with the split "
+            f"'test', or hold out more classes (test_classes, now {test_classes}; of few classes "
+            "chance decides how many that is, and another data_seed holds out others)"
         )
 
 
@@ -124,14 +116,7 @@ def verify(
 ) -> Verification | None:
     """Verification, and identification where there is anybody to find and to refuse.
 
-    Args:
-        task: the images.
-        embedded: their embeddings.
-        seed: of the draws of enrolled classes.
-        fars: rates of false accepts to give the TAR at.
-
-    Returns:
-        None where no two images are of two classes.
+    None where no two images are of two classes. ``seed`` is that of the draws of enrolled classes.
     """
     sides = _labelled(task, *embedded)
     pairs = count_pairs(*sides)
@@ -144,12 +129,9 @@ def verify(
 class Neighbours:
     """Queries and what is found for them: Q queries, each followed by its nearest K.
 
-    Attributes:
-        pixels: uint8 [Q, 1 + K, C, H, W], query first.
-        labels: int64 [Q, 1 + K].
-        class_names: str [Q, 1 + K].
-        scores: cosines, float32 [Q, K].
-        query_index: int64 [Q], the same for all runs on one data set.
+    ``pixels`` uint8 [Q, 1 + K, C, H, W], ``labels`` int64 and ``class_names`` str [Q, 1 + K], query
+    first; ``scores`` are cosines, float32 [Q, K]; ``query_index`` int64 [Q], the same for all runs
+    on one data set.
     """
 
     pixels: np.ndarray
@@ -168,13 +150,9 @@ class Neighbours:
 class ConfusedClasses:
     """P pairs of classes that are taken for each other, the hardest first.
 
-    Attributes:
-        pixels: uint8 [P, 2, C, H, W], a query and its wrong nearest image.
-        shown: str [P, 2], the classes of these two.
-        class_names: str [P, 2].
-        confused: int64 [P, 2], queries of each class whose nearest is of the other.
-        queries: int64 [P, 2], queries of each class.
-        scores: float64 [P], cosines of the images.
+    ``pixels`` uint8 [P, 2, C, H, W]: a query and its wrong nearest image, of the classes ``shown``
+    str [P, 2], with the cosines ``scores`` float64 [P]. ``class_names`` str [P, 2]. ``confused``
+    and ``queries`` int64 [P, 2]: the queries of each class whose nearest is of the other, and all.
     """
 
     pixels: np.ndarray

@@ -32,12 +32,7 @@ def labelled_sides(
     gallery_GD: Tensor | None,
     gallery_labels_G: Tensor | None,
 ) -> Sides:
-    """Both sides with labels, checked and normalized.
-
-    Raises:
-        ValueError: as in `both_sides`; labels that are not integers or not one per row; gallery
-            without labels or labels without gallery.
-    """
+    """Both sides with labels, checked and normalized."""
     if (gallery_GD is None) != (gallery_labels_G is None):
         raise ValueError("give gallery embeddings and gallery labels together, or neither")
     unit_QD, unit_GD = both_sides(query_QD, gallery_GD)

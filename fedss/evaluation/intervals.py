@@ -29,8 +29,7 @@ FLOORS = {
     "frozen": "frozen backbone",
     "frozen_whitened": "whitened backbone",
 }
-"""What a figure is judged against, and its name for people; see
-:mod:`fedss.evaluation.baselines`."""
+"""What a figure is judged against, by its name for people; see `fedss.evaluation.baselines`."""
 
 FEWEST_CLASSES = 6
 """Test classes below which nothing can be shown: of two methods that do equally well, one is better
@@ -48,12 +47,8 @@ _BLOCK = 2**22  # classes drawn at a time
 
 @dataclass(frozen=True)
 class ClassScores:
-    """MAP@10 of each class of a test, for one model.
-
-    Attributes:
-        names: of the C classes, in order.
-        queries_C: queries of each, int64 [C].
-        map_at_10_C: their mean AP@10, float64 [C].
+    """MAP@10 of each class of a test, for one model: of the C classes, in the order of their names,
+    the number of queries, int64 [C], and their mean AP@10, float64 [C].
     """
 
     names: tuple[str, ...]
@@ -82,12 +77,9 @@ class Interval:
 
 
 def interval(seeds: Sequence[ClassScores]) -> Interval | None:
-    """The 95 % interval of the mean over queries, and over seeds where there are several.
+    """The 95 % interval of the mean over queries, and over training seeds where there are several.
 
     None of one class: nothing tells how another one would have done.
-
-    Args:
-        seeds: one model, or one for each training seed; the same test.
 
     >>> scores = ClassScores(("a", "b"), np.array([2, 2]), np.array([0.5, 0.5]))
     >>> interval([scores])
@@ -106,21 +98,16 @@ def difference(
 ) -> Interval | None:
     """The 95 % interval of what ours are better by, on the same draws of classes.
 
-    Args:
-        ours: one for each training seed.
-        theirs: likewise; one that has no seed may be repeated.
-        paired: they are of the same seeds in the same order, which are then drawn together.
-
-    Returns:
-        None where they are not of the same test, or this is of one class.
+    Either side has one for each training seed; one that has no seed may be repeated. ``paired``:
+    both are of the same seeds in the same order, which are then drawn together. None where they are
+    not of the same test, or this is of one class.
     """
-    test, classes = ours[0], len(ours[0].names)
+    names, queries_C, classes = ours[0].names, ours[0].queries_C, len(ours[0].names)
     if classes < 2:
         return None
     for scores in (*ours, *theirs):
-        if scores.names != test.names or not np.array_equal(scores.queries_C, test.queries_C):
+        if scores.names != names or not np.array_equal(scores.queries_C, queries_C):
             return None
-    queries_C = test.queries_C
     sides = [np.stack([s.map_at_10_C for s in scores]) for scores in (ours, theirs)]
     value = float(np.average(sides[0].mean(0) - sides[1].mean(0), weights=queries_C))
     if paired:

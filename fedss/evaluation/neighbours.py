@@ -15,10 +15,9 @@ such numbers is a multiple of 2^-48, and by Cauchy-Schwarz no partial sum of a d
 off by the rounding of the rows alone (about 1e-7), and two items are tied when their rounded rows
 have exactly the same cosine, not when two roundings happen to agree.
 
-Where the time goes: nearly all of it is one matrix product, so that is done in a type that the
-machine multiplies fast, and only to screen (`_screened`): what its rounding, which is bounded,
-leaves in doubt is scored again in float64, and whatever is still in doubt goes to `_exact`. Every
-way gives the same bits.
+Nearly all of the time goes into one matrix product, so that is done in a type that the machine
+multiplies fast, and only to screen (`_screened`): what its rounding, which is bounded, leaves in
+doubt is scored again in float64, and whatever is still in doubt goes to `_exact`.
 """
 
 import functools
@@ -55,14 +54,11 @@ def block_rows(gallery: int, k: int, workers: int = 1) -> int:
 
 
 def _screen_bytes(gallery: int, k: int) -> int:
-    """Per gallery item up to 4 bytes of scores and 1 of maxima; per candidate and score of its
-    group up to 32 of scores and places.
-    """
-    return 5 * gallery + 32 * _GROUP * _most(k)
+    # Up to 4 of scores and 1 of maxima for each gallery item, 32 for each score of a group.
+    return 5 * gallery + 32 * _GROUP * _most_candidates(k)
 
 
-def _most(k: int) -> int:
-    """How many candidates of one query a screen puts up with."""
+def _most_candidates(k: int) -> int:
     return 4 * k + 32
 
 
@@ -93,18 +89,13 @@ class Gallery:
 
 def prepare_gallery(rows_GD: Tensor, k: int) -> Gallery:
     """A gallery to be searched for k neighbours or more."""
-    on_cpu = rows_GD.device.type == "cpu"
-    dtypes = []
-    if _is_long(rows_GD, k):
-        if on_cpu and _bfloat16_pays():
-            dtypes.append(torch.bfloat16)
-        if _float32_is_kept():
-            dtypes.append(torch.float32)
     screens = []
-    for dtype in dtypes:
-        tiles = torch.split(rows_GD, _tile(rows_GD))
-        off = max(float(_off(rows_ND, rows_ND.to(dtype)).max()) for rows_ND in tiles)
-        screens.append(_Screen(rows_GD.to(dtype), off))
+    if _is_long(rows_GD, k):
+        fast = [torch.bfloat16] if rows_GD.device.type == "cpu" and _bfloat16_pays() else []
+        for dtype in [*fast, torch.float32] if _float32_is_kept() else fast:
+            tiles = torch.split(rows_GD, _tile(rows_GD))
+            off = max(float(_moved(rows_ND, rows_ND.to(dtype)).max()) for rows_ND in tiles)
+            screens.append(_Screen(rows_GD.to(dtype), off))
     least = 16 * _TILE + _FEWEST * _screen_bytes(len(rows_GD), k)
     affordable = max(1, BLOCK_BYTES // 2 // least)
     return Gallery(rows_GD, tuple(screens), min(workers_on(rows_GD.device), affordable))
@@ -116,9 +107,8 @@ def in_workers(
     """`treat(item, scratch)` of each item, in their order; as many workers as pieces of scratch.
 
     Scratch memory is used again: fresh pages cost as much as the product itself. Workers are
-    threads, among which torch's threads are shared out. An operation that is split over threads
-    waits for the slowest, and there are many small ones here: with anything else running on the
-    machine that took twenty times as long.
+    threads, among which torch's threads are shared out: an operation that is split over threads
+    waits for the slowest, and there are many small ones here.
     """
     workers = min(len(scratch), len(items))
     if workers == 1:
@@ -182,8 +172,7 @@ def _top(
     query_BD: Tensor, gallery: Gallery, own_B: Tensor | None, k: int, room: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What `_exact` gives, faster: each screen settles what it can and passes on the rest."""
-    values_BK = torch.empty(len(query_BD), k, dtype=torch.float64, device=query_BD.device)
-    index_BK = torch.empty(len(query_BD), k, dtype=torch.int64, device=query_BD.device)
+    values_BK, index_BK = _room_for(query_BD, k)
     left_T = torch.arange(len(query_BD), device=query_BD.device)
     for screen in gallery.screens if _is_long(gallery.rows_GD, k) else ():
         own_T = None if own_B is None else own_B[left_T]
@@ -205,25 +194,21 @@ def _is_long(items: Tensor, k: int) -> bool:
     return len(items) >= 4 * _GROUP * k
 
 
-def _off(rows_ND: Tensor, rounded_ND: Tensor) -> Tensor:
+def _moved(rows_ND: Tensor, rounded_ND: Tensor) -> Tensor:
     """How far rounding moved each row, float64 [N]."""
-    off_N: Tensor = torch.linalg.vector_norm(
-        rows_ND - rounded_ND.float(), dim=1, dtype=torch.float64
-    )
-    return off_N
+    difference_ND = rows_ND - rounded_ND.float()
+    moved_N: Tensor = torch.linalg.vector_norm(difference_ND, dim=1, dtype=torch.float64)
+    return moved_N
 
 
 def _doubt(screen: _Screen, query_BD: Tensor, rounded_BD: Tensor) -> Tensor:
     """The e of `_screened`, float64 [B]; 5% more for the second order, twice for truncated sums."""
-    return 1.05 * (screen.off + _off(query_BD, rounded_BD)) + query_BD.shape[1] * 2.0**-23
+    return 1.05 * (screen.off + _moved(query_BD, rounded_BD)) + query_BD.shape[1] * 2.0**-23
 
 
 @functools.cache
 def _bfloat16_pays() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32, as torch does not tell.
-
-    The answer changes no result, only how soon it is there.
-    """
+    """Whether this processor multiplies bfloat16 faster than float32; changes no result."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         rows_ND = torch.ones(4096, 64, dtype=dtype, device="cpu")
@@ -290,7 +275,7 @@ def _screened(
     cut_B = torch.where(cut_B > 0, cut_B.to(dtype).view(integer), torch.iinfo(integer).max)
 
     # In order of position, in which stable sorts by score and then by query leave equals.
-    place_P = _from_cut_up(levels, cut_B, _most(k)).sort().values
+    place_P = _from_cut_up(levels, cut_B, _most_candidates(k)).sort().values
     index_P, column_P = place_P // queries, place_P % queries
     values_P = place_P.new_empty(len(place_P), dtype=torch.float64)
     step = _tile(gallery_GD)
@@ -340,8 +325,7 @@ def _exact(
     float64 and int64 [B, k].
     """
     items = len(gallery.rows_GD)
-    values_BK = torch.empty(len(query_BD), k, dtype=torch.float64, device=query_BD.device)
-    index_BK = torch.empty(len(query_BD), k, dtype=torch.int64, device=query_BD.device)
+    values_BK, index_BK = _room_for(query_BD, k)
     # Scores lie in `room`. Beyond, if there are ties in its top k, a query takes per gallery item
     # 8 bytes for a copy and up to 32 to sort it, and per neighbour kept at most 96 of float64 and
     # int64 columns.
@@ -358,6 +342,11 @@ def _exact(
             scores_TG.scatter_(1, own_B[part, None], -torch.inf)
         values_BK[part], index_BK[part] = _by_position(scores_TG, k)
     return values_BK, index_BK
+
+
+def _room_for(query_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values_BK = torch.empty(len(query_BD), k, dtype=torch.float64, device=query_BD.device)
+    return values_BK, torch.empty_like(values_BK, dtype=torch.int64)
 
 
 def _by_position(scores_BG: Tensor, k: int) -> tuple[Tensor, Tensor]:

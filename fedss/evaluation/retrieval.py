@@ -42,19 +42,9 @@ class RetrievalMetrics:
     skipped: int
 
 
-@dataclass(frozen=True)
-class LabelScores:
-    """Retrieval of each of C labels that queries were used of, in rising order.
-
-    Attributes:
-        labels_C: int64 [C].
-        queries_C: queries that were used of each, int64 [C].
-        map_at_10_C: their mean AP@10, float64 [C].
-    """
-
-    labels_C: np.ndarray
-    queries_C: np.ndarray
-    map_at_10_C: np.ndarray
+ByLabel = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""The labels that queries were used of, rising, int64 [C]; how many queries of each, int64 [C]; and
+their mean AP@10, float64 [C]."""
 
 
 def nearest(
@@ -92,20 +82,17 @@ def nearest(
             f"k must lie between 1 and the number of candidates, {candidates}, but is {k}: "
             f"ask for min(k, {candidates}) neighbours"
         )
-    device = unit_QD.device
-    scores_QK = torch.empty(len(unit_QD), k, dtype=torch.float32, device=device)
-    index_QK = torch.empty(len(unit_QD), k, dtype=torch.int64, device=device)
+    scores_QK = unit_QD.new_empty(len(unit_QD), k)
+    index_QK = torch.empty_like(scores_QK, dtype=torch.int64)
     gallery = prepare_gallery(unit_GD, k)
 
     def keep(rows_B: Tensor, scores_BK: Tensor, index_BK: Tensor) -> None:
         scores_QK[rows_B] = scores_BK.to(torch.float32)
         index_QK[rows_B] = index_BK
 
-    step = block_rows(len(unit_GD), k, gallery.workers)
-    blocks = [
-        (rows_B, k) for rows_B in torch.split(torch.arange(len(unit_QD), device=device), step)
-    ]
-    search(unit_QD, gallery, alone, blocks, keep)
+    rows_Q = torch.arange(len(unit_QD), device=unit_QD.device)
+    blocks = torch.split(rows_Q, block_rows(len(unit_GD), k, gallery.workers))
+    search(unit_QD, gallery, alone, [(rows_B, k) for rows_B in blocks], keep)
     return scores_QK, index_QK
 
 
@@ -149,16 +136,15 @@ def evaluate_by_label(
     query_labels_Q: Tensor,
     gallery_GD: Tensor | None = None,
     gallery_labels_G: Tensor | None = None,
-) -> tuple[RetrievalMetrics, LabelScores]:
+) -> tuple[RetrievalMetrics, ByLabel]:
     """:func:`evaluate_retrieval`, and what it found of each class; same arguments and errors."""
     sides = labelled_sides(query_QD, query_labels_Q, gallery_GD, gallery_labels_G)
     labels_Q, labels_G = sides.labels_Q, sides.labels_G
     relevant_Q = _count_of_label(labels_Q, labels_G) - int(sides.alone)
     used_Q = relevant_Q > 0
     if not bool(used_Q.any()):
-        where = "an image of its class in the gallery"
-        if sides.alone:
-            where = "another image of its class"
+        where = "another image of its class"
+        where = where if sides.alone else "an image of its class in the gallery"
         raise ValueError(
             f"no query has {where} ({len(labels_Q)} queries, {len(labels_G)} gallery items): "
             "evaluate on classes of two images or more"
@@ -183,6 +169,7 @@ def evaluate_by_label(
     judged = search(sides.query_QD, gallery, sides.alone, blocks, judge)
     columns = [list(itertools.chain(*column)) for column in zip(*judged, strict=True)]
     by_label = _by_label(labels_Q[order_U].cpu().numpy(), np.array(columns[2]))
+    labels_C, _, map_at_10_C = by_label
     # fsum rounds once: the mean does not depend on the order in which queries came.
     first, among_5, at_10, at_r = (math.fsum(column) / len(order_U) for column in columns)
     metrics = RetrievalMetrics(
@@ -190,9 +177,9 @@ def evaluate_by_label(
         recall_at_5=among_5,
         map_at_10=at_10,
         map_at_r=at_r,
-        map_at_10_by_class=math.fsum(by_label.map_at_10_C) / len(by_label.labels_C),
+        map_at_10_by_class=math.fsum(map_at_10_C) / len(labels_C),
         queries=len(order_U),
-        classes=len(by_label.labels_C),
+        classes=len(labels_C),
         skipped=len(labels_Q) - len(order_U),
     )
     return metrics, by_label
@@ -211,14 +198,13 @@ def _judge(relevance_BK: Tensor, relevant_B: Tensor) -> list[list[float]]:
     return [column_B.tolist() for column_B in columns]
 
 
-def _by_label(labels_U: np.ndarray, precision_U: np.ndarray) -> LabelScores:
+def _by_label(labels_U: np.ndarray, precision_U: np.ndarray) -> ByLabel:
     """Means over the queries of each label, whatever the order of queries."""
     order_U = np.lexsort((precision_U, labels_U))
     labels_C, first_C, queries_C = np.unique(
         labels_U[order_U], return_index=True, return_counts=True
     )
-    sums_C = np.add.reduceat(precision_U[order_U], first_C)
-    return LabelScores(labels_C, queries_C, sums_C / queries_C)
+    return labels_C, queries_C, np.add.reduceat(precision_U[order_U], first_C) / queries_C
 
 
 def _count_of_label(labels_Q: Tensor, labels_G: Tensor) -> Tensor:

@@ -86,19 +86,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class Identification:
-    """1:N, open set; see `identification`. All but the last three at `threshold`.
+    """1:N, open set; see `identification`.
 
-    Attributes:
-        fpir: the given limit.
-        dir: share of searches for an enrolled class that name it.
-        dir_low: the lowest of any draw.
-        dir_high: the highest of any draw.
-        threshold: the lowest at which the FPIR over all draws keeps to the limit.
-        supported: the limit allows `ERRORS` false positives in a draw, on average.
-        draws: how often enrolled classes were drawn.
-        enrolled: how many classes, in each draw.
-        mated: searches for a class that is enrolled, over all draws.
-        nonmated: searches for a class that is not, over all draws.
+    `dir` is the share of searches for an enrolled class that name it, `dir_low` and `dir_high` the
+    lowest and highest of any draw, at the lowest `threshold` at which the FPIR over all draws keeps
+    to the limit `fpir`; `supported`: this allows `ERRORS` false positives in a draw, on average. In
+    each of the `draws` so many classes are `enrolled`; `mated` and `nonmated` are searches over all
+    draws for a class that is enrolled or not.
     """
 
     fpir: float
@@ -256,17 +250,8 @@ def identification(
     chapter 21). FPIR: ISO/IEC 19795-1 and NIST's FRVT 1:N (NISTIR 8271), where 1 - DIR is the FNIR
     at rank 1. An FPIR is that of so many enrolled classes: it grows with their number.
 
-    Args:
-        query_QD: as in `count_pairs`.
-        query_labels_Q: as in `count_pairs`.
-        gallery_GD: as in `count_pairs`.
-        gallery_labels_G: as in `count_pairs`.
-        fpir: the limit, above 0 and at most 1.
-        draws: how often to draw.
-        seed: of the draws.
-
-    Returns:
-        None if there is nobody to find, or nobody to refuse: no mated or no nonmated search.
+    Embeddings and labels are as in `count_pairs`, `fpir` is a limit above 0 and at most 1. None if
+    there is nobody to find, or nobody to refuse: no mated or no nonmated search.
 
     Raises:
         ValueError: as in `count_pairs`; fpir or draws out of range.
