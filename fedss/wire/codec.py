@@ -10,7 +10,6 @@ quantised together, K their scales, R eigenvectors, T a triangle's values.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -41,13 +40,11 @@ def encode_rows(rows_SD: Tensor, precision: Precision, rng: np.random.Generator 
     message holds codes i and i + ceil(S D / 2) of the flattened rows in the low and high half of
     its byte i.
 
-    Args:
-        rows_SD: float32, D at least 1. A row that is not finite decodes to a row without a
-            finite value in the int formats, and to itself in the others. Within a part in 128 of
-            float32's largest, 3.40e38, a finite value may decode to infinity.
-        precision: float32 is the tensor itself, not a copy.
-        rng: rounds stochastically, ``E[decode(encode(x))] = x`` (to float32's rounding). In
-            bfloat16, finite values beyond its largest, 3.39e38, still go to nearest.
+    A row, float32 and of one value or more, that is not finite decodes to a row without a finite
+    value in the int formats, and to itself in the others. Within a part in 128 of float32's
+    largest, 3.40e38, a finite value may decode to infinity. With an ``rng``,
+    ``E[decode(encode(x))] = x`` (to float32's rounding); in bfloat16, finite values beyond its
+    largest, 3.39e38, still go to nearest. In float32 it is the tensor itself, not a copy.
 
     Returns:
         ``values``, 4 S D bytes in float32 and 2 S D in bfloat16; or ``values`` and ``scale``,
@@ -84,11 +81,8 @@ def encode_backbone(
     largest of many values leaves too few of them to the rest. Other parameters, and those whose
     rows are shorter than ``SHORTEST_CHANNEL``, travel in bfloat16.
 
-    Args:
-        theta_P: float32, the parameters one after the other.
-        layout: their shapes, in that order.
-        precision: float32 is the tensor itself, not a copy.
-        rng: rounds stochastically.
+    ``layout`` has the shapes of the parameters in ``theta_P``, one after the other. In float32 it
+    is the tensor itself, not a copy.
 
     Returns:
         ``values``, 4 P bytes in float32 and 2 P in bfloat16; or ``values``, ``scale`` and
@@ -99,14 +93,15 @@ def encode_backbone(
         ValueError: the precision is none of the four, or the layout has not P values.
     """
     _check(precision)
-    plan = _plan(layout, GROUP_INT4 if precision == "int4" else None)
-    if sum(plan.sizes) != len(theta_P):
-        raise ValueError(f"the layout has {sum(plan.sizes)} values, the vector {len(theta_P)}")
+    sizes = [shape.numel() for shape in layout]
+    if sum(sizes) != len(theta_P):
+        raise ValueError(f"the layout has {sum(sizes)} values, the vector {len(theta_P)}")
     if precision == "float32" or precision == "bfloat16":
         return {"values": _float_values(theta_P, precision, rng)}
+    longest = GROUP_INT4 if precision == "int4" else None
     blocks, small = [theta_P.new_empty(0, 1)], [theta_P.new_empty(0)]
-    for piece, block in zip(theta_P.split_with_sizes(plan.sizes), plan.blocks, strict=True):
-        if block:
+    for piece, shape in zip(theta_P.split_with_sizes(sizes), layout, strict=True):
+        if block := _block(shape, longest):
             blocks.append(piece.view(block))
         else:
             small.append(piece)
@@ -120,10 +115,12 @@ def decode_backbone(encoded: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """The flat vector, float32 [P], from what ``encode_backbone`` made with this layout."""
     if "scale" not in encoded:
         return encoded["values"].float()
-    plan = _plan(layout, GROUP_INT4 if encoded["values"].dtype == torch.uint8 else None)
-    quantised = iter(_dequantise(encoded, [block for block in plan.blocks if block]))
-    small = iter(encoded["small"].float().split_with_sizes(plan.small_sizes))
-    return torch.cat([next(quantised).view(-1) if b else next(small) for b in plan.blocks])
+    longest = GROUP_INT4 if encoded["values"].dtype == torch.uint8 else None
+    blocks = [_block(shape, longest) for shape in layout]
+    small_sizes = [s.numel() for s, block in zip(layout, blocks, strict=True) if not block]
+    quantised = iter(_dequantise(encoded, [block for block in blocks if block]))
+    small = iter(encoded["small"].float().split_with_sizes(small_sizes))
+    return torch.cat([next(quantised).view(-1) if b else next(small) for b in blocks])
 
 
 def encode_symmetric(
@@ -142,12 +139,8 @@ def encode_symmetric(
     order with the least variance. The trace is kept. An ``rng`` makes the eigenvectors unbiased,
     not the matrix.
 
-    Args:
-        matrix_DD: float32; what lies below the diagonal is not read. If it is not finite, nor is
-            what it decodes to.
-        precision: of the triangle or of the eigenvectors.
-        rank: eigenvectors to send, 0 to D - 1 (D - 1 loses nothing), or None.
-        rng: rounds stochastically.
+    The ``precision`` is that of the triangle or of the eigenvectors. What lies below the diagonal
+    of the matrix, float32, is not read. If it is not finite, nor is what it decodes to.
 
     Returns:
         Without a rank ``values``, 4 T or 2 T bytes; or ``values``, ``scale`` and ``diagonal``,
@@ -189,35 +182,19 @@ def decode_symmetric(encoded: Mapping[str, Tensor], dim: int) -> Tensor:
     return upper_DD + upper_DD.triu(1).T
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A layout's sizes, and as what [channels, length] each parameter is quantised, if it is."""
+@lru_cache(maxsize=1024)
+def _block(shape: torch.Size, longest: int | None) -> tuple[int, int] | None:
+    """As what [channels, length] a parameter is quantised; None: it is not.
 
-    sizes: tuple[int, ...]
-    blocks: tuple[tuple[int, int] | None, ...]
-    small_sizes: tuple[int, ...]
-
-
-@lru_cache(maxsize=64)
-def _plan(layout: Layout, longest: int | None) -> _Plan:
-    sizes = tuple(shape.numel() for shape in layout)
-    blocks = tuple(
-        _block(shape[0], size // shape[0], longest)
-        if len(shape) >= 2 and size >= SHORTEST_CHANNEL * shape[0] > 0
-        else None
-        for shape, size in zip(layout, sizes, strict=True)
-    )
-    small = tuple(size for size, block in zip(sizes, blocks, strict=True) if not block)
-    return _Plan(sizes, blocks, small)
-
-
-def _block(channels: int, length: int, longest: int | None) -> tuple[int, int]:
-    """Channels cut into equal groups of at most ``longest`` values, where they can be."""
-    if longest is None:
-        return channels, length
-    group = max(g for g in range(1, min(length, longest) + 1) if length % g == 0)
-    group = group if group >= SHORTEST_CHANNEL else length
-    return channels * (length // group), group
+    Channels are cut into equal groups of at most ``longest`` values, where they can be.
+    """
+    if len(shape) < 2 or not shape.numel() >= SHORTEST_CHANNEL * shape[0] > 0:
+        return None
+    length = group = shape.numel() // shape[0]
+    if longest is not None:
+        group = max(g for g in range(1, min(length, longest) + 1) if length % g == 0)
+        group = group if group >= SHORTEST_CHANNEL else length
+    return shape[0] * (length // group), group
 
 
 @lru_cache(maxsize=16)

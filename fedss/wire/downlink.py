@@ -27,13 +27,9 @@ from fedss.wire.messages import (
 class Downlink:
     """What the clients of a cohort are sent.
 
-    Attributes:
-        wire: how messages are encoded.
-        to_all: what every client gets.
-        ids: the class sample of each client.
-        dealt: the same with probabilities, where the server has drawn it.
-        ids_U: int64, sorted, the classes that any client gets.
-        rows_UD: their class rows.
+    ``to_all`` is what every client gets, ``ids`` the class sample of each, ``dealt`` the same with
+    probabilities, where the server has drawn it. ``ids_U``, sorted, are the classes that any client
+    gets, ``rows_UD`` their class rows.
     """
 
     wire: WireFormat
@@ -60,13 +56,8 @@ def answer_requests(
 ) -> Downlink:
     """Line 2, at the server: submodels for a cohort. O(sum of S D + P), whatever n is.
 
-    Args:
-        wire: how messages are encoded.
-        optimizer: knows how rows are read.
-        state: what is sent.
-        plan: the round's plan.
-        asked: int64, sorted, the ids that each client of the cohort asks for, in its order.
-        here: the clients that are answered here, of those that ``asked``; None: all.
+    ``asked`` has the ids, int64 and sorted, that each client of the cohort asks for, in its order;
+    of these clients those that are ``here`` are answered, by default all.
     """
     dealt: dict[int, ClassSample] = {}
     if plan.sampler.drawn_by == "server":

@@ -75,17 +75,13 @@ def decode_request(wire: WireFormat, message: Message) -> Tensor:
 def encode_broadcast(wire: WireFormat, sent: Broadcast) -> Message:
     """Server to every client of a round: the backbone, and moments where a method has them."""
     backbone = encode_backbone(sent.backbone_P, wire.layout, wire.backbone_down, None)
-    if sent.moments is None:
-        return _prefixed("backbone", backbone)
-    mean = encode_rows(sent.moments.mean_D[None], wire.rows_down, None)
-    covariance = encode_symmetric(
-        sent.moments.covariance_DD, wire.rows_down, wire.moments_rank, None
-    )
-    return {
-        **_prefixed("backbone", backbone),
-        **_prefixed("moments.mean", mean),
-        **_prefixed("moments.covariance", covariance),
-    }
+    message = _prefixed("backbone", backbone)
+    if sent.moments is not None:
+        mean_1D, covariance_DD = sent.moments.mean_D[None], sent.moments.covariance_DD
+        mean = encode_rows(mean_1D, wire.rows_down, None)
+        covariance = encode_symmetric(covariance_DD, wire.rows_down, wire.moments_rank, None)
+        message |= _prefixed("moments.mean", mean) | _prefixed("moments.covariance", covariance)
+    return message
 
 
 def decode_broadcast(wire: WireFormat, message: Message) -> Broadcast:
@@ -132,11 +128,9 @@ def encode_update(wire: WireFormat, update: ClientUpdate, rng: np.random.Generat
 
     Numbers are rounded at random, so that their mean over clients is unbiased.
     """
+    backbone = encode_backbone(update.backbone_delta_P, wire.layout, wire.backbone_up, rng)
     return {
-        **_prefixed(
-            "backbone",
-            encode_backbone(update.backbone_delta_P, wire.layout, wire.backbone_up, rng),
-        ),
+        **_prefixed("backbone", backbone),
         **_prefixed("class_rows", encode_rows(update.rows_delta_SD, wire.rows_up, rng)),
         "num_examples": torch.tensor(update.num_examples),
         "loss": torch.tensor(update.loss, dtype=torch.float64),
@@ -165,24 +159,18 @@ def traffic(down: Message, request: Message, up: Message) -> dict[str, int]:
     ``bytes_down`` and ``bytes_up`` (the request and the update) are whole messages; of these,
     ``<part>_bytes_<way>`` are the tensors of each part.
     """
-    counted = {
-        "bytes_down": encoded_size(down),
-        "bytes_up": encoded_size(request) + encoded_size(up),
+    total = {"bytes_down": encoded_size(down), "bytes_up": encoded_size(request) + encoded_size(up)}
+    return total | {
+        f"{part}_bytes_{way}": sum(t.nbytes for name, t in message.items() if name.startswith(part))
+        for part in PARTS
+        for way, message in (("down", down), ("up", up))
     }
-    for part in PARTS:
-        for way, message in (("down", down), ("up", up)):
-            counted[f"{part}_bytes_{way}"] = sum(
-                tensor.nbytes for name, tensor in message.items() if name.startswith(part)
-            )
-    return counted
 
 
 def encoded_size(message: Message) -> int:
     """Bytes of the message as serialised: ``len(safetensors.torch.save(message))``."""
-    content = sum(tensor.nbytes for tensor in message.values())
-    return content + _header_size(
-        tuple((name, tensor.shape, tensor.dtype) for name, tensor in message.items())
-    )
+    layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in message.items())
+    return _header_size(layout) + sum(tensor.nbytes for tensor in message.values())
 
 
 @lru_cache(maxsize=4096)
