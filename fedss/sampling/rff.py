@@ -38,13 +38,9 @@ class RffIndex:
     looked at, so features of single classes are not kept (as leaves with many classes save memory
     in Blanc and Rendle 2018, figure 1c). In all
     ``4 (n d + 4 size F + F d)`` bytes, where size is the least power of two not below ``n / 32``:
-    for n = 1,000,000, d = 64, F = 128 that is 256 MB of rows and 67 MB of tree.
-
-    Attributes:
-        frequencies_FD: float32.
-        tree_V2F: float32 [2 size, 2F]. Node 0 is not used; nodes without classes are zero.
-        rows_ND: float32, of any norm.
-        bandwidth: nu of :func:`features`.
+    for n = 1,000,000, d = 64, F = 128 that is 256 MB of rows and 67 MB of tree. All tensors are
+    float32; ``tree_V2F`` is [2 size, 2F], node 0 is not used, and nodes without classes are zero.
+    ``bandwidth`` is nu of :func:`features`.
     """
 
     frequencies_FD: Tensor
@@ -56,6 +52,11 @@ class RffIndex:
     def num_classes(self) -> int:
         """Number of classes n."""
         return len(self.rows_ND)
+
+    @property
+    def depth(self) -> int:
+        """Levels of the tree below its root."""
+        return len(self.tree_V2F).bit_length() - 2
 
 
 def features(frequencies_FD: Tensor, rows_UD: Tensor) -> Tensor:
@@ -70,21 +71,15 @@ def features(frequencies_FD: Tensor, rows_UD: Tensor) -> Tensor:
     return torch.cat([angle_UF.cos(), angle_UF.sin()], dim=1) / math.sqrt(len(frequencies_FD))
 
 
-def build(rows_ND: Tensor, rng: np.random.Generator) -> RffIndex:
-    """:func:`build_index` with this module's number of features and bandwidth."""
-    return build_index(rows_ND, NUM_FEATURES, BANDWIDTH, rng)
-
-
 def build_index(
-    rows_ND: Tensor, num_features: int, bandwidth: float, rng: np.random.Generator
+    rows_ND: Tensor,
+    rng: np.random.Generator,
+    num_features: int = NUM_FEATURES,
+    bandwidth: float = BANDWIDTH,
 ) -> RffIndex:
-    """The index of all class rows, in O(n d F).
+    """The index of all class rows, float32 of any norm, with ``num_features`` frequencies F.
 
-    Args:
-        rows_ND: float32 class rows of any norm; copied.
-        num_features: F, the number of frequencies.
-        bandwidth: nu of :func:`features`.
-        rng: generator of the frequencies; nothing else is drawn from it.
+    Rows are copied; nothing but the frequencies is drawn from ``rng``. O(n d F).
 
     Raises:
         ValueError: no rows, ``num_features < 1``, or ``bandwidth`` not positive.
@@ -102,22 +97,17 @@ def build_index(
 
 
 def update_index_(index: RffIndex, ids_U: Tensor, rows_UD: Tensor) -> None:
-    """Replaces the rows of some classes, in O(U F (d + log n)).
+    """Replaces the rows of some classes, by their unique ids, in O(U F (d + log n)).
 
     Afterwards the index is, bit for bit, what :func:`build_index` makes of all rows with the same
     frequencies: a run that stops and builds it again goes on exactly.
 
-    Args:
-        index: written in place.
-        ids_U: int64, unique class ids.
-        rows_UD: float32, their new rows.
-
     Raises:
         ValueError: an id is not a class.
     """
-    ids = _checked(index, ids_U.numpy())
+    _check_ids(index, ids_U.numpy())
     index.rows_ND[ids_U] = rows_UD.detach().float()
-    _sum_up_(index, np.unique(ids // BLOCK))
+    _sum_up_(index, np.unique(ids_U.numpy() // BLOCK))
 
 
 def draw(
@@ -144,18 +134,18 @@ def draw(
     query_2F, unit_PD = _query(index, query_rows_PD)
     num_uniform = rng.binomial(num_draws, UNIFORM_SHARE)
     uniform = rng.integers(index.num_classes, size=num_uniform)
-    node, depth = np.ones(num_draws - num_uniform, dtype=np.int64), _depth(index)
-    for level in range(depth):
+    node = np.ones(num_draws - num_uniform, dtype=np.int64)
+    for level in range(index.depth):
         left = _left_probability(index, query_2F, node, level)
         node = 2 * node + (rng.random(len(node)) >= left)
-    block = node - (1 << depth)
+    block = node - (1 << index.depth)
     block_K, position = np.unique(block, return_inverse=True)
     cdf_KB = _within_blocks(index, unit_PD, block_K).cumsum(axis=1)
     # Divided by its last entry it ends at exactly 1, so that no place after the last is hit.
     cdf = (cdf_KB / cdf_KB[:, -1:])[position]
     place = (rng.random((len(block), 1)) >= cdf).sum(axis=1)
     ids_M = np.unique(np.concatenate([uniform, block * BLOCK + place]))
-    return ids_M, 1 - (1 - _probability(index, query_2F, unit_PD, ids_M)) ** num_draws
+    return ids_M, 1 - (1 - class_probability(index, query_rows_PD, ids_M)) ** num_draws
 
 
 def class_probability(index: RffIndex, query_rows_PD: Tensor, ids: np.ndarray) -> np.ndarray:
@@ -173,21 +163,25 @@ def class_probability(index: RffIndex, query_rows_PD: Tensor, ids: np.ndarray) -
     ``p_i >= a / n``: with ``p_i = 0`` the sum of :func:`draw` would be biased, and so no class
     weighs more than about 1 / a times what it would in a uniform draw.
 
-    Args:
-        index: the index.
-        query_rows_PD: float32 rows of any norm, at least one.
-        ids: int64 class ids.
-
     Raises:
         ValueError: no query rows, or an id is not a class.
     """
-    return _probability(index, *_query(index, query_rows_PD), _checked(index, ids))
+    query_2F, unit_PD = _query(index, query_rows_PD)
+    _check_ids(index, ids)
+    block_K, position = np.unique(ids // BLOCK, return_inverse=True)
+    reach_K = np.ones(len(block_K))
+    for level in range(index.depth):
+        node = (block_K + (1 << index.depth)) >> (index.depth - level - 1)
+        left = _left_probability(index, query_2F, node // 2, level)
+        reach_K *= np.where(node % 2 == 0, left, 1 - left)
+    within_KB = _within_blocks(index, unit_PD, block_K)
+    tree: np.ndarray = reach_K[position] * within_KB[position, ids % BLOCK]
+    return UNIFORM_SHARE / index.num_classes + (1 - UNIFORM_SHARE) * tree
 
 
-def _checked(index: RffIndex, ids: np.ndarray) -> np.ndarray:
+def _check_ids(index: RffIndex, ids: np.ndarray) -> None:
     if len(ids) and not (ids.min() >= 0 and ids.max() < index.num_classes):
         raise ValueError(f"class ids go from 0 to {index.num_classes - 1}")
-    return ids
 
 
 def _query(index: RffIndex, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,12 +192,8 @@ def _query(index: RffIndex, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
     return query_2F, F.normalize(rows_PD.double(), dim=1)
 
 
-def _depth(index: RffIndex) -> int:
-    return len(index.tree_V2F).bit_length() - 2
-
-
 def _sum_up_(index: RffIndex, block_K: np.ndarray) -> None:
-    node = block_K + (1 << _depth(index))
+    node = block_K + (1 << index.depth)
     for block, leaf in zip(block_K.tolist(), node.tolist(), strict=True):
         # Always one whole block: how a matrix product rounds can depend on its shape, and a tree
         # that was updated must not differ from a new one.
@@ -211,7 +201,7 @@ def _sum_up_(index: RffIndex, block_K: np.ndarray) -> None:
         rows_BD = F.pad(rows_UD, (0, 0, 0, BLOCK - len(rows_UD)))
         phi_B2F = features(index.frequencies_FD, rows_BD)
         index.tree_V2F[leaf] = phi_B2F[: len(rows_UD)].sum(dim=0)
-    for _ in range(_depth(index)):
+    for _ in range(index.depth):
         node = np.unique(node // 2)
         # A sum, not the old value plus a difference, which would leave rounding errors behind.
         index.tree_V2F[node] = index.tree_V2F[2 * node] + index.tree_V2F[2 * node + 1]
@@ -229,7 +219,7 @@ def _left_probability(
     index: RffIndex, query_2F: Tensor, node: np.ndarray, level: int
 ) -> np.ndarray:
     child = np.stack([2 * node, 2 * node + 1], axis=1)
-    span = BLOCK << (_depth(index) - level - 1)
+    span = BLOCK << (index.depth - level - 1)
     count = (index.num_classes - (child - (2 << level)) * span).clip(0, span)
     return _shares((index.tree_V2F[child].double() @ query_2F).numpy(), count)[:, 0]
 
@@ -241,15 +231,3 @@ def _within_blocks(index: RffIndex, unit_PD: Tensor, block_K: np.ndarray) -> np.
     score_KB = (index.bandwidth * (cos_KBP - 1)).exp().mean(dim=2).numpy()
     exists_KB = ids_KB < index.num_classes
     return _shares(score_KB * exists_KB, exists_KB)
-
-
-def _probability(index: RffIndex, query_2F: Tensor, unit_PD: Tensor, ids: np.ndarray) -> np.ndarray:
-    block_K, position = np.unique(ids // BLOCK, return_inverse=True)
-    reach_K, depth = np.ones(len(block_K)), _depth(index)
-    for level in range(depth):
-        node = (block_K + (1 << depth)) >> (depth - level - 1)
-        left = _left_probability(index, query_2F, node // 2, level)
-        reach_K *= np.where(node % 2 == 0, left, 1 - left)
-    within_KB = _within_blocks(index, unit_PD, block_K)
-    tree: np.ndarray = reach_K[position] * within_KB[position, ids % BLOCK]
-    return UNIFORM_SHARE / index.num_classes + (1 - UNIFORM_SHARE) * tree

@@ -30,10 +30,8 @@ classes (int64, sorted, unique) and n. ``num_negatives`` is at most ``n - |P|``.
 class ServerRows:
     """What a sampler at the server may look at.
 
-    Attributes:
-        num_classes: n.
-        read: class rows as last written, float32 [S, D], by their ids (int64 tensor [S]).
-        index: what the sampler keeps of them (:class:`RowIndex`).
+    ``read`` gives class rows as last written, float32 [S, D], by their ids (int64 tensor [S]);
+    ``index`` is what the sampler keeps of them (:class:`RowIndex`).
     """
 
     num_classes: int
@@ -52,10 +50,8 @@ classes of each client, and at most how many negatives it may get."""
 class RowIndex:
     """What a sampler keeps of the class rows between rounds: a function of the rows alone.
 
-    Attributes:
-        build: ``build(rows_ND, rng)`` makes it of all class rows.
-        update: ``update(index, ids_U, rows_UD)`` writes new rows into it, in place, so that it
-            is bit for bit what ``build`` would make of all rows.
+    ``build(rows_ND, rng)`` makes it of all class rows; ``update(index, ids_U, rows_UD)`` writes new
+    rows into it, in place, so that it is bit for bit what ``build`` would make of all rows.
     """
 
     build: Callable[[Tensor, np.random.Generator], Any]
@@ -71,8 +67,6 @@ class Sampler:
     full partition function as its mean (Horvitz and Thompson 1952).
 
     Attributes:
-        name: its name in configurations and tables.
-        summary: one line for people.
         draw: drawn by the client.
         deal: drawn by the server, which then knows the client's own classes.
         fixed: ``draw`` gets the same generator in every round.
@@ -102,9 +96,9 @@ class Sampler:
 def own_budget(sample_size: int, num_classes: int) -> int:
     """How many own classes a client may bring to a class sample of ``sample_size``.
 
-    At least an eighth of the sample, and at least one class, is left for negatives: with fewer,
-    the few negatives stand for all other classes and their weight 1/q makes the estimate of the
-    partition function very noisy. A sample of all classes has no such limit. (Ours.)
+    At least an eighth of the sample, and at least one class, is left for negatives: the weight 1/q
+    of fewer makes the estimate of the partition function very noisy. A sample of all classes has no
+    such limit. (Ours.)
     """
     if sample_size >= num_classes:
         return num_classes
@@ -209,16 +203,16 @@ def deal_deck(
     """
     num_classes, total = rows.num_classes, sum(num_negatives_K)
     deck = rng.choice(num_classes, min(total, num_classes), replace=False, shuffle=True)
-    hands, start = [], 0
+    negatives_K, start = [], 0
     for own_P, m in zip(own_K, num_negatives_K, strict=True):
         if m == num_classes - len(own_P):
-            hands.append(draw_uniform(own_P, num_classes, m, rng))
+            negatives_K.append(draw_uniform(own_P, num_classes, m, rng))
             continue
         hand = deck[np.arange(start, start + m) % len(deck)] if m else deck[:0]
         start += m
         hand = np.sort(hand[~np.isin(hand, own_P)])
-        hands.append((hand, np.full(len(hand), m / num_classes)))
-    return hands
+        negatives_K.append((hand, np.full(len(hand), m / num_classes)))
+    return negatives_K
 
 
 HARD_SHARE = 0.5
@@ -238,10 +232,10 @@ def deal_hard(
     correction that keeps the partition estimate unbiased. O(|P| n D) for each client. (Ours.)
     """
     unit_ND = F.normalize(rows.read(torch.arange(rows.num_classes)), dim=1)
-    hands = []
+    negatives_K = []
     for own_P, m in zip(own_K, num_negatives_K, strict=True):
         if m in (0, rows.num_classes - len(own_P)):
-            hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
+            negatives_K.append(draw_uniform(own_P, rows.num_classes, m, rng))
             continue
         cos_N = (unit_ND[own_P] @ unit_ND.T).max(dim=0).values
         cos_N[own_P] = -2.0
@@ -250,8 +244,8 @@ def deal_hard(
         rest, q = draw_uniform(taken, rows.num_classes, m - len(hard), rng)
         ids, q = np.concatenate([hard, rest]), np.concatenate([np.ones(len(hard)), q])
         order = np.argsort(ids)
-        hands.append((ids[order], q[order]))
-    return hands
+        negatives_K.append((ids[order], q[order]))
+    return negatives_K
 
 
 def deal_rff(
@@ -265,15 +259,15 @@ def deal_rff(
     m draws with replacement, so that there may be fewer than m different negatives;
     ``q_i = 1 - (1 - p_i)^m`` with ``p_i`` the probability of a single draw.
     """
-    hands = []
+    negatives_K = []
     for own_P, m in zip(own_K, num_negatives_K, strict=True):
         if m in (0, rows.num_classes - len(own_P)):
-            hands.append(draw_uniform(own_P, rows.num_classes, m, rng))
+            negatives_K.append(draw_uniform(own_P, rows.num_classes, m, rng))
             continue
         ids_M, q_M = rff.draw(rows.index, rows.read(torch.from_numpy(own_P)), m, rng)
         other_M = ~np.isin(ids_M, own_P)
-        hands.append((ids_M[other_M], q_M[other_M]))
-    return hands
+        negatives_K.append((ids_M[other_M], q_M[other_M]))
+    return negatives_K
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -287,7 +281,7 @@ SAMPLERS: dict[str, Sampler] = {
             "rff",
             "near rows more often, by random Fourier features",
             deal=deal_rff,
-            index=RowIndex(rff.build, rff.update_index_),
+            index=RowIndex(rff.build_index, rff.update_index_),
             q_each=True,
         ),
     )

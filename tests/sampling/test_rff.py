@@ -23,13 +23,13 @@ def some_rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 def small_index(n: int, d: int = 6, num_features: int = 8, nu: float = 4.0) -> rff.RffIndex:
-    return rff.build_index(some_rows(n, d), num_features, nu, rng(1))
+    return rff.build_index(some_rows(n, d), rng(1), num_features, nu)
 
 
 def test_features_estimate_the_gaussian_kernel():
     # The mean of 20,000 cosines, each of variance at most 1/2: 6 sigma is 0.03.
     rows, nu = some_rows(12, 5), 3.0
-    index = rff.build_index(rows, 20_000, nu, rng())
+    index = rff.build_index(rows, rng(), 20_000, nu)
     phi = rff.features(index.frequencies_FD, rows)
     unit = F.normalize(rows, dim=1)
     kernel = torch.exp(-nu * torch.cdist(unit, unit).square() / 2)
@@ -41,7 +41,7 @@ def test_features_estimate_the_gaussian_kernel():
 @settings(max_examples=40)
 @given(st.integers(1, 7 * BLOCK), st.integers(1, 4), st.integers(0, 1000))
 def test_probabilities_sum_to_one_and_have_a_floor(n, num_queries, seed):
-    index = rff.build_index(some_rows(n, 4, seed), 4, 8.0, rng(seed))
+    index = rff.build_index(some_rows(n, 4, seed), rng(seed), 4, 8.0)
     p = rff.class_probability(index, some_rows(num_queries, 4, seed + 1), np.arange(n))
     assert p.dtype == np.float64
     assert p.sum() == pytest.approx(1, abs=1e-9)
@@ -110,7 +110,7 @@ def test_where_nothing_is_positive_classes_share_alike():
 
 
 def test_near_classes_are_likelier():
-    index = rff.build_index(some_rows(100, 8), 512, 4.0, rng())
+    index = rff.build_index(some_rows(100, 8), rng(), 512, 4.0)
     p = rff.class_probability(index, index.rows_ND[40:41], np.arange(100))
     assert p.argmax() == 40
     assert p[40] > 5 / 100
@@ -162,7 +162,7 @@ def test_an_updated_index_is_a_new_one_bit_for_bit(n, data):
         ids_U, new_UD = torch.tensor(ids, dtype=torch.int64), some_rows(len(ids), 7, seed)
         rows[ids_U] = new_UD
         rff.update_index_(index, ids_U, new_UD)
-    fresh = rff.build_index(rows, 8, 4.0, rng(1))
+    fresh = rff.build_index(rows, rng(1), 8, 4.0)
     assert torch.equal(index.rows_ND, rows)
     assert torch.equal(index.frequencies_FD, fresh.frequencies_FD)
     assert torch.equal(index.tree_V2F, fresh.tree_V2F)
@@ -189,7 +189,7 @@ def test_only_the_ways_to_the_drawn_classes_are_read():
 def test_the_index_is_its_own_copy_and_follows_its_seed():
     rows = some_rows(10, 6)
     before = rows.clone()
-    index, same = rff.build(rows, rng(2)), rff.build(rows, rng(2))
+    index, same = rff.build_index(rows, rng(2)), rff.build_index(rows, rng(2))
     assert torch.equal(index.tree_V2F, same.tree_V2F)
     assert index.frequencies_FD.shape == (rff.NUM_FEATURES, 6)
     rows.zero_()
@@ -197,15 +197,15 @@ def test_the_index_is_its_own_copy_and_follows_its_seed():
     rff.update_index_(index, torch.tensor([3]), torch.ones(1, 6))
     assert torch.equal(same.rows_ND, before)
     assert not rows.any()
-    p = rff.class_probability(rff.build(rows, rng(2)), rows[:1], np.arange(10))
+    p = rff.class_probability(rff.build_index(rows, rng(2)), rows[:1], np.arange(10))
     np.testing.assert_allclose(p, 1 / 10)  # rows of zeros are all alike
 
 
 def test_bad_input():
     index, none = small_index(5), torch.zeros(0, 6)
-    for arguments in [(none, 8, 4.0), (index.rows_ND, 0, 4.0), (index.rows_ND, 8, 0.0)]:
+    for rows, *numbers in [(none, 8, 4.0), (index.rows_ND, 0, 4.0), (index.rows_ND, 8, 0.0)]:
         with pytest.raises(ValueError, match="class rows, num_features >= 1 and bandwidth > 0"):
-            rff.build_index(*arguments, rng())
+            rff.build_index(rows, rng(), *numbers)
     with pytest.raises(ValueError, match="query row"):
         rff.draw(index, none, 3, rng())
     with pytest.raises(ValueError, match="query row"):
