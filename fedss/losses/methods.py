@@ -29,8 +29,6 @@ class Method:
     """A training method, put together from independent choices.
 
     Attributes:
-        name: its name in configurations, tables and plots.
-        summary: one line for people.
         negatives: beside own classes a client gets ``"all"`` the others; ``"sampled"`` ones, up
             to the sample size; a ``"cover"``, of any number, that its loss does not need; or
             ``"none"``. Which ones, a sampler says.
@@ -39,11 +37,9 @@ class Method:
         row_steps: what the server makes of the mean changes of class rows; None: it takes them.
         row_optimizer: kind of the server optimizer of class rows; None: as the backbone's.
         server_step: what the server does to all class rows [N, D] after each round; gets the
-            settings named in ``server_settings`` as keyword arguments.
-        server_settings: fields of the configuration.
+            fields of the configuration in ``server_settings`` as keyword arguments.
         pooled: images are pooled first: a reference, not federated learning.
-        row_mean: default of the setting: whose weight divides a row's sum.
-        class_row_lr: default of the setting.
+        row_mean, class_row_lr: defaults of these settings.
     """
 
     name: str

@@ -28,12 +28,8 @@ class Moments:
 def absent_classes(moments: Moments, num_classes: int, rows_SD: Tensor) -> AbsentClasses | None:
     """The moments of the classes that a client does not hold; None if it holds all.
 
-    ``mu' = (n mu - sum_S w) / (n - |S|)`` and likewise for second moments: exact. Cost O(S D^2).
-
-    Args:
-        moments: of all class rows.
-        num_classes: n.
-        rows_SD: the rows held, as received.
+    ``mu' = (n mu - sum_S w) / (n - |S|)`` and likewise for second moments, with the rows held as
+    received: exact. Cost O(S D^2).
     """
     count = num_classes - len(rows_SD)
     if count == 0:
@@ -72,12 +68,8 @@ def balance(rows_UD: Tensor, absent: float, num_classes: int) -> Tensor:
     Three heuristics: ``absent``, so that nothing changes where all rows are held; 1 added to U, so
     that a row that comes alone still moves; and steps that are shorter the larger a part of W a
     round moves, since each row then moves more often.
-    (Ours; ``benchmarks/regimes.py`` measures it.)
-
-    Args:
-        rows_UD: the mean changes of the touched rows.
-        absent: the share of all rows that a client does not hold.
-        num_classes: n.
+    (Ours; ``benchmarks/regimes.py`` measures it.) ``rows_UD`` are the mean changes of the touched
+    rows, ``absent`` is the share of all rows that a client does not hold.
     """
     drift_D = absent * rows_UD.sum(dim=0) / (len(rows_UD) + 1)
     return (rows_UD - drift_D) / (1 + absent * len(rows_UD) / num_classes)

@@ -23,8 +23,7 @@ class ClassSample:
     Attributes:
         ids_S: int64 [S], sorted, unique class ids.
         log_q_S: float32 [S], log of each class's inclusion probability; 0 for own classes.
-        own_S: bool [S], True for own classes. (A negative may have q = 1 too, so ``log_q_S``
-            alone does not tell them apart.)
+        own_S: bool [S], True for own classes. (A negative may have q = 1, too.)
     """
 
     ids_S: Tensor
@@ -56,38 +55,27 @@ class Scoring:
 def logits(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, scoring: Scoring) -> Tensor:
     """``o_BS = s * cos(h_b, w_i)``, with the margin applied to each image's own label.
 
-    Args:
-        h_BD: unit-norm embeddings.
-        rows_SD: class rows of any norm; a row of zeros has cosine 0 with everything.
-        target_B: int64, each image's label as a position in S.
-        scoring: scale and margin.
+    Embeddings are of norm 1, class rows of any; a row of zeros has cosine 0 with everything.
+    ``target_B``, int64, has each image's label as a position in S.
     """
     cos_BS = h_BD @ F.normalize(rows_SD, dim=1).T
-    if scoring.margin_kind != "none":
-        m = scoring.margin
-        cos_B1 = cos_BS.gather(1, target_B[:, None])
-        if scoring.margin_kind == "cosface":
-            with_margin_B1 = cos_B1 - m
-        else:
-            # The square root has no gradient at 0, where the image lies on its class row.
-            sin_B1 = (1 - cos_B1.square()).clamp_min(1e-12).sqrt()
-            with_margin_B1 = torch.where(
-                cos_B1 > -math.cos(m),
-                cos_B1 * math.cos(m) - sin_B1 * math.sin(m),
-                cos_B1 - m * math.sin(m),
-            )
-        cos_BS = cos_BS.scatter(1, target_B[:, None], with_margin_B1)
-    return scoring.scale * cos_BS
+    if scoring.margin_kind == "none":
+        return scoring.scale * cos_BS
+    m, cos_B1 = scoring.margin, cos_BS.gather(1, target_B[:, None])
+    with_margin_B1 = cos_B1 - m
+    if scoring.margin_kind == "arcface":
+        # The square root has no gradient at 0, where the image lies on its class row.
+        sin_B1 = (1 - cos_B1.square()).clamp_min(1e-12).sqrt()
+        turned_B1 = cos_B1 * math.cos(m) - sin_B1 * math.sin(m)
+        beyond_B1 = cos_B1 - m * math.sin(m)
+        with_margin_B1 = torch.where(cos_B1 > -math.cos(m), turned_B1, beyond_B1)
+    return scoring.scale * cos_BS.scatter(1, target_B[:, None], with_margin_B1)
 
 
 @dataclass(frozen=True)
 class AbsentClasses:
-    """What is known to a client of the class rows that it does not hold.
-
-    Attributes:
-        count: n - |S|, how many there are.
-        mean_D: float32 [D], their mean.
-        covariance_DD: float32 [D, D], their covariance (divided by ``count``).
+    """What is known to a client of the n - |S| class rows that it does not hold: their ``count``,
+    mean, float32 [D], and covariance (divided by ``count``), float32 [D, D].
     """
 
     count: int
@@ -169,10 +157,8 @@ def negatives_only_softmax(
     Waghmare et al. 2022). Arguments and result as for :func:`sampled_softmax`.
     """
     o_BS = logits(h_BD, rows_SD, target_B, scoring) - scoring.correction * sample.log_q_S
-    label_BS = F.one_hot(target_B, o_BS.shape[1]).bool()
-    return F.cross_entropy(
-        o_BS.masked_fill(sample.own_S & ~label_BS, -math.inf), target_B, reduction="none"
-    )
+    other_own_BS = sample.own_S & ~F.one_hot(target_B, o_BS.shape[1]).bool()
+    return F.cross_entropy(o_BS.masked_fill(other_own_BS, -math.inf), target_B, reduction="none")
 
 
 def moments_softmax(
