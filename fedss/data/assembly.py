@@ -108,7 +108,7 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
 
 def _missing(listing: Listing, missing: Sequence[ListedImage]) -> DataError:
     first, file = missing[0], listing.file(missing[0])
-    advice = "Paths are relative to the CSV; mend them" if first.line else "Mend them"
+    advice = "Paths are relative to the CSV; correct them" if first.line else "Correct them"
     if listing.published:
         advice = "Unpack the rest of the archives there"
     return DataError(

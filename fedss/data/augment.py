@@ -5,8 +5,7 @@ nothing. So what a client sees in a round depends on seed, round and client alon
 engine, or who trains beside it. torchvision's own random transforms draw from torch's global
 generator, which threads share; its kernels draw nothing.
 
-Shape suffixes: B images, C channels, H height, W width, Q their pixels, A parameters of a
-image.
+Shape suffixes: B images, C channels, H height, W width, Q their pixels, A parameters of an image.
 """
 
 import io
@@ -34,7 +33,6 @@ class Augmentation:
     the same shape; image and parameters decide each result.
     """
 
-    name: str
     ranges: tuple[tuple[float, float], ...]
     apply: Callable[[Tensor, np.ndarray], Tensor]
 
@@ -157,7 +155,6 @@ def _bytes(pixels_BCHW: Tensor) -> Tensor:
 
 AUGMENTATIONS = {
     "photos": Augmentation(
-        "photos",
         (
             (0.5, 1.0),  # area of the part, as a share of the image's
             (math.log(3 / 4), math.log(4 / 3)),  # its width to its height
@@ -171,7 +168,6 @@ AUGMENTATIONS = {
         _photos,
     ),
     "drawings": Augmentation(
-        "drawings",
         (
             (-10.0, 10.0),  # turned by so many degrees
             (-0.07, 0.07),  # moved to the right, as a share of the side

@@ -40,7 +40,7 @@ class BrokenImagesError(DataError):
         more = f", and {len(reasons) - len(first)} more" if len(reasons) > len(first) else ""
         super().__init__(
             f"{len(reasons)} of {total} images cannot be read: {'; '.join(first)}{more}. "
-            "Mend or remove them, or leave them out with skip_broken (--skip-broken)"
+            "Fix or remove them, or leave them out with skip_broken (--skip-broken)"
         )
 
 
@@ -117,12 +117,11 @@ def decode_files(
 ) -> np.ndarray:
     """Images as a read-only memory map, uint8 [N, C, image_size, image_size], made once.
 
-    ``stamp`` is what ``stamp_files`` says of the paths. With ``expect_broken`` a list of broken
+    ``stamp`` is that of ``stamp_files`` for the paths. With ``expect_broken`` a list of broken
     images found earlier among these same files is believed without a second look.
 
     Raises:
         BrokenImagesError: All the images that cannot be read.
-        DataError: The cache cannot be written.
     """
     key = ("pictures", stamp, image_size, channels)
     note = _file("broken", cache, key, "json")

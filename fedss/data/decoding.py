@@ -5,7 +5,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,12 +77,9 @@ def _too_large(found: str, most_pixels: int) -> PixelLimitError:
 
 def _prepare_for(file: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:
     """Let Pillow read HEIC, if that is what it is; otherwise say what it is instead."""
-    if isinstance(file, str | Path):
-        with open(file, "rb") as opened:
-            start = opened.read(START_LENGTH)
-    else:
-        file.seek(0)
-        start = file.read(START_LENGTH)
+    with open(file, "rb") if isinstance(file, str | Path) else nullcontext(file) as opened:
+        opened.seek(0)
+        start = opened.read(START_LENGTH)
     if start[4:].startswith(_HEIC):
         try:
             from pi_heif import register_heif_opener
@@ -105,9 +102,7 @@ def _prepare_for(file: str | Path | BinaryIO, error: UnidentifiedImageError) -> 
 def decode(file: str | Path | BinaryIO, image_size: int, channels: int) -> np.ndarray:
     """One image as uint8 [C, image_size, image_size], cut to its central square.
 
-    The camera's rotation is undone and transparency laid on white; of an animation or of several
-    pages the first counts; 16 bits a pixel become 8 by leaving out the lower half.
-    ``docs/image-files.md`` has all rules, and why.
+    Upright, with transparency laid on white; ``docs/image-files.md`` has all rules, and why.
 
     Raises:
         ValueError: see ``open_image``; or pixels whose range nobody knows: floating-point ones,

@@ -111,7 +111,7 @@ def _images(
         entries = list(os.scandir(folder))
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot read this folder: {error.strerror}; mend its rights or move it away"
+            f"{folder}: cannot read this folder: {error.strerror}; change its rights or move it"
         ) from error
     for entry in entries:
         # Unlike entry.is_dir(), it has an answer to a link that leads to itself.

@@ -100,7 +100,7 @@ class Images:
         twice = repeated(self.class_names)
         if twice is not None:
             raise DataError(
-                f"class_names: {twice!r} stands there {list(self.class_names).count(twice)} times; "
+                f"class_names: {twice!r} occurs {list(self.class_names).count(twice)} times; "
                 "give each class a name of its own"
             )
 
@@ -109,7 +109,7 @@ class Images:
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """A name that stands there more than once, or None."""
+    """A name that occurs more than once, or None."""
     # A set of ten million names would take a gigabyte, their hashes take 80 MB.
     hashes = np.fromiter(map(hash, names), np.int64, len(names))
     hashes.sort()

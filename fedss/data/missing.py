@@ -14,7 +14,7 @@ _HOME = re.compile(r"(?:^|/)~[\w-]*/")
 def why_missing(file: str) -> str:
     """A hint for the end of a message, or nothing; ``file`` is the path that was looked for."""
     if _ADDRESS.search(file):
-        return "; this is an address: images are read from files, so fetch them first"
+        return "; this is a URL: images are read from files, so download them first"
     if _HOME.search(file):
         return "; '~' stands for no folder here: write the whole path"
     nfc, nfd = unicodedata.normalize("NFC", file), unicodedata.normalize("NFD", file)

@@ -47,8 +47,8 @@ def parse_partition(text: str | None, clients: int | None) -> Partition | None:
     if text is None:
         if clients is not None:
             raise ConfigError(
-                f"partition_clients: {clients} clients of what partition? Expected partition to be "
-                f"{_FORMS} beside it"
+                f"partition_clients: got {clients} without a partition; expected partition to be "
+                f"{_FORMS}"
             )
         return None
     match = re.fullmatch(r"classes:([1-9]\d{0,8})|dirichlet:([\d.eE+-]+)|class", text)
@@ -110,9 +110,9 @@ def deal_images(images: Images, partition: Partition, seed: int) -> Images:
     count_n = np.bincount(label_N)
     number = partition.clients or -(-len(count_n) // int(partition.amount))
     if partition.kind == "classes":
-        client_N, class_N = _hands(count_n, int(partition.amount), number, partition, seed)
+        client_N, class_N = _deal_classes(count_n, int(partition.amount), number, partition, seed)
     else:
-        client_N, class_N = _draws(count_n, partition.amount, number, seed)
+        client_N, class_N = _draw_dirichlet(count_n, partition.amount, number, seed)
     # Both sides sorted by class; which of a class's images goes where is drawn.
     shuffled_N = generator(seed, "partition").permutation(len(images))
     of_class_N = shuffled_N[np.argsort(label_N[shuffled_N], kind="stable")]
@@ -127,13 +127,13 @@ def deal_images(images: Images, partition: Partition, seed: int) -> Images:
     )
 
 
-def _hands(
+def _deal_classes(
     count_n: np.ndarray, most: int, number: int, partition: Partition, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Client and class of each image, [N] both, for ``classes:K``."""
     n = len(count_n)
     if most > n or most * number < n:
-        wanted = f"at least {-(-n // most):,} clients, or each class would not be held by one"
+        wanted = f"at least {-(-n // most):,} clients, so that each class is at one of them"
         wanted = f"K to be at most {n:,}" if most > n else wanted
         raise DataError(f"partition {partition}: the training has {n:,} classes; expected {wanted}")
     slots = most * number if partition.clients else n
@@ -166,7 +166,7 @@ def _hands(
     return client_N, class_N
 
 
-def _draws(
+def _draw_dirichlet(
     count_n: np.ndarray, alpha: float, number: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Client and class of each image, [N] both, for ``dirichlet:ALPHA``."""

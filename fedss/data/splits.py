@@ -22,19 +22,15 @@ def arrange(
 
     On one machine a test of unseen classes is a must (unless ``test_classes`` is 0): the class of
     the lowest lot among those of two or more images is always held out; and if all classes were,
-    the one of the highest lot among the others is trained on.
+    the one of the highest lot among the others is trained on. At a site nothing is forced, so that
+    a class is on the same side everywhere: lots alone decide, or the column ``split`` alone.
 
-    Of a published list, test and validation images that no other one could match are left out.
-
-    At a site nothing is forced, so that a class is on the same side everywhere: lots alone decide,
-    or, if there is a column ``split``, that column alone. Test, query and validation images that
-    no image here could match are left out, and so is a gallery without queries.
+    At a site, and of a published list, images for testing that no image here could match are left
+    out, and so is a gallery without queries.
 
     Raises:
-        DataError: No training images; ``test`` beside ``query`` or ``gallery``;
-            ``test_classes`` out of range, or with no class that could be held out; at a site, all
-            classes held out; elsewhere, a row for testing that no image could match, or
-            ``query`` or ``gallery`` alone.
+        DataError: Splits that do not go together, nothing to train on, no class that could be held
+            out; elsewhere than at a site, a row for testing that no image could match.
     """
     splits: dict[str, list[ListedImage]] = {split: [] for split in SPLITS}
     for row in sorted(listing.rows):

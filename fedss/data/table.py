@@ -14,8 +14,9 @@ KNOWN = ("image", "label", "client", "split")
 """The columns that mean something to some command."""
 
 _OPENING = re.compile(r'[ \t]*"')
-_INSIDE = re.compile(r'((?:[^"]+|"")*)("?)[ \t]*')
 _BREAK = re.compile(r"\r\n|\r|\n")
+# These two match at any place.
+_INSIDE = re.compile(r'((?:[^"]+|"")*)("?)[ \t]*')
 _OUTSIDE = re.compile(r'[^,"\r\n]*')
 _OTHER_MARKS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _SAVE = "Save the file as UTF-8 (in Excel: 'CSV UTF-8')"
@@ -46,12 +47,8 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
     """A CSV as RFC 4180 has it: commas, and double quotes around a whole value or not at all.
 
     A quote within a value is written twice, in a value in quotes. Beyond the RFC, spaces around
-    values do not count.
-
-    Args:
-        path: The CSV, in UTF-8, with a header line.
-        columns: Those that must be there, with no cell empty. Others may be there too.
-        optional: A column that may be there.
+    values do not count. The file is in UTF-8, with a header line; ``columns`` must be there, with
+    no cell empty, ``optional`` and others may.
 
     Raises:
         DataError: Anything amiss with the file, its header or a line, or no line at all; a column
@@ -131,7 +128,7 @@ def _record(path: Path, number: int, line: str, following: _Lines) -> list[str]:
                 path, number, line, opening.end(), following, len(cells)
             )
         else:
-            value = _found(_OUTSIDE.match(line, place))[0]
+            value = next(_OUTSIDE.finditer(line, place))[0]
             end = place + len(value)
             if line[end : end + 1] == '"':
                 whole = _up_to_comma(line, place)
@@ -152,17 +149,16 @@ def _quoted(
     """A value from behind its first quote, and line number, line and place behind its last."""
     number, from_quote, pieces = begins, line[place:], []
     while True:
-        part = _found(_INSIDE.match(line, place))
+        part = next(_INSIDE.finditer(line, place))
         pieces.append(part[1])
         if part[2]:
             break
-        try:
-            number, line = next(following)
-        except StopIteration:
+        number, line = next(following, (0, ""))
+        if not number:
             raise DataError(
                 f"{path}, line {begins}: a double quote begins a value, and no other one ends it: "
                 f'"{_short(from_quote)}; end it with one, or remove it'
-            ) from None
+            )
         place = 0
     value = "".join(pieces).replace('""', '"')
     place = part.end()
@@ -180,11 +176,6 @@ def _quoted(
             "or the line breaks and commas within the value"
         )
     return value, number, line, place
-
-
-def _found(match: re.Match[str] | None) -> re.Match[str]:
-    assert match is not None  # these patterns match anywhere
-    return match
 
 
 def _up_to_comma(line: str, place: int) -> str:

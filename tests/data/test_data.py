@@ -1192,7 +1192,7 @@ def test_names_whose_hashes_are_the_same_are_still_different():
             return str(self) == str(other)
 
     assert len(in_memory([0, 1], [Name("a"), Name("b")])) == 2
-    with pytest.raises(DataError, match="'a' stands there 2 times"):
+    with pytest.raises(DataError, match="'a' occurs 2 times"):
         in_memory([0, 1], [Name("b"), Name("a"), Name("a")])
 
 
@@ -1277,7 +1277,7 @@ def test_the_fingerprint_tells_which_part_is_missing():
         ({"clients": np.array([0, 9])}, "clients: expected numbers from 0 to 1"),
         ({"clients": np.array([0, 1], np.int32)}, "clients: .*got int32"),
         ({"names": ["a"]}, "names: expected 2 values"),
-        ({"class_names": ["a", "a"]}, "class_names: 'a' stands there 2 times"),
+        ({"class_names": ["a", "a"]}, "class_names: 'a' occurs 2 times"),
     ],
 )
 def test_images_that_do_not_fit_together_are_refused(changes, message):

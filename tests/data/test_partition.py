@@ -188,7 +188,7 @@ def test_holdings_are_the_pairs_that_have_an_image():
         ("dirichlet:1", None, "dirichlet:1 needs the number of clients"),
         ("class", 5, "each class is a client; expected none, got 5"),
         ("class ", None, "got 'class '"),
-        (None, 5, "5 clients of what partition"),
+        (None, 5, "got 5 without a partition"),
         ("classes:2", 0, "partition_clients: expected at least 1, got 0"),
     ],
 )

@@ -27,30 +27,20 @@ def read_celeba(root: Path) -> Listing:
     Args:
         root: The folder with ``identity_CelebA.txt`` (or ``Anno/`` that holds it) and
             ``img_align_celeba/`` (or ``Img/`` that holds it).
-
-    Raises:
-        DataError: A file is missing, or a line is of another form.
     """
-    found = find(
-        "CelebA",
-        root,
-        {
-            "list": ("identity_CelebA.txt", "Anno/identity_CelebA.txt"),
-            "images": ("img_align_celeba/", "Img/img_align_celeba/"),
-        },
-    )
+    lists = ("identity_CelebA.txt", "Anno/identity_CelebA.txt")
+    folders = ("img_align_celeba/", "Img/img_align_celeba/")
+    found = find("CelebA", root, {"list": lists, "images": folders})
     rows, folder = [], found["images"].relative_to(root).as_posix()
-    for line, (file, person) in read_lines(
-        found["list"], "000001.jpg 2880", r"([\w-]+\.(?:jpg|png))\s+(\d+)"
-    ):
+    lines = read_lines(found["list"], "000001.jpg 2880", r"([\w-]+\.(?:jpg|png))\s+(\d+)")
+    for line, (file, person) in lines:
         person = sys.intern(person)
         rows.append(ListedImage(person, person, f"{folder}/{file}", None, line))
-    times = Counter(row.label for row in rows)
+    times, remarks = Counter(row.label for row in rows), []
     kept = [row for row in rows if times[row.label] >= _FEWEST]
-    few = sum(count < _FEWEST for count in times.values())
-    left_out = (
-        f"left out, as in LEAF, celebrities with fewer than {_FEWEST} images: {few:,}, with "
-        f"{len(rows) - len(kept):,} images"
-    )
-    remarks = [left_out] if few else []
+    if few := sum(count < _FEWEST for count in times.values()):
+        remarks.append(
+            f"left out, as in LEAF, celebrities with fewer than {_FEWEST} images: {few:,}, with "
+            f"{len(rows) - len(kept):,} images"
+        )
     return published_listing(found, root, kept, _COUNTS, remarks)

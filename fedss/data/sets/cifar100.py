@@ -35,9 +35,6 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
         root: The folder with ``train.bin``, ``test.bin`` and ``fine_label_names.txt``, or the one
             that holds ``cifar-100-binary/``.
         options: ``channels=None`` is 3.
-
-    Raises:
-        DataError: A file is missing or of another form, or a setting cannot be.
     """
     wanted = {key: (name, f"cifar-100-binary/{name}") for key, name in _FILES.items()}
     try:
@@ -83,7 +80,7 @@ def _records(path: Path, num_classes: int) -> np.ndarray:
     if size == 0 or size % _RECORD:
         raise DataError(
             f"{path}: expected records of {_RECORD:,} bytes (two labels, 3 x 32 x 32 pixels), got "
-            f"{size:,} bytes, which is no multiple of that; get and unpack the archive anew"
+            f"{size:,} bytes, which is no multiple of that; download and unpack the archive again"
         )
     records = np.memmap(path, np.uint8, "r").reshape(-1, _RECORD)
     wrong = np.flatnonzero(records[:, 1] >= num_classes)

@@ -26,18 +26,10 @@ def read_lfw(root: Path) -> Listing:
     Args:
         root: The folder with both lists (or ``view1/`` that holds them) and with one of ``lfw/``,
             ``lfw_funneled/`` and ``lfw-deepfunneled/`` (name/name_0001.jpg).
-
-    Raises:
-        DataError: A file is missing, a line is of another form, or a list is cut short.
     """
-    found = find(
-        "Labeled Faces in the Wild",
-        root,
-        {
-            **{split: (name, f"view1/{name}") for split, name in _LISTS.items()},
-            "images": ("lfw/", "lfw_funneled/", "lfw-deepfunneled/"),
-        },
-    )
+    lists = {split: (name, f"view1/{name}") for split, name in _LISTS.items()}
+    folders = ("lfw/", "lfw_funneled/", "lfw-deepfunneled/")
+    found = find("Labeled Faces in the Wild", root, {**lists, "images": folders})
     rows, folder = [], found["images"].name
     for split in _LISTS:
         path = found[split]
@@ -48,7 +40,7 @@ def read_lfw(root: Path) -> Listing:
         listed = list(lines)
         if len(listed) != int(people):
             raise DataError(
-                f"{path}: line 1 says {people} people, and {len(listed)} follow; get this list anew"
+                f"{path}: line 1 says {people} people, and {len(listed)} follow; download it again"
             )
         for line, (person, count) in listed:
             if count is None:

@@ -37,9 +37,9 @@ def omniglot_dataset(
     """Omniglot as a federation: a client is one drawer of one alphabet.
 
     Training: the 964 characters of the 30 background alphabets, 19,280 images at 600 clients.
-    The 20 evaluation alphabets, sorted by name (which is also the order of the numbers in their
-    file names), give validation and test: the first six are for validation, 150 characters and
-    3,000 images; the other 14 are the test, 509 characters and 10,180 images.
+    Of the 20 evaluation alphabets, sorted by name, the first six are for validation, 150 characters
+    and 3,000 images; the other 14 are the test, 509 characters and 10,180 images. Ink is 255, the
+    ground 0.
 
     Args:
         root: Folder with ``images_background.zip`` and ``images_evaluation.zip`` (a repacked
@@ -47,9 +47,6 @@ def omniglot_dataset(
             folder. Archives that are not there are fetched.
         image_size: Side of the images (the originals have 105).
         cache: Folder for the decoded images; see ``cache_folder``.
-
-    Returns:
-        Dataset of uint8 [N, 1, image_size, image_size]; ink is 255, the ground 0.
 
     Raises:
         DataError: Images neither there nor to be had, or broken, or of another layout.
@@ -90,7 +87,7 @@ def _open(place: Path, name: str, stack: ExitStack) -> _Archive:
             pack = stack.enter_context(zipfile.ZipFile(packed))
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(
-                f"{packed}: not a whole zip archive ({error}); remove it, and it is fetched anew"
+                f"{packed}: not a whole zip archive ({error}); remove it to download it again"
             ) from error
         stamps: dict[str, object] = {
             info.filename.removeprefix(f"{name}/"): (info.file_size, info.CRC)
@@ -136,7 +133,7 @@ def _images(
                 image = decode(io.BytesIO(archive.read(row.name)), image_size, 1)
             except Exception as error:
                 raise DataError(
-                    f"{archive.place}: {row.name} cannot be read ({error}); get this archive anew"
+                    f"{archive.place}: {row.name} cannot be read ({error}); download it again"
                 ) from error
             yield 255 - image[None]
 

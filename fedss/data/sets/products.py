@@ -14,7 +14,6 @@ from fedss.errors import DataError
 
 _HEADER = "image_id class_id super_class_id path"
 _COUNTS = {"train": Counts(59_551, 11_318), "test": Counts(60_502, 11_316)}
-_FOLDER = "Stanford_Online_Products/"
 
 
 def read_products(root: Path) -> Listing:
@@ -26,15 +25,10 @@ def read_products(root: Path) -> Listing:
     Args:
         root: The folder with ``Ebay_train.txt``, ``Ebay_test.txt`` and the folders of images, or
             the one that holds ``Stanford_Online_Products/``.
-
-    Raises:
-        DataError: A list is missing, or a line is of another form.
     """
-    lists = find(
-        "Stanford Online Products",
-        root,
-        {split: (f"Ebay_{split}.txt", f"{_FOLDER}Ebay_{split}.txt") for split in ("train", "test")},
-    )
+    names = {split: f"Ebay_{split}.txt" for split in ("train", "test")}
+    wanted = {k: (name, f"Stanford_Online_Products/{name}") for k, name in names.items()}
+    lists = find("Stanford Online Products", root, wanted)
     if lists["train"].parent != lists["test"].parent:
         raise DataError(
             f"{root}: Ebay_train.txt and Ebay_test.txt are in two folders, expected one"

@@ -33,9 +33,6 @@ def read_landmarks(root: Path) -> Listing:
         root: The folder with both CSVs, or with ``landmarks-user-160k/`` that holds them, and with
             either ``train/`` as Google Landmarks v2 unpacks (``0/1/2/0123456789abcdef.jpg``) or
             ``images/`` with all files side by side, as TensorFlow Federated keeps them.
-
-    Raises:
-        DataError: A file is missing, or a line is of another form.
     """
     lists = {"train": "federated_train.csv", "test": "test.csv"}
     wanted = {split: (name, f"landmarks-user-160k/{name}") for split, name in lists.items()}
@@ -74,9 +71,6 @@ def read_inaturalist(root: Path) -> Listing:
     Args:
         root: The folder with both CSVs, or with ``inaturalist-user-120k/`` that holds them, and
             with ``train_val_images/`` as iNaturalist 2017 unpacks (super category/species/file).
-
-    Raises:
-        DataError: A file is missing, a line is of another form, or two images have one id.
     """
     lists = {"train": "federated_train_user_120k.csv", "test": "test.csv"}
     wanted = {split: (name, f"inaturalist-user-120k/{name}") for split, name in lists.items()}
