@@ -32,12 +32,9 @@ from fedss.seeds import generator
 class Server:
     """How the server runs each round of a run.
 
-    Attributes:
-        optimizer: takes the mean update for a gradient.
-        cohort_size: K, clients per round.
-        row_mean: see :func:`aggregate`.
-        quorum: the part of a cohort without whose updates there is no step.
-        on_phase: told when all clients have trained.
+    ``optimizer`` takes the mean update for a gradient, ``row_mean`` is that of :func:`aggregate`.
+    Without the updates of the part ``quorum`` of a cohort there is no step. ``on_phase`` is told
+    when all clients have trained.
     """
 
     optimizer: ServerOptimizer
@@ -56,12 +53,8 @@ def run_round(
 ) -> tuple[ServerState, list[ClientUpdate], list[Failure]]:
     """Algorithm 1, lines 1 to 5.
 
-    Args:
-        server: how the server runs rounds.
-        engine: where the clients train.
-        state: backbone and class rows after ``plan.round`` rounds; its rows are written in place.
-        plan: what the clients are told.
-        cohort: int64, the clients to train; None: line 1 draws them.
+    ``state`` has backbone and class rows after ``plan.round`` rounds; its rows are written in
+    place. ``cohort``, int64, are the clients to train; None: line 1 draws them.
 
     Returns:
         The new state, the same at every rank, and the updates and failures of this rank's clients.
@@ -117,21 +110,17 @@ def deal_classes(
     plan: RoundPlan, state: ServerState, own_K: Sequence[np.ndarray]
 ) -> list[ClassSample]:
     """Line 2, at the server: the class samples of a cohort that asked for its own classes."""
-    deal, counts = plan.sampler.deal, [num_negatives(plan, len(own_P)) for own_P in own_K]
-    assert deal is not None
-    rows = server_rows(state)
-    hands = deal(own_K, counts, rows, generator(plan.seed, "deal", plan.round))
-    name, n = plan.sampler.name, plan.num_classes
+    sampler, rows = plan.sampler, state.class_rows
+    assert sampler.deal is not None
+    counts = [num_negatives(plan, len(own_P)) for own_P in own_K]
+    seen = ServerRows(rows.num_classes, lambda ids_S: read(rows, ids_S)[0], state.sampler_index)
+    drawn = sampler.deal(own_K, counts, seen, generator(plan.seed, "deal", plan.round))
     return [
-        class_sample(own_P, *check_negatives(name, own_P, n, count, hand))
-        for own_P, count, hand in zip(own_K, counts, hands, strict=True)
+        class_sample(
+            own_P, *check_negatives(sampler.name, own_P, plan.num_classes, count, negatives)
+        )
+        for own_P, count, negatives in zip(own_K, counts, drawn, strict=True)
     ]
-
-
-def server_rows(state: ServerState) -> ServerRows:
-    """What a sampler at the server may look at."""
-    rows = state.class_rows
-    return ServerRows(rows.num_classes, lambda ids_S: read(rows, ids_S)[0], state.sampler_index)
 
 
 @dataclass(frozen=True)

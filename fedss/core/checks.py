@@ -20,7 +20,7 @@ def collect(
 
     Raises:
         DivergedError: an update is not finite.
-        QuorumError: too few clients gave an update.
+        QuorumError: too few clients gave an update; names round, numbers and reasons.
     """
     updates, failures = list[ClientUpdate](), list[Failure]()
     for result in results:
@@ -28,18 +28,6 @@ def collect(
             failures.append(result)
         else:
             updates.append(check_finite(result, plan))
-    check_quorum(updates, failures, quorum, plan)
-    return updates, failures
-
-
-def check_quorum(
-    updates: Sequence[ClientUpdate], failures: Sequence[Failure], quorum: float, plan: RoundPlan
-) -> None:
-    """Whether enough clients gave an update, at least one of them.
-
-    Raises:
-        QuorumError: they did not; names round, numbers and reasons.
-    """
     # A client may have failed and given an update: when it sent it twice.
     cohort = len({u.client for u in updates} | {failure.client for failure in failures})
     if failures and len(updates) < max(1.0, quorum * cohort):
@@ -51,6 +39,7 @@ def check_quorum(
             f"clients, got {len(updates)} ({reasons}{details})",
             failures,
         )
+    return updates, failures
 
 
 def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:
@@ -78,8 +67,7 @@ MOST_GROWTH = 100.0
 def check_growth(losses: Sequence[float], first_loss: float, plan: RoundPlan) -> None:
     """Whether the losses of a round's clients are of the order of the first round's.
 
-    The median is asked, since any one client may say what it likes. First losses below 1 count as
-    1: of next to nothing a multiple tells nothing.
+    By the median, since any one client may say what it likes. A first loss below 1 counts as 1.
 
     Raises:
         DivergedError: it is more than ``MOST_GROWTH`` times as large; the state must not be kept.

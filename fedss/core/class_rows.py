@@ -37,14 +37,11 @@ class ClassRows:
     Attributes:
         weight_ND: float32 or bfloat16, one class row per class; of a row never written, anything.
         slots: the optimizer's own values per row, e.g. ``{"momentum": [N, D]}``; same dtype.
-        updated_N: int32, number of rounds that were complete when the row was last written;
-            0: never.
+        updated_N: int32, rounds that were complete when the row was last written; 0: never.
         seed: what rows are made from until they are written.
-        sums_EE: :func:`fedss.losses.moments.row_sums` of all rows as written, kept by every
-            write, if the method needs them.
+        sums_EE: :func:`fedss.losses.moments.row_sums` of all rows, if the method needs them.
         changed: ids of the rows written since the last checkpoint, round by round.
-        made: ids and rows of the last that were read before they were written; a round reads them
-            twice, for its clients and for its step.
+        made: ids and rows that were last read before they were written: a round reads them twice.
         folder: where the tables lie as files, if they do.
     """
 
@@ -78,15 +75,9 @@ def create_class_rows(
 ) -> ClassRows:
     """Rows of uniform direction and length 1; every slot is zero. O(1) time.
 
-    Args:
-        num_classes: n.
-        embedding_size: d.
-        slots: names of the values that the server optimizer keeps for each row.
-        seed: decides each row.
-        dtype: how rows and slots are kept: bfloat16 takes half the room, rounded at random so
-            that small steps are not lost.
-        folder: where to put the tables, as sparse files without a name (they are gone when the
-            process ends, however it ends); None: in memory. Both give the same bits.
+    ``dtype`` is how rows and slots are kept: bfloat16 takes half the room, rounded at random so
+    that small steps are not lost. With a ``folder`` the tables are sparse files in it, without a
+    name: they are gone when the process ends. Both ways give the same bits.
 
     Raises:
         OSError: the files cannot be made.
@@ -128,13 +119,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None) -> T
 def grow(rows: ClassRows, num_classes: int) -> ClassRows:
     """The same table with more classes, which were never written. O(n).
 
-    The rows that are there keep their ids; what is not written of the old table must not be used
-    again.
+    Rows keep their ids; the old table must not be used again.
     """
-    slots = tuple(rows.slots)
-    kept = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[rows.weight_ND.dtype]
-    grown = create_class_rows(num_classes, rows.dim, slots, rows.seed, kept, rows.folder)  # type: ignore[arg-type]
-    for block in torch.split(rows.updated_N.nonzero()[:, 0], 65536):
+    kept: RowDtype = "float32" if rows.weight_ND.dtype == torch.float32 else "bfloat16"
+    grown = create_class_rows(
+        num_classes, rows.dim, tuple(rows.slots), rows.seed, kept, rows.folder
+    )
+    for block in torch.split(rows.updated_N.nonzero()[:, 0], _BLOCK):
         for new, old in zip(_tables(grown), _tables(rows), strict=True):
             new.index_copy_(0, block, old.index_select(0, block))
     grown = replace(grown, changed=rows.changed)
@@ -196,14 +187,9 @@ def _written(table_ND: Tensor, ids_S: Tensor, old_S: Tensor | None) -> Tensor:
 def write_(
     rows: ClassRows, ids_U: Tensor, rows_UD: Tensor, slots: Mapping[str, Tensor], completed: int
 ) -> None:
-    """Replace some rows and their slots, in place. O(U D), with sums O(U D^2).
+    """Replace some rows and their slots, float32 [U, D], in place. O(U D), with sums O(U D^2).
 
-    Args:
-        rows: the table.
-        ids_U: int64, unique.
-        rows_UD: float32, their new rows.
-        slots: float32 [U, D] each.
-        completed: number of rounds complete with this one, 1 or more.
+    ``ids_U`` are int64 and unique; ``completed`` rounds are complete with this one.
 
     Raises:
         RunFolderError: the tables are files, and their disk may not have room for these rows.
@@ -254,12 +240,10 @@ def _check_room(rows: ClassRows, count: int) -> None:
 
 def union(ids: Sequence[Tensor]) -> Tensor:
     """The ids that are in any of these, int64, sorted and unique, as each of them is."""
-    most_U: Tensor = max(ids, key=len)
-    last = len(most_U) - 1
+    ids_U: Tensor = max(ids, key=len)
     # Sorted and unique, ids that end at their own count are 0, 1, 2, ...
-    if all(len(ids_S) == 0 or int(ids_S[-1]) <= last for ids_S in ids):
-        return most_U
-    ids_U: Tensor = torch.unique(torch.cat(list(ids)))
+    if any(len(ids_S) and int(ids_S[-1]) >= len(ids_U) for ids_S in ids):
+        ids_U = torch.unique(torch.cat(list(ids)))
     return ids_U
 
 

@@ -129,14 +129,10 @@ class Trainable(Protocol):
 
 def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
     """Line 2, at the client: the classes of its images, or a random part that fits the sample."""
+    n, size = plan.num_classes, plan.sample_size
+    budgets = {"all": n, "sampled": own_budget(size, n)}
     rng = generator(plan.seed, "own classes", plan.round, client)
-    budget = {
-        "all": plan.num_classes,
-        "sampled": own_budget(plan.sample_size, plan.num_classes),
-        "cover": plan.sample_size,
-        "none": plan.sample_size,
-    }[plan.method.negatives]
-    return limit(np.unique(label_N), budget, rng)
+    return limit(np.unique(label_N), budgets.get(plan.method.negatives, size), rng)
 
 
 @dataclass(frozen=True)
@@ -162,26 +158,20 @@ def request_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> ClassR
 def num_negatives(plan: RoundPlan, num_own: int) -> int:
     """Line 2: how many negatives a client with that many own classes gets, at most."""
     others = plan.num_classes - num_own
-    wanted = {
-        "all": others,
-        "sampled": plan.sample_size - num_own,
-        "cover": plan.cover,
-        "none": 0,
-    }[plan.method.negatives]
-    return min(wanted, others)
+    wanted = {"all": others, "sampled": plan.sample_size - num_own, "cover": plan.cover, "none": 0}
+    return min(wanted[plan.method.negatives], others)
 
 
 def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample:
     """Line 2, at the client: its class sample, if it draws for itself. It asks for ``ids_S``."""
+    sampler, n = plan.sampler, plan.num_classes
     if plan.method.negatives == "all":
-        return whole_sample(own_P, plan.num_classes)
-    draw, count = plan.sampler.draw, num_negatives(plan, len(own_P))
-    assert draw is not None
-    round = 0 if plan.sampler.fixed else plan.round
-    rng = generator(plan.seed, "classes", round, client)
-    drawn = draw(own_P, plan.num_classes, count, rng)
-    name = plan.sampler.name
-    return class_sample(own_P, *check_negatives(name, own_P, plan.num_classes, count, drawn))
+        return whole_sample(own_P, n)
+    assert sampler.draw is not None
+    count = num_negatives(plan, len(own_P))
+    rng = generator(plan.seed, "classes", 0 if sampler.fixed else plan.round, client)
+    drawn = sampler.draw(own_P, n, count, rng)
+    return class_sample(own_P, *check_negatives(sampler.name, own_P, n, count, drawn))
 
 
 def batches(
@@ -306,14 +296,8 @@ def train_client(
 ) -> ClientUpdate:
     """Lines 3 and 4: local SGD on the submodel, and the changes it made.
 
-    Args:
-        plan: the round's plan.
-        client: number of the client.
-        model: where the backbone is trained.
-        submodel: what the server sent.
-        sample: the class sample of which ``submodel`` has the rows.
-        example_N: int64, numbers of the client's images; those of own classes are used.
-        label_N: int64, their class ids.
+    ``submodel`` has the rows of ``sample``. Of the client's images, ``example_N``, with the classes
+    ``label_N``, those of own classes are used.
     """
     device = model.theta_P.device
     learner = prepare(plan, client, submodel, sample, example_N, label_N, device)

@@ -28,6 +28,7 @@ from fedss.core.client import (
 )
 from fedss.errors import ConfigError
 from fedss.losses.softmax import ClassSample, Objective, Scoring
+from fedss.models.checks import one_line
 
 
 def train_clients(
@@ -69,13 +70,8 @@ def batch_losses(
     """The mean loss of each client's batch, [K]: :func:`fedss.core.client.batch_loss` of each.
 
     One call does for all of them if their class samples are of one size, as where negatives are
-    sampled: the objective is many small operations.
-
-    Args:
-        plan: the round's plan.
-        learners: the clients.
-        h_KBD: embeddings of their batches; what fills up a smaller batch comes last.
-        targets: for each, int64, as many as there are images in its batch.
+    sampled: the objective is many small operations. What fills up a smaller batch comes last in
+    ``h_KBD``, and has no target.
     """
     sizes = {len(learner.rows_SD) for learner in learners}
     if len(sizes) > 1 or any(learner.absent is not None for learner in learners):
@@ -121,11 +117,8 @@ def stacked_losses(
 def embed_stacked(embedder: nn.Module, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
     """Embeddings [K, B, D] of K batches, each under weights of its own.
 
-    Args:
-        embedder: its trainable parameters, in the order of ``named_parameters()``, are replaced by
-            a row of ``theta_KP``; it is as before when this returns.
-        theta_KP: float32, as :func:`fedss.models.flatten_` orders them.
-        pixels_KBCHW: uint8 or floating point.
+    A row of ``theta_KP`` takes the place of the trainable parameters, in the order of
+    :func:`fedss.models.flatten_`; the embedder is as before when this returns.
     """
     trained = [p for p in embedder.parameters() if p.requires_grad]
     number = {id(p): i for i, p in enumerate(trained)}
@@ -158,8 +151,7 @@ def check_stackable(embedder: nn.Module, theta_P: Tensor, pixels_BCHW: Tensor) -
     try:
         embed_stacked(embedder, theta_KP, pixels_KBCHW).sum().backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise ConfigError(
             "stack: torch.func.vmap cannot run this backbone for several clients at once; leave "
-            f"--stack out. It said: {type(error).__name__}: {reason[0] if reason else ''}"
+            f"--stack out. It said: {one_line(error)}"
         ) from error

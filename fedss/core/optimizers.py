@@ -74,12 +74,8 @@ def step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One dense step: the new weight and slots; the arguments are left as they are.
 
-    Args:
-        optimizer: what to do.
-        weight: parameters of any shape.
-        slots: the optimizer's values, each of the same shape.
-        update: the round's mean update, same shape.
-        round: number of rounds complete before this one.
+    Slots and the round's mean update have the shape of ``weight``; ``round`` rounds are complete
+    before this one.
     """
     if optimizer.kind == "sgd":
         return weight + optimizer.lr * update, {}
@@ -101,9 +97,6 @@ def current_rows(
 
     A row last written after round u has missed ``k = round - u`` steps of momentum:
     ``w + lr (b + b^2 + ... + b^k) v = w + lr b (1 - b^k) / (1 - b) v``, and ``v b^k``. (Ours.)
-
-    Returns:
-        rows_SD and one [S, D] tensor per slot.
     """
     rows_SD, slots, updated_S = read(rows, ids_S)
     optimizer, beta = optimizer.of_rows, optimizer.momentum
@@ -122,12 +115,7 @@ def step_rows_(
 ) -> None:
     """One step of the touched rows, in place; no other row is read or written. O(U D).
 
-    Args:
-        optimizer: what to do.
-        rows: W and its slots.
-        ids_U: int64, sorted, unique touched classes.
-        update_UD: their mean updates.
-        round: number of rounds complete before this one.
+    ``ids_U`` are int64, sorted and unique; ``round`` rounds are complete before this one.
     """
     rows_UD, slots = current_rows(optimizer, rows, ids_U, round)
     rows_UD, slots = step(optimizer.of_rows, rows_UD, slots, update_UD, round)

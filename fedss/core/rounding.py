@@ -6,12 +6,10 @@ from torch import Tensor
 
 
 def to_bfloat16(values: Tensor, rng: np.random.Generator | None) -> Tensor:
-    """Values in bfloat16.
+    """Values in bfloat16, rounded to nearest without an ``rng``.
 
-    Args:
-        values: float32, any shape.
-        rng: rounds stochastically, ``E[to_bfloat16(x)] = x``, but for finite values beyond its
-            largest, 3.39e38, which go to nearest; None: all go to nearest.
+    With one, stochastically: ``E[to_bfloat16(x)] = x``, but for finite values beyond its largest,
+    3.39e38, which go to nearest.
     """
     values = values.contiguous()
     if rng is None:

@@ -16,16 +16,12 @@ _SETTINGS = (
 def keep_freed_memory() -> bool:
     """Have glibc keep what is freed for the next allocation; for this process, from now on.
 
-    A training step allocates and frees the same large blocks each time. glibc gives them back to
-    the system and takes new ones, and the system fills each page with zeros when it is first
-    touched. The process then holds on to the most it ever needed, up to 2 GB, instead of what it
-    needs now; no result changes by a bit.
+    A training step allocates and frees the same large blocks each time. glibc would give them back
+    to the system and take new ones, which the system fills with zeros. Instead the process holds on
+    to the most it ever needed, up to 2 GB; no result changes by a bit.
 
-    Does nothing where the C library is another (macOS, Windows, musl), and leaves alone what the
-    user has set by glibc's own environment variables, such as ``MALLOC_TRIM_THRESHOLD_``.
-
-    Returns:
-        Whether glibc took the settings.
+    False where glibc did not take the settings, or the C library is another (macOS, Windows, musl).
+    What the user has set by glibc's own environment variables stays.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,15 +78,14 @@ class Replica:
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """Unit-norm embeddings [B, D] of images."""
-        h_BD: Tensor = self.embedder(self._there(pixels_BCHW))
+        h_BD: Tensor = self.embedder(self._on_device(pixels_BCHW))
         return h_BD
 
     def embed_stacked(self, theta_KP: Tensor, pixels_KBCHW: Tensor) -> Tensor:
         """Unit-norm embeddings [K, B, D] of images, those of row k under weights k."""
-        return embed_stacked(self.embedder, theta_KP, self._there(pixels_KBCHW))
+        return embed_stacked(self.embedder, theta_KP, self._on_device(pixels_KBCHW))
 
-    def _there(self, pixels: Tensor) -> Tensor:
-        """Images where the model is."""
+    def _on_device(self, pixels: Tensor) -> Tensor:
         if self.theta_P.is_cuda:
             # Out of pinned memory they travel while the GPU still works on what came before.
             pixels = pixels.pin_memory()
@@ -183,18 +183,16 @@ class LocalEngine:
             counted = traffic({**down.to_all, **answers[k]}, request, message)
             return replace(decode_update(self.wire, message, k), traffic=counted)
 
-        return chain.from_iterable(self.workers.pool.map(train_some, self._parts(here)))
+        stack = self.workers.stack
+        if stack > 1:
+            # Those of like size train side by side.
+            here.sort(key=lambda k: -len(self.clients.examples(k)))
+        stacks = (here[i : i + stack] for i in range(0, len(here), stack))
+        return chain.from_iterable(self.workers.pool.map(train_some, stacks))
 
     def num_clients(self, round: int) -> int:
         """Number of clients."""
         return self.clients.num_clients
-
-    def _parts(self, clients: Sequence[int]) -> list[list[int]]:
-        """Clients by who trains side by side: those of like size."""
-        order, stack = list(clients), self.workers.stack
-        if stack > 1:
-            order.sort(key=lambda k: -len(self.clients.examples(k)))
-        return [order[i : i + stack] for i in range(0, len(order), stack)]
 
     def _share(self, asked: Mapping[int, ClassRequest], local: LocalTraining) -> list[int]:
         """This rank's clients of the cohort, by the images they will train on.
@@ -226,15 +224,10 @@ def start_workers(
     precision: ForwardPrecision = "float32",
     stack: int = 1,
 ) -> Iterator[Workers]:
-    """Workers for the length of a ``with`` block, in which torch uses one thread an operation.
+    """``count`` workers for the length of a ``with`` block, in which an operation has one thread.
 
-    Args:
-        embedder: the model; copied for each worker, not changed.
-        pixels: uint8 [N, C, H, W], the training images.
-        count: number of threads.
-        device: where they train and embed.
-        precision: of the network's forward pass.
-        stack: how many clients share each call of the network.
+    The model is copied for each, not changed; ``pixels`` are the training images. ``stack`` clients
+    share each call of the network.
 
     Raises:
         ConfigError: a network that cannot be stacked.
@@ -281,27 +274,13 @@ def local_engine(
     precision: ForwardPrecision = "float32",
     stack: int = 1,
 ) -> Iterator[LocalEngine]:
-    """A local engine for the length of a ``with`` block.
+    """A local engine for the length of a ``with`` block; the rest as for :func:`start_workers`.
 
-    Args:
-        embedder: the model; copied for each worker, not changed.
-        clients: the training images by client.
-        optimizer: the server optimizer, which knows how rows are read.
-        wire: how messages are encoded.
-        workers: number of threads; None: as many as this rank may keep busy, and one for a GPU.
-        ranks: the processes that cohorts are shared out among.
-        device: where clients train and embed.
-        precision: of the network's forward pass.
-        stack: how many clients share each call of the network.
-
-    Raises:
-        ConfigError: a network that cannot be stacked.
+    ``workers=None``: as many threads as this rank may keep busy, and one for a GPU.
     """
     count = workers or (ranks.cores if device.type == "cpu" else 1)
-    pixels = clients.images.pixels
-    with start_workers(
-        embedder, pixels, count, device=device, precision=precision, stack=stack
-    ) as started:
+    how: dict[str, Any] = {"device": device, "precision": precision, "stack": stack}
+    with start_workers(embedder, clients.images.pixels, count, **how) as started:
         yield LocalEngine(clients, optimizer, wire, started, ranks)
 
 
