@@ -83,11 +83,9 @@ def own_random_state(seed: int) -> Iterator[None]:
 
 
 def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
-    """A backbone by name, as it comes: float32 [B, C, H, W] to [B, features].
+    """A backbone by one of the names of `build_embedder`, a model of timm without its classifier.
 
-    Names: "conv4", "conv4-<width>" (see `conv4`) and "timm:<model>", any image model of timm
-    (`pip install "fedss[timm]"`) without its classifier. Weights are drawn from torch's global
-    generator; `build_embedder` is what prepares a backbone for training.
+    Weights are drawn from torch's global generator.
 
     Raises:
         ConfigError: an unknown name or model; timm missing or unusable; no pretrained weights.

@@ -19,10 +19,7 @@ _ADVICE = (
 
 
 def check_image(channels: int, image_size: int) -> None:
-    """Refuse images without channels, or below 8 pixels, where four halvings leave nothing.
-
-    Nor are there networks for thousands of channels, or images of more than 4,096 pixels a side.
-    """
+    """Refuse sizes that no network is for; below 8 pixels four halvings leave nothing."""
     if not 1 <= channels <= 1024:
         raise ConfigError(f"channels must be 1 to 1024, not {reprlib.repr(channels)}")
     if not 8 <= image_size <= 4096:
@@ -43,10 +40,9 @@ def refuse_trained_norms(body: nn.Module) -> None:
     def has_learnt(part: nn.Module) -> bool:
         if not isinstance(part, BatchNorm):
             return False
-        if part.running_mean is not None and part.running_var is not None:
-            initial = bool((part.running_mean == 0).all() and (part.running_var == 1).all())
-            if not initial:
-                return True
+        mean, var = part.running_mean, part.running_var
+        if mean is not None and var is not None and bool((mean != 0).any() or (var != 1).any()):
+            return True
         # Initialization may choose another constant, as for a residual block that begins as 0.
         affine = [tensor for tensor in (part.weight, part.bias) if tensor is not None]
         return any(bool((tensor != tensor[:1]).any()) for tensor in affine)
@@ -87,13 +83,9 @@ def refuse_batch_statistics(body: nn.Module) -> None:
 
     bad = _parts(body, keeps_statistics)
     if bad:
-        freezable = any(keeps_statistics(p) and isinstance(p, InstanceNorm) for p in body.modules())
-        advice = "InstanceNorm: without track_running_stats, or batch_norm=freeze"
-        if not freezable:
-            advice = (
-                "to keep trained statistics as they are, torch's BatchNorm with the same tensors, "
-                "and batch_norm=freeze"
-            )
+        advice = "to keep trained statistics: torch's BatchNorm with the same tensors, and freeze"
+        if any(keeps_statistics(p) and isinstance(p, InstanceNorm) for p in body.modules()):
+            advice = "InstanceNorm: without track_running_stats, or batch_norm=freeze"
         raise ConfigError(
             f"the backbone keeps statistics of its batches: {few(bad)}. They do not average over "
             "clients, and only torch's BatchNorm can be replaced: use LayerNorm or GroupNorm there "

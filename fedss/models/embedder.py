@@ -111,15 +111,11 @@ class Embedder(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Unit embeddings.
+        """Unit embeddings, float32 [B, D]; a row of zeros before normalizing stays zero.
 
         Args:
             pixels_BCHW: uint8 [B, C, H, W] in 0 … 255, or floating point in 0 … 1; H = W = the
                 image size the model was built for.
-
-        Returns:
-            float32 [B, D], rows of length 1 (a row that is exactly zero before normalizing stays
-            zero).
 
         Raises:
             ValueError: another shape or dtype.
@@ -173,8 +169,7 @@ def build_embedder(
         channels: C of the images.
         image_size: H and W of the images.
         embedding_size: D.
-        seed: of the initial weights; the same seed gives the same bits, and the global random
-            state is left as it was.
+        seed: of the initial weights; torch's global random state is left as it was.
         pretrained: download weights for a timm model, and scale pixels as they expect (otherwise
             to -1 … 1); for a module of your own: it holds trained weights, so keep its batch
             norms' statistics, and scale pixels as its `pretrained_cfg` says if it is timm's.
@@ -213,13 +208,17 @@ def build_embedder(
         weights=None if weights is None else weights_fingerprint(weights),
         trainable=trainable,
     )
-    statistics = _given_statistics(pixel_mean, pixel_std, channels)
+    _check_statistics(pixel_mean, pixel_std, channels)
     embedder = assemble(backbone, spec, seed, pretrained and weights is None, weights)
-    if statistics is None and (trained or frozen):
-        statistics = _published_statistics(embedder.backbone, channels)
-    if statistics is not None:
-        embedder.mean.copy_(torch.tensor(statistics[0]))
-        embedder.std.copy_(torch.tensor(statistics[1]))
+    published = getattr(embedder.backbone, "pretrained_cfg", None)
+    if pixel_mean is None and (trained or frozen) and isinstance(published, Mapping):
+        pixel_mean, pixel_std = published.get("mean"), published.get("std")
+    if pixel_mean is not None and pixel_std is not None:
+        for buffer, values in ((embedder.mean, pixel_mean), (embedder.std, pixel_std)):
+            # timm sums the first layer's weights for gray images: their common statistics are the
+            # average of the colours'.
+            own = values if len(values) == channels else [sum(values) / len(values)] * channels
+            buffer.copy_(torch.tensor(own))
     return embedder
 
 
@@ -275,19 +274,11 @@ def assemble(
         return Embedder(body, projection, mean=half, std=half, spec=spec, channels_last=layout)
 
 
-def _published_statistics(body: nn.Module, channels: int) -> tuple[list[float], list[float]] | None:
-    """Mean and std that a model's weights were trained with, where timm keeps them on it."""
-    published = getattr(body, "pretrained_cfg", None)
-    if not isinstance(published, Mapping) or "mean" not in published or "std" not in published:
-        return None
-    return _per_channel(published["mean"], channels), _per_channel(published["std"], channels)
-
-
-def _given_statistics(
+def _check_statistics(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[list[float], list[float]] | None:
+) -> None:
     if mean is None and std is None:
-        return None
+        return
     for name, values, least, expected in (
         ("pixel_mean", mean, 0.0, "0 to 1: of pixels from 0 to 1, not to 255"),
         ("pixel_std", std, 1e-6, "above 0 and up to 1: of pixels from 0 to 1, not to 255"),
@@ -300,33 +291,15 @@ def _given_statistics(
             )
         if not all(least <= value <= 1 for value in values):
             raise ConfigError(f"{name}: expected numbers {expected}; got {list(values)}")
-    assert mean is not None
-    assert std is not None
-    return _per_channel(mean, channels), _per_channel(std, channels)
-
-
-def _per_channel(values: Sequence[float], channels: int) -> list[float]:
-    # timm sums the first layer's weights for gray images: their common statistics are the average
-    # of the colours'.
-    average = sum(values) / len(values)
-    return list(values) if len(values) == channels else [average] * channels
 
 
 def embed_pixels(
     embedder: Embedder, pixels_NCHW: NDArray[np.uint8], batch_size: int = 256
 ) -> Tensor:
-    """Embeddings of many images, in eval mode and without gradients.
+    """Embeddings of many images, float32 [N, D] on the CPU, in eval mode and without gradients.
 
-    Reads `pixels_NCHW` (a memory map is fine) one batch at a time and runs on the embedder's
-    device. The batch size changes results by rounding alone (below 1e-6).
-
-    Args:
-        embedder: left in the mode, training or not, it came in.
-        pixels_NCHW: uint8 [N, C, H, W]; N may be 0.
-        batch_size: images at a time, 1 or more.
-
-    Returns:
-        float32 [N, D] on the CPU.
+    Reads `pixels_NCHW`, uint8 (a memory map is fine), one batch at a time and runs on the
+    embedder's device. The batch size changes results by rounding alone (below 1e-6).
 
     Raises:
         DataError: pixels of another shape or dtype.

@@ -23,8 +23,8 @@ class FlatParameters:
         flat.grad_P.zero_()                            # instead of zero_grad()
         flat.theta_P.add_(flat.grad_P, alpha=-lr)      # a step of SGD
 
-    Keep the views: `module.zero_grad()` (which sets gradients to None), `module.to(...)` and
-    `copy.deepcopy` make or leave parameters of their own. Move and copy first, then flatten.
+    Move and copy a module first, then flatten it: `module.zero_grad()`, which sets gradients to
+    None, `module.to(...)` and `copy.deepcopy` undo these views.
     """
 
     theta_P: Tensor
@@ -43,9 +43,6 @@ def flatten_(module: nn.Module) -> FlatParameters:
     Parameters that do not require grad are left out: what is frozen is neither sent nor returned.
     A parameter shared by several layers counts once. The values stay as they are, bit for bit.
 
-    Returns:
-        `FlatParameters` of float32 [P], on the device of the parameters.
-
     Raises:
         ConfigError: no trainable parameter, one that is not float32, or several devices.
     """
@@ -62,11 +59,9 @@ def flatten_(module: nn.Module) -> FlatParameters:
         raise ConfigError(f"trainable parameters lie on several devices: {', '.join(devices)}")
     theta_P = torch.cat([p.detach().reshape(-1) for _, p in named])
     grad_P = torch.zeros_like(theta_P)
-    start = 0
-    for _, parameter in named:
-        end = start + parameter.numel()
-        shape = parameter.shape
-        parameter.data = theta_P[start:end].view(shape)
-        parameter.grad = grad_P[start:end].view(shape)
-        start = end
+    sizes = [p.numel() for _, p in named]
+    parts = zip(torch.split(theta_P, sizes), torch.split(grad_P, sizes), strict=True)
+    for (_, parameter), (values, gradient) in zip(named, parts, strict=True):
+        parameter.data = values.view(parameter.shape)
+        parameter.grad = gradient.view(parameter.shape)
     return FlatParameters(theta_P, grad_P)

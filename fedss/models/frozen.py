@@ -22,10 +22,9 @@ def is_trainable(text: str) -> bool:
 def freeze_(backbone: nn.Module, trainable: str) -> None:
     """Freeze the parameters that are not to train, in place: neither sent nor returned.
 
-    Args:
-        backbone: as it was made, with its batch norms: they count for what a block is.
-        trainable: ``all`` leaves everything as it is; ``head`` freezes the whole backbone, so that
-            the projection alone trains; ``last-K`` freezes all but the last K of :func:`blocks`.
+    ``all`` leaves everything as it is; ``head`` freezes the whole backbone, so that the projection
+    alone trains; ``last-K`` freezes all but the last K of :func:`blocks`. The backbone still has
+    its batch norms: they count for what a block is.
 
     Raises:
         ConfigError: another text, or more blocks than there are.

@@ -52,12 +52,9 @@ def pool_before_relu_(embedder: nn.Module, x_BCHW: Tensor) -> None:
     """Let a max-pool go before the ReLU that it follows, which then has fewer numbers to clamp.
 
     ``max(max(0, x_1), ...) = max(0, max(x_1, ...))``: the same bits come out, and the same bits of
-    gradient come back. Only neighbours in a ``nn.Sequential`` change places, and only if the whole
-    still gives the same bits (it may use what lies between them). Parameters and their names stay.
-
-    Args:
-        embedder: changed in place.
-        x_BCHW: images to try it on.
+    gradient come back. Only neighbours in a ``nn.Sequential`` change places, in place, and only if
+    the whole still gives the same bits for the images (it may use what lies between them).
+    Parameters and their names stay.
     """
     chains = [part for part in embedder.modules() if type(part) is nn.Sequential]
     before = [list(chain._modules) for chain in chains]

@@ -28,19 +28,13 @@ def replace_batch_norm(
     constant 0 whatever the image, and one of two is a sign with a gradient that explodes. Affine
     weights, their `requires_grad`, eps and any activation inside the norm (timm's BatchNormAct2d)
     are kept. The outputs are other ones than before, so trained weights should use
-    `freeze_batch_norm`.
-
-    Args:
-        module: left as it is.
-        images_BCHW: images of the training size, float32, to see the size of the maps with.
-        least_values: of a group.
+    `freeze_batch_norm`. `images_BCHW`, float32 and of the training size, show the size of the maps.
 
     Raises:
         ConfigError: a batch norm that computes something else, in a `forward` of its own.
     """
     module = copy.deepcopy(module)
-    seen = _positions(module, images_BCHW)
-    positions = {part: seen[path] for path, part in module.named_modules() if path in seen}
+    positions = _positions(module, images_BCHW)
 
     def make(norm: nn.Module) -> nn.Module:
         assert isinstance(norm, BatchNorm)
@@ -70,7 +64,19 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
         tracks = isinstance(part, InstanceNorm) and part.track_running_stats
         return isinstance(part, BatchNorm) or tracks
 
-    return _replace_each(copy.deepcopy(module), has_statistics, _frozen_like)
+    def make(norm: nn.Module) -> nn.Module:
+        assert isinstance(norm, BatchNorm | InstanceNorm)
+        if norm.running_mean is None or norm.running_var is None:
+            raise ConfigError(
+                "a batch norm without running statistics cannot be frozen: use pretrained=False, "
+                "which replaces it by a group norm (or batch_norm=replace)"
+            )
+        weight = norm.weight.detach() if norm.affine else None
+        bias = norm.bias.detach() if norm.affine else None
+        frozen = FrozenBatchNorm(norm.running_mean, norm.running_var, weight, bias, norm.eps)
+        return _followed_by_children(frozen, norm)
+
+    return _replace_each(copy.deepcopy(module), has_statistics, make)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -98,15 +104,8 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """The same shape and dtype."""
-        return nn.functional.batch_norm(
-            x_BCHW,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=False,
-            eps=self.eps,
-        )
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        return nn.functional.batch_norm(x_BCHW, *statistics, training=False, eps=self.eps)
 
 
 class NormAct(nn.Sequential):
@@ -136,21 +135,19 @@ def largest_groups(channels: int, most: int, least_channels: int = 1) -> int:
     return 1
 
 
-def _positions(module: nn.Module, images_BCHW: Tensor) -> dict[str, int]:
+def _positions(module: nn.Module, images_BCHW: Tensor) -> dict[nn.Module, int]:
     """How many values of a channel each batch norm sees of an image: the fewest of its calls."""
     twin = copy.deepcopy(module).eval()
-    positions: dict[str, int] = {}
+    original = dict(zip(twin.modules(), module.modules(), strict=True))
+    positions: dict[nn.Module, int] = {}
 
-    def watch(path: str, norm: nn.Module) -> None:
-        def see(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-            values = inputs[0][0, 0].numel()
-            positions[path] = min(values, positions.get(path, values))
+    def see(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        values = inputs[0][0, 0].numel()
+        positions[original[norm]] = min(values, positions.get(original[norm], values))
 
-        norm.register_forward_pre_hook(see)
-
-    for path, part in twin.named_modules():
+    for part in original:
         if isinstance(part, BatchNorm):
-            watch(path, part)
+            part.register_forward_pre_hook(see)
     with torch.no_grad():
         twin(images_BCHW)
     return positions
@@ -186,23 +183,6 @@ def _refuse_own_forward(path: str, norm: nn.Module) -> None:
             "forward of its own, which would be lost where it is frozen or replaced: expected "
             "torch's BatchNorm (what comes before or after it as a module beside it), or GroupNorm"
         )
-
-
-def _frozen_like(norm: nn.Module) -> nn.Module:
-    assert isinstance(norm, BatchNorm | InstanceNorm)
-    if norm.running_mean is None or norm.running_var is None:
-        raise ConfigError(
-            "a batch norm without running statistics cannot be frozen: use pretrained=False, "
-            "which replaces it by a group norm (or batch_norm=replace)"
-        )
-    frozen = FrozenBatchNorm(
-        norm.running_mean,
-        norm.running_var,
-        norm.weight.detach() if norm.affine else None,
-        norm.bias.detach() if norm.affine else None,
-        norm.eps,
-    )
-    return _followed_by_children(frozen, norm)
 
 
 def _followed_by_children(new: nn.Module, norm: nn.Module) -> nn.Module:

@@ -32,13 +32,8 @@ _OLD_GROUP_VALUES = 1
 def save_embedder(embedder: Embedder, folder: str | Path, config: Mapping[str, Any]) -> None:
     """Write `model.safetensors` (state dict) and `config.json` for `load_embedder`.
 
-    Each file is written beside its place and moved into it, so a crash leaves the old or the new
-    file, never half of one.
-
-    Args:
-        embedder: on any device; flattened or not.
-        folder: made if missing.
-        config: anything JSON can hold; kept under "config" beside the model's own description.
+    A crash leaves the old or the new file, never half of one. The folder is made if it is missing.
+    `config` is kept under "config" beside the model's own description.
 
     Raises:
         ConfigError: a config that is not JSON.
@@ -57,13 +52,9 @@ def save_embedder(embedder: Embedder, folder: str | Path, config: Mapping[str, A
 def safetensors_of(embedder: Embedder, metadata: Mapping[str, str]) -> bytes:
     """An embedder as one safetensors file, for `load_embedder` and for those without this library.
 
-    The description that `save_embedder` writes into a JSON stands in the header. Tensors are named
-    ``backbone.<name>``, with the name that the backbone gave them before its norms were replaced or
-    frozen, ``projection.weight`` [D, F], ``mean`` and ``std`` [C].
-
-    Args:
-        embedder: on any device; flattened or not.
-        metadata: what else to write into the header.
+    The description that `save_embedder` writes into a JSON stands in the header, beside `metadata`.
+    Tensors are named ``backbone.<name>``, with the name that the backbone gave them before its
+    norms were replaced or frozen, ``projection.weight`` [D, F], ``mean`` and ``std`` [C].
     """
     names = _names_in_file(embedder)
     tensors = {names[name]: tensor for name, tensor in _state(embedder).items()}
@@ -88,7 +79,13 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
     path = Path(path)
     file = path if path.is_file() else path / _WEIGHTS
     header = _header(file)
-    spec = _header_spec(file, header) if _HEADER in header else _config_spec(file, path.is_file())
+    if _HEADER in header:
+        description = None
+        with suppress(ValueError, RecursionError):
+            description = json.loads(header[_HEADER])
+        spec = _spec(description, f"the header of {file}")
+    else:
+        spec = _config_spec(file, path.is_file())
     source = spec.backbone or backbone
     if source is None:
         raise ConfigError(
@@ -164,13 +161,6 @@ def _header(file: Path) -> dict[str, str]:
     return {}
 
 
-def _header_spec(file: Path, header: Mapping[str, str]) -> EmbedderSpec:
-    description = None
-    with suppress(ValueError, RecursionError):
-        description = json.loads(header[_HEADER])
-    return _spec(description, f"the header of {file}")
-
-
 def _config_spec(file: Path, alone: bool) -> EmbedderSpec:
     config = file.with_name(_CONFIG)
     if alone and not config.exists():
@@ -198,11 +188,7 @@ def _spec(description: Any, where: str) -> EmbedderSpec:
 
 
 def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) -> None:
-    """Whether the sizes of a description are those of the file, before a network is made of them.
-
-    Raises:
-        ConfigError: they are not.
-    """
+    """Refuse a description of other sizes than the file's, before a network is made of it."""
     held = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected: dict[str, tuple[int, ...]] = {"mean": (spec.channels,)}
     width = conv4_width(spec.backbone)
@@ -230,12 +216,12 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
 
 
 def _unreadable(path: Path, error: Exception) -> ConfigError:
-    what = f"{path} is missing" if isinstance(error, FileNotFoundError) else f"cannot read {path}"
-    found = _what_it_is(path)
-    why = f": it {found}" if found else f": {error}"
-    why = "" if isinstance(error, FileNotFoundError) else why
+    what = f"{path} is missing"
+    if not isinstance(error, FileNotFoundError):
+        found = _what_it_is(path)
+        what = f"cannot read {path}: {f'it {found}' if found else error}"
     return ConfigError(
-        f"{what}{why}. Restore it; or, in a run folder, delete {path.parent.parent}/summary.json "
+        f"{what}. Restore it; or, in a run folder, delete {path.parent.parent}/summary.json "
         "and start the same fedss train command again: it makes the model anew from the last "
         "checkpoint"
     )

@@ -45,12 +45,8 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     prefix ``module.`` of parallel training or not; averaged weights (``state_dict_ema``) go first.
     Then what timm does with published weights: positions of a transformer are resized to the
     model's images, and a first convolution of three colours is summed up for grey ones. The
-    tensors of timm's classifier may be left over. Nothing else may be, and nothing may be missing.
-
-    Args:
-        model: a timm model without its classifier; changed only if all fits.
-        path: the file.
-        channels: of the images.
+    tensors of timm's classifier may be left over. Nothing else may be, and nothing may be missing;
+    the model, without its classifier, is changed only if all fits.
 
     Raises:
         ConfigError: the file cannot be read; it has not the tensors of this architecture (they are
@@ -73,10 +69,12 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     no_tensors = [name for name in state if name not in found]
     expected = {n: t for n, t in model.state_dict().items() if not n.endswith(_UNUSED)}
     published: Any = getattr(model, "pretrained_cfg", {})
-    found, classifier = _without_classifier(found, published.get("classifier") or ())
+    layers = tuple(f"{layer}." for layer in _names(published.get("classifier")))
+    classifier = [name for name in found if name.startswith(layers)]
+    found = {n: tensor for n, tensor in found.items() if n not in classifier}
     # timm's conversions trip over tensors of another architecture, which are listed below.
     with suppress(Exception):
-        found = _fitted(found, model, published.get("first_conv") or (), channels)
+        found = _fitted(found, model, _names(published.get("first_conv")), channels)
     differing = [
         f"{n} {_kind(found[n])}, expected {_kind(t)}"
         for n, t in expected.items()
@@ -98,8 +96,7 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         )
     with torch.no_grad():
         for name, tensor in expected.items():
-            if name in found:
-                tensor.copy_(found[name])
+            tensor.copy_(found[name])
 
 
 def _what_it_is(path: Path) -> str:
@@ -115,21 +112,22 @@ def _what_it_is(path: Path) -> str:
     if what := what_begins(start):
         return what
     if start.startswith(b"PK"):
-        return _what_the_zip_is(path, named_safetensors)
-    if start.isascii() and b"\0" not in start:
+        if what := _what_the_zip_is(path):
+            return what
+    elif start.isascii() and b"\0" not in start:
         return f"is a text: it begins with {start.decode().split(chr(10))[0][:60]!r}"
-    header = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and header < 100_000_000:
+    elif start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100_000_000:
         if not named_safetensors:
             return "is of the format safetensors: give it a name that ends with .safetensors"
         return f"is damaged or cut short at {size:,} bytes: download it again"
+    by_torch = start.startswith((b"PK", b"\x80"))
     if named_safetensors:
-        torchs = " (torch.save wrote it: .pth)" if start.startswith(b"\x80") else ""
-        return f"is not of the format safetensors, in spite of its name{torchs}"
-    return "" if start.startswith(b"\x80") else "is of no format that is known here"
+        hint = " (torch.save wrote it: .pth)" if by_torch else ""
+        return f"is not of the format safetensors, in spite of its name{hint}"
+    return "" if by_torch else "is of no format that is known here"
 
 
-def _what_the_zip_is(path: Path, named_safetensors: bool) -> str:
+def _what_the_zip_is(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -139,8 +137,6 @@ def _what_the_zip_is(path: Path, named_safetensors: bool) -> str:
         return f"is a zip archive with {few(names, 3)}, which torch did not write: unpack it first"
     if any("/code/" in name for name in names):
         return "is a TorchScript program: save its state_dict() instead"
-    if named_safetensors:
-        return "is not of the format safetensors, in spite of its name (torch.save wrote it: .pth)"
     return ""
 
 
@@ -156,7 +152,7 @@ def _what_it_holds(path: Path, error: Exception) -> str:
         objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     named = f" ({few(objects, 3)})" if objects else ""
     return (
-        f"holds objects of Python's beside tensors{named}, as torch.save(model, ...) writes them, "
+        f"holds Python objects beside tensors{named}, as torch.save(model, ...) writes them, "
         "and no code of a file is run: save model.state_dict() where the file was made"
     )
 
@@ -180,26 +176,19 @@ def _where_they_are(state: Mapping[str, object], expected: Iterable[str]) -> str
     )
 
 
-def _without_classifier(
-    state: dict[str, Tensor], layers: str | tuple[str, ...]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The state without the classifier's tensors, and their names."""
-    layers = (layers,) if isinstance(layers, str) else layers
-    prefixes = tuple(f"{layer}." for layer in layers)
-    names = [name for name in state if prefixes and name.startswith(prefixes)]
-    return {name: tensor for name, tensor in state.items() if name not in names}, names
+def _names(layers: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (layers,) if isinstance(layers, str) else layers or ()
 
 
 def _fitted(
-    state: dict[str, Tensor], model: nn.Module, convolutions: str | tuple[str, ...], channels: int
+    state: dict[str, Tensor], model: nn.Module, convolutions: tuple[str, ...], channels: int
 ) -> dict[str, Tensor]:
     """What timm makes of published weights for a model: see ``timm.models.load_pretrained``."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         state = convert(state, model)
     timm = import_extra("timm.models", "timm")
-    for layer in (convolutions,) if isinstance(convolutions, str) else convolutions:
-        name = f"{layer}.weight"
+    for name in (f"{layer}.weight" for layer in convolutions):
         if name in state and state[name].ndim == 4 and state[name].shape[1] == 3 != channels:
             state[name] = timm.adapt_input_conv(channels, state[name])
     return state

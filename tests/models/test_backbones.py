@@ -230,11 +230,11 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
         ("torch, cut", "is damaged or cut short at .* bytes"),
         (
             "model",
-            r"holds objects of Python.s beside tensors \(.* more\)|is not of the format",
+            r"holds Python objects beside tensors \(.* more\)|is not of the format",
         ),
         (
             "old model",
-            "holds objects of Python's beside tensors, as|is not of the format safetensors",
+            "holds Python objects beside tensors, as|is not of the format safetensors",
         ),
         ("list", "holds no tensors by name|is not of the format safetensors"),
     ],
