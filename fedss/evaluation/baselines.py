@@ -106,14 +106,11 @@ def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:
 
 def chance(task: RetrievalTask) -> ClassScores:
     """What a random ranking gives on average."""
-    query, gallery = task.query, task.gallery
-    queries = count_classes(query)
-    names, queries_C = tuple(queries), np.array([*queries.values()])
-    if gallery is None:
-        return ClassScores(names, queries_C, expected_precision(queries_C - 1, len(query) - 1))
-    held = count_classes(gallery)
-    relevant_C = np.array([held[name] for name in names])
-    return ClassScores(names, queries_C, expected_precision(relevant_C, len(gallery)))
+    gallery, alone = task.gallery or task.query, task.gallery is None
+    queries, held = count_classes(task.query), count_classes(gallery)
+    relevant_C = np.array([held[name] for name in queries]) - alone
+    expected_C = expected_precision(relevant_C, len(gallery) - alone)
+    return ClassScores(tuple(queries), np.array([*queries.values()]), expected_C)
 
 
 def pixel_vectors(pixels_NCHW: np.ndarray) -> Tensor:

@@ -60,10 +60,7 @@ def hardest_confusions(
         example.setdefault((min(a, b), max(a, b)), q)
     made = []
     for (a, b), q in example.items():
-        share_a, share_b = (
-            ways[one, other] / queries[one] if queries[one] else 0.0
-            for one, other in ((a, b), (b, a))
-        )
+        share_a, share_b = ways[a, b] / max(queries[a], 1), ways[b, a] / max(queries[b], 1)
         first, second = (a, b) if share_a >= share_b else (b, a)
         made.append(
             Confusion(

@@ -194,10 +194,10 @@ def find_neighbours(
     found_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
     scores_QK, index_QK = (t.cpu().numpy() for t in found_QK)
     # A query in the gallery is among its own neighbours, or as many others are just as near.
-    other_QK = index_QK != chosen[:, None] if among_queries else np.ones_like(index_QK, bool)
-    others = [np.flatnonzero(other_K)[:count] for other_K in other_QK]
-    shown = np.stack([index_K[k] for index_K, k in zip(index_QK, others, strict=True)])
-    scores = np.stack([scores_K[k] for scores_K, k in zip(scores_QK, others, strict=True)])
+    own_QK = index_QK == chosen[:, None] if among_queries else np.zeros_like(index_QK, bool)
+    others_QK = own_QK.argsort(axis=1, kind="stable")[:, :count]
+    shown = np.take_along_axis(index_QK, others_QK, axis=1)
+    scores = np.take_along_axis(scores_QK, others_QK, axis=1)
     pixels = np.concatenate([query.pixels[chosen][:, None], gallery.pixels[shown]], axis=1)
     query_names = [query.class_names[i] for i in query.labels[chosen]]
     found_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[shown]]
@@ -209,21 +209,18 @@ def find_neighbours(
 
 def find_confused(task: RetrievalTask, embedded: Embedded) -> ConfusedClasses:
     """The classes most often taken for each other; see `hardest_confusions`."""
-    sides = _labelled(task, *embedded)
     query, gallery = task.query, task.gallery or task.query
-    found = hardest_confusions(*sides)
+    found = hardest_confusions(*_labelled(task, *embedded))
     pairs = [((query, c.query), (gallery, c.neighbour)) for c in found]
 
-    def table(values: list[Any], dtype: type) -> np.ndarray:
-        return np.array(values, dtype).reshape(len(found), 2)
+    def table(values: list[Any], dtype: type, *shape: int) -> np.ndarray:
+        return np.array(values, dtype).reshape(len(found), 2, *shape)
 
+    pixels = [[images.pixels[i] for images, i in pair] for pair in pairs]
+    shown = [[images.class_names[images.labels[i]] for images, i in pair] for pair in pairs]
     return ConfusedClasses(
-        pixels=np.array(
-            [[images.pixels[i] for images, i in pair] for pair in pairs], np.uint8
-        ).reshape(len(found), 2, *query.pixels.shape[1:]),
-        shown=table(
-            [[images.class_names[images.labels[i]] for images, i in p] for p in pairs], str
-        ),
+        pixels=table(pixels, np.uint8, *query.pixels.shape[1:]),
+        shown=table(shown, str),
         class_names=table([[gallery.class_names[k] for k in c.classes] for c in found], str),
         confused=table([c.confused for c in found], np.int64),
         queries=table([c.queries for c in found], np.int64),

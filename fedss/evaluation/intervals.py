@@ -1,14 +1,13 @@
 """How sure a retrieval figure is, and what it is judged against: bootstrap over classes.
 
-A test stands for the classes that it was drawn from, and images of one class resemble each other:
-so classes are drawn again, not queries, each with all of its queries, and the gallery stays as it
-is. Figures that are compared are compared on the same draws (paired). Where there are several
-training seeds these are drawn again too, independently of classes (the pigeonhole bootstrap, Owen
-2007, Annals of Applied Statistics 1(2)).
+Images of one class resemble each other, so classes are drawn again, not queries, each with all of
+its queries; the gallery stays as it is. Figures are compared on the same draws (paired). Several
+training seeds are drawn again too, independently of classes (the pigeonhole bootstrap, Owen 2007,
+Annals of Applied Statistics 1(2)).
 
-Of few classes the plain percentiles of a bootstrap are too narrow: they lack Student's t in place
-of the normal distribution, and a factor of C / (C - 1). Percentiles farther out make up for both
-(the expanded percentile interval, Hesterberg 2015, The American Statistician 69(4)).
+Of few classes the plain percentiles of a bootstrap are too narrow: they lack Student's t and a
+factor of C / (C - 1). Percentiles farther out make up for both (the expanded percentile interval,
+Hesterberg 2015, The American Statistician 69(4)).
 
 Shape suffixes: S seeds, C classes, B draws.
 """

@@ -23,13 +23,11 @@ _DEPTH = 10
 
 @dataclass(frozen=True)
 class RetrievalMetrics:
-    """Means over the queries that have something to find.
+    """Means over the queries that have something to find; see `evaluate_retrieval`.
 
-    `recall_at_k` is the share of queries with at least one relevant item among the first k;
-    `map_at_10` and `map_at_r` are defined in `evaluate_retrieval`. `map_at_10_by_class` is the mean
-    over classes of each class's mean AP@10: there a class of few queries counts as much as one of
-    many. `queries` were used, of so many `classes`; `skipped` had no relevant item in the gallery
-    and are left out of every mean.
+    `map_at_10_by_class` is the mean over classes of each class's mean AP@10: there a class of few
+    queries counts as much as one of many. `queries` were used, of so many `classes`; `skipped` had
+    no relevant item in the gallery and are left out of every mean.
     """
 
     recall_at_1: float
@@ -112,8 +110,7 @@ def evaluate_retrieval(
         AP@R  = 1/R          * sum_{i<=R}          P(i) rel(i)
 
     and the metrics are means over the queries with R > 0. Ties: the lower gallery index first, as
-    in `nearest`; a collapsed model, whose rows are all equal, thus scores by the order of its
-    gallery, which is what chance gives if that order is shuffled.
+    in `nearest`.
 
     AP@R is that of Musgrave et al. 2020 (arXiv 2003.08505); AP@10 that of Google Landmarks
     retrieval (Weyand et al. 2020, arXiv 2004.01804, with 10 in place of 100).

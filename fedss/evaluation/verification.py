@@ -113,18 +113,9 @@ def count_pairs(
     gallery_GD: Tensor | None = None,
     gallery_labels_G: Tensor | None = None,
 ) -> PairCounts:
-    """Genuine and impostor pairs by cosine.
+    """Genuine and impostor pairs by cosine: each query with each gallery item, or each two queries.
 
-    Args:
-        query_QD: floating point [Q, D]; rows need not be normalized, a zero row has cosine 0 with
-            everything.
-        query_labels_Q: integers [Q], any values.
-        gallery_GD: floating point [G, D]: pairs are each query with each gallery item. None: each
-            two queries, once.
-        gallery_labels_G: integers [G], given if and only if `gallery_GD` is.
-
-    Raises:
-        ValueError: as in :func:`fedss.evaluation.retrieval.evaluate_retrieval`.
+    Arguments and errors as in :func:`fedss.evaluation.retrieval.evaluate_retrieval`.
     """
     sides = labelled_sides(query_QD, query_labels_Q, gallery_GD, gallery_labels_G)
     # In the order of labels the genuine pairs of a block of rows lie in a few columns.
@@ -141,32 +132,27 @@ def count_pairs(
         # In units of a cell, and from 0 on, by one column more: exact, as all intermediates are
         # multiples of 2^-32 below 2^18.
         row_BD = F.pad(unit_QD[rows].double(), (0, 1), value=1.0) / STEP
-        # Among themselves the first columns are the rows.
-        start, width = (first, len(labels_B)) if sides.alone else (0, _COLUMNS)
-        while start < len(labels_G):
-            columns = slice(start, start + width)
+        for start in range(first if sides.alone else 0, len(labels_G), _COLUMNS):
+            columns = slice(start, start + _COLUMNS)
             column_MD = F.pad(unit_GD[columns].double(), (0, 1), value=1.0)
             # Rounding may have made a row a bit longer than 1.
             cell_BM = (row_BD @ column_MD.T).to(torch.int32).clamp_(0, _CELLS - 1)
             labels_M = labels_G[columns]
-            once_BM = None
-            if sides.alone and start == first:
-                once_BM = torch.ones_like(cell_BM, dtype=torch.bool).triu_(1)
-            cell_P = cell_BM.view(-1) if once_BM is None else cell_BM[once_BM]
-            sum_2C[0] += torch.bincount(cell_P, minlength=_CELLS)
+            if sides.alone and start < first + _ROWS:
+                # Each two count once: the other way goes into a cell that is left out.
+                again_BM = torch.ones_like(cell_BM, dtype=torch.bool).tril_(first - start)
+                cell_BM.masked_fill_(again_BM, _CELLS)
+            sum_2C[0] += torch.bincount(cell_BM.view(-1), minlength=_CELLS + 1)
             if labels_M[0] <= labels_B[-1] and labels_B[0] <= labels_M[-1]:
-                same_BM = labels_B[:, None] == labels_M
-                if once_BM is not None:
-                    same_BM &= once_BM
-                sum_2C[1] += torch.bincount(cell_BM[same_BM], minlength=_CELLS)
-            start, width = start + width, _COLUMNS
+                cell_P = cell_BM[labels_B[:, None] == labels_M]
+                sum_2C[1] += torch.bincount(cell_P, minlength=_CELLS + 1)
 
     sums = [
-        torch.zeros(2, _CELLS, dtype=torch.int64, device=unit_QD.device)
+        torch.zeros(2, _CELLS + 1, dtype=torch.int64, device=unit_QD.device)
         for _ in range(workers_on(unit_QD.device))
     ]
     in_workers(count, range(0, len(labels_Q), _ROWS), sums)
-    all_C, genuine_C = torch.stack([sum_2C.cpu() for sum_2C in sums]).sum(0)
+    all_C, genuine_C = torch.stack([sum_2C.cpu() for sum_2C in sums]).sum(0)[:, :_CELLS]
     return PairCounts(genuine_C, all_C - genuine_C)
 
 
