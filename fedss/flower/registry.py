@@ -27,9 +27,9 @@ class Growth:
 class Registry:
     """Classes in the order of their rows, and clients in that of their numbers. It only grows.
 
-    Names are what sites send: plain ones, where ``secret`` is empty, or tokens, where it shows that
-    all were made with the same secret; None: no site has come yet. ``growth`` tells what was there
-    in each round, so that rounds which are run again see what they saw.
+    Names are plain where ``secret`` is empty; else pseudonyms, and it shows that all were made with
+    one secret; None: no site has registered. ``growth`` is the history, so that rounds which are
+    run again see what they saw.
     """
 
     classes: tuple[str, ...] = ()
@@ -47,12 +47,7 @@ def register(
 ) -> Registry:
     """The registry with new names behind the old ones, in sorted order.
 
-    Args:
-        registry: what is there.
-        classes: names of classes, new ones or not.
-        clients: names of clients.
-        round: the first round (0-based) that sees them; the first names of all are there from
-            round 0 on.
+    ``round`` (0-based) is the first that sees them; the first names of all are there from 0 on.
     """
     new_classes = sorted(set(classes).difference(registry.classes))
     new_clients = sorted(set(clients).difference(registry.clients))
@@ -83,11 +78,11 @@ def load_registry(path: Path) -> Registry:
     """
     if not path.exists():
         return Registry()
-    found = read_json(path)
+    content = read_json(path)
     try:
-        growth = tuple(Growth(**entry) for entry in found["growth"])
-        classes, clients = _texts(found["classes"]), _texts(found["clients"])
-        (secret,) = _texts([found["secret"]])
+        growth = tuple(Growth(**entry) for entry in content["growth"])
+        classes, clients = _texts(content["classes"]), _texts(content["clients"])
+        (secret,) = _texts([content["secret"]])
         now = Growth(growth[-1].round, len(classes), len(clients))
         if growth[0].round != 0 or growth[-1] != now:
             raise ValueError("its names and its growth do not fit together")
@@ -121,10 +116,9 @@ def _texts(names: Any) -> tuple[str, ...]:
 
 
 def token(secret: bytes, kind: str, name: str) -> str:
-    """What stands for a name at the server: HMAC-SHA256 of kind and name, 128 bits in hex.
+    """A name's pseudonym at the server: HMAC-SHA256 of kind and name, 128 bits in hex.
 
-    Sites with the same secret make the same token of a name. Without the secret a token can
-    neither be read nor, for names that one may guess, tried out. (Ours.)
+    The same at all sites with one secret. Without the secret not even a guess can be checked.
     """
     # Names of folders may hold bytes that are no UTF-8.
     text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
@@ -132,5 +126,5 @@ def token(secret: bytes, kind: str, name: str) -> str:
 
 
 def digest(*lists: Sequence[str]) -> str:
-    """A short stamp of lists of names, by which site and server tell whether they agree."""
+    """A short fingerprint of lists of names, by which site and server see whether they agree."""
     return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:32]

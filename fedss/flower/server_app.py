@@ -106,21 +106,20 @@ def _federation(
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
     check_registry(path, newest)
-    told = {
+    metadata = {
         "version": version("fedss"),
         "config": dataclasses.asdict(config),
         "frozen": frozen_fingerprint(embedder),
     }
-    # Before the first checkpoint nothing has been learnt by which a row would be known.
+    # Before the first checkpoint nothing depends on the registry.
     registry = load_registry(path) if newest else Registry()
-    sites = Sites(grid, told, deployment, path, registry)
+    sites = Sites(grid, metadata, deployment, path, registry)
     wire = wire_format(config, embedder, 1)
     engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     task, train = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
-        task = evaluation_task(config, data)
-        train = data.train
+        task, train = evaluation_task(config, data), data.train
         check_tellable(task, data.name, config.test_classes)
     sites.start(deployment.sites, newest)
     with _judge(config, embedder, task) as workers:
@@ -132,15 +131,14 @@ def _federation(
             with intra_op_threads(workers.count):
                 return judge(task, embedded)
 
-        def floors(backbone_P: torch.Tensor) -> Floors:
+        def measure_floors(backbone_P: torch.Tensor) -> Floors:
             if task is None or workers is None or train is None:
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                found = data_floors(task) | backbone_floors(
-                    embedder, task, train, compute_device(config)
-                )
-            return found if untrained is None else found | floor("untrained", untrained)
+                device = compute_device(config)
+                floors = data_floors(task) | backbone_floors(embedder, task, train, device)
+            return floors if untrained is None else floors | floor("untrained", untrained)
 
         yield Federation(
             engine=engine,
@@ -148,7 +146,7 @@ def _federation(
             cohort_size=config.clients_per_round,
             client_name=lambda client: sites.registry.clients[client],
             evaluate=evaluate,
-            floors=floors,
+            floors=measure_floors,
             task=task,
             quorum=deployment.quorum,
             attempts=deployment.attempts,

@@ -29,11 +29,15 @@ from fedss.seeds import generator
 from fedss.wire.messages import WireFormat
 
 
-def load_data(config: Config) -> Dataset:
+def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     """The data set that a configuration names.
 
     Its training images are dealt to other clients (``partition``), then turned (``rotations``),
     then clients of many classes are split (``client_classes``), as far as it says so.
+
+    Args:
+        config: names it.
+        at_site: as in :func:`fedss.data.load_dataset`.
 
     Raises:
         DataError: it cannot be found or read, or does not fit together.
@@ -50,6 +54,7 @@ def load_data(config: Config) -> Dataset:
         glyphs_clients=config.glyphs_clients,
         partition=config.partition,
         partition_clients=config.partition_clients,
+        at_site=at_site,
     )
     if not len(data.train):
         return data

@@ -14,7 +14,7 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, RetrievalTask, index_clients
 from fedss.data.augment import AUGMENTATIONS, preview
 from fedss.distributed import Ranks
-from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
+from fedss.engines.local import intra_op_threads, local_engine
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
 from fedss.evaluation.evaluate import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
@@ -58,7 +58,7 @@ OnPhase = Callable[[str], None]
 Known = dict[tuple[object, ...], Floors]
 """Floors that several runs share, by what they depend on."""
 Federate = Callable[[Embedder, ServerOptimizer, OnPhase], AbstractContextManager[Federation]]
-"""Opens a federation for a model and a server optimizer, which may tell of its phases."""
+"""Opens a federation for a model and a server optimizer; it reports the ends of phases."""
 
 
 @contextmanager
@@ -93,8 +93,12 @@ def local_federation(
         stack=config.stack,
     ) as engine:
 
+        def embed(backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
+            # Retrieval is computed on the device where clients train, too.
+            return engine.embed(backbone_P, pixels).to(engine.workers.device)
+
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation | None:
-            embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
+            embedded = embed_task(partial(embed, backbone_P), task)
             if not ranks.first:
                 return None
             # Between rounds the workers of all ranks are idle and their cores free.
@@ -105,8 +109,8 @@ def local_federation(
             # All ranks embed: whether they need not must be the same at each.
             untrained = "untrained", config.eval_split, config.precision, fingerprint(embedder)
             if untrained not in known:
-                found = evaluate(backbone_P, 0)
-                by_class = found and found.by_class
+                evaluation = evaluate(backbone_P, 0)
+                by_class = evaluation and evaluation.by_class
                 known[untrained] = floor("untrained", by_class) if by_class else Floors()
             if not ranks.first:
                 return None
@@ -116,9 +120,8 @@ def local_federation(
                 if plain not in known:
                     known[plain] = data_floors(task)
                 if frozen not in known:
-                    known[frozen] = backbone_floors(
-                        embedder, task, data.train, compute_device(config)
-                    )
+                    device = compute_device(config)
+                    known[frozen] = backbone_floors(embedder, task, data.train, device)
             return known[plain] | known[untrained] | known[frozen]
 
         yield Federation(
@@ -131,8 +134,3 @@ def local_federation(
             task=task,
             preview=shown,
         )
-
-
-def _embed_there(engine: LocalEngine, backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
-    """Embeddings on the device where clients train, so that retrieval is computed there too."""
-    return engine.embed(backbone_P, pixels).to(engine.workers.device)
