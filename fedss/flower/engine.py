@@ -1,7 +1,7 @@
 """The engine of a real federation: two message phases a round, and to each site its own.
 
-Clients ask for classes, then they train. The reply to a training message carries what the site's
-clients will ask for in the next round, so most rounds are one message to each site. Nothing that a
+Clients ask for classes, then they train. The reply to a training message also has the requests of
+the site's clients in the next round, so most rounds are one message to each site. Nothing that a
 site sends is used before :mod:`fedss.flower.validation` has checked it.
 """
 
@@ -24,16 +24,7 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.evaluation.intervals import FLOORS
-from fedss.flower.messages import (
-    EVALUATE,
-    REQUEST,
-    TRAIN,
-    Tensors,
-    buffer,
-    of_clients,
-    pack,
-    say,
-)
+from fedss.flower.messages import EVALUATE, REQUEST, TRAIN, Tensors, buffer, of_clients, pack, say
 from fedss.flower.sites import Sites
 from fedss.flower.validation import (
     Parts,
@@ -52,14 +43,8 @@ from fedss.wire.messages import WireFormat, encode_broadcast, encode_request, tr
 class FlowerEngine:
     """A :class:`fedss.core.engine.Engine` for clients at sites.
 
-    Attributes:
-        sites: who takes part.
-        rounds: number of rounds of the run.
-        cohort_size: clients per round.
-        optimizer: the server optimizer, which knows how rows are read.
-        wire: how messages are encoded; n is that of each round.
-        on_phase: told when a phase is over.
-        requests: what clients ask for, as far as it is known, by round and n.
+    Rows are read by ``optimizer``; n in ``wire`` is replaced by that of each round; ``on_phase`` is
+    called at the end of a phase. ``requests`` are those known so far, by round and n.
     """
 
     sites: Sites
@@ -229,13 +214,13 @@ class FlowerEngine:
             round: number of rounds complete.
 
         Returns:
-            The means, the numbers of queries added up, and of ``sites`` that could tell; None where
-            none could. Before the first round also the floors that all of these sites have.
+            The means, the sums of counts, and the number of ``sites`` that could evaluate; None
+            where none could. Before the first round also the floors that all these sites have.
         """
         wire, online = replace(self.wire, backbone_down="float32"), self.sites.nodes()
         asked = {n: site for n, site in self.sites.online.items() if n in online}
         asked = {n: site for n, site in asked.items() if n not in self.sites.aside} or asked
-        packed = buffer(encode_broadcast(wire, Broadcast(backbone_P, None)))
+        packed = buffer(encode_broadcast(wire, Broadcast(backbone_P)))
 
         def messages() -> Iterator[tuple[int, Message]]:
             for node, site in asked.items():

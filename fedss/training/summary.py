@@ -9,18 +9,11 @@ import numpy as np
 import torch
 
 from fedss.config import Config
-from fedss.core.client import (
-    Broadcast,
-    ClientUpdate,
-    RoundPlan,
-    limit_own_classes,
-    num_negatives,
-)
+from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, limit_own_classes, num_negatives
 from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
 from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
 from fedss.losses.methods import METHODS
-from fedss.losses.moments import Moments
 from fedss.losses.softmax import ClassSample, Objective
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.sampling.samplers import Sampler
@@ -189,7 +182,7 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
     count = len(own_P) + num_negatives(plan, len(own_P))
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
-    moments = Moments(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
+    payload = plan.method.payload(torch.eye(dim + 1).double()) if plan.method.payload else {}
     dealt, asked = None, ids_S
     if plan.sampler.drawn_by == "server":
         asked = ids_S[: len(own_P)]
@@ -197,7 +190,7 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
         log_q_S = -ids_S.float() if plan.sampler.q_each else -torch.ones(count)
         dealt = ClassSample(ids_S, log_q_S, ids_S < len(own_P))
     down = {
-        **encode_broadcast(wire, Broadcast(backbone_P, moments)),
+        **encode_broadcast(wire, Broadcast(backbone_P, payload)),
         **encode_answer(wire, ids_S, zeros_SD, dealt),
     }
     update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0)
