@@ -51,12 +51,7 @@ from fedss.models import Embedder, frozen_fingerprint
 from fedss.seeds import generator
 from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
 from fedss.wire.downlink import receive
-from fedss.wire.messages import (
-    WireFormat,
-    decode_broadcast,
-    encode_request,
-    encode_update,
-)
+from fedss.wire.messages import WireFormat, decode_broadcast, encode_request, encode_update
 
 app = ClientApp()
 show_on_stderr()  # The process is the app's own.
@@ -74,31 +69,28 @@ Answer = tuple[dict[str, Any], dict[str, Tensors]]
 
 @dataclass(frozen=True)
 class SiteImages:
-    """What a site holds, and under which names.
+    """What a site holds, and under which names the server knows it.
 
     Attributes:
         data: the site's images.
         clients: its training images by client.
-        classes: names that the server knows, sorted, each once.
-        class_of: for each label, the place of its name there.
-        client_names: names that the server knows, sorted.
-        client_of: for each of these, the number of the client in ``clients``.
-        secret: shows which secret the names were made with, empty where they are plain.
+        names: of classes and of clients, both sorted, each once; and which secret they were made
+            with, empty where they are plain.
+        class_of: for each label, the place of its class's name.
+        client_of: for each client's name, the number of the client in ``clients``.
     """
 
     data: Dataset
     clients: ClientIndex
-    classes: list[str]
+    names: dict[str, Any]
     class_of: np.ndarray
-    client_names: list[str]
     client_of: np.ndarray
-    secret: str
 
 
 @app.query("register")
 def answer_register(message: Message, context: Context) -> Message:
     """The site's names, to a server that does not know it yet."""
-    return _answer(message, context, lambda site, metadata, buffers: (_names(site), {}))
+    return _answer(message, context, lambda site, metadata, buffers: (site.names, {}))
 
 
 @app.query("classes")
@@ -148,10 +140,9 @@ def _checked(
     local = {name: node[name] for name in ("device", "workers", "weights") if name in node}
     config = replace(config_from_dict(metadata["config"]), **local)
     site = _open(config, node)
-    names = _names(site)
-    stamp = digest(names["classes"], names["clients"])
+    stamp = digest(site.names["classes"], site.names["clients"])
     if metadata.get("stamp", stamp) != stamp:
-        return pack({"round": round, "changed": names})
+        return pack({"round": round, "changed": site.names})
     reply, parts = work(site, {**metadata, "config": config}, buffers)
     return pack({"round": round, **reply}, **{name: buffer(of) for name, of in parts.items()})
 
@@ -185,16 +176,13 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
     if len(set(clients)) < len(clients):
         raise ConfigError("two clients of this site have one name but for outer spaces and accents")
     unique = sorted(set(classes))
-    order = sorted(range(len(clients)), key=clients.__getitem__)
-    return SiteImages(
-        data,
-        index_clients(images),
-        unique,
-        row_numbers(unique, classes),
-        [clients[i] for i in order],
-        np.array(order),
-        "" if secret is None else token(secret, "proof", ""),
-    )
+    names = {
+        "classes": unique,
+        "clients": sorted(clients),
+        "secret": "" if secret is None else token(secret, "proof", ""),
+    }
+    rows, places = row_numbers(unique, classes), row_numbers(clients, names["clients"])
+    return SiteImages(data, index_clients(images), names, rows, places)
 
 
 def _secret(path: Path) -> bytes:
@@ -226,10 +214,6 @@ def _share(data: Dataset, part: int, parts: int) -> Dataset:
         [images.names[i] for i in np.flatnonzero(mine_N).tolist()],
     )
     return replace(data, train=chosen)
-
-
-def _names(site: SiteImages) -> dict[str, Any]:
-    return {"classes": site.classes, "clients": site.client_names, "secret": site.secret}
 
 
 def _plan(metadata: Metadata) -> RoundPlan:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedss.config import Config
 from fedss.core.optimizers import ServerOptimizer
-from fedss.data import RetrievalTask
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
@@ -122,7 +121,13 @@ def _federation(
         task, train = evaluation_task(config, data), data.train
         check_tellable(task, data.name, config.test_classes)
     sites.start(deployment.sites, newest)
-    with _judge(config, embedder, task) as workers:
+    # They embed the server's own test images, if it has any.
+    count = config.workers or torch.get_num_threads()
+    judging: AbstractContextManager[Workers | None] = nullcontext()
+    if task is not None:
+        device = compute_device(config)
+        judging = start_workers(embedder, task.query.pixels, count, device=device)
+    with judging as workers:
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
             if task is None or workers is None:
@@ -136,7 +141,6 @@ def _federation(
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                device = compute_device(config)
                 floors = data_floors(task) | backbone_floors(embedder, task, train, device)
             return floors if untrained is None else floors | floor("untrained", untrained)
 
@@ -152,17 +156,3 @@ def _federation(
             attempts=deployment.attempts,
             pause=deployment.pause,
         )
-
-
-@contextmanager
-def _judge(
-    config: Config, embedder: Embedder, task: RetrievalTask | None
-) -> Iterator[Workers | None]:
-    """Workers that embed the server's own test images, if it has any."""
-    if task is None:
-        yield None
-        return
-    device = compute_device(config)
-    count = config.workers or torch.get_num_threads()
-    with start_workers(embedder, task.query.pixels, count, device=device) as workers:
-        yield workers

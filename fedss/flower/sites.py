@@ -47,10 +47,10 @@ class Sites:
         deployment: how long sites have to answer, and how many must.
         path: the registry's file.
         registry: rows of classes and numbers of clients.
-        online: those that have registered, by node.
+        online: registered sites, by node.
         refused: nodes online that could not register, and why.
-        aside: sites that let the others wait, and the first round (0-based) that asks them again.
-        unanswered: the messages that these have not answered, by id, and the site of each.
+        aside: sites that made the others wait, and the first round (0-based) that asks them again.
+        unanswered: ids of the messages that these have not answered, and their nodes.
     """
 
     grid: Nodes

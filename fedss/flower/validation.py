@@ -1,6 +1,7 @@
 """Checks of replies, before anything is decoded or added up: sites may be broken or malicious.
 
-What is not exactly as asked for is refused whole for the client that it concerns, with a reason.
+What is not exactly as asked for is refused whole for the client that it concerns: every check
+raises a :class:`RefusedError`.
 """
 
 from collections.abc import Collection
@@ -57,11 +58,7 @@ Parts = dict[int, dict[str, Tensor]]
 def read_reply(
     reply: "Message | RefusedError", round: int
 ) -> tuple[dict[str, Any], dict[str, Parts]]:
-    """Metadata of a reply, and what its buffers have for each client.
-
-    Raises:
-        RefusedError: there is none, it is an error, or not of this round.
-    """
+    """Metadata of a reply, and what its buffers have for each client."""
     if isinstance(reply, RefusedError):
         raise reply
     if reply.has_error():
@@ -88,11 +85,7 @@ def _detail(detail: Any) -> str:
 
 
 def part_of(metadata: dict[str, Any], parts: Parts, client: int) -> Tensors:
-    """A client's part of a reply.
-
-    Raises:
-        RefusedError: it failed at the site.
-    """
+    """A client's part of a reply."""
     failed = metadata.get("failed")
     if isinstance(failed, dict) and str(client) in failed:
         raise RefusedError("raised", _detail(failed[str(client)]))
@@ -100,11 +93,7 @@ def part_of(metadata: dict[str, Any], parts: Parts, client: int) -> Tensors:
 
 
 def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor:
-    """The ids that a client asks for: sorted, unique, of this table, and no more than its part.
-
-    Raises:
-        RefusedError: they are not.
-    """
+    """The ids that a client asks for: sorted, unique, of this table, and no more than its part."""
     n, size = plan.num_classes, plan.sample_size
     at_server = plan.sampler.drawn_by == "server"
     most = {
@@ -129,11 +118,7 @@ def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor
 def check_update(
     wire: WireFormat, plan: RoundPlan, client: int, ids_S: Tensor, message: Tensors
 ) -> ClientUpdate:
-    """A client's update, if it is one for these rows: names, dtypes, shapes, ids, numbers.
-
-    Raises:
-        RefusedError: it is not.
-    """
+    """A client's update, if it is one for these rows: names, dtypes, shapes, ids, numbers."""
     # What encoded tensors look like depends on shapes alone.
     zeros_P = torch.zeros(sum(shape.numel() for shape in wire.layout))
     zeros = ClientUpdate(client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0)
@@ -170,17 +155,7 @@ def check_update(
 def check_registration(
     metadata: dict[str, Any], registry: Registry, taken: Collection[str]
 ) -> tuple[list[str], list[str], str]:
-    """A site's names of classes and of clients, and their fingerprint.
-
-    Args:
-        metadata: of the site's reply.
-        registry: what is known so far.
-        taken: names of clients at other sites.
-
-    Raises:
-        RefusedError: they are not lists of names, were made with another secret, or are clients
-            of another site.
-    """
+    """A site's names of classes and of clients, none of them ``taken``, and their fingerprint."""
     classes, clients = _names(metadata, "classes"), _names(metadata, "clients")
     if not isinstance(metadata.get("secret"), str):
         raise RefusedError("damaged", "expected which secret the names were made with")
@@ -210,11 +185,7 @@ def _names(metadata: dict[str, Any], kind: str) -> list[str]:
 
 
 def check_metrics(metadata: dict[str, Any]) -> dict[str, float] | None:
-    """Retrieval figures of a site; None if it has no images to tell by.
-
-    Raises:
-        RefusedError: they are not such figures.
-    """
+    """Retrieval figures of a site; None if it has no images to tell by."""
     metrics = metadata.get("metrics")
     if metrics is None:
         return None
@@ -235,11 +206,7 @@ def check_metrics(metadata: dict[str, Any]) -> dict[str, float] | None:
 
 
 def check_floors(metadata: dict[str, Any]) -> dict[str, float]:
-    """What a site's test gives for nothing; see `fedss.evaluation.baselines`.
-
-    Raises:
-        RefusedError: they are not such figures.
-    """
+    """What a site's test gives for nothing; see `fedss.evaluation.baselines`."""
     floors = metadata.get("floors", {})
     if (
         not isinstance(floors, dict)

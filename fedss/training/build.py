@@ -66,16 +66,13 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     return data
 
 
-DEFAULT_SAMPLE_SIZE = 64
-
-
 def sample_size(config: Config, num_classes: int) -> int:
     """``|S|``, which is 64 (or n, if that is less) unless ``config`` says otherwise.
 
     Raises:
         ConfigError: ``sample_size`` is above n.
     """
-    size = config.sample_size or min(DEFAULT_SAMPLE_SIZE, num_classes)
+    size = config.sample_size or min(64, num_classes)
     if size > num_classes:
         raise ConfigError(
             f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
@@ -118,23 +115,20 @@ def compute_device(config: Config) -> torch.device:
     device = torch.device(config.device)
     if device.type == "cuda":
         number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        device, there = torch.device("cuda", number), torch.cuda.device_count()
-        if number >= there:
+        device, count = torch.device("cuda", number), torch.cuda.device_count()
+        if number >= count:
+            others = f"up to cuda:{count - 1}" if count else "mend driver or torch (a CUDA build)"
             raise ConfigError(
                 f"device: {config.device} means GPU {number} of this machine, where torch "
-                f"{torch.__version__} finds {there}; use cpu, "
-                + (
-                    f"or up to cuda:{there - 1}"
-                    if there
-                    else "or mend driver or torch (a CUDA build)"
-                )
+                f"{torch.__version__} finds {count}; use cpu, or {others}"
             )
     return device
 
 
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The configuration's server optimizer; pooled training is its one client's SGD alone."""
-    if METHODS[config.method].pooled:
+    method = METHODS[config.method]
+    if method.pooled:
         return ServerOptimizer("sgd", lr=1.0, normalize_rows=config.normalize_rows)
     return ServerOptimizer(
         config.server_optimizer,
@@ -143,7 +137,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
         config.server_second_momentum,
         config.server_epsilon,
         config.normalize_rows,
-        METHODS[config.method].row_optimizer,
+        method.row_optimizer,
     )
 
 
@@ -152,16 +146,8 @@ def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFor
     layout = tuple(p.shape for p in embedder.parameters() if p.requires_grad)
     if METHODS[config.method].pooled:
         return WireFormat(layout, config.embedding_size, num_classes)
-    return WireFormat(
-        layout,
-        config.embedding_size,
-        num_classes,
-        config.rows_down,
-        config.rows_up,
-        config.backbone_down,
-        config.backbone_up,
-        config.moments_rank,
-    )
+    formats = config.rows_down, config.rows_up, config.backbone_down, config.backbone_up
+    return WireFormat(layout, config.embedding_size, num_classes, *formats, config.moments_rank)
 
 
 def scoring(config: Config) -> Scoring:
@@ -176,11 +162,10 @@ def round_plan(
     sampler: Sampler | None = None,
     objective: Objective | None = None,
 ) -> RoundPlan:
-    """What the clients of a round (0-based) are told; learning rates decay over the rounds.
+    """The plan of a round (0-based), which its clients get; learning rates decay over the rounds.
 
-    ``sampler``, if given, in place of the one that ``config`` names. Where there is nothing to
-    choose, the client draws: no server need be told its own classes. ``objective``, if given, in
-    place of the method's.
+    ``sampler`` and ``objective``, if given, are used in place of the configured ones. Where there
+    is nothing to choose, the client draws: the server need not know its own classes.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).

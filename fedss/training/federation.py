@@ -32,11 +32,11 @@ class Federation:
         cohort_size: clients per round.
         client_name: a client's name for people.
         evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
-        floors: what the test gives for nothing, under the first backbone's weights; likewise.
-        task: the test images that ``evaluate`` embeds, to be looked at; None: they are not here.
+        floors: baselines of the test, under the first backbone's weights; likewise.
+        task: the test images that ``evaluate`` embeds, to be shown; None where there are none.
         preview: training images as clients see them, see :func:`fedss.data.augment.preview`; None
-            where they see them as they are, or nobody here may.
-        quorum: the part of a cohort without whose updates there is no step.
+            where they are not changed, or not to be shown.
+        quorum: share of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
     """
