@@ -75,15 +75,13 @@ def local_federation(
     images, cohort_size = data.train, config.clients_per_round
     if METHODS[config.method].pooled:
         images, cohort_size = pool_images(images, cohort_size, config.seed), 1
-    clients, num_classes = index_clients(images), len(images.class_names)
-    task = evaluation_task(config, data)
-    changes, shown = AUGMENTATIONS.get(config.augment), None
-    if changes is not None:
-        # First of all: this needs a package that may not be there.
-        shown = preview(changes, images.pixels, config.seed)
+    num_classes, task = len(images.class_names), evaluation_task(config, data)
+    changes = AUGMENTATIONS.get(config.augment)
+    # Before all else: this needs a package that may not be installed.
+    shown = preview(changes, images.pixels, config.seed) if changes else None
     with local_engine(
         embedder,
-        clients,
+        index_clients(images),
         optimizer,
         wire_format(config, embedder, num_classes),
         config.workers,
