@@ -62,7 +62,7 @@ class Config:
         scale: s, factor of the cosines in the softmax (inverse temperature)
         margin_kind: margin of the softmax
         margin: size of the margin, in units of the cosine (cosface) or in radians (arcface)
-        row_mean: clients over which a class row's update is averaged (default: the method's choice)
+        row_mean: clients that a class row's update is averaged over (default: the method's)
         normalize_rows: scale class rows to length 1 after each update
         spread_out_weight: fedaws: weight of the step that spreads class rows out
         spread_out_margin: fedaws: smallest cosine distance between class rows to aim for
