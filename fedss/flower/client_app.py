@@ -65,6 +65,7 @@ _NODE_CONFIG = (
 Metadata = Mapping[str, Any]
 Buffers = Mapping[str, Tensors]
 Answer = tuple[dict[str, Any], dict[str, Tensors]]
+Handler = Callable[["SiteImages", Metadata, Buffers], Answer]
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,9 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _evaluate)
 
 
-def _answer(
-    message: Message, context: Context, work: Callable[[SiteImages, Metadata, Buffers], Answer]
-) -> Message:
+def _answer(message: Message, context: Context, handler: Handler) -> Message:
     try:
-        metadata, buffers = unpack(message)
-        content = _checked(metadata, buffers, context.node_config, work)
+        content = _checked(message, context.node_config, handler)
     except Exception as error:
         # Its text may hold names of images or people: it stays in the site's log.
         say_traceback()
@@ -124,12 +122,8 @@ def _answer(
     return Message(content, reply_to=message)
 
 
-def _checked(
-    metadata: Metadata,
-    buffers: Buffers,
-    node: Mapping[str, Any],
-    work: Callable[[SiteImages, Metadata, Buffers], Answer],
-) -> RecordDict:
+def _checked(message: Message, node: Mapping[str, Any], handler: Handler) -> RecordDict:
+    metadata, buffers = unpack(message)
     ours, theirs, round = version("fedss"), metadata["version"], metadata["round"]
     if "refused" in metadata:
         say(f"the server does not let this site take part: {metadata['refused']}")
@@ -143,7 +137,7 @@ def _checked(
     stamp = digest(site.names["classes"], site.names["clients"])
     if metadata.get("stamp", stamp) != stamp:
         return pack({"round": round, "changed": site.names})
-    reply, parts = work(site, {**metadata, "config": config}, buffers)
+    reply, parts = handler(site, {**metadata, "config": config}, buffers)
     return pack({"round": round, **reply}, **{name: buffer(of) for name, of in parts.items()})
 
 
@@ -205,7 +199,7 @@ def _share(data: Dataset, part: int, parts: int) -> Dataset:
         raise ConfigError(
             f"the data set has {len(images.client_names)} clients, fewer than the {parts} nodes"
         )
-    chosen = Images(
+    train = Images(
         images.pixels[mine_N],
         labels_N.astype(np.int64),
         clients_N.astype(np.int64),
@@ -213,18 +207,14 @@ def _share(data: Dataset, part: int, parts: int) -> Dataset:
         [images.client_names[i] for i in clients.tolist()],
         [images.names[i] for i in np.flatnonzero(mine_N).tolist()],
     )
-    return replace(data, train=chosen)
+    return replace(data, train=train)
 
 
-def _plan(metadata: Metadata) -> RoundPlan:
-    return round_plan(metadata["config"], metadata["num_classes"], metadata["round"])
-
-
-def _labels(site: SiteImages, buffers: Buffers) -> np.ndarray:
-    """The class ids (int64) of the site's training images: rows of W."""
+def _plan(site: SiteImages, metadata: Metadata, buffers: Buffers) -> tuple[RoundPlan, np.ndarray]:
+    """The round's plan, and the class ids (int64) of the site's training images: rows of W."""
     row_of_class = buffers["classes"]["classes"].numpy().astype(np.int64)
-    labels_N: np.ndarray = row_of_class[site.class_of[site.data.train.labels]]
-    return labels_N
+    labels_N = row_of_class[site.class_of[site.data.train.labels]]
+    return round_plan(metadata["config"], metadata["num_classes"], metadata["round"]), labels_N
 
 
 def _each_client(
@@ -262,7 +252,7 @@ def _requests(
 
 
 def _request(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
-    plan, labels_N = _plan(metadata), _labels(site, buffers)
+    plan, labels_N = _plan(site, metadata, buffers)
     wire = WireFormat((), metadata["config"].embedding_size, plan.num_classes)
     requests, failed = _requests(site, plan, wire, labels_N, metadata["clients"])
     return {"failed": failed}, {"requests": of_clients(requests)}
@@ -283,7 +273,7 @@ def _model(site: SiteImages, metadata: Metadata) -> Embedder:
 
 
 def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
-    config, plan, labels_N = metadata["config"], _plan(metadata), _labels(site, buffers)
+    config, (plan, labels_N) = metadata["config"], _plan(site, metadata, buffers)
     embedder = _model(site, metadata)
     wire = wire_format(config, embedder, plan.num_classes)
     sent = decode_broadcast(wire, buffers["broadcast"])
@@ -341,7 +331,7 @@ def _evaluate(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
     config = metadata["config"]
     task = site.data.test if config.eval_split == "test" else site.data.validation
     if task is None or len(count_classes(task.gallery or task.query)) < 2:
-        # Where all images are of one class, any answer is right.
+        # Within one class any answer is right.
         return {"metrics": None}, {}
     embedder = _model(site, metadata)
     wire = replace(wire_format(config, embedder, 1), backbone_down="float32")

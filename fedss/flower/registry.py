@@ -71,13 +71,13 @@ def save_registry(path: Path, registry: Registry) -> None:
 
 
 def load_registry(path: Path) -> Registry:
-    """What :func:`save_registry` wrote; an empty one if there is no file.
+    """What :func:`save_registry` wrote before a checkpoint.
 
     Raises:
-        RunFolderError: it is damaged.
+        RunFolderError: it is missing or damaged.
     """
     if not path.exists():
-        return Registry()
+        raise RunFolderError(f"{path} is missing, but there is a checkpoint: {_NEEDED}")
     content = read_json(path)
     try:
         growth = tuple(Growth(**entry) for entry in content["growth"])
@@ -89,16 +89,6 @@ def load_registry(path: Path) -> Registry:
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{path} is damaged ({error}): {_NEEDED}") from error
     return Registry(classes, clients, secret, growth)
-
-
-def check_registry(path: Path, round: int) -> None:
-    """Whether a run that goes on has its registry.
-
-    Raises:
-        RunFolderError: there is a checkpoint of ``round``, and no registry.
-    """
-    if round and not path.exists():
-        raise RunFolderError(f"{path} is missing, but there is a checkpoint: {_NEEDED}")
 
 
 _NEEDED = (

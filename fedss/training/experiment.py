@@ -16,7 +16,6 @@ from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
 from fedss.evaluation.evaluate import check_tellable
-from fedss.evaluation.intervals import interval
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
@@ -28,7 +27,7 @@ from fedss.runs.folder import (
 )
 from fedss.runs.progress import show_progress
 from fedss.runs.records import Record
-from fedss.runs.summaries import Summary, read_summaries, summarize, write_summaries
+from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.training.build import (
     build_model,
@@ -40,7 +39,7 @@ from fedss.training.build import (
     sample_size,
 )
 from fedss.training.federation import Federate, Known, local_federation
-from fedss.training.loop import OnRound, Trained, train_rounds
+from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_objective
 from fedss.training.summary import describe, describe_model
 
@@ -189,12 +188,12 @@ def train_federation(
             if not ranks.first:
                 on_round = _ignore
             with nullcontext(on_round) if on_round else show_progress(label, config) as observe:
-                done = train_rounds(config, embedder, federate, plan_of, folder, observe, ranks)
+                summary = train_rounds(config, embedder, federate, plan_of, folder, observe, ranks)
         if ranks.first:
             if not already_done:
                 about = {"method": config.method, "data": data["name"]}
                 save_embedder(embedder, folder / "model", about)
-                write_summaries(folder, [_summary(config, done)])
+                write_summaries(folder, [summary])
             # One that was written during the run says so.
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
@@ -205,13 +204,6 @@ def train_federation(
 
 def _ignore(record: Record) -> None:
     """What ranks but the first do with a round's record."""
-
-
-def _summary(config: Config, done: Trained) -> Summary:
-    run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-    run |= {"sample_size": sample_size(config, done.num_classes), "folder": "."}
-    ends = None if done.by_class is None else interval([done.by_class])
-    return summarize(run, done.records, done.floors.map_at_10, ends)
 
 
 def load_together(config: Config) -> Dataset:

@@ -20,7 +20,7 @@ from fedss.distributed import Ranks
 from fedss.errors import DivergedError, QuorumError, RunFolderError
 from fedss.evaluation.baselines import Floors, floor
 from fedss.evaluation.evaluate import Evaluation, findings
-from fedss.evaluation.intervals import ClassScores
+from fedss.evaluation.intervals import interval
 from fedss.files import write_file
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, flatten_
@@ -35,25 +35,16 @@ from fedss.runs.records import (
     read_records,
     records_to_disk,
 )
+from fedss.runs.summaries import Summary, summarize
 from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
-from fedss.training.build import server_optimizer
+from fedss.training.build import sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 
 OnRound = Callable[[Record], None]
 PlanOf = Callable[[int, int], RoundPlan]
 """``plan_of(num_classes, round)``: the plan of a round (0-based)."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the rounds leave besides weights and files."""
-
-    num_classes: int
-    records: list[Record]
-    floors: Floors
-    by_class: ClassScores | None
 
 
 @dataclass(frozen=True)
@@ -78,10 +69,10 @@ def train_rounds(
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
-) -> Trained:
+) -> Summary:
     """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
 
-    Every rank has the same state throughout; only the first writes.
+    Returns the run's summary. Every rank has the same state throughout; only the first writes.
     """
     optimizer, timer = server_optimizer(config), PhaseTimer()
     row_mean = config.row_mean or METHODS[config.method].row_mean
@@ -106,7 +97,10 @@ def train_rounds(
     by_class = evaluation.by_class if evaluation else None
     if by_class is not None:
         write_scores(folder / "by_class.json", floor("trained", by_class))
-    return Trained(state.class_rows.num_classes, records, floors, by_class)
+    run = {"method": config.method, "seed": config.seed, "rounds": config.rounds}
+    size = sample_size(config, state.class_rows.num_classes)
+    ends = None if by_class is None else interval([by_class])
+    return summarize({**run, "sample_size": size, "folder": "."}, records, floors.map_at_10, ends)
 
 
 def _to_the_end(
@@ -203,17 +197,14 @@ def _next_round(
     updates = [u for part in job.ranks.gather([without_deltas(u) for u in updates]) for u in part]
     if first_loss is not None:
         check_growth([update.loss for update in updates], first_loss, plan)
-    named = [
-        FailedClient(client=federation.client_name(failure.client), reason=failure.reason)
-        for failure in failures
-    ]
+    name = federation.client_name
     record = new_record(
         plan,
         updates,
         federation.engine.num_clients(round),
         job.timer.restart(),
         evaluation.metrics if evaluation else None,
-        named,
+        [FailedClient(client=name(f.client), reason=f.reason) for f in failures],
         attempts,
     )
     return state, record, evaluation
