@@ -56,7 +56,7 @@ class Ranks:
         return max(1, cores // self.local_size)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank gives, by rank, at all of them; it is pickled.
+        """The values of all ranks, by rank, at each of them; pickled on the way.
 
         Raises:
             RankError: another rank has left :func:`join` by an error, or is gone.
@@ -72,7 +72,7 @@ class Ranks:
         return sums
 
     def _meet(self, value: Any, failed: str | None = None) -> list[Any]:
-        # All collective calls start here, so that a failure is heard at every rank.
+        # All collective calls start with this, so that every rank hears of a failure.
         messages: list[Any] = [None] * self.size
         with _unless_lost():
             dist.all_gather_object(messages, (value, failed))
@@ -112,12 +112,12 @@ _joined: list[Ranks] = []
 def join() -> Iterator[Ranks]:
     """Train together with the other ranks, for a ``with`` block that ends well at all or at none.
 
-    An error that ends the block at one rank ends it at all: there it is raised itself, elsewhere
-    as a :class:`RankError`. A rank that is gone, and SIGTERM, by which torchrun ends the others
-    then, become a :class:`LostRankError`. Inside another such block, nothing happens.
+    An error that ends the block at one rank ends it at all, elsewhere as a :class:`RankError`. A
+    rank that is gone, and SIGTERM, by which torchrun then ends the others, become a
+    :class:`LostRankError`. Inside another such block, nothing happens.
 
     Raises:
-        ConfigError: a part of torchrun's environment is missing, or of the ranks.
+        ConfigError: torchrun's environment is incomplete, or ranks are missing.
     """
     ranks = this_rank()
     if ranks.size == 1 or _joined:
@@ -182,7 +182,7 @@ def _lost(cause: str) -> LostRankError:
 
 
 def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
-    """Positions for each of ``size`` ranks, sorted, with sums of weights as equal as is easy.
+    """Positions for each of ``size`` ranks, sorted, with nearly equal sums of weights.
 
     The heaviest goes first, always to the rank with the least so far (Graham 1969: at most
     ``4/3 - 1/(3 size)`` times the smallest possible largest sum). O(K log K).

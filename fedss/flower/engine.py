@@ -117,7 +117,7 @@ class FlowerEngine:
         def submodels(clients: Sequence[int], shared: Tensors) -> dict[str, Array]:
             answers = {k: down.answer(k) for k in clients}
             sent.update(answers)
-            # What a site gets once, for all its clients, counts to the first of them.
+            # What a site gets once for all its clients is counted at the first of them.
             sent[clients[0]] = {**down.to_all, **shared, **answers[clients[0]]}
             return {"broadcast": packed, "answers": buffer(of_clients(answers))}
 

@@ -83,7 +83,7 @@ def of_clients(parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
 
 
 def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
-    """The inverse of :func:`of_clients`; a client without tensors is not there.
+    """The inverse of :func:`of_clients`; a client without tensors is left out.
 
     Raises:
         MessageError: a name does not begin so.
@@ -98,7 +98,7 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
 
 
 def say(text: str) -> None:
-    """A line in the log, though others may have had a hand in the text."""
+    """A line in the log, whatever the text has in it."""
     _LOG.info(printable(text))
 
 

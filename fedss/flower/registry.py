@@ -38,7 +38,7 @@ class Registry:
     growth: tuple[Growth, ...] = ()
 
     def at(self, round: int) -> Growth:
-        """What was there in a round."""
+        """The numbers of a round."""
         return next(g for g in reversed(self.growth) if g.round <= round)
 
 
@@ -60,7 +60,7 @@ def register(
 
 
 def row_numbers(known: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Places of some names among the known ones, int32 in the order of ``names``."""
+    """The places of ``names`` among the known ones, int32."""
     place = {name: i for i, name in enumerate(known)}
     return np.array([place[name] for name in names], np.int32)
 
@@ -101,7 +101,7 @@ def _texts(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"expected a list of names, got {str(names)[:50]}")
     if len(set(names)) < len(names):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name is listed twice")
     return tuple(names)
 
 

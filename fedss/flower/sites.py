@@ -24,13 +24,8 @@ _WAITED_FOR = ("late", "deadline")
 
 @dataclass(frozen=True)
 class Site:
-    """A node that has registered.
-
-    Attributes:
-        stamp: of the names of its classes and clients; when these change, the site says so.
-        class_ids: int32, the rows of its classes, in the order of their names.
-        places: its clients: number, and place in the order of their names.
-    """
+    """A registered node: the fingerprint of its names, and of each name in sorted order the row of
+    the class (int32), or the number of the client with its place."""
 
     stamp: str
     class_ids: np.ndarray
@@ -41,16 +36,10 @@ class Site:
 class Sites:
     """The sites of a federation: who is online, and what each is registered with.
 
-    Attributes:
-        grid: Flower's way to the nodes.
-        metadata: what is in every message: version, configuration, fingerprint of frozen weights.
-        deployment: how long sites have to answer, and how many must.
-        path: the registry's file.
-        registry: rows of classes and numbers of clients.
-        online: registered sites, by node.
-        refused: nodes online that could not register, and why.
-        aside: sites that made the others wait, and the first round (0-based) that asks them again.
-        unanswered: ids of the messages that these have not answered, and their nodes.
+    ``metadata`` (version, configuration, fingerprint of frozen weights) is in every message, and
+    ``path`` is the registry's file. ``online`` and ``refused`` are by node; ``aside`` has the first
+    round (0-based) that asks a slow site again, ``unanswered`` the node of each message that had no
+    reply in time.
     """
 
     grid: Nodes
@@ -141,7 +130,7 @@ class Sites:
         return arrived
 
     def nodes(self) -> set[int]:
-        """Nodes that Flower says are there."""
+        """Nodes that are online, as Flower says."""
         return set(once_more(self.grid.get_node_ids))
 
     def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
@@ -194,12 +183,12 @@ class Sites:
     def exchange(
         self, messages: Iterable[tuple[int, Message]], enough: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[int, "Message | RefusedError"]]:
-        """Send messages and give the replies: :func:`fedss.flower.exchange.exchange`."""
+        """:func:`fedss.flower.exchange.exchange` with the deployment's times."""
         of_run = self.deployment
         return exchange(self.grid, messages, of_run.deadline, enough, of_run.grace, self.unanswered)
 
     def put_aside(self, node: int, error: RefusedError, round: int) -> None:
-        """A site that let the others wait is not asked in some rounds from ``round`` on."""
+        """Do not ask a site that made the others wait, in some rounds from ``round`` on."""
         if error.reason in _WAITED_FOR and self.deployment.aside:
             self.aside[node] = again = round + self.deployment.aside
             say(

@@ -32,7 +32,7 @@ from fedss.wire.messages import WireFormat
 def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     """The data set that a configuration names.
 
-    Its training images are dealt to other clients (``partition``), then turned (``rotations``),
+    Its training images are reassigned to clients (``partition``), then rotated (``rotations``),
     then clients of many classes are split (``client_classes``), as far as it says so.
 
     Args:
@@ -204,10 +204,9 @@ def round_plan(
 
 
 def pool_images(images: Images, cohort_size: int, seed: int) -> Images:
-    """Images dealt at random to as few clients as there are cohorts.
+    """Images assigned at random to as few clients as there are cohorts.
 
-    One of them a round, trained from the last one's weights, is central SGD, with as many
-    images a round as a cohort holds on average.
+    One of them per round is central SGD, with as many images as a cohort holds on average.
     """
     shards = max(1, len(images.client_names) // cohort_size)
     order = generator(seed, "pool").permutation(len(images))
@@ -217,11 +216,7 @@ def pool_images(images: Images, cohort_size: int, seed: int) -> Images:
 
 
 def check_trainable(data: Dataset) -> None:
-    """Whether there is anything to train on.
-
-    Raises:
-        DataError: there are test images alone.
-    """
+    """Raise a DataError if there are no training images."""
     if not len(data.train):
         raise DataError(
             f"data set {data.name!r} has no training images, only images to test with: give "

@@ -212,7 +212,7 @@ def load_together(config: Config) -> Dataset:
     On each host one rank goes first and makes the cache of decoded images, which others read.
 
     Raises:
-        ConfigError: there is no such device, which is better known before images are decoded.
+        ConfigError: there is no such device; checked before images are decoded.
         DataError: they cannot be found or read, or do not fit together.
     """
     compute_device(config)

@@ -49,7 +49,7 @@ PlanOf = Callable[[int, int], RoundPlan]
 
 @dataclass(frozen=True)
 class _Job:
-    """What stays the same from round to round."""
+    """What is the same in all rounds."""
 
     config: Config
     federation: Federation
@@ -153,7 +153,7 @@ def _to_the_end(
 
 
 def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: Ranks) -> Floors:
-    """What a run's test gives for nothing: measured once, before its first round."""
+    """Baselines of the test: measured once, before the first round."""
     path, floors = folder / "floors.json", None
     if ranks.first and path.exists():
         # What cannot be read is measured again.

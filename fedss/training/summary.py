@@ -101,7 +101,7 @@ def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
 
 
 def notes(config: Config, data: Dataset) -> list[str]:
-    """What makes a run other than it looks; each in a line of up to 80 columns."""
+    """What is easily overlooked in a run; each in a line of up to 80 columns."""
     classes, own_K = len(data.train.class_names), count_own_classes(data.train)
     size = sample_size(config, classes)
     weak = weakness(len(count_classes(evaluation_task(config, data).query)))
@@ -121,8 +121,7 @@ def notes(config: Config, data: Dataset) -> list[str]:
 def describe_model(
     embedder: Embedder, sampler: Sampler | None, objective: Objective | None
 ) -> dict[str, Any]:
-    """What a run writes down of what code or files may bring along: a model's structure, the
-    weights that it came with and those that stay as they are, a sampler, a loss."""
+    """A run's record of its model's structure, initial and frozen weights, sampler and loss."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
