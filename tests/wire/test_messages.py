@@ -94,6 +94,18 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
     assert counted["moment_bytes_up"] == 0
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_the_wire_carries_a_payload_that_it_does_not_know(dim, precision):
+    payload = {"mine.vector": torch.rand(dim), "mine.matrix": symmetric(dim)}
+    format_ = wire(5, dim, 9, precision, None)
+    got = decode_broadcast(format_, encode_broadcast(format_, Broadcast(torch.rand(5), payload)))
+    assert got.payload.keys() == payload.keys()
+    for name, tensor in payload.items():
+        assert got.payload[name].shape == tensor.shape
+        assert (got.payload[name] - tensor).abs().max() <= 0.3 * tensor.abs().max()
+
+
 @pytest.mark.parametrize(("requested", "n"), [(64, 964), (256, 100_000), (964, 964)])
 def test_bytes_are_the_arithmetic_within_two_percent(requested, n):
     d, parameters = 64, 30_240
