@@ -24,8 +24,6 @@ Schedule = Literal["constant", "linear", "cosine"]
 RowStore = Literal["memory", "file"]
 EvalSplit = Literal["test", "validation"]
 
-_MOST_OF_MOMENTS = 4096  # 67 MB for a matrix in float32
-
 _FIRST_OF_GROUP = {
     "data": "data",
     "method": "method",
@@ -46,67 +44,67 @@ class Config:
         data_path: file or folder of the data set (csv: the manifest)
         image_size: side in pixels that images are resized to (default: 64, drawings 28)
         channels: 1 for grayscale, 3 for colour (default: 3 if any image has colour)
-        test_classes: share of classes held out for the test, where the data set names none
+        test_classes: share of the classes held out for testing, if the data set has no test split
         skip_broken: leave out unreadable images, and count them
-        data_seed: seed of the glyphs, the held-out classes and who holds what
-        glyphs_classes: glyphs: number of classes, those of the test included
+        data_seed: seed of the glyphs, the held-out classes and the assignment to clients
+        glyphs_classes: glyphs: number of classes, including test classes
         glyphs_clients: glyphs: number of training clients
-        partition: assign the images to clients anew: classes:K, dirichlet:ALPHA or class
+        partition: reassign images to clients: classes:K, dirichlet:ALPHA or class
         partition_clients: partition: number of clients
-        client_classes: most classes of one client: clients with more are split (default: no limit)
-        rotations: turn images by 90, 180 and 270 degrees, as further classes and clients
-        eval_split: retrieval task to evaluate on
+        client_classes: most classes per client; clients with more are split (default: no limit)
+        rotations: add images rotated by 90, 180 and 270 degrees, as new classes and clients
+        eval_split: split to evaluate on
         method: training method; fedss.METHODS has a line on each
-        sample_size: |S|, class rows of a client; moments: own classes, at most (default: 64)
+        sample_size: |S|, class rows per client; moments: most own classes per client (default: 64)
         sampler: how negatives are drawn
-        correction: a in -a log q, the correction of negatives' logits: 1 full, 0 none
-        cover: moments: number of decoy classes, asked for only to hide the own ones
+        correction: factor a of the correction -a log q of negatives' logits: 1 full, 0 none
+        cover: moments: number of decoy classes requested to hide a client's own classes
         scale: s, factor of the cosines in the softmax (inverse temperature)
         margin_kind: margin of the softmax
-        margin: size of the margin: of the cosine (cosface), or in radians (arcface)
-        row_mean: clients that a class row's update is averaged over, by default the method's
-        normalize_rows: scale class rows to length 1 in each round that changes them
+        margin: size of the margin, in units of the cosine (cosface) or in radians (arcface)
+        row_mean: clients that a class row's update is averaged over (default: the method's)
+        normalize_rows: scale class rows to length 1 after each update
         spread_out_weight: fedaws: weight of the step that spreads class rows out
-        spread_out_margin: fedaws: cosine distance that class rows should keep
-        spread_out_neighbours: fedaws: number of nearest rows that a row should keep away from
+        spread_out_margin: fedaws: smallest cosine distance between class rows to aim for
+        spread_out_neighbours: fedaws: number of nearest rows that each row is pushed away from
         backbone: network: conv4, conv4-<width> or timm:<name>
         pretrained: start from timm's pretrained weights
         weights: file with weights of a timm model: .safetensors, .pth or .pt
         trainable: part that is trained: all, head (the projection) or last-<number> blocks
-        batch_norm: batch norms (auto: freeze pretrained ones)
-        pixel_mean: mean of the pixels that the weights expect, such as 0.485,0.456,0.406
-        pixel_std: standard deviation of the pixels that the weights expect
-        embedding_size: d, numbers in an embedding
+        batch_norm: how batch norm layers are treated (auto: pretrained ones are frozen)
+        pixel_mean: mean pixel value per channel that the weights expect, such as 0.485,0.456,0.406
+        pixel_std: standard deviation of pixel values per channel that the weights expect
+        embedding_size: d, dimension of an embedding
         rounds: number of rounds
         clients_per_round: cohort size: clients that train in a round
-        local_epochs: passes of a client over its images in a round
-        local_steps: batches of a client in a round, in place of local_epochs
-        batch_size: images in a batch
+        local_epochs: passes of a client over its images per round
+        local_steps: batches of a client per round, in place of local_epochs
+        batch_size: images per batch
         client_lr: learning rate of the backbone at clients
         class_row_lr: learning rate of the class rows at clients (default: 2; moments: 1)
-        augment: random changes of training images
+        augment: random changes to training images
         precision: number format of the network's forward pass
-        lr_schedule: how both learning rates decay over the rounds
+        lr_schedule: decay of client_lr and class_row_lr over the rounds
         lr_decay_start: share of the rounds before the decay starts
         server_optimizer: optimizer of the server
         server_lr: learning rate of the server
         server_momentum: momentum of the server (adam: beta1)
         server_second_momentum: adam: beta2 of the server
         server_epsilon: adam: epsilon of the server
-        rows_down: format of rows and moments sent to clients
-        rows_up: format of their changes sent back
-        backbone_down: format of the backbone sent to clients
-        backbone_up: format of its change sent back
-        moments_rank: moments: eigenvectors sent of each covariance matrix (default: all)
-        row_dtype: number format of the class rows that the server keeps
+        rows_down: number format of class rows and moments sent to clients
+        rows_up: number format of class-row updates sent to the server
+        backbone_down: number format of the backbone sent to clients
+        backbone_up: number format of backbone updates sent to the server
+        moments_rank: moments: number of eigenvectors sent of the covariance matrix (default: all)
+        row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows
         seed: seed of every random draw of the run
         eval_every: rounds between evaluations; 0: only at the end
         checkpoint_every: rounds between checkpoints
         device: where clients train and embed: cpu, cuda, cuda:1, ...
-        stack: clients trained in one call of the network: for GPUs and small networks
+        stack: clients trained in one call of the network; for GPUs and small networks
         workers: threads that train clients (default: one per core, 1 on a GPU)
-        keep_memory: keep freed memory for the next step: faster (Linux with glibc)
+        keep_memory: reuse freed memory in the next step: faster (Linux with glibc)
 
     Raises:
         ConfigError: a value that cannot be, on construction.
@@ -208,10 +206,10 @@ class Config:
             raise ConfigError(
                 "normalize_rows: method moments takes rows for unit vectors; leave it on"
             )
-        if self.embedding_size > _MOST_OF_MOMENTS:
+        if self.embedding_size > 4096:  # 67 MB for a matrix in float32
             raise ConfigError(
-                f"embedding_size: method moments sends matrices of its square, expected at most "
-                f"{_MOST_OF_MOMENTS}, got {self.embedding_size}"
+                "embedding_size: method moments sends matrices of its square, expected at most "
+                f"4096, got {self.embedding_size}"
             )
         if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
             raise ConfigError(
@@ -237,10 +235,7 @@ def option_numbers(config: Config, name: str) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class Option:
-    """A configuration field as the command line needs it.
-
-    ``choices`` is empty unless the values are a closed list; ``optional`` fields may be None.
-    """
+    """A configuration field for the command line; ``choices`` is empty unless values are listed."""
 
     name: str
     type: type
@@ -257,13 +252,12 @@ def _options() -> tuple[Option, ...]:
     section = cleandoc(Config.__doc__ or "").partition("Attributes:")[2].partition("\n\n")[0]
     texts = dict(re.findall(r"^    (\w+): (.+)$", section, re.M))
     for item in dataclasses.fields(Config):
-        hint, args = hints[item.name], get_args(hints[item.name])
+        args = get_args(hints[item.name])
         optional = type(None) in args
-        values = args[0] if optional else hint
+        values = args[0] if optional else hints[item.name]
         choices = tuple(SAMPLERS) if item.name == "sampler" else get_args(values)
-        kind = str if choices else values
+        kind, text = str if choices else values, texts[item.name]
         group = _FIRST_OF_GROUP.get(item.name, group)
-        text = texts.get(item.name, "")
         options.append(Option(item.name, kind, optional, choices, item.default, text, group))
     return tuple(options)
 
@@ -327,8 +321,10 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+    similar = difflib.get_close_matches(str(value), choices)
+    hint = (
+        f"did you mean {' or '.join(similar)}?" if similar else f"choose from {', '.join(choices)}"
+    )
     raise ConfigError(f"{name}: {value!r} is unknown; {hint}")
 
 

@@ -1,11 +1,8 @@
 """Ranks: processes that train one model together, started by torchrun on one host or several.
 
-Every rank runs the same program on the same server state, class rows and all. A round is shared
-out: each rank trains a part of the cohort, the sums over clients are added up over the ranks, and
-every rank takes the same server step. Only the first rank writes and speaks.
-
-Sums are added up where they lie, by gloo on the CPU and by nccl on a GPU. So far all of fedss's
-state lies on the CPU.
+Every rank runs the same program on the same server state. Each trains a part of a round's cohort,
+the sums over clients are reduced over the ranks, and every rank takes the same server step. Only
+the first rank writes and logs. Sums on the CPU are reduced by gloo, those on a GPU by nccl.
 """
 
 import atexit
@@ -30,9 +27,8 @@ from fedss.text import printable
 T = TypeVar("T")
 _LOG = logging.getLogger("fedss.distributed")
 
-# The longest that ranks wait for one of them, which may decode images or evaluate meanwhile;
-# and so for a host that has lost its power.
-_PATIENCE = timedelta(hours=1)
+# A rank may decode images or evaluate while the others wait.
+_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,13 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes and logs."""
         return self.rank == 0
 
     @property
     def cores(self) -> int:
-        """Threads that this rank may keep busy. (torchrun tells torch to use one, so a rank among
-        several takes its share of the host's cores instead of torch's word.)"""
+        """Threads that this rank may use: its share of the host's cores, as torchrun sets torch's
+        own number to one."""
         if self.size == 1:
             return torch.get_num_threads()
         usable = getattr(os, "sched_getaffinity", None)
@@ -60,7 +56,7 @@ class Ranks:
         return max(1, cores // self.local_size)
 
     def gather(self, value: T) -> list[T]:
-        """What each rank gives, by rank, at all of them; it is pickled.
+        """The values of all ranks, by rank, at each of them; pickled on the way.
 
         Raises:
             RankError: another rank has left :func:`join` by an error, or is gone.
@@ -76,36 +72,36 @@ class Ranks:
         return sums
 
     def _meet(self, value: Any, failed: str | None = None) -> list[Any]:
-        # Every meeting starts here, so that a failure is heard wherever the others are.
-        found: list[Any] = [None] * self.size
+        # All collective calls start with this, so that every rank hears of a failure.
+        messages: list[Any] = [None] * self.size
         with _unless_lost():
-            dist.all_gather_object(found, (value, failed))
-        for rank, (_, message) in enumerate(found):
+            dist.all_gather_object(messages, (value, failed))
+        for rank, (_, message) in enumerate(messages):
             if message is not None:
                 raise RankError(f"rank {rank}: {printable(message)}")
-        return [value for value, _ in found]
+        return [value for value, _ in messages]
 
 
 ALONE = Ranks()
 
 
 def this_rank() -> Ranks:
-    """What torchrun's environment says of this process; :data:`ALONE` without it.
+    """This process by torchrun's environment; :data:`ALONE` without it.
 
     Raises:
         ConfigError: the environment cannot be.
     """
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    said = {name: os.environ.get(name, default) for name, default in names.items()}
-    if said["WORLD_SIZE"] == "1":
+    values = {name: os.environ.get(name, default) for name, default in names.items()}
+    if values["WORLD_SIZE"] == "1":
         return ALONE
-    if all(value.isdecimal() for value in said.values()):
-        found = Ranks(*map(int, said.values()))
-        if found.rank < found.size and found.local_rank < found.local_size <= found.size:
-            return found
+    if all(value.isdecimal() for value in values.values()):
+        ranks = Ranks(*map(int, values.values()))
+        if ranks.rank < ranks.size and ranks.local_rank < ranks.local_size <= ranks.size:
+            return ranks
     raise ConfigError(
-        f"expected RANK below WORLD_SIZE and LOCAL_RANK below LOCAL_WORLD_SIZE, got {said}: start "
-        "the command with torchrun, which sets them, or unset them all"
+        f"expected RANK below WORLD_SIZE and LOCAL_RANK below LOCAL_WORLD_SIZE, got {values}: "
+        "start the command with torchrun, which sets them, or unset them all"
     )
 
 
@@ -116,12 +112,12 @@ _joined: list[Ranks] = []
 def join() -> Iterator[Ranks]:
     """Train together with the other ranks, for a ``with`` block that ends well at all or at none.
 
-    An error that ends the block at one rank ends it at all: there it is raised itself, elsewhere
-    as a :class:`RankError`. A rank that is gone, and SIGTERM, by which torchrun ends the others
-    then, become a :class:`LostRankError`. Inside another such block, nothing happens.
+    An error that ends the block at one rank ends it at all, elsewhere as a :class:`RankError`. A
+    rank that is gone, and SIGTERM, by which torchrun then ends the others, become a
+    :class:`LostRankError`. Inside another such block, nothing happens.
 
     Raises:
-        ConfigError: a part of torchrun's environment is missing, or of the ranks.
+        ConfigError: torchrun's environment is incomplete, or ranks are missing.
     """
     ranks = this_rank()
     if ranks.size == 1 or _joined:
@@ -149,7 +145,7 @@ def _find_each_other(ranks: Ranks) -> None:
         _LOG.info("%d ranks meet at %s", ranks.size, place)
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             f"WORLD_SIZE is {ranks.size}, but these ranks do not meet ({error}): start the command "
@@ -186,7 +182,7 @@ def _lost(cause: str) -> LostRankError:
 
 
 def share_out(weights: Sequence[int], size: int) -> list[list[int]]:
-    """Positions for each of ``size`` ranks, sorted, with sums of weights as equal as is easy.
+    """Positions for each of ``size`` ranks, sorted, with nearly equal sums of weights.
 
     The heaviest goes first, always to the rank with the least so far (Graham 1969: at most
     ``4/3 - 1/(3 size)`` times the smallest possible largest sum). O(K log K).

@@ -1,4 +1,4 @@
-"""What can go wrong by a user's doing; the command line prints each and exits with 2."""
+"""Errors that a user can mend; the command line prints each and exits with 2."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +36,7 @@ class RankError(FedssError):
 
 
 class LostRankError(RankError):
-    """Another process of the same run has ended without a word, or this one was told to end."""
+    """Another process of the same run has ended without a message, or this one got SIGTERM."""
 
 
 class QuorumError(FedssError):

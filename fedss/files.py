@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and what a file is by how it begins."""
+"""Files that are written whole or not at all, and what a file is by its first bytes."""
 
 import codecs
 import json
@@ -46,10 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_litter(folder: Path, older_than: float = 0.0) -> None:
     """Delete what :func:`atomic` left in a folder (not below it) when its process was killed.
 
-    Args:
-        folder: where to look; it may be missing.
-        older_than: seconds since the last write. 0 takes all, those of writers still at work
-            too, so it is for a folder that no other process writes to.
+    Only what is ``older_than`` so many seconds: 0 takes the files of working writers too.
     """
     with suppress(OSError):
         for file in list(folder.iterdir()):
@@ -95,12 +92,7 @@ RUN_FOLDER_ADVICE = (
 
 @contextmanager
 def writing(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
-    """Turn a failed write (a full disk, a read-only place) into a RunFolderError.
-
-    Args:
-        folder: what is written, or the folder that files are written into.
-        advice: what the message tells the user to do about it.
-    """
+    """Turn a failed write (a full disk, a read-only place) into a RunFolderError with advice."""
     try:
         yield
     except OSError as error:
@@ -117,28 +109,22 @@ def writing(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
 
 
 START_LENGTH = 512
-"""Bytes that are enough to tell."""
+"""Bytes that are enough to recognise a file."""
 
-_BEGINNINGS = (
-    (
-        b"version https://git-lfs",
-        "is a pointer of Git LFS, not the file it stands for: git lfs pull",
-    ),
-    (b"<!doctype", "is a web page: download the file itself"),
-    (b"<html", "is a web page: download the file itself"),
-    (b"<?xml", "is XML, perhaps an error of the server that it was downloaded from"),
-    (b"\x1f\x8b", "is compressed with gzip: unpack it first"),
-    (b"bzh", "is compressed with bzip2: unpack it first"),
-    (b"\xfd7zxz", "is compressed with xz: unpack it first"),
-    (b"\x89hdf", "is HDF5, as Keras writes it"),
-)
+_WEB_PAGE = "is a web page: download the file itself"
+_BEGINNINGS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file it stands for: git lfs pull",
+    b"<!doctype": _WEB_PAGE,
+    b"<html": _WEB_PAGE,
+    b"<?xml": "is XML, perhaps an error of the server that it was downloaded from",
+    b"\x1f\x8b": "is compressed with gzip: unpack it first",
+    b"bzh": "is compressed with bzip2: unpack it first",
+    b"\xfd7zxz": "is compressed with xz: unpack it first",
+    b"\x89hdf": "is HDF5, as Keras writes it",
+}
 
 
 def what_begins(start: bytes) -> str:
-    """What a file is, and what to do, to follow its name; empty where nothing tells.
-
-    Args:
-        start: its first ``START_LENGTH`` bytes, or all.
-    """
+    """What a file is, and what to do, to follow its name; empty where its start does not tell."""
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    return next((what for beginning, what in _BEGINNINGS if text.startswith(beginning)), "")
+    return next((what for beginning, what in _BEGINNINGS.items() if text.startswith(beginning)), "")

@@ -12,10 +12,9 @@ from fedss.text import PLAIN, printable
 
 
 class StderrLines(logging.Handler):
-    """Shows a record as a line that begins with ``fedss: ``; further ones, marked, lie below it.
+    """Shows a record as a line that begins with ``fedss: ``; its further lines are marked.
 
-    Others may have had a hand in the text: it moves no cursor and forges no line. What cannot be
-    written ends no work.
+    No text can move the cursor or forge a line, and a failed write raises nothing.
     """
 
     def format(self, record: logging.LogRecord) -> str:

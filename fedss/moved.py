@@ -8,55 +8,32 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-MOVED = {
-    "algorithm": "core.algorithm",
-    "allocator": "engines.allocator",
-    "augment": "data.augment",
-    "baselines": "evaluation.baselines",
-    "board": "runs.tensorboard",
-    "build": "training.build",
-    "checkpoint": "runs.checkpoint",
-    "class_rows": "core.class_rows",
-    "client": "core.client",
-    "codec": "wire.codec",
-    "confusions": "evaluation.confusions",
-    "describe": "training.summary",
-    "embedding": "inference.embedding",
-    "engines.flower": "flower",
-    "engines.flower.engine": "flower.engine",
-    "engines.flower.messages": "flower.messages",
-    "engines.flower.registry": "flower.registry",
-    "engines.flower.replies": "flower.validation",
-    "engines.flower.server": "flower.server_app",
-    "engines.flower.settings": "flower.settings",
-    "engines.flower.site": "flower.client_app",
-    "engines.stacked": "core.client_stacked",
-    "experiment": "training.experiment",
-    "extras": "optional",
-    "intervals": "evaluation.intervals",
-    "methods": "losses.methods",
-    "model_card": "inference.model_card",
-    "moments": "losses.moments",
-    "optimizers": "core.optimizers",
-    "output": "cli.output",
-    "pace": "runs.eta",
-    "pictures": "inference.pixels",
-    "portable": "inference.export",
-    "progress": "runs.progress",
-    "ranks": "distributed",
-    "records": "runs.records",
-    "report.records": "runs.reading",
-    "report.words": "runs.headlines",
-    "retrieval": "evaluation.retrieval",
-    "rff": "sampling.rff",
-    "run_folder": "runs.folder",
-    "samplers": "sampling.samplers",
-    "search.page": "search.web.page",
-    "search.server": "search.web.app",
-    "search.shelf": "search.store",
-    "softmax": "losses.softmax",
-    "verification": "evaluation.verification",
+# Modules that only went into a folder, by folder; then those with another name too.
+_INTO = {
+    "cli": "output",
+    "core": "algorithm class_rows client optimizers",
+    "data": "augment",
+    "engines": "allocator",
+    "evaluation": "baselines confusions intervals retrieval verification",
+    "inference": "embedding model_card",
+    "losses": "methods moments softmax",
+    "runs": "checkpoint progress records",
+    "sampling": "rff samplers",
+    "training": "build experiment",
+    "wire": "codec",
 }
+_RENAMED = """
+    board=runs.tensorboard describe=training.summary engines.flower=flower
+    engines.flower.engine=flower.engine engines.flower.messages=flower.messages
+    engines.flower.registry=flower.registry engines.flower.replies=flower.validation
+    engines.flower.server=flower.server_app engines.flower.settings=flower.settings
+    engines.flower.site=flower.client_app engines.stacked=core.client_stacked extras=optional
+    pace=runs.eta pictures=inference.pixels portable=inference.export ranks=distributed
+    report.records=runs.reading report.words=runs.headlines run_folder=runs.folder
+    search.page=search.web.page search.server=search.web.app search.shelf=search.store
+"""
+MOVED = {name: f"{folder}.{name}" for folder, names in _INTO.items() for name in names.split()}
+MOVED |= dict(pair.split("=") for pair in _RENAMED.split())
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -65,24 +42,18 @@ class _Finder(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        known = fullname.removeprefix("fedss.") in MOVED and fullname.startswith("fedss.")
-        return ModuleSpec(fullname, self, is_package=True) if known else None
+        package, _, old = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == "fedss" and old in MOVED else None
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"fedss.{MOVED[spec.name.removeprefix('fedss.')]}"
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        new = f"fedss.{MOVED[old.removeprefix('fedss.')]}"
         warnings.warn(
-            f"{spec.name} is {new} since fedss 0.3; the old name goes with the next release",
+            f"{old} is {new} since fedss 0.3; the old name goes with the next release",
             DeprecationWarning,
             stacklevel=2,
         )
-        found = ModuleType(spec.name, f"The module {new}, by its old name.")
-        found.__dict__.update(
-            {k: v for k, v in vars(importlib.import_module(new)).items() if not k.startswith("__")}
-        )
-        return found
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do."""
+        sys.modules[old] = importlib.import_module(new)
 
 
 def keep_old_names() -> None:

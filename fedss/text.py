@@ -5,7 +5,7 @@ import codecs
 import math
 
 DASH = "–"
-"""In place of a number that there is not."""
+"""In place of a missing number."""
 
 
 def printable(text: str) -> str:
@@ -42,7 +42,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def plural(noun: str, number: float) -> str:
-    """The noun, in the plural unless there is one of it."""
+    """The noun, in the plural unless the number is 1."""
     if number == 1:
         return noun
     if noun.endswith("y"):

@@ -137,12 +137,12 @@ def app(options: argparse.Namespace) -> None:
 def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
     """What there is to train on and to test with, before any training."""
     from fedss.training.build import check_trainable
-    from fedss.training.summary import found, notes
+    from fedss.training.summary import notes, overview
 
     tables.say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     check_trainable(data)
     told = dict.fromkeys(note for config in configs for note in notes(config, data))
-    say(*found(configs[0], data), *(f"note     {note}" for note in told))
+    say(*overview(configs[0], data), *(f"note     {note}" for note in told))
 
 
 def _plot_clients(path: Path, held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> None:

@@ -22,7 +22,6 @@ from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.losses.methods import Method, RowMean
-from fedss.losses.moments import moments_of
 from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import Sampler, ServerRows, check_negatives, class_sample
 from fedss.seeds import generator
@@ -94,11 +93,11 @@ def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np
 
 def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
     """Line 2, at the server: what all clients get. O(P + D^2), whatever n is."""
-    rows, moments = state.class_rows, None
-    if plan.method.moments:
-        assert rows.sums_EE is not None
-        moments = moments_of(rows.sums_EE)
-    return Broadcast(state.backbone_P, moments)
+    make, sums_EE = plan.method.payload, state.class_rows.sums_EE
+    if make is None:
+        return Broadcast(state.backbone_P)
+    assert sums_EE is not None
+    return Broadcast(state.backbone_P, make(sums_EE))
 
 
 def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Tensor:

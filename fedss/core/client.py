@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedss.data.augment import Augmentation, change, draw_parameters
 from fedss.losses.methods import Method
-from fedss.losses.moments import Moments, absent_classes
 from fedss.losses.softmax import AbsentClasses, ClassSample, Scoring
 from fedss.sampling.samplers import (
     Sampler,
@@ -29,19 +28,16 @@ from fedss.seeds import generator
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What every client of a round receives: the backbone and, for ``moments``, W's moments."""
+    """What every client of a round receives: the backbone and, by name, a method's payload."""
 
     backbone_P: Tensor
-    moments: Moments | None
+    payload: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def to_device(sent: Broadcast, device: torch.device) -> Broadcast:
     """The same on a device."""
-    moments = sent.moments
-    if moments is not None:
-        parts = moments.mean_D, moments.covariance_DD
-        moments = Moments(*(part.to(device, non_blocking=True) for part in parts))
-    return Broadcast(sent.backbone_P.to(device, non_blocking=True), moments)
+    payload = {name: part.to(device, non_blocking=True) for name, part in sent.payload.items()}
+    return Broadcast(sent.backbone_P.to(device, non_blocking=True), payload)
 
 
 @dataclass(frozen=True)
@@ -235,8 +231,8 @@ def prepare(
     )
     targets, drawn = torch.split(target, sizes), np.split(drawn_NA, np.cumsum(sizes)[:-1])
     absent = None
-    if sent.moments is not None:
-        absent = absent_classes(sent.moments, plan.num_classes, rows_SD)
+    if plan.method.absent is not None:
+        absent = plan.method.absent(sent.payload, plan.num_classes, rows_SD)
     return Learner(
         client,
         Submodel(sent, submodel.ids_S, rows_SD),

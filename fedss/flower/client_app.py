@@ -1,21 +1,20 @@
 """A site's side: a Flower ClientApp that reads the site's own images and answers the server.
 
-Flower starts it anew for each message, and nothing is kept in between. It is started by
-``flower-supernode ... --node-config 'data="/data/photos"'``; what may stand there:
+Flower starts it anew for each message. ``flower-supernode --node-config`` takes:
 
 - ``data``: a folder ``client/class/image``, or a manifest (see :func:`fedss.data.locate`).
 - ``site``: a name to put before the names of clients, where other sites have the same ones.
-- ``secret-file``: a file that all sites have and the server has not: names are sent as tokens.
+- ``secret-file``: a file that all sites have and the server has not: names are sent as pseudonyms.
 - ``device``: where to train; cpu by default. ``workers``: threads; all cores by default.
-- ``weights``: where the file of trained weights is, if not where the server has it.
+- ``weights``: the file of pretrained weights, if not where the server has it.
 
 Without ``data``, Flower's simulation gives ``partition-id`` and ``num-partitions``: then the site
 holds a share of the clients of the data set that the server's configuration names.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -26,11 +25,10 @@ import numpy as np
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from fedss.config import Config, config_from_dict
 from fedss.core.client import ClientUpdate, RoundPlan, request_classes
-from fedss.data import ClientIndex, Dataset, Images, index_clients, load_dataset, locate
+from fedss.data import ClientIndex, Dataset, Images, index_clients, locate
 from fedss.data.names import composed
 from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import Work, Workers, start_workers
@@ -47,54 +45,53 @@ from fedss.flower.messages import (
     say_traceback,
     unpack,
 )
-from fedss.flower.registry import digest, token
+from fedss.flower.registry import digest, row_numbers, token
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.seeds import generator
 from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
 from fedss.wire.downlink import receive
-from fedss.wire.messages import (
-    WireFormat,
-    decode_broadcast,
-    encode_request,
-    encode_update,
-)
+from fedss.wire.messages import WireFormat, decode_broadcast, encode_request, encode_update
 
 app = ClientApp()
 show_on_stderr()  # The process is the app's own.
 
 _SHORTEST_SECRET = 16
+_NODE_CONFIG = (
+    *("data", "site", "secret-file", "device", "workers", "weights"),
+    *("partition-id", "num-partitions"),
+)
 
+Metadata = Mapping[str, Any]
+Buffers = Mapping[str, Tensors]
 Answer = tuple[dict[str, Any], dict[str, Tensors]]
+Handler = Callable[["SiteImages", Metadata, Buffers], Answer]
 
 
 @dataclass(frozen=True)
 class SiteImages:
-    """What a site holds, and under which names.
+    """What a site holds, and under which names the server knows it.
 
     Attributes:
         data: the site's images.
         clients: its training images by client.
-        classes: names that the server knows, sorted, each once.
-        class_of: for each label, the place of its name there.
-        client_names: names that the server knows, sorted.
-        client_of: for each of these, the number of the client in ``clients``.
-        secret: shows which secret the names were made with, empty where they are plain.
+        names: of classes and of clients, both sorted, each once; and which secret they were made
+            with, empty where they are plain.
+        class_of: for each label, the place of its class's name.
+        client_of: for each client's name, the number of the client in ``clients``.
     """
 
     data: Dataset
     clients: ClientIndex
-    classes: list[str]
+    names: dict[str, Any]
     class_of: np.ndarray
-    client_names: list[str]
     client_of: np.ndarray
-    secret: str
 
 
 @app.query("register")
 def answer_register(message: Message, context: Context) -> Message:
     """The site's names, to a server that does not know it yet."""
-    return _answer(message, context, lambda site, facts, tensors: (_names(site), {}))
+    return _answer(message, context, lambda site, metadata, buffers: (site.names, {}))
 
 
 @app.query("classes")
@@ -115,67 +112,44 @@ def answer_evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, _evaluate)
 
 
-def _answer(
-    message: Message,
-    context: Context,
-    work: Callable[[SiteImages, Mapping[str, Any], Mapping[str, Tensors]], Answer],
-) -> Message:
-    """The reply that ``work`` makes; or the kind of error, without its text.
-
-    The text of an error may hold names of images or people: it stays in the site's log.
-    """
+def _answer(message: Message, context: Context, handler: Handler) -> Message:
     try:
-        facts, tensors = unpack(message)
-        content = _checked(facts, tensors, context.node_config, work)
+        content = _checked(message, context.node_config, handler)
     except Exception as error:
+        # Its text may hold names of images or people: it stays in the site's log.
         say_traceback()
         content = pack({"error": "raised", "detail": type(error).__name__})
     return Message(content, reply_to=message)
 
 
-def _checked(
-    facts: Mapping[str, Any],
-    tensors: Mapping[str, Tensors],
-    node: Mapping[str, Any],
-    work: Callable[[SiteImages, Mapping[str, Any], Mapping[str, Tensors]], Answer],
-) -> RecordDict:
-    ours, round = version("fedss"), facts["round"]
-    if "refused" in facts:
-        say(f"the server does not let this site take part: {facts['refused']}")
-    if facts["version"] != ours:
-        detail = f"the server has fedss {facts['version']}, the site {ours}"
+def _checked(message: Message, node: Mapping[str, Any], handler: Handler) -> RecordDict:
+    metadata, buffers = unpack(message)
+    ours, theirs, round = version("fedss"), metadata["version"], metadata["round"]
+    if "refused" in metadata:
+        say(f"the server does not let this site take part: {metadata['refused']}")
+    if theirs != ours:
+        detail = f"the server has fedss {theirs}, the site {ours}"
         say(detail)
         return pack({"error": "version", "detail": detail})
-    config = config_from_dict(facts["config"])
     local = {name: node[name] for name in ("device", "workers", "weights") if name in node}
-    facts = {**facts, "config": replace(config, **local)}
-    site = _open(facts["config"], node)
-    names = _names(site)
-    if "stamp" in facts and facts["stamp"] != digest(names["classes"], names["clients"]):
-        return pack({"round": round, "changed": names})
-    told, parts = work(site, facts, tensors)
-    return pack({"round": round, **told}, **{name: buffer(of) for name, of in parts.items()})
+    config = replace(config_from_dict(metadata["config"]), **local)
+    site = _open(config, node)
+    stamp = digest(site.names["classes"], site.names["clients"])
+    if metadata.get("stamp", stamp) != stamp:
+        return pack({"round": round, "changed": site.names})
+    reply, parts = handler(site, {**metadata, "config": config}, buffers)
+    return pack({"round": round, **reply}, **{name: buffer(of) for name, of in parts.items()})
 
 
 def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
     """The site's images, with the names under which the server knows them."""
-    known = {"data", "site", "secret-file", "device", "workers", "weights"}
-    known |= {"partition-id", "num-partitions"}
     for name in node:
-        if name not in known:
-            raise ConfigError(f"node-config: {name!r} is unknown; expected {', '.join(known)}")
+        if name not in _NODE_CONFIG:
+            expected = ", ".join(_NODE_CONFIG)
+            raise ConfigError(f"node-config: {name!r} is unknown; expected {expected}")
     if "data" in node:
         name, path = locate(str(node["data"]))
-        data = load_dataset(
-            name,
-            path,
-            image_size=config.image_size,
-            channels=config.channels,
-            test_classes=config.test_classes,
-            skip_broken=config.skip_broken,
-            seed=config.data_seed,
-            at_site=True,
-        )
+        data = load_data(replace(config, data=name, data_path=str(path)), at_site=True)
     elif "partition-id" in node:
         data = _share(load_data(config), int(node["partition-id"]), int(node["num-partitions"]))
     else:
@@ -196,17 +170,13 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
     if len(set(clients)) < len(clients):
         raise ConfigError("two clients of this site have one name but for outer spaces and accents")
     unique = sorted(set(classes))
-    place = {name: i for i, name in enumerate(unique)}
-    order = sorted(range(len(clients)), key=clients.__getitem__)
-    return SiteImages(
-        data,
-        index_clients(images),
-        unique,
-        np.array([place[name] for name in classes]),
-        [clients[i] for i in order],
-        np.array(order),
-        "" if secret is None else token(secret, "proof", ""),
-    )
+    names = {
+        "classes": unique,
+        "clients": sorted(clients),
+        "secret": "" if secret is None else token(secret, "proof", ""),
+    }
+    rows, places = row_numbers(unique, classes), row_numbers(clients, names["clients"])
+    return SiteImages(data, index_clients(images), names, rows, places)
 
 
 def _secret(path: Path) -> bytes:
@@ -229,7 +199,7 @@ def _share(data: Dataset, part: int, parts: int) -> Dataset:
         raise ConfigError(
             f"the data set has {len(images.client_names)} clients, fewer than the {parts} nodes"
         )
-    chosen = Images(
+    train = Images(
         images.pixels[mine_N],
         labels_N.astype(np.int64),
         clients_N.astype(np.int64),
@@ -237,22 +207,14 @@ def _share(data: Dataset, part: int, parts: int) -> Dataset:
         [images.client_names[i] for i in clients.tolist()],
         [images.names[i] for i in np.flatnonzero(mine_N).tolist()],
     )
-    return replace(data, train=chosen)
+    return replace(data, train=train)
 
 
-def _names(site: SiteImages) -> dict[str, Any]:
-    return {"classes": site.classes, "clients": site.client_names, "secret": site.secret}
-
-
-def _plan(facts: Mapping[str, Any]) -> RoundPlan:
-    return round_plan(facts["config"], facts["num_classes"], facts["round"])
-
-
-def _labels(site: SiteImages, tensors: Mapping[str, Tensors]) -> np.ndarray:
-    """The class ids (int64) of the site's training images: rows of W."""
-    row_of_class = tensors["classes"]["classes"].numpy().astype(np.int64)
-    labels_N: np.ndarray = row_of_class[site.class_of[site.data.train.labels]]
-    return labels_N
+def _plan(site: SiteImages, metadata: Metadata, buffers: Buffers) -> tuple[RoundPlan, np.ndarray]:
+    """The round's plan, and the class ids (int64) of the site's training images: rows of W."""
+    row_of_class = buffers["classes"]["classes"].numpy().astype(np.int64)
+    labels_N = row_of_class[site.class_of[site.data.train.labels]]
+    return round_plan(metadata["config"], metadata["num_classes"], metadata["round"]), labels_N
 
 
 def _each_client(
@@ -289,44 +251,40 @@ def _requests(
     return _each_client(site, plan, labels_N, listed, ask)
 
 
-def _request(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
-    plan, labels_N = _plan(facts), _labels(site, tensors)
-    wire = WireFormat((), facts["config"].embedding_size, plan.num_classes)
-    requests, failed = _requests(site, plan, wire, labels_N, facts["clients"])
+def _request(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
+    plan, labels_N = _plan(site, metadata, buffers)
+    wire = WireFormat((), metadata["config"].embedding_size, plan.num_classes)
+    requests, failed = _requests(site, plan, wire, labels_N, metadata["clients"])
     return {"failed": failed}, {"requests": of_clients(requests)}
 
 
-def _model(site: SiteImages, facts: Mapping[str, Any]) -> Embedder:
+def _model(site: SiteImages, metadata: Metadata) -> Embedder:
     """The model, whose frozen part, which no message holds, is the server's."""
-    embedder = build_model(facts["config"], site.data, None)
-    ours, theirs = frozen_fingerprint(embedder), facts["frozen"]
+    embedder = build_model(metadata["config"], site.data, None)
+    ours, theirs = frozen_fingerprint(embedder), metadata["frozen"]
     if ours != theirs:
         raise ConfigError(
             "weights: what is not trained must be the same at the server and at every site, but "
-            f"its fingerprint is {_start(theirs)} at the server and {_start(ours)} here. Give this "
-            "site the server's file (--node-config 'weights=\"/path\"'); without a file, the same "
-            "versions of torch and timm"
+            f"its fingerprint is {theirs or 'none':.16} at the server and {ours or 'none':.16} "
+            "here. Give this site the server's file (--node-config 'weights=\"/path\"'); without "
+            "a file, the same versions of torch and timm"
         )
     return embedder
 
 
-def _start(fingerprint: str | None) -> str:
-    return "none" if fingerprint is None else fingerprint[:16]
-
-
-def _train(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
-    config, plan, labels_N = facts["config"], _plan(facts), _labels(site, tensors)
-    embedder = _model(site, facts)
+def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
+    config, (plan, labels_N) = metadata["config"], _plan(site, metadata, buffers)
+    embedder = _model(site, metadata)
     wire = wire_format(config, embedder, plan.num_classes)
-    sent = decode_broadcast(wire, tensors["broadcast"])
-    answers = by_client(tensors["answers"])
+    sent = decode_broadcast(wire, buffers["broadcast"])
+    answers = by_client(buffers["answers"])
 
     def prepare_work(client: int, example_N: np.ndarray) -> Work:
         asked = request_classes(plan, client, labels_N[example_N])
         submodel, sample = receive(wire, asked, sent, answers[client])
         return client, submodel, sample, example_N, labels_N[example_N]
 
-    work, failed = _each_client(site, plan, labels_N, facts["clients"], prepare_work)
+    work, failed = _each_client(site, plan, labels_N, metadata["clients"], prepare_work)
     updates = {}
     with _workers(config, embedder, site) as workers:
         stack = workers.stack
@@ -347,43 +305,43 @@ def _train(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Ten
                 rng = generator(plan.seed, "wire", plan.round, update.client)
                 updates[update.client] = encode_update(wire, update, rng)
     coming = replace(plan, round=plan.round + 1)
-    requests, _ = _requests(site, coming, wire, labels_N, facts["next"])
-    told = {"failed": failed, "next": list(requests)}
-    return told, {"updates": of_clients(updates), "requests": of_clients(requests)}
+    requests, _ = _requests(site, coming, wire, labels_N, metadata["next"])
+    reply = {"failed": failed, "next": list(requests)}
+    return reply, {"updates": of_clients(updates), "requests": of_clients(requests)}
 
 
-@contextmanager
-def _workers(config: Config, embedder: Any, site: SiteImages) -> Iterator[Workers]:
+def _workers(
+    config: Config, embedder: Embedder, site: SiteImages
+) -> AbstractContextManager[Workers]:
     if config.keep_memory:
         keep_freed_memory()
     device = compute_device(config)
     count = config.workers or (torch.get_num_threads() if device.type == "cpu" else 1)
-    with start_workers(
+    return start_workers(
         embedder,
         site.data.train.pixels,
         count,
         device=device,
         precision=config.precision,
         stack=config.stack,
-    ) as workers:
-        yield workers
+    )
 
 
-def _evaluate(site: SiteImages, facts: Mapping[str, Any], tensors: Mapping[str, Tensors]) -> Answer:
-    config = facts["config"]
+def _evaluate(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
+    config = metadata["config"]
     task = site.data.test if config.eval_split == "test" else site.data.validation
     if task is None or len(count_classes(task.gallery or task.query)) < 2:
-        # Where all images are of one class, whatever is found is right.
+        # Within one class any answer is right.
         return {"metrics": None}, {}
-    embedder = _model(site, facts)
+    embedder = _model(site, metadata)
     wire = replace(wire_format(config, embedder, 1), backbone_down="float32")
-    backbone_P: Tensor = decode_broadcast(wire, tensors["broadcast"]).backbone_P
+    backbone_P = decode_broadcast(wire, buffers["broadcast"]).backbone_P
     with _workers(config, embedder, site) as workers:
         embedded = embed_task(partial(workers.embed, backbone_P), task)
-    metrics = dataclasses.asdict(score(task, *embedded))
-    if facts["round"]:
-        return {"metrics": metrics}, {}
-    floors = data_floors(task) | backbone_floors(
-        embedder, task, site.data.train, compute_device(config)
-    )
-    return {"metrics": metrics, "floors": dict(floors.map_at_10)}, {}
+    reply: dict[str, Any] = {"metrics": dataclasses.asdict(score(task, *embedded))}
+    if not metadata["round"]:
+        floors = data_floors(task) | backbone_floors(
+            embedder, task, site.data.train, compute_device(config)
+        )
+        reply["floors"] = dict(floors.map_at_10)
+    return reply, {}

@@ -1,19 +1,20 @@
 """The engine of a real federation: two message phases a round, and to each site its own.
 
-Clients ask for classes, then they train. The reply to a training message carries what the site's
-clients will ask for in the next round, so most rounds are one message to each site. Nothing that a
+Clients ask for classes, then they train. The reply to a training message also has the requests of
+the site's clients in the next round, so most rounds are one message to each site. Nothing that a
 site sends is used before :mod:`fedss.flower.validation` has checked it.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Message
+from flwr.app import Array, Message
 from torch import Tensor
 
 from fedss.core.algorithm import draw_cohort
@@ -23,16 +24,7 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.evaluation.intervals import FLOORS
-from fedss.flower.messages import (
-    EVALUATE,
-    REQUEST,
-    TRAIN,
-    Tensors,
-    buffer,
-    of_clients,
-    pack,
-    say,
-)
+from fedss.flower.messages import EVALUATE, REQUEST, TRAIN, Tensors, buffer, of_clients, pack, say
 from fedss.flower.sites import Sites
 from fedss.flower.validation import (
     Parts,
@@ -43,7 +35,7 @@ from fedss.flower.validation import (
     check_update,
     part_of,
 )
-from fedss.wire.downlink import Downlink, answer_requests
+from fedss.wire.downlink import answer_requests
 from fedss.wire.messages import WireFormat, encode_broadcast, encode_request, traffic
 
 
@@ -51,14 +43,8 @@ from fedss.wire.messages import WireFormat, encode_broadcast, encode_request, tr
 class FlowerEngine:
     """A :class:`fedss.core.engine.Engine` for clients at sites.
 
-    Attributes:
-        sites: who takes part.
-        rounds: number of rounds of the run.
-        cohort_size: clients per round.
-        optimizer: the server optimizer, which knows how rows are read.
-        wire: how messages are encoded; n is that of each round.
-        on_phase: told when a phase is over.
-        requests: what clients ask for, as far as it is known, by round and n.
+    Rows are read by ``optimizer``; n in ``wire`` is replaced by that of each round; ``on_phase`` is
+    called at the end of a phase. ``requests`` are those known so far, by round and n.
     """
 
     sites: Sites
@@ -106,139 +92,117 @@ class FlowerEngine:
         if len(called) < needed:
             called = online
         yield from (Failure(k, "aside") for k in online if k not in called)
-        yield from self._ask(wire, plan, called, needed)
-        asked, homes = self.requests[plan.round, plan.num_classes], self.sites.homes()
+
+        # Line 2, for those clients that have not sent their requests ahead.
+        self.requests = {key: known for key, known in self.requests.items() if key[0] >= plan.round}
+        asked = self.requests.setdefault((plan.round, plan.num_classes), {})
+
+        def keep(k: int, message: Tensors) -> None:
+            asked[k] = check_request(wire, plan, message)
+
+        ahead = asked.keys() & {*called}
+        missing = [k for k in called if k not in ahead]
+        yield from self._exchange(REQUEST, plan, missing, keep, needed, ahead)
+        homes = self.sites.homes()
         # Those whose site was refused meanwhile.
         yield from (Failure(k, "offline") for k in called if k in asked and k not in homes)
         present = [k for k in called if k in asked and k in homes]
         self.on_phase("request")
         if not present:
             return
+
         down = answer_requests(wire, self.optimizer, state, plan, {k: asked[k] for k in present})
-        here, sent = self.sites.by_node(present), dict[int, Tensors]()
-        coming = self.sites.by_node(self._cohort(plan.round + 1, plan.seed))
-        messages = self._training_messages(plan, down, here, coming, sent)
-        done, answered = set[int](), set[int]()
-        for node, reply in self.sites.exchange(
-            messages, lambda: self._enough(needed, len(present), done, answered)
-        ):
-            answered.update(here[node])
-            try:
-                facts, buffers = self.sites.read(node, reply, plan.round)
-                updates = buffers.get("updates", {})
-                if not updates.keys() <= set(here[node]):
-                    raise RefusedError("damaged", "updates of clients that were not asked")
-            except RefusedError as error:
-                self.sites.put_aside(node, error, plan.round + 1)
-                for k in here[node]:
-                    asked.pop(k, None)
-                    yield error.of(k)
-                continue
-            self._keep_requests(wire, plan, facts, buffers.get("requests", {}), coming.get(node))
-            for k in here[node]:
-                try:
-                    message = part_of(facts, updates, k)
-                    update = check_update(wire, plan, k, down.ids[k], message)
-                except RefusedError as error:
-                    # What it asked for may be what was amiss: it is asked again.
-                    asked.pop(k, None)
-                    yield error.of(k)
-                    continue
-                counted = traffic(sent[k], encode_request(wire, asked[k]), message)
-                done.add(k)
-                yield replace(update, traffic=counted)
+        packed, sent = buffer(down.to_all), dict[int, Tensors]()
 
-    def _training_messages(
-        self,
-        plan: RoundPlan,
-        down: Downlink,
-        here: Mapping[int, Sequence[int]],
-        coming: Mapping[int, Sequence[int]],
-        sent: dict[int, Tensors],
-    ) -> Iterator[tuple[int, Message]]:
-        """A message for each node that has clients ``here``, and what each gets, into ``sent``."""
-        packed = buffer(down.to_all)
-        for node, clients in here.items():
-            classes = {"classes": torch.from_numpy(self.sites.online[node].class_ids)}
+        def submodels(clients: Sequence[int], shared: Tensors) -> dict[str, Array]:
             answers = {k: down.answer(k) for k in clients}
-            facts = self._facts(node, plan, clients, coming.get(node, []))
-            content = pack(
-                facts,
-                broadcast=packed,
-                classes=buffer(classes),
-                answers=buffer(of_clients(answers)),
-            )
-            # What a site gets once, for all its clients, counts to the first of them.
-            told = {"facts": torch.empty(len(json.dumps(facts)), dtype=torch.uint8)}
             sent.update(answers)
-            sent[clients[0]] = {**down.to_all, **classes, **told, **answers[clients[0]]}
-            yield node, self.sites.message(TRAIN, node, plan.round, content)
+            # What a site gets once for all its clients is counted at the first of them.
+            sent[clients[0]] = {**down.to_all, **shared, **answers[clients[0]]}
+            return {"broadcast": packed, "answers": buffer(of_clients(answers))}
 
-    def _ask(
-        self, wire: WireFormat, plan: RoundPlan, clients: Sequence[int], needed: float
-    ) -> Iterator[Failure]:
-        """Line 2: requests of those clients that have not sent theirs ahead."""
-        self.requests = {key: known for key, known in self.requests.items() if key[0] >= plan.round}
-        known = self.requests.setdefault((plan.round, plan.num_classes), {})
-        here = self.sites.by_node(k for k in clients if k not in known)
+        def check(k: int, message: Tensors) -> ClientUpdate:
+            update = check_update(wire, plan, k, down.ids[k], message)
+            counted = traffic(sent[k], encode_request(wire, asked[k]), message)
+            return replace(update, traffic=counted)
+
+        for result in self._exchange(TRAIN, plan, present, check, needed, set(), submodels):
+            if isinstance(result, Failure):
+                # Its request may be what was wrong: the client is asked again.
+                asked.pop(result.client, None)
+            yield result
+
+    def _exchange(
+        self,
+        kind: str,
+        plan: RoundPlan,
+        clients: Iterable[int],
+        check: Callable[[int, Tensors], ClientUpdate | None],
+        needed: float,
+        done: set[int],
+        more: Callable[[Sequence[int], Tensors], dict[str, Array]] = lambda clients, shared: {},
+    ) -> Iterator[ClientUpdate | Failure]:
+        """Send each site its clients' message, and give what ``check`` makes of their replies.
+
+        Sites are waited for until ``needed`` clients are ``done``, and ``share`` of all that can
+        be; see :func:`fedss.flower.exchange.exchange`.
+        """
+        of_node = self.sites.by_node(clients)
+        coming = self._next_cohort(plan) if kind == TRAIN else {}
+        answered, asked = set[int](), len(done) + sum(map(len, of_node.values()))
 
         def messages() -> Iterator[tuple[int, Message]]:
-            for node, missing in here.items():
+            for node, of_site in of_node.items():
+                metadata = self._metadata(node, plan, of_site, coming.get(node, []))
                 classes = {"classes": torch.from_numpy(self.sites.online[node].class_ids)}
-                content = pack(self._facts(node, plan, missing, []), classes=buffer(classes))
-                yield node, self.sites.message(REQUEST, node, plan.round, content)
+                facts = {"facts": torch.empty(len(json.dumps(metadata)), dtype=torch.uint8)}
+                buffers = more(of_site, {**classes, **facts})
+                content = pack(metadata, classes=buffer(classes), **buffers)
+                yield node, self.sites.message(kind, node, plan.round, content)
 
-        answered = set[int]()
-        for node, reply in self.sites.exchange(
-            messages(),
-            lambda: self._enough(needed, len(clients), known.keys() & {*clients}, answered),
-        ):
-            answered.update(here[node])
+        def enough() -> bool:
+            possible = asked - len(answered - done)
+            return len(done) >= max(needed, self.sites.deployment.share * possible)
+
+        name = "updates" if kind == TRAIN else "requests"
+        for node, reply in self.sites.exchange(messages(), enough):
+            answered.update(of_node[node])
             try:
-                facts, buffers = self.sites.read(node, reply, plan.round)
+                metadata, buffers = self.sites.read(node, reply, plan.round)
+                parts = buffers.get(name, {})
+                if not parts.keys() <= {*of_node[node]}:
+                    raise RefusedError("damaged", f"{name} of clients that were not asked")
             except RefusedError as error:
                 self.sites.put_aside(node, error, plan.round + 1)
-                yield from map(error.of, here[node])
+                yield from map(error.of, of_node[node])
                 continue
-            for k in here[node]:
+            self._keep_requests(plan, metadata, buffers, coming.get(node, []))
+            for k in of_node[node]:
                 try:
-                    message = part_of(facts, buffers.get("requests", {}), k)
-                    known[k] = check_request(wire, plan, message)
+                    result = check(k, part_of(metadata, parts, k))
                 except RefusedError as error:
                     yield error.of(k)
-
-    def _enough(
-        self, needed: float, asked: int, done: Collection[int], answered: Collection[int]
-    ) -> bool:
-        """Whether the others need not be waited for much longer.
-
-        Args:
-            needed: number of clients that make a quorum.
-            asked: number of those that were asked.
-            done: those that gave what can be used.
-            answered: those whose site has answered; where they are not done, they have failed.
-        """
-        hoped_for = asked - len({*answered} - {*done})
-        return len(done) >= max(needed, self.sites.deployment.share * hoped_for)
+                    continue
+                done.add(k)
+                if result:
+                    yield result
 
     def _keep_requests(
         self,
-        wire: WireFormat,
         plan: RoundPlan,
-        facts: Mapping[str, Any],
-        parts: Parts,
-        clients: Iterable[int] | None,
+        metadata: Mapping[str, Any],
+        buffers: Mapping[str, Parts],
+        clients: Iterable[int],
     ) -> None:
-        """Requests for the next round; what is amiss with one is found when it is asked again."""
-        coming = replace(plan, round=plan.round + 1)
-        known = self.requests.setdefault((coming.round, plan.num_classes), {})
-        sent = facts.get("next")
-        for k in clients or ():
+        """Requests for the next round; a bad one is left out: its client is asked again."""
+        plan = replace(plan, round=plan.round + 1)
+        wire = replace(self.wire, num_classes=plan.num_classes)
+        known = self.requests.setdefault((plan.round, plan.num_classes), {})
+        sent, parts = metadata.get("next"), buffers.get("requests", {})
+        for k in clients:
             if isinstance(sent, list) and k in sent:
-                try:
-                    known[k] = check_request(wire, coming, parts.get(k, {}))
-                except RefusedError:
-                    continue
+                with suppress(RefusedError):
+                    known[k] = check_request(wire, plan, parts.get(k, {}))
 
     def evaluate(
         self, backbone_P: Tensor, round: int
@@ -250,59 +214,53 @@ class FlowerEngine:
             round: number of rounds complete.
 
         Returns:
-            The means, the numbers of queries added up, and of ``sites`` that could tell; None where
-            none could. Before the first round also the floors that all of these sites have.
+            The means, the sums of counts, and the number of ``sites`` that could evaluate; None
+            where none could. Before the first round also the floors that all these sites have.
         """
         wire, online = replace(self.wire, backbone_down="float32"), self.sites.nodes()
         asked = {n: site for n, site in self.sites.online.items() if n in online}
         asked = {n: site for n, site in asked.items() if n not in self.sites.aside} or asked
-        packed = buffer(encode_broadcast(wire, Broadcast(backbone_P, None)))
+        packed = buffer(encode_broadcast(wire, Broadcast(backbone_P)))
 
         def messages() -> Iterator[tuple[int, Message]]:
             for node, site in asked.items():
-                facts = {**self.sites.told, "round": round, "stamp": site.stamp}
-                content = pack(facts, broadcast=packed)
+                metadata = {**self.sites.metadata, "round": round, "stamp": site.stamp}
+                content = pack(metadata, broadcast=packed)
                 yield node, self.sites.message(EVALUATE, node, round, content)
 
-        found, floors = [], []
+        metrics, floors = list[dict[str, float]](), list[dict[str, float]]()
         # All are waited for: who is left out would be left out of the figures.
         for node, reply in self.sites.exchange(messages()):
             try:
-                facts = self.sites.read(node, reply, round)[0]
-                metrics = check_metrics(facts)
-                if metrics:
-                    floors.append({**check_floors(facts), "untrained": metrics["map_at_10"]})
-                    found.append(metrics)
+                metadata = self.sites.read(node, reply, round)[0]
+                of_site = check_metrics(metadata)
+                if of_site:
+                    floors.append({**check_floors(metadata), "untrained": of_site["map_at_10"]})
+                    metrics.append(of_site)
             except RefusedError as error:
                 self.sites.put_aside(node, error, round)
                 say(f"site {node} did not evaluate: {error.reason} {error.detail}")
-        counts = {n: sum(m[n] for m in found) for n in ("queries", "classes", "skipped")}
+        counts = {n: sum(m[n] for m in metrics) for n in ("queries", "classes", "skipped")}
         if not counts["queries"] or not counts["classes"]:
             return None, {}
-        queries = [metrics["queries"] for metrics in found]
-        means = {
-            name: float(np.average([metrics[name] for metrics in found], weights=queries))
-            for name in found[0]
-        }
-        means["map_at_10_by_class"] = float(
-            np.average(
-                [metrics["map_at_10_by_class"] for metrics in found],
-                weights=[metrics["classes"] for metrics in found],
-            )
-        )
-        shared = [name for name in FLOORS if all(name in floor for floor in floors)]
-        told = {
-            name: float(np.average([floor[name] for floor in floors], weights=queries))
-            for name in shared
-        }
-        return {**means, **counts, "sites": len(found)}, {} if round else told
 
-    def _facts(
+        def means(
+            names: Iterable[str], figures: Sequence[Mapping[str, float]], weight: str = "queries"
+        ) -> dict[str, float]:
+            weights = [of_site[weight] for of_site in metrics]
+            return {n: float(np.average([f[n] for f in figures], weights=weights)) for n in names}
+
+        shared = [name for name in FLOORS if all(name in floor for floor in floors)]
+        by_class = means(["map_at_10_by_class"], metrics, "classes")
+        figures = {**means(metrics[0], metrics), **by_class, **counts, "sites": len(metrics)}
+        return figures, {} if round else means(shared, floors)
+
+    def _metadata(
         self, node: int, plan: RoundPlan, clients: Iterable[int], coming: Iterable[int]
     ) -> dict[str, Any]:
         site = self.sites.online[node]
         return {
-            **self.sites.told,
+            **self.sites.metadata,
             "round": plan.round,
             "num_classes": plan.num_classes,
             "stamp": site.stamp,
@@ -310,8 +268,10 @@ class FlowerEngine:
             "next": [[k, site.places[k]] for k in coming],
         }
 
-    def _cohort(self, round: int, seed: int) -> list[int]:
+    def _next_cohort(self, plan: RoundPlan) -> dict[int, list[int]]:
+        """The clients of the next round that are online, by node."""
+        round = plan.round + 1
         if round >= self.rounds:
-            return []
-        cohort = draw_cohort(self.num_clients(round), self.cohort_size, seed, round)
-        return [int(k) for k in cohort]
+            return {}
+        cohort = draw_cohort(self.num_clients(round), self.cohort_size, plan.seed, round)
+        return self.sites.by_node(cohort.tolist())

@@ -25,12 +25,11 @@ def exchange(
 
     Args:
         grid: Flower's way to the nodes.
-        messages: with the node of each. They are sent one by one, as they are made: so one of them
-            is in memory at a time, and it is known which one Flower does not take.
-        deadline: seconds after which those that are missing are given as refused.
-        enough: whether so many have answered that the others have the grace alone, looked at
-            whenever the replies that are there have been used. They have as long again as it took,
-            and ``grace`` seconds at least, but no longer than the deadline.
+        messages: with the node of each; made and sent one by one, so that one is in memory at a
+            time, and it is known which one Flower does not take.
+        deadline: seconds after which missing replies are given as refused.
+        enough: whether the others have only the grace left: as long as it took so far, and
+            ``grace`` seconds at least, within the deadline.
         grace: seconds.
         unanswered: gets the ids of messages that were not answered in time, with their nodes.
     """
@@ -45,7 +44,7 @@ def exchange(
     began, pause, missing = time.monotonic(), 0.05, "deadline"
     end = began + deadline
     while waiting:
-        # What came while the last replies were looked at is in time.
+        # What came while the last replies were processed is in time.
         late = time.monotonic() >= end
         for reply in once_more(grid.pull_messages, list(waiting)):
             message_id = reply.metadata.reply_to_message_id
@@ -67,10 +66,9 @@ def exchange(
 
 
 def once_more(ask: Callable[..., Iterable[T]], *arguments: Any) -> list[T]:
-    """What Flower's grid gives; asked a second time where the SuperLink died in a handshake.
+    """What Flower's grid gives; asked a second time where the SuperLink died in a TLS handshake.
 
-    Flower waits for a SuperLink that is away, however long, but takes one that dies in the middle
-    of a TLS handshake for one whose certificate is wrong, and raises.
+    Flower waits for a SuperLink that is away, but raises then, as for a wrong certificate.
     """
     try:
         return list(ask(*arguments))

@@ -1,8 +1,8 @@
-"""What server and sites tell each other: facts in JSON, tensors in safetensors buffers.
+"""Messages of server and sites: metadata in JSON, tensors in safetensors buffers.
 
-A Flower message has one configuration record with the facts and one array for each buffer. Flower
-stores equal arrays once, so the backbone, which all sites get, lies at the SuperLink once; and
-every array costs requests of its own, so what one site alone gets is one buffer.
+Each buffer is one of Flower's arrays. Flower stores equal arrays once, so the SuperLink has the
+backbone, which all sites get, once; and each array costs requests, so what one site alone gets is
+one buffer.
 """
 
 import json
@@ -24,7 +24,7 @@ REGISTER, REQUEST, TRAIN, EVALUATE = "query.register", "query.classes", "train",
 Tensors = Mapping[str, Tensor]
 
 _LOG = logging.getLogger("fedss.flower")
-_FACTS, _BUFFERS = "fedss", "fedss.tensors"
+_METADATA, _BUFFERS = "fedss", "fedss.tensors"
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
@@ -52,26 +52,26 @@ def buffer(tensors: Tensors) -> Array:
     return Array("uint8", (len(data),), "safetensors", data)
 
 
-def pack(facts: Mapping[str, Any], **buffers: Array) -> RecordDict:
+def pack(metadata: Mapping[str, Any], **buffers: Array) -> RecordDict:
     """A message's content."""
     return RecordDict(
-        {_FACTS: ConfigRecord({"json": json.dumps(facts)}), _BUFFERS: ArrayRecord(buffers)}
+        {_METADATA: ConfigRecord({"json": json.dumps(metadata)}), _BUFFERS: ArrayRecord(buffers)}
     )
 
 
 def unpack(message: Message) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The inverse of :func:`pack`: a message's facts, and its tensors by buffer.
+    """The inverse of :func:`pack`: a message's metadata, and its tensors by buffer.
 
     Raises:
         MessageError: it was not made by :func:`pack`.
     """
     try:
         content = message.content
-        facts = json.loads(str(content.config_records[_FACTS]["json"]))
-        if not isinstance(facts, dict):
-            raise TypeError(f"expected a JSON object, got a {type(facts).__name__}")
+        metadata = json.loads(str(content.config_records[_METADATA]["json"]))
+        if not isinstance(metadata, dict):
+            raise TypeError(f"expected a JSON object, got a {type(metadata).__name__}")
         arrays = content.array_records[_BUFFERS]
-        return facts, {name: load(array.data) for name, array in arrays.items()}
+        return metadata, {name: load(array.data) for name, array in arrays.items()}
     # A broken or malicious sender can make it fail in many ways.
     except Exception as error:
         raise MessageError(f"not a message of fedss ({error!r})") from error
@@ -83,7 +83,7 @@ def of_clients(parts: Mapping[int, Tensors]) -> dict[str, Tensor]:
 
 
 def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
-    """The inverse of :func:`of_clients`; a client without tensors is not there.
+    """The inverse of :func:`of_clients`; a client without tensors is left out.
 
     Raises:
         MessageError: a name does not begin so.
@@ -98,7 +98,7 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
 
 
 def say(text: str) -> None:
-    """A line in the log, though others may have had a hand in the text."""
+    """A line in the log, whatever the text has in it."""
     _LOG.info(printable(text))
 
 

@@ -27,9 +27,9 @@ class Growth:
 class Registry:
     """Classes in the order of their rows, and clients in that of their numbers. It only grows.
 
-    Names are what sites send: plain ones, where ``secret`` is empty, or tokens, where it shows that
-    all were made with the same secret; None: no site has come yet. ``growth`` tells what was there
-    in each round, so that rounds which are run again see what they saw.
+    Names are plain where ``secret`` is empty; else pseudonyms, and it shows that all were made with
+    one secret; None: no site has registered. ``growth`` is the history, so that rounds which are
+    run again see what they saw.
     """
 
     classes: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Registry:
     growth: tuple[Growth, ...] = ()
 
     def at(self, round: int) -> Growth:
-        """What was there in a round."""
+        """The numbers of a round."""
         return next(g for g in reversed(self.growth) if g.round <= round)
 
 
@@ -47,12 +47,7 @@ def register(
 ) -> Registry:
     """The registry with new names behind the old ones, in sorted order.
 
-    Args:
-        registry: what is there.
-        classes: names of classes, new ones or not.
-        clients: names of clients.
-        round: the first round (0-based) that sees them; the first names of all are there from
-            round 0 on.
+    ``round`` (0-based) is the first that sees them; the first names of all are there from 0 on.
     """
     new_classes = sorted(set(classes).difference(registry.classes))
     new_clients = sorted(set(clients).difference(registry.clients))
@@ -65,7 +60,7 @@ def register(
 
 
 def row_numbers(known: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Places of some names among the known ones, int32 in the order of ``names``."""
+    """The places of ``names`` among the known ones, int32."""
     place = {name: i for i, name in enumerate(known)}
     return np.array([place[name] for name in names], np.int32)
 
@@ -76,34 +71,24 @@ def save_registry(path: Path, registry: Registry) -> None:
 
 
 def load_registry(path: Path) -> Registry:
-    """What :func:`save_registry` wrote; an empty one if there is no file.
+    """What :func:`save_registry` wrote before a checkpoint.
 
     Raises:
-        RunFolderError: it is damaged.
+        RunFolderError: it is missing or damaged.
     """
     if not path.exists():
-        return Registry()
-    found = read_json(path)
+        raise RunFolderError(f"{path} is missing, but there is a checkpoint: {_NEEDED}")
+    content = read_json(path)
     try:
-        growth = tuple(Growth(**entry) for entry in found["growth"])
-        classes, clients = _texts(found["classes"]), _texts(found["clients"])
-        (secret,) = _texts([found["secret"]])
+        growth = tuple(Growth(**entry) for entry in content["growth"])
+        classes, clients = _texts(content["classes"]), _texts(content["clients"])
+        (secret,) = _texts([content["secret"]])
         now = Growth(growth[-1].round, len(classes), len(clients))
         if growth[0].round != 0 or growth[-1] != now:
             raise ValueError("its names and its growth do not fit together")
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(f"{path} is damaged ({error}): {_NEEDED}") from error
     return Registry(classes, clients, secret, growth)
-
-
-def check_registry(path: Path, round: int) -> None:
-    """Whether a run that goes on has its registry.
-
-    Raises:
-        RunFolderError: there is a checkpoint of ``round``, and no registry.
-    """
-    if round and not path.exists():
-        raise RunFolderError(f"{path} is missing, but there is a checkpoint: {_NEEDED}")
 
 
 _NEEDED = (
@@ -116,15 +101,14 @@ def _texts(names: Any) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"expected a list of names, got {str(names)[:50]}")
     if len(set(names)) < len(names):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name is listed twice")
     return tuple(names)
 
 
 def token(secret: bytes, kind: str, name: str) -> str:
-    """What stands for a name at the server: HMAC-SHA256 of kind and name, 128 bits in hex.
+    """A name's pseudonym at the server: HMAC-SHA256 of kind and name, 128 bits in hex.
 
-    Sites with the same secret make the same token of a name. Without the secret a token can
-    neither be read nor, for names that one may guess, tried out. (Ours.)
+    The same at all sites with one secret. Without the secret not even a guess can be checked.
     """
     # Names of folders may hold bytes that are no UTF-8.
     text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
@@ -132,5 +116,5 @@ def token(secret: bytes, kind: str, name: str) -> str:
 
 
 def digest(*lists: Sequence[str]) -> str:
-    """A short stamp of lists of names, by which site and server tell whether they agree."""
+    """A short fingerprint of lists of names, by which site and server see whether they agree."""
     return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:32]

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +15,13 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedss.config import Config
 from fedss.core.optimizers import ServerOptimizer
-from fedss.data import RetrievalTask
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
 from fedss.evaluation.evaluate import Evaluation, check_tellable, embed_task, judge
 from fedss.flower.engine import FlowerEngine
 from fedss.flower.messages import Nodes, say
-from fedss.flower.registry import Registry, check_registry, load_registry
+from fedss.flower.registry import Registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
 from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
@@ -81,12 +80,11 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
 
 def line(record: Record, rounds: int, left: TimeLeft | None) -> str:
     """A round's record for whoever watches the log."""
-    seconds = sum(record["seconds"].values())
     parts = [
         f"round {record['round']}/{rounds}",
         f"loss {record['loss']:.3f}",
         f"{record['clients']} clients",
-        f"{seconds:.1f} s",
+        f"{sum(record['seconds'].values()):.1f} s",
     ]
     if record["metrics"]:
         where = " in each site's gallery" if "sites" in record["metrics"] else ""
@@ -105,25 +103,29 @@ def _federation(
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
-    check_registry(path, newest)
-    told = {
+    metadata = {
         "version": version("fedss"),
         "config": dataclasses.asdict(config),
         "frozen": frozen_fingerprint(embedder),
     }
-    # Before the first checkpoint nothing has been learnt by which a row would be known.
+    # Before the first checkpoint nothing depends on the registry.
     registry = load_registry(path) if newest else Registry()
-    sites = Sites(grid, told, deployment, path, registry)
+    sites = Sites(grid, metadata, deployment, path, registry)
     wire = wire_format(config, embedder, 1)
     engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     task, train = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
-        task = evaluation_task(config, data)
-        train = data.train
+        task, train = evaluation_task(config, data), data.train
         check_tellable(task, data.name, config.test_classes)
     sites.start(deployment.sites, newest)
-    with _judge(config, embedder, task) as workers:
+    # They embed the server's own test images, if it has any.
+    count = config.workers or torch.get_num_threads()
+    judging: AbstractContextManager[Workers | None] = nullcontext()
+    if task is not None:
+        device = compute_device(config)
+        judging = start_workers(embedder, task.query.pixels, count, device=device)
+    with judging as workers:
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
             if task is None or workers is None:
@@ -132,15 +134,13 @@ def _federation(
             with intra_op_threads(workers.count):
                 return judge(task, embedded)
 
-        def floors(backbone_P: torch.Tensor) -> Floors:
+        def measure_floors(backbone_P: torch.Tensor) -> Floors:
             if task is None or workers is None or train is None:
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                found = data_floors(task) | backbone_floors(
-                    embedder, task, train, compute_device(config)
-                )
-            return found if untrained is None else found | floor("untrained", untrained)
+                floors = data_floors(task) | backbone_floors(embedder, task, train, device)
+            return floors if untrained is None else floors | floor("untrained", untrained)
 
         yield Federation(
             engine=engine,
@@ -148,23 +148,9 @@ def _federation(
             cohort_size=config.clients_per_round,
             client_name=lambda client: sites.registry.clients[client],
             evaluate=evaluate,
-            floors=floors,
+            floors=measure_floors,
             task=task,
             quorum=deployment.quorum,
             attempts=deployment.attempts,
             pause=deployment.pause,
         )
-
-
-@contextmanager
-def _judge(
-    config: Config, embedder: Embedder, task: RetrievalTask | None
-) -> Iterator[Workers | None]:
-    """Workers that embed the server's own test images, if it has any."""
-    if task is None:
-        yield None
-        return
-    device = compute_device(config)
-    count = config.workers or torch.get_num_threads()
-    with start_workers(embedder, task.query.pixels, count, device=device) as workers:
-        yield workers

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fedss.config import OPTIONS, Config, Option, config_from_dict
+from fedss.config import OPTIONS, Config, config_from_dict
 from fedss.data import usual_side
 from fedss.errors import ConfigError
 from fedss.files import write_file
@@ -26,24 +26,22 @@ class Deployment:
         ConfigError: a value that cannot be, on construction.
     """
 
-    out: str = _setting("", "run folder at the server, a full path")
-    sites: int = _setting(1, "sites to wait for before the first round")
+    out: str = _setting("", "run folder on the server, as an absolute path")
+    sites: int = _setting(1, "number of sites to wait for before the first round")
     evaluate_at: Literal["sites", "server"] = _setting(
-        "sites", "who has images to test with; server: those that data names"
+        "sites", "who evaluates: sites, on their own test images; server, on the images of data"
     )
-    deadline: float = _setting(600.0, "seconds that sites have for each of a round's messages")
-    quorum: float = _setting(0.5, "part of a round's clients without which there is no step")
+    deadline: float = _setting(600.0, "most seconds to wait for the answers to a message")
+    quorum: float = _setting(0.5, "share of a round's clients that must return an update")
     share: float = _setting(
-        0.8, "part of the clients asked whose answers are always waited for, up to the deadline"
+        0.8, "share of a round's clients (failed ones do not count) to wait for until the deadline"
     )
     grace: float = _setting(
-        60.0, "seconds, at least, that the other sites have then: as long again, if that is more"
+        60.0, "seconds to wait for the rest then; or as long as the share took, if that is longer"
     )
-    aside: int = _setting(
-        10, "rounds that a site which let the others wait is not asked in, unless it answers before"
-    )
-    attempts: int = _setting(5, "how often a round is begun before the run ends")
-    pause: float = _setting(60.0, "seconds between two attempts")
+    aside: int = _setting(10, "rounds in which a site that was too slow is not asked")
+    attempts: int = _setting(5, "times that a round is tried before the run ends with an error")
+    pause: float = _setting(60.0, "seconds between two attempts at a round")
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
@@ -62,7 +60,7 @@ class Deployment:
                 raise ConfigError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
-# How a simulation may rearrange images.
+# How a simulation may rearrange images; sites take theirs as they are.
 _NOT_AT_SITES = ("rotations", "client_classes", "partition", "partition_clients")
 
 DEPLOYMENT_FIELDS = dataclasses.fields(Deployment)
@@ -77,23 +75,19 @@ def read_settings(run_config: Mapping[str, Any]) -> tuple[Config, Deployment]:
         ConfigError: an unknown setting, or a value that cannot be.
     """
     values = {name.replace("-", "_"): value for name, value in run_config.items()}
-    of_deployment = {item.name for item in DEPLOYMENT_FIELDS}
     kinds = get_type_hints(Deployment)
+    config = config_from_dict(
+        {k: None if v == "" else v for k, v in values.items() if k not in kinds}
+    )
+    _check_apart(config)
     deployment = {}
-    for name in of_deployment & values.keys():
+    for name in kinds.keys() & values.keys():
         kind, value = kinds[name], values[name]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and type(value) is int:
             value = float(value)
         if kind in (int, float, str) and type(value) is not kind:
             raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
         deployment[name] = value
-    settings = {
-        name: None if value == "" else value
-        for name, value in values.items()
-        if name not in of_deployment
-    }
-    config = config_from_dict(settings)
-    _check_apart(config)
     return config, Deployment(**deployment)
 
 
@@ -140,8 +134,9 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = _app_lines(config, deployment, flower)
-    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_file(
+        path, "".join(f"{line}\n" for line in _app_lines(config, deployment, flower)).encode()
+    )
     write_file(folder / "LICENSE", b"Settings of a run; no licence is needed for them.\n")
     return path
 
@@ -170,29 +165,20 @@ def _app_lines(config: Config, deployment: Deployment, flower: str) -> list[str]
         "# The federation",
     ]
     for item in DEPLOYMENT_FIELDS:
-        lines += [
-            f"# {item.metadata['help']}",
-            f"{_key(item.name)} = {_toml(getattr(deployment, item.name))}",
-        ]
+        lines += [f"# {item.metadata['help']}", _toml(item.name, getattr(deployment, item.name))]
     group = ""
     for name, value in dataclasses.asdict(config).items():
         if name in _NOT_AT_SITES:
             continue
-        if options[name].group != group:
-            group = options[name].group
+        option = options[name]
+        if option.group != group:
+            group = option.group
             lines += ["", f"# {group.capitalize()}; an empty text means the default"]
-        lines += [f"# {_help(options[name])}", f"{_key(name)} = {_toml(value)}"]
+        choices = f": {', '.join(option.choices)}" if option.choices else ""
+        lines += [f"# {option.help}{choices}", _toml(name, value)]
     return lines
 
 
-def _key(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _help(option: Option) -> str:
-    return option.help + (f": {', '.join(option.choices)}" if option.choices else "")
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML writes it, which is as JSON does but for None."""
-    return json.dumps("" if value is None else value)
+def _toml(name: str, value: Any) -> str:
+    # TOML writes values as JSON does, but has no null.
+    return f"{name.replace('_', '-')} = {json.dumps('' if value is None else value)}"

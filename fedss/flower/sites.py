@@ -1,4 +1,4 @@
-"""Sites that come, register, go, and keep the others waiting."""
+"""Sites that come, register, go, and make the others wait."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -16,21 +16,16 @@ from fedss.flower.registry import Registry, register, row_numbers, save_registry
 from fedss.flower.settings import Deployment
 from fedss.flower.validation import Parts, RefusedError, check_registration, read_reply
 
-# Reasons that may be gone in a moment: a node that was just restarted, say.
+# Reasons that may be gone in a moment, such as a restart of the node.
 _PASSING = ("offline", "lost", "died")
-# Those of a site that let the others wait.
+# Those of a site that made the others wait.
 _WAITED_FOR = ("late", "deadline")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A node that has registered.
-
-    Attributes:
-        stamp: of the names of its classes and clients; when these change, the site says so.
-        class_ids: int32, the rows of its classes, in the order of their names.
-        places: its clients: number, and place in the order of their names.
-    """
+    """A registered node: the fingerprint of its names, and of each name in sorted order the row of
+    the class (int32), or the number of the client with its place."""
 
     stamp: str
     class_ids: np.ndarray
@@ -41,21 +36,14 @@ class Site:
 class Sites:
     """The sites of a federation: who is online, and what each is registered with.
 
-    Attributes:
-        grid: Flower's way to the nodes.
-        told: what every message tells: the version, the configuration, and the fingerprint of the
-            weights that are not sent.
-        deployment: how long sites have to answer, and how many must.
-        path: the registry's file.
-        registry: rows of classes and numbers of clients.
-        online: those that have registered, by node.
-        refused: nodes online that could not register, and why.
-        aside: sites that let the others wait, and the first round (0-based) that asks them again.
-        unanswered: the messages that these have not answered, by id, and the site of each.
+    ``metadata`` (version, configuration, fingerprint of frozen weights) is in every message, and
+    ``path`` is the registry's file. ``online`` and ``refused`` are by node; ``aside`` has the first
+    round (0-based) that asks a slow site again, ``unanswered`` the node of each message that had no
+    reply in time.
     """
 
     grid: Nodes
-    told: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     deployment: Deployment
     path: Path
     registry: Registry
@@ -65,14 +53,10 @@ class Sites:
     unanswered: dict[str, int] = field(default_factory=dict)
 
     def start(self, sites: int, round: int) -> None:
-        """Wait until so many sites are there, and register them all at once.
+        """Wait until so many sites are online, and register them all at once.
 
-        Together, since rows are numbered in the order of names: so it does not matter who came
-        first.
-
-        Args:
-            sites: how many.
-            round: number of rounds complete.
+        Together, since rows are numbered in the order of names: the order of arrival does not
+        matter. ``round`` is the number of rounds complete.
 
         Raises:
             QuorumError: they are not there in time.
@@ -82,7 +66,7 @@ class Sites:
         end, shown, before = time.monotonic() + deadline, -1, self.registry
         while True:
             online = self.nodes()
-            arrived = {node: facts for node, facts in arrived.items() if node in online}
+            arrived = {node: names for node, names in arrived.items() if node in online}
             self.refused = {
                 node: error
                 for node, error in self.refused.items()
@@ -99,11 +83,11 @@ class Sites:
                 if len(self.online) >= sites:
                     save_registry(self.path, self.registry)
                     return
-                arrived = {n: facts for n, facts in arrived.items() if n not in self.refused}
+                arrived = {n: names for n, names in arrived.items() if n not in self.refused}
             if time.monotonic() >= end:
                 reasons = "".join(f"; {_why(*refused)}" for refused in self.refused.items())
-                there = {n for n, error in self.refused.items() if error.reason != "deadline"}
-                self._introduce(there, round)
+                to_tell = {n for n, error in self.refused.items() if error.reason != "deadline"}
+                self._introduce(to_tell, round)
                 raise QuorumError(
                     f"expected {sites} sites within {deadline:g} s, found {shown}{reasons}. "
                     "Start the others and submit again, or set sites to what there is"
@@ -113,32 +97,28 @@ class Sites:
     def meet(self, round: int) -> None:
         """Forget sites that are gone, and register those that came, from the next round on.
 
-        Those that could not be registered are asked again in every round: what was amiss may have
-        been mended, or was another node with their clients that is seen to be gone by now. But
-        who does not answer costs all a deadline, and is asked again only after it has been away.
+        Those that were refused are asked again in every round: the cause may be gone. But a site
+        that does not answer costs all a deadline, and is asked again only after it has been away.
         """
         online = self.nodes()
         self.online = {node: site for node, site in self.online.items() if node in online}
         silent = {node for node, error in self.refused.items() if error.reason == "deadline"}
-        before = self.registry
         arrived = self._introduce(online - self.online.keys() - silent, round)
         self.refused = {
             n: error for n, error in self.refused.items() if n in online - arrived.keys()
         }
-        self._admit(arrived, round)
-        if self.registry is not before:
-            save_registry(self.path, self.registry)
+        self._admit_and_save(arrived, round)
         self._take_back(online, round)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
-        """What sites say of themselves; those that were refused hear why, for their own log."""
+        """The names at these sites; those that were refused are told why, for their own log."""
 
         def messages() -> Iterator[tuple[int, Message]]:
             for node in sorted(nodes):
-                facts = {**self.told, "round": round}
+                metadata = {**self.metadata, "round": round}
                 if node in self.refused:
-                    facts["refused"] = _why(node, self.refused[node])
-                yield node, self.message(REGISTER, node, round, pack(facts))
+                    metadata["refused"] = _why(node, self.refused[node])
+                yield node, self.message(REGISTER, node, round, pack(metadata))
 
         arrived: dict[int, dict[str, Any]] = {}
         for node, reply in exchange(self.grid, messages(), self.deployment.deadline):
@@ -150,34 +130,40 @@ class Sites:
         return arrived
 
     def nodes(self) -> set[int]:
-        """Nodes that Flower says are there."""
+        """Nodes that are online, as Flower says."""
         return set(once_more(self.grid.get_node_ids))
 
     def _admit(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
-        """Register what sites have said of themselves."""
-        names: dict[int, tuple[list[str], list[str], str]] = {}
-        for node, facts in sorted(arrived.items()):
-            taken = {k for n, site in self.online.items() if n != node for k in site.places}
-            taken_names = {self.registry.clients[k] for k in taken}
-            taken_names |= {name for _, clients, _ in names.values() for name in clients}
+        """Register the names of sites."""
+        admitted: dict[int, tuple[list[str], list[str], str]] = {}
+        for node, names in sorted(arrived.items()):
+            others = [site.places for n, site in self.online.items() if n != node]
+            taken = {self.registry.clients[k] for places in others for k in places}
+            taken.update(name for _, clients, _ in admitted.values() for name in clients)
             try:
-                names[node] = check_registration(facts, self.registry, taken_names)
+                admitted[node] = check_registration(names, self.registry, taken)
             except RefusedError as error:
                 self._refuse(node, error)
                 continue
             if self.registry.secret is None:
-                self.registry = replace(self.registry, secret=facts["secret"])
-        classes = [name for of_site, _, _ in names.values() for name in of_site]
-        clients = [name for _, of_site, _ in names.values() for name in of_site]
+                self.registry = replace(self.registry, secret=names["secret"])
+        classes = [name for of_site, _, _ in admitted.values() for name in of_site]
+        clients = [name for _, of_site, _ in admitted.values() for name in of_site]
         grown = register(self.registry, classes, clients, round + 1)
         if grown is not self.registry:
             self.registry = grown
             now = grown.growth[-1]
             say(f"registered {now.classes:,} classes and {now.clients:,} clients")
-        for node, (classes, clients, stamp) in names.items():
+        for node, (classes, clients, stamp) in admitted.items():
             ids = row_numbers(grown.clients, clients).tolist()
             places = {k: place for place, k in enumerate(ids)}
             self.online[node] = Site(stamp, row_numbers(grown.classes, classes), places)
+
+    def _admit_and_save(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
+        before = self.registry
+        self._admit(arrived, round)
+        if self.registry is not before:
+            save_registry(self.path, self.registry)
 
     def _refuse(self, node: int, error: RefusedError) -> None:
         self.refused[node] = error
@@ -188,24 +174,21 @@ class Sites:
         self, node: int, reply: "Message | RefusedError", round: int
     ) -> tuple[dict[str, Any], dict[str, Parts]]:
         """A reply; one that says that the site's names have changed registers them."""
-        facts, buffers = read_reply(reply, round)
-        if "changed" in facts:
-            before = self.registry
-            self._admit({node: facts["changed"]}, round)
-            if self.registry is not before:
-                save_registry(self.path, self.registry)
+        metadata, buffers = read_reply(reply, round)
+        if "changed" in metadata:
+            self._admit_and_save({node: metadata["changed"]}, round)
             raise RefusedError("registered", "classes or clients of the site have changed")
-        return facts, buffers
+        return metadata, buffers
 
     def exchange(
         self, messages: Iterable[tuple[int, Message]], enough: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[int, "Message | RefusedError"]]:
-        """Send messages and give the replies: :func:`fedss.flower.exchange.exchange`."""
+        """:func:`fedss.flower.exchange.exchange` with the deployment's times."""
         of_run = self.deployment
         return exchange(self.grid, messages, of_run.deadline, enough, of_run.grace, self.unanswered)
 
     def put_aside(self, node: int, error: RefusedError, round: int) -> None:
-        """A site that let the others wait is not asked in some rounds from ``round`` on."""
+        """Do not ask a site that made the others wait, in some rounds from ``round`` on."""
         if error.reason in _WAITED_FOR and self.deployment.aside:
             self.aside[node] = again = round + self.deployment.aside
             say(
@@ -214,14 +197,11 @@ class Sites:
             )
 
     def _take_back(self, online: Collection[int], round: int) -> None:
-        """Of the sites put aside, those whose time is over, or that are seen to be well again.
-
-        A reply that comes too late is not used; but who has sent it can take the next message.
-        """
+        """Ask those sites again whose time is over, or that have answered at last."""
         late = list(self.unanswered)
         for reply in once_more(self.grid.pull_messages, late) if late else []:
             node = self.unanswered.pop(reply.metadata.reply_to_message_id, None)
-            # An error is Flower's word, and as a rule that the message has outlived its time.
+            # An error is Flower's own, mostly that the message has expired.
             if node in self.aside and not reply.has_error():
                 del self.aside[node]
                 say(f"site {node} has answered at last: it is asked again")
@@ -230,8 +210,7 @@ class Sites:
 
     def message(self, kind: str, node: int, round: int, content: RecordDict) -> Message:
         """A message for a node."""
-        # Flower says of a message that has outlived its time that it is lost: not before the
-        # deadline has been noticed here.
+        # Flower reports an expired message as lost: not before our own deadline.
         ttl = self.deployment.deadline + 2.0
         return Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(round))
 
@@ -241,11 +220,11 @@ class Sites:
 
     def by_node(self, clients: Iterable[int]) -> dict[int, list[int]]:
         """Those of the clients that are online, by node."""
-        homes, found = self.homes(), dict[int, list[int]]()
+        homes, of_node = self.homes(), dict[int, list[int]]()
         for k in clients:
             if k in homes:
-                found.setdefault(homes[k], []).append(k)
-        return found
+                of_node.setdefault(homes[k], []).append(k)
+        return of_node
 
 
 def _why(node: int, error: RefusedError) -> str:

@@ -1,7 +1,7 @@
-"""What the server believes of a reply: checks before anything is decoded or added up.
+"""Checks of replies, before anything is decoded or added up: sites may be broken or malicious.
 
-Sites may be broken or malicious. A reply that is not exactly what was asked for is refused whole
-for the client that it concerns, with a word for the reason.
+What is not exactly as asked for is refused whole for the client that it concerns: every check
+raises a :class:`RefusedError`.
 """
 
 from collections.abc import Collection
@@ -25,7 +25,7 @@ from fedss.text import printable
 from fedss.wire.messages import WireFormat, decode_request, decode_update, encode_update
 
 MOST_EXAMPLES = 2**31
-"""More images than this no client is believed to have: its weight would drown all others."""
+"""Most images of a client: the weight of more would drown all others."""
 
 _ERRORS = {
     ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "not installed",
@@ -39,11 +39,11 @@ _ERRORS = {
 
 
 class RefusedError(Exception):
-    """A reply, or a client's part of it, that is not used: a word, and what came."""
+    """A reply, or a client's part of it, that is not used: the reason in a word, and a detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
-        # It is shown on a terminal, and a site may have had a hand in it.
+        # It is shown on a terminal, and may come from a site.
         self.reason, self.detail = reason, printable(detail[:300])
 
     def of(self, client: int) -> Failure:
@@ -58,11 +58,7 @@ Parts = dict[int, dict[str, Tensor]]
 def read_reply(
     reply: "Message | RefusedError", round: int
 ) -> tuple[dict[str, Any], dict[str, Parts]]:
-    """Facts of a reply, and what its buffers have for each client.
-
-    Raises:
-        RefusedError: there is none, it is an error, or not of this round.
-    """
+    """Metadata of a reply, and what its buffers have for each client."""
     if isinstance(reply, RefusedError):
         raise reply
     if reply.has_error():
@@ -70,42 +66,34 @@ def read_reply(
         code = reply.error.code
         raise RefusedError(_ERRORS.get(code, "error"), f"Flower's error code {code}")
     try:
-        facts, buffers = unpack(reply)
+        metadata, buffers = unpack(reply)
         parts = {name: by_client(tensors) for name, tensors in buffers.items()}
     except MessageError as error:
         raise RefusedError("damaged", str(error)) from error
-    if not isinstance(facts.get("changed", {}), dict):
+    if not isinstance(metadata.get("changed", {}), dict):
         raise RefusedError("damaged", "expected the names of a site")
-    if "error" in facts:
-        reason = "version" if facts["error"] == "version" else "raised"
-        raise RefusedError(reason, _told(facts.get("detail")))
-    if facts.get("round") != round:
+    if "error" in metadata:
+        reason = "version" if metadata["error"] == "version" else "raised"
+        raise RefusedError(reason, _detail(metadata.get("detail")))
+    if metadata.get("round") != round:
         raise RefusedError("stale", f"not a reply to round {round + 1}")
-    return facts, parts
+    return metadata, parts
 
 
-def _told(detail: Any) -> str:
+def _detail(detail: Any) -> str:
     return f"{detail[:200] if isinstance(detail, str) else 'no detail'}; the site's log has more"
 
 
-def part_of(facts: dict[str, Any], parts: Parts, client: int) -> Tensors:
-    """A client's part of a reply.
-
-    Raises:
-        RefusedError: it failed at the site.
-    """
-    failed = facts.get("failed")
+def part_of(metadata: dict[str, Any], parts: Parts, client: int) -> Tensors:
+    """A client's part of a reply."""
+    failed = metadata.get("failed")
     if isinstance(failed, dict) and str(client) in failed:
-        raise RefusedError("raised", _told(failed[str(client)]))
+        raise RefusedError("raised", _detail(failed[str(client)]))
     return parts.get(client, {})
 
 
 def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor:
-    """The ids that a client asks for: sorted, unique, of this table, and no more than its part.
-
-    Raises:
-        RefusedError: they are not.
-    """
+    """The ids that a client asks for: sorted, unique, of this table, and no more than its part."""
     n, size = plan.num_classes, plan.sample_size
     at_server = plan.sampler.drawn_by == "server"
     most = {
@@ -130,12 +118,11 @@ def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor
 def check_update(
     wire: WireFormat, plan: RoundPlan, client: int, ids_S: Tensor, message: Tensors
 ) -> ClientUpdate:
-    """A client's update, if it is one for these rows: names, dtypes, shapes, ids, numbers.
-
-    Raises:
-        RefusedError: it is not.
-    """
-    expected = _template(wire, plan, client, ids_S)
+    """A client's update, if it is one for these rows: names, dtypes, shapes, ids, numbers."""
+    # What encoded tensors look like depends on shapes alone.
+    zeros_P = torch.zeros(sum(shape.numel() for shape in wire.layout))
+    zeros = ClientUpdate(client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0)
+    expected = encode_update(wire, zeros, generator(0, "template"))
     if message.keys() != expected.keys():
         differ = ", ".join(sorted(message.keys() ^ expected.keys())[:4])
         # A message about all n rows carries no ids, any other does.
@@ -165,31 +152,14 @@ def check_update(
     return update
 
 
-def _template(wire: WireFormat, plan: RoundPlan, client: int, ids_S: Tensor) -> Tensors:
-    """An update of zeros: what encoded tensors look like depends on shapes alone."""
-    zeros_P = torch.zeros(sum(shape.numel() for shape in wire.layout))
-    update = ClientUpdate(client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0)
-    return encode_update(wire, update, generator(0, "template"))
-
-
 def check_registration(
-    facts: dict[str, Any], registry: Registry, taken: Collection[str]
+    metadata: dict[str, Any], registry: Registry, taken: Collection[str]
 ) -> tuple[list[str], list[str], str]:
-    """A site's names of classes and of clients, and their stamp.
-
-    Args:
-        facts: what the site says of itself.
-        registry: what is known so far.
-        taken: names of clients at other sites.
-
-    Raises:
-        RefusedError: they are not lists of names, were made with another secret, or are clients
-            of another site.
-    """
-    classes, clients = _names(facts, "classes"), _names(facts, "clients")
-    if not isinstance(facts.get("secret"), str):
+    """A site's names of classes and of clients, none of them ``taken``, and their fingerprint."""
+    classes, clients = _names(metadata, "classes"), _names(metadata, "clients")
+    if not isinstance(metadata.get("secret"), str):
         raise RefusedError("damaged", "expected which secret the names were made with")
-    if registry.secret is not None and facts.get("secret") != registry.secret:
+    if registry.secret is not None and metadata.get("secret") != registry.secret:
         raise RefusedError(
             "secret",
             "its names were made with another secret-file than those of the other sites (or only "
@@ -205,8 +175,8 @@ def check_registration(
     return classes, clients, digest(classes, clients)
 
 
-def _names(facts: dict[str, Any], kind: str) -> list[str]:
-    names = facts.get(kind)
+def _names(metadata: dict[str, Any], kind: str) -> list[str]:
+    names = metadata.get(kind)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RefusedError("damaged", f"expected a list of {kind}")
     if not names or names != sorted(set(names)):
@@ -214,36 +184,30 @@ def _names(facts: dict[str, Any], kind: str) -> list[str]:
     return names
 
 
-def check_metrics(facts: dict[str, Any]) -> dict[str, float] | None:
-    """Retrieval figures of a site; None if it has no images to tell by.
-
-    Raises:
-        RefusedError: they are not such figures.
-    """
-    metrics = facts.get("metrics")
+def check_metrics(metadata: dict[str, Any]) -> dict[str, float] | None:
+    """Retrieval figures of a site; None if it has no images to tell by."""
+    metrics = metadata.get("metrics")
     if metrics is None:
         return None
     names = {field.name for field in fields(RetrievalMetrics)}
-    counts = {"queries", "classes", "skipped"}
+
+    def valid(name: str, value: Any) -> bool:
+        if name in ("queries", "classes", "skipped"):
+            return type(value) is int and 0 <= value <= MOST_EXAMPLES
+        return isinstance(value, int | float) and 0 <= value <= 1
+
     if (
         not isinstance(metrics, dict)
         or metrics.keys() != names
-        or not all(type(metrics[name]) is int for name in counts)
-        or not all(isinstance(metrics[name], int | float) for name in names - counts)
-        or not all(0 <= metrics[name] <= 1 for name in names - counts)
-        or not all(0 <= metrics[name] <= MOST_EXAMPLES for name in counts)
+        or not all(valid(name, value) for name, value in metrics.items())
     ):
         raise RefusedError("damaged", "expected retrieval figures from 0 to 1")
     return metrics
 
 
-def check_floors(facts: dict[str, Any]) -> dict[str, float]:
-    """What a site's test gives for nothing; see `fedss.evaluation.baselines`.
-
-    Raises:
-        RefusedError: they are not such figures.
-    """
-    floors = facts.get("floors", {})
+def check_floors(metadata: dict[str, Any]) -> dict[str, float]:
+    """What a site's test gives for nothing; see `fedss.evaluation.baselines`."""
+    floors = metadata.get("floors", {})
     if (
         not isinstance(floors, dict)
         or not floors.keys() <= FLOORS.keys()

@@ -1,13 +1,14 @@
 """The methods as values: which classes are asked for, which loss, what the server adds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from fedss.losses.moments import balance
+from fedss.losses.moments import absent_from, balance, payload
 from fedss.losses.softmax import (
+    AbsentClasses,
     Objective,
     moments_softmax,
     negatives_only_softmax,
@@ -33,7 +34,9 @@ class Method:
             to the sample size; a ``"cover"``, of any number, that its loss does not need; or
             ``"none"``. Which ones, a sampler says.
         objective: the loss it trains on.
-        moments: the mean and covariance of all class rows go to every client.
+        payload: what every client gets beside the backbone, by name: vectors [D] and symmetric
+            matrices [D, D], made of :func:`fedss.losses.moments.row_sums` of all class rows.
+        absent: what the loss gets of a payload: ``absent(payload, num_classes, rows_SD)``.
         row_steps: what the server makes of the mean changes of class rows; None: it takes them.
         row_optimizer: kind of the server optimizer of class rows; None: as the backbone's.
         server_step: what the server does to all class rows [N, D] after each round; gets the
@@ -46,7 +49,8 @@ class Method:
     summary: str
     negatives: Literal["all", "sampled", "cover", "none"]
     objective: Objective
-    moments: bool = False
+    payload: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+    absent: Callable[[Mapping[str, Tensor], int, Tensor], AbsentClasses | None] | None = None
     row_steps: RowSteps | None = None
     row_optimizer: Literal["sgd", "momentum", "adam"] | None = None
     server_step: Callable[..., Tensor] | None = None
@@ -54,6 +58,11 @@ class Method:
     pooled: bool = False
     row_mean: RowMean = "cohort"
     class_row_lr: float = 2.0
+
+    @property
+    def moments(self) -> bool:
+        """Whether the server keeps the sums of all class rows, for a payload."""
+        return self.payload is not None
 
 
 METHODS: dict[str, Method] = {
@@ -71,7 +80,8 @@ METHODS: dict[str, Method] = {
             "own classes; all others by their mean and covariance",
             "cover",
             moments_softmax,
-            moments=True,
+            payload=payload,
+            absent=absent_from,
             row_steps=balance,
             row_optimizer="sgd",
             row_mean="holders",

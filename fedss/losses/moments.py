@@ -9,6 +9,7 @@ to date from the rows that a round touches, so neither time nor bytes of a round
 Shape suffixes: S held classes, U touched classes, D embedding size, E = D + 1.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,20 @@ def moments_of(sums_EE: Tensor) -> Moments:
     mean_D = sums_EE[:-1, -1] / sums_EE[-1, -1]
     second_DD = sums_EE[:-1, :-1] / sums_EE[-1, -1]
     return Moments(mean_D.float(), (second_DD - torch.outer(mean_D, mean_D)).float())
+
+
+def payload(sums_EE: Tensor) -> dict[str, Tensor]:
+    """What all clients of the method get beside the backbone, made of :func:`row_sums`."""
+    moments = moments_of(sums_EE)
+    return {"moments.mean": moments.mean_D, "moments.covariance": moments.covariance_DD}
+
+
+def absent_from(
+    payload: Mapping[str, Tensor], num_classes: int, rows_SD: Tensor
+) -> AbsentClasses | None:
+    """:func:`absent_classes`, of a :func:`payload`."""
+    moments = Moments(payload["moments.mean"], payload["moments.covariance"])
+    return absent_classes(moments, num_classes, rows_SD)
 
 
 def balance(rows_UD: Tensor, absent: float, num_classes: int) -> Tensor:

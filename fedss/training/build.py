@@ -29,11 +29,15 @@ from fedss.seeds import generator
 from fedss.wire.messages import WireFormat
 
 
-def load_data(config: Config) -> Dataset:
+def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     """The data set that a configuration names.
 
-    Its training images are dealt to other clients (``partition``), then turned (``rotations``),
+    Its training images are reassigned to clients (``partition``), then rotated (``rotations``),
     then clients of many classes are split (``client_classes``), as far as it says so.
+
+    Args:
+        config: names it.
+        at_site: as in :func:`fedss.data.load_dataset`.
 
     Raises:
         DataError: it cannot be found or read, or does not fit together.
@@ -50,6 +54,7 @@ def load_data(config: Config) -> Dataset:
         glyphs_clients=config.glyphs_clients,
         partition=config.partition,
         partition_clients=config.partition_clients,
+        at_site=at_site,
     )
     if not len(data.train):
         return data
@@ -61,16 +66,13 @@ def load_data(config: Config) -> Dataset:
     return data
 
 
-DEFAULT_SAMPLE_SIZE = 64
-
-
 def sample_size(config: Config, num_classes: int) -> int:
     """``|S|``, which is 64 (or n, if that is less) unless ``config`` says otherwise.
 
     Raises:
         ConfigError: ``sample_size`` is above n.
     """
-    size = config.sample_size or min(DEFAULT_SAMPLE_SIZE, num_classes)
+    size = config.sample_size or min(64, num_classes)
     if size > num_classes:
         raise ConfigError(
             f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
@@ -113,23 +115,20 @@ def compute_device(config: Config) -> torch.device:
     device = torch.device(config.device)
     if device.type == "cuda":
         number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
-        device, there = torch.device("cuda", number), torch.cuda.device_count()
-        if number >= there:
+        device, count = torch.device("cuda", number), torch.cuda.device_count()
+        if number >= count:
+            others = f"up to cuda:{count - 1}" if count else "mend driver or torch (a CUDA build)"
             raise ConfigError(
                 f"device: {config.device} means GPU {number} of this machine, where torch "
-                f"{torch.__version__} finds {there}; use cpu, "
-                + (
-                    f"or up to cuda:{there - 1}"
-                    if there
-                    else "or mend driver or torch (a CUDA build)"
-                )
+                f"{torch.__version__} finds {count}; use cpu, or {others}"
             )
     return device
 
 
 def server_optimizer(config: Config) -> ServerOptimizer:
     """The configuration's server optimizer; pooled training is its one client's SGD alone."""
-    if METHODS[config.method].pooled:
+    method = METHODS[config.method]
+    if method.pooled:
         return ServerOptimizer("sgd", lr=1.0, normalize_rows=config.normalize_rows)
     return ServerOptimizer(
         config.server_optimizer,
@@ -138,7 +137,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
         config.server_second_momentum,
         config.server_epsilon,
         config.normalize_rows,
-        METHODS[config.method].row_optimizer,
+        method.row_optimizer,
     )
 
 
@@ -147,16 +146,8 @@ def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFor
     layout = tuple(p.shape for p in embedder.parameters() if p.requires_grad)
     if METHODS[config.method].pooled:
         return WireFormat(layout, config.embedding_size, num_classes)
-    return WireFormat(
-        layout,
-        config.embedding_size,
-        num_classes,
-        config.rows_down,
-        config.rows_up,
-        config.backbone_down,
-        config.backbone_up,
-        config.moments_rank,
-    )
+    formats = config.rows_down, config.rows_up, config.backbone_down, config.backbone_up
+    return WireFormat(layout, config.embedding_size, num_classes, *formats, config.moments_rank)
 
 
 def scoring(config: Config) -> Scoring:
@@ -171,11 +162,10 @@ def round_plan(
     sampler: Sampler | None = None,
     objective: Objective | None = None,
 ) -> RoundPlan:
-    """What the clients of a round (0-based) are told; learning rates decay over the rounds.
+    """The plan of a round (0-based), which its clients get; learning rates decay over the rounds.
 
-    ``sampler``, if given, in place of the one that ``config`` names. Where there is nothing to
-    choose, the client draws: no server need be told its own classes. ``objective``, if given, in
-    place of the method's.
+    ``sampler`` and ``objective``, if given, are used in place of the configured ones. Where there
+    is nothing to choose, the client draws: the server need not know its own classes.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
@@ -214,10 +204,9 @@ def round_plan(
 
 
 def pool_images(images: Images, cohort_size: int, seed: int) -> Images:
-    """Images dealt at random to as few clients as there are cohorts.
+    """Images assigned at random to as few clients as there are cohorts.
 
-    One of them a round, trained from the last one's weights, is central SGD, with as many
-    images a round as a cohort holds on average.
+    One of them per round is central SGD, with as many images as a cohort holds on average.
     """
     shards = max(1, len(images.client_names) // cohort_size)
     order = generator(seed, "pool").permutation(len(images))
@@ -227,11 +216,7 @@ def pool_images(images: Images, cohort_size: int, seed: int) -> Images:
 
 
 def check_trainable(data: Dataset) -> None:
-    """Whether there is anything to train on.
-
-    Raises:
-        DataError: there are test images alone.
-    """
+    """Raise a DataError if there are no training images."""
     if not len(data.train):
         raise DataError(
             f"data set {data.name!r} has no training images, only images to test with: give "

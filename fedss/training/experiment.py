@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
 from fedss.evaluation.evaluate import check_tellable
-from fedss.evaluation.intervals import interval
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
@@ -27,7 +26,8 @@ from fedss.runs.folder import (
     write_run_config,
 )
 from fedss.runs.progress import show_progress
-from fedss.runs.summaries import Summary, read_summaries, summarize, write_summaries
+from fedss.runs.records import Record
+from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.training.build import (
     build_model,
@@ -39,7 +39,7 @@ from fedss.training.build import (
     sample_size,
 )
 from fedss.training.federation import Federate, Known, local_federation
-from fedss.training.loop import OnRound, Trained, train_rounds
+from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_objective
 from fedss.training.summary import describe, describe_model
 
@@ -63,13 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class OwnParts:
-    """What a run has as objects of the user's, in place of what its configuration names.
-
-    Attributes:
-        backbone: a module, [B, C, H, W] float pixels to [B, features] vectors.
-        sampler: a way to draw negatives.
-        objective: a loss, in place of the method's.
-    """
+    """A user's own objects, in place of what the configuration names: see :func:`train`."""
 
     backbone: nn.Module | None = None
     sampler: Sampler | None = None
@@ -142,12 +136,11 @@ def _train_here(
     ranks: Ranks,
     known: Known,
 ) -> Run:
+    model = build_model(config, data, own.backbone)
+    about = describe(config, data)
+    federate = partial(local_federation, config, data, ranks, known)
     return train_federation(
-        config,
-        folder,
-        build_model(config, data, own.backbone),
-        describe(config, data),
-        partial(local_federation, config, data, ranks, known),
+        *(config, folder, model, about, federate),
         label=label,
         own=own,
         on_round=on_round,
@@ -170,15 +163,15 @@ def train_federation(
     """Train one model wherever its clients are, or go on with it.
 
     Args:
-        config: what to do; settings of local training are told to the clients.
+        config: what to do; clients get its settings of local training.
         folder: the run folder.
         embedder: the model, with its first weights.
-        data: what to write down of the data; a run that goes on must have the same.
+        data: metadata of the data set; a run that goes on must have the same.
         federate: opens the federation.
         label: the run's name, where progress is shown.
-        own: what the user gave as objects.
+        own: the user's own objects.
         on_round: as in :func:`train`.
-        ranks: the processes that train together here.
+        ranks: the processes that train together.
 
     Raises:
         As :func:`train`, and QuorumError: too few clients gave an update, time and again.
@@ -192,14 +185,16 @@ def train_federation(
         write_run_config(folder, config, data, model, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
-            with _observer(label, config, on_round, ranks) as see:
-                done = train_rounds(config, embedder, federate, plan_of, folder, see, ranks)
+            if not ranks.first:
+                on_round = _ignore
+            with nullcontext(on_round) if on_round else show_progress(label, config) as observe:
+                summary = train_rounds(config, embedder, federate, plan_of, folder, observe, ranks)
         if ranks.first:
             if not already_done:
                 about = {"method": config.method, "data": data["name"]}
                 save_embedder(embedder, folder / "model", about)
-                write_summaries(folder, [_summary(config, done)])
-            # One that was written while it was under way says so.
+                write_summaries(folder, [summary])
+            # One that was written during the run says so.
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
@@ -207,11 +202,8 @@ def train_federation(
         return Run(folder, embedder, summary, already_done)
 
 
-def _summary(config: Config, done: Trained) -> Summary:
-    run = {name: getattr(config, name) for name in ("method", "seed", "rounds")}
-    run |= {"sample_size": sample_size(config, done.num_classes), "folder": "."}
-    ends = None if done.by_class is None else interval([done.by_class])
-    return summarize(run, done.records, done.floors.map_at_10, ends)
+def _ignore(record: Record) -> None:
+    """What ranks but the first do with a round's record."""
 
 
 def load_together(config: Config) -> Dataset:
@@ -220,7 +212,7 @@ def load_together(config: Config) -> Dataset:
     On each host one rank goes first and makes the cache of decoded images, which others read.
 
     Raises:
-        ConfigError: there is no such device, which is better known before images are decoded.
+        ConfigError: there is no such device; checked before images are decoded.
         DataError: they cannot be found or read, or do not fit together.
     """
     compute_device(config)
@@ -230,14 +222,6 @@ def load_together(config: Config) -> Dataset:
                 data = load_data(config)
             ranks.gather(None)
     return data
-
-
-def _observer(
-    label: str, config: Config, on_round: OnRound | None, ranks: Ranks
-) -> AbstractContextManager[OnRound]:
-    if not ranks.first:
-        return nullcontext(lambda record: None)
-    return nullcontext(on_round) if on_round else show_progress(label, config)
 
 
 def compare(
@@ -301,8 +285,8 @@ def compare(
                 done = _train_here(run, folder / name, title, data, own, on_round, ranks, known)
                 summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
-                now = {summary["folder"] for summary in summaries}
-                earlier = [s for s in read_summaries(folder) if s["folder"] not in now]
+                folders = {summary["folder"] for summary in summaries}
+                earlier = [s for s in read_summaries(folder) if s["folder"] not in folders]
                 write_summaries(folder, [*earlier, *summaries])
                 write_report(folder)
     return summaries

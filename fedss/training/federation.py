@@ -14,7 +14,7 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, RetrievalTask, index_clients
 from fedss.data.augment import AUGMENTATIONS, preview
 from fedss.distributed import Ranks
-from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
+from fedss.engines.local import intra_op_threads, local_engine
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
 from fedss.evaluation.evaluate import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
@@ -32,11 +32,11 @@ class Federation:
         cohort_size: clients per round.
         client_name: a client's name for people.
         evaluate: retrieval under a backbone, after so many rounds; None at all ranks but the first.
-        floors: what the test gives for nothing, under the first backbone's weights; likewise.
-        task: the test images that ``evaluate`` embeds, to be looked at; None: they are not here.
+        floors: baselines of the test, under the first backbone's weights; likewise.
+        task: the test images that ``evaluate`` embeds, to be shown; None where there are none.
         preview: training images as clients see them, see :func:`fedss.data.augment.preview`; None
-            where they see them as they are, or nobody here may.
-        quorum: the part of a cohort without whose updates there is no step.
+            where they are not changed, or not to be shown.
+        quorum: share of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
     """
@@ -58,7 +58,7 @@ OnPhase = Callable[[str], None]
 Known = dict[tuple[object, ...], Floors]
 """Floors that several runs share, by what they depend on."""
 Federate = Callable[[Embedder, ServerOptimizer, OnPhase], AbstractContextManager[Federation]]
-"""Opens a federation for a model and a server optimizer, which may tell of its phases."""
+"""Opens a federation for a model and a server optimizer; it reports the ends of phases."""
 
 
 @contextmanager
@@ -75,15 +75,13 @@ def local_federation(
     images, cohort_size = data.train, config.clients_per_round
     if METHODS[config.method].pooled:
         images, cohort_size = pool_images(images, cohort_size, config.seed), 1
-    clients, num_classes = index_clients(images), len(images.class_names)
-    task = evaluation_task(config, data)
-    changes, shown = AUGMENTATIONS.get(config.augment), None
-    if changes is not None:
-        # First of all: this needs a package that may not be there.
-        shown = preview(changes, images.pixels, config.seed)
+    num_classes, task = len(images.class_names), evaluation_task(config, data)
+    changes = AUGMENTATIONS.get(config.augment)
+    # Before all else: this needs a package that may not be installed.
+    shown = preview(changes, images.pixels, config.seed) if changes else None
     with local_engine(
         embedder,
-        clients,
+        index_clients(images),
         optimizer,
         wire_format(config, embedder, num_classes),
         config.workers,
@@ -93,8 +91,12 @@ def local_federation(
         stack=config.stack,
     ) as engine:
 
+        def embed(backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
+            # Retrieval is computed on the device where clients train, too.
+            return engine.embed(backbone_P, pixels).to(engine.workers.device)
+
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation | None:
-            embedded = embed_task(partial(_embed_there, engine, backbone_P), task)
+            embedded = embed_task(partial(embed, backbone_P), task)
             if not ranks.first:
                 return None
             # Between rounds the workers of all ranks are idle and their cores free.
@@ -105,8 +107,8 @@ def local_federation(
             # All ranks embed: whether they need not must be the same at each.
             untrained = "untrained", config.eval_split, config.precision, fingerprint(embedder)
             if untrained not in known:
-                found = evaluate(backbone_P, 0)
-                by_class = found and found.by_class
+                evaluation = evaluate(backbone_P, 0)
+                by_class = evaluation and evaluation.by_class
                 known[untrained] = floor("untrained", by_class) if by_class else Floors()
             if not ranks.first:
                 return None
@@ -116,9 +118,8 @@ def local_federation(
                 if plain not in known:
                     known[plain] = data_floors(task)
                 if frozen not in known:
-                    known[frozen] = backbone_floors(
-                        embedder, task, data.train, compute_device(config)
-                    )
+                    device = compute_device(config)
+                    known[frozen] = backbone_floors(embedder, task, data.train, device)
             return known[plain] | known[untrained] | known[frozen]
 
         yield Federation(
@@ -131,8 +132,3 @@ def local_federation(
             task=task,
             preview=shown,
         )
-
-
-def _embed_there(engine: LocalEngine, backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
-    """Embeddings on the device where clients train, so that retrieval is computed there too."""
-    return engine.embed(backbone_P, pixels).to(engine.workers.device)

@@ -20,7 +20,7 @@ from fedss.distributed import Ranks
 from fedss.errors import DivergedError, QuorumError, RunFolderError
 from fedss.evaluation.baselines import Floors, floor
 from fedss.evaluation.evaluate import Evaluation, findings
-from fedss.evaluation.intervals import ClassScores
+from fedss.evaluation.intervals import interval
 from fedss.files import write_file
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, flatten_
@@ -35,30 +35,21 @@ from fedss.runs.records import (
     read_records,
     records_to_disk,
 )
+from fedss.runs.summaries import Summary, summarize
 from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
-from fedss.training.build import server_optimizer
+from fedss.training.build import sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 
 OnRound = Callable[[Record], None]
 PlanOf = Callable[[int, int], RoundPlan]
-"""``plan_of(num_classes, round)``: what the clients of a round (0-based) are told."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the rounds leave besides weights and files."""
-
-    num_classes: int
-    records: list[Record]
-    floors: Floors
-    by_class: ClassScores | None
+"""``plan_of(num_classes, round)``: the plan of a round (0-based)."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What stays the same from round to round."""
+    """What is the same in all rounds."""
 
     config: Config
     federation: Federation
@@ -67,6 +58,7 @@ class _Job:
     folder: Path
     timer: "PhaseTimer"
     ranks: Ranks
+    on_round: OnRound
 
 
 def train_rounds(
@@ -77,18 +69,18 @@ def train_rounds(
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
-) -> Trained:
+) -> Summary:
     """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
 
-    Every rank has the same state throughout; only the first writes.
+    Returns the run's summary. Every rank has the same state throughout; only the first writes.
     """
     optimizer, timer = server_optimizer(config), PhaseTimer()
     row_mean = config.row_mean or METHODS[config.method].row_mean
     theta_P = flatten_(embedder).theta_P
-    with federate(embedder, optimizer, timer.lap) as federation:
-        of_federation = federation.cohort_size, row_mean, federation.quorum
-        server = Server(optimizer, *of_federation, on_phase=timer.lap)
-        job = _Job(config, federation, server, plan_of, folder, timer, ranks)
+    with federate(embedder, optimizer, timer.end_phase) as federation:
+        of_cohort = federation.cohort_size, row_mean, federation.quorum
+        server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
+        job = _Job(config, federation, server, plan_of, folder, timer, ranks, on_round)
         state = _first_state(job, theta_P)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
@@ -97,41 +89,44 @@ def train_rounds(
             on_round(record)
         if ranks.first and federation.preview is not None:
             write_file(folder / "augmentation.npz", federation.preview)
-        state, found = _to_the_end(job, state, records, floors, on_round)
+        state, evaluation = _to_the_end(job, state, records, floors)
         theta_P.copy_(state.backbone_P)
-    if ranks.first and federation.task and found and found.embedded:
+    if ranks.first and federation.task and evaluation and evaluation.embedded:
         # Outside, where torch may use all cores again.
-        write_findings(folder, findings(federation.task, found.embedded, config.data_seed))
-    by_class = found.by_class if found else None
+        write_findings(folder, findings(federation.task, evaluation.embedded, config.data_seed))
+    by_class = evaluation.by_class if evaluation else None
     if by_class is not None:
         write_scores(folder / "by_class.json", floor("trained", by_class))
-    return Trained(state.class_rows.num_classes, records, floors, by_class)
+    run = {"method": config.method, "seed": config.seed, "rounds": config.rounds}
+    size = sample_size(config, state.class_rows.num_classes)
+    ends = None if by_class is None else interval([by_class])
+    return summarize({**run, "sample_size": size, "folder": "."}, records, floors.map_at_10, ends)
 
 
 def _to_the_end(
-    job: _Job, state: ServerState, records: list[Record], floors: Floors, on_round: OnRound
+    job: _Job, state: ServerState, records: list[Record], floors: Floors
 ) -> tuple[ServerState, Evaluation | None]:
     """All rounds that are left; their records are appended to ``records``."""
-    config, federation, first = job.config, job.federation, job.ranks.first
+    config, task, timer, first = job.config, job.federation.task, job.timer, job.ranks.first
     failed = any(record.get("failures") for record in records)
-    done_before, found = state.round == config.rounds, None
+    done_before, evaluation = state.round == config.rounds, None
     with (
         open_records(job.folder, records) if first else nullcontext() as add_record,
         open_writer(job.folder, state.round + 1) if first else nullcontext() as writer,
     ):
 
         def add_images(add: Callable[..., None]) -> None:
-            if writer and federation.task and found and found.embedded:
-                add(writer, federation.task, found.embedded, config.data_seed, state.round)
-                job.timer.lap("evaluate")
+            if writer and task and evaluation and evaluation.embedded:
+                add(writer, task, evaluation.embedded, config.data_seed, state.round)
+                timer.end_phase("evaluate")
 
         if writer and not state.round and "untrained" in floors.map_at_10:
             writer.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
-        job.timer.restart()
+        timer.restart()
         try:
             while state.round < config.rounds:
                 first_loss = records[0]["loss"] if records else None
-                state, record, found = _next_round(job, state, first_loss)
+                state, record, evaluation = _next_round(job, state, first_loss)
                 due = _due(state.round, config.checkpoint_every, config.rounds)
                 failed = failed or bool(record.get("failures"))
                 if add_record:
@@ -140,30 +135,25 @@ def _to_the_end(
                 if writer:
                     add_scalars(writer, record, failed)
                 add_images(add_neighbours)
-                on_round(record)
-                if due:
-                    _checkpoint(job, state)
+                job.on_round(record)
+                if due and first:
+                    save_checkpoint(job.folder / "checkpoint", state)
+                    timer.end_phase("checkpoint")
+                elif due:
+                    state.class_rows.changed.clear()
         except BaseException:
             if first:
-                _keep_what_was_learnt(job.folder, state, len(records))
+                _save_last_round(job.folder, state, len(records))
             raise
-        if done_before and federation.task:
-            # It was stopped before its images were written.
-            found = federation.evaluate(state.backbone_P, state.round)
+        if done_before and task:
+            # The run was stopped before its images were written.
+            evaluation = job.federation.evaluate(state.backbone_P, state.round)
         add_images(add_projection)
-    return state, found
-
-
-def _checkpoint(job: _Job, state: ServerState) -> None:
-    if job.ranks.first:
-        save_checkpoint(job.folder / "checkpoint", state)
-        job.timer.lap("checkpoint")
-    else:
-        state.class_rows.changed.clear()
+    return state, evaluation
 
 
 def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: Ranks) -> Floors:
-    """What a run's test gives for nothing: measured once, before its first round."""
+    """Baselines of the test: measured once, before the first round."""
     path, floors = folder / "floors.json", None
     if ranks.first and path.exists():
         # What cannot be read is measured again.
@@ -177,12 +167,10 @@ def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: 
     return floors
 
 
-def _keep_what_was_learnt(folder: Path, state: ServerState, recorded: int) -> None:
-    """A checkpoint of a run that ends too early, of its last complete round.
+def _save_last_round(folder: Path, state: ServerState, recorded: int) -> None:
+    """A checkpoint of the last complete round of a run that ends too early, whatever ended it.
 
-    Whatever ended it (an error, Ctrl-C, too few clients), the state is that of the last record
-    while no row of the next round is written. There is none where a step was bad or half done: its
-    rows are in the table.
+    There is none where a row of the next round is written already.
     """
     whole = newest_write(state.class_rows) <= state.round == recorded
     if whole and state.round > newest_round(folder / "checkpoint"):
@@ -197,29 +185,29 @@ def _next_round(
     config, federation, round = job.config, job.federation, state.round
     plan = job.plan_of(state.class_rows.num_classes, round)
     state, updates, failures, attempts = _attempt_round(job, state, plan)
-    state = _with_classes(config, state, federation.num_classes(state.round), plan.sampler)
-    job.timer.lap("aggregate")
-    found = None
+    num_classes, evaluation = federation.num_classes(state.round), None
+    if num_classes != state.class_rows.num_classes:
+        # Classes were registered in this round.
+        state = replace(state, class_rows=grow(state.class_rows, num_classes))
+        state = _with_index(config, state, plan.sampler)
+    job.timer.end_phase("aggregate")
     if _due(state.round, config.eval_every, config.rounds):
-        found = federation.evaluate(state.backbone_P, state.round)
-        job.timer.lap("evaluate")
+        evaluation = federation.evaluate(state.backbone_P, state.round)
+        job.timer.end_phase("evaluate")
     updates = [u for part in job.ranks.gather([without_deltas(u) for u in updates]) for u in part]
     if first_loss is not None:
         check_growth([update.loss for update in updates], first_loss, plan)
-    named = [
-        FailedClient(client=federation.client_name(failure.client), reason=failure.reason)
-        for failure in failures
-    ]
+    name = federation.client_name
     record = new_record(
         plan,
         updates,
         federation.engine.num_clients(round),
         job.timer.restart(),
-        found.metrics if found else None,
-        named,
+        evaluation.metrics if evaluation else None,
+        [FailedClient(client=name(f.client), reason=f.reason) for f in failures],
         attempts,
     )
-    return state, record, found
+    return state, record, evaluation
 
 
 def _attempt_round(
@@ -250,7 +238,7 @@ def _attempt_round(
                     failures,
                 ) from error
             time.sleep(job.federation.pause)
-            job.timer.lap("pause")
+            job.timer.end_phase("pause")
         except DivergedError as error:
             if error.client is None:
                 raise
@@ -280,16 +268,6 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
     return _with_index(config, state, plan.sampler)
 
 
-def _with_classes(
-    config: Config, state: ServerState, num_classes: int, sampler: Sampler
-) -> ServerState:
-    """The state with the classes that were registered in the last round."""
-    if num_classes == state.class_rows.num_classes:
-        return state
-    rows = grow(state.class_rows, num_classes)
-    return _with_index(config, replace(state, class_rows=rows), sampler)
-
-
 def _with_index(config: Config, state: ServerState, sampler: Sampler) -> ServerState:
     """The state with what the sampler keeps of the class rows."""
     if sampler.index is None:
@@ -310,8 +288,8 @@ class PhaseTimer:
         self._seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
-        """The time since the last lap belongs to this phase."""
+    def end_phase(self, phase: str) -> None:
+        """The time since the last call belongs to this phase."""
         now = time.perf_counter()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
         self._last = now

@@ -12,8 +12,7 @@ from fedss.losses.methods import METHODS
 from fedss.losses.softmax import ClassSample, Objective, sampled_softmax
 from fedss.training.build import scoring
 
-# Characters of a partial's arguments that are shown as they are.
-_LONGEST = 100
+_LONGEST = 100  # characters of a partial's arguments that are shown as they are
 
 
 def objective_name(objective: Objective) -> str:
@@ -27,9 +26,11 @@ def objective_name(objective: Objective) -> str:
             others.
     """
     if isinstance(objective, partial):
-        told = [_told(value) for value in objective.args]
-        told += [f"{key}={_told(value)}" for key, value in sorted(objective.keywords.items())]
-        inside = ", ".join(told)
+        arguments = [_described(value) for value in objective.args]
+        arguments += [
+            f"{key}={_described(value)}" for key, value in sorted(objective.keywords.items())
+        ]
+        inside = ", ".join(arguments)
         if len(inside) > _LONGEST:
             inside = f"sha256 {hashlib.sha256(inside.encode()).hexdigest()[:16]}"
         return f"{objective_name(objective.func)}({inside})"
@@ -42,13 +43,13 @@ def objective_name(objective: Objective) -> str:
     return name
 
 
-def _told(value: object) -> str:
-    """What tells an argument of a partial from others, the same in every process."""
-    # Not the repr of anything: some hold an address, some leave most of the numbers out.
+def _described(value: object) -> str:
+    """An argument of a partial as text, the same in every process."""
+    # No repr of other objects: some hold an address, some leave most of the numbers out.
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, list | tuple):
-        return f"{type(value).__name__}({', '.join(map(_told, value))})"
+        return f"{type(value).__name__}({', '.join(map(_described, value))})"
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest = hashlib.sha256(flat.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
@@ -91,11 +92,11 @@ def check_objective(config: Config, objective: Objective) -> None:
             "depend on the number and order of workers"
         )
     for tensor, what in ((h_KBD, "embeddings h_BD"), (rows_KSD, "class rows rows_SD")):
-        grad = None
-        if loss_B.requires_grad:
-            total = loss_B.sum()
-            (grad,) = torch.autograd.grad(total, tensor, retain_graph=True, allow_unused=True)
-        if grad is None:
+        total = loss_B.sum()
+        if (
+            not total.requires_grad
+            or torch.autograd.grad(total, tensor, retain_graph=True, allow_unused=True)[0] is None
+        ):
             raise ConfigError(f"{named} has no gradient with respect to the {what}")
     if config.stack > 1:
         try:

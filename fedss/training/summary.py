@@ -9,18 +9,11 @@ import numpy as np
 import torch
 
 from fedss.config import Config
-from fedss.core.client import (
-    Broadcast,
-    ClientUpdate,
-    RoundPlan,
-    limit_own_classes,
-    num_negatives,
-)
+from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, limit_own_classes, num_negatives
 from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
 from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
 from fedss.losses.methods import METHODS
-from fedss.losses.moments import Moments
 from fedss.losses.softmax import ClassSample, Objective
 from fedss.models import Embedder, frozen_fingerprint
 from fedss.sampling.samplers import Sampler
@@ -66,21 +59,22 @@ def describe(config: Config, data: Dataset) -> dict[str, Any]:
     }
 
 
-def found(config: Config, data: Dataset) -> list[str]:
+def overview(config: Config, data: Dataset) -> list[str]:
     """What there is to train on and to test with, in three lines of up to 80 columns."""
-    facts, test = describe(config, data), evaluation_task(config, data)
-    channels, height, width = facts["image_shape"]
-    low, median, high = facts["own_classes"]
+    about, test = describe(config, data), evaluation_task(config, data)
+    channels, height, width = about["image_shape"]
+    name = data.name if len(data.name) <= 20 else f"{data.name[:19]}…"
+    low, median, high = about["own_classes"]
     own = f"{low}" if low == high else f"{low} to {high}, median {median:g}"
-    images = counted(facts["train_images"], "image")
-    images += f" of {counted(facts['train_classes'], 'class')}"
+    images = counted(about["train_images"], "image")
+    images += f" of {counted(about['train_classes'], 'class')}"
     gallery = "the others" if test.gallery is None else counted(len(test.gallery), "gallery image")
     seen = seen_classes(data) if config.eval_split == "test" else 0
-    classes = "one class" if facts["test_classes"] == 1 else counted(facts["test_classes"], "class")
+    classes = "one class" if about["test_classes"] == 1 else counted(about["test_classes"], "class")
     return [
-        f"data     {_cut(data.name, 20)}: {images}, {width} x {height} x {channels}",
-        f"clients  {facts['train_clients']:,}; own classes of a client: {own}",
-        f"test     {counted(facts['test_queries'], 'query')} of {classes}, "
+        f"data     {name}: {images}, {width} x {height} x {channels}",
+        f"clients  {about['train_clients']:,}; own classes of a client: {own}",
+        f"test     {counted(about['test_queries'], 'query')} of {classes}, "
         + (f"{seen:,} of them trained on" if seen else "all held out")
         + f"; each among {gallery}",
     ]
@@ -107,32 +101,27 @@ def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
 
 
 def notes(config: Config, data: Dataset) -> list[str]:
-    """What makes a run other than it looks; each in a line of up to 80 columns."""
+    """What is easily overlooked in a run; each in a line of up to 80 columns."""
     classes, own_K = len(data.train.class_names), count_own_classes(data.train)
     size = sample_size(config, classes)
     weak = weakness(len(count_classes(evaluation_task(config, data).query)))
-    told = [weak] if weak else []
+    lines = [weak] if weak else []
     if METHODS[config.method].negatives == "sampled":
-        if size >= classes:
-            told.append(f"|S| = {size} is all of the {classes} classes: this is the full softmax")
         crowded = int((2 * own_K > size).sum())
-        if crowded and size < classes:
-            told.append(
+        if size >= classes:
+            lines.append(f"|S| = {size} is all of the {classes} classes: this is the full softmax")
+        elif crowded:
+            lines.append(
                 f"own classes fill more than half of |S| = {size} at {crowded:,} of "
                 f"{len(own_K):,} clients"
             )
-    return told
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return lines
 
 
 def describe_model(
     embedder: Embedder, sampler: Sampler | None, objective: Objective | None
 ) -> dict[str, Any]:
-    """What a run writes down of what code or files may bring along: a model's structure, the
-    weights that it came with and those that stay as they are, a sampler, a loss."""
+    """A run's record of its model's structure, initial and frozen weights, sampler and loss."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
@@ -174,16 +163,14 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
         of_method = replace(config, method=method.name)
         plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
-        moved = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
+        sent = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
         mean = {
-            name: float(np.average([m[name] for m in moved], weights=clients)) for name in moved[0]
+            name: float(np.average([m[name] for m in sent], weights=clients)) for name in sent[0]
         }
         rows = mean["class_rows"]
-        if method.pooled:
-            result.append(Cost(method.name, rows, rows / num_classes, None, None, None))
-            continue
         row_bytes = mean["class_row_bytes_down"] + mean["moment_bytes_down"]
-        sizes = (row_bytes, mean["bytes_down"], mean["bytes_up"])
+        sent_bytes = (row_bytes, mean["bytes_down"], mean["bytes_up"])
+        sizes = (None, None, None) if method.pooled else sent_bytes
         result.append(Cost(method.name, rows, rows / num_classes, *sizes))
     return result
 
@@ -194,16 +181,15 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
     count = len(own_P) + num_negatives(plan, len(own_P))
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
-    moments = Moments(torch.zeros(dim), torch.zeros(dim, dim)) if plan.method.moments else None
+    payload = plan.method.payload(torch.eye(dim + 1).double()) if plan.method.payload else {}
     dealt, asked = None, ids_S
     if plan.sampler.drawn_by == "server":
-        own_S = ids_S < len(own_P)
+        asked = ids_S[: len(own_P)]
         # Dummies: one q for all, or one each.
-        each = plan.sampler.q_each
-        log_q_S = -torch.arange(count).float() if each else -torch.ones(count)
-        dealt, asked = ClassSample(ids_S, log_q_S, own_S), ids_S[own_S]
+        log_q_S = -ids_S.float() if plan.sampler.q_each else -torch.ones(count)
+        dealt = ClassSample(ids_S, log_q_S, ids_S < len(own_P))
     down = {
-        **encode_broadcast(wire, Broadcast(backbone_P, moments)),
+        **encode_broadcast(wire, Broadcast(backbone_P, payload)),
         **encode_answer(wire, ids_S, zeros_SD, dealt),
     }
     update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0)

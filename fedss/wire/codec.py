@@ -182,6 +182,21 @@ def decode_symmetric(encoded: Mapping[str, Tensor], dim: int) -> Tensor:
     return upper_DD + upper_DD.triu(1).T
 
 
+def encode_payload(tensor: Tensor, precision: Precision, rank: int | None) -> Encoded:
+    """A part of a method's payload: a vector [D] as a row, or a symmetric matrix [D, D]."""
+    if tensor.ndim == 1:
+        return encode_rows(tensor[None], precision, None)
+    return encode_symmetric(tensor, precision, rank, None)
+
+
+def decode_payload(encoded: Encoded, dim: int) -> Tensor:
+    """The vector or matrix that ``encode_payload`` was given, up to rounding."""
+    triangle = "scale" not in encoded and encoded["values"].ndim == 1
+    if triangle or "diagonal" in encoded or "eigenvalues" in encoded:
+        return decode_symmetric(encoded, dim)
+    return decode_rows(encoded, dim)[0]
+
+
 @lru_cache(maxsize=1024)
 def _block(shape: torch.Size, longest: int | None) -> tuple[int, int] | None:
     """As what [channels, length] a parameter is quantised; None: it is not.

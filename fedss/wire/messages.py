@@ -15,18 +15,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedss.core.client import Broadcast, ClientUpdate
-from fedss.losses.moments import Moments
 from fedss.losses.softmax import ClassSample
 from fedss.wire.codec import (
     Encoded,
     Layout,
     Precision,
     decode_backbone,
+    decode_payload,
     decode_rows,
-    decode_symmetric,
     encode_backbone,
+    encode_payload,
     encode_rows,
-    encode_symmetric,
 )
 
 Message = Mapping[str, Tensor]
@@ -40,7 +39,7 @@ class WireFormat:
         layout: shapes of the backbone's trained parameters, in their order in the flat vector.
         dim: D, the embedding size.
         num_classes: n.
-        rows_down, rows_up: precision of class rows and moments, and of their changes.
+        rows_down, rows_up: precision of class rows and payloads, and of their changes.
         backbone_down, backbone_up: precision of the backbone and of its change.
         moments_rank: symmetric matrices travel as that many eigenvectors and a multiple of the
             identity; None: whole.
@@ -73,25 +72,23 @@ def decode_request(wire: WireFormat, message: Message) -> Tensor:
 
 
 def encode_broadcast(wire: WireFormat, sent: Broadcast) -> Message:
-    """Server to every client of a round: the backbone, and moments where a method has them."""
+    """Server to every client of a round: the backbone, and a method's payload."""
     backbone = encode_backbone(sent.backbone_P, wire.layout, wire.backbone_down, None)
     message = _prefixed("backbone", backbone)
-    if sent.moments is not None:
-        mean_1D, covariance_DD = sent.moments.mean_D[None], sent.moments.covariance_DD
-        mean = encode_rows(mean_1D, wire.rows_down, None)
-        covariance = encode_symmetric(covariance_DD, wire.rows_down, wire.moments_rank, None)
-        message |= _prefixed("moments.mean", mean) | _prefixed("moments.covariance", covariance)
+    for name, tensor in sent.payload.items():
+        message |= _prefixed(name, encode_payload(tensor, wire.rows_down, wire.moments_rank))
     return message
 
 
 def decode_broadcast(wire: WireFormat, message: Message) -> Broadcast:
     """The inverse of :func:`encode_broadcast`, up to rounding."""
-    backbone_P = decode_backbone(_under("backbone", message), wire.layout)
-    mean = _under("moments.mean", message)
-    if not mean:
-        return Broadcast(backbone_P, None)
-    covariance_DD = decode_symmetric(_under("moments.covariance", message), wire.dim)
-    return Broadcast(backbone_P, Moments(decode_rows(mean, wire.dim)[0], covariance_DD))
+    names = dict.fromkeys(name.rpartition(".")[0] for name in message)
+    payload = {
+        name: decode_payload(_under(name, message), wire.dim)
+        for name in names
+        if name != "backbone"
+    }
+    return Broadcast(decode_backbone(_under("backbone", message), wire.layout), payload)
 
 
 def encode_answer(

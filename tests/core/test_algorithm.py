@@ -239,7 +239,7 @@ def test_renaming_classes_permutes_w_and_changes_nothing_else():
     permutation = generator(1, "rename").permutation(N)  # class i becomes permutation[i]
     example_N = where.clients.examples(1)
     label_N = DATA.train.labels[example_N]
-    sample, sent = draw_classes(told, 1, np.unique(label_N)), Broadcast(state.backbone_P, None)
+    sample, sent = draw_classes(told, 1, np.unique(label_N)), Broadcast(state.backbone_P)
     submodel = Submodel(sent, sample.ids_S, select(SGD, state, sample.ids_S))
     before = train_client(told, 1, where.model, submodel, sample, example_N, label_N)
     new_ids = torch.from_numpy(permutation[sample.ids_S.numpy()])

@@ -18,7 +18,7 @@ from fedss.core.client import (
     train_client,
 )
 from fedss.losses.methods import METHODS
-from fedss.losses.moments import Moments, absent_classes, moments_of, row_sums
+from fedss.losses.moments import Moments, absent_classes, moments_of, payload, row_sums
 from fedss.losses.softmax import (
     AbsentClasses,
     ClassSample,
@@ -109,7 +109,7 @@ def test_the_client_moves_its_own_rows_alone_under_the_loss_of_all():
     own = limit_own_classes(told, client, labels[example_N])
     sample = class_sample(own, np.zeros(0, np.int64), np.zeros(0))
     W0 = whole(state.class_rows)
-    sent = Broadcast(state.backbone_P, moments_of(row_sums(W0)))
+    sent = Broadcast(state.backbone_P, payload(row_sums(W0)))
     submodel = Submodel(sent, sample.ids_S, W0[own])
     update = train_client(told, client, model, submodel, sample, example_N, labels[example_N])
 

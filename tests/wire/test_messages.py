@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedss.core.client import Broadcast, ClientUpdate
-from fedss.losses.moments import Moments
 from fedss.sampling.samplers import class_sample
 from fedss.seeds import generator
 from fedss.wire.messages import (
@@ -58,7 +57,8 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         torch.rand(parameters),
     )
     matrix = symmetric(dim)
-    sent = Broadcast(backbone, Moments(rows.mean(dim=0), matrix) if moments else None)
+    payload = {"moments.mean": rows.mean(dim=0), "moments.covariance": matrix}
+    sent = Broadcast(backbone, payload if moments else {})
     update = ClientUpdate(3, backbone, ids, rows, 17, 0.5)
     to_all = encode_broadcast(format_, sent)
     answer = encode_answer(format_, ids, rows, None)
@@ -71,7 +71,7 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         received.append(load(encoded))
     got, got_rows = decode_broadcast(format_, received[0]), decode_answer(format_, received[1])
     got_update = decode_update(format_, received[2], 3)
-    assert (got.moments is None) == (not moments)
+    assert got.payload.keys() == sent.payload.keys()
     assert torch.equal(got_update.ids_S, ids)
     assert (got_update.num_examples, got_update.loss, got_update.client) == (17, 0.5, 3)
     step = {"float32": 0.0, "bfloat16": 1 / 128, "int8": 1 / 60, "int4": 0.3}[precision]
@@ -81,8 +81,10 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         (got_update.backbone_delta_P, backbone),
         (got_update.rows_delta_SD, rows),
     ]
+    if moments:
+        pairs.append((got.payload["moments.mean"], payload["moments.mean"]))
     if moments and rank is None:
-        pairs.append((got.moments.covariance_DD, matrix))
+        pairs.append((got.payload["moments.covariance"], matrix))
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= step * theirs.abs().max()
     counted = traffic({**to_all, **answer}, request, up)
@@ -90,6 +92,18 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
     assert counted["bytes_down"] == len(save({**to_all, **answer}))
     assert (counted["moment_bytes_down"] > 0) == moments
     assert counted["moment_bytes_up"] == 0
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_the_wire_carries_a_payload_that_it_does_not_know(dim, precision):
+    payload = {"mine.vector": torch.rand(dim), "mine.matrix": symmetric(dim)}
+    format_ = wire(5, dim, 9, precision, None)
+    got = decode_broadcast(format_, encode_broadcast(format_, Broadcast(torch.rand(5), payload)))
+    assert got.payload.keys() == payload.keys()
+    for name, tensor in payload.items():
+        assert got.payload[name].shape == tensor.shape
+        assert (got.payload[name] - tensor).abs().max() <= 0.3 * tensor.abs().max()
 
 
 @pytest.mark.parametrize(("requested", "n"), [(64, 964), (256, 100_000), (964, 964)])
@@ -104,7 +118,7 @@ def test_bytes_are_the_arithmetic_within_two_percent(requested, n):
     ids_bytes = 0 if requested == n else 4 * requested
     arithmetic = requested * d * 4 + ids_bytes + parameters * 4
     down = {
-        **encode_broadcast(format_, Broadcast(backbone, None)),
+        **encode_broadcast(format_, Broadcast(backbone)),
         **encode_answer(format_, ids, rows, None),
     }
     update = ClientUpdate(0, backbone, ids, rows, 1, 0.0)
@@ -170,7 +184,7 @@ def test_each_part_travels_in_its_own_precision(precisions):
     ids, rows, backbone = torch.arange(5), torch.rand(5, d), torch.rand(parameters)
     update = ClientUpdate(0, backbone, ids, rows, 3, 1 / 3)
     down = {
-        **encode_broadcast(format_, Broadcast(backbone, None)),
+        **encode_broadcast(format_, Broadcast(backbone)),
         **encode_answer(format_, ids, rows, None),
     }
     up = encode_update(format_, update, generator(0, "test"))
