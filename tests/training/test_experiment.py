@@ -39,6 +39,7 @@ from fedss.sampling.samplers import Sampler
 from fedss.training import federation, loop
 from fedss.training.build import build_model, compute_device, pool_images, round_plan
 from tests import reference
+from tests.killed_run import train_until
 
 DATA = reference.tiny_dataset()
 SMALL = Config(
@@ -439,10 +440,8 @@ def test_kill_9_at_random_moments_and_go_on(tmp_path):
     chance, deaths, code = random.Random(0), 0, -9
     while code == -9:
         assert deaths < 40, "no progress"
-        change = str(chance.randint(4, 45))
-        command = [sys.executable, "-m", "tests.killed_run", change, str(tmp_path / "run"), *GLYPHS]
-        command += ["--row-store", chance.choice(["memory", "file"])]
-        code = subprocess.run(command, capture_output=True).returncode
+        change, store = chance.randint(4, 45), chance.choice(["memory", "file"])
+        code = train_until(change, tmp_path / "run", [*GLYPHS, "--row-store", store])
         deaths += code == -9
     assert code == 0
     assert deaths >= 3
