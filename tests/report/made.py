@@ -5,17 +5,18 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fedss.evaluation.baselines import Floors
 from fedss.evaluation.intervals import ClassScores
-from fedss.report import (
-    write_report,
-)
+from fedss.files import write_json
+from fedss.report import write_report
 from fedss.runs import reading
 from fedss.runs.findings import write_scores
+from fedss.runs.records import WAYS, Record, open_records
+from fedss.runs.summaries import summarize, write_summaries
 
 N_CLASSES, SIZE, BACKBONE, ROW = 964, 64, 209_344, 64 * 4
 # method -> (final MAP@10, class rows per client)
@@ -101,8 +102,9 @@ def fake_run(
     }
     if seen is not None:
         config["data"] |= {"test_classes_seen": seen}
-    (folder / "config.json").write_text(json.dumps(config))
-    lines = []
+    write_json(folder / "config.json", config)
+    traffic = {"backbone": None if rows is None else BACKBONE, "class_row": class_bytes}
+    records = []
     for r in range(1, (stop or rounds) + 1):
         share = 1 - np.exp(-3.2 * r / rounds)
         metrics = None
@@ -110,32 +112,26 @@ def fake_run(
             score = final if r == rounds else final * share / (1 - np.exp(-3.2))
             score += 0 if r == rounds else float(rng.normal(0, 0.003))
             metrics = scores(score)
-        line = {
+        record = {
             "round": r,
             "loss": 1 + len(method) / 20 + 4 * np.exp(-4 * r / rounds) + float(rng.normal(0, 0.04)),
             "clients": clients,
             "examples": 640,
-            "bytes_down": None if each is None else clients * each,
-            "bytes_up": None if each is None else clients * each,
+            "class_rows": rows and clients * rows,
             "seconds": {"train": 1.2, "aggregate": 0.1, "evaluate": 0.5, "checkpoint": 0.02},
             "metrics": metrics,
         }
-        lines.append(json.dumps(line))
-    (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        for way in WAYS:
+            record[f"bytes_{way}"] = each and clients * each
+            record |= {f"{p}_bytes_{way}": size and clients * size for p, size in traffic.items()}
+            record[f"moment_bytes_{way}"] = 0.0
+        records.append(cast(Record, record))
+    with open_records(folder, []) as add:
+        for record in records:
+            add(record, False)
     write_neighbours(folder / "retrieval.npz", final, rng, pixels, class_name, depth)
-    return {
-        "method": method,
-        "seed": seed,
-        "rounds": rounds,
-        "sample_size": SIZE,
-        **scores(final),
-        **{f"bytes_{way}_per_client_round": each for way in ("down", "up")},
-        **{f"class_row_bytes_{way}_per_client_round": class_bytes for way in ("down", "up")},
-        "backbone_bytes_down_per_client_round": None if rows is None else BACKBONE,
-        "backbone_bytes_up_per_client_round": None if rows is None else BACKBONE,
-        "class_rows_per_client": rows,
-        "seconds": 218.4,
-    }
+    run = {"method": method, "seed": seed, "rounds": rounds, "sample_size": SIZE}
+    return dict(summarize(run, records))
 
 
 def scores(level: float) -> dict[str, float]:
@@ -185,7 +181,7 @@ def fake_comparison(
         for seed in range(seeds):
             name = f"{method}-{seed}"
             summary.append(fake_run(folder / name, method, seed, **settings) | {"folder": name})
-    (folder / "summary.json").write_text(json.dumps(summary))
+    write_summaries(folder, summary)
     return summary
 
 
@@ -212,7 +208,7 @@ def fake_variants(
                         f"moment_bytes_{way}_per_client_round": moments,
                     }
             summary.append(entry)
-    (folder / "summary.json").write_text(json.dumps(summary))
+    write_summaries(folder, summary)
     return summary
 
 
@@ -297,13 +293,13 @@ def measured(
             write(folder / name / "floors.json", {n: v + usual * 0.05 for n, v in floors.items()})
             mean = float(values.mean())
             summary.append({**entry, **scores(mean), "map_at_10_by_class": mean, "folder": name})
-    (folder / "summary.json").write_text(json.dumps(summary))
+    write_summaries(folder, summary)
     return read(folder)[1]
 
 
 def single(folder: Path, **settings: Any) -> dict[str, Any]:
     entry = fake_run(folder, **settings) | {"folder": "."}
-    (folder / "summary.json").write_text(json.dumps([entry]))
+    write_summaries(folder, [entry])
     return entry
 
 

@@ -65,7 +65,7 @@ def test_table_has_the_numbers_of_every_method(
             assert cells[5] == cells[7] == "209 kB"
             assert cells[6] == cells[8]
             assert float(cells[6].split()[0]) == pytest.approx(rows / 1000, rel=0.01)
-            assert f"{rows:,} bytes".replace(",", "\u202f") in page.titles
+            assert f"{rows:,.0f} bytes".replace(",", "\u202f") in page.titles
         assert cells[9] == "3 min 38 s"
         for entry in entries:
             assert f"{entry['map_at_10']:.4f}" in page.cells
