@@ -73,6 +73,7 @@ def lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
+@pytest.mark.report
 def test_a_run_leaves_what_it_promises(tmp_path):
     run = train(tmp_path / "run")
     folder = tmp_path / "run"
@@ -176,6 +177,7 @@ def test_tensorboard_reads_the_events(tmp_path):
     assert drawn["test/map_at_10"][0] == (0, pytest.approx(run.summary["floors"]["untrained"]))
 
 
+@pytest.mark.report
 def test_a_run_says_where_its_time_went_and_that_nobody_failed(tmp_path):
     run = train(tmp_path / "run")
     records = read_records(run.folder / "records.jsonl", 6)
@@ -693,6 +695,7 @@ def test_no_validation_images(tmp_path):
         train(tmp_path / "run", dataclasses.replace(SMALL, eval_split="validation"))
 
 
+@pytest.mark.report
 def test_compare_trains_each_and_reports(tmp_path):
     config = dataclasses.replace(SMALL, rounds=2)
     backbone = reference.tiny_backbone()
