@@ -206,7 +206,7 @@ def test_who_has_no_batch_left_is_not_computed():
     model, seen = replica(images), []
 
     class Spy:
-        def make_images(self, example_KB: np.ndarray) -> torch.Tensor:
+        def images(self, example_KB: np.ndarray) -> torch.Tensor:
             seen.append(example_KB.shape)
             # What fills up a batch is the client's own.
             assert all(len(np.unique(images.clients[example_B])) == 1 for example_B in example_KB)
