@@ -127,8 +127,8 @@ def fake_run(
             record[f"moment_bytes_{way}"] = 0.0
         records.append(cast(Record, record))
     with open_records(folder, []) as add:
-        for record in records:
-            add(record, False)
+        for written in records:
+            add(written, False)
     write_neighbours(folder / "retrieval.npz", final, rng, pixels, class_name, depth)
     run = {"method": method, "seed": seed, "rounds": rounds, "sample_size": SIZE}
     return dict(summarize(run, records))
