@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Anything that needs a newer set of packages than the last one installed is made again.
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo federation test lint docs format bench bench-peers clean
+.PHONY: demo federation test test-slow lint docs format bench bench-peers clean
 
 demo: $(VENV)/.core
 	$(BIN)/fedss compare --data glyphs --methods full fedss moments pos-only \
@@ -15,7 +15,11 @@ federation: $(VENV)/.flower
 	$(BIN)/python examples/federation.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -n 2 -rs
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -rs -m "not slow"
+
+# Federations of processes, kills at random moments, fine-tuning on photographs.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -rs -m slow
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

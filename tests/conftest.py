@@ -4,9 +4,15 @@ timm imports torchvision, and a torchvision of another build than torch dies at 
 of two operators, which no test calls. Tests that need it are skipped then (tests/installed.py), as
 it would fail for whoever has that pair. A CI that cannot have another pair sets
 FEDSS_TEST_DECLARE_OPERATORS: the two are declared, without an implementation, and these tests run.
+
+torch gets one thread, here and in the processes that tests start: networks are so small that two
+threads take longer than one, and pytest-xdist has a process on each core. What several threads do
+is tested where a test sets their number.
 """
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once, when it is imported
 
 import torch
 from hypothesis import settings

@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from fedss.cli import main
+from tests.ranks import PROCESSES
 
 CHANGES = {"open", "os.rename", "os.mkdir", "shutil.rmtree", "os.remove", "os.truncate"}
 
@@ -26,6 +28,17 @@ def die_at(change: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-if __name__ == "__main__":
-    die_at(int(sys.argv[1]), sys.argv[2])
-    sys.exit(main(["train", "--out", *sys.argv[2:]]))
+def _train(change: int, folder: str, words: list[str]) -> None:
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    die_at(change, folder)
+    sys.exit(main(["train", "--out", folder, *words]))
+
+
+def train_until(change: int, folder: Path, words: list[str]) -> int:
+    """The exit code of a process of its own: -9 if the run did not end before that change."""
+    process = PROCESSES.Process(target=_train, args=(change, str(folder), words))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode

@@ -63,7 +63,8 @@ def settings(photos: Path, **changes: Any) -> Config:
 
 def nodes(photos: Path, **more: Any) -> dict[int, dict[str, Any]]:
     return {
-        7 * i + 3: {"data": str(photos / f"{site}.csv"), **more} for i, site in enumerate(SITES)
+        7 * i + 3: {"data": str(photos / f"{site}.csv"), "workers": 2, **more}
+        for i, site in enumerate(SITES)
     }
 
 

@@ -17,11 +17,12 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
 
 
+@pytest.mark.slow
 # Of the client's own event loop.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_from_csv_to_search(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDSS_NOTEBOOK", str(tmp_path / "notebook"))
-    monkeypatch.setenv("FEDSS_NOTEBOOK_ROUNDS", "6")
+    monkeypatch.setenv("FEDSS_NOTEBOOK_ROUNDS", "2")
     monkeypatch.setenv("FEDSS_CACHE", str(tmp_path / "cache"))
     package = str(Path(fedss.__file__).parents[1])
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]))

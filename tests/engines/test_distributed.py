@@ -26,6 +26,7 @@ from fedss.runs.folder import check_same_round
 from fedss.training.build import server_optimizer
 from tests.ranks import commands, die, fail_in_every_way, launch, tiny, train
 from tests.reference import whole
+from tests.reports import empty_reports
 from tests.training.test_experiment import SMALL, lines
 
 FOUR = dataclasses.replace(SMALL, rounds=4, eval_every=3)
@@ -78,8 +79,9 @@ def assert_near(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
-    for name, config in CASES.items():
-        fedss.train(config, folder / name, **tiny())
+    with empty_reports():
+        for name, config in CASES.items():
+            fedss.train(config, folder / name, **tiny())
     return folder
 
 

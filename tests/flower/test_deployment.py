@@ -66,6 +66,7 @@ def numbers(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_three_sites_with_tls_and_node_keys_give_the_local_bits(tmp_path):
     write_photos(tmp_path)
     pooled = Config(**SETTINGS, data="csv", data_path=str(tmp_path / "all.csv"))

@@ -933,6 +933,7 @@ def test_a_site_whose_test_is_of_one_class_tells_nothing(photos, tmp_path):
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(rest))
 
 
+@pytest.mark.report
 def test_nobody_can_judge(photos, tmp_path, untested):
     grid, out = ProcessGrid(untested(*SITES)), tmp_path / "run"
     done = federate(grid, settings(photos), out, **{"evaluate-at": "sites"})

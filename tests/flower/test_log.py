@@ -76,6 +76,7 @@ def test_an_error_at_a_site_is_shown_there_and_marked(capfd, monkeypatch):
     assert "client_app.py" in said
 
 
+@pytest.mark.report
 def test_a_sites_text_at_the_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Names of its clients, and its errors: in the log and in what is written down."""
     folder = tmp_path / "photos"

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import fedss
 from fedss.cli import main
 
@@ -60,6 +62,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         process.wait(30)
 
 
+@pytest.mark.slow
 def test_a_simulation_gives_the_local_bits(tmp_path):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     out, flower = tmp_path / "apart", tmp_path / "flower"

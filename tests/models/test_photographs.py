@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 import fedss
 from fedss.models import build_embedder
 from tests.installed import needs_timm
@@ -10,6 +12,7 @@ from tests.pretrained import write_lite0
 
 
 @needs_timm
+@pytest.mark.slow
 def test_trained_features_beat_pixels_and_fine_tuning_beats_both(tmp_path: Path) -> None:
     """On things that neither ImageNet nor the clients have seen."""
     weights, photos = write_lite0(tmp_path), make_photographs()

@@ -19,7 +19,7 @@ from fedss.evaluation.evaluate import embed_task, findings
 from fedss.report.verification import number
 from fedss.runs.findings import write_findings
 from tests import reference
-from tests.report.test_report import fake_comparison, fake_run, read, single
+from tests.report.made import fake_comparison, fake_run, read, single
 
 FIGURES = "What is taken for the same"
 

@@ -14,7 +14,7 @@ from fedss.errors import RunFolderError
 from fedss.report import watch
 from fedss.report.watch import watch_report
 from fedss.runs.reading import read_runs
-from tests.report.test_report import Page, fake_run
+from tests.report.made import Page, fake_run
 
 # Writes a run's lines in halves, each when it is told to go on; at last its summary.
 WRITER = """

@@ -39,6 +39,7 @@ from fedss.sampling.samplers import Sampler
 from fedss.training import federation, loop
 from fedss.training.build import build_model, compute_device, pool_images, round_plan
 from tests import reference
+from tests.killed_run import train_until
 
 DATA = reference.tiny_dataset()
 SMALL = Config(
@@ -72,6 +73,7 @@ def lines(folder: Path) -> list[dict]:
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
+@pytest.mark.report
 def test_a_run_leaves_what_it_promises(tmp_path):
     run = train(tmp_path / "run")
     folder = tmp_path / "run"
@@ -175,6 +177,7 @@ def test_tensorboard_reads_the_events(tmp_path):
     assert drawn["test/map_at_10"][0] == (0, pytest.approx(run.summary["floors"]["untrained"]))
 
 
+@pytest.mark.report
 def test_a_run_says_where_its_time_went_and_that_nobody_failed(tmp_path):
     run = train(tmp_path / "run")
     records = read_records(run.folder / "records.jsonl", 6)
@@ -439,10 +442,8 @@ def test_kill_9_at_random_moments_and_go_on(tmp_path):
     chance, deaths, code = random.Random(0), 0, -9
     while code == -9:
         assert deaths < 40, "no progress"
-        change = str(chance.randint(4, 45))
-        command = [sys.executable, "-m", "tests.killed_run", change, str(tmp_path / "run"), *GLYPHS]
-        command += ["--row-store", chance.choice(["memory", "file"])]
-        code = subprocess.run(command, capture_output=True).returncode
+        change, store = chance.randint(4, 45), chance.choice(["memory", "file"])
+        code = train_until(change, tmp_path / "run", [*GLYPHS, "--row-store", store])
         deaths += code == -9
     assert code == 0
     assert deaths >= 3
@@ -694,6 +695,7 @@ def test_no_validation_images(tmp_path):
         train(tmp_path / "run", dataclasses.replace(SMALL, eval_split="validation"))
 
 
+@pytest.mark.report
 def test_compare_trains_each_and_reports(tmp_path):
     config = dataclasses.replace(SMALL, rounds=2)
     backbone = reference.tiny_backbone()

@@ -135,7 +135,7 @@ async function startView(signal) {
   showQuery(null);
   showIdentity(null);
   at("amount").hidden = true;
-  const { pictures } = await ask("sample", { signal });
+  const { pictures: images } = await ask("sample", { signal });
   showFound(images.length ? "Or start from one of these" : "Nothing to find", images.length ? "" : "This index holds no images.", images);
 }
 
