@@ -47,13 +47,13 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
         if floor is not None:
             caption += f" Dotted: {floor[0]}, to be had without training."
         made.append(("MAP@10 over rounds", caption, svg))
-    moved, level = _over_bytes(paired)
+    moved, level = _lines(paired, _map_at_10, over_bytes=True), _level(paired)
     if 0 < len(moved) <= charts.FEW:
         caption = "Further left: fewer bytes for the same accuracy."
         if level is not None:
             caption += f" {level[0]}, the pooled reference, moves images: only its end is shown."
         alt = f"MAP@10 against bytes moved for {names}"
-        svg = charts.bytes_chart("bytes", moved, level, alt)
+        svg = charts.as_svg(charts.draw_bytes(moved, level), "bytes", alt)
         made.append(("MAP@10 against bytes moved", caption, svg))
     if len(_points(paired)) >= 3:
         panel = _panel(paired)
@@ -83,13 +83,6 @@ def _highest_floor(groups: Sequence[Group]) -> tuple[str, float] | None:
         if name != "untrained" and (value := group.floor(name)) is not None
     ]
     return max(found)[::-1] if found else None
-
-
-def _over_bytes(
-    paired: Sequence[tuple[Group, str]],
-) -> tuple[list[charts.Curve], tuple[str, str, float] | None]:
-    """MAP@10 over the bytes moved, and the (label, slot, score) of pooled training."""
-    return _lines(paired, _map_at_10, over_bytes=True), _level(paired)
 
 
 def _map_at_10(record: Record) -> float | None:
@@ -224,10 +217,12 @@ def bytes_figure(folder: Path) -> bytes:
     """
     groups = group_runs(read_runs(folder), folder)
     slots = charts.slots_of([group.label for group in groups])
-    lines, level = _over_bytes(list(zip(groups, slots, strict=True)))
+    paired = list(zip(groups, slots, strict=True))
+    lines = _lines(paired, _map_at_10, over_bytes=True)
     if not lines:
         raise RunFolderError(f"{folder}: expected an evaluated round with its bytes, found none")
-    return charts.bytes_png(lines, level, _light())
+    figure = charts.draw_bytes(lines, _level(paired), _light(), "MAP@10 against bytes moved")
+    return charts.as_png(figure, _light())
 
 
 def frontier_figure(folders: Mapping[str, Path]) -> bytes:

@@ -211,7 +211,7 @@ def roc_chart(
     else:
         ax.yaxis.tick_right()
         ax.tick_params(axis="y", length=0)
-        charts.label_starts(ax, lines, texts)
+        charts.label_lines(ax, lines, texts, at=0)
     return charts.as_svg(figure, name, alt)
 
 

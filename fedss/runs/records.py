@@ -101,17 +101,7 @@ def new_record(
     failures: Sequence[FailedClient] = (),
     attempts: int = 1,
 ) -> Record:
-    """The record of a round.
-
-    Args:
-        plan: what the cohort was told.
-        updates: what it gave, one or more.
-        num_clients: how many clients the cohort was drawn from.
-        seconds: by phase.
-        metrics: retrieval, if the round was evaluated.
-        failures: those of the cohort that failed.
-        attempts: how often the round was begun.
-    """
+    """The record of a round, with one update or more; see :class:`Record`."""
     traffic = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
     traffic["class_rows"] = sum(len(update.ids_S) for update in updates)
     record = {
@@ -193,11 +183,8 @@ def read_records(path: Path, rounds: int) -> list[Record]:
 
 
 def read_all_records(path: Path, finished: bool) -> list[Record]:
-    """All records, those of earlier versions too.
-
-    Args:
-        path: of ``records.jsonl``.
-        finished: whether the run is; otherwise the last line may still be half written.
+    """All records, those of earlier versions too; unless ``finished``, the last line may still be
+    half written.
 
     Raises:
         RunFolderError: the file cannot be read, or a line is damaged.

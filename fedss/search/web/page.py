@@ -14,13 +14,7 @@ from fedss.text import printable
 def neighbours_page(
     collection: Collection, queries: Sequence[str | Path], found: Sequence[Sequence[Match]]
 ) -> str:
-    """A page that refers to nothing outside itself.
-
-    Args:
-        collection: what was searched.
-        queries: image files.
-        found: the matches of each, as ``Collection.search`` gives them.
-    """
+    """A page that refers to nothing outside itself; ``found``: the matches of each query."""
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters |= {"printable": printable, "inline": _inline}
     page = (Path(__file__).parent / "static/neighbours.html").read_text(encoding="utf-8")
