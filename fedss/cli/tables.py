@@ -102,12 +102,9 @@ def print_data(
     classes_P: np.ndarray,
     count_P: np.ndarray,
 ) -> None:
-    """Print what is in a data set.
+    """Print what is in a data set, and who holds what, as :func:`fedss.data.holdings` gives it.
 
-    Args:
-        name: its name.
-        facts: of :func:`fedss.training.summary.describe`, with ``dealt``, ``trained``, ``frozen``.
-        clients_P, classes_P, count_P: who holds what, of :func:`fedss.data.holdings`.
+    ``facts``: of :func:`fedss.training.summary.describe`, with ``dealt``, ``trained``, ``frozen``.
     """
     gallery, seen = facts["test_gallery"], facts["test_classes_seen"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery images"
@@ -157,13 +154,8 @@ def print_costs(title: str, costs: "Sequence[Cost]") -> None:
 
 
 def print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Path) -> None:
-    """Print what was retrieved and what was moved: means over seeds, one row per method.
-
-    Args:
-        summaries: of the runs.
-        seen: how many of the test classes were seen in training.
-        folder: of the run or the comparison.
-    """
+    """Print what was retrieved and what was moved: means over seeds, one row per method; ``seen``:
+    how many of the test classes were seen in training."""
     from fedss.runs.headlines import headline
     from fedss.runs.reading import Group, group_runs, read_runs
 
@@ -251,14 +243,7 @@ def print_evaluation(
     floors: Mapping[str, float],
     measured: Mapping[str, Any],
 ) -> None:
-    """Print the figures of one model.
-
-    Args:
-        metrics: of retrieval.
-        ends: the interval of its MAP@10.
-        floors: MAP@10 of what it is judged against, by the names of ``FLOORS``.
-        measured: of verification, as ``verification.json`` has it.
-    """
+    """Print the figures of one model; ``measured``: as ``verification.json`` has them."""
     from fedss.evaluation.intervals import FLOORS, weakness
 
     names = {"recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}

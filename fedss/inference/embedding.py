@@ -78,27 +78,16 @@ def embed_files(
 
 @dataclass(frozen=True)
 class ImageList:
-    """Image files of a folder or a CSV, none of them opened.
-
-    Attributes:
-        source: the folder or the CSV, as an absolute path.
-        root: what names are relative to: the folder, or that of the CSV.
-        names: relative to ``root``, with forward slashes; absolute if a CSV names an image that is
-            not below it. In the order of a folder's sorted names or of the CSV's lines.
-        labels: a class per image; None where it has none.
-        passed_over: files and folders of the folder that are none of these images, by kind:
-            those that training passes over too, and symbolic links.
-        remarks: sentences on what else is not read.
-        lines: of a CSV, that of each image; of a folder, none.
-    """
+    """Image files of a folder or a CSV (``source``, an absolute path), none of them opened."""
 
     source: Path
-    root: Path
+    root: Path  # what names are relative to: the folder, or that of the CSV
+    # With forward slashes; absolute if a CSV names an image that is not below ``root``.
     names: tuple[str, ...]
     labels: tuple[str | None, ...]
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)  # how many, by kind
     remarks: tuple[str, ...] = ()
-    lines: tuple[int, ...] = ()
+    lines: tuple[int, ...] = ()  # of a CSV
 
     @property
     def paths(self) -> list[Path]:

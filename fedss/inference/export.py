@@ -10,10 +10,9 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +36,9 @@ Embed = Callable[[Tensor], Tensor]
 """uint8 pixels [B, C, H, W] to embeddings [B, D]."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """A file format.
-
-    Attributes:
-        file: the file's name.
-        write: a model and what to say of it -> the file's bytes.
-        read: the file, and a module of the model's owner where there is one -> the model, as
-            whoever gets the file runs it.
-    """
+class Format(NamedTuple):
+    """A file format: its file's name; a model and what to say of it -> the file's bytes; the file,
+    and a module of the model's owner where there is one -> the model, as its receiver runs it."""
 
     file: str
     write: Callable[[Embedder, Mapping[str, str]], bytes]

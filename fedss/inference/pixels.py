@@ -3,7 +3,6 @@
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -32,8 +31,7 @@ class Read(NamedTuple):
     thumbnail: bytes
 
 
-@dataclass(frozen=True)
-class _Broken:
+class _Broken(NamedTuple):
     position: int
     reason: str
 

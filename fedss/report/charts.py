@@ -1,8 +1,8 @@
 """Charts as SVG text whose colours are CSS variables, so that a page decides on light or dark.
 
 Matplotlib draws with stand-in colours that are replaced by ``var(--name)`` afterwards. One unit
-of the drawing is one CSS pixel in a column of ``WIDTH`` pixels. A PNG (`bytes_png`) is drawn by the
-same code with real colours in their place.
+of the drawing is one CSS pixel in a column of ``WIDTH`` pixels. A PNG is drawn by the same code,
+with real colours in their place.
 """
 
 import io
@@ -112,33 +112,21 @@ def rounds_chart(
     ax.set_ylim(bottom, top * 1.06 if top > 0 else max(top, bottom + 1))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("round", loc="right")
-    _label_ends(ax, lines, _place(ax, lines))
+    label_lines(ax, lines, _place(ax, lines))
     return as_svg(figure, name, alt)
 
 
-def bytes_chart(
-    name: str, lines: Sequence[Curve], level: tuple[str, str, float] | None, alt: str
-) -> Markup:
-    """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes."""
-    size = WIDTH, tall(len(lines))
-    return as_svg(_bytes_figure(lines, level, STAND_IN, size), name, alt)
-
-
-def bytes_png(
-    lines: Sequence[Curve], level: tuple[str, str, float] | None, colors: Mapping[str, str]
-) -> bytes:
-    """The chart of `bytes_chart` on its own: 6.4 x 4 inches at 200 dpi, with a title."""
-    figure = _bytes_figure(lines, level, colors, PNG_SIZE, "MAP@10 against bytes moved")
-    return as_png(figure, colors)
-
-
-def _bytes_figure(
+def draw_bytes(
     lines: Sequence[Curve],
     level: tuple[str, str, float] | None,
-    colors: Mapping[str, str],
-    size: tuple[float, float],
+    colors: Mapping[str, str] = STAND_IN,
     title: str = "",
 ) -> Figure:
+    """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes.
+
+    With a title the figure stands alone: 6.4 x 4 inches.
+    """
+    size = PNG_SIZE if title else (WIDTH, tall(len(lines)))
     figure, ax = new_figure(size, colors)
     labelled = list(lines)
     ax.set_xscale("log")
@@ -161,7 +149,7 @@ def _bytes_figure(
     ax.set_xlabel("bytes moved, all clients, both ways (log)", loc="right")
     if title:
         ax.set_title(title, loc="left", color=colors["ink"], fontsize=FONT, pad=10)
-    _label_ends(ax, labelled, _place(ax, labelled, top=34 if title else 10), colors)
+    label_lines(ax, labelled, _place(ax, labelled, top=34 if title else 10), colors)
     return figure
 
 
@@ -345,32 +333,19 @@ def draw_line(
         )
 
 
-def _label_ends(
-    ax: Axes, lines: Sequence[Curve], texts: Sequence[str], colors: Mapping[str, str] = STAND_IN
-) -> None:
-    """Labels right of all lines in the order of their ends, tied to them, none touching."""
-    ends = [ax.transData.transform((line.x[-1], line.mean[-1])) for line in lines]
-    _label(ax, lines, texts, ends, max(float(x) for x, _ in ends) + LABEL_GAP, colors)
-
-
-def label_starts(ax: Axes, lines: Sequence[Curve], texts: Sequence[str]) -> None:
-    """Labels left of all lines in the order of their starts, tied to them, none touching."""
-    ends = [ax.transData.transform((line.x[0], line.mean[0])) for line in lines]
-    _label(ax, lines, texts, ends, min(float(x) for x, _ in ends) - LABEL_GAP, STAND_IN)
-
-
-def _label(
+def label_lines(
     ax: Axes,
     lines: Sequence[Curve],
     texts: Sequence[str],
-    ends: Sequence[np.ndarray],
-    x: float,
-    colors: Mapping[str, str],
+    colors: Mapping[str, str] = STAND_IN,
+    at: int = -1,
 ) -> None:
-    """Labels that begin, or left of the ends, end at ``x``."""
+    """Labels tied to the lines, none touching: right of their ends, or left of their starts (0)."""
+    way = 1 if at else -1
+    ends = [ax.transData.transform((line.x[at], line.mean[at])) for line in lines]
+    x = max(way * float(end_x) for end_x, _ in ends) * way + way * LABEL_GAP
     heights = [text_height(text) + 3 for text in texts]
     places = apart([float(y) for _, y in ends], heights, ax.bbox.y0, ax.bbox.y1 + 8)
-    way = 1 if x > float(ends[0][0]) else -1
     for line, text, (end_x, end_y), y in zip(lines, texts, ends, places, strict=True):
         color = colors[line.slot]
         if abs(y - end_y) > 4 or abs(x - end_x) > LABEL_GAP + 12:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +28,9 @@ from fedss.text import human_bytes
 Value = Callable[[Record], float | None]
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart with its title and what to know when reading it."""
-
-    title: str
-    caption: str
-    svg: Markup
-
-
-def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
-    """The charts that these groups have anything to show in."""
+def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str, str, Markup]]:
+    """The charts that these groups have anything to show in: title, what to know when reading it,
+    and drawing."""
     paired = list(zip(groups, slots, strict=True))
     several = any(len(group.runs) > 1 for group in groups)
     band = " Lines: mean over seeds; bands: lowest to highest." if several else ""
@@ -54,31 +46,31 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[Chart]:
         caption = f"The higher, the better.{band}"
         if floor is not None:
             caption += f" Dotted: {floor[0]}, to be had without training."
-        made.append(Chart("MAP@10 over rounds", caption, svg))
-    moved, level = _over_bytes(paired)
+        made.append(("MAP@10 over rounds", caption, svg))
+    moved, level = _lines(paired, _map_at_10, over_bytes=True), _level(paired)
     if 0 < len(moved) <= charts.FEW:
         caption = "Further left: fewer bytes for the same accuracy."
         if level is not None:
             caption += f" {level[0]}, the pooled reference, moves images: only its end is shown."
         alt = f"MAP@10 against bytes moved for {names}"
-        svg = charts.bytes_chart("bytes", moved, level, alt)
-        made.append(Chart("MAP@10 against bytes moved", caption, svg))
+        svg = charts.as_svg(charts.draw_bytes(moved, level), "bytes", alt)
+        made.append(("MAP@10 against bytes moved", caption, svg))
     if len(_points(paired)) >= 3:
         panel = _panel(paired)
         svg = frontier_chart("frontier", panel, f"MAP@10 against bytes per round for {names}")
-        made.append(Chart("The frontier", _frontier_caption(panel), svg))
+        made.append(("The frontier", _frontier_caption(panel), svg))
     if bars := _bars(paired):
         rows = headlines.rows_sent(groups)
         alt = f"Bytes per client and round, backbone and {rows}, for {names}"
         caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
         svg = charts.bars_chart("bars", bars, rows, alt)
-        made.append(Chart("Bytes per client and round", f"{caption} As serialised.", svg))
+        made.append(("Bytes per client and round", f"{caption} As serialised.", svg))
     losses = _lines(paired, lambda record: record["loss"])
     if losses:
         caption = "Each method’s loss is over its own class sample"
         caption += "." if len(groups) == 1 else ": compare shapes, not heights."
         svg = charts.rounds_chart("loss", losses, last, f"Training loss over rounds for {names}")
-        made.append(Chart("Training loss", caption, svg))
+        made.append(("Training loss", caption, svg))
     return made
 
 
@@ -91,13 +83,6 @@ def _highest_floor(groups: Sequence[Group]) -> tuple[str, float] | None:
         if name != "untrained" and (value := group.floor(name)) is not None
     ]
     return max(found)[::-1] if found else None
-
-
-def _over_bytes(
-    paired: Sequence[tuple[Group, str]],
-) -> tuple[list[charts.Curve], tuple[str, str, float] | None]:
-    """MAP@10 over the bytes moved, and the (label, slot, score) of pooled training."""
-    return _lines(paired, _map_at_10, over_bytes=True), _level(paired)
 
 
 def _map_at_10(record: Record) -> float | None:
@@ -232,10 +217,12 @@ def bytes_figure(folder: Path) -> bytes:
     """
     groups = group_runs(read_runs(folder), folder)
     slots = charts.slots_of([group.label for group in groups])
-    lines, level = _over_bytes(list(zip(groups, slots, strict=True)))
+    paired = list(zip(groups, slots, strict=True))
+    lines = _lines(paired, _map_at_10, over_bytes=True)
     if not lines:
         raise RunFolderError(f"{folder}: expected an evaluated round with its bytes, found none")
-    return charts.bytes_png(lines, level, _light())
+    figure = charts.draw_bytes(lines, _level(paired), _light(), "MAP@10 against bytes moved")
+    return charts.as_png(figure, _light())
 
 
 def frontier_figure(folders: Mapping[str, Path]) -> bytes:

@@ -45,19 +45,12 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class FrontierPanel:
-    """The variants on one data set.
-
-    Attributes:
-        title: stands above; empty for none.
-        points: at least one.
-        level: (label, slot, score) of pooled training, which moves no bytes.
-        relative: whether all scores are relative to the full softmax.
-    """
+    """The variants on one data set; ``level``: (label, slot, score) of pooled training."""
 
     title: str
     points: tuple[FrontierPoint, ...]
     level: tuple[str, str, float] | None
-    relative: bool = False
+    relative: bool = False  # all scores to the full softmax
 
 
 def on_frontier(points: Sequence[FrontierPoint]) -> list[bool]:

@@ -1,9 +1,9 @@
 """Everything the page says, put together."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
@@ -23,25 +23,14 @@ from fedss.text import decimals, human_seconds
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
 
-@dataclass(frozen=True)
-class LiveNotice:
-    """What a page says that is written while something is under way.
-
-    Attributes:
-        written: when, the time of day.
-        last_round: when the last round ended; empty before the first.
-        late: no round ended for far longer than one takes.
-        refresh: seconds after which the page loads itself again.
-    """
-
-    written: str
-    last_round: str
-    late: bool
-    refresh: int
-
-
-def render(runs: Sequence[RecordedRun], folder: Path, watched: LiveNotice | None = None) -> str:
+def render(
+    runs: Sequence[RecordedRun], folder: Path, watched: Mapping[str, Any] | None = None
+) -> str:
     """The page of the ``runs`` in a run's or a comparison's folder.
+
+    While something is under way ``watched`` says when the page was ``written``, when the
+    ``last_round`` ended (times of day; empty before the first), whether none ended for far longer
+    than one takes (``late``), and after how many seconds it loads itself again (``refresh``).
 
     Raises:
         RunFolderError: there are two of one method and seed.

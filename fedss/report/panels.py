@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -15,124 +15,69 @@ MOST_THUMBNAILS = 260
 SMALL_SIDE = 64  # up to here an image is enlarged pixel by pixel
 
 
-@dataclass(frozen=True)
-class Thumbnail:
-    """One thumbnail; ``right`` and ``score`` are None for a query."""
-
-    uri: str
-    name: str
-    right: bool | None = None
-    score: float | None = None
-
-
-@dataclass(frozen=True)
-class MethodAnswer:
-    """What one method found for a query."""
-
-    label: str
-    slot: str
-    thumbnails: list[Thumbnail]
-
-    @property
-    def right(self) -> int:
-        """How many of the images have the query's class."""
-        return sum(bool(thumbnail.right) for thumbnail in self.thumbnails)
-
-
-@dataclass(frozen=True)
-class QueryPanel:
-    """One query and the answers to it."""
-
-    query: Thumbnail
-    answers: list[MethodAnswer]
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """Panels chosen for one reason."""
-
-    title: str
-    panels: list[QueryPanel]
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """All panels, and the share of right neighbours over every stored query per method."""
-
-    chapters: list[Chapter]
-    queries: int
-    depth: int
-    shares: list[tuple[str, str, float]]
-    small: bool
-
-
-@dataclass(frozen=True)
-class Augmented:
-    """Training images, each followed by what clients may make of it, as data URIs."""
-
-    name: str
-    rows: list[list[str]]
-    small: bool
-
-
-def augmented(groups: Sequence[Group]) -> list[Augmented]:
-    """For each augmentation, the images of the first run with it that stored some."""
-    found: dict[str, np.ndarray] = {}
+def augmented(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """For each augmentation, the images of the first run with it that stored some: each training
+    image followed by what clients may make of it."""
+    by_name: dict[str, np.ndarray] = {}
     for run in (run for group in groups for run in group.runs):
         if run.augmented is not None:
-            found.setdefault(str(run.settings.get("augment")), run.augmented)
+            by_name.setdefault(str(run.settings.get("augment")), run.augmented)
     return [
-        Augmented(
-            name,
-            [[data_uri(image) for image in row] for row in pixels],
-            max(pixels.shape[-2:]) <= SMALL_SIDE,
-        )
-        for name, pixels in found.items()
+        {
+            "name": name,
+            "rows": [[data_uri(image) for image in row] for row in pixels],
+            "small": is_small(pixels),
+        }
+        for name, pixels in by_name.items()
     ]
 
 
-def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> Retrieval | None:
+def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> dict[str, Any] | None:
     """Choose queries and draw them; None if no run stored its neighbours.
 
     Each method is shown by its first run that stored them, on the queries that all of them share.
     """
     stored = [
-        (group, slot, next((run.neighbours for run in group.runs if run.neighbours), None))
+        (group.label, slot, next((run.neighbours for run in group.runs if run.neighbours), None))
         for group, slot in zip(groups, slots, strict=True)
     ]
-    shown = [(group, slot, found) for group, slot, found in stored if found is not None]
-    shared = set.intersection(*(set(f.query_index.tolist()) for _, _, f in shown)) if shown else ()
+    shown = [(label, slot, stored) for label, slot, stored in stored if stored is not None]
+    shared = set.intersection(*(set(n.query_index.tolist()) for _, _, n in shown)) if shown else ()
     if not shared:
         return None
-    queries = np.array(sorted(shared))
-    rows = [np.array([f.query_index.tolist().index(q) for q in queries]) for _, _, f in shown]
-    depth = min(found.right.shape[1] for _, _, found in shown)
-    right_MQK = np.stack(
-        [found.right[row, :depth] for (_, _, found), row in zip(shown, rows, strict=True)]
+    queries = sorted(shared)
+    rows = [np.array([n.query_index.tolist().index(q) for q in queries]) for _, _, n in shown]
+    depth = min(neighbours.right.shape[1] for _, _, neighbours in shown)
+    right_MQK = np.stack([n.right[row, :depth] for (_, _, n), row in zip(shown, rows, strict=True)])
+    first = shown[0][2]
+    chosen = _choose(
+        right_MQK,
+        classes=first.labels[rows[0], 0],
+        most=max(2, MOST_THUMBNAILS // (1 + depth * len(shown))),
     )
-    classes = shown[0][2].labels[rows[0], 0]
-    per_query = 1 + depth * len(shown)
-    chosen = _choose(right_MQK, classes, most=max(2, MOST_THUMBNAILS // per_query))
-    chapters = []
-    for title, positions in chosen:
-        panels = []
-        for position in positions:
-            first, first_row = shown[0][2], rows[0][position]
-            query = Thumbnail(
-                data_uri(first.pixels[first_row, 0]), str(first.class_names[first_row, 0])
-            )
-            answers = [
-                MethodAnswer(group.label, slot, _thumbnails(found, row[position], depth))
-                for (group, slot, found), row in zip(shown, rows, strict=True)
-            ]
-            panels.append(QueryPanel(query, answers))
-        chapters.append(Chapter(title, panels))
-    shares = [
-        (group.label, slot, float(right.mean()))
-        for (group, slot, _), right in zip(shown, right_MQK, strict=True)
-    ]
-    small = max(shown[0][2].pixels.shape[-2:]) <= SMALL_SIDE
-    return Retrieval(chapters, len(queries), depth, shares, small)
+
+    def panel(position: int) -> dict[str, Any]:
+        answers = [
+            {
+                "label": label,
+                "slot": slot,
+                "thumbnails": _thumbnails(neighbours, row[position], depth),
+                "right": int(right_QK[position].sum()),
+            }
+            for (label, slot, neighbours), row, right_QK in zip(shown, rows, right_MQK, strict=True)
+        ]
+        return {"query": _thumbnails(first, rows[0][position], 0)[0], "answers": answers}
+
+    return {
+        "chapters": [(title, [*map(panel, positions)]) for title, positions in chosen],
+        "queries": len(queries),
+        "depth": depth,
+        "shares": [
+            (label, slot, float(right_QK.mean()))
+            for (label, slot, _), right_QK in zip(shown, right_MQK, strict=True)
+        ],
+        "small": is_small(first.pixels),
+    }
 
 
 def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple[str, list[int]]]:
@@ -169,16 +114,23 @@ def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
     return chosen
 
 
-def _thumbnails(found: Neighbours, row: int, depth: int) -> list[Thumbnail]:
+def _thumbnails(neighbours: Neighbours, row: int, depth: int) -> list[dict[str, Any]]:
+    """A query's ``depth`` nearest images; of depth 0 itself."""
+    labels, scores = neighbours.labels[row], neighbours.scores[row]
     return [
-        Thumbnail(
-            data_uri(found.pixels[row, k]),
-            str(found.class_names[row, k]),
-            bool(found.labels[row, k] == found.labels[row, 0]),
-            float(found.scores[row, k - 1]),
-        )
-        for k in range(1, depth + 1)
+        {
+            "uri": data_uri(neighbours.pixels[row, k]),
+            "name": str(neighbours.class_names[row, k]),
+            "right": bool(labels[k] == labels[0]),
+            "score": float(scores[k - 1]),
+        }
+        for k in (range(1, depth + 1) if depth else (0,))
     ]
+
+
+def is_small(pixels: np.ndarray) -> bool:
+    """Whether images [..., H, W] are to be enlarged pixel by pixel."""
+    return bool(max(pixels.shape[-2:]) <= SMALL_SIDE)
 
 
 def data_uri(pixels_CHW: np.ndarray) -> str:

@@ -3,9 +3,8 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedss.evaluation.intervals import FLOORS
 from fedss.runs import headlines
@@ -13,8 +12,7 @@ from fedss.runs.reading import Group, RecordedRun
 from fedss.text import DASH, decimals, human_bytes, human_seconds
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A table cell: what it shows, a smaller addition, and the exact values on hovering."""
 
     text: str
@@ -22,17 +20,7 @@ class Cell:
     exact: str = ""
 
 
-@dataclass(frozen=True)
-class MethodRow:
-    """A line of the table of methods."""
-
-    label: str
-    slot: str
-    note: str
-    cells: list[Cell]
-
-
-def method_row(group: Group, slot: str, full: Group | None) -> MethodRow:
+def method_row(group: Group, slot: str, full: Group | None) -> dict[str, Any]:
     """A group's line, in figures and relative to the full softmax."""
     share = headlines.ratio(group, full)
     note = "" if group.finished else headlines.rounds_done(group.runs[0])
@@ -54,7 +42,7 @@ def method_row(group: Group, slot: str, full: Group | None) -> MethodRow:
             cells.append(Cell(human_bytes(mean), exact=exact))
     seconds = group.mean("seconds")
     cells.append(Cell(human_seconds(seconds), exact=f"{decimals(seconds, 1)} s"))
-    return MethodRow(group.label, slot, note, cells)
+    return {"label": group.label, "slot": slot, "note": note, "cells": cells}
 
 
 def floor_rows(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:

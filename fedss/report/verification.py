@@ -1,8 +1,9 @@
 """Verification, open-set identification and the hardest confusions, as a page shows them."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from fedss.evaluation.verification import OperatingPoint, Verification
 from fedss.report import charts
 from fedss.report.labels import FONT, beside, text_height, text_width, wrapped
-from fedss.report.panels import SMALL_SIDE, Thumbnail, data_uri
+from fedss.report.panels import data_uri, is_small
 from fedss.runs import headlines
 from fedss.runs.reading import Group
 from fedss.text import decimals
@@ -24,60 +25,7 @@ RocMark = tuple[float, float, str]
 """A point of an ROC and what to write beside it: FAR, TAR, text."""
 
 
-@dataclass(frozen=True)
-class RateRow:
-    """A line of the table: what it is about, and (text, smaller addition) of each cell."""
-
-    label: str
-    slot: str
-    cells: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class ConfusedPair:
-    """Two classes with an image of each, and how often the one was taken for the other.
-
-    ``taken`` has (text, share) of the queries of the first and of the second.
-    """
-
-    thumbnails: tuple[Thumbnail, Thumbnail]
-    taken: tuple[tuple[str, str], tuple[str, str]]
-    score: float
-
-
-@dataclass(frozen=True)
-class Confusions:
-    """The hardest confusions of one method."""
-
-    label: str
-    slot: str
-    pairs: list[ConfusedPair]
-    small: bool
-
-
-@dataclass(frozen=True)
-class VerificationSection:
-    """What a page says on pairs: figures of all methods that have any; ``headings`` in lines.
-
-    ``least`` is the smallest FAR that the pairs support, ``enrolled`` the number of classes behind
-    the figures of identification, 0 if there are none.
-    """
-
-    svg: Markup | None
-    headings: list[tuple[str, ...]]
-    lines: list[RateRow]
-    genuine: int
-    impostor: int
-    least: float
-    enrolled: int
-    draws: int
-    weak: bool
-    confusions: Confusions | None
-
-
-def verification_section(
-    groups: Sequence[Group], slots: Sequence[str]
-) -> VerificationSection | None:
+def verification_section(groups: Sequence[Group], slots: Sequence[str]) -> dict[str, Any] | None:
     """Figures of the groups all of whose runs have them; None if there are none."""
     measured = {
         group.label: [run.verification for run in group.runs if run.verification is not None]
@@ -90,43 +38,54 @@ def verification_section(
     ]
     if not paired:
         return None
-    every = [found for group, _ in paired for found in measured[group.label]]
-    fars = [p.far for p in every[0].points if all(_supported(found, p.far) for found in every)]
-    known = all(found.identification is not None for found in every)
-    single = len(groups) == 1
-    if single:
+    every = [run for group, _ in paired for run in measured[group.label]]
+    first = every[0]
+    # Those that all of the runs support.
+    fars = [p.far for p in first.points if all(_point(run, p.far).supported for run in every)]
+    known = all(run.identification is not None for run in every)
+    if single := len(groups) == 1:
         headings: list[tuple[str, ...]] = [("",), ("rate",), ("threshold",)]
-        lines = _single(every, fars, known)
+        lines = [
+            (name, "", [_mean(rates, spread=True), _mean(thresholds)])
+            for name, rates, thresholds in _figures(every, fars, known)
+        ]
     else:
         fars = [far for far in _SHOWN if far in fars]
-        headings = [("method",), ("EER",), *(("TAR at", f"FAR {number(far)}") for far in fars)]
-        if known and every[0].identification:
-            headings.append(("DIR at", f"FPIR {number(every[0].identification.fpir)}"))
+        names = [name for name, _, _ in _figures(every, fars, known)]
+        # The first line of a heading ends with "at".
+        headings = [("method",), *(tuple(re.split("(?<=at) ", name)) for name in names)]
         lines = [
-            RateRow(group.label, slot, _cells(measured[group.label], fars, known))
+            (
+                group.label,
+                slot,
+                [
+                    _mean(rates, spread=True)
+                    for _, rates, _ in _figures(measured[group.label], fars, known)
+                ],
+            )
             for group, slot in paired
         ]
-    curves = [
-        curve
-        for group, slot in paired
-        if (curve := _curve(group.label, slot, measured[group.label])) is not None
-    ]
-    names = headlines.listed([curve.label for curve in curves]) if curves else ""
+    curves = [_curve(group.label, slot, measured[group.label]) for group, slot in paired]
+    drawn = [curve for curve in curves if curve is not None]
     marks = _marks(every, fars) if single else []
-    shown = 0 < len(curves) <= charts.FEW
-    first = every[0].identification
-    return VerificationSection(
-        svg=roc_chart("roc", curves, marks, f"TAR against FAR for {names}") if shown else None,
-        headings=headings,
-        lines=lines,
-        genuine=every[0].genuine,
-        impostor=every[0].impostor,
-        least=max(found.smallest_far for found in every),
-        enrolled=first.enrolled if known and first else 0,
-        draws=first.draws if known and first else 0,
-        weak=known and not all(f.identification and f.identification.supported for f in every),
-        confusions=_confusions(paired),
-    )
+    svg = None
+    if 0 < len(drawn) <= charts.FEW:
+        labels = headlines.listed([curve.label for curve in drawn])
+        svg = roc_chart("roc", drawn, marks, f"TAR against FAR for {labels}")
+    identified = [run.identification for run in every if run.identification] if known else []
+    return {
+        "svg": svg,
+        "headings": headings,
+        "lines": lines,
+        "genuine": first.genuine,
+        "impostor": first.impostor,
+        # The smallest FAR that the pairs support.
+        "least": max(run.smallest_far for run in every),
+        "enrolled": identified[0].enrolled if identified else 0,
+        "draws": identified[0].draws if identified else 0,
+        "weak": not all(run.supported for run in identified),
+        "confusions": _confusions(paired),
+    }
 
 
 def number(rate: float) -> str:
@@ -139,41 +98,29 @@ def number(rate: float) -> str:
     return power if factor == "1.0" else f"{float(factor):g}\u00a0·\u00a0{power}"
 
 
-def _supported(found: Verification, far: float) -> bool:
-    return any(point.far == far and point.supported for point in found.points)
+def _point(run: Verification, far: float) -> OperatingPoint:
+    return next(point for point in run.points if point.far == far)
 
 
-def _point(found: Verification, far: float) -> OperatingPoint:
-    return next(point for point in found.points if point.far == far)
-
-
-def _single(every: Sequence[Verification], fars: Sequence[float], known: bool) -> list[RateRow]:
-    cells = _cells(every, fars, known)
-    names = ["EER", *(f"TAR at FAR {number(far)}" for far in fars)]
-    thresholds = [[found.eer_threshold for found in every]]
-    thresholds += [[_point(found, far).threshold for found in every] for far in fars]
-    if known:
-        names.append(_dir_name(every))
-        thresholds.append([f.identification.threshold for f in every if f.identification])
-    return [
-        RateRow(name, "", [cell, (decimals(float(np.mean(at))), "")])
-        for name, cell, at in zip(names, cells, thresholds, strict=True)
-    ]
-
-
-def _dir_name(every: Sequence[Verification]) -> str:
-    first = every[0].identification
-    return "" if first is None else f"DIR at FPIR {number(first.fpir)}"
-
-
-def _cells(
+def _figures(
     every: Sequence[Verification], fars: Sequence[float], known: bool
-) -> list[tuple[str, str]]:
-    columns = [[found.eer for found in every]]
-    columns += [[_point(found, far).tar for found in every] for far in fars]
+) -> list[tuple[str, list[float], list[float]]]:
+    """Each figure's name, and its rate and threshold in every run; ``known``: identification."""
+    figures = [("EER", [run.eer for run in every], [run.eer_threshold for run in every])]
+    for far in fars:
+        points = [_point(run, far) for run in every]
+        rates, thresholds = [point.tar for point in points], [point.threshold for point in points]
+        figures.append((f"TAR at FAR {number(far)}", rates, thresholds))
     if known:
-        columns.append([f.identification.dir for f in every if f.identification])
-    return [(decimals(float(np.mean(c))), headlines.spread(c)) for c in columns]
+        found = [run.identification for run in every if run.identification]
+        name = f"DIR at FPIR {number(found[0].fpir)}"
+        figures.append((name, [run.dir for run in found], [run.threshold for run in found]))
+    return figures
+
+
+def _mean(values: Sequence[float], spread: bool = False) -> tuple[str, str]:
+    """A cell of the table: its text and a smaller addition."""
+    return decimals(float(np.mean(values))), headlines.spread(values) if spread else ""
 
 
 def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve | None:
@@ -197,8 +144,12 @@ def _marks(every: Sequence[Verification], fars: Sequence[float]) -> list[RocMark
     return [mark for mark in marks if mark[0] >= max(found.smallest_far for found in every)]
 
 
-def _confusions(paired: Sequence[tuple[Group, str]]) -> Confusions | None:
-    """Those of the run, or of the best federated method."""
+def _confusions(paired: Sequence[tuple[Group, str]]) -> dict[str, Any] | None:
+    """The hardest confusions of the run, or of the best federated method.
+
+    Of each pair of classes an image of both, and (text, share) of the queries of either that were
+    taken for the other.
+    """
     having = [
         (group, slot, group.runs[0].confused)
         for group, slot in paired
@@ -210,22 +161,24 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> Confusions | None:
     if found is None or not len(found.scores):
         return None
     pairs = []
-    for i in range(len(found.scores)):
+    for i, names in enumerate(found.class_names.tolist()):
         # The query may be of either class.
-        own = int(found.shown[i, 0] != found.class_names[i, 0])
-        order = (own, 1 - own)
-        thumbnails = [
-            Thumbnail(data_uri(found.pixels[i, order[k]]), str(found.class_names[i, k]))
-            for k in (0, 1)
-        ]
-        taken = [
-            (f"{n} of {of}", headlines.percent(n / of) if n else "")
-            for n, of in zip(found.confused[i].tolist(), found.queries[i].tolist(), strict=True)
-        ]
-        both, score = (thumbnails[0], thumbnails[1]), float(found.scores[i])
-        pairs.append(ConfusedPair(both, (taken[0], taken[1]), score))
-    small = max(found.pixels.shape[-2:]) <= SMALL_SIDE
-    return Confusions(group.label, slot, pairs, small)
+        pixels = found.pixels[i] if found.shown[i, 0] == names[0] else found.pixels[i, ::-1]
+        pairs.append(
+            {
+                "thumbnails": [
+                    {"uri": data_uri(image), "name": name}
+                    for image, name in zip(pixels, names, strict=True)
+                ],
+                "taken": [
+                    (f"{n} of {of}", headlines.percent(n / of) if n else "")
+                    for n, of in zip(found.confused[i], found.queries[i], strict=True)
+                ],
+                "score": float(found.scores[i]),
+            }
+        )
+    small = is_small(found.pixels)
+    return {"label": group.label, "slot": slot, "pairs": pairs, "small": small}
 
 
 def roc_chart(
@@ -258,7 +211,7 @@ def roc_chart(
     else:
         ax.yaxis.tick_right()
         ax.tick_params(axis="y", length=0)
-        charts.label_starts(ax, lines, texts)
+        charts.label_lines(ax, lines, texts, at=0)
     return charts.as_svg(figure, name, alt)
 
 

@@ -71,13 +71,13 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
 def _write(path: Path, runs: Sequence[RecordedRun], folder: Path, late: bool | None) -> None:
     """The page; one that loads itself again, unless ``late`` is None."""
     # Here, since drawing takes a large library, which most uses of this one need not load.
-    from fedss.report.page import LiveNotice, render
+    from fedss.report.page import render
 
     watched = None
     if late is not None:
         last = _last(folder)
         last_round = "" if last is None else _clock(datetime.fromtimestamp(last))
-        watched = LiveNotice(_now(), last_round, late, REFRESH)
+        watched = {"written": _now(), "last_round": last_round, "late": late, "refresh": REFRESH}
     with writing(folder, "make room or mend the place, then start the same command again"):
         write_file(path, render(runs, folder, watched).encode("utf-8", "backslashreplace"))
 

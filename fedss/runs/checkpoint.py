@@ -95,7 +95,7 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
         return None
     newest = found[-1]
     try:
-        record = _record(newest)
+        record = json.loads((newest / _RECORD).read_bytes())
         if "rows" not in record:
             raise RunFolderError(
                 f"checkpoint {newest} was written by fedss 0.1; go on with that version, or start "
@@ -115,9 +115,10 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
             f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
         ) from error
     if "row_sums" in tensors:
-        rows = replace(rows, sums_EE=tensors["row_sums"])
-    backbone_slots = _with_prefix(tensors, "backbone.")
-    return ServerState(tensors["backbone"], backbone_slots, rows, record["round"])
+        rows = replace(rows, sums_EE=tensors.pop("row_sums"))
+    backbone_P = tensors.pop("backbone")
+    slots = {name.removeprefix("backbone."): slot for name, slot in tensors.items()}
+    return ServerState(backbone_P, slots, rows, record["round"])
 
 
 def _save_rows(folder: Path, state: ServerState) -> list[dict[str, Any]]:
@@ -181,12 +182,8 @@ def _tables(rows: ClassRows) -> dict[str, Tensor]:
     return {"weight": rows.weight_ND, "updated": rows.updated_N, **rows.slots}
 
 
-def _record(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / _RECORD).read_bytes()))
-
-
 def _row_files(checkpoint: Path) -> list[dict[str, Any]]:
-    return list(_record(checkpoint)["rows"])
+    return list(json.loads((checkpoint / _RECORD).read_bytes())["rows"])
 
 
 def _checked(path: Path, digest: str) -> Path:
@@ -194,10 +191,6 @@ def _checked(path: Path, digest: str) -> Path:
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise ValueError(f"{path.name} differs from its checksum")
     return path
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,11 +1,13 @@
-"""The JSON of a run folder, value by value: what is damaged says where, and what to do about it."""
+"""The JSON of a run folder, read by its types: what is damaged says where, and what to do."""
 
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
 
 from fedss.errors import RunFolderError
 
@@ -46,100 +48,81 @@ def read_bytes(path: Path) -> bytes:
         raise damaged(path, f"cannot be read ({error})") from error
 
 
-def read_fields(path: Path) -> "Fields":
-    """A file's JSON object."""
-    return Fields(parse_json(read_bytes(path), path), path)
+def read_file(kind: Any, path: Path) -> Any:
+    """A file's JSON object, as :func:`read_as` reads it."""
+    return read_as(kind, parse_json(read_bytes(path), path), path)
 
 
-class Fields:
-    """A JSON object whose values are checked as they are taken.
+Share = Annotated[float, "share"]
+"""A number from 0 to 1."""
+_SHARES = {"eer", "far", "tar", "fpir", "dir", "dir_low", "dir_high"}  # by name, of any class
+_WORDS = {int: "an integer", float: "a number", str: "a string"}
+
+
+def read_as(kind: Any, value: Any, where: Path | str, key: str = "") -> Any:
+    """A JSON value, checked to be what a type says.
 
     Args:
-        value: what was read; anything but an object is an error.
+        kind: int (below 2^53), float (NaN in place of an infinite one), bool, str, ``Share``, Any,
+            a mapping from str or a sequence of these, one of them or None; a ``TypedDict``, whose
+            other keys stay as they are, or a dataclass, of these.
+        value: what was read.
         where: the file, or a line of it, for the error.
+        key: of the value, likewise.
 
     Raises:
-        RunFolderError: as each method does, where a key is missing or its value of another type.
+        RunFolderError: it is of another type, or lacks a key.
     """
-
-    def __init__(self, value: Any, where: Path | str) -> None:
-        self.where = where
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or kind is bool:
+        return value if kind is Any else bool(value)
+    if origin in (NotRequired, UnionType):
+        nothing = value is None and origin is UnionType
+        return None if nothing else read_as(inner[0], value, where, key)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list):
+            raise wrong(where, key, "a list", value)
+        of_kind = [read_as(inner[0], each, where, key) for each in value]
+        return tuple(of_kind) if origin is tuple else of_kind
+    if kind not in (int, float, str, Share):
         if not isinstance(value, dict):
             raise damaged(where, f"expected an object, got {reprlib.repr(value)}")
-        self.value: dict[str, Any] = value
+        if origin is Mapping:
+            return {name: read_as(inner[1], each, where, name) for name, each in value.items()}
+        return _read_object(kind, value, where)
+    fits = isinstance(value, {float: int | float, Share: int | float}.get(kind, kind))
+    if not fits or isinstance(value, bool):
+        raise wrong(where, key, _WORDS.get(kind, "a share from 0 to 1"), value)
+    if kind is str:
+        return value
+    if kind is int and abs(value) >= _EXACT:
+        raise wrong(where, key, "below 2^53", value)
+    try:
+        finite = value if math.isfinite(value) else math.nan
+    except OverflowError as error:
+        raise wrong(where, key, "a number", value) from error
+    if (kind is Share or key in _SHARES) and not 0 <= finite <= 1:
+        raise wrong(where, key, "a share from 0 to 1", value)
+    return finite if abs(finite) < _EXACT else float(finite)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.value
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.value)
+def wrong(where: Path | str, key: str, expected: str, value: object) -> RunFolderError:
+    """The error for a value that is not what was expected."""
+    return damaged(where, f"{key!r}: expected {expected}, got {reprlib.repr(value)}")
 
-    def any(self, key: str) -> Any:
-        """Whatever is there."""
-        if key not in self.value:
-            raise damaged(self.where, f"{key!r} is missing")
-        return self.value[key]
 
-    def wrong(self, key: str, expected: str) -> RunFolderError:
-        """The error for a value that is not what was expected."""
-        got = reprlib.repr(self.value.get(key))
-        return damaged(self.where, f"{key!r}: expected {expected}, got {got}")
+def _read_object(kind: Any, value: dict[str, Any], where: Path | str) -> Any:
+    kinds, needed = _hints(kind)
+    read = {}
+    for name, of in kinds.items():
+        if name in value:
+            read[name] = read_as(of, value[name], where, name)
+        elif name in needed:
+            raise damaged(where, f"{name!r} is missing")
+    return {**value, **read} if is_typeddict(kind) else kind(**read)
 
-    def number(self, key: str) -> Any:
-        """An int or a float; NaN in place of an infinite one."""
-        number = self.any(key)
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise self.wrong(key, "a number")
-        try:
-            if not math.isfinite(number):
-                return math.nan
-            return number if abs(number) < _EXACT else float(number)
-        except OverflowError as error:
-            raise self.wrong(key, "a number") from error
 
-    def integer(self, key: str) -> int:
-        """An integer below 2^53."""
-        number = self.any(key)
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise self.wrong(key, "an integer")
-        if abs(number) >= _EXACT:
-            raise self.wrong(key, "below 2^53")
-        return number
-
-    def share(self, key: str) -> float:
-        """A number from 0 to 1."""
-        share = self.number(key)
-        if not 0 <= share <= 1:
-            raise self.wrong(key, "a share from 0 to 1")
-        return float(share)
-
-    def text(self, key: str) -> str:
-        """A string."""
-        text = self.any(key)
-        if not isinstance(text, str):
-            raise self.wrong(key, "a string")
-        return text
-
-    def list(self, key: str) -> Sequence[Any]:
-        """A list of anything."""
-        found = self.any(key)
-        if not isinstance(found, list):
-            raise self.wrong(key, "a list")
-        return found
-
-    def object(self, key: str) -> "Fields":
-        """An object within this one."""
-        return Fields(self.any(key), self.where)
-
-    def objects(self, key: str) -> "Sequence[Fields]":
-        """A list of objects."""
-        return [Fields(value, self.where) for value in self.list(key)]
-
-    def numbers(self, key: str) -> Mapping[str, Any]:
-        """An object of numbers."""
-        found = self.object(key)
-        return {name: found.number(name) for name in found}
-
-    def unless_null(self, key: str, read: Callable[[str], Any]) -> Any:
-        """What ``read``, a method of this object, gives; None for a null."""
-        return None if self.any(key) is None else read(key)
+@cache
+def _hints(kind: Any) -> tuple[dict[str, Any], Set[str]]:
+    kinds = get_type_hints(kind, include_extras=True)
+    return kinds, getattr(kind, "__required_keys__", kinds.keys())

@@ -7,19 +7,18 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict
 
 import numpy as np
 
 from fedss.evaluation.baselines import Floors
 from fedss.evaluation.evaluate import ConfusedClasses, Findings, Neighbours
 from fedss.evaluation.intervals import ClassScores
-from fedss.evaluation.verification import Identification, OperatingPoint, Verification
+from fedss.evaluation.verification import Verification
 from fedss.files import write_file, write_json
-from fedss.runs.fields import Fields, damaged, read_fields
+from fedss.runs.fields import Share, damaged, read_file
 
 VERIFICATION = "verification.json"
-T = TypeVar("T")
 
 
 def write_findings(folder: Path, found: Findings) -> None:
@@ -46,34 +45,22 @@ def read_verification(folder: Path) -> Verification | None:
     path = folder / VERIFICATION
     if not path.exists():
         return None
-    found = read_fields(path)
-    points, roc = (
-        tuple(_read_as(OperatingPoint, p) for p in found.objects(k)) for k in ("points", "roc")
-    )
-    fars = [point.far for point in roc]
+    measured: Verification = read_file(Verification, path)
+    fars = [point.far for point in measured.roc]
     if not fars or min(fars) <= 0 or fars != sorted(fars):
         raise damaged(path, "'roc': expected points whose 'far' is above 0 and rises")
-    known = found.unless_null("identification", found.object)
-    if known is not None and (not known.number("threshold") >= -1 or known.integer("enrolled") < 1):
-        got = f"{known.value['threshold']} and {known.value['enrolled']}"
+    known = measured.identification
+    if known is not None and (not known.threshold >= -1 or known.enrolled < 1):
+        got = f"{known.threshold} and {known.enrolled}"
         raise damaged(path, f"expected a threshold from -1 on and classes, got {got}")
-    identification = None if known is None else _read_as(Identification, known)
-    more = {"points": points, "roc": roc, "identification": identification}
-    return _read_as(Verification, found, more)
+    return measured
 
 
-_SHARES = {"eer", "far", "tar", "fpir", "dir", "dir_low", "dir_high"}
-
-
-def _read_as(kind: type[T], found: Fields, more: Mapping[str, object] | None = None) -> T:
-    """An object as a dataclass of numbers and flags; ``more``: its other fields."""
-    read = {bool: lambda name: bool(found.any(name)), int: found.integer, float: found.number}
-    values = {
-        name: found.share(name) if name in _SHARES else read[kind.__annotations__[name]](name)
-        for name in kind.__annotations__
-        if name not in (more or {})
-    }
-    return kind(**values, **(more or {}))
+class _Scores(TypedDict):
+    map_at_10: Mapping[str, Share]
+    class_names: list[str]
+    queries: list[int]
+    by_class: Mapping[str, list[Share]]
 
 
 def write_scores(path: Path, scores: Floors) -> None:
@@ -97,21 +84,14 @@ def read_scores(path: Path) -> Floors:
     """
     if not path.exists():
         return Floors()
-    found = read_fields(path)
-    means = found.object("map_at_10")
-    names, queries = found.list("class_names"), found.list("queries")
-    counted = all(type(count) is int and 0 < count < 2**63 for count in queries)
-    if not all(isinstance(name, str) for name in names) or not counted:
-        raise damaged(path, "expected names of classes and their numbers of queries")
+    content: _Scores = read_file(_Scores, path)
+    names, queries = tuple(content["class_names"]), np.array(content["queries"], np.int64)
     by_class = {}
-    for name, values in found.object("by_class").value.items():
-        fits = isinstance(values, list) and len(values) == len(names) == len(queries) > 0
-        if not fits or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
-            raise damaged(path, f"{name!r}: expected a share from 0 to 1 for each class")
-        by_class[name] = ClassScores(
-            tuple(names), np.array(queries, np.int64), np.array(values, np.float64)
-        )
-    return Floors({name: means.share(name) for name in means}, by_class)
+    for name, values in content["by_class"].items():
+        if not len(values) == len(names) == len(queries) > 0 or queries.min() < 1:
+            raise damaged(path, f"{name!r}: expected a score of each class, and its queries")
+        by_class[name] = ClassScores(names, queries, np.array(values, np.float64))
+    return Floors(dict(content["map_at_10"]), by_class)
 
 
 # By array: kinds of dtype, and the shape, in which a letter is the same number throughout.

@@ -37,10 +37,6 @@ _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
 def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
     """Make the folder and keep other processes out of it; failed writes become RunFolderErrors.
 
-    Args:
-        folder: what to lock.
-        advice: what to do about a failed write.
-
     Raises:
         RunFolderError: another process has locked it, or it cannot be written.
     """
@@ -67,14 +63,8 @@ def write_run_config(
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
 
-    The first rank does so, and the others check what they find then.
-
-    Args:
-        folder: the run folder.
-        config: the run's configuration; paths are stored as absolute ones.
-        data: what :func:`fedss.training.summary.describe` says of the data.
-        model: what is known of the model's structure.
-        ranks: the processes of this run.
+    The first rank does so, and the others check what they find then. Paths are stored as absolute
+    ones.
 
     Raises:
         RunFolderError: the folder holds another run (names the fields that differ), a

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from fedss.evaluation.evaluate import ConfusedClasses, Neighbours
 from fedss.evaluation.intervals import ClassScores, Interval, difference, interval
 from fedss.evaluation.verification import Verification
 from fedss.losses.methods import METHODS
-from fedss.runs.fields import Fields, damaged, read_fields
+from fedss.runs.fields import damaged, read_file
 from fedss.runs.findings import (
     read_augmented,
     read_confused,
@@ -26,15 +26,38 @@ from fedss.runs.findings import (
 from fedss.runs.records import METRICS, WAYS, Record, num_sites, read_all_records
 from fedss.runs.summaries import Summary, read_summaries, summarize
 
-_COUNTS = (
-    "train_images",
-    "train_classes",
-    "train_clients",
-    "test_queries",
-    "test_gallery",
-    "test_classes",
-    "test_classes_seen",
-)
+
+class _Settings(TypedDict):
+    method: Any
+    seed: int
+    rounds: int
+    clients_per_round: NotRequired[int | None]
+    eval_every: NotRequired[int | None]
+    checkpoint_every: NotRequired[int | None]
+
+
+class _Data(TypedDict, total=False):
+    train_images: int | None
+    train_classes: int | None
+    train_clients: int | None
+    test_queries: int | None
+    test_gallery: int | None
+    test_classes: int | None
+    test_classes_seen: int | None
+    own_classes: list[float] | None
+    image_shape: list[float] | None
+
+
+class _Model(TypedDict):
+    parameters: int
+
+
+class _RunConfig(TypedDict):
+    """What a report needs of a run's ``config.json``."""
+
+    config: _Settings
+    data: _Data
+    model: _Model
 
 
 @dataclass(frozen=True)
@@ -222,33 +245,28 @@ def _rank(method: str) -> tuple[bool, int]:
 
 def _run(folder: Path, summary: Summary | None) -> RecordedRun:
     """A run, with its summary if it is finished."""
-    config = read_fields(folder / "config.json")
-    settings, finished = config.object("config"), summary is not None
-    for name in ("clients_per_round", "eval_every", "checkpoint_every"):
-        if settings.value.get(name) is not None:
-            settings.integer(name)
+    config: dict[str, Any] = read_file(_RunConfig, folder / "config.json")
+    settings, finished = config["config"], summary is not None
     records = tuple(read_all_records(folder / "records.jsonl", finished))
     results = dict(summary if summary is not None else _results_so_far(records))
     for way in WAYS:
         names = [f"{part}_bytes_{way}_per_client_round" for part in ("class_row", "moment")]
         parts = [results[name] for name in names]
         results[f"row_bytes_{way}_per_client_round"] = None if None in parts else sum(parts)
-    command = config.value.get("command")
+    command = config.get("command")
     by_class = read_scores(folder / "by_class.json").by_class if finished else {}
-    method, seed = str(settings.any("method")), settings.integer("seed")
-    if summary is not None:
-        method, seed = summary["method"], summary["seed"]
+    named = settings if summary is None else summary
     return RecordedRun(
-        method=method,
+        method=str(named["method"]),
         label=" ".join(((summary and summary.get("label")) or "").split()),
-        seed=seed,
+        seed=named["seed"],
         finished=finished,
-        planned_rounds=settings.integer("rounds"),
-        settings=settings.value,
-        data=_data(config.object("data")),
-        parameters=config.object("model").integer("parameters"),
+        planned_rounds=settings["rounds"],
+        settings=settings,
+        data=config["data"],
+        parameters=config["model"]["parameters"],
         versions={
-            name: str(config.any(name))
+            name: str(config[name])
             for name in ("fedss", "torch", "python", "platform")
             if name in config
         },
@@ -269,17 +287,3 @@ def _results_so_far(records: Sequence[Record]) -> dict[str, Any]:
     evaluated = [record["metrics"] for record in records if record["metrics"] is not None]
     last = evaluated[-1] if evaluated else {}
     return {**summarize({}, records), **{name: last[name] for name in METRICS if name in last}}
-
-
-def _data(data: Fields) -> Mapping[str, Any]:
-    """What config.json says of the data; all of it may be missing, none of it damaged."""
-    for key in _COUNTS:
-        if data.value.get(key) is not None:
-            data.integer(key)
-    for key in ("own_classes", "image_shape"):
-        values = data.value.get(key)
-        if values is not None and not (
-            isinstance(values, list) and all(isinstance(v, int | float) for v in values)
-        ):
-            raise data.wrong(key, "a list of numbers")
-    return data.value

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.errors import RunFolderError
-from fedss.runs.fields import Fields, damaged, parse_json, read_bytes
+from fedss.runs.fields import damaged, parse_json, read_as, read_bytes, wrong
 from fedss.text import printable
 from fedss.wire.messages import PARTS
 
@@ -33,6 +33,8 @@ class FailedClient(TypedDict):
 class Record(TypedDict):
     """One round of a run.
 
+    Counts and rates that an earlier version did not record are None.
+
     Attributes:
         round: its number, from 1 on.
         loss: the mean over clients.
@@ -54,9 +56,9 @@ class Record(TypedDict):
     round: int
     loss: float
     clients: int
-    examples: int
-    num_classes: int
-    num_clients: int
+    examples: int | None
+    num_classes: int | None
+    num_clients: int | None
     bytes_down: float | None
     bytes_up: float | None
     backbone_bytes_down: float | None
@@ -66,12 +68,20 @@ class Record(TypedDict):
     moment_bytes_down: float | None
     moment_bytes_up: float | None
     class_rows: float | None
-    client_lr: float
-    class_row_lr: float
+    client_lr: float | None
+    class_row_lr: float | None
     seconds: Mapping[str, float]
     metrics: Mapping[str, float] | None
     failures: NotRequired[list[FailedClient]]
     attempts: NotRequired[int]
+
+
+class _Metrics(TypedDict):
+    map_at_10: float
+    recall_at_1: float
+    recall_at_5: float
+    map_at_r: float
+    sites: NotRequired[int]
 
 
 # What a record of an earlier version may lack.
@@ -91,17 +101,7 @@ def new_record(
     failures: Sequence[FailedClient] = (),
     attempts: int = 1,
 ) -> Record:
-    """The record of a round.
-
-    Args:
-        plan: what the cohort was told.
-        updates: what it gave, one or more.
-        num_clients: how many clients the cohort was drawn from.
-        seconds: by phase.
-        metrics: retrieval, if the round was evaluated.
-        failures: those of the cohort that failed.
-        attempts: how often the round was begun.
-    """
+    """The record of a round, with one update or more; see :class:`Record`."""
     traffic = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
     traffic["class_rows"] = sum(len(update.ids_S) for update in updates)
     record = {
@@ -183,11 +183,8 @@ def read_records(path: Path, rounds: int) -> list[Record]:
 
 
 def read_all_records(path: Path, finished: bool) -> list[Record]:
-    """All records, those of earlier versions too.
-
-    Args:
-        path: of ``records.jsonl``.
-        finished: whether the run is; otherwise the last line may still be half written.
+    """All records, those of earlier versions too; unless ``finished``, the last line may still be
+    half written.
 
     Raises:
         RunFolderError: the file cannot be read, or a line is damaged.
@@ -199,46 +196,25 @@ def read_all_records(path: Path, finished: bool) -> list[Record]:
 
 
 def _parse(lines: Sequence[bytes], path: Path, later: Mapping[str, Any]) -> list[Record]:
+    """Records, checked; ``later``: what they may lack."""
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
-        record = _check(Fields(parse_json(line, where), where), later)
+        value = parse_json(line, where)
+        if isinstance(value, dict):
+            value = {**later, **value}
+        record: Record = read_as(Record, value, where)
+        if record["clients"] < 1:
+            raise wrong(where, "clients", "1 or more", record["clients"])
+        if record["metrics"] is not None:
+            read_as(_Metrics, value["metrics"], where)
+        # Sites have named these clients.
+        for failure in record.get("failures", ()):
+            failure["client"], failure["reason"] = map(
+                printable, (failure["client"], failure["reason"])
+            )
         if records and record["round"] <= records[-1]["round"]:
             last = records[-1]["round"]
-            what = f"round {record['round']} after round {last}, expected a later"
-            raise damaged(where, what)
+            raise damaged(where, f"round {record['round']} after round {last}, expected a later")
         records.append(record)
     return records
-
-
-def _check(fields: Fields, later: Mapping[str, Any]) -> Record:
-    """A record whose values are checked; ``later``: those that it may lack."""
-    fields.value = {**later, **fields.value}
-    record = {
-        name: fields.unless_null(name, fields.number)
-        for name in (*SUMS, "examples", "client_lr", "class_row_lr")
-    }
-    record |= {
-        name: fields.unless_null(name, fields.integer) for name in ("num_classes", "num_clients")
-    }
-    if not fields.number("clients") >= 1:
-        raise fields.wrong("clients", "1 or more")
-    record |= {name: fields.number(name) for name in ("loss", "clients")}
-    record["round"] = fields.integer("round")
-    record["seconds"] = fields.numbers("seconds")
-    record["metrics"] = fields.unless_null("metrics", fields.numbers)
-    if record["metrics"] is not None:
-        metrics = fields.object("metrics")
-        for name in METRICS:
-            metrics.number(name)
-        if "sites" in metrics:
-            metrics.integer("sites")
-    if "failures" in fields:
-        # Sites have named these clients.
-        record["failures"] = [
-            {name: printable(failure.text(name)) for name in ("client", "reason")}
-            for failure in fields.objects("failures")
-        ]
-    if "attempts" in fields:
-        record["attempts"] = fields.integer("attempts")
-    return cast(Record, {**fields.value, **record})

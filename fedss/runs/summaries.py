@@ -5,13 +5,13 @@ import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from fedss.evaluation.intervals import Interval
 from fedss.evaluation.retrieval import RetrievalMetrics
 from fedss.files import write_json
-from fedss.runs.fields import Fields, damaged, parse_json, read_bytes
-from fedss.runs.records import METRICS, SUMS, Record, num_sites
+from fedss.runs.fields import Share, damaged, parse_json, read_as, read_bytes, wrong
+from fedss.runs.records import SUMS, Record, num_sites
 
 # A sum in a record -> its mean per client and round.
 MEANS = {
@@ -21,27 +21,27 @@ MEANS = {
 MOMENTS = tuple(mean for mean in MEANS.values() if mean.startswith("moment_"))
 
 
-class Summary(TypedDict, total=False):
+class Summary(TypedDict):
     """A run: what it was, how its model is judged, means per client and round."""
 
+    # From where the file lies, and what a comparison calls the variant.
+    folder: str
+    label: NotRequired[str | None]
     # As its configuration says, but for the size of the class samples that clients got.
     method: str
     seed: int
     rounds: int
-    sample_size: int
-    # From where the file lies, and what a comparison calls the variant.
-    folder: str
-    label: str | None
+    sample_size: NotRequired[int | None]
     # As in RetrievalMetrics; None where nobody could judge the model. ``sites``: how many could.
     recall_at_1: float | None
     recall_at_5: float | None
     map_at_10: float | None
     map_at_r: float | None
     map_at_10_by_class: float | None
-    queries: int | None
-    classes: int | None
-    skipped: int | None
-    sites: int
+    queries: NotRequired[int | None]
+    classes: NotRequired[int | None]
+    skipped: NotRequired[int | None]
+    sites: NotRequired[int]
     # None where images are pooled.
     bytes_down_per_client_round: float | None
     bytes_up_per_client_round: float | None
@@ -53,12 +53,12 @@ class Summary(TypedDict, total=False):
     moment_bytes_up_per_client_round: float | None
     class_rows_per_client: float | None
     # Over all rounds; the phases add up to ``seconds``. Failures by reason.
-    seconds_by_phase: Mapping[str, float]
+    seconds_by_phase: NotRequired[Mapping[str, float]]
     seconds: float
-    failures: Mapping[str, int]
+    failures: NotRequired[Mapping[str, int]]
     # What a query was searched in; MAP@10 by the name of the floor; the ends of the 95 % interval.
-    gallery: str
-    floors: Mapping[str, float]
+    gallery: NotRequired[str]
+    floors: Mapping[str, Share]
     map_at_10_interval: Sequence[float] | None
 
 
@@ -73,7 +73,7 @@ _LATER: Mapping[str, Any] = {
 def summarize(
     run: Mapping[str, Any],
     records: Sequence[Record],
-    floors: Mapping[str, float] | None = None,
+    floors: Mapping[str, Share] | None = None,
     interval: Interval | None = None,
 ) -> Summary:
     """A run in one object.
@@ -126,27 +126,13 @@ def read_summaries(folder: Path) -> list[Summary]:
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         got = reprlib.repr(found)
         raise damaged(path, f"expected a list with one object per run, got {got}")
-    return [_check(Fields(entry, path)) for entry in found]
-
-
-def _check(fields: Fields) -> Summary:
-    """A summary whose values are checked."""
-    fields.value = {**fields.value, **_LATER, **fields.value}
-    folder = fields.text("folder")
-    if "\0" in folder or folder.encode("utf-8", "ignore").decode() != folder:
-        raise fields.wrong("folder", "a path")
-    figures = ("class_rows_per_client", *METRICS, "map_at_10_by_class", *MEANS.values())
-    checked = {name: fields.unless_null(name, fields.number) for name in figures}
-    checked["seconds"] = fields.number("seconds")
-    checked |= {name: fields.integer(name) for name in ("seed", "rounds")}
-    checked["method"] = fields.text("method")
-    if "label" in fields:
-        fields.unless_null("label", fields.text)
-    floors = fields.object("floors")
-    checked["floors"] = {name: floors.share(name) for name in floors}
-    ends = fields.value["map_at_10_interval"]
-    if ends is not None and not (
-        isinstance(ends, list) and len(ends) == 2 and all(isinstance(v, float) for v in ends)
-    ):
-        raise fields.wrong("map_at_10_interval", "two numbers")
-    return cast(Summary, {**fields.value, **checked})
+    summaries = []
+    for entry in found:
+        summary: Summary = read_as(Summary, {**_LATER, **entry}, path)
+        named, ends = summary["folder"], summary["map_at_10_interval"]
+        if "\0" in named or named.encode("utf-8", "ignore").decode() != named:
+            raise wrong(path, "folder", "a path", named)
+        if ends is not None and len(ends) != 2:
+            raise wrong(path, "map_at_10_interval", "two numbers", ends)
+        summaries.append(summary)
+    return summaries

@@ -33,15 +33,7 @@ _TABLES = """
 
 
 class Item(NamedTuple):
-    """One image to be stored.
-
-    Attributes:
-        name: its name, for people.
-        label: its class, or None.
-        fingerprint: of its file, as ``file_fingerprint`` gives it.
-        vector_D: its embedding, float32.
-        thumbnail: a JPEG.
-    """
+    """One image to be stored: its vector is float32, its thumbnail a JPEG."""
 
     name: str
     label: str | None
@@ -52,14 +44,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class VectorStore:
-    """What one file holds, without thumbnails.
-
-    Attributes:
-        metadata: of the whole, as text.
-        ids: a number per image, for ``read_thumbnail``.
-        names, labels: of each image.
-        vectors_ND: float32.
-    """
+    """What one file holds, without thumbnails, which ``read_thumbnail`` gives by their ids."""
 
     metadata: dict[str, str]
     ids: tuple[int, ...]
@@ -140,11 +125,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_store(path: Path, size: int) -> VectorStore:
-    """All of it but thumbnails.
-
-    Args:
-        path: the file.
-        size: D of its vectors.
+    """All of it but thumbnails; ``size``: D of its vectors.
 
     Raises:
         RunFolderError: no such file, or a damaged one.
@@ -209,11 +190,8 @@ def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarr
 def read_thumbnail(path: Path, number: int, build: str) -> bytes | None:
     """An image's thumbnail; None if it is no longer there.
 
-    Args:
-        path: the file.
-        number: the image's.
-        build: what ``metadata`` said of it when the number was read: another one is another file,
-            in which numbers mean other images.
+    ``build`` is that of the metadata when the number was read: numbers of another build mean other
+    images.
     """
     with _opened(path) as file:
         row = file.execute(

@@ -32,7 +32,7 @@ NO_IMAGES = "; delete it: the report is then written without images"
     [
         ("records.jsonl", None, "records.jsonl: cannot be read", AGAIN),
         ("records.jsonl", '{"round": 1, \n', "records.jsonl, line 1: damaged JSON", AGAIN),
-        ("records.jsonl", '{"round": 2}', "records.jsonl, line 1: 'bytes_down' is missing", AGAIN),
+        ("records.jsonl", '{"round": 2}', "records.jsonl, line 1: 'loss' is missing", AGAIN),
         ("records.jsonl", "[]\n", "records.jsonl, line 1: expected an object, got []", AGAIN),
         ("records.jsonl", "5\n", "records.jsonl, line 1: expected an object, got 5", AGAIN),
         ("config.json", None, "config.json: cannot be read", AGAIN),
@@ -44,7 +44,7 @@ NO_IMAGES = "; delete it: the report is then written without images"
         ("summary.json", "{}", "summary.json: expected a list", ANEW),
         ("summary.json", "[]", "summary.json: expected a list with one object per run", ANEW),
         ("summary.json", "[{}]", "summary.json: 'folder' is missing", ANEW),
-        ("summary.json", '[{"folder": "."}]', "'class_rows_per_client' is missing", ANEW),
+        ("summary.json", '[{"folder": "."}]', "'method' is missing", ANEW),
         ("retrieval.npz", "no archive", "retrieval.npz: cannot be read", NO_IMAGES),
         ("retrieval.npz", "", "retrieval.npz: cannot be read", NO_IMAGES),
     ],

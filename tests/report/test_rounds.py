@@ -78,8 +78,7 @@ def test_seconds_of_each_phase_are_means_over_rounds_and_seeds(tmp_path: Path) -
 def test_seconds_fit_the_longest_round(
     longest: float, seconds: float | None, unit: str, shown: str
 ) -> None:
-    times = rounds.RoundTimes([], [], longest)
-    assert (times.unit, times.shown(seconds)) == (unit, shown)
+    assert (rounds.unit(longest), rounds.shown(seconds, longest)) == (unit, shown)
 
 
 def test_time_of_a_run_that_has_just_begun(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_few_pairs_make_no_chart_and_no_claim(tmp_path: Path) -> None:
         (lambda f: f | {"roc": []}, "'roc': expected points"),
         (lambda f: f | {"roc": f["roc"][::-1]}, "'roc': expected points"),
         (lambda f: f | {"impostor": 1.5}, "'impostor': expected an integer"),
-        (lambda f: f | {"identification": {"fpir": 0.01}}, "'threshold' is missing"),
+        (lambda f: f | {"identification": {"fpir": 0.01}}, "'dir' is missing"),
         (
             lambda f: f | {"identification": f["identification"] | {"enrolled": 0}},
             "expected a threshold from -1 on and classes",

@@ -66,13 +66,8 @@ def serve(
 ) -> None:
     """Answer on ``listener`` until the process is interrupted (KeyboardInterrupt).
 
-    Args:
-        collection: what is shown and searched; enrolling and removing change its folder.
-        title: what to call it on the page.
-        listener: from ``listen``.
-        host: the name it was asked for: requests under this name are answered, and under
-            ``localhost``, this machine's name (unless on loopback) and any address.
-        limits: what it takes.
+    Requests under the name ``host`` are answered, and under ``localhost``, this machine's name
+    (unless on loopback) and any address.
     """
     names = {"localhost", host.lower()}
     if not is_loopback(listener):
@@ -97,13 +92,7 @@ def make_app(
     ``GET`` ``/``, ``/about``, ``/sample``, ``/thumbnail/N``, ``/neighbours/N?count``,
     ``/classes?contains&page``, ``/images?class&page``, ``/enrolled``; ``POST`` ``/search?count``
     (a form with ``image``), ``/enrol`` (a form with ``name`` and ``image``, several times);
-    ``DELETE`` ``/enrolled?name``.
-
-    Args:
-        collection: what is shown and searched.
-        title: what to call it on the page.
-        names: of this machine, in requests; any other name is refused, any address is not.
-        limits: what it takes.
+    ``DELETE`` ``/enrolled?name``. Requests under another than this machine's ``names`` are refused.
     """
     site, decoding = _Site(collection, title, limits), asyncio.Lock()
 

@@ -7,6 +7,7 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from fedss.data.decoding import MAX_PIXELS, PixelLimitError, open_image, quiet_pillow
@@ -54,20 +55,13 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a page takes.
-
-    Attributes:
-        picture_bytes: the largest image.
-        threshold: the least cosine at which a class is named; None: nothing is said of that.
-        measured: where the threshold comes from; None: from the command line.
-        picture_pixels: the image of most pixels. Decoding takes up to 18 bytes for each, and a
-            file of few bytes may have very many.
-    """
+    """What a page takes. A class is named from ``threshold`` on, which was ``measured``, or else
+    comes from the command line; None: nothing is said of that."""
 
     picture_bytes: int = 20_000_000
     threshold: float | None = None
     measured: Threshold | None = None
-    picture_pixels: int = 25_000_000
+    picture_pixels: int = 25_000_000  # decoding takes up to 18 bytes each; a small file has many
 
 
 def make_limits(
@@ -138,8 +132,7 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(NamedTuple):
     """A file of a form."""
 
     name: str
