@@ -72,13 +72,8 @@ THRESHOLD = argument(
 def config_options(
     without: Sequence[str] = (), groups: Sequence[str] | None = None, stored: bool = True
 ) -> Adds:
-    """The fields of ``Config``, a section for each group.
-
-    Args:
-        without: names of fields to leave out.
-        groups: the groups to add; None: all.
-        stored: whether ``--config FILE`` is an option, too.
-    """
+    """The fields of ``Config``, a section for each group (None: all groups), and perhaps
+    ``--config FILE``."""
 
     def add(parser: argparse.ArgumentParser) -> None:
         if stored:

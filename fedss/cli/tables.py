@@ -209,10 +209,10 @@ def _print_retrieved(
         )
     table.add_section()
     measured = [run.get("floors", {}) for runs in by_method.values() for run in runs]
-    for name, told in FLOORS.items():
+    for name, words in FLOORS.items():
         values = [floors[name] for floors in measured if name in floors]
         if values:
-            table.add_row(told, decimals(sum(values) / len(values)))
+            table.add_row(words, decimals(sum(values) / len(values)))
     print_table(table, spare=("by class", "seeds", "time s"))
 
 

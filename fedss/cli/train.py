@@ -141,8 +141,8 @@ def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
 
     tables.say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     check_trainable(data)
-    told = dict.fromkeys(note for config in configs for note in notes(config, data))
-    say(*overview(configs[0], data), *(f"note     {note}" for note in told))
+    remarks = dict.fromkeys(note for config in configs for note in notes(config, data))
+    say(*overview(configs[0], data), *(f"note     {note}" for note in remarks))
 
 
 def _plot_clients(path: Path, held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> None:

@@ -80,12 +80,13 @@ def evaluate(options: argparse.Namespace) -> None:
     if own and (run / "floors.json").exists():
         floors |= read_scores(run / "floors.json")
     if options.json:
-        told: dict[str, Any] = {
+        figures = {
+            **found.metrics,
             "map_at_10_interval": ends and [ends.low, ends.high],
             "floors": floors.map_at_10,
+            "verification": dataclasses.asdict(measured),
         }
-        told["verification"] = dataclasses.asdict(measured)
-        print(json.dumps({**found.metrics, **told}, indent=2))
+        print(json.dumps(figures, indent=2))
     else:
         if not own:
             say(f"images of {data.name}, other than the run's own")

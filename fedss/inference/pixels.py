@@ -48,15 +48,13 @@ def read_images(
 
     Images are decoded on all cores while the model works; a few hundred are in memory.
 
+    Open images stay as they are: what is not decoded yet is read from its file, else its pixels
+    are copied. Decoded from the start, a large JPEG gives slightly other pixels than its file, of
+    which fewer are decoded.
+
     Args:
-        embedder: the model.
-        images: files, their content, or open images. These stay as they are: what is not
-            decoded yet is read from its file, else its pixels are copied. Decoded from the start,
-            a large JPEG gives slightly other pixels than its file, of which fewer are decoded.
-        thumbnails: whether to make them.
         broken: gets the positions of images that cannot be read, and why. None: the first such
-            image is an error.
-        advice: what to do about it.
+            image is an error, which ends with the ``advice``.
 
     Raises:
         DataError: an image that cannot be read, or whose embedding is not finite.

@@ -7,7 +7,7 @@ with real colours in their place.
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
@@ -31,11 +30,7 @@ PNG_SIZE = 6.4 * 72, 4 * 72
 LABEL_GAP = 16
 # A method's slot (colour, dashes, marker) is that of its place among those that train on clients;
 # a reference on pooled images has one of its own. All other names take turns at the rest.
-_DASHES: tuple[tuple[float, ...] | None, ...] = (
-    *(None, None, (9, 2.5), (5, 2), (2, 1.5)),
-    *((7, 2, 2, 2), (4, 1.5, 1, 1.5)),
-)
-_METHOD_SLOTS = tuple(f"method-{place}" for place in range(1, len(_DASHES) + 1))
+_METHOD_SLOTS = tuple(f"method-{place}" for place in range(1, 8))
 SLOTS = (*_METHOD_SLOTS, "pooled")
 EXTRA_SLOTS = tuple(f"extra-{number}" for number in range(1, 13))
 _FEDERATED = [method.name for method in METHODS.values() if not method.pooled]
@@ -43,12 +38,12 @@ SLOT_OF = {
     **dict(zip(_FEDERATED, _METHOD_SLOTS, strict=False)),
     **{method.name: "pooled" for method in METHODS.values() if method.pooled},
 }
-_PATTERNS: tuple[tuple[float, ...] | None, ...] = (None, (5, 2), (2, 1.5))
 DASHES: Mapping[str, tuple[float, ...] | None] = {
     "muted": (1, 3),
-    **dict(zip(_METHOD_SLOTS, _DASHES, strict=True)),
+    **{"method-1": None, "method-2": None, "method-3": (9, 2.5), "method-4": (5, 2)},
+    **{"method-5": (2, 1.5), "method-6": (7, 2, 2, 2), "method-7": (4, 1.5, 1, 1.5)},
     "pooled": (1, 2),
-    **{slot: _PATTERNS[i % 3] for i, slot in enumerate(EXTRA_SLOTS)},
+    **{slot: (None, (5, 2), (2, 1.5))[i % 3] for i, slot in enumerate(EXTRA_SLOTS)},
 }
 # Four shapes and three patterns: no two of the twelve extra slots share both.
 MARKERS: Mapping[str, str] = {
@@ -243,9 +238,7 @@ def bytes_ticks(ax: Axes, span: float) -> None:
     else:
         subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
         ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_ticks(value)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    plain_ticks(ax, human_ticks)
 
 
 def human_ticks(value: float) -> str:
@@ -254,12 +247,18 @@ def human_ticks(value: float) -> str:
     return f"{float(number):g} {unit}" if unit else number
 
 
+def plain_ticks(ax: Axes, text: Callable[[float], str]) -> None:
+    """Major ticks of the x axis alone, with these texts."""
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def new_figure(
     size: tuple[float, float], colors: Mapping[str, str] = STAND_IN
 ) -> tuple[Figure, Axes]:
     """An empty figure of that width and height, with axes in the look of all charts."""
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
-    FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
     return figure, style(figure.add_subplot(), colors)
 

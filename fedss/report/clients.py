@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -24,7 +23,6 @@ def clients_png(
     """The image of `fedss.report.clients_figure`."""
     client_P, class_P, count_P = held
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
-    FigureCanvasAgg(figure)
     images_K = np.bincount(client_P, weights=count_P).astype(np.int64)
     classes_K, clients_n = np.bincount(client_P), np.bincount(class_P)
     for place, values, what, of in (

@@ -41,7 +41,9 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
     made = []
     scores = _lines(paired, _map_at_10, start=True)
     if scores:
-        floor = _highest_floor(groups)
+        # Without the untrained network, where its own curve begins.
+        best = headlines.best_floor(groups, without="untrained")
+        floor = best and (FLOORS[best[0]], best[1])
         svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}", floor)
         caption = f"The higher, the better.{band}"
         if floor is not None:
@@ -72,17 +74,6 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
         svg = charts.rounds_chart("loss", losses, last, f"Training loss over rounds for {names}")
         made.append(("Training loss", caption, svg))
     return made
-
-
-def _highest_floor(groups: Sequence[Group]) -> tuple[str, float] | None:
-    """The best that is to be had without this network, whose own curve begins at round 0."""
-    found = [
-        (value, FLOORS[name])
-        for group in groups
-        for name in FLOORS
-        if name != "untrained" and (value := group.floor(name)) is not None
-    ]
-    return max(found)[::-1] if found else None
 
 
 def _map_at_10(record: Record) -> float | None:

@@ -11,7 +11,6 @@ from itertools import pairwise
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -79,7 +78,6 @@ def frontier_png(panels: Sequence[FrontierPanel], colors: Mapping[str, str]) -> 
     wide, high = charts.PNG_SIZE if len(panels) == 1 else PANEL_SIZE
     columns, rows = min(len(panels), 2), (len(panels) + 1) // 2
     figure = Figure(figsize=(columns * wide / 72, rows * high / 72), dpi=72)
-    FigureCanvasAgg(figure)
     shared = _score_range(panels) if all(panel.relative for panel in panels) else None
     for i, panel in enumerate(panels):
         ax = charts.style(figure.add_subplot(rows, columns, i + 1), colors)

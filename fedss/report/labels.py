@@ -107,17 +107,11 @@ def side_by_side(marks: np.ndarray) -> np.ndarray:
 def beside(
     marks: np.ndarray, sizes: np.ndarray, lines: np.ndarray, taken: np.ndarray, area: np.ndarray
 ) -> tuple[np.ndarray, list[bool]]:
-    """Where to put the names of marks that may lie close together.
+    """Centres [N, 2] of the names of marks that may lie close together, and for each whether it
+    needs a line that ties it to its mark.
 
-    Args:
-        marks: [N, 2] centres.
-        sizes: [N, 2] widths and heights of the names.
-        lines: [M, 4] boxes (left, bottom, right, top) that names had better not cover.
-        taken: [K, 4] boxes that names must not cover.
-        area: [4] box that names must not leave.
-
-    Returns:
-        [N, 2] centres of the names, and for each whether it needs a line that ties it to its mark.
+    Boxes are (left, bottom, right, top). Names had better not cover ``lines`` [M, 4], must not
+    cover what is ``taken`` [K, 4], and must not leave the ``area`` [4].
     """
     choices = [_choices(mark, size) for mark, size in zip(marks, sizes, strict=True)]
     solid = np.concatenate(

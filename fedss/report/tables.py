@@ -48,7 +48,7 @@ def method_row(group: Group, slot: str, full: Group | None) -> dict[str, Any]:
 def floor_rows(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
     """The floors' rows: name, MAP@10 and its mean over classes; means over groups."""
     rows = []
-    for name, told in FLOORS.items():
+    for name, words in FLOORS.items():
         values = [v for group in groups if (v := group.floor(name)) is not None]
         if not values:
             continue
@@ -57,7 +57,7 @@ def floor_rows(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
         by_class = [float(s.map_at_10_C.mean()) for s in scores if s is not None]
         mean = sum(by_class) / len(by_class) if by_class else None
         score = decimals(sum(values) / len(values))
-        rows.append((told, Cell(score, exact=exact), Cell(decimals(mean))))
+        rows.append((words, Cell(score, exact=exact), Cell(decimals(mean))))
     return rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator
 
 from fedss.evaluation.verification import OperatingPoint, Verification
 from fedss.report import charts
@@ -196,9 +196,7 @@ def roc_chart(
     for line in lines:
         charts.draw_line(ax, line)
     ax.xaxis.set_major_locator(LogLocator(numticks=12))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda far, _: number(far)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    charts.plain_ticks(ax, number)
     ax.set_xlabel("FAR: pairs of two classes that are accepted (log)", loc="right")
     texts = [] if marks else wrapped([line.label for line in lines], 0.6 * (size[1] - 76))
     wide = 0.0 if marks else charts.LABEL_GAP + max(text_width(text) for text in texts)

@@ -43,15 +43,9 @@ def time_left(
     which warms up, or a machine that was busy once tells nothing of the rest. Where every fifth
     round waits for a slow client, a median would forget these rounds; the mean does not.
 
-    Args:
-        seconds: by phase, of each round from the first one on. A round's checkpoint is among those
-            of the next round.
-        rounds: how many the run will have.
-        eval_every: rounds between evaluations; 0: at the end alone. The last round has one.
-        checkpoint_every: as ``eval_every``.
-
-    Returns:
-        The estimate; None before the first round and after the last.
+    ``seconds`` are those of each phase of each round so far; a round's checkpoint is among those of
+    the next round. Where ``eval_every`` or ``checkpoint_every`` is 0, one comes at the end alone.
+    None before the first round and after the last.
     """
     done = len(seconds)
     if not 0 < done < rounds:

@@ -154,12 +154,14 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
             )
         return None
     found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
+    parts = ("config", "data", "model")
+    known = found if isinstance(found, dict) else {}
+    if "config" not in known or not all(isinstance(known.get(p, {}), dict) for p in parts):
         raise RunFolderError(
-            f"{path} is damaged: expected an object with 'config'; restore it, or choose another "
-            "folder"
+            f"{path} is damaged: expected an object with the object 'config' (and 'data' and "
+            "'model', of a run); restore it, or choose another folder"
         )
-    return found
+    return known
 
 
 def _check_same(
@@ -169,12 +171,6 @@ def _check_same(
     parts: tuple[str, ...],
     free: tuple[str, ...],
 ) -> None:
-    for part in parts:
-        if not isinstance(found.get(part, {}), dict):
-            raise RunFolderError(
-                f"{folder / 'config.json'} is damaged: expected {part!r} to be an object; restore "
-                "it, or choose another folder"
-            )
     # What an older version did not know had what is the default now.
     defaults = {"config": {option.name: option.default for option in OPTIONS}}
     there = {part: {**defaults.get(part, {}), **found.get(part, {})} for part in parts}

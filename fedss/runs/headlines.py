@@ -147,9 +147,14 @@ def _grown(group: Group) -> str:
     )
 
 
-def best_floor(group: Group) -> tuple[str, float] | None:
-    """The highest floor of a group, its name and MAP@10; None where none was measured."""
-    floors = [(value, name) for name in FLOORS if (value := group.floor(name)) is not None]
+def best_floor(groups: Sequence[Group], without: str = "") -> tuple[str, float] | None:
+    """The highest floor of any group, its name and MAP@10; None where none was measured."""
+    floors = [
+        (value, name)
+        for group in groups
+        for name in FLOORS
+        if name != without and (value := group.floor(name)) is not None
+    ]
     return max(floors)[::-1] if floors else None
 
 
@@ -246,7 +251,8 @@ def caveat(groups: Sequence[Group]) -> str:
         ]
         if not lost:
             return ""
-        return f"Below {ENOUGH} of full: {listed([_with_ratio(g, full) for g in lost])}."
+        names = listed([f"{g.label} ({decimals(ratio(g, full))})" for g in lost])
+        return f"Below {ENOUGH} of full: {names}."
     fedss = next((g for g in others if g.method == "fedss"), None)
     if full is None or fedss is None:
         return ""
@@ -269,10 +275,6 @@ def _measured(groups: Sequence[Group], full: Group | None) -> list[Group]:
 
 def _with_score(group: Group) -> str:
     return f"{group.label} ({decimals(group.mean('map_at_10'))})"
-
-
-def _with_ratio(group: Group, full: Group | None) -> str:
-    return f"{group.label} ({decimals(ratio(group, full))})"
 
 
 def _best_of(groups: Sequence[Group], full: Group) -> str:
@@ -360,7 +362,7 @@ def _alone(group: Group) -> str:
         if group.interval is not None:
             ends = (decimals(group.interval.low), decimals(group.interval.high))
             text += f" (95 % interval {ends[0]} to {ends[1]})"
-        if best := best_floor(group):
+        if best := best_floor([group]):
             text += f", {FLOORS[best[0]]} {decimals(best[1])},"
         text += f" after {tally(run.last_round, 'round')}"
     else:

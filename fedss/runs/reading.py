@@ -125,7 +125,9 @@ class Group:
 
     def mean(self, key: str) -> float | None:
         """The mean of the result ``key`` over the runs; None if a run lacks it."""
-        values = self.values(key)
+        return self._mean(self.values(key))
+
+    def _mean(self, values: Sequence[float]) -> float | None:
         return sum(values) / len(values) if len(values) == len(self.runs) else None
 
     @cached_property
@@ -143,8 +145,7 @@ class Group:
     def floor(self, name: str) -> float | None:
         """The mean of a floor over the runs; None if a run lacks it."""
         floors = [run.floors.map_at_10 for run in self.runs]
-        values = [of_run[name] for of_run in floors if name in of_run]
-        return sum(values) / len(values) if len(values) == len(self.runs) else None
+        return self._mean([of_run[name] for of_run in floors if name in of_run])
 
     def over(self, other: "Group") -> Interval | None:
         """What MAP@10 is better by than that of others, on the same classes; None if not known."""

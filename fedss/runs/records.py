@@ -34,31 +34,15 @@ class Record(TypedDict):
     """One round of a run.
 
     Counts and rates that an earlier version did not record are None.
-
-    Attributes:
-        round: its number, from 1 on.
-        loss: the mean over clients.
-        clients: how many gave an update.
-        examples: images that they trained on.
-        num_classes: n.
-        num_clients: how many the cohort was drawn from.
-        bytes_down: of all messages of the cohort, as serialised, as are its parts and ``bytes_up``;
-            None where images are pooled: no federated message exists.
-        class_rows: the sum of ``|S_k|``; None likewise.
-        client_lr: the round's learning rate of the backbone.
-        class_row_lr: the round's learning rate of the class rows.
-        seconds: by phase.
-        metrics: retrieval, where it was evaluated; ``sites``: how many sites could tell.
-        failures: those of the cohort that failed. Where none did, it and ``attempts`` are left out.
-        attempts: how often the round was begun.
     """
 
-    round: int
-    loss: float
-    clients: int
-    examples: int | None
+    round: int  # from 1 on
+    loss: float  # the mean over clients
+    clients: int  # how many gave an update
+    examples: int | None  # images that they trained on
     num_classes: int | None
-    num_clients: int | None
+    num_clients: int | None  # how many the cohort was drawn from
+    # Of all messages of the cohort, as serialised; None where images are pooled, without messages.
     bytes_down: float | None
     bytes_up: float | None
     backbone_bytes_down: float | None
@@ -67,13 +51,14 @@ class Record(TypedDict):
     class_row_bytes_up: float | None
     moment_bytes_down: float | None
     moment_bytes_up: float | None
-    class_rows: float | None
-    client_lr: float | None
+    class_rows: float | None  # the sum of |S_k|; None likewise
+    client_lr: float | None  # of the backbone, in this round
     class_row_lr: float | None
-    seconds: Mapping[str, float]
-    metrics: Mapping[str, float] | None
+    seconds: Mapping[str, float]  # by phase
+    metrics: Mapping[str, float] | None  # retrieval; ``sites``: how many sites could tell
+    # Where no client of the cohort failed, these are left out.
     failures: NotRequired[list[FailedClient]]
-    attempts: NotRequired[int]
+    attempts: NotRequired[int]  # how often the round was begun
 
 
 class _Metrics(TypedDict):

@@ -76,14 +76,10 @@ def summarize(
     floors: Mapping[str, Share] | None = None,
     interval: Interval | None = None,
 ) -> Summary:
-    """A run in one object.
+    """A run in one object, from what it was (method, seed, rounds, sample_size, folder) and did.
 
-    Args:
-        run: what it was: method, seed, rounds, sample_size, folder.
-        records: all of its rounds so far. Of their metrics the last round's count, of the model
-            that is kept: figures of an earlier round would be another's.
-        floors: MAP@10 by the name of the floor.
-        interval: of MAP@10.
+    Of the metrics the last round's count, of the model that is kept: figures of an earlier round
+    would be another's. ``floors`` are MAP@10 by name, ``interval`` is that of MAP@10.
     """
     last = records[-1] if records else None
     clients = sum(record["clients"] for record in records)

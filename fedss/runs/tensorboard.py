@@ -89,12 +89,8 @@ def add_neighbours(
 def draw_neighbours(pixels_QKCHW: np.ndarray, labels_QK: np.ndarray) -> np.ndarray:
     """A row per query: itself, then its neighbours in frames, whole if right, broken if wrong.
 
-    Args:
-        pixels_QKCHW: uint8 [Q, 1 + K, 1 or 3, H, W], query first.
-        labels_QK: integers [Q, 1 + K]; right is what has the query's label.
-
-    Returns:
-        uint8 [height, width, 3].
+    From uint8 [Q, 1 + K, 1 or 3, H, W] and labels [Q, 1 + K], the query's first, to uint8
+    [height, width, 3].
     """
     pitch = _SIDE + 2 * _FRAME + _GAP
     rows, columns = labels_QK.shape

@@ -145,7 +145,7 @@ def make_app(
             RunFolderError: lambda request, error: json_error(503, str(error)),
             FormParserError: lambda request, error: json_error(400, f"not a form: {error}"),
             ClientDisconnect: lambda request, error: Response(status_code=400),
-            TooLargeError: lambda request, error: too_large(limits),
+            TooLargeError: lambda request, error: json_error(413, too_large(limits)),
             Exception: lambda request, error: json_error(
                 500, f"{type(error).__name__}: fedss serve has printed what went wrong"
             ),

@@ -222,7 +222,7 @@ async def read_form(request: Request, limits: Limits, most: int) -> tuple[str, l
             name = re.split(r"[/\\]", file.filename or "")[-1] or f"image {len(uploads) + 1}"
             content = await file.read(limits.picture_bytes + 1)
             if len(content) > limits.picture_bytes:
-                raise HTTPException(413, f"{name} is too large. {_too_large_text(limits)}")
+                raise HTTPException(413, f"{name} is too large. {too_large(limits)}")
             uploads.append(Upload(name, content))
         name = form.get("name", "")
         if not uploads:
@@ -280,12 +280,8 @@ def json_error(status: int, why: str) -> Response:
     return JSONResponse({"error": why}, status)
 
 
-def too_large(limits: Limits) -> Response:
-    """The answer to an upload over the limit."""
-    return json_error(413, _too_large_text(limits))
-
-
-def _too_large_text(limits: Limits) -> str:
+def too_large(limits: Limits) -> str:
+    """What to say of an upload over the limit."""
     return (
         f"An image may have {limits.picture_bytes / 1e6:g} MB, and {MOST_IMAGES} can be sent "
         "at once; fedss serve --max-upload-mb sets the limit"
