@@ -71,7 +71,7 @@ class Config:
         pretrained: start from timm's pretrained weights
         weights: file with weights of a timm model: .safetensors, .pth or .pt
         trainable: part that is trained: all, head (the projection) or last-<number> blocks
-        batch_norm: how batch norm layers are treated (auto: pretrained ones are frozen)
+        batch_norm: batch norm layers (auto: pretrained ones are frozen)
         pixel_mean: mean pixel value per channel that the weights expect, such as 0.485,0.456,0.406
         pixel_std: standard deviation of pixel values per channel that the weights expect
         embedding_size: d, dimension of an embedding
@@ -91,10 +91,10 @@ class Config:
         server_momentum: momentum of the server (adam: beta1)
         server_second_momentum: adam: beta2 of the server
         server_epsilon: adam: epsilon of the server
-        rows_down: number format of class rows and moments sent to clients
-        rows_up: number format of class-row updates sent to the server
-        backbone_down: number format of the backbone sent to clients
-        backbone_up: number format of backbone updates sent to the server
+        rows_down: format of rows and moments sent to clients
+        rows_up: format of class-row updates sent to the server
+        backbone_down: format of the backbone sent to clients
+        backbone_up: format of backbone updates sent to the server
         moments_rank: moments: number of eigenvectors sent of the covariance matrix (default: all)
         row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows

@@ -73,6 +73,8 @@ def _be(
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    # Where a test before has left it ignored, the server was started so.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     output = os.open(files[0], os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
