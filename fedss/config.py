@@ -92,9 +92,9 @@ class Config:
         server_second_momentum: adam: beta2 of the server
         server_epsilon: adam: epsilon of the server
         rows_down: format of rows and moments sent to clients
-        rows_up: format of class-row updates sent to the server
+        rows_up: format of row updates sent to the server
         backbone_down: format of the backbone sent to clients
-        backbone_up: format of backbone updates sent to the server
+        backbone_up: format of its updates sent to the server
         moments_rank: moments: number of eigenvectors sent of the covariance matrix (default: all)
         row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows
