@@ -113,34 +113,19 @@ def beside(
     Boxes are (left, bottom, right, top). Names had better not cover ``lines`` [M, 4], must not
     cover what is ``taken`` [K, 4], and must not leave the ``area`` [4].
     """
-    choices = [_choices(mark, size) for mark, size in zip(marks, sizes, strict=True)]
-    solid = np.concatenate(
-        [taken.reshape(-1, 4), _boxes(marks, np.full((len(marks), 2), 2 * _MARK))]
-    )
-    fixed = [
-        _fixed_cost(of_one, marks[i], sizes[i], i + len(taken), solid, lines, area)
-        for i, of_one in enumerate(choices)
-    ]
-    best: tuple[float, list[int]] = (np.inf, [])
-    orders = [np.argsort(key, kind="stable") for key in (marks[:, 1], -marks[:, 1], marks[:, 0])]
-    for order in orders:
-        chosen = [int(np.argmin(cost)) for cost in fixed]
-        for _ in range(30):
-            before = list(chosen)
-            for i in order:
-                others = [j for j in range(len(marks)) if j != i]
-                cost = fixed[i] + _mutual_cost(i, others, choices, chosen, marks, sizes)
-                chosen[i] = int(np.argmin(cost))
-            if chosen == before:
-                break
-        total = sum(
-            fixed[i][chosen[i]]
-            + _mutual_cost(i, list(range(i)), choices, chosen, marks, sizes)[chosen[i]]
-            for i in range(len(marks))
-        )
+    best: tuple[float, np.ndarray] = np.inf, marks
+    for order in (np.argsort(k, kind="stable") for k in (marks[:, 1], -marks[:, 1], marks[:, 0])):
+        solid = np.concatenate([_boxes(marks, 2 * _MARK), taken.reshape(-1, 4)])
+        places, total = np.array(marks, float), 0.0
+        for i in order:
+            choices = _choices(marks[i], sizes[i])
+            costs = _costs(choices, marks[i], sizes[i], i, solid, lines, area)
+            places[i], total = choices[costs.argmin()], total + float(costs.min())
+            tie = _ties(marks[i], places[i][None], sizes[i])[0]
+            solid = np.concatenate([solid, _boxes(places[i][None], sizes[i] + 3), _boxes(tie, 2)])
         if total < best[0] - 1e-6:
-            best = total, chosen
-    places = np.array([of_one[k] for of_one, k in zip(choices, best[1], strict=True)])
+            best = total, places
+    places = best[1]
     ends = nearest_point(marks, places, sizes)
     return places, [bool(gap > _REACH) for gap in np.linalg.norm(ends - marks, axis=1)]
 
@@ -168,7 +153,7 @@ def _choices(mark: np.ndarray, size: np.ndarray) -> np.ndarray:
     return np.asarray(mark + np.array([*sides, *over]))
 
 
-def _boxes(centres: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _boxes(centres: np.ndarray, sizes: np.ndarray | float) -> np.ndarray:
     return np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1)
 
 
@@ -194,7 +179,7 @@ def _hits(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return np.asarray(inside.all(axis=3).sum(axis=(1, 2)))
 
 
-def _fixed_cost(
+def _costs(
     places: np.ndarray,
     mark: np.ndarray,
     size: np.ndarray,
@@ -203,51 +188,17 @@ def _fixed_cost(
     lines: np.ndarray,
     area: np.ndarray,
 ) -> np.ndarray:
-    """[C] how bad each place is, whatever the other names do."""
-    boxes = _boxes(places, np.broadcast_to(size, places.shape))
+    """[C] how bad each place of a name is; ``solid`` is what stands there, its mark at ``own``."""
+    boxes = _boxes(places, size)
     outside = np.clip(area[:2] - boxes[:, :2], 0, None) + np.clip(boxes[:, 2:] - area[2:], 0, None)
     ends = nearest_point(mark[None], places, size[None])
     gap = np.linalg.norm(ends - mark, axis=1)
-    near_marks = np.delete(solid, own, axis=0)
     cost = 1000 * (outside.sum(axis=1) > 0) + 20 * outside.sum(axis=1)
     cost = cost + 600 * _overlap(boxes, solid).sum(axis=1)
     cost = cost + 30 * (_overlap(boxes, lines) > 0).sum(axis=1)
-    cost = cost + 40 * _hits(_ties(mark, places, size), near_marks) * (gap > _REACH)
+    cost = cost + 40 * _hits(_ties(mark, places, size), np.delete(solid, own, axis=0)) * (
+        gap > _REACH
+    )
     # Right of its mark, at its height, is where a reader looks for a name.
     cost = cost + gap + 0.25 * np.abs(places[:, 1] - mark[1]) + 14 * (gap > _REACH)
     return np.asarray(cost + 5 * (places[:, 0] < mark[0] - 1) + 2 * (places[:, 0] < mark[0] + 1))
-
-
-def _mutual_cost(
-    i: int,
-    others: Sequence[int],
-    choices: Sequence[np.ndarray],
-    chosen: Sequence[int],
-    marks: np.ndarray,
-    sizes: np.ndarray,
-) -> np.ndarray:
-    """[C] how bad each place of name ``i`` is with the others where they are."""
-    if not others:
-        return np.zeros(len(choices[i]))
-    there = np.array([choices[j][chosen[j]] for j in others])
-    theirs = _boxes(there, sizes[list(others)])
-    mine = _boxes(choices[i], np.broadcast_to(sizes[i] + 3, choices[i].shape))
-    own_ties = _ties(marks[i], choices[i], sizes[i])
-    cost = 1000 * _overlap(mine, theirs).sum(axis=1) + 60 * _hits(own_ties, theirs)
-    for j, place in zip(others, there, strict=True):
-        tie = _ties(marks[j], place[None], sizes[j])
-        inside = (tie > mine[:, None, :2]) & (tie < mine[:, None, 2:])
-        cost = cost + 60 * inside.all(axis=2).sum(axis=1)
-        cost = cost + 120 * _crossing(marks[i], own_ties[:, -1], marks[j], tie[0, -1])
-    return np.asarray(cost)
-
-
-def _crossing(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """[C] whether the line from ``a`` to each of ``b`` [C, 2] crosses that from ``c`` to ``d``."""
-
-    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
-        u, v = q - p, r - p
-        return np.asarray(u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
-
-    apart_ab = side(a, b, c) * side(a, b, d) < 0
-    return np.asarray(apart_ab & (side(c, d, a) * side(c, d, b) < 0))
