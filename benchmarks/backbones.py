@@ -19,7 +19,7 @@ import torch
 
 import fedss
 from fedss.models import build_embedder
-from fedss.training.build import build_model, num_frozen, num_trainable
+from fedss.training.build import build_model, num_parameters
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
 from tests.pretrained import write_lite0
 
@@ -63,9 +63,9 @@ def main() -> None:
         report.add("", f"{'parameters':<24}{'trained':>12}{'frozen':>12}{'MB each way':>14}")
         for trainable in ("all", "last-4", "last-2", "last-1", "head"):
             net = build_model(replace(config, trainable=trainable), photos, None)
-            trained = num_trainable(net)
-            size = f"{4 * trained / 1e6:.2f}"
-            report.add(f"{trainable:<24}{trained:>12,}{num_frozen(net):>12,}{size:>14}")
+            trained = num_parameters(net)
+            size, frozen = f"{4 * trained / 1e6:.2f}", num_parameters(net, trained=False)
+            report.add(f"{trainable:<24}{trained:>12,}{frozen:>12,}{size:>14}")
     report.write(unless=options.short)
 
 

@@ -58,9 +58,7 @@ def show_on_stderr() -> Callable[[], None]:
 def show_progress_line(text: str, record: object) -> None:
     """Log where a run is; on stderr, where logging is not configured to show it.
 
-    Args:
-        text: what to show, with the name of the run.
-        record: the round's, as the attribute ``progress`` of the log record.
+    The round's ``record`` is the attribute ``progress`` of the log record.
     """
     logger = logging.getLogger("fedss.progress")
     if _is_shown(logger):

@@ -86,8 +86,7 @@ def info(options: argparse.Namespace) -> None:
         build_model,
         check_trainable,
         load_data,
-        num_frozen,
-        num_trainable,
+        num_parameters,
     )
     from fedss.training.summary import costs, describe
 
@@ -104,8 +103,8 @@ def info(options: argparse.Namespace) -> None:
     facts = {
         **describe(config, data),
         "dealt": f", dealt by {replace(dealt, clients=None)}" if dealt else "",
-        "trained": num_trainable(embedder),
-        "frozen": num_frozen(embedder),
+        "trained": num_parameters(embedder),
+        "frozen": num_parameters(embedder, trained=False),
     }
     tables.print_data(data.name, facts, *held)
     for remark in data.remarks:

@@ -89,10 +89,7 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
                 f"none of the {len(rows)} images can be read, the first one is {file(rows[0])}"
             )
         splits, unpaired = arrange(
-            replace(listing, rows=kept),
-            options.test_classes,
-            options.seed,
-            at_site=options.at_site,
+            replace(listing, rows=kept), options.test_classes, options.seed, at_site=options.at_site
         )
         pixels, reasons = _decode(listing, kept, splits, options)
         if not reasons:

@@ -130,9 +130,7 @@ def _drawings(pixels_BCHW: Tensor, drawn_BA: np.ndarray) -> Tensor:
     # What comes in from outside becomes 0: so the background is to be 0 meanwhile.
     background_BC11 = _background(pixels_BCHW)
     moved_BCHW = torch.nn.functional.grid_sample(
-        pixels_BCHW.float() - background_BC11,
-        torch.from_numpy(grid_BHW2),
-        align_corners=False,
+        pixels_BCHW.float() - background_BC11, torch.from_numpy(grid_BHW2), align_corners=False
     )
     return _bytes(moved_BCHW + background_BC11)
 

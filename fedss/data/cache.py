@@ -148,18 +148,14 @@ def decode_files(
                 yield pixels
         if broken:
             reasons = [(i, str(error) or type(error).__name__) for i, error in broken.items()]
-            if not any(map(_may_be_mended, broken.values())):
+            # No note of what may be read tomorrow though its file stays as it is.
+            passing = [isinstance(e, ImportError | MemoryError) for e in broken.values()]
+            if not any(passing) and not any(getattr(e, "errno", None) for e in broken.values()):
                 _write_note(note, reasons)
             raise BrokenImagesError({paths[i]: reason for i, reason in reasons}, len(paths))
 
     shape = (len(paths), channels, image_size, image_size)
     return cached_array(key, shape, batches(), cache=cache, title=title)
-
-
-def _may_be_mended(error: Exception) -> bool:
-    """Whether an image may be read tomorrow though its file stays as it is."""
-    refused = isinstance(error, OSError) and error.errno is not None
-    return refused or isinstance(error, ImportError | MemoryError)
 
 
 def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> bool:

@@ -11,10 +11,9 @@ from fedss.data.folder import read_folder
 from fedss.data.images import Dataset
 from fedss.data.manifest import Listing, read_manifest
 from fedss.data.partition import Partition, deal_images, parse_partition
-from fedss.data.sets.celeba import read_celeba
 from fedss.data.sets.cifar100 import cifar100_dataset
+from fedss.data.sets.faces import read_celeba, read_lfw
 from fedss.data.sets.glyphs import glyphs_dataset
-from fedss.data.sets.lfw import read_lfw
 from fedss.data.sets.omniglot import omniglot_dataset
 from fedss.data.sets.products import read_products
 from fedss.data.sets.user_split import read_gld23k, read_inaturalist, read_landmarks
@@ -58,13 +57,14 @@ def _glyphs(path: Path | None, options: DataOptions) -> Dataset:
     )
 
 
-def _omniglot(path: Path | None, options: DataOptions) -> Dataset:
-    return omniglot_dataset(path, image_size=options.image_size, cache=options.cache)
-
-
 DATASETS: Mapping[str, Source] = {
     "glyphs": Source(_glyphs, path="", image_size=28, grayscale=True),
-    "omniglot": Source(_omniglot, path="", image_size=28, grayscale=True),
+    "omniglot": Source(
+        lambda path, o: omniglot_dataset(path, image_size=o.image_size, cache=o.cache),
+        path="",
+        image_size=28,
+        grayscale=True,
+    ),
     "csv": Source(_listed(read_manifest), path="a CSV file"),
     "folder": Source(_listed(read_folder), path="a folder client/class/image"),
     "landmarks-user-160k": Source(_listed(read_landmarks)),

@@ -161,7 +161,17 @@ def evaluate_by_label(
         left_U = left_U[step:]
 
     def judge(rows_B: Tensor, _: Tensor, index_BK: Tensor) -> list[list[float]]:
-        return _judge(labels_G[index_BK] == labels_Q[rows_B, None], relevant_Q[rows_B])
+        """R@1, R@5, AP@10 and AP@R of each query."""
+        relevance_BK, relevant_B = labels_G[index_BK] == labels_Q[rows_B, None], relevant_Q[rows_B]
+        k = relevance_BK.shape[1]
+        rank_K = torch.arange(1, k + 1, dtype=torch.float64, device=relevance_BK.device)
+        # A running sum, not a sum over a slice: its first R terms do not depend on how many more
+        # columns this block happens to have.
+        precision_BK = (relevance_BK.cumsum(1) / rank_K * relevance_BK).cumsum(1)
+        at_10_B = precision_BK[:, min(_DEPTH, k) - 1] / relevant_B.clamp(max=_DEPTH)
+        at_r_B = precision_BK.gather(1, relevant_B[:, None] - 1).squeeze(1) / relevant_B
+        columns = (relevance_BK[:, 0], relevance_BK[:, :5].any(1), at_10_B, at_r_B)
+        return [column_B.tolist() for column_B in columns]
 
     judged = search(sides.query_QD, gallery, sides.alone, blocks, judge)
     columns = [list(itertools.chain(*column)) for column in zip(*judged, strict=True)]
@@ -180,19 +190,6 @@ def evaluate_by_label(
         skipped=len(labels_Q) - len(order_U),
     )
     return metrics, by_label
-
-
-def _judge(relevance_BK: Tensor, relevant_B: Tensor) -> list[list[float]]:
-    """R@1, R@5, AP@10 and AP@R of each query, by which of its neighbours are relevant."""
-    k = relevance_BK.shape[1]
-    rank_K = torch.arange(1, k + 1, dtype=torch.float64, device=relevance_BK.device)
-    # A running sum, not a sum over a slice: its first R terms do not depend on how many more
-    # columns this block happens to have.
-    precision_BK = (relevance_BK.cumsum(1) / rank_K * relevance_BK).cumsum(1)
-    at_10_B = precision_BK[:, min(_DEPTH, k) - 1] / relevant_B.clamp(max=_DEPTH)
-    at_r_B = precision_BK.gather(1, relevant_B[:, None] - 1).squeeze(1) / relevant_B
-    columns = (relevance_BK[:, 0], relevance_BK[:, :5].any(1), at_10_B, at_r_B)
-    return [column_B.tolist() for column_B in columns]
 
 
 def _by_label(labels_U: np.ndarray, precision_U: np.ndarray) -> ByLabel:

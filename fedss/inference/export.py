@@ -23,6 +23,7 @@ from fedss.files import atomic, write_file, writing
 from fedss.inference.model import load
 from fedss.inference.model_card import model_card
 from fedss.models import Embedder, fingerprint, load_embedder, norm_groups, safetensors_of
+from fedss.models.checks import one_line
 
 CARD = "MODEL_CARD.md"
 TOLERANCE = 1e-5
@@ -177,7 +178,7 @@ def _program(embedder: Embedder) -> torch.export.ExportedProgram:
     except Exception as error:
         raise ConfigError(
             "torch.export cannot follow the backbone for batches of any size: "
-            f"{_first_line(error)}; make it depend on neither the batch size nor the values of "
+            f"{one_line(error)}; make it depend on neither the batch size nor the values of "
             "pixels, or take the format safetensors"
         ) from error
     for node in program.graph.nodes:
@@ -234,7 +235,7 @@ def _to_onnx(embedder: Embedder, about: Mapping[str, str]) -> bytes:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise ConfigError(
-            f"onnx: torch's exporter cannot translate the network: {_first_line(error)}; take the "
+            f"onnx: torch's exporter cannot translate the network: {one_line(error)}; take the "
             "format torch-export or safetensors"
         ) from error
     content: bytes = proto.SerializeToString(deterministic=True)
@@ -289,7 +290,7 @@ def _check_equal(embedder: Embedder, run: Embed, format: str) -> None:
             apart_B = (run(pixels_BCHW).double() - expected_BD).square().sum(1) / 2
         except Exception as error:
             raise ConfigError(
-                f"{format}: the exported model fails on {B} images: {_first_line(error)}; "
+                f"{format}: the exported model fails on {B} images: {one_line(error)}; "
                 f"{_OTHER_FORMAT}"
             ) from error
         if not apart_B.max() <= TOLERANCE:  # a NaN is not
@@ -322,8 +323,3 @@ def _expected_warnings() -> Iterator[None]:
         # torch 2.13 copies a program's tree of arguments by a class that it has itself deprecated.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
         yield
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -88,10 +88,7 @@ METHODS: dict[str, Method] = {
             class_row_lr=1.0,
         ),
         Method(
-            "fedss-uncorrected",
-            "as fedss, without the correction",
-            "sampled",
-            uncorrected_softmax,
+            "fedss-uncorrected", "as fedss, without the correction", "sampled", uncorrected_softmax
         ),
         Method("pos-only", "own classes alone, softmax over them", "none", sampled_softmax),
         Method(

@@ -194,18 +194,11 @@ POSITIVE_HINGE = 0.9
 """Cosine from which the positive-only loss is satisfied (Yu et al. 2020)."""
 
 
-def positive_hinge(
-    h_BD: Tensor,
-    rows_SD: Tensor,
-    target_B: Tensor,
-    sample: ClassSample,
-    scoring: Scoring,
-    absent: AbsentClasses | None = None,
-) -> Tensor:
+def positive_hinge(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, *_: object) -> Tensor:
     """Squared hinge on the label's cosine alone: ``L = max(0, 0.9 - cos(h, w_y))^2``.
 
     The client's part of FedAwS (Yu et al. 2020, arXiv 2004.10342); the server's part keeps the
-    class rows apart. ``scoring`` is not used: the loss is stated in cosines.
+    class rows apart. Sample and scoring are not used: the loss is stated in cosines.
     Arguments and result as for :func:`sampled_softmax`.
     """
     cos_BS = h_BD @ F.normalize(rows_SD, dim=1).T

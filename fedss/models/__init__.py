@@ -17,12 +17,7 @@ from fedss.models.embedder import (
 from fedss.models.flat import FlatParameters, flatten_
 from fedss.models.frozen import frozen_fingerprint, is_trainable
 from fedss.models.layout import pool_before_relu_
-from fedss.models.norms import (
-    FrozenBatchNorm,
-    freeze_batch_norm,
-    norm_groups,
-    replace_batch_norm,
-)
+from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, norm_groups, replace_batch_norm
 from fedss.models.saving import fingerprint, load_embedder, safetensors_of, save_embedder
 
 __all__ = [

@@ -154,9 +154,7 @@ def _positions(module: nn.Module, images_BCHW: Tensor) -> dict[nn.Module, int]:
 
 
 def _replace_each(
-    module: nn.Module,
-    chosen: Callable[[nn.Module], bool],
-    make: Callable[[nn.Module], nn.Module],
+    module: nn.Module, chosen: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
     """The module with make(part) in place of every chosen part, shared ones shared."""
     for path, part in module.named_modules():

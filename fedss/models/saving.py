@@ -78,7 +78,10 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
     """
     path = Path(path)
     file = path if path.is_file() else path / _WEIGHTS
-    header = _header(file)
+    header: dict[str, str] = {}
+    # What is wrong with the file is told when its tensors are read.
+    with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as content:
+        header = content.metadata() or {}
     if _HEADER in header:
         description = None
         with suppress(ValueError, RecursionError):
@@ -152,13 +155,6 @@ def _names_in_file(embedder: Embedder) -> dict[str, str]:
         return f"{owner.removesuffix('.0')}.{leaf}" if owner in replaced else name
 
     return {name: outside(name) for name in embedder.state_dict()}
-
-
-def _header(file: Path) -> dict[str, str]:
-    # What is wrong with the file is told when its tensors are read.
-    with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as content:
-        return content.metadata() or {}
-    return {}
 
 
 def _config_spec(file: Path, alone: bool) -> EmbedderSpec:

@@ -142,7 +142,9 @@ def _draw_panel(
         alpha=0.75,
         zorder=1.5,
     )
-    marks = side_by_side(_pixels(ax, [(p.moved, _height(ax, p.mean)) for p in panel.points]))
+    # Just above the bottom, where a score is below.
+    least = ax.get_ylim()[0] + 0.04 * np.ptp(ax.get_ylim())
+    marks = side_by_side(_pixels(ax, [(p.moved, max(p.mean, least)) for p in panel.points]))
     for point, mark, is_on in zip(panel.points, marks, best, strict=True):
         _draw_point(ax, point, mark, is_on, colors)
     _name_points(ax, panel, marks, best, _pixels(ax, edge), taken, area[2] - 4, colors)
@@ -191,12 +193,6 @@ def _draw_point(
         markeredgewidth=1 if is_on else 1.4,
         zorder=4 if is_on else 3,
     )
-
-
-def _height(ax: Axes, score: float) -> float:
-    """Where the mark of a score stands: just above the bottom if it is below."""
-    low, high = ax.get_ylim()
-    return max(score, low + 0.04 * (high - low))
 
 
 def _name_points(

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from fedss.evaluation.intervals import weakness
+from fedss.evaluation.intervals import ENOUGH_CLASSES, weakness
 from fedss.report import charts, tables
 from fedss.report.figures import page_charts
 from fedss.report.labels import wrap
@@ -51,7 +51,8 @@ def render(
         charts=page_charts(groups, slots),
         rows=[tables.method_row(group, slot, full) for group, slot in paired],
         floors=tables.floor_rows(groups),
-        weakness=_weakness(groups),
+        # Of a federation, whose classes are not known, nothing is said.
+        weakness=weakness(runs[0].data.get("test_classes") or ENOUGH_CLASSES),
         has_intervals=any(group.interval for group in groups),
         has_ratio=any(headlines.ratio(g, full) is not None for g in groups if g is not full),
         several_seeds=any(len(group.runs) > 1 for group in groups),
@@ -96,13 +97,6 @@ def _template() -> jinja2.Template:
         "foldable": lambda text: _breakable(text, ":,"),
     }
     return environment.get_template("report.html")
-
-
-def _weakness(groups: Sequence[Group]) -> str:
-    """What is to be said of a test of too few classes; empty if it has enough, or is not known."""
-    classes = groups[0].runs[0].data.get("test_classes")
-    said = weakness(classes) if classes else ""
-    return f"{said[:1].upper()}{said[1:]}." if said else ""
 
 
 def _breakable(text: str, after: str) -> Markup:

@@ -19,16 +19,13 @@ _READ = ("config.json", "records.jsonl", "summary.json", "retrieval.npz")
 def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) -> Path:
     """Write ``folder/report.html`` whenever the records change, until what is under way is done.
 
-    Until then the page loads itself again every ten seconds. Whoever interrupts it gets a last page
-    that no longer does.
+    Until then the page, whose path is returned, loads itself again every ten seconds. Whoever
+    interrupts it gets a last page that no longer does.
 
     Args:
         folder: of a run or a comparison that has begun.
-        say: told a line per page, and why there is none.
+        say: gets a line per page, or why there is none.
         poll: seconds between two looks at the records.
-
-    Returns:
-        The path of the page.
 
     Raises:
         RunFolderError: as :func:`fedss.write_report`, and if nothing has begun there. That there
@@ -47,13 +44,13 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
             seen, done, began = _file_times(folder), _done(folder), time.process_time()
             late = False
             if not any(name.endswith("records.jsonl") for name in seen):
-                say(f"{_now()}  waiting for the first records")
+                say(f"{_clock()}  waiting for the first records")
             else:
                 runs = read_runs(folder)
                 late = not done and _late(folder, runs)
                 _write(path, runs, folder, None if done else late)
                 shown = True
-                say(f"{_now()}  {_line(runs, folder, done, late)}")
+                say(f"{_clock()}  {_line(runs, folder, done, late)}")
             if done:
                 return path
             rest = time.monotonic() + (time.process_time() - began) * (1 / _SHARE - 1)
@@ -76,8 +73,8 @@ def _write(path: Path, runs: Sequence[RecordedRun], folder: Path, late: bool | N
     watched = None
     if late is not None:
         last = _last(folder)
-        last_round = "" if last is None else _clock(datetime.fromtimestamp(last))
-        watched = {"written": _now(), "last_round": last_round, "late": late, "refresh": REFRESH}
+        last_round = "" if last is None else _clock(last)
+        watched = {"written": _clock(), "last_round": last_round, "late": late, "refresh": REFRESH}
     with writing(folder, "make room or mend the place, then start the same command again"):
         write_file(path, render(runs, folder, watched).encode("utf-8", "backslashreplace"))
 
@@ -119,11 +116,9 @@ def _late(folder: Path, runs: Sequence[RecordedRun]) -> bool:
     return last is not None and time.time() - last > _PATIENCE + 3 * max(took, default=0.0)
 
 
-def _now() -> str:
-    return _clock(datetime.now())
-
-
-def _clock(moment: datetime) -> str:
+def _clock(seconds: float | None = None) -> str:
+    """Now, or seconds since 1970."""
+    moment = datetime.now() if seconds is None else datetime.fromtimestamp(seconds)
     today = moment.date() == datetime.now().date()
     return f"{moment:%H:%M:%S}" if today else f"{moment:%Y-%m-%d %H:%M:%S}"
 

@@ -64,7 +64,11 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     write_json(temporary / _RECORD, record)
     shutil.rmtree(final, ignore_errors=True)
     temporary.replace(final)
-    _flush_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
     state.class_rows.changed.clear()
     for old in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
@@ -83,9 +87,7 @@ def newest_round(folder: Path) -> int:
 def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
     """The newest checkpoint in ``folder``, bit for bit as it was saved; None if there is none.
 
-    Args:
-        folder: where :func:`save_checkpoint` writes.
-        rows: a new table, which gets the saved rows.
+    ``rows`` is a new table, which gets the saved rows.
 
     Raises:
         RunFolderError: a file of the newest checkpoint is missing or damaged.
@@ -166,12 +168,7 @@ def _write_rows(path: Path, ids_U: Tensor, tables: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-_DTYPES = {
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-}
+_DTYPES = {torch.int64: "I64", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def _blocks(count: int, block: int = 65536) -> Iterator[slice]:
@@ -200,11 +197,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _round(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("round-"))
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

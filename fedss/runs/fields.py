@@ -66,9 +66,7 @@ def read_as(kind: Any, value: Any, where: Path | str, key: str = "") -> Any:
         kind: int (below 2^53), float (NaN in place of an infinite one), bool, str, ``Share``, Any,
             a mapping from str or a sequence of these, one of them or None; a ``TypedDict``, whose
             other keys stay as they are, or a dataclass, of these.
-        value: what was read.
-        where: the file, or a line of it, for the error.
-        key: of the value, likewise.
+        value: what was read, under the ``key`` and ``where`` (a file, or a line of it).
 
     Raises:
         RunFolderError: it is of another type, or lacks a key.

@@ -118,11 +118,6 @@ def has_moments(groups: Sequence[Group]) -> bool:
     return any((run.results[key] or 0) > 0 for g in groups for run in g.runs for key in MOMENTS)
 
 
-def rows_sent(groups: Sequence[Group]) -> str:
-    """What a message holds besides the backbone."""
-    return "class rows and moments" if has_moments(groups) else "class rows"
-
-
 def headline(groups: Sequence[Group]) -> str:
     """Say, computed from the records, how the method did, also when it lost."""
     sentence = _under_a_floor(groups) or _result(groups)

@@ -19,13 +19,7 @@ from fedss.inference.model import load
 from fedss.inference.pixels import read_images
 from fedss.models import Embedder, fingerprint
 from fedss.runs.folder import lock_folder
-from fedss.search.collection import (
-    ENROLLED,
-    INDEX,
-    Collection,
-    check_model,
-    open_with,
-)
+from fedss.search.collection import ENROLLED, INDEX, Collection, check_model, open_with
 from fedss.search.store import (
     Item,
     add_items,

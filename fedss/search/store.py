@@ -178,8 +178,7 @@ def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarr
         found = []
         for number in ids:
             row = file.execute(
-                "SELECT vector, jpeg FROM images JOIN thumbnails USING (id) WHERE id = ?",
-                (number,),
+                "SELECT vector, jpeg FROM images JOIN thumbnails USING (id) WHERE id = ?", (number,)
             ).fetchone()
             if row is None:
                 raise damaged_store(path, f"image {number} is missing")

@@ -2,16 +2,17 @@
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from fedss.config import Config, option_numbers
+from fedss.config import OPTIONS, Config, option_numbers
 from fedss.core.client import LocalTraining, RoundPlan
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import (
+    DataOptions,
     Dataset,
     Images,
     RetrievalTask,
@@ -33,28 +34,19 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     """The data set that a configuration names.
 
     Its training images are reassigned to clients (``partition``), then rotated (``rotations``),
-    then clients of many classes are split (``client_classes``), as far as it says so.
-
-    Args:
-        config: names it.
-        at_site: as in :func:`fedss.data.load_dataset`.
+    then clients of many classes are split (``client_classes``), as far as it says so. ``at_site``
+    is that of :func:`fedss.data.load_dataset`.
 
     Raises:
         DataError: it cannot be found or read, or does not fit together.
     """
+    options = {field.name for field in fields(DataOptions)} & {o.name for o in OPTIONS}
     data = load_dataset(
         config.data,
         config.data_path,
-        image_size=config.image_size,
-        channels=config.channels,
-        test_classes=config.test_classes,
-        skip_broken=config.skip_broken,
         seed=config.data_seed,
-        glyphs_classes=config.glyphs_classes,
-        glyphs_clients=config.glyphs_clients,
-        partition=config.partition,
-        partition_clients=config.partition_clients,
         at_site=at_site,
+        **{name: getattr(config, name) for name in options - {"seed"}},
     )
     if not len(data.train):
         return data
@@ -247,11 +239,6 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
     return data.validation
 
 
-def num_frozen(embedder: Embedder) -> int:
-    """Number of parameters that are neither trained nor sent; a frozen batch norm's are none."""
-    return sum(p.numel() for p in embedder.parameters() if not p.requires_grad)
-
-
-def num_trainable(embedder: Embedder) -> int:
-    """Number of parameters that are trained and sent."""
-    return sum(p.numel() for p in embedder.parameters() if p.requires_grad)
+def num_parameters(embedder: Embedder, trained: bool = True) -> int:
+    """Number of parameters that are trained and sent, or of those that are neither."""
+    return sum(p.numel() for p in embedder.parameters() if p.requires_grad == trained)

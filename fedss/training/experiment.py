@@ -26,7 +26,6 @@ from fedss.runs.folder import (
     write_run_config,
 )
 from fedss.runs.progress import show_progress
-from fedss.runs.records import Record
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.training.build import (
@@ -186,7 +185,7 @@ def train_federation(
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             if not ranks.first:
-                on_round = _ignore
+                on_round = lambda record: None  # noqa: E731
             with nullcontext(on_round) if on_round else show_progress(label, config) as observe:
                 summary = train_rounds(config, embedder, federate, plan_of, folder, observe, ranks)
         if ranks.first:
@@ -200,10 +199,6 @@ def train_federation(
         (summary,) = ranks.gather(read_summaries(folder))[0]
         embedder = load_embedder(folder / "model", own.backbone)
         return Run(folder, embedder, summary, already_done)
-
-
-def _ignore(record: Record) -> None:
-    """What ranks but the first do with a round's record."""
 
 
 def load_together(config: Config) -> Dataset:

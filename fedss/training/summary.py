@@ -21,7 +21,7 @@ from fedss.seeds import generator
 from fedss.text import counted
 from fedss.training.build import (
     evaluation_task,
-    num_trainable,
+    num_parameters,
     round_plan,
     sample_size,
     wire_format,
@@ -81,12 +81,9 @@ def overview(config: Config, data: Dataset) -> list[str]:
 
 
 def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
-    """Why a run is not judged on the images that its configuration names, and what to do.
+    """Why a run folder is not judged on the images that its configuration names; and what to do.
 
-    Args:
-        run: the run folder.
-        data: what the run's ``config.json`` says of its data.
-        name: the name of the data set that its configuration gives now.
+    ``data`` is what its ``config.json`` says of them, ``name`` what the data set is called now.
     """
     if "evaluated_at" in data:
         why = "its images are at the sites, or at the server"
@@ -125,7 +122,7 @@ def describe_model(
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
     return {
         "backbone": type(embedder.backbone).__name__,
-        "parameters": num_trainable(embedder),
+        "parameters": num_parameters(embedder),
         "structure": hashlib.sha256(f"{embedder}{shapes}".encode()).hexdigest()[:16],
         "weights_file": embedder.spec.weights,
         "frozen": frozen_fingerprint(embedder),
@@ -163,7 +160,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
         of_method = replace(config, method=method.name)
         plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
-        sent = [_messages(plan, wire, int(count), num_trainable(embedder)) for count in own]
+        sent = [_messages(plan, wire, int(count), num_parameters(embedder)) for count in own]
         mean = {
             name: float(np.average([m[name] for m in sent], weights=clients)) for name in sent[0]
         }

@@ -159,10 +159,7 @@ def encode_symmetric(
         values_T = matrix_DD[_triangle(dim, 0)]
         return {"values": _float_values(values_T, precision, rng)}
     above_KD = matrix_DD[_triangle(dim, 1)].view(dim // 2, dim - 1 + dim % 2)
-    return {
-        **encode_rows(above_KD, precision, rng),
-        "diagonal": matrix_DD.diagonal().contiguous(),
-    }
+    return {**encode_rows(above_KD, precision, rng), "diagonal": matrix_DD.diagonal().contiguous()}
 
 
 def decode_symmetric(encoded: Mapping[str, Tensor], dim: int) -> Tensor:

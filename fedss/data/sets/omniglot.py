@@ -112,11 +112,7 @@ def _open(place: Path, name: str, stack: ExitStack) -> _Archive:
 
 
 def _images(
-    archive: _Archive,
-    keep: Callable[[str], bool],
-    image_size: int,
-    cache: Path | None,
-    title: str,
+    archive: _Archive, keep: Callable[[str], bool], image_size: int, cache: Path | None, title: str
 ) -> Images:
     rows = []
     for name in archive.stamps:
