@@ -240,15 +240,8 @@ def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
         with writing(path.parent, advice):
             uri = f"{path.absolute().as_uri()}?mode={mode}"
             file = sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
-            with closing(file):
-                try:
-                    yield file
-                    if file.in_transaction:
-                        file.execute("COMMIT")
-                except BaseException:
-                    if file.in_transaction:
-                        file.execute("ROLLBACK")
-                    raise
+            with closing(file), file:  # which commits what has begun, or takes it back
+                yield file
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
             raise RunFolderError(
