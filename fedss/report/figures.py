@@ -136,7 +136,7 @@ def _lines(
     lines = []
     for group, slot in paired:
         values = [_finite(run.records, value) for run in group.runs]
-        if not over_bytes and start:
+        if start:
             for run, of_run in zip(group.runs, values, strict=True):
                 floors = run.floors.map_at_10
                 of_run.update({0: floors["untrained"]} if "untrained" in floors else {})
@@ -149,11 +149,7 @@ def _lines(
             x = np.array([[p[r] for r in common] for p in positions if p]).mean(axis=0)
         else:
             x = np.array(common, dtype=float)
-        lines.append(
-            charts.Curve(
-                group.label, slot, x, table.mean(axis=0), table.min(axis=0), table.max(axis=0)
-            )
-        )
+        lines.append(charts.Curve.over_runs(group.label, slot, x, table))
     return lines
 
 

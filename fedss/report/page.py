@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from fedss.evaluation.intervals import weakness
+from fedss.files import write_file, writing
 from fedss.report import charts, tables
 from fedss.report.figures import page_charts
 from fedss.report.labels import wrap
@@ -79,6 +80,17 @@ def render(
         count=headlines.count,
         tally=headlines.tally,
     )
+
+
+def write_page(
+    runs: Sequence[RecordedRun], folder: Path, watched: Mapping[str, Any] | None = None
+) -> Path:
+    """:func:`render`, into ``report.html`` of the folder."""
+    # Names of classes may hold bytes that are no UTF-8, which a page cannot.
+    html = render(runs, folder, watched).encode("utf-8", "backslashreplace")
+    with writing(folder, "make room or mend the place, then start the same command again"):
+        write_file(folder / "report.html", html)
+    return folder / "report.html"
 
 
 @cache

@@ -132,7 +132,7 @@ def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve
     if len(far) < 2:
         return None
     tar = np.array([np.interp(np.log(far), np.log(fars), tars) for fars, tars in rocs])
-    return charts.Curve(label, slot, far, tar.mean(axis=0), tar.min(axis=0), tar.max(axis=0))
+    return charts.Curve.over_runs(label, slot, far, tar)
 
 
 def _marks(every: Sequence[Verification], fars: Sequence[float]) -> list[RocMark]:
