@@ -114,9 +114,7 @@ def beside(
     cover what is ``taken`` [K, 4], and must not leave the ``area`` [4].
     """
     choices = [_choices(mark, size) for mark, size in zip(marks, sizes, strict=True)]
-    solid = np.concatenate(
-        [taken.reshape(-1, 4), _boxes(marks, np.full((len(marks), 2), 2 * _MARK))]
-    )
+    solid = np.concatenate([taken.reshape(-1, 4), _boxes(marks, np.array(2 * _MARK))])
     fixed = [
         _fixed_cost(of_one, marks[i], sizes[i], i + len(taken), solid, lines, area)
         for i, of_one in enumerate(choices)
@@ -204,7 +202,7 @@ def _fixed_cost(
     area: np.ndarray,
 ) -> np.ndarray:
     """[C] how bad each place is, whatever the other names do."""
-    boxes = _boxes(places, np.broadcast_to(size, places.shape))
+    boxes = _boxes(places, size)
     outside = np.clip(area[:2] - boxes[:, :2], 0, None) + np.clip(boxes[:, 2:] - area[2:], 0, None)
     ends = nearest_point(mark[None], places, size[None])
     gap = np.linalg.norm(ends - mark, axis=1)
@@ -231,7 +229,7 @@ def _mutual_cost(
         return np.zeros(len(choices[i]))
     there = np.array([choices[j][chosen[j]] for j in others])
     theirs = _boxes(there, sizes[list(others)])
-    mine = _boxes(choices[i], np.broadcast_to(sizes[i] + 3, choices[i].shape))
+    mine = _boxes(choices[i], sizes[i] + 3)
     own_ties = _ties(marks[i], choices[i], sizes[i])
     cost = 1000 * _overlap(mine, theirs).sum(axis=1) + 60 * _hits(own_ties, theirs)
     for j, place in zip(others, there, strict=True):

@@ -6,6 +6,7 @@ need not be text).
 """
 
 import sqlite3
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -142,7 +143,6 @@ def read_store(path: Path, size: int) -> VectorStore:
         ids: list[int] = []
         names: list[str] = []
         labels: list[str | None] = []
-        known: dict[bytes | None, str | None] = {None: None}
         vectors_ND = np.empty((count, size), np.float32)
         rows = file.execute("SELECT id, name, label, vector FROM images ORDER BY id")
         for position, (number, name, label, vector) in enumerate(rows):
@@ -151,9 +151,7 @@ def read_store(path: Path, size: int) -> VectorStore:
             vectors_ND[position] = np.frombuffer(vector, "<f4")
             ids.append(number)
             names.append(_text(name))
-            if label not in known:
-                known[label] = _text(label)
-            labels.append(known[label])
+            labels.append(None if label is None else sys.intern(_text(label)))
     lengths_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     if not np.all((np.abs(lengths_N - 1) < 1e-3) | (lengths_N == 0)):
         raise damaged_store(path, "a vector is not of length 1")
