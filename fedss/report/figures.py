@@ -62,7 +62,7 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
         svg = frontier_chart("frontier", panel, f"MAP@10 against bytes per round for {names}")
         made.append(("The frontier", _frontier_caption(panel), svg))
     if bars := _bars(paired):
-        rows = headlines.rows_sent(groups)
+        rows = "class rows and moments" if headlines.has_moments(groups) else "class rows"
         alt = f"Bytes per client and round, backbone and {rows}, for {names}"
         caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
         svg = charts.bars_chart("bars", bars, rows, alt)

@@ -142,7 +142,8 @@ def _draw_panel(
         alpha=0.75,
         zorder=1.5,
     )
-    marks = side_by_side(_pixels(ax, [(p.moved, _height(ax, p.mean)) for p in panel.points]))
+    lowest = scores[0] + 0.04 * (scores[1] - scores[0])  # of a mark, if its score is below
+    marks = side_by_side(_pixels(ax, [(p.moved, max(p.mean, lowest)) for p in panel.points]))
     for point, mark, is_on in zip(panel.points, marks, best, strict=True):
         _draw_point(ax, point, mark, is_on, colors)
     _name_points(ax, panel, marks, best, _pixels(ax, edge), taken, area[2] - 4, colors)
@@ -191,12 +192,6 @@ def _draw_point(
         markeredgewidth=1 if is_on else 1.4,
         zorder=4 if is_on else 3,
     )
-
-
-def _height(ax: Axes, score: float) -> float:
-    """Where the mark of a score stands: just above the bottom if it is below."""
-    low, high = ax.get_ylim()
-    return max(score, low + 0.04 * (high - low))
 
 
 def _name_points(

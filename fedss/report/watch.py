@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -86,11 +87,9 @@ def _file_times(folder: Path) -> Mapping[str, tuple[int, int]]:
     found = {}
     for place in (folder, *folder.glob("*/")):
         for name in _READ:
-            try:
+            with suppress(OSError):
                 status = (place / name).stat()
-            except OSError:
-                continue
-            found[str(place / name)] = status.st_mtime_ns, status.st_size
+                found[str(place / name)] = status.st_mtime_ns, status.st_size
     return found
 
 

@@ -81,10 +81,9 @@ def status(run: RecordedRun) -> str:
     if evaluated is not None and saved is not None:  # older records do not say
         seconds = [record["seconds"] for record in run.records]
         left = time_left(seconds, run.planned_rounds, evaluated, saved)
-    parts = [f"{run.label}, seed {run.seed}: {rounds_done(run)}"]
-    parts += [] if score is None else [f"MAP@10 {decimals(score)}"]
-    parts += [str(left)] if left else []
-    return ", ".join(parts)
+    shown = "" if score is None else f"MAP@10 {decimals(score)}"
+    parts = (f"{run.label}, seed {run.seed}: {rounds_done(run)}", shown, str(left or ""))
+    return ", ".join(filter(None, parts))
 
 
 def both_ways(group: Group, part: str = "") -> float | None:
@@ -116,11 +115,6 @@ def has_variants(groups: Sequence[Group]) -> bool:
 def has_moments(groups: Sequence[Group]) -> bool:
     """Whether any message holds moments next to class rows."""
     return any((run.results[key] or 0) > 0 for g in groups for run in g.runs for key in MOMENTS)
-
-
-def rows_sent(groups: Sequence[Group]) -> str:
-    """What a message holds besides the backbone."""
-    return "class rows and moments" if has_moments(groups) else "class rows"
 
 
 def headline(groups: Sequence[Group]) -> str:
