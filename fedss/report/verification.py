@@ -54,17 +54,12 @@ def verification_section(groups: Sequence[Group], slots: Sequence[str]) -> dict[
         names = [name for name, _, _ in _figures(every, fars, known)]
         # The first line of a heading ends with "at".
         headings = [("method",), *(tuple(re.split("(?<=at) ", name)) for name in names)]
-        lines = [
-            (
-                group.label,
-                slot,
-                [
-                    _mean(rates, spread=True)
-                    for _, rates, _ in _figures(measured[group.label], fars, known)
-                ],
+        lines = []
+        for group, slot in paired:
+            figures = _figures(measured[group.label], fars, known)
+            lines.append(
+                (group.label, slot, [_mean(rates, spread=True) for _, rates, _ in figures])
             )
-            for group, slot in paired
-        ]
     curves = [_curve(group.label, slot, measured[group.label]) for group, slot in paired]
     drawn = [curve for curve in curves if curve is not None]
     marks = _marks(every, fars) if single else []

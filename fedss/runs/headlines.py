@@ -324,23 +324,17 @@ def _against_full(group: Group, full: Group) -> str:
     scores = f"{decimals(group.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
     verb = "reaches" if share >= 0.95 else "falls short: it reaches only"
     sentence = f"{group.label} {verb} {share:.3f} of full softmax’s MAP@10 ({scores})"
+    joint = " and" if share >= 0.95 else " while it"
     if ends := _alike(group, full):
-        sentence = (
-            f"No difference shown between {group.label} and full softmax: MAP@10 {scores} "
-            f"({_within(ends)}); {group.label}"
-        )
+        sentence = f"No difference shown between {group.label} and full softmax: MAP@10 {scores}"
+        sentence, joint = f"{sentence} ({_within(ends)})", f"; {group.label}"
     costs = []
     rows = "class-row and moment" if has_moments([group]) else "class-row"
     for part, name in (("row_", f"its {rows} bytes"), ("", "all bytes")):
         mine, theirs = both_ways(group, part), both_ways(full, part)
         if mine is not None and theirs:
             costs.append(f"{percent(mine / theirs)} of {name}")
-    if ends:
-        return f"{sentence} moves {', '.join(costs)}." if costs else f"{sentence.split(';')[0]}."
-    if not costs:
-        return f"{sentence}."
-    joint = "and" if share >= 0.95 else "while it"
-    return f"{sentence} {joint} moves {', '.join(costs)}."
+    return f"{sentence}{joint} moves {', '.join(costs)}." if costs else f"{sentence}."
 
 
 def _alone(group: Group) -> str:
