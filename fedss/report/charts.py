@@ -367,7 +367,7 @@ def as_svg(figure: Figure, name: str, alt: str) -> Markup:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": FONT}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     body = out.getvalue()
-    box = re.search(r'viewBox="([^"]+)"', body)
+    box = re.findall(r'viewBox="([^"]+)"', body)[0]
     body = body[body.index("<defs>") if "<defs>" in body else body.index("<g") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
@@ -375,9 +375,8 @@ def as_svg(figure: Figure, name: str, alt: str) -> Markup:
     for slot, color in STAND_IN.items():
         body = body.replace(color, f"var(--{slot})")
     body = re.sub(r"\n\s*", "\n", body)
-    shape = box.group(1) if box else f"0 0 {WIDTH} {HEIGHT}"
     return Markup('<svg class="chart" viewBox="{}" role="img" aria-label="{}">\n').format(
-        shape, alt
+        box, alt
     ) + Markup(body)
 
 
