@@ -104,27 +104,24 @@ def _add_option(section: Any, option: Option) -> None:
         default = option.default
         shown = {True: "yes", False: "no"}[default] if option.type is bool else default
         text += f" (default: {shown})"
-    if option.type is bool:
-        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    _add_field(section, option.name, option.type, text)
+
+
+def _add_field(section: Any, name: str, kind: Any, text: str, **how: Any) -> None:
+    if kind is bool:
+        how["action"] = argparse.BooleanOptionalAction
     else:
-        how = {"type": option.type, "metavar": _METAVARS[option.type]}
-    section.add_argument(
-        "--" + option.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how
-    )
+        how |= {"type": kind, "metavar": _METAVARS[kind]}
+    flag = "--" + name.replace("_", "-")
+    section.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
 def deployment_options(parser: argparse.ArgumentParser) -> None:
     """The fields of ``Deployment``."""
     section = parser.add_argument_group("federation")
     for item in DEPLOYMENT_FIELDS:
-        section.add_argument(
-            "--" + item.name.replace("_", "-"),
-            type=type(item.default),
-            metavar=_METAVARS[type(item.default)],
-            default=argparse.SUPPRESS,
-            required=item.name == "out",
-            help=item.metadata["help"] + (f" (default: {item.default})" if item.default else ""),
-        )
+        text = item.metadata["help"] + (f" (default: {item.default})" if item.default else "")
+        _add_field(section, item.name, type(item.default), text, required=item.name == "out")
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:

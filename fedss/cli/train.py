@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedss.cli import tables
 from fedss.cli.options import (
     OUT,
@@ -114,7 +112,13 @@ def info(options: argparse.Namespace) -> None:
     title = f"per client and round, {config.backbone}, d = {config.embedding_size}"
     tables.print_costs(title, costs(config, data, embedder))
     if options.plot is not None:
-        _plot_clients(Path(options.plot), held, f"{data.name}: who holds the training images")
+        from fedss.files import write_file, writing
+        from fedss.report import clients_figure
+
+        image = clients_figure(held, f"{data.name}: who holds the training images")
+        with writing(Path(options.plot).parent, "choose another place (--plot)"):
+            write_file(Path(options.plot), image)
+        say(Path(options.plot))
 
 
 @command(
@@ -142,14 +146,3 @@ def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
     check_trainable(data)
     remarks = dict.fromkeys(note for config in configs for note in notes(config, data))
     say(*overview(configs[0], data), *(f"note     {note}" for note in remarks))
-
-
-def _plot_clients(path: Path, held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> None:
-    from fedss.files import write_file
-    from fedss.report import clients_figure
-
-    try:
-        write_file(path, clients_figure(held, title))
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: cannot write it: {error.strerror}") from error
-    say(path)

@@ -174,10 +174,8 @@ def _below(root: Path, over: Counter[str]) -> list[str]:
         entries = [(name, True) for name in below] + [(name, False) for name in files]
         below.clear()
         for name, is_folder in entries:
-            kind = passed_over(name, is_folder)
-            if kind is None and os.path.islink(os.path.join(folder, name)):
-                kind = LINKS
-            if kind is not None:
+            is_link = os.path.islink(os.path.join(folder, name))
+            if kind := passed_over(name, is_folder) or (LINKS if is_link else None):
                 over[kind] += 1
             elif is_folder:
                 below.append(name)

@@ -8,8 +8,7 @@ import importlib
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from fedss.config import check_choice
 from fedss.errors import ConfigError, RunFolderError
 from fedss.files import atomic, write_file, writing
 from fedss.inference.model import load
-from fedss.inference.model_card import model_card
 from fedss.models import Embedder, fingerprint, load_embedder, norm_groups, safetensors_of
 from fedss.models.checks import one_line
 
@@ -78,6 +76,8 @@ def export(
             or that gives other embeddings there; a damaged model; a backbone missing.
         RunFolderError: no finished run; ``out`` holds another model, or cannot be written.
     """
+    from fedss.inference.model_card import model_card  # whose templates few commands need
+
     check_choice("format", format, FORMATS)
     chosen, folder = FORMATS[format], Path(folder)
     place = folder / "export" if out is None else Path(out)
@@ -171,7 +171,8 @@ def _program(embedder: Embedder) -> torch.export.ExportedProgram:
     pixels_BCHW = torch.zeros(2, spec.channels, spec.image_size, spec.image_size, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch")},)
     try:
-        with _expected_warnings():
+        # torch 2.13 copies a program's tree of arguments by a class that it has itself deprecated.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             program = torch.export.export(
                 model, (pixels_BCHW,), dynamic_shapes=shapes, strict=False
             )
@@ -216,7 +217,7 @@ def _to_onnx(embedder: Embedder, about: Mapping[str, str]) -> bytes:
     _import("onnxruntime")
     program = _program(embedder)
     try:
-        with _expected_warnings():
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model: Any = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -314,12 +315,3 @@ def _import(name: str) -> Any:
         raise ConfigError(
             f'the format onnx needs {error.name}: pip install "fedss[onnx]"'
         ) from error
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Without what torch says to its own developers."""
-    with warnings.catch_warnings():
-        # torch 2.13 copies a program's tree of arguments by a class that it has itself deprecated.
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
-        yield

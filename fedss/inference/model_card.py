@@ -8,7 +8,9 @@ what belongs into such a card).
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
 
 from fedss.config import OPTIONS
 from fedss.errors import RunFolderError
@@ -19,9 +21,6 @@ from fedss.models import EmbedderSpec
 from fedss.runs.findings import read_verification
 from fedss.runs.summaries import read_summaries
 from fedss.text import decimals, human_bytes
-
-if TYPE_CHECKING:
-    import jinja2
 
 UNKNOWN = "unknown"
 
@@ -94,9 +93,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     )
 
 
-def _template() -> "jinja2.Template":
-    import jinja2  # as late as the export that writes a card
-
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,

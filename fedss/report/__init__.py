@@ -4,9 +4,6 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from fedss.errors import RunFolderError
-from fedss.files import write_file
-
 
 def write_report(folder: Path) -> Path:
     """Write ``folder/report.html`` from the records of a run or a comparison.
@@ -23,17 +20,11 @@ def write_report(folder: Path) -> Path:
         RunFolderError: records are missing or damaged, or the page cannot be written.
     """
     # Here, since drawing takes a large library, which most uses of this one need not load.
-    from fedss.report.page import render
+    from fedss.report.page import write_page
     from fedss.runs.reading import read_runs
 
     folder = Path(folder)
-    html, path = render(read_runs(folder), folder), folder / "report.html"
-    try:
-        # Names of classes may hold bytes that are no UTF-8, which a page cannot.
-        write_file(path, html.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror})") from error
-    return path
+    return write_page(read_runs(folder), folder)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fedss.losses.methods import METHODS
 from fedss.report.labels import FONT, apart, text_height, text_width, wrap, wrapped
@@ -66,6 +66,11 @@ class Curve:
     low: np.ndarray
     high: np.ndarray
 
+    @classmethod
+    def over_runs(cls, label: str, slot: str, x: np.ndarray, values: np.ndarray) -> "Curve":
+        """The curve of ``values`` [R, X] of R runs."""
+        return cls(label, slot, x, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -94,9 +99,8 @@ def rounds_chart(
 ) -> Markup:
     """Curves over rounds up to ``last_round``, each labelled at its end, as is a ``level``."""
     if level is not None:
-        ends = np.full(2, level[1])
         across = np.array([0.0, max(last_round, 1)])
-        lines = [*lines, Curve(level[0], "muted", across, ends, ends, ends)]
+        lines = [*lines, Curve.over_runs(level[0], "muted", across, np.full((1, 2), level[1]))]
     figure, ax = new_figure((WIDTH, tall(len(lines))))
     for line in lines:
         draw_line(ax, line, band=len(lines) <= FEW)
@@ -137,8 +141,8 @@ def draw_bytes(
         label, slot, value = level
         top = max(top, value)
         ax.axhline(value, color=colors[slot], linewidth=1.6, dashes=dashes(slot))
-        ends = np.array([ax.get_xlim()[1]]), np.array([value])
-        labelled = [*lines, Curve(label, slot, *ends, ends[1], ends[1])]
+        end = np.array([ax.get_xlim()[1]])
+        labelled = [*lines, Curve.over_runs(label, slot, end, np.array([[value]]))]
     ax.set_ylim(0, top * 1.06 if top > 0 else 1)
     bytes_ticks(ax, last / first)
     ax.set_xlabel("bytes moved, all clients, both ways (log)", loc="right")
@@ -218,9 +222,7 @@ def tie(
 
 def place_axes(ax: Axes, left: float, bottom: float, right: float, top: float) -> None:
     """Put axes at these edges, in points of the figure."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    width, height = (72 * side for side in figure.get_size_inches())
+    width, height = ax.figure.bbox.size
     size = (right - left) / width, (top - bottom) / height
     ax.set_position((left / width, bottom / height, *size))
 
@@ -250,8 +252,7 @@ def human_ticks(value: float) -> str:
 def plain_ticks(ax: Axes, text: Callable[[float], str]) -> None:
     """Major ticks of the x axis alone, with these texts."""
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(lambda value, _: text(value))
 
 
 def new_figure(
@@ -287,9 +288,7 @@ def dashes(slot: str) -> tuple[float, ...] | tuple[None, None]:
 
 def _place(ax: Axes, lines: Sequence[Curve], top: float = 10) -> list[str]:
     """Set the axes' place, with a margin on the right for the labels; return these wrapped."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    width, height = (72 * side for side in figure.get_size_inches())
+    width, height = ax.figure.bbox.size
     left, bottom = 38, 46
     # Names that take up most of the height are hard to follow to their lines.
     texts = wrapped([line.label for line in lines], 0.6 * (height - top - bottom))
@@ -368,7 +367,7 @@ def as_svg(figure: Figure, name: str, alt: str) -> Markup:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": FONT}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     body = out.getvalue()
-    box = re.search(r'viewBox="([^"]+)"', body)
+    box = re.findall(r'viewBox="([^"]+)"', body)[0]
     body = body[body.index("<defs>") if "<defs>" in body else body.index("<g") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
@@ -376,9 +375,8 @@ def as_svg(figure: Figure, name: str, alt: str) -> Markup:
     for slot, color in STAND_IN.items():
         body = body.replace(color, f"var(--{slot})")
     body = re.sub(r"\n\s*", "\n", body)
-    shape = box.group(1) if box else f"0 0 {WIDTH} {HEIGHT}"
     return Markup('<svg class="chart" viewBox="{}" role="img" aria-label="{}">\n').format(
-        shape, alt
+        box, alt
     ) + Markup(body)
 
 

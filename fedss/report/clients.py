@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from fedss.report.charts import as_png, style
 from fedss.report.labels import FONT
@@ -78,7 +78,7 @@ def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Mapping
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_major_formatter("{x:,.0f}")
     span = f"{low:,} each"
     if low < high:
         ax.axvline(middle, color=colors["ink"], linewidth=1.2, dashes=(4, 2.5))

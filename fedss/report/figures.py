@@ -133,24 +133,18 @@ def _lines(
     lines = []
     for group, slot in paired:
         values = [_finite(run.records, value) for run in group.runs]
-        if not over_bytes and start:
+        if start:
             for run, of_run in zip(group.runs, values, strict=True):
                 floors = run.floors.map_at_10
                 of_run.update({0: floors["untrained"]} if "untrained" in floors else {})
-        positions = [_cumulative(run.records) if over_bytes else None for run in group.runs]
         common = sorted(set.intersection(*(set(of_run) for of_run in values)))
-        if not common or (over_bytes and any(not of_run for of_run in positions)):
+        plain = {number: float(number) for number in common}
+        positions = [_cumulative(run.records) if over_bytes else plain for run in group.runs]
+        if not common or not all(positions):
             continue
         table = np.array([[of_run[r] for r in common] for of_run in values])
-        if over_bytes:
-            x = np.array([[p[r] for r in common] for p in positions if p]).mean(axis=0)
-        else:
-            x = np.array(common, dtype=float)
-        lines.append(
-            charts.Curve(
-                group.label, slot, x, table.mean(axis=0), table.min(axis=0), table.max(axis=0)
-            )
-        )
+        x = np.array([[of_run[r] for r in common] for of_run in positions]).mean(axis=0)
+        lines.append(charts.Curve.over_runs(group.label, slot, x, table))
     return lines
 
 

@@ -142,9 +142,8 @@ def _draw_panel(
         alpha=0.75,
         zorder=1.5,
     )
-    # Just above the bottom, where a score is below.
-    least = ax.get_ylim()[0] + 0.04 * np.ptp(ax.get_ylim())
-    marks = side_by_side(_pixels(ax, [(p.moved, max(p.mean, least)) for p in panel.points]))
+    lowest = scores[0] + 0.04 * (scores[1] - scores[0])  # of a mark, if its score is below
+    marks = side_by_side(_pixels(ax, [(p.moved, max(p.mean, lowest)) for p in panel.points]))
     for point, mark, is_on in zip(panel.points, marks, best, strict=True):
         _draw_point(ax, point, mark, is_on, colors)
     _name_points(ax, panel, marks, best, _pixels(ax, edge), taken, area[2] - 4, colors)

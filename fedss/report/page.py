@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from fedss.evaluation.intervals import ENOUGH_CLASSES, weakness
+from fedss.files import write_file, writing
 from fedss.report import charts, tables
 from fedss.report.figures import page_charts
 from fedss.report.labels import wrap
@@ -18,7 +20,7 @@ from fedss.report.verification import number, verification_section
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun, group_runs
 from fedss.runs.records import METRICS, num_sites
-from fedss.text import decimals, human_seconds
+from fedss.text import decimals, human_seconds, plural
 
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
@@ -81,6 +83,18 @@ def render(
     )
 
 
+def write_page(
+    runs: Sequence[RecordedRun], folder: Path, watched: Mapping[str, Any] | None = None
+) -> Path:
+    """:func:`render`, into ``report.html`` of the folder."""
+    # Names of classes may hold bytes that are no UTF-8, which a page cannot.
+    html = render(runs, folder, watched).encode("utf-8", "backslashreplace")
+    with writing(folder, "make room or mend the place, then start the same command again"):
+        write_file(folder / "report.html", html)
+    return folder / "report.html"
+
+
+@cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -151,21 +165,21 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     ):
         number = data.get(key) if data.get(key) is not None else known
         if number is not None:
-            facts.append((*_apart(number, name), ""))
+            facts.append((headlines.count(number), plural(name, number), ""))
     if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
         low, middle, high = (headlines.count(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))
-    if data.get("test_queries"):
+    if queries := data.get("test_queries"):
         gallery = data.get("test_gallery")
         against = (
             "each against all others" if gallery is None else f"against {headlines.count(gallery)}"
         )
-        facts.append((*_apart(data["test_queries"], f"{split} query"), against))
-    if data.get("test_classes"):
+        facts.append((headlines.count(queries), plural(f"{split} query", queries), against))
+    if classes := data.get("test_classes"):
         seen = data.get("test_classes_seen")  # older records do not say
         trained = "" if seen is None else f"{headlines.count(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained
-        facts.append((*_apart(data["test_classes"], f"{split} class"), addition))
+        facts.append((headlines.count(classes), plural(f"{split} class", classes), addition))
     if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
@@ -175,8 +189,3 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     if config.get("embedding_size") is not None:
         facts.append((str(config["embedding_size"]), "embedding size", ""))
     return facts
-
-
-def _apart(number: float, noun: str) -> tuple[str, str]:
-    shown, _, name = headlines.tally(number, noun).partition(" ")
-    return shown, name

@@ -37,11 +37,11 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> dict[str, Any] |
 
     Each method is shown by its first run that stored them, on the queries that all of them share.
     """
-    stored = [
-        (group.label, slot, next((run.neighbours for run in group.runs if run.neighbours), None))
+    shown = [
+        (group.label, slot, found)
         for group, slot in zip(groups, slots, strict=True)
+        if (found := next((run.neighbours for run in group.runs if run.neighbours), None))
     ]
-    shown = [(label, slot, stored) for label, slot, stored in stored if stored is not None]
     shared = set.intersection(*(set(n.query_index.tolist()) for _, _, n in shown)) if shown else ()
     if not shared:
         return None

@@ -112,13 +112,12 @@ def failures(groups: Sequence[Group]) -> dict[str, Any] | None:
     total = sum(counts, Counter[str]())
     if not total and not again:
         return None
-    by_client: dict[str, Counter[str]] = {}
+    by_client: defaultdict[str, Counter[str]] = defaultdict(Counter)
     last: dict[str, int] = {}
     for record in records:
         for failure in record.get("failures", ()):
-            client = failure["client"]
-            by_client.setdefault(client, Counter())[failure["reason"]] += 1
-            last[client] = max(record["round"], last.get(client, 0))
+            by_client[failure["client"]][failure["reason"]] += 1
+            last[failure["client"]] = max(record["round"], last.get(failure["client"], 0))
     most = sorted(by_client.items(), key=lambda item: (-item[1].total(), item[0]))
     return {
         "count": total.total(),

@@ -102,8 +102,7 @@ def commands(groups: Sequence[Group]) -> list[str]:
         methods = list(dict.fromkeys(group.method for group in groups))
         chosen = {"methods": methods, "seeds": seeds}
         return [_command("compare", {**chosen, **settings[0]})]
-    first = [group.runs[0] for group in groups]
-    return [run.command or _again(run) for run in first]
+    return [group.runs[0].command or _again(group.runs[0]) for group in groups]
 
 
 def _again(run: RecordedRun) -> str:

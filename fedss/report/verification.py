@@ -54,17 +54,12 @@ def verification_section(groups: Sequence[Group], slots: Sequence[str]) -> dict[
         names = [name for name, _, _ in _figures(every, fars, known)]
         # The first line of a heading ends with "at".
         headings = [("method",), *(tuple(re.split("(?<=at) ", name)) for name in names)]
-        lines = [
-            (
-                group.label,
-                slot,
-                [
-                    _mean(rates, spread=True)
-                    for _, rates, _ in _figures(measured[group.label], fars, known)
-                ],
+        lines = []
+        for group, slot in paired:
+            figures = _figures(measured[group.label], fars, known)
+            lines.append(
+                (group.label, slot, [_mean(rates, spread=True) for _, rates, _ in figures])
             )
-            for group, slot in paired
-        ]
     curves = [_curve(group.label, slot, measured[group.label]) for group, slot in paired]
     drawn = [curve for curve in curves if curve is not None]
     marks = _marks(every, fars) if single else []
@@ -132,7 +127,7 @@ def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve
     if len(far) < 2:
         return None
     tar = np.array([np.interp(np.log(far), np.log(fars), tars) for fars, tars in rocs])
-    return charts.Curve(label, slot, far, tar.mean(axis=0), tar.min(axis=0), tar.max(axis=0))
+    return charts.Curve.over_runs(label, slot, far, tar)
 
 
 def _marks(every: Sequence[Verification], fars: Sequence[float]) -> list[RocMark]:

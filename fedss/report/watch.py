@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
 from fedss.errors import RunFolderError
-from fedss.files import read_json, write_file, writing
+from fedss.files import read_json
 from fedss.runs import headlines
 from fedss.runs.reading import RecordedRun, group_runs, read_runs
 
@@ -48,7 +49,7 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
             else:
                 runs = read_runs(folder)
                 late = not done and _late(folder, runs)
-                _write(path, runs, folder, None if done else late)
+                _write(runs, folder, None if done else late)
                 shown = True
                 say(f"{_clock()}  {_line(runs, folder, done, late)}")
             if done:
@@ -61,22 +62,21 @@ def watch_report(folder: Path, say: Callable[[str], None], poll: float = 5.0) ->
                     break
     except KeyboardInterrupt:
         if shown:
-            _write(path, read_runs(folder), folder, None)
+            _write(read_runs(folder), folder, None)
         raise
 
 
-def _write(path: Path, runs: Sequence[RecordedRun], folder: Path, late: bool | None) -> None:
+def _write(runs: Sequence[RecordedRun], folder: Path, late: bool | None) -> None:
     """The page; one that loads itself again, unless ``late`` is None."""
     # Here, since drawing takes a large library, which most uses of this one need not load.
-    from fedss.report.page import render
+    from fedss.report.page import write_page
 
     watched = None
     if late is not None:
         last = _last(folder)
         last_round = "" if last is None else _clock(last)
         watched = {"written": _clock(), "last_round": last_round, "late": late, "refresh": REFRESH}
-    with writing(folder, "make room or mend the place, then start the same command again"):
-        write_file(path, render(runs, folder, watched).encode("utf-8", "backslashreplace"))
+    write_page(runs, folder, watched)
 
 
 def _file_times(folder: Path) -> Mapping[str, tuple[int, int]]:
@@ -84,11 +84,9 @@ def _file_times(folder: Path) -> Mapping[str, tuple[int, int]]:
     found = {}
     for place in (folder, *folder.glob("*/")):
         for name in _READ:
-            try:
+            with suppress(OSError):
                 status = (place / name).stat()
-            except OSError:
-                continue
-            found[str(place / name)] = status.st_mtime_ns, status.st_size
+                found[str(place / name)] = status.st_mtime_ns, status.st_size
     return found
 
 

@@ -42,20 +42,16 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
     """
     with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
         try:
-            lock.acquire()
+            with FileLock(folder / ".lock", timeout=0):
+                for place in (folder, folder / "model"):
+                    remove_litter(place)
+                yield
         except Timeout as error:
             raise RunFolderError(
                 f"{folder} is in use by another fedss process; wait for it, or choose another "
                 "folder"
             ) from error
-        try:
-            for place in (folder, folder / "model"):
-                remove_litter(place)
-            yield
-        finally:
-            lock.release()
 
 
 def write_run_config(
@@ -123,10 +119,9 @@ def write_comparison_config(
 
 def with_absolute_paths(config: Config) -> Config:
     """The same configuration, whatever the working directory will be."""
-    paths = {name: getattr(config, name) for name in ("data_path", "weights")}
-    known = {name: path for name, path in paths.items() if path is not None}
-    there: dict[str, Any] = {name: str(Path(path).resolve()) for name, path in known.items()}
-    return dataclasses.replace(config, **there)
+    named = {"data_path": config.data_path, "weights": config.weights}
+    paths: Any = {name: str(Path(path).resolve()) for name, path in named.items() if path}
+    return dataclasses.replace(config, **paths)
 
 
 def _stored(config: Config) -> dict[str, Any]:

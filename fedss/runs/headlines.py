@@ -81,10 +81,9 @@ def status(run: RecordedRun) -> str:
     if evaluated is not None and saved is not None:  # older records do not say
         seconds = [record["seconds"] for record in run.records]
         left = time_left(seconds, run.planned_rounds, evaluated, saved)
-    parts = [f"{run.label}, seed {run.seed}: {rounds_done(run)}"]
-    parts += [] if score is None else [f"MAP@10 {decimals(score)}"]
-    parts += [str(left)] if left else []
-    return ", ".join(parts)
+    shown = "" if score is None else f"MAP@10 {decimals(score)}"
+    parts = (f"{run.label}, seed {run.seed}: {rounds_done(run)}", shown, str(left or ""))
+    return ", ".join(filter(None, parts))
 
 
 def both_ways(group: Group, part: str = "") -> float | None:
@@ -182,10 +181,10 @@ def _under_a_floor(groups: Sequence[Group]) -> str:
             start = f"No difference shown between {group.label} and {FLOORS[name]}"
         return f"{start}: MAP@10 {score} against {decimals(value)} {rounds}."
     under = [group for group, _ in floors]
-    below = listed([_with_score(group) for group in under])
-    sentence = f"Not shown to beat {FLOORS[name]}, MAP@10 {decimals(value)}, {rounds}: {below}."
-    above = [_with_score(group) for group in done if group not in under]
-    return f"{sentence} Above it: {listed(above)}." if above else sentence
+    start = f"Not shown to beat {FLOORS[name]}, MAP@10 {decimals(value)}, {rounds}"
+    above = [group for group in done if group not in under]
+    rest = f" Above it: {_with_scores(above)}." if above else ""
+    return f"{start}: {_with_scores(under)}.{rest}"
 
 
 def _alike(one: Group, other: Group) -> Interval | None:
@@ -251,16 +250,11 @@ def caveat(groups: Sequence[Group]) -> str:
     fedss = next((g for g in others if g.method == "fedss"), None)
     if full is None or fedss is None:
         return ""
-    score = fedss.mean("map_at_10") or 0.0
-    better = [
-        g
-        for g in others
-        if g is not fedss and (g.mean("map_at_10") or 0.0) > score and not _alike(g, fedss)
-    ]
+    better = [g for g in others if _score(g) > _score(fedss) and not _alike(g, fedss)]
     if not better:
         return ""
-    names = listed([_with_score(group) for group in better])
-    return f"{names} {'retrieves' if len(better) == 1 else 'retrieve'} better than fedss here."
+    verb = "retrieves" if len(better) == 1 else "retrieve"
+    return f"{_with_scores(better)} {verb} better than fedss here."
 
 
 def _measured(groups: Sequence[Group], full: Group | None) -> list[Group]:
@@ -268,13 +262,17 @@ def _measured(groups: Sequence[Group], full: Group | None) -> list[Group]:
     return [g for g in groups if g is not full and not g.pooled and ratio(g, full) is not None]
 
 
-def _with_score(group: Group) -> str:
-    return f"{group.label} ({decimals(group.mean('map_at_10'))})"
+def _score(group: Group) -> float:
+    return group.mean("map_at_10") or 0.0
+
+
+def _with_scores(groups: Sequence[Group]) -> str:
+    return listed([f"{group.label} ({decimals(group.mean('map_at_10'))})" for group in groups])
 
 
 def _best_of(groups: Sequence[Group], full: Group) -> str:
     """Which variant retrieves best, and which good one moves fewest bytes."""
-    best = max(groups, key=lambda group: group.mean("map_at_10") or 0.0)
+    best = max(groups, key=_score)
     share = ratio(best, full) or 0.0
     scores = f"{decimals(best.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
     if ends := _alike(best, full):
@@ -317,7 +315,7 @@ def _from_to(groups: Sequence[Group]) -> str:
 
 def _extremes(groups: Sequence[Group]) -> tuple[Group, Group]:
     """The groups of the lowest and of the highest MAP@10."""
-    ordered = sorted(groups, key=lambda group: group.mean("map_at_10") or 0.0)
+    ordered = sorted(groups, key=_score)
     return ordered[0], ordered[-1]
 
 
@@ -326,23 +324,17 @@ def _against_full(group: Group, full: Group) -> str:
     scores = f"{decimals(group.mean('map_at_10'))} against {decimals(full.mean('map_at_10'))}"
     verb = "reaches" if share >= 0.95 else "falls short: it reaches only"
     sentence = f"{group.label} {verb} {share:.3f} of full softmax’s MAP@10 ({scores})"
+    joint = " and" if share >= 0.95 else " while it"
     if ends := _alike(group, full):
-        sentence = (
-            f"No difference shown between {group.label} and full softmax: MAP@10 {scores} "
-            f"({_within(ends)}); {group.label}"
-        )
+        sentence = f"No difference shown between {group.label} and full softmax: MAP@10 {scores}"
+        sentence, joint = f"{sentence} ({_within(ends)})", f"; {group.label}"
     costs = []
     rows = "class-row and moment" if has_moments([group]) else "class-row"
     for part, name in (("row_", f"its {rows} bytes"), ("", "all bytes")):
         mine, theirs = both_ways(group, part), both_ways(full, part)
         if mine is not None and theirs:
             costs.append(f"{percent(mine / theirs)} of {name}")
-    if ends:
-        return f"{sentence} moves {', '.join(costs)}." if costs else f"{sentence.split(';')[0]}."
-    if not costs:
-        return f"{sentence}."
-    joint = "and" if share >= 0.95 else "while it"
-    return f"{sentence} {joint} moves {', '.join(costs)}."
+    return f"{sentence}{joint} moves {', '.join(costs)}." if costs else f"{sentence}."
 
 
 def _alone(group: Group) -> str:
@@ -355,8 +347,8 @@ def _alone(group: Group) -> str:
     elif group.finished:
         text = f"{group.label} reaches MAP@10 {decimals(score)}"
         if group.interval is not None:
-            ends = (decimals(group.interval.low), decimals(group.interval.high))
-            text += f" (95 % interval {ends[0]} to {ends[1]})"
+            low, high = group.interval.low, group.interval.high
+            text += f" (95 % interval {decimals(low)} to {decimals(high)})"
         if best := best_floor([group]):
             text += f", {FLOORS[best[0]]} {decimals(best[1])},"
         text += f" after {tally(run.last_round, 'round')}"

@@ -81,7 +81,7 @@ def show_progress(label: str, config: Config) -> Iterator[Callable[[Record], Non
 
     def on_round(record: Record) -> None:
         nonlocal last
-        found = record["metrics"] and f"{record['metrics']['map_at_10']:.3f}"
+        found = f"{record['metrics']['map_at_10']:.3f}" if record["metrics"] else ""
         remaining, loss = str(left(record) or ""), f"{record['loss']:.3f}"
         bar.update(task, completed=record["round"], loss=loss, left=remaining)
         if found:
@@ -89,9 +89,8 @@ def show_progress(label: str, config: Config) -> Iterator[Callable[[Record], Non
         if not console.is_terminal and (found or time.monotonic() - last >= _SILENCE):
             last = time.monotonic()
             parts = [label, f"round {record['round']}/{config.rounds}", f"loss {loss}"]
-            parts += [f"MAP@10 {found}"] if found else []
-            parts += [remaining] if remaining else []
-            show_progress_line(_GAP.join(parts), record)
+            parts += [found and f"MAP@10 {found}", remaining]
+            show_progress_line(_GAP.join(filter(None, parts)), record)
 
     with bar:
         yield on_round

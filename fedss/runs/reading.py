@@ -227,14 +227,11 @@ def _label(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     for run in runs:
         if not run.label:
             sizes.setdefault(run.method, set()).add(str(run.settings.get("sample_size")))
-    return [
-        run
-        if run.label
-        else replace(run, label=run.method)
-        if len(sizes[run.method]) == 1
-        else replace(run, label=f"{run.method} {run.settings.get('sample_size')}")
-        for run in runs
-    ]
+    named = []
+    for run in runs:
+        size = f" {run.settings.get('sample_size')}" if len(sizes.get(run.method, ())) > 1 else ""
+        named.append(run if run.label else replace(run, label=f"{run.method}{size}"))
+    return named
 
 
 def _rank(method: str) -> tuple[bool, int]:

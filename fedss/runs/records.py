@@ -195,9 +195,8 @@ def _parse(lines: Sequence[bytes], path: Path, later: Mapping[str, Any]) -> list
             read_as(_Metrics, value["metrics"], where)
         # Sites have named these clients.
         for failure in record.get("failures", ()):
-            failure["client"], failure["reason"] = map(
-                printable, (failure["client"], failure["reason"])
-            )
+            failure["client"] = printable(failure["client"])
+            failure["reason"] = printable(failure["reason"])
         if records and record["round"] <= records[-1]["round"]:
             last = records[-1]["round"]
             raise damaged(where, f"round {record['round']} after round {last}, expected a later")

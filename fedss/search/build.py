@@ -161,13 +161,9 @@ def _build(
                         store, [after[at][1] for at in some if after[at][0] == store]
                     )
                 }
-                add_items(
-                    file,
-                    (
-                        Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
-                        for at in some
-                    ),
-                )
+                for at in some:
+                    item = Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
+                    add_items(file, [item])
         with beside.open("rb+") as whole:
             os.fsync(whole.fileno())
     unfinished.unlink()

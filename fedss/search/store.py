@@ -6,6 +6,7 @@ need not be text).
 """
 
 import sqlite3
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -142,7 +143,6 @@ def read_store(path: Path, size: int) -> VectorStore:
         ids: list[int] = []
         names: list[str] = []
         labels: list[str | None] = []
-        known: dict[bytes | None, str | None] = {None: None}
         vectors_ND = np.empty((count, size), np.float32)
         rows = file.execute("SELECT id, name, label, vector FROM images ORDER BY id")
         for position, (number, name, label, vector) in enumerate(rows):
@@ -151,9 +151,7 @@ def read_store(path: Path, size: int) -> VectorStore:
             vectors_ND[position] = np.frombuffer(vector, "<f4")
             ids.append(number)
             names.append(_text(name))
-            if label not in known:
-                known[label] = _text(label)
-            labels.append(known[label])
+            labels.append(None if label is None else sys.intern(_text(label)))
     lengths_N = np.einsum("nd,nd->n", vectors_ND, vectors_ND)
     if not np.all((np.abs(lengths_N - 1) < 1e-3) | (lengths_N == 0)):
         raise damaged_store(path, "a vector is not of length 1")
@@ -239,15 +237,8 @@ def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
         with writing(path.parent, advice):
             uri = f"{path.absolute().as_uri()}?mode={mode}"
             file = sqlite3.connect(uri, uri=True, timeout=_PATIENCE, isolation_level=None)
-            with closing(file):
-                try:
-                    yield file
-                    if file.in_transaction:
-                        file.execute("COMMIT")
-                except BaseException:
-                    if file.in_transaction:
-                        file.execute("ROLLBACK")
-                    raise
+            with closing(file), file:  # which commits what has begun, or takes it back
+                yield file
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
             raise RunFolderError(

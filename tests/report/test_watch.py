@@ -190,7 +190,7 @@ def test_a_run_that_stopped_is_said_to_be_late(
     assert "has it stopped" not in said[1]
     assert "nothing new for long: has it stopped? Still waiting" in said[2]
     monkeypatch.undo()
-    watch._write(tmp_path / "report.html", read_runs(tmp_path), tmp_path, True)
+    watch._write(read_runs(tmp_path), tmp_path, True)
     words = Page((tmp_path / "report.html").read_text()).words
     assert "far longer than one takes" in words
     assert "Not finished" in words
