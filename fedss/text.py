@@ -3,6 +3,7 @@ to be shown, and numbers as people read them."""
 
 import codecs
 import math
+from collections.abc import Sequence
 
 DASH = "–"
 """In place of a missing number."""
@@ -79,3 +80,19 @@ def human_seconds(seconds: float | None) -> str:
 def decimals(value: float | None, digits: int = 3) -> str:
     """``value`` with ``digits`` decimals, a dash for nothing."""
     return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def spaced(value: float | None) -> str:
+    """A whole number with thin spaces between thousands."""
+    grouped = DASH if value is None or not math.isfinite(value) else f"{value:,.0f}"
+    return grouped.replace(",", "\u202f")
+
+
+def tally(value: float, noun: str) -> str:
+    """A number as :func:`spaced` shows it, and what it counts as :func:`counted` does."""
+    return f"{spaced(value)} {plural(noun, value)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -2,8 +2,7 @@
 
 import pytest
 
-from fedss.runs.headlines import tally
-from fedss.text import counted
+from fedss.text import counted, tally
 
 
 @pytest.mark.parametrize(

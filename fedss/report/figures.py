@@ -23,7 +23,7 @@ from fedss.report.frontier import (
 from fedss.runs import headlines
 from fedss.runs.reading import Group, group_runs, read_runs
 from fedss.runs.records import Record, bytes_moved
-from fedss.text import human_bytes
+from fedss.text import human_bytes, listed
 
 Value = Callable[[Record], float | None]
 
@@ -36,7 +36,7 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
     band = " Lines: mean over seeds; bands: lowest to highest." if several else ""
     if several and len(groups) > charts.FEW:
         band = " Means over seeds."
-    names = headlines.listed([group.label for group in groups])
+    names = listed([group.label for group in groups])
     last = max(run.planned_rounds for group in groups for run in group.runs)
     made = []
     scores = _lines(paired, _map_at_10, start=True)

@@ -20,7 +20,7 @@ from fedss.report.verification import number, verification_section
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun, group_runs
 from fedss.runs.records import METRICS, num_sites
-from fedss.text import decimals, human_seconds, plural
+from fedss.text import decimals, human_seconds, listed, plural, spaced, tally
 
 METRIC_NAMES = dict(zip(METRICS, ("MAP@10", "R@1", "R@5", "MAP@R"), strict=True))
 
@@ -78,8 +78,8 @@ def render(
         pooled=next((group.label for group in groups if group.pooled), ""),
         nearest_neighbours=headlines.nearest_neighbours,
         human_seconds=human_seconds,
-        count=headlines.count,
-        tally=headlines.tally,
+        count=spaced,
+        tally=tally,
     )
 
 
@@ -134,14 +134,14 @@ def _setup(groups: Sequence[Group]) -> str:
     """What was compared, in a sentence or two."""
     run = groups[0].runs[0]
     seeds = [r.seed for g in groups for r in g.runs]
-    what = headlines.listed([g.label for g in groups])
+    what = listed([g.label for g in groups])
     if len(groups) > charts.FEW and headlines.has_variants(groups):
         what = f"{len(groups)} variants"
     times = "Trained" if len(groups) == 1 else f"{what}, trained"
-    rounds = headlines.tally(run.planned_rounds, "round")
+    rounds = tally(run.planned_rounds, "round")
     if not all(r.finished for g in groups for r in g.runs):
         single = len(groups) == 1 and len(seeds) == 1
-        rounds = f"{headlines.count(run.last_round)} of {rounds}" if single else f"up to {rounds}"
+        rounds = f"{spaced(run.last_round)} of {rounds}" if single else f"up to {rounds}"
     parts = [f"{times} for {rounds}"]
     if clients := headlines.cohort(groups):
         parts.append(f"of {clients}")
@@ -165,27 +165,25 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     ):
         number = data.get(key) if data.get(key) is not None else known
         if number is not None:
-            facts.append((headlines.count(number), plural(name, number), ""))
+            facts.append((spaced(number), plural(name, number), ""))
     if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
-        low, middle, high = (headlines.count(value) for value in data["own_classes"])
+        low, middle, high = (spaced(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))
     if queries := data.get("test_queries"):
         gallery = data.get("test_gallery")
-        against = (
-            "each against all others" if gallery is None else f"against {headlines.count(gallery)}"
-        )
-        facts.append((headlines.count(queries), plural(f"{split} query", queries), against))
+        against = "each against all others" if gallery is None else f"against {spaced(gallery)}"
+        facts.append((spaced(queries), plural(f"{split} query", queries), against))
     if classes := data.get("test_classes"):
         seen = data.get("test_classes_seen")  # older records do not say
-        trained = "" if seen is None else f"{headlines.count(seen)} of them trained on"
+        trained = "" if seen is None else f"{spaced(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained
-        facts.append((headlines.count(classes), plural(f"{split} class", classes), addition))
+        facts.append((spaced(classes), plural(f"{split} class", classes), addition))
     if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
         facts.append((f"{width} × {height}", "pixels", kind))
     backbone = config.get("backbone")
-    facts.append((headlines.count(run.parameters), "parameters", str(backbone) if backbone else ""))
+    facts.append((spaced(run.parameters), "parameters", str(backbone) if backbone else ""))
     if config.get("embedding_size") is not None:
         facts.append((str(config["embedding_size"]), "embedding size", ""))
     return facts

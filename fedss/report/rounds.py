@@ -5,9 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from fedss.runs.headlines import count
 from fedss.runs.reading import Group
-from fedss.text import DASH
+from fedss.text import DASH, spaced
 
 MOST_CLIENTS = 10
 # In their order within a round; any others come behind them.
@@ -97,7 +96,7 @@ def shown(seconds: float | None, longest: float) -> str:
     digits = 0 if longest * scale >= 1000 else 1 if longest * scale >= 100 else 2
     if 0 < seconds * scale < 10**-digits:
         return f"<{10**-digits:.{digits}f}"
-    return count(seconds) if digits == 0 else f"{seconds * scale:.{digits}f}"
+    return spaced(seconds) if digits == 0 else f"{seconds * scale:.{digits}f}"
 
 
 def failures(groups: Sequence[Group]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fedss.evaluation.intervals import FLOORS
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun
-from fedss.text import DASH, decimals, human_bytes, human_seconds
+from fedss.text import DASH, decimals, human_bytes, human_seconds, spaced
 
 
 class Cell(NamedTuple):
@@ -34,11 +34,11 @@ def method_row(group: Group, slot: str, full: Group | None) -> dict[str, Any]:
         _score(group, "recall_at_1"),
     ]
     rows = group.mean("class_rows_per_client")
-    cells.append(Cell(headlines.count(rows), exact="" if rows is None else f"{rows:.2f}"))
+    cells.append(Cell(spaced(rows), exact="" if rows is None else f"{rows:.2f}"))
     for way in ("down", "up"):
         for part in ("backbone_", "row_"):
             mean = group.mean(f"{part}bytes_{way}_per_client_round")
-            exact = "" if mean is None else f"{headlines.count(mean)} bytes"
+            exact = "" if mean is None else f"{spaced(mean)} bytes"
             cells.append(Cell(human_bytes(mean), exact=exact))
     seconds = group.mean("seconds")
     cells.append(Cell(human_seconds(seconds), exact=f"{decimals(seconds, 1)} s"))

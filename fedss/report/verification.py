@@ -16,7 +16,7 @@ from fedss.report.labels import FONT, beside, text_height, text_width, wrapped
 from fedss.report.panels import data_uri, is_small
 from fedss.runs import headlines
 from fedss.runs.reading import Group
-from fedss.text import decimals
+from fedss.text import decimals, listed
 
 _SHOWN = (0.01, 0.001)  # FARs of a comparison's columns
 _LEAST = 1e-4  # FAR at the left end of a chart: below, curves of many images say little
@@ -65,7 +65,7 @@ def verification_section(groups: Sequence[Group], slots: Sequence[str]) -> dict[
     marks = _marks(every, fars) if single else []
     svg = None
     if 0 < len(drawn) <= charts.FEW:
-        labels = headlines.listed([curve.label for curve in drawn])
+        labels = listed([curve.label for curve in drawn])
         svg = roc_chart("roc", drawn, marks, f"TAR against FAR for {labels}")
     identified = [run.identification for run in every if run.identification] if known else []
     return {

@@ -1,6 +1,5 @@
 """Numbers as people read them, and the sentence that says how a run or a comparison did."""
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -8,20 +7,9 @@ from fedss.evaluation.intervals import FLOORS, Interval
 from fedss.runs.eta import time_left
 from fedss.runs.reading import Group, RecordedRun
 from fedss.runs.summaries import MOMENTS
-from fedss.text import DASH, decimals, human_bytes, plural
+from fedss.text import decimals, human_bytes, listed, spaced, tally
 
 ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recommended for its bytes
-
-
-def count(value: float | None) -> str:
-    """A whole number with thin spaces between thousands."""
-    grouped = DASH if value is None or not math.isfinite(value) else f"{value:,.0f}"
-    return grouped.replace(",", "\u202f")
-
-
-def tally(value: float, noun: str) -> str:
-    """A number as ``count`` shows it, and what it counts as ``counted`` does."""
-    return f"{count(value)} {plural(noun, value)}"
 
 
 def percent(ratio: float) -> str:
@@ -32,11 +20,6 @@ def percent(ratio: float) -> str:
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """The sample standard deviation as ``± 0.004``; empty for a single value."""
     return f"± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-
-
-def listed(names: Sequence[str]) -> str:
-    """``a, b and c``."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def listed_numbers(values: Sequence[int]) -> str:
@@ -62,7 +45,7 @@ def cohort(groups: Sequence[Group]) -> str:
     sizes = [record["clients"] for run in runs for record in run.records]
     if sizes:
         low, high = min(sizes), max(sizes)
-        many = count(low) if low == high else f"{count(low)}\u2060–\u2060{count(high)}"
+        many = spaced(low) if low == high else f"{spaced(low)}\u2060–\u2060{spaced(high)}"
         return f"{many} client{'' if high == 1 else 's'}"
     planned = runs[0].settings.get("clients_per_round") if runs else None
     return "" if planned is None else f"up to {tally(planned, 'client')}"
