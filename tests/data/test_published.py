@@ -604,7 +604,7 @@ def test_info_tells_what_is_not_as_published_and_draws_who_holds_what(
     assert main([*words, *options, "--plot", str(image)]) == 2
     said = capsys.readouterr()
     assert re.search(r"clients +5, dealt by dirichlet:2 *\n", said.out)
-    assert f"--plot {image}: cannot write it: No such file" in said.err
+    assert f"cannot write {image}: No such file" in said.err
     assert main([*words, "--plot", "clients.jpg"]) == 2
     assert "--plot clients.jpg: expected a name that ends with .png" in capsys.readouterr().err
     for options in (["--partition", "shards:3"], ["--partition-clients", "3"]):
