@@ -41,12 +41,7 @@ SHARED = {"data": "omniglot", "sampler": "uniform", "sample_size": SAMPLE_SIZE, 
 Settings = dict[str, Any]
 
 # Steps of the search: a setting is multiplied or divided by this.
-STEPS = {
-    "client_lr": 2.0,
-    "class_row_lr": 2.0,
-    "spread_out_weight": 4.0,
-    "spread_out_margin": 2**0.5,
-}
+STEPS = dict(client_lr=2.0, class_row_lr=2.0, spread_out_weight=4.0, spread_out_margin=2**0.5)
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,7 @@ class Regime:
 
 SOFTMAX = {"client_lr": 0.05, "class_row_lr": 2.0}
 # FedAwS's loss is in cosines, not in logits: gradients are smaller, learning rates larger.
-FEDAWS = {
-    "client_lr": 0.5,
-    "class_row_lr": 0.5,
-    "spread_out_weight": 0.05,
-    "spread_out_margin": 0.7,
-}
+FEDAWS = dict(client_lr=0.5, class_row_lr=0.5, spread_out_weight=0.05, spread_out_margin=0.7)
 DRAWERS = Regime(
     "omniglot.txt",
     "600 clients (alphabet, drawer), 20 a round",

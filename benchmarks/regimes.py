@@ -25,30 +25,18 @@ OMNIGLOT: Mapping[str, Any] = {"data": "omniglot"}
 GLYPHS: Mapping[str, Any] = {"data": "glyphs", "client_classes": 8, "clients_per_round": 4}
 
 REGIMES: Mapping[str, Mapping[str, Any]] = {
-    "Omniglot, 20 clients a round, 120 rounds": {**OMNIGLOT},
-    "the same, 8 classes a client, 80 a round": {
-        **OMNIGLOT,
-        "client_classes": 8,
-        "clients_per_round": 80,
-    },
-    "the same, 4 a round, 400 rounds": {**OMNIGLOT, "clients_per_round": 4, "rounds": 400},
-    "glyphs, n = 40, 8 own, 4 a round, 30 rounds": {
-        **GLYPHS,
-        "glyphs_classes": 50,
-        "glyphs_clients": 16,
-        "rounds": 30,
-    },
-    "glyphs, n = 960, 8 own, 4 a round, 60 rounds": {
-        **GLYPHS,
-        "glyphs_classes": 1200,
-        "rounds": 60,
-    },
-    "hanzi, n = 11,187, 40 own, 40 a round, 60 rounds": {
-        "data": "csv",
-        "image_size": 28,
-        "clients_per_round": 40,
-        "rounds": 60,
-    },
+    "Omniglot, 20 clients a round, 120 rounds": OMNIGLOT,
+    "the same, 8 classes a client, 80 a round": dict(
+        OMNIGLOT, client_classes=8, clients_per_round=80
+    ),
+    "the same, 4 a round, 400 rounds": dict(OMNIGLOT, clients_per_round=4, rounds=400),
+    "glyphs, n = 40, 8 own, 4 a round, 30 rounds": dict(
+        GLYPHS, glyphs_classes=50, glyphs_clients=16, rounds=30
+    ),
+    "glyphs, n = 960, 8 own, 4 a round, 60 rounds": dict(GLYPHS, glyphs_classes=1200, rounds=60),
+    "hanzi, n = 11,187, 40 own, 40 a round, 60 rounds": dict(
+        data="csv", image_size=28, clients_per_round=40, rounds=60
+    ),
 }
 
 
