@@ -184,6 +184,14 @@ def test_an_uploaded_image_finds_what_exact_search_finds(site: Site, server: Ser
     assert not any(match["enrolled"] for match in found)
 
 
+def test_the_guide_names_the_field_that_is_read(server: Server) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    (field,) = set(re.findall(r"files? `(\w+)`", guide)) | set(re.findall(r"curl -F (\w+)=", guide))
+    # `send` uses it, and what has none is told its name.
+    assert server.send("/search", [("x.png", png())]).status == 200
+    assert server.send("/search", []).error.startswith(f"{field}: expected a form")
+
+
 def test_a_click_on_an_image_searches_with_it_and_leaves_it_out(site: Site, server: Server) -> None:
     position = 17
     answer = server.get(f"/neighbours/{position}", count=12).json
