@@ -59,14 +59,14 @@ def moments_of(sums_EE: Tensor) -> Moments:
 def payload(sums_EE: Tensor) -> dict[str, Tensor]:
     """What all clients of the method get beside the backbone, made of :func:`row_sums`."""
     moments = moments_of(sums_EE)
-    return {"moments.mean": moments.mean_D, "moments.covariance": moments.covariance_DD}
+    return {"mean": moments.mean_D, "covariance": moments.covariance_DD}
 
 
 def absent_from(
     payload: Mapping[str, Tensor], num_classes: int, rows_SD: Tensor
 ) -> AbsentClasses | None:
     """:func:`absent_classes`, of a :func:`payload`."""
-    moments = Moments(payload["moments.mean"], payload["moments.covariance"])
+    moments = Moments(payload["mean"], payload["covariance"])
     return absent_classes(moments, num_classes, rows_SD)
 
 

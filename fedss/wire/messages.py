@@ -72,22 +72,23 @@ def decode_request(wire: WireFormat, message: Message) -> Tensor:
 
 
 def encode_broadcast(wire: WireFormat, sent: Broadcast) -> Message:
-    """Server to every client of a round: the backbone, and a method's payload."""
+    """Server to every client of a round: the backbone, and a method's payload.
+
+    Of whatever name, a payload is made of the rows' moments, and counted as that.
+    """
     backbone = encode_backbone(sent.backbone_P, wire.layout, wire.backbone_down, None)
     message = _prefixed("backbone", backbone)
     for name, tensor in sent.payload.items():
-        message |= _prefixed(name, encode_payload(tensor, wire.rows_down, wire.moments_rank))
+        encoded = encode_payload(tensor, wire.rows_down, wire.moments_rank)
+        message |= _prefixed(f"moments.{name}", encoded)
     return message
 
 
 def decode_broadcast(wire: WireFormat, message: Message) -> Broadcast:
     """The inverse of :func:`encode_broadcast`, up to rounding."""
-    names = dict.fromkeys(name.rpartition(".")[0] for name in message)
-    payload = {
-        name: decode_payload(_under(name, message), wire.dim)
-        for name in names
-        if name != "backbone"
-    }
+    parts = _under("moments", message)
+    names = dict.fromkeys(part.rpartition(".")[0] for part in parts)
+    payload = {name: decode_payload(_under(name, parts), wire.dim) for name in names}
     return Broadcast(decode_backbone(_under("backbone", message), wire.layout), payload)
 
 

@@ -134,8 +134,8 @@ def test_a_client_works_with_what_it_decodes(monkeypatch):
         to_all = decode_broadcast(format_, encode_broadcast(format_, broadcast(state, told)))
         assert torch.equal(submodel.broadcast.backbone_P, to_all.backbone_P)
         assert not torch.equal(to_all.backbone_P, state.backbone_P)
-        covariance_DD = submodel.broadcast.payload["moments.covariance"]
-        assert torch.equal(covariance_DD, to_all.payload["moments.covariance"])
+        covariance_DD = submodel.broadcast.payload["covariance"]
+        assert torch.equal(covariance_DD, to_all.payload["covariance"])
         for row, original in zip(update.rows_delta_SD, exact.rows_delta_SD, strict=True):
             scale = encode_rows(original[None], "int4", None)["scale"].item()
             assert near(row, scale)

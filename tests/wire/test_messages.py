@@ -57,7 +57,7 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         torch.rand(parameters),
     )
     matrix = symmetric(dim)
-    payload = {"moments.mean": rows.mean(dim=0), "moments.covariance": matrix}
+    payload = {"mean": rows.mean(dim=0), "covariance": matrix}
     sent = Broadcast(backbone, payload if moments else {})
     update = ClientUpdate(3, backbone, ids, rows, 17, 0.5)
     to_all = encode_broadcast(format_, sent)
@@ -82,9 +82,9 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
         (got_update.rows_delta_SD, rows),
     ]
     if moments:
-        pairs.append((got.payload["moments.mean"], payload["moments.mean"]))
+        pairs.append((got.payload["mean"], payload["mean"]))
     if moments and rank is None:
-        pairs.append((got.payload["moments.covariance"], matrix))
+        pairs.append((got.payload["covariance"], matrix))
     for ours, theirs in pairs:
         assert (ours - theirs).abs().max() <= step * theirs.abs().max()
     counted = traffic({**to_all, **answer}, request, up)
@@ -97,9 +97,18 @@ def test_every_message_is_as_long_as_its_bytes_and_comes_back(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dim", [1, 2, 7])
 def test_the_wire_carries_a_payload_that_it_does_not_know(dim, precision):
+    # Two of them by names that messages have for other parts.
     payload = {"mine.vector": torch.rand(dim), "mine.matrix": symmetric(dim)}
-    format_ = wire(5, dim, 9, precision, None)
-    got = decode_broadcast(format_, encode_broadcast(format_, Broadcast(torch.rand(5), payload)))
+    payload |= {"backbone": torch.rand(dim), "class_rows": symmetric(dim)}
+    format_, backbone = wire(5, dim, 9, precision, None), torch.rand(5)
+    message = encode_broadcast(format_, Broadcast(backbone, payload))
+    without = encode_broadcast(format_, Broadcast(backbone))
+    got = decode_broadcast(format_, message)
+    counted, plain = traffic(message, {}, {}), traffic(without, {}, {})
+    extra = sum(t.nbytes for t in message.values()) - sum(t.nbytes for t in without.values())
+    assert counted["moment_bytes_down"] == extra > 0
+    assert counted["backbone_bytes_down"] == plain["backbone_bytes_down"]
+    assert counted["class_row_bytes_down"] == 0
     assert got.payload.keys() == payload.keys()
     for name, tensor in payload.items():
         assert got.payload[name].shape == tensor.shape
