@@ -74,8 +74,11 @@ PARTS = [
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            # `from fedss import core` is an import of fedss.core.
+            names = [f"fedss.{alias.name}" for alias in node.names]
+            found |= set(names) if node.module == "fedss" else {str(node.module)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return found
