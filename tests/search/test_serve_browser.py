@@ -95,6 +95,8 @@ def page(browser: Any, address: str, site: Site) -> Iterator[Any]:
     asked: list[str] = []
     faults: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
+    # Else a chooser is asked for as it is expected, without waiting until the browser knows.
+    page.on("filechooser", lambda chooser: None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on(
         "console",
