@@ -109,7 +109,7 @@ def writing(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]:
 
 
 START_LENGTH = 512
-"""Bytes that are enough to recognise a file."""
+"""Bytes that are enough to recognize a file."""
 
 _WEB_PAGE = "is a web page: download the file itself"
 _BEGINNINGS = {

@@ -1,4 +1,4 @@
-"""Flower without its network: messages are really serialised, sites run in this process.
+"""Flower without its network: messages are really serialized, sites run in this process.
 
 Replies come back in an order of their own; a test may spoil them on the way, and let nodes come and
 go.
@@ -35,14 +35,14 @@ def digests(call: Callable[[], Any]) -> list[str]:
     return found
 
 
-def serialised(message: Message) -> dict[str, bytes]:
+def serialized(message: Message) -> dict[str, bytes]:
     """What Flower sends for a message, by its hash."""
     return {key: thing.deflate() for key, thing in get_all_nested_objects(message).items()}
 
 
 def through_the_wire(message: Message) -> Message:
     """The message as it arrives elsewhere: bytes, and back."""
-    contents = serialised(message)
+    contents = serialized(message)
     arrived = inflate_object_from_contents(message.object_id, contents)
     assert isinstance(arrived, Message)
     return arrived

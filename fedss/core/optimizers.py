@@ -10,7 +10,7 @@ What happens to an untouched row:
 
 Class rows are put back on the unit sphere in the rounds that touch them (``normalize_rows``).
 Logits use cosines, so this changes no prediction; but rows grow as they train, and a longer row
-turns less per step. For momentum the law is then: equal to the dense optimizer that normalises the
+turns less per step. For momentum the law is then: equal to the dense optimizer that normalizes the
 touched rows, and no others, after its step.
 
 Shape suffixes: P backbone parameters, U touched classes, S requested classes, D embedding size.

@@ -206,7 +206,7 @@ def positive_hinge(h_BD: Tensor, rows_SD: Tensor, target_B: Tensor, *_: object) 
 
 
 def spread_out(rows_ND: Tensor, *, margin: float, neighbours: int, block: int = 1024) -> Tensor:
-    """Gradient of FedAwS's regulariser that keeps class rows apart (Yu et al. 2020, section 4).
+    """Gradient of FedAwS's regularizer that keeps class rows apart (Yu et al. 2020, section 4).
 
     ``R(W) = sum_i sum_{j in the k nearest of i} max(0, margin - d_ij)^2``,
     ``d_ij = 1 - cos(w_i, w_j)``, over each row's ``neighbours`` nearest others (their stochastic

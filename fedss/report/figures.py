@@ -66,7 +66,7 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
         alt = f"Bytes per client and round, backbone and {rows}, for {names}"
         caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
         svg = charts.bars_chart("bars", bars, rows, alt)
-        made.append(("Bytes per client and round", f"{caption} As serialised.", svg))
+        made.append(("Bytes per client and round", f"{caption} As serialized.", svg))
     losses = _lines(paired, lambda record: record["loss"])
     if losses:
         caption = "Each method’s loss is over its own class sample"

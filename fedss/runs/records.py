@@ -42,7 +42,7 @@ class Record(TypedDict):
     examples: int | None  # images that they trained on
     num_classes: int | None
     num_clients: int | None  # how many the cohort was drawn from
-    # Of all messages of the cohort, as serialised; None where images are pooled, without messages.
+    # Of all messages of the cohort, as serialized; None where images are pooled, without messages.
     bytes_down: float | None
     bytes_up: float | None
     backbone_bytes_down: float | None

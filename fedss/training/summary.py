@@ -135,7 +135,7 @@ def describe_model(
 class Cost:
     """What a method moves each way per client and round, on average over clients.
 
-    ``bytes_down`` and ``bytes_up`` are whole messages as serialised, ``row_bytes`` the class rows
+    ``bytes_down`` and ``bytes_up`` are whole messages as serialized, ``row_bytes`` the class rows
     and moments going down; None where images are pooled.
     """
 

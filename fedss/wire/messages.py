@@ -152,7 +152,7 @@ PARTS = ("backbone", "class_row", "moment")
 
 
 def traffic(down: Message, request: Message, up: Message) -> dict[str, int]:
-    """Bytes of a client's messages in a round, as serialised.
+    """Bytes of a client's messages in a round, as serialized.
 
     ``bytes_down`` and ``bytes_up`` (the request and the update) are whole messages; of these,
     ``<part>_bytes_<way>`` are the tensors of each part.
@@ -166,7 +166,7 @@ def traffic(down: Message, request: Message, up: Message) -> dict[str, int]:
 
 
 def encoded_size(message: Message) -> int:
-    """Bytes of the message as serialised: ``len(safetensors.torch.save(message))``."""
+    """Bytes of the message as serialized: ``len(safetensors.torch.save(message))``."""
     layout = tuple((name, tensor.shape, tensor.dtype) for name, tensor in message.items())
     return _header_size(layout) + sum(tensor.nbytes for tensor in message.values())
 

@@ -83,7 +83,7 @@ def assert_close(a: RetrievalMetrics, b: RetrievalMetrics, tolerance: float = 1e
         assert getattr(a, name) == pytest.approx(getattr(b, name), abs=tolerance), name
 
 
-# Of length 1 or 2 times a whole number: coordinates 0, 1/2 and 1 after normalising.
+# Of length 1 or 2 times a whole number: coordinates 0, 1/2 and 1 after normalizing.
 dyadic = st.tuples(
     st.lists(st.sampled_from([-1, 1]), min_size=4, max_size=4),
     st.integers(-1, 3),

@@ -86,7 +86,7 @@ def batch_of(num_tokens: int) -> tuple[example.Transducer, example.Batch]:
     return example.Transducer(num_tokens), example.speak(tokens_VD, example.B, rng)
 
 
-def test_every_normaliser_is_estimated_without_bias():
+def test_every_normalizer_is_estimated_without_bias():
     model, (frames_BTD, labels_BU) = batch_of(200)
     frames_BTD, labels_BU = frames_BTD[:2], labels_BU[:2]
     rng = np.random.default_rng(0)

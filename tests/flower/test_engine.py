@@ -9,7 +9,7 @@ import pytest
 import fedss
 from fedss.flower.messages import REQUEST, TRAIN
 from fedss.flower.server_app import line
-from tests.flower_grid import ProcessGrid, digests, serialised
+from tests.flower_grid import ProcessGrid, digests, serialized
 from tests.sites import federate, nodes, settings, write_photos
 
 
@@ -99,7 +99,7 @@ def test_the_ledger_is_what_flower_sends(method, precision, photos, tmp_path):
     def count(node: int, message: Any, reply: Any) -> list[Any]:
         if message.metadata.message_type in (REQUEST, TRAIN):
             for way, of_way in (("down", message), ("up", reply)):
-                sent[way] += sum(map(len, serialised(of_way).values()))
+                sent[way] += sum(map(len, serialized(of_way).values()))
         return [reply]
 
     wire = {f"{part}_{way}": precision for part in ("rows", "backbone") for way in ("down", "up")}

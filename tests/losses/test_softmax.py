@@ -192,7 +192,7 @@ def test_renaming_classes_changes_nothing_else(seed, name):
 def test_spread_out_is_the_gradient_of_its_formula():
     rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-    def regulariser(w: torch.Tensor) -> torch.Tensor:
+    def regularizer(w: torch.Tensor) -> torch.Tensor:
         total = w.new_zeros(())
         for i in range(len(w)):
             near = sorted(
@@ -204,7 +204,7 @@ def test_spread_out_is_the_gradient_of_its_formula():
         return total
 
     w = rows.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(regulariser(w), w)
+    (expected,) = torch.autograd.grad(regularizer(w), w)
     for block in (2, 4, 100):
         ours = spread_out(rows, margin=0.7, neighbours=4, block=block)
         assert (ours - expected).abs().max() < 1e-12

@@ -84,7 +84,7 @@ def fake_run(
             "backbone": "conv4",
             "server_optimizer": "momentum",
             "server_lr": 1.0,
-            "renormalise": True,
+            "normalize_rows": True,
             "workers": None,
         },
         "data": {

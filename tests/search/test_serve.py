@@ -72,7 +72,7 @@ class Server:
         headers: dict[str, str] | None = None,
         chunked: bool = False,
     ) -> Answer:
-        """One request, with the target as it stands: nothing is normalised."""
+        """One request, with the target as it stands: nothing is normalized."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:
             connection.request(method, target, body, headers or {}, encode_chunked=chunked)

@@ -300,7 +300,7 @@ def test_sizes_are_arithmetic(s, d, r, zeros):
     x, matrix = torch.zeros(s, d) if zeros else torch.rand(s, d), torch.eye(d)
     layout = (torch.Size([s]), torch.Size([s, d]))
     theta = torch.cat((x[:, 0], x.reshape(-1)))
-    quantised = s * d if d >= SHORTEST_CHANNEL else 0
+    quantized = s * d if d >= SHORTEST_CHANNEL else 0
     channels = s if d >= SHORTEST_CHANNEL else 0
     t = d * (d + 1) // 2
     # per precision: bytes of n values that have k scales
@@ -315,7 +315,7 @@ def test_sizes_are_arithmetic(s, d, r, zeros):
         scales = channels * (d // group(d, precision))
         assert nbytes(encode_rows(x, precision, None)) == of(s * d, s)
         assert nbytes(encode_backbone(theta, layout, precision, None)) == (
-            of(s + s * d, 0) if whole else of(quantised, scales) + 2 * (s + s * d - quantised)
+            of(s + s * d, 0) if whole else of(quantized, scales) + 2 * (s + s * d - quantized)
         )
         assert nbytes(encode_symmetric(matrix, precision, None, None)) == (
             of(t, 0) if whole else of(t - d, d // 2) + 4 * d
