@@ -97,33 +97,34 @@ def say_left_out(
 
 def print_data(
     name: str,
-    facts: Mapping[str, Any],
+    description: Mapping[str, Any],
     clients_P: np.ndarray,
     classes_P: np.ndarray,
     count_P: np.ndarray,
 ) -> None:
     """Print what is in a data set, and who holds what, as :func:`fedss.data.holdings` gives it.
 
-    ``facts``: of :func:`fedss.training.summary.describe`, with ``dealt``, ``trained``, ``frozen``.
+    ``description``: that of :func:`fedss.training.summary.describe`, with ``dealt``, ``trained``
+    and ``frozen``.
     """
-    gallery, seen = facts["test_gallery"], facts["test_classes_seen"]
+    gallery, seen = description["test_gallery"], description["test_classes_seen"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery images"
-    queries = f"{facts['test_queries']:,}, searched among {searched}"
+    queries = f"{description['test_queries']:,}, searched among {searched}"
     table = make_table(f"data set {name}", "", "")
     table.show_header = False
     for row in (
-        ("training images", f"{facts['train_images']:,}"),
-        ("training classes n", f"{facts['train_classes']:,}"),
-        ("clients", f"{facts['train_clients']:,}{facts['dealt']}"),
+        ("training images", f"{description['train_images']:,}"),
+        ("training classes n", f"{description['train_classes']:,}"),
+        ("clients", f"{description['train_clients']:,}{description['dealt']}"),
         ("images per client", _spread(np.bincount(clients_P, weights=count_P))),
         ("own classes per client", _spread(np.bincount(clients_P))),
         ("clients per class", _spread(np.bincount(classes_P))),
-        ("test queries", queries if facts["test_queries"] else "none: no class is held out"),
-        ("test classes", f"{facts['test_classes']:,}, {seen:,} of them seen in training"),
-        ("images", "{} x {} x {} (channels, height, width)".format(*facts["image_shape"])),
+        ("test queries", queries if description["test_queries"] else "none: no class is held out"),
+        ("test classes", f"{description['test_classes']:,}, {seen:,} of them seen in training"),
+        ("images", "{} x {} x {} (channels, height, width)".format(*description["image_shape"])),
         (
             "parameters trained and sent",
-            f"{facts['trained']:,}, {facts['frozen']:,} more stay as they are",
+            f"{description['trained']:,}, {description['frozen']:,} more stay as they are",
         ),
     ):
         table.add_row(*row)

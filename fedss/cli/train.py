@@ -98,13 +98,13 @@ def info(options: argparse.Namespace) -> None:
     dealt = parse_partition(config.partition, config.partition_clients)
     dealt = dealt or DATASETS[config.data].partition
     embedder = build_model(config, data, None)
-    facts = {
+    description = {
         **describe(config, data),
         "dealt": f", dealt by {replace(dealt, clients=None)}" if dealt else "",
         "trained": num_parameters(embedder),
         "frozen": num_parameters(embedder, trained=False),
     }
-    tables.print_data(data.name, facts, *held)
+    tables.print_data(data.name, description, *held)
     for remark in data.remarks:
         say(f"remark: {remark}")
     if data.remarks:

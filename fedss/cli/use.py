@@ -71,17 +71,17 @@ def evaluate(options: argparse.Namespace) -> None:
     task = evaluation_task(config, data)
     check_tellable(task, data.name, config.test_classes)
     embedded = embed_task(partial(embed_pixels, embedder), task)
-    found, measured = judge(task, embedded), verify(task, embedded, config.data_seed, fars)
-    assert found.metrics is not None
-    assert found.by_class is not None
+    evaluation, measured = judge(task, embedded), verify(task, embedded, config.data_seed, fars)
+    assert evaluation.metrics is not None
+    assert evaluation.by_class is not None
     assert measured is not None
-    ends = interval([found.by_class])
+    ends = interval([evaluation.by_class])
     floors = data_floors(task)
     if own and (run / "floors.json").exists():
         floors |= read_scores(run / "floors.json")
     if options.json:
         figures = {
-            **found.metrics,
+            **evaluation.metrics,
             "map_at_10_interval": ends and [ends.low, ends.high],
             "floors": floors.map_at_10,
             "verification": dataclasses.asdict(measured),
@@ -90,7 +90,7 @@ def evaluate(options: argparse.Namespace) -> None:
     else:
         if not own:
             say(f"images of {data.name}, other than the run's own")
-        print_evaluation(found.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
+        print_evaluation(evaluation.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
     # Of other images it would not be the run's.
     _keep_measured(run, measured, writes=own and not options.far)
 
@@ -154,11 +154,13 @@ def embed(options: argparse.Namespace) -> None:
     from fedss.inference.model import load
 
     embedder = load(options.folder)
-    found = list_images(Path(options.images))
+    images = list_images(Path(options.images))
     if not options.skip_broken:
-        found.check_there()
-    result = embed_files(embedder, found.paths, names=found.names, skip_broken=options.skip_broken)
-    say_left_out(result.skipped, (), found.passed_over, found.remarks)
+        images.check_files()
+    result = embed_files(
+        embedder, images.paths, names=images.names, skip_broken=options.skip_broken
+    )
+    say_left_out(result.skipped, (), images.passed_over, images.remarks)
     written = write_embeddings(Path(options.out), result)
     say(f"{counted(len(result.names), 'embedding')} of size {result.embeddings_ND.shape[1]}")
     say(*written)
@@ -190,17 +192,21 @@ def index(options: argparse.Namespace) -> None:
     from fedss.data.names import look_alikes
     from fedss.search import build_collection
 
-    found = build_collection(
+    collection = build_collection(
         options.folder, options.images, _index_folder(options), skip_broken=options.skip_broken
     )
-    remarks = (*found.remarks, *look_alikes(found.classes, "classes"))
-    say_left_out(found.skipped, (), found.passed_over, remarks)
-    enrolled = f", and {len(found) - found.indexed:,} enrolled ones" if found.enrolled else ""
+    remarks = (*collection.remarks, *look_alikes(collection.classes, "classes"))
+    say_left_out(collection.skipped, (), collection.passed_over, remarks)
+    enrolled = (
+        f", and {len(collection) - collection.indexed:,} enrolled ones"
+        if collection.enrolled
+        else ""
+    )
     say(
-        f"{counted(found.indexed, 'image')}{enrolled}; {counted(len(found.classes), 'class')}; "
-        f"{counted(found.embedded, 'image')} {'was' if found.embedded == 1 else 'were'} new or "
-        "changed",
-        found.folder,
+        f"{counted(collection.indexed, 'image')}{enrolled}; "
+        f"{counted(len(collection.classes), 'class')}; {counted(collection.embedded, 'image')} "
+        f"{'was' if collection.embedded == 1 else 'were'} new or changed",
+        collection.folder,
     )
 
 
@@ -224,9 +230,9 @@ def search(options: argparse.Namespace) -> None:
     from fedss.search.web.page import neighbours_page
 
     collection = open_collection(_index_folder(options), options.folder)
-    found = collection.search(collection.embed(options.images), options.count)
+    results = collection.search(collection.embed(options.images), options.count)
     if options.show is not None:
-        page = neighbours_page(collection, options.images, found)
+        page = neighbours_page(collection, options.images, results)
         with writing(Path(options.show), "choose another place (--show)"):
             write_file(Path(options.show), page.encode())
 
@@ -234,7 +240,7 @@ def search(options: argparse.Namespace) -> None:
         path = collection.path(match.position)
         return {**dataclasses.asdict(match), "path": str(path) if path else None}
 
-    by_query = list(zip(options.images, found, strict=True))
+    by_query = list(zip(options.images, results, strict=True))
     if options.json:
         rows = [{"picture": name, "matches": [*map(content, each)]} for name, each in by_query]
         print(json.dumps(rows, indent=2))
@@ -294,8 +300,8 @@ def identify(options: argparse.Namespace) -> None:
         threshold, about = stored.threshold, stored.worth(len(collection.classes))
     else:
         threshold, about = options.threshold, "as given"
-    found = identify(collection, collection.embed(options.images), threshold)
-    named = list(zip(options.images, found, strict=True))
+    identities = identify(collection, collection.embed(options.images), threshold)
+    named = list(zip(options.images, identities, strict=True))
     if options.json:
         rows = [{"picture": name, **dataclasses.asdict(identity)} for name, identity in named]
         print(json.dumps({"threshold": threshold, "pictures": rows}, indent=2))

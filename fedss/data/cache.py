@@ -93,8 +93,8 @@ def stamp(path: str | Path) -> tuple[int, int]:
     with each start of the machine, is left out.
     """
     status = os.stat(path)
-    facts = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
-    return status.st_size, int.from_bytes(hashlib.sha256(facts).digest()[:7])
+    identity = f"{status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
+    return status.st_size, int.from_bytes(hashlib.sha256(identity).digest()[:7])
 
 
 def stamp_files(paths: Iterable[str]) -> str:
@@ -142,8 +142,8 @@ def decode_files(
 
     def batches() -> Iterator[np.ndarray]:
         broken: dict[int, Exception] = {}
-        for pixels, broken_here in in_threads(decode_block, len(paths)):
-            broken |= broken_here
+        for pixels, broken_in_block in in_threads(decode_block, len(paths)):
+            broken |= broken_in_block
             if not broken:
                 yield pixels
         if broken:
@@ -223,9 +223,9 @@ def cached_array(
     """
     path = _file("pixels", cache, (*key, shape), "npy")
     with suppress(OSError, ValueError):
-        found: np.ndarray = np.load(path, mmap_mode="r")
-        if found.shape == shape and found.dtype == np.uint8:
-            return found
+        stored: np.ndarray = np.load(path, mmap_mode="r")
+        if stored.shape == shape and stored.dtype == np.uint8:
+            return stored
 
     console = Console(stderr=True)
     shown = Progress(console=console, transient=True, disable=not console.is_terminal)

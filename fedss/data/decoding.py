@@ -58,8 +58,8 @@ def open_image(file: str | Path | BinaryIO, most_pixels: int | None = None) -> I
     except Image.DecompressionBombError as error:
         # Pillow's own limit, which lies above ours. It says how many pixels, not width and height.
         pixels = re.search(r"\d+", str(error))
-        found = f"{int(pixels[0]):,} pixels," if pixels else str(error)
-        raise _too_large(found, most_pixels) from error
+        size = f"{int(pixels[0]):,} pixels," if pixels else str(error)
+        raise _too_large(size, most_pixels) from error
     width, height = image.size
     if width * height > most_pixels:
         with image:  # Unlike close(), this leaves a caller's file open.
@@ -71,8 +71,8 @@ def open_image(file: str | Path | BinaryIO, most_pixels: int | None = None) -> I
     return image
 
 
-def _too_large(found: str, most_pixels: int) -> PixelLimitError:
-    return PixelLimitError(f"{found} above the limit of {most_pixels:,}: save it smaller")
+def _too_large(size: str, most_pixels: int) -> PixelLimitError:
+    return PixelLimitError(f"{size} above the limit of {most_pixels:,}: save it smaller")
 
 
 def _prepare_for(file: str | Path | BinaryIO, error: UnidentifiedImageError) -> None:

@@ -312,5 +312,5 @@ def _kind(value: object) -> str:
 def _check_same_shape(parts: Mapping[str, Images]) -> None:
     shapes = {name: list(images.pixels.shape[1:]) for name, images in parts.items()}
     if len({str(shape) for shape in shapes.values()}) > 1:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise DataError(f"pixels: expected one shape [C, H, W] in all parts, got {found}")
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise DataError(f"pixels: expected one shape [C, H, W] in all parts, got {listed}")

@@ -105,16 +105,16 @@ def load_dataset(name: str, path: str | Path | None = None, **options: Any) -> D
         )
     if options.get("image_size") is None:
         options["image_size"] = source.image_size
-    asked = DataOptions(name, **options)
-    partition = parse_partition(asked.partition, asked.partition_clients) or source.partition
-    if source.grayscale and asked.channels not in (None, 1):
-        raise DataError(f"channels: {name} has 1 channel, got {asked.channels}; leave it out")
+    settings = DataOptions(name, **options)
+    partition = parse_partition(settings.partition, settings.partition_clients) or source.partition
+    if source.grayscale and settings.channels not in (None, 1):
+        raise DataError(f"channels: {name} has 1 channel, got {settings.channels}; leave it out")
     if path is None and source.path:
         raise DataError(f"data set {name!r} needs a path: {source.path}")
-    data = source.load(None if path is None else Path(path), asked)
+    data = source.load(None if path is None else Path(path), settings)
     if partition is None or not len(data.train):
         return data
-    return replace(data, train=deal_images(data.train, partition, asked.seed))
+    return replace(data, train=deal_images(data.train, partition, settings.seed))
 
 
 def usual_side(name: str) -> int:

@@ -151,14 +151,14 @@ class LocalEngine:
         with the numbers that it would get there; only the step to bytes is left out.
         """
         labels_N = self.clients.images.labels
-        asked = {
+        requests = {
             k: request_classes(plan, k, labels_N[self.clients.examples(k)]) for k in cohort.tolist()
         }
-        here = self._share(asked, plan.local)
-        if not here:
+        own_clients = self._share(requests, plan.local)
+        if not own_clients:
             return iter(())
-        ids = {k: request.ids_S for k, request in asked.items()}
-        down = answer_requests(self.wire, self.optimizer, state, plan, ids, here)
+        ids = {k: request.ids_S for k, request in requests.items()}
+        down = answer_requests(self.wire, self.optimizer, state, plan, ids, own_clients)
         received = to_device(decode_broadcast(self.wire, down.to_all), self.workers.device)
 
         def train_some(clients: Sequence[int]) -> list[ClientUpdate]:
@@ -166,7 +166,7 @@ class LocalEngine:
             work = []
             for k, answer in answers.items():
                 example_N = self.clients.examples(k)
-                submodel, sample = receive(self.wire, asked[k], received, answer)
+                submodel, sample = receive(self.wire, requests[k], received, answer)
                 work.append((k, submodel, sample, example_N, labels_N[example_N]))
             return [send(update, answers) for update in self.workers.train(plan, work)]
 
@@ -180,24 +180,24 @@ class LocalEngine:
         stack = self.workers.stack
         if stack > 1:
             # Those of like size train side by side.
-            here.sort(key=lambda k: -len(self.clients.examples(k)))
-        stacks = (here[i : i + stack] for i in range(0, len(here), stack))
+            own_clients.sort(key=lambda k: -len(self.clients.examples(k)))
+        stacks = (own_clients[i : i + stack] for i in range(0, len(own_clients), stack))
         return chain.from_iterable(self.workers.pool.map(train_some, stacks))
 
     def num_clients(self, round: int) -> int:
         """Number of clients."""
         return self.clients.num_clients
 
-    def _share(self, asked: Mapping[int, ClassRequest], local: LocalTraining) -> list[int]:
+    def _share(self, requests: Mapping[int, ClassRequest], local: LocalTraining) -> list[int]:
         """This rank's clients of the cohort, by the images they will train on.
 
         Every rank knows every client's images of own classes, so all come to the same shares.
         """
-        cohort = [*asked]
+        cohort = [*requests]
         if self.ranks.size == 1:
             return cohort
         labels_N, work_K = self.clients.images.labels, []
-        for k, request in asked.items():
+        for k, request in requests.items():
             used = int(np.isin(labels_N[self.clients.examples(k)], request.own_P).sum())
             # Where each client takes so many steps, they cost the same whatever it holds.
             work_K.append(local.steps * min(used, local.batch_size) if local.steps else used)

@@ -50,13 +50,13 @@ def hardest_confusions(
     labels_C, counts_C = np.unique(labels_G, return_counts=True)
     findable = labels_C[counts_C > 1] if gallery_labels_G is None else labels_C
     used_Q = np.isin(own_Q, findable)
-    found_Q = labels_G[nearest_Q]
+    predicted_Q = labels_G[nearest_Q]
     queries = Counter(own_Q[used_Q].tolist())
-    wrong = np.flatnonzero(used_Q & (found_Q != own_Q))
-    ways = Counter(zip(own_Q[wrong].tolist(), found_Q[wrong].tolist(), strict=True))
+    wrong = np.flatnonzero(used_Q & (predicted_Q != own_Q))
+    ways = Counter(zip(own_Q[wrong].tolist(), predicted_Q[wrong].tolist(), strict=True))
     example: dict[tuple[int, int], int] = {}
     for q in wrong[np.argsort(-score_Q[wrong], kind="stable")].tolist():
-        a, b = int(own_Q[q]), int(found_Q[q])
+        a, b = int(own_Q[q]), int(predicted_Q[q])
         example.setdefault((min(a, b), max(a, b)), q)
     made = []
     for (a, b), q in example.items():

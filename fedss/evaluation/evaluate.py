@@ -91,8 +91,8 @@ def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
 def count_classes(images: Images) -> dict[str, int]:
     """Number of images of each class that has any, in the order of names."""
     labels, counts = np.unique(images.labels, return_counts=True)
-    found = zip(labels.tolist(), counts.tolist(), strict=True)
-    return dict(sorted((images.class_names[label], count) for label, count in found))
+    pairs = zip(labels.tolist(), counts.tolist(), strict=True)
+    return dict(sorted((images.class_names[label], count) for label, count in pairs))
 
 
 def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
@@ -191,8 +191,8 @@ def find_neighbours(
     count = min(_SHOWN_NEIGHBOURS, len(gallery) - among_queries)
     chosen = generator(seed, "panels").permutation(len(query))[:queries]
     among_GD = query_QD if gallery_GD is None else gallery_GD
-    found_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
-    scores_QK, index_QK = (t.cpu().numpy() for t in found_QK)
+    nearest_QK = nearest(query_QD[torch.from_numpy(chosen)], among_GD, count + among_queries)
+    scores_QK, index_QK = (t.cpu().numpy() for t in nearest_QK)
     # A query in the gallery is among its own neighbours, or as many others are just as near.
     own_QK = index_QK == chosen[:, None] if among_queries else np.zeros_like(index_QK, bool)
     others_QK = own_QK.argsort(axis=1, kind="stable")[:, :count]
@@ -200,8 +200,10 @@ def find_neighbours(
     scores = np.take_along_axis(scores_QK, others_QK, axis=1)
     pixels = np.concatenate([query.pixels[chosen][:, None], gallery.pixels[shown]], axis=1)
     query_names = [query.class_names[i] for i in query.labels[chosen]]
-    found_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[shown]]
-    names = np.array([[own, *others] for own, others in zip(query_names, found_names, strict=True)])
+    neighbour_names = [[gallery.class_names[i] for i in labels] for labels in gallery.labels[shown]]
+    names = np.array(
+        [[own, *others] for own, others in zip(query_names, neighbour_names, strict=True)]
+    )
     # Labels are numbers within each set; the report compares them, so they are numbered by name.
     labels = np.unique(names, return_inverse=True)[1].reshape(names.shape)
     return Neighbours(pixels, labels, names, scores, chosen)
@@ -210,21 +212,21 @@ def find_neighbours(
 def find_confused(task: RetrievalTask, embedded: Embedded) -> ConfusedClasses:
     """The classes most often taken for each other; see `hardest_confusions`."""
     query, gallery = task.query, task.gallery or task.query
-    found = hardest_confusions(*_labelled(task, *embedded))
-    pairs = [((query, c.query), (gallery, c.neighbour)) for c in found]
+    confusions = hardest_confusions(*_labelled(task, *embedded))
+    pairs = [((query, c.query), (gallery, c.neighbour)) for c in confusions]
 
     def table(values: list[Any], dtype: type, *shape: int) -> np.ndarray:
-        return np.array(values, dtype).reshape(len(found), 2, *shape)
+        return np.array(values, dtype).reshape(len(confusions), 2, *shape)
 
     pixels = [[images.pixels[i] for images, i in pair] for pair in pairs]
     shown = [[images.class_names[images.labels[i]] for images, i in pair] for pair in pairs]
     return ConfusedClasses(
         pixels=table(pixels, np.uint8, *query.pixels.shape[1:]),
         shown=table(shown, str),
-        class_names=table([[gallery.class_names[k] for k in c.classes] for c in found], str),
-        confused=table([c.confused for c in found], np.int64),
-        queries=table([c.queries for c in found], np.int64),
-        scores=np.array([c.score for c in found], np.float64),
+        class_names=table([[gallery.class_names[k] for k in c.classes] for c in confusions], str),
+        confused=table([c.confused for c in confusions], np.int64),
+        queries=table([c.queries for c in confusions], np.int64),
+        scores=np.array([c.score for c in confusions], np.float64),
     )
 
 

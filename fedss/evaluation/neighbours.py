@@ -40,7 +40,7 @@ _FEWEST = 64  # fewer make the product slow: rather fewer blocks at one time
 _GROUP = 16  # scores whose maximum is looked at in their place
 _TILE = 2**18  # numbers turned to float64 at a time
 _Item = TypeVar("_Item")
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 def block_rows(gallery: int, k: int, workers: int = 1) -> int:
@@ -102,8 +102,8 @@ def prepare_gallery(rows_GD: Tensor, k: int) -> Gallery:
 
 
 def in_workers(
-    treat: Callable[[_Item, Tensor], _Found], items: Sequence[_Item], scratch: Sequence[Tensor]
-) -> list[_Found]:
+    treat: Callable[[_Item, Tensor], _Result], items: Sequence[_Item], scratch: Sequence[Tensor]
+) -> list[_Result]:
     """`treat(item, scratch)` of each item, in their order; as many workers as pieces of scratch.
 
     Scratch memory is used again: fresh pages cost as much as the product itself. Workers are
@@ -118,7 +118,7 @@ def in_workers(
     for piece in scratch:
         free.put(piece)
 
-    def treat_there(item: _Item) -> _Found:
+    def treat_on_worker(item: _Item) -> _Result:
         piece = free.get()
         try:
             with torch.inference_mode(inference):  # which a thread does not take over by itself
@@ -133,7 +133,7 @@ def in_workers(
         with ThreadPoolExecutor(
             workers, initializer=torch.set_num_threads, initargs=(share,)
         ) as pool:
-            return list(pool.map(treat_there, items))
+            return list(pool.map(treat_on_worker, items))
     finally:
         torch.set_num_threads(threads)
 
@@ -148,8 +148,8 @@ def search(
     gallery: Gallery,
     alone: bool,
     blocks: Sequence[tuple[Tensor, int]],
-    use: Callable[[Tensor, Tensor, Tensor], _Found],
-) -> list[_Found]:
+    use: Callable[[Tensor, Tensor, Tensor], _Result],
+) -> list[_Result]:
     """`use(rows_B, scores_BK, index_BK)` for each block, that is, rows of queries and k.
 
     With `alone` the queries are the gallery, and none finds itself.
@@ -158,7 +158,7 @@ def search(
     longest = max(len(rows_B) for rows_B, _ in blocks)
     size = max(items, longest * _padded(items) // 2)
 
-    def treat(block: tuple[Tensor, int], room: Tensor) -> _Found:
+    def treat(block: tuple[Tensor, int], room: Tensor) -> _Result:
         rows_B, k = block
         own_B = rows_B if alone else None
         return use(rows_B, *_top(query_QD[rows_B], gallery, own_B, k, room))

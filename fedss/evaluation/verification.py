@@ -328,8 +328,8 @@ def _best(unit_ND: Tensor, centre_ED: Tensor) -> tuple[Tensor, Tensor]:
         return best.values.cpu(), best.indices.cpu()
 
     rooms = [centre_ED.new_empty(step, len(centre_ED)) for _ in range(workers_on(unit_ND.device))]
-    found = in_workers(search, range(0, len(unit_ND), step), rooms)
-    score_N, nearest_N = (torch.cat(part) for part in zip(*found, strict=True))
+    blocks = in_workers(search, range(0, len(unit_ND), step), rooms)
+    score_N, nearest_N = (torch.cat(part) for part in zip(*blocks, strict=True))
     return score_N, nearest_N
 
 

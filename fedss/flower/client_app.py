@@ -280,8 +280,8 @@ def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
     answers = by_client(buffers["answers"])
 
     def prepare_work(client: int, example_N: np.ndarray) -> Work:
-        asked = request_classes(plan, client, labels_N[example_N])
-        submodel, sample = receive(wire, asked, sent, answers[client])
+        request = request_classes(plan, client, labels_N[example_N])
+        submodel, sample = receive(wire, request, sent, answers[client])
         return client, submodel, sample, example_N, labels_N[example_N]
 
     work, failed = _each_client(site, plan, labels_N, metadata["clients"], prepare_work)

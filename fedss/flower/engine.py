@@ -95,23 +95,23 @@ class FlowerEngine:
 
         # Line 2, for those clients that have not sent their requests ahead.
         self.requests = {key: known for key, known in self.requests.items() if key[0] >= plan.round}
-        asked = self.requests.setdefault((plan.round, plan.num_classes), {})
+        requests = self.requests.setdefault((plan.round, plan.num_classes), {})
 
         def keep(k: int, message: Tensors) -> None:
-            asked[k] = check_request(wire, plan, message)
+            requests[k] = check_request(wire, plan, message)
 
-        ahead = asked.keys() & {*called}
+        ahead = requests.keys() & {*called}
         missing = [k for k in called if k not in ahead]
         yield from self._exchange(REQUEST, plan, missing, keep, needed, ahead)
         homes = self.sites.homes()
         # Those whose site was refused meanwhile.
-        yield from (Failure(k, "offline") for k in called if k in asked and k not in homes)
-        present = [k for k in called if k in asked and k in homes]
+        yield from (Failure(k, "offline") for k in called if k in requests and k not in homes)
+        present = [k for k in called if k in requests and k in homes]
         self.on_phase("request")
         if not present:
             return
 
-        down = answer_requests(wire, self.optimizer, state, plan, {k: asked[k] for k in present})
+        down = answer_requests(wire, self.optimizer, state, plan, {k: requests[k] for k in present})
         packed, sent = buffer(down.to_all), dict[int, Tensors]()
 
         def submodels(clients: Sequence[int], shared: Tensors) -> dict[str, Array]:
@@ -123,13 +123,13 @@ class FlowerEngine:
 
         def check(k: int, message: Tensors) -> ClientUpdate:
             update = check_update(wire, plan, k, down.ids[k], message)
-            counted = traffic(sent[k], encode_request(wire, asked[k]), message)
+            counted = traffic(sent[k], encode_request(wire, requests[k]), message)
             return replace(update, traffic=counted)
 
         for result in self._exchange(TRAIN, plan, present, check, needed, set(), submodels):
             if isinstance(result, Failure):
                 # Its request may be what was wrong: the client is asked again.
-                asked.pop(result.client, None)
+                requests.pop(result.client, None)
             yield result
 
     def _exchange(
@@ -149,19 +149,19 @@ class FlowerEngine:
         """
         of_node = self.sites.by_node(clients)
         coming = self._next_cohort(plan) if kind == TRAIN else {}
-        answered, asked = set[int](), len(done) + sum(map(len, of_node.values()))
+        answered, total = set[int](), len(done) + sum(map(len, of_node.values()))
 
         def messages() -> Iterator[tuple[int, Message]]:
             for node, of_site in of_node.items():
                 metadata = self._metadata(node, plan, of_site, coming.get(node, []))
                 classes = {"classes": torch.from_numpy(self.sites.online[node].class_ids)}
-                facts = {"facts": torch.empty(len(json.dumps(metadata)), dtype=torch.uint8)}
-                buffers = more(of_site, {**classes, **facts})
+                header = {"facts": torch.empty(len(json.dumps(metadata)), dtype=torch.uint8)}
+                buffers = more(of_site, {**classes, **header})
                 content = pack(metadata, classes=buffer(classes), **buffers)
                 yield node, self.sites.message(kind, node, plan.round, content)
 
         def enough() -> bool:
-            possible = asked - len(answered - done)
+            possible = total - len(answered - done)
             return len(done) >= max(needed, self.sites.deployment.share * possible)
 
         name = "updates" if kind == TRAIN else "requests"
@@ -218,12 +218,12 @@ class FlowerEngine:
             where none could. Before the first round also the floors that all these sites have.
         """
         wire, online = replace(self.wire, backbone_down="float32"), self.sites.nodes()
-        asked = {n: site for n, site in self.sites.online.items() if n in online}
-        asked = {n: site for n, site in asked.items() if n not in self.sites.aside} or asked
+        sites = {n: site for n, site in self.sites.online.items() if n in online}
+        sites = {n: site for n, site in sites.items() if n not in self.sites.aside} or sites
         packed = buffer(encode_broadcast(wire, Broadcast(backbone_P)))
 
         def messages() -> Iterator[tuple[int, Message]]:
-            for node, site in asked.items():
+            for node, site in sites.items():
                 metadata = {**self.sites.metadata, "round": round, "stamp": site.stamp}
                 content = pack(metadata, broadcast=packed)
                 yield node, self.sites.message(EVALUATE, node, round, content)

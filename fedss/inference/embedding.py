@@ -98,7 +98,7 @@ class ImageList:
         """An image's place, for messages: "LIST, line 2: " of a CSV, of a folder nothing."""
         return f"{self.source}, line {self.lines[position]}: " if self.lines else ""
 
-    def check_there(self) -> None:
+    def check_files(self) -> None:
         """Whether each image has a file.
 
         Raises:

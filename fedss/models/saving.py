@@ -110,9 +110,9 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
     problems = [f"missing {names[n]}" for n in expected if names[n] not in state]
     problems += [f"left over {n}" for n in state if n not in names.values()]
     problems += [
-        f"{name} is {found.dtype} {list(found.shape)}, expected {t.dtype} {list(t.shape)}"
-        for name, found, t in ((names[n], state.get(names[n]), t) for n, t in expected.items())
-        if found is not None and (found.shape != t.shape or found.dtype != t.dtype)
+        f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {t.dtype} {list(t.shape)}"
+        for name, tensor, t in ((names[n], state.get(names[n]), t) for n, t in expected.items())
+        if tensor is not None and (tensor.shape != t.shape or tensor.dtype != t.dtype)
     ]
     if problems:
         raise ConfigError(f"{file} does not fit the model: {few(problems)}")
@@ -161,9 +161,9 @@ def _config_spec(file: Path, alone: bool) -> EmbedderSpec:
     config = file.with_name(_CONFIG)
     if alone and not config.exists():
         what = _what_it_is(file)
-        found = f"but it {what}" if what else "found none whose header describes a model"
+        got = f"but it {what}" if what else "found none whose header describes a model"
         raise ConfigError(
-            f"{file}: expected a safetensors file that fedss export wrote, {found}; export "
+            f"{file}: expected a safetensors file that fedss export wrote, {got}; export "
             "the run again: fedss export RUN --format safetensors"
         )
     try:
@@ -214,8 +214,8 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
 def _unreadable(path: Path, error: Exception) -> ConfigError:
     what = f"{path} is missing"
     if not isinstance(error, FileNotFoundError):
-        found = _what_it_is(path)
-        what = f"cannot read {path}: {f'it {found}' if found else error}"
+        kind = _what_it_is(path)
+        what = f"cannot read {path}: {f'it {kind}' if kind else error}"
     return ConfigError(
         f"{what}. Restore it; or, in a run folder, delete {path.parent.parent}/summary.json "
         "and start the same fedss train command again: it makes the model anew from the last "

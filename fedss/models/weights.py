@@ -65,26 +65,28 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         ) from error
     # The others are neither missing, left over, nor of the wrong kind: halved files cast them, too.
     state = {name: value for name, value in state.items() if not name.endswith(_UNUSED)}
-    found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    no_tensors = [name for name in state if name not in found]
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    no_tensors = [name for name in state if name not in tensors]
     expected = {n: t for n, t in model.state_dict().items() if not n.endswith(_UNUSED)}
     published: Any = getattr(model, "pretrained_cfg", {})
     layers = tuple(f"{layer}." for layer in _names(published.get("classifier")))
-    classifier = [name for name in found if name.startswith(layers)]
-    found = {n: tensor for n, tensor in found.items() if n not in classifier}
+    classifier = [name for name in tensors if name.startswith(layers)]
+    tensors = {n: tensor for n, tensor in tensors.items() if n not in classifier}
     # timm's conversions trip over tensors of another architecture, which are listed below.
     with suppress(Exception):
-        found = _fitted(found, model, _names(published.get("first_conv")), channels)
+        tensors = _fitted(tensors, model, _names(published.get("first_conv")), channels)
     differing = [
-        f"{n} {_kind(found[n])}, expected {_kind(t)}"
+        f"{n} {_kind(tensors[n])}, expected {_kind(t)}"
         for n, t in expected.items()
-        if n in found and _kind(found[n]) != _kind(t)
+        if n in tensors and _kind(tensors[n]) != _kind(t)
     ]
     problems = {
-        "missing": [n for n in expected if n not in found],
-        "left over": [n for n in found if n not in expected] + no_tensors,
+        "missing": [n for n in expected if n not in tensors],
+        "left over": [n for n in tensors if n not in expected] + no_tensors,
         "of another shape or kind": differing,
-        "not finite": [n for n in expected if n in found and not bool(found[n].isfinite().all())],
+        "not finite": [
+            n for n in expected if n in tensors and not bool(tensors[n].isfinite().all())
+        ],
     }
     listed = [f"{len(names)} {what} ({few(names)})" for what, names in problems.items() if names]
     if listed:
@@ -96,7 +98,7 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
         )
     with torch.no_grad():
         for name, tensor in expected.items():
-            tensor.copy_(found[name])
+            tensor.copy_(tensors[name])
 
 
 def _what_it_is(path: Path) -> str:

@@ -95,8 +95,8 @@ def _matrix(
 ) -> None:
     """Some clients, from most images to fewest, and the classes that they hold."""
     client_P, class_P, count_P = held
-    there = np.flatnonzero(images_K)
-    order = there[np.argsort(-images_K[there], kind="stable")]
+    holders = np.flatnonzero(images_K)
+    order = holders[np.argsort(-images_K[holders], kind="stable")]
     chosen = order[np.unique(np.linspace(0, len(order) - 1, _ROWS).round().astype(np.int64))]
     row_K = np.full(len(images_K), -1)
     row_K[chosen] = np.arange(len(chosen))

@@ -38,9 +38,9 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> dict[str, Any] |
     Each method is shown by its first run that stored them, on the queries that all of them share.
     """
     shown = [
-        (group.label, slot, found)
+        (group.label, slot, neighbours)
         for group, slot in zip(groups, slots, strict=True)
-        if (found := next((run.neighbours for run in group.runs if run.neighbours), None))
+        if (neighbours := next((run.neighbours for run in group.runs if run.neighbours), None))
     ]
     shared = set.intersection(*(set(n.query_index.tolist()) for _, _, n in shown)) if shown else ()
     if not shared:

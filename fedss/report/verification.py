@@ -107,9 +107,11 @@ def _figures(
         rates, thresholds = [point.tar for point in points], [point.threshold for point in points]
         figures.append((f"TAR at FAR {number(far)}", rates, thresholds))
     if known:
-        found = [run.identification for run in every if run.identification]
-        name = f"DIR at FPIR {number(found[0].fpir)}"
-        figures.append((name, [run.dir for run in found], [run.threshold for run in found]))
+        identifications = [run.identification for run in every if run.identification]
+        name = f"DIR at FPIR {number(identifications[0].fpir)}"
+        figures.append(
+            (name, [run.dir for run in identifications], [run.threshold for run in identifications])
+        )
     return figures
 
 
@@ -120,7 +122,7 @@ def _mean(values: Sequence[float], spread: bool = False) -> tuple[str, str]:
 
 def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve | None:
     """TAR over FAR: mean, lowest and highest of the runs; none with less than two points."""
-    rocs = [np.array([(point.far, point.tar) for point in found.roc]).T for found in every]
+    rocs = [np.array([(point.far, point.tar) for point in run.roc]).T for run in every]
     far = max((fars for fars, _ in rocs), key=lambda fars: float(fars[0]))
     if far[0] < _LEAST:
         far = np.array([_LEAST, *far[far > _LEAST]])
@@ -131,12 +133,12 @@ def _curve(label: str, slot: str, every: Sequence[Verification]) -> charts.Curve
 
 
 def _marks(every: Sequence[Verification], fars: Sequence[float]) -> list[RocMark]:
-    eer = float(np.mean([found.eer for found in every]))
+    eer = float(np.mean([run.eer for run in every]))
     marks = [(eer, 1 - eer, f"EER {decimals(eer)}")]
     for far in fars:
-        tar = float(np.mean([_point(found, far).tar for found in every]))
+        tar = float(np.mean([_point(run, far).tar for run in every]))
         marks.append((far, tar, decimals(tar)))
-    return [mark for mark in marks if mark[0] >= max(found.smallest_far for found in every)]
+    return [mark for mark in marks if mark[0] >= max(run.smallest_far for run in every)]
 
 
 def _confusions(paired: Sequence[tuple[Group, str]]) -> dict[str, Any] | None:
@@ -152,13 +154,14 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> dict[str, Any] | None:
     ]
     if not having:
         return None
-    group, slot, found = max(having, key=lambda of: of[0].mean("map_at_10") or 0.0)
-    if found is None or not len(found.scores):
+    group, slot, confusions = max(having, key=lambda of: of[0].mean("map_at_10") or 0.0)
+    if confusions is None or not len(confusions.scores):
         return None
     pairs = []
-    for i, names in enumerate(found.class_names.tolist()):
+    for i, names in enumerate(confusions.class_names.tolist()):
         # The query may be of either class.
-        pixels = found.pixels[i] if found.shown[i, 0] == names[0] else found.pixels[i, ::-1]
+        in_order = confusions.shown[i, 0] == names[0]
+        pixels = confusions.pixels[i] if in_order else confusions.pixels[i, ::-1]
         pairs.append(
             {
                 "thumbnails": [
@@ -167,12 +170,12 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> dict[str, Any] | None:
                 ],
                 "taken": [
                     (f"{n} of {of}", headlines.percent(n / of) if n else "")
-                    for n, of in zip(found.confused[i], found.queries[i], strict=True)
+                    for n, of in zip(confusions.confused[i], confusions.queries[i], strict=True)
                 ],
-                "score": float(found.scores[i]),
+                "score": float(confusions.scores[i]),
             }
         )
-    small = is_small(found.pixels)
+    small = is_small(confusions.pixels)
     return {"label": group.label, "slot": slot, "pairs": pairs, "small": small}
 
 

@@ -80,8 +80,8 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
 
 def newest_round(folder: Path) -> int:
     """The round of the newest checkpoint in ``folder``; 0 if there is none."""
-    found = _checkpoints(folder)
-    return _round(found[-1]) if found else 0
+    checkpoints = _checkpoints(folder)
+    return _round(checkpoints[-1]) if checkpoints else 0
 
 
 def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
@@ -92,10 +92,10 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
     Raises:
         RunFolderError: a file of the newest checkpoint is missing or damaged.
     """
-    found = _checkpoints(folder)
-    if not found:
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         return None
-    newest = found[-1]
+    newest = checkpoints[-1]
     try:
         record = json.loads((newest / _RECORD).read_bytes())
         if "rows" not in record:
@@ -112,7 +112,11 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
                     for block in _blocks(len(ids_U)):
                         table_N[ids_U[block]] = values[block]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        back_to = f"go on from {found[-2].name}" if len(found) > 1 else "start again from round 0"
+        back_to = (
+            f"go on from {checkpoints[-2].name}"
+            if len(checkpoints) > 1
+            else "start again from round 0"
+        )
         raise RunFolderError(
             f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
         ) from error

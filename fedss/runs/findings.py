@@ -21,19 +21,22 @@ from fedss.runs.fields import Share, damaged, read_file
 VERIFICATION = "verification.json"
 
 
-def write_findings(folder: Path, found: Findings) -> None:
+def write_findings(folder: Path, findings: Findings) -> None:
     """Write ``retrieval.npz``, ``confusions.npz`` and, where pairs could tell, the verification."""
-    for name, arrays in (("retrieval.npz", found.neighbours), ("confusions.npz", found.confused)):
+    for name, arrays in (
+        ("retrieval.npz", findings.neighbours),
+        ("confusions.npz", findings.confused),
+    ):
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **vars(arrays))
         write_file(folder / name, buffer.getvalue())
-    if found.verification is not None:
-        write_verification(folder, found.verification)
+    if findings.verification is not None:
+        write_verification(folder, findings.verification)
 
 
-def write_verification(folder: Path, found: Verification) -> None:
+def write_verification(folder: Path, verification: Verification) -> None:
     """Write ``verification.json``: the fields of its class, as they are."""
-    write_json(folder / VERIFICATION, asdict(found))
+    write_json(folder / VERIFICATION, asdict(verification))
 
 
 def read_verification(folder: Path) -> Verification | None:

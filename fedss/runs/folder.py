@@ -71,13 +71,13 @@ def write_run_config(
         ranks.gather(None)
         if not (folder / "config.json").exists():
             raise RunFolderError(f"{folder} is not the folder that rank 0 has made; {_SHARE}")
-    found = _read_config(folder)
-    if found is None:
+    stored = _read_config(folder)
+    if stored is None:
         write_json(folder / "config.json", content)
-    elif "methods" in found:
+    elif "methods" in stored:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
     else:
-        _check_same(folder, content, found, ("config", "data", "model"), _FREE_FIELDS)
+        _check_same(folder, content, stored, ("config", "data", "model"), _FREE_FIELDS)
     if ranks.first:
         ranks.gather(None)
 
@@ -107,13 +107,13 @@ def write_comparison_config(
         RunFolderError: the folder holds a single run, or a comparison with other settings.
     """
     content = {"config": _stored(config), "methods": methods, "seeds": seeds} | _versions()
-    found = _read_config(folder)
-    if found is not None:
-        if "methods" not in found:
+    stored = _read_config(folder)
+    if stored is not None:
+        if "methods" not in stored:
             raise RunFolderError(f"{folder} holds a single run; choose another folder to compare")
-        _check_same(folder, content, found, ("config",), (*_FREE_FIELDS, "method", "seed"))
-        content["methods"] = list(dict.fromkeys([*found["methods"], *methods]))
-        content["seeds"] = list(dict.fromkeys([*found["seeds"], *seeds]))
+        _check_same(folder, content, stored, ("config",), (*_FREE_FIELDS, "method", "seed"))
+        content["methods"] = list(dict.fromkeys([*stored["methods"], *methods]))
+        content["seeds"] = list(dict.fromkeys([*stored["seeds"], *seeds]))
     write_json(folder / "config.json", content)
 
 
@@ -148,9 +148,9 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
                 "them; put config.json back, or choose another folder"
             )
         return None
-    found = read_json(path)
+    content = read_json(path)
     parts = ("config", "data", "model")
-    known = found if isinstance(found, dict) else {}
+    known = content if isinstance(content, dict) else {}
     if "config" not in known or not all(isinstance(known.get(p, {}), dict) for p in parts):
         raise RunFolderError(
             f"{path} is damaged: expected an object with the object 'config' (and 'data' and "
@@ -162,18 +162,18 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
 def _check_same(
     folder: Path,
     content: Mapping[str, Any],
-    found: Mapping[str, Any],
+    stored: Mapping[str, Any],
     parts: tuple[str, ...],
     free: tuple[str, ...],
 ) -> None:
     # What an older version did not know had what is the default now.
     defaults = {"config": {option.name: option.default for option in OPTIONS}}
-    there = {part: {**defaults.get(part, {}), **found.get(part, {})} for part in parts}
+    before = {part: {**defaults.get(part, {}), **stored.get(part, {})} for part in parts}
     different = [
-        f"{name}: {there[part].get(name)!r} there, {value!r} now"
+        f"{name}: {before[part].get(name)!r} there, {value!r} now"
         for part in parts
         for name, value in content[part].items()
-        if name not in free and there[part].get(name) != value
+        if name not in free and before[part].get(name) != value
     ]
     if different:
         raise RunFolderError(

@@ -29,12 +29,12 @@ def kept(parts: Mapping[str, str], width: int) -> dict[str, str]:
     Where it is too narrow for all, these go, one after the other: the time left, the run's label,
     MAP@10, the time since the start, the loss. The round stays.
     """
-    there = {name: text for name, text in parts.items() if text}
+    shown = {name: text for name, text in parts.items() if text}
     for name in _DROPPED:
-        if cell_len(_GAP.join(there.values())) <= width:
+        if cell_len(_GAP.join(shown.values())) <= width:
             break
-        there.pop(name, None)
-    return there
+        shown.pop(name, None)
+    return shown
 
 
 class _Line(ProgressColumn):
@@ -81,15 +81,15 @@ def show_progress(label: str, config: Config) -> Iterator[Callable[[Record], Non
 
     def on_round(record: Record) -> None:
         nonlocal last
-        found = f"{record['metrics']['map_at_10']:.3f}" if record["metrics"] else ""
+        map_at_10 = f"{record['metrics']['map_at_10']:.3f}" if record["metrics"] else ""
         remaining, loss = str(left(record) or ""), f"{record['loss']:.3f}"
         bar.update(task, completed=record["round"], loss=loss, left=remaining)
-        if found:
-            bar.update(task, map=found)
-        if not console.is_terminal and (found or time.monotonic() - last >= _SILENCE):
+        if map_at_10:
+            bar.update(task, map=map_at_10)
+        if not console.is_terminal and (map_at_10 or time.monotonic() - last >= _SILENCE):
             last = time.monotonic()
             parts = [label, f"round {record['round']}/{config.rounds}", f"loss {loss}"]
-            parts += [found and f"MAP@10 {found}", remaining]
+            parts += [map_at_10 and f"MAP@10 {map_at_10}", remaining]
             show_progress_line(_GAP.join(filter(None, parts)), record)
 
     with bar:

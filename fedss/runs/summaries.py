@@ -118,12 +118,12 @@ def read_summaries(folder: Path) -> list[Summary]:
     path = folder / "summary.json"
     if not path.exists():
         return []
-    found = parse_json(read_bytes(path), path)
-    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        got = reprlib.repr(found)
+    entries = parse_json(read_bytes(path), path)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        got = reprlib.repr(entries)
         raise damaged(path, f"expected a list with one object per run, got {got}")
     summaries = []
-    for entry in found:
+    for entry in entries:
         summary: Summary = read_as(Summary, {**_LATER, **entry}, path)
         named, ends = summary["folder"], summary["map_at_10_interval"]
         if "\0" in named or named.encode("utf-8", "ignore").decode() != named:

@@ -78,10 +78,10 @@ def add_scalars(writer: "SummaryWriter", record: Record, failures: bool) -> None
 
 
 def add_neighbours(
-    writer: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
+    writer: "SummaryWriter", task: RetrievalTask, embedded: Embedded, seed: int, round: int
 ) -> None:
     """An image of some queries and what is nearest to them, the same queries in every round."""
-    shown = find_neighbours(task, found, seed, _QUERIES)
+    shown = find_neighbours(task, embedded, seed, _QUERIES)
     image = draw_neighbours(shown.pixels, shown.labels)
     writer.add_image("test/neighbours", image, round, dataformats="HWC")
 
@@ -126,11 +126,11 @@ def _thumbnail(pixels_CHW: np.ndarray, side: int) -> Image.Image:
 
 
 def add_projection(
-    writer: "SummaryWriter", task: RetrievalTask, found: Embedded, seed: int, round: int
+    writer: "SummaryWriter", task: RetrievalTask, embedded: Embedded, seed: int, round: int
 ) -> None:
     """Embeddings of some test classes, with names and thumbnails, for TensorBoard's projector."""
     images = task.gallery or task.query
-    query_QD, gallery_GD = found
+    query_QD, gallery_GD = embedded
     embeddings_ND = query_QD if gallery_GD is None else gallery_GD
     chosen = choose_points(images.labels, seed)
     logs = Path(writer.log_dir)

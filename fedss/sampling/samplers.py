@@ -113,7 +113,7 @@ def limit(own_P: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarra
 
 
 def check_negatives(
-    name: str, own_P: np.ndarray, num_classes: int, most: int, found: Negatives
+    name: str, own_P: np.ndarray, num_classes: int, most: int, negatives: Negatives
 ) -> Negatives:
     """The negatives themselves, if they are what a sampler may return. O(S log S).
 
@@ -121,7 +121,7 @@ def check_negatives(
         ConfigError: they are not; names the sampler, and what is wrong. (Whether q is true, nobody
             can see from one draw.)
     """
-    ids_M, q_M = (np.asarray(values) for values in found)
+    ids_M, q_M = (np.asarray(values) for values in negatives)
     faults = {
         f"ids of int64, got {ids_M.dtype}": ids_M.dtype != np.int64,
         f"as many q as ids, got {q_M.shape} and {ids_M.shape}": q_M.shape != ids_M.shape,

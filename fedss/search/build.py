@@ -76,16 +76,16 @@ def build_collection(
     """
     embedder = load(run, backbone)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
-    found = list_images(Path(images))
+    image_list = list_images(Path(images))
     with lock_folder(folder, _ADVICE):
         if store_exists(folder / ENROLLED):
             check_model(folder / ENROLLED, embedder)
-        _check_old(folder / INDEX, found, embedder)
-        _build(folder, found, embedder, skip_broken, on_progress)
+        _check_old(folder / INDEX, image_list, embedder)
+        _build(folder, image_list, embedder, skip_broken, on_progress)
         return open_with(folder, embedder)
 
 
-def _check_old(index: Path, found: ImageList, embedder: Embedder) -> None:
+def _check_old(index: Path, image_list: ImageList, embedder: Embedder) -> None:
     """Whether an index that is there is this one's predecessor; a damaged one is made anew.
 
     Raises:
@@ -98,16 +98,17 @@ def _check_old(index: Path, found: ImageList, embedder: Embedder) -> None:
         return
     check_model(index, embedder)
     # A folder that was moved has the same names of images.
-    if source != str(found.source) and not read_fingerprints(index).keys() & set(found.names):
+    moved = source != str(image_list.source)
+    if moved and not read_fingerprints(index).keys() & set(image_list.names):
         raise RunFolderError(
-            f"{index} is the index of {source}, not of {found.source}: choose another place "
+            f"{index} is the index of {source}, not of {image_list.source}: choose another place "
             "(--index), or delete it"
         )
 
 
 def _build(
     folder: Path,
-    found: ImageList,
+    image_list: ImageList,
     embedder: Embedder,
     skip_broken: bool,
     on_progress: OnProgress | None,
@@ -115,54 +116,56 @@ def _build(
     """New images go to a store of their own, from which an interrupted build goes on."""
     index, unfinished = folder / INDEX, folder / _UNFINISHED
     model = fingerprint(embedder)
-    facts: dict[str, Any] = {
-        "source": str(found.source),
-        "root": str(found.root),
-        "passed_over": found.passed_over,
-        "remarks": found.remarks,
+    metadata: dict[str, Any] = {
+        "source": str(image_list.source),
+        "root": str(image_list.root),
+        "passed_over": image_list.passed_over,
+        "remarks": image_list.remarks,
     }
     if not skip_broken:
-        found.check_there()
-    stamps = [file_fingerprint(path) for path in found.paths]
+        image_list.check_files()
+    stamps = [file_fingerprint(path) for path in image_list.paths]
 
     def places() -> dict[int, tuple[Path, int]]:
         """File and number of each image that is embedded already."""
-        there = {}
+        stored = {}
         for file in (index, unfinished):
-            held = _held(file, model, found)
-            for at, name in enumerate(found.names):
+            held = _held(file, model, image_list)
+            for at, name in enumerate(image_list.names):
                 number, stamp = held.get(name, (0, None))
                 if stamp is not None and stamp == stamps[at]:
-                    there[at] = (file, number)
-        return there
+                    stored[at] = (file, number)
+        return stored
 
     before = places()
     if not any(file == unfinished for file, _ in before.values()):
         unfinished.unlink(missing_ok=True)
-        create_store(unfinished, {"model": model, "build": "", "facts": json.dumps(facts)})
+        create_store(unfinished, {"model": model, "build": "", "facts": json.dumps(metadata)})
     todo = [at for at in range(len(stamps)) if at not in before]
-    broken = _embed(unfinished, found, stamps, todo, embedder, skip_broken, on_progress)
+    broken = _embed(unfinished, image_list, stamps, todo, embedder, skip_broken, on_progress)
     after = places()
     if not after:
-        raise DataError(f"no readable image among the {len(stamps)} of {found.source}")
-    facts |= {
-        "skipped": [found.names[at] for at in broken],
+        raise DataError(f"no readable image among the {len(stamps)} of {image_list.source}")
+    metadata |= {
+        "skipped": [image_list.names[at] for at in broken],
         "embedded": sum(file == unfinished for file, _ in after.values()),
     }
     with replacing(index) as beside:
         create_store(beside, {"model": model, "build": secrets.token_hex(8)})
         with transaction(beside, alone=True) as file:
-            write_metadata(file, {"facts": json.dumps(facts)})
-            for some in _chunks(sorted(after)):
+            write_metadata(file, {"facts": json.dumps(metadata)})
+            for chunk in _chunks(sorted(after)):
                 read = {
                     (store, number): item
                     for store in (index, unfinished)
                     for number, item in read_items(
-                        store, [after[at][1] for at in some if after[at][0] == store]
+                        store, [after[at][1] for at in chunk if after[at][0] == store]
                     )
                 }
-                for at in some:
-                    item = Item(found.names[at], found.labels[at], stamps[at], *read[after[at]])
+                for at in chunk:
+                    item = Item(
+                        image_list.names[at], image_list.labels[at], stamps[at], *read[after[at]]
+                    )
                     add_items(file, [item])
         with beside.open("rb+") as whole:
             os.fsync(whole.fileno())
@@ -171,7 +174,7 @@ def _build(
 
 def _embed(
     unfinished: Path,
-    found: ImageList,
+    image_list: ImageList,
     stamps: Sequence[Stamp | None],
     todo: Sequence[int],
     embedder: Embedder,
@@ -179,16 +182,16 @@ def _embed(
     on_progress: OnProgress | None,
 ) -> list[int]:
     """Add images to a store, some at a time; those that cannot be read."""
-    paths, total = found.paths, len(stamps)
+    paths, total = image_list.paths, len(stamps)
     unreadable: list[int] = []
     with _progress(on_progress) as done:
         count = total - len(todo)
         done(count, total)
-        for some in _chunks(todo):
+        for chunk in _chunks(todo):
             broken: dict[int, str] | None = {} if skip_broken else None
             blocks = read_images(
                 embedder,
-                [paths[at] for at in some],
+                [paths[at] for at in chunk],
                 thumbnails=True,
                 broken=broken,
                 advice=LEAVE_OUT,
@@ -196,15 +199,15 @@ def _embed(
             items = []
             for block in blocks:
                 for one in block:
-                    at = some[one.position]
+                    at = chunk[one.position]
                     items.append(
-                        Item(found.names[at], None, stamps[at], one.vector_D, one.thumbnail)
+                        Item(image_list.names[at], None, stamps[at], one.vector_D, one.thumbnail)
                     )
                 done(count + len(items), total)
             with transaction(unfinished) as file:
                 add_items(file, items)
-            unreadable += [some[position] for position in sorted(broken or {})]
-            count += len(some)
+            unreadable += [chunk[position] for position in sorted(broken or {})]
+            count += len(chunk)
             done(count, total)
     return unreadable
 
@@ -214,11 +217,11 @@ def _chunks(positions: Sequence[int]) -> Iterator[Sequence[int]]:
         yield positions[start : start + _CHUNK]
 
 
-def _held(file: Path, model: str, found: ImageList) -> dict[str, tuple[int, Stamp | None]]:
+def _held(file: Path, model: str, image_list: ImageList) -> dict[str, tuple[int, Stamp | None]]:
     """What an earlier index of the same images holds: number and stamp by name."""
     try:
         about = read_metadata(file)
-        same_place = json.loads(about["facts"])["source"] == str(found.source)
+        same_place = json.loads(about["facts"])["source"] == str(image_list.source)
         return read_fingerprints(file) if same_place and about["model"] == model else {}
     except (RunFolderError, KeyError, TypeError, ValueError):
         return {}  # Whatever is wrong with it, the index is now made anew.

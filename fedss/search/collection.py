@@ -113,7 +113,7 @@ class Collection:
 
     def images_of(self, label: str) -> list[int]:
         """Positions of a class's images."""
-        return [position for position, found in enumerate(self.labels) if found == label]
+        return [position for position, other in enumerate(self.labels) if other == label]
 
     def path(self, position: int) -> Path | None:
         """The file of an image; None for an enrolled one, of which the index alone knows."""
@@ -170,14 +170,14 @@ class Collection:
             return [[] for _ in query_QD]
         gallery_DN = self.vectors_ND.numpy().T
         rows = max(1, _BLOCK_BYTES // (4 * len(self)))
-        found = []
+        matches = []
         for block_BD in torch.split(query_QD, rows) if len(query_QD) else ():
             scores_BN = unit_rows(block_BD, "query").numpy() @ gallery_DN
-            found += [
+            matches += [
                 self._first(query_D, scores_N, k)
                 for query_D, scores_N in zip(block_BD, scores_BN, strict=True)
             ]
-        return found
+        return matches
 
     def _first(self, query_D: Tensor, scores_N: np.ndarray, k: int) -> list[Match]:
         # A sum of D products of rows of length 1 in float32, in any order, is off by D 2^-24 at
@@ -187,8 +187,8 @@ class Collection:
         least = float(torch.from_numpy(scores_N).topk(k).values[-1])
         places = np.flatnonzero(scores_N >= least - 2 * doubt)
         scores_1K, index_1K = nearest(query_D[None], self.vectors_ND[torch.from_numpy(places)], k)
-        found = zip(places[index_1K[0].numpy()].tolist(), scores_1K[0].tolist(), strict=True)
-        return [Match(at, self.names[at], self.labels[at], score) for at, score in found]
+        pairs = zip(places[index_1K[0].numpy()].tolist(), scores_1K[0].tolist(), strict=True)
+        return [Match(at, self.names[at], self.labels[at], score) for at, score in pairs]
 
 
 def checked_queries(query_QD: Tensor, size: int) -> Tensor:
@@ -235,21 +235,21 @@ def open_with(folder: Path, embedder: Embedder) -> Collection:
     store = _read(folder / INDEX, embedder)
     enrolled = _read(folder / ENROLLED, embedder) if store_exists(folder / ENROLLED) else None
     try:
-        facts = json.loads(store.metadata["facts"])
+        metadata = json.loads(store.metadata["facts"])
         both = [store] if enrolled is None else [store, enrolled]
         return Collection(
             folder=folder,
-            source=Path(facts["source"]),
-            root=Path(facts["root"]),
+            source=Path(metadata["source"]),
+            root=Path(metadata["root"]),
             embedder=embedder,
             names=tuple(name for part in both for name in part.names),
             labels=tuple(label for part in both for label in part.labels),
             vectors_ND=torch.from_numpy(np.concatenate([part.vectors_ND for part in both])),
             indexed=len(store.names),
-            skipped=tuple(facts["skipped"]),
-            passed_over=facts.get("passed_over", {}),
-            remarks=tuple(facts.get("remarks", ())),
-            embedded=facts["embedded"],
+            skipped=tuple(metadata["skipped"]),
+            passed_over=metadata.get("passed_over", {}),
+            remarks=tuple(metadata.get("remarks", ())),
+            embedded=metadata["embedded"],
             _builds=(store.metadata["build"], enrolled.metadata["build"] if enrolled else ""),
             _ids=tuple(number for part in both for number in part.ids),
         )
@@ -268,11 +268,11 @@ def check_model(path: Path, embedder: Embedder) -> None:
     Raises:
         RunFolderError: they are another's, or the file is missing or damaged.
     """
-    there, here = read_metadata(path).get("model", ""), fingerprint(embedder)
-    if there != here:
+    made_with, current = read_metadata(path).get("model", ""), fingerprint(embedder)
+    if made_with != current:
         what = "enrol its classes again" if path.name == ENROLLED else "run fedss index again"
         raise RunFolderError(
-            f"{path} was made with another model (fingerprint {there[:12]}, this one has "
-            f"{here[:12]}), and vectors of two models cannot be compared: use the run that made "
+            f"{path} was made with another model (fingerprint {made_with[:12]}, this one has "
+            f"{current[:12]}), and vectors of two models cannot be compared: use the run that made "
             f"it, or delete {path.name} and {what}"
         )

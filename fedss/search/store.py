@@ -173,15 +173,15 @@ def read_items(path: Path, ids: Sequence[int]) -> list[tuple[int, tuple[np.ndarr
     if not ids:
         return []
     with _opened(path) as file:
-        found = []
+        items = []
         for number in ids:
             row = file.execute(
                 "SELECT vector, jpeg FROM images JOIN thumbnails USING (id) WHERE id = ?", (number,)
             ).fetchone()
             if row is None:
                 raise damaged_store(path, f"image {number} is missing")
-            found.append((number, (np.frombuffer(row[0], "<f4"), row[1])))
-        return found
+            items.append((number, (np.frombuffer(row[0], "<f4"), row[1])))
+        return items
 
 
 def read_thumbnail(path: Path, number: int, build: str) -> bytes | None:

@@ -113,7 +113,7 @@ def train(
         # Absolute: whoever is called in between may change the working directory.
         folder = Path(out).absolute()
         label = f"{config.method} seed {config.seed}"
-        return _train_here(config, folder, label, data, own, on_round, ranks, {})
+        return _train_joined(config, folder, label, data, own, on_round, ranks, {})
 
 
 def _check(config: Config, data: Dataset, own: OwnParts) -> None:
@@ -125,7 +125,7 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
         check_objective(config, own.objective)
 
 
-def _train_here(
+def _train_joined(
     config: Config,
     folder: Path,
     label: str,
@@ -277,7 +277,7 @@ def compare(
             for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
-                done = _train_here(run, folder / name, title, data, own, on_round, ranks, known)
+                done = _train_joined(run, folder / name, title, data, own, on_round, ranks, known)
                 summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
                 folders = {summary["folder"] for summary in summaries}

@@ -179,9 +179,9 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
     payload = plan.method.payload(torch.eye(dim + 1).double()) if plan.method.payload else {}
-    dealt, asked = None, ids_S
+    dealt, requested = None, ids_S
     if plan.sampler.drawn_by == "server":
-        asked = ids_S[: len(own_P)]
+        requested = ids_S[: len(own_P)]
         # Dummies: one q for all, or one each.
         log_q_S = -ids_S.float() if plan.sampler.q_each else -torch.ones(count)
         dealt = ClassSample(ids_S, log_q_S, ids_S < len(own_P))
@@ -191,4 +191,4 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
     }
     update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0)
     up = encode_update(wire, update, generator(0, "costs"))
-    return {**traffic(down, encode_request(wire, asked), up), "class_rows": count}
+    return {**traffic(down, encode_request(wire, requested), up), "class_rows": count}

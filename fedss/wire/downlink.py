@@ -51,35 +51,38 @@ def answer_requests(
     optimizer: ServerOptimizer,
     state: ServerState,
     plan: RoundPlan,
-    asked: Mapping[int, Tensor],
-    here: Collection[int] | None = None,
+    requested: Mapping[int, Tensor],
+    clients: Collection[int] | None = None,
 ) -> Downlink:
     """Line 2, at the server: submodels for a cohort. O(sum of S D + P), whatever n is.
 
-    ``asked`` has the ids, int64 and sorted, that each client of the cohort asks for, in its order;
-    of these clients those that are ``here`` are answered, by default all.
+    ``requested`` has the ids, int64 and sorted, that each client asks for, in the cohort's order.
+    Only ``clients`` of these are answered; None: all.
     """
     dealt: dict[int, ClassSample] = {}
     if plan.sampler.drawn_by == "server":
-        samples = deal_classes(plan, state, [ids.numpy() for ids in asked.values()])
-        dealt = dict(zip(asked, samples, strict=True))
-    ids = {k: dealt[k].ids_S if dealt else asked[k] for k in (asked if here is None else here)}
+        samples = deal_classes(plan, state, [ids.numpy() for ids in requested.values()])
+        dealt = dict(zip(requested, samples, strict=True))
+    ids = {
+        k: dealt[k].ids_S if dealt else requested[k]
+        for k in (requested if clients is None else clients)
+    }
     ids_U = union([*ids.values()])
     to_all = encode_broadcast(wire, broadcast(state, plan))
     return Downlink(wire, to_all, ids, dealt, ids_U, select(optimizer, state, ids_U))
 
 
 def receive(
-    wire: WireFormat, asked: ClassRequest, sent: Broadcast, answer: Message
+    wire: WireFormat, request: ClassRequest, sent: Broadcast, answer: Message
 ) -> tuple[Submodel, ClassSample]:
     """Line 2, at the client: its submodel and class sample.
 
     Raises:
         ValueError: there are rows of other classes than were asked for.
     """
-    sample = asked.sample
+    sample = request.sample
     if sample is None:
-        sample = decode_dealt(wire, answer, asked.own_P)
+        sample = decode_dealt(wire, answer, request.own_P)
     elif not torch.equal(sample.ids_S, decode_request(wire, answer)):
         raise ValueError("the server sent rows of other classes than were asked for")
     return Submodel(sent, sample.ids_S, decode_answer(wire, answer)), sample

@@ -38,7 +38,7 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
     """
     wanted = {key: (name, f"cifar-100-binary/{name}") for key, name in _FILES.items()}
     try:
-        found = find("CIFAR-100's binary version", root, wanted)
+        paths = find("CIFAR-100's binary version", root, wanted)
     except DataError as error:
         if (root / "cifar-100-python").is_dir() or (root / "meta").is_file():
             raise DataError(
@@ -47,9 +47,9 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
             ) from error
         raise
     class_names = [
-        name for _, (name,) in read_lines(found["names"], "a class's name", r"([\w -]+)")
+        name for _, (name,) in read_lines(paths["names"], "a class's name", r"([\w -]+)")
     ]
-    files = {part: found[part] for part in ("train", "test")}
+    files = {part: paths[part] for part in ("train", "test")}
     records = {part: _records(path, len(class_names)) for part, path in files.items()}
     rows = [
         ListedImage(NOBODY, class_names[label], f"{part}.bin/{position:05}", None, 0)
@@ -57,7 +57,7 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
         for position, label in enumerate(of_part[:, 1].tolist())
     ]
     counts = {"": Counts(60_000, 100)}
-    listing = published_listing(found, root, rows, counts)
+    listing = published_listing(paths, root, rows, counts)
     splits, unpaired = arrange(listing, options.test_classes, options.seed, at_site=options.at_site)
     stamp = stamp_files([str(path) for path in files.values()])
     side, channels = options.image_size, options.channels or _CHANNELS

@@ -34,9 +34,9 @@ def read_celeba(root: Path) -> Listing:
     """
     lists = ("identity_CelebA.txt", "Anno/identity_CelebA.txt")
     folders = ("img_align_celeba/", "Img/img_align_celeba/")
-    found = find("CelebA", root, {"list": lists, "images": folders})
-    rows, folder = [], found["images"].relative_to(root).as_posix()
-    lines = read_lines(found["list"], "000001.jpg 2880", r"([\w-]+\.(?:jpg|png))\s+(\d+)")
+    paths = find("CelebA", root, {"list": lists, "images": folders})
+    rows, folder = [], paths["images"].relative_to(root).as_posix()
+    lines = read_lines(paths["list"], "000001.jpg 2880", r"([\w-]+\.(?:jpg|png))\s+(\d+)")
     for line, (file, person) in lines:
         person = sys.intern(person)
         rows.append(ListedImage(person, person, f"{folder}/{file}", None, line))
@@ -47,7 +47,7 @@ def read_celeba(root: Path) -> Listing:
             f"left out, as in LEAF, celebrities with fewer than {_FEWEST} images: {few:,}, with "
             f"{len(rows) - len(kept):,} images"
         )
-    return published_listing(found, root, kept, _CELEBA_COUNTS, remarks)
+    return published_listing(paths, root, kept, _CELEBA_COUNTS, remarks)
 
 
 def read_lfw(root: Path) -> Listing:
@@ -64,10 +64,10 @@ def read_lfw(root: Path) -> Listing:
     """
     lists = {split: (name, f"view1/{name}") for split, name in _LFW_LISTS.items()}
     folders = ("lfw/", "lfw_funneled/", "lfw-deepfunneled/")
-    found = find("Labeled Faces in the Wild", root, {**lists, "images": folders})
-    rows, folder = [], found["images"].name
+    paths = find("Labeled Faces in the Wild", root, {**lists, "images": folders})
+    rows, folder = [], paths["images"].name
     for split in _LFW_LISTS:
-        path = found[split]
+        path = paths[split]
         lines = read_lines(path, "Aaron_Eckhart\t1", r"([^\s/]+)(?:\s+([1-9]\d{0,3}))?")
         _, (people, more) = next(lines, (1, ("nothing", None)))
         if more is not None or not people.isdigit():
@@ -86,4 +86,4 @@ def read_lfw(root: Path) -> Listing:
             for number in range(1, int(count) + 1):
                 name = f"{folder}/{person}/{person}_{number:04}.jpg"
                 rows.append(ListedImage(person, person, name, split, line))
-    return published_listing(found, root, rows, _LFW_COUNTS)
+    return published_listing(paths, root, rows, _LFW_COUNTS)

@@ -36,7 +36,7 @@ def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[st
     if not root.is_dir():
         what = "a file: unpack the archive" if root.exists() else "nothing there"
         raise DataError(f"{where}; got {what} (docs/datasets.md says where to get what)")
-    found, missing = {}, []
+    paths, missing = {}, []
     for key, places in wanted.items():
         present = [
             place
@@ -49,17 +49,17 @@ def find(title: str, root: Path, wanted: Mapping[str, Sequence[str]]) -> dict[st
                 "one of them; remove or rename the other"
             )
         if present:
-            found[key] = root / present[0]
+            paths[key] = root / present[0]
         else:
             missing.append(" or ".join(places))
     if missing:
         names = sorted(os.listdir(root))
         seen = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "nothing"
         what = f"missing: {'; '.join(missing)}; found: {seen}"
-        if not found:
+        if not paths:
             what = f"found none of these, but {seen}"
         raise DataError(f"{where}; {what} (docs/datasets.md says where to get what)")
-    return found
+    return paths
 
 
 def read_lines(path: Path, form: str, pattern: str) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -91,7 +91,7 @@ def read_lines(path: Path, form: str, pattern: str) -> Iterator[tuple[int, tuple
 
 
 def published_listing(
-    found: Mapping[str, Path],
+    paths: Mapping[str, Path],
     root: Path,
     rows: Sequence[ListedImage],
     counts: Mapping[str, Counts],
@@ -99,7 +99,7 @@ def published_listing(
 ) -> Listing:
     """A listing of files that others have made, with remarks on what is not as published.
 
-    ``found``, from ``find``, has the file that lists each split; the first is the listing's source.
+    ``paths``, from ``find``, has the file that lists each split; the first is the listing's source.
     ``counts`` has what was published of each split; the split "" is all images.
     """
     said = list(remarks)
@@ -124,5 +124,5 @@ def published_listing(
             f"images listed both for training and for testing: {len(leaked):,}, the first is "
             f"{next(iter(leaked))}; figures of the test are better than on images never seen"
         )
-    source = next(iter(found.values()))
-    return Listing(source, os.path.abspath(root), rows, found, True, tuple(said))
+    source = next(iter(paths.values()))
+    return Listing(source, os.path.abspath(root), rows, paths, True, tuple(said))

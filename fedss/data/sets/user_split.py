@@ -52,14 +52,14 @@ def read_gld23k(root: Path) -> Listing:
 def _read_landmarks(
     title: str, root: Path, wanted: Mapping[str, Sequence[str]], counts: Counts
 ) -> Listing:
-    found = find(title, root, {**wanted, "images": ("train/", "images/")})
-    folder = found["images"].name
+    paths = find(title, root, {**wanted, "images": ("train/", "images/")})
+    folder = paths["images"].name
 
     def name(image: str) -> str:
         below = f"{image[0]}/{image[1]}/{image[2]}/" if folder == "train" else ""
         return f"{folder}/{below}{image}.jpg"
 
-    return _read_lists(root, found, name, {"train": counts}, shortest=3)
+    return _read_lists(root, paths, name, {"train": counts}, shortest=3)
 
 
 def read_inaturalist(root: Path) -> Listing:
@@ -74,15 +74,15 @@ def read_inaturalist(root: Path) -> Listing:
     """
     lists = {"train": "federated_train_user_120k.csv", "test": "test.csv"}
     wanted = {split: (name, f"inaturalist-user-120k/{name}") for split, name in lists.items()}
-    found = find("iNaturalist-User-120k", root, {**wanted, "images": (f"{_INATURALIST}/",)})
-    places = _places_by_id(found["images"])
+    paths = find("iNaturalist-User-120k", root, {**wanted, "images": (f"{_INATURALIST}/",)})
+    places = _places_by_id(paths["images"])
 
     def name(image: str) -> str:
         # A name that no file has stands for one that is missing.
         return f"{_INATURALIST}/{places.get(image, f'*/*/{image}.jpg')}"
 
     counts = {"train": Counts(120_300, 1_203, 9_275), "test": Counts(35_641)}
-    return _read_lists(root, found, name, counts)
+    return _read_lists(root, paths, name, counts)
 
 
 def _places_by_id(folder: Path) -> dict[str, str]:
@@ -103,7 +103,7 @@ def _places_by_id(folder: Path) -> dict[str, str]:
 
 def _read_lists(
     root: Path,
-    found: Mapping[str, Path],
+    paths: Mapping[str, Path],
     name: Callable[[str], str],
     counts: Mapping[str, Counts],
     shortest: int = 1,
@@ -115,7 +115,7 @@ def _read_lists(
         ("train", ("image_id", "class", "user_id")),
         ("test", ("image_id", "class")),
     ):
-        path = found[split]
+        path = paths[split]
         for line, (image, label, *user) in read_table(path, columns).rows:
             if not well_formed(image):
                 raise DataError(
@@ -124,4 +124,4 @@ def _read_lists(
                 )
             client, label = sys.intern(user[0] if user else NOBODY), sys.intern(label)
             rows.append(ListedImage(client, label, name(image), split, line))
-    return published_listing(found, root, rows, counts)
+    return published_listing(paths, root, rows, counts)

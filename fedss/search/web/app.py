@@ -58,7 +58,7 @@ T = TypeVar("T")
 _PER_PAGE = 60
 _SAMPLE = 24
 _MOST_NEIGHBOURS = 200
-_HERE = Path(__file__).parent / "static"
+_STATIC = Path(__file__).parent / "static"
 
 
 def serve(
@@ -117,7 +117,7 @@ def make_app(
         return JSONResponse(await run_in_threadpool(site.enrol, name, images, names))
 
     def file(name: str, request: Request) -> Response:
-        return FileResponse(_HERE / name)
+        return FileResponse(_STATIC / name)
 
     def thumbnail(request: Request) -> Response:
         return Response(site.thumbnail(request.path_params["position"]), media_type="image/jpeg")
@@ -183,101 +183,102 @@ class _Site:
 
     def about(self, request: Request) -> dict[str, Any]:
         measured = self._limits.measured
-        with self._current() as there:
+        with self._current() as collection:
+            note = "" if measured is None else measured.worth(len(collection.classes))
             return {
                 "title": self._title,
-                "pictures": len(there),
-                "classes": len(there.classes),
-                "unlabelled": sum(label is None for label in there.labels),
+                "pictures": len(collection),
+                "classes": len(collection.classes),
+                "unlabelled": sum(label is None for label in collection.labels),
                 "limit_bytes": self._limits.picture_bytes,
                 "most_pictures": MOST_IMAGES,
                 "longest_name": LONGEST_NAME,
-                "threshold_note": "" if measured is None else measured.worth(len(there.classes)),
+                "threshold_note": note,
             }
 
     def sample(self, request: Request) -> dict[str, Any]:
-        with self._current() as there:
-            count = min(_SAMPLE, len(there))
-            some = [self._image(there, i * len(there) // count) for i in range(count)]
-            return {"pictures": some}
+        with self._current() as collection:
+            count = min(_SAMPLE, len(collection))
+            images = [self._image(collection, i * len(collection) // count) for i in range(count)]
+            return {"pictures": images}
 
     def thumbnail(self, position: int) -> bytes:
-        with self._current() as there:
-            return there.thumbnail(self._checked(there, position))
+        with self._current() as collection:
+            return collection.thumbnail(self._checked(collection, position))
 
     def neighbours(self, request: Request) -> dict[str, Any]:
         count = _number(request, "count", 24, _MOST_NEIGHBOURS)
-        with self._current() as there:
-            position = self._checked(there, request.path_params["position"])
-            (found,) = there.search(there.vectors_ND[position][None], count + 1)
-            others = [match for match in found if match.position != position][:count]
+        with self._current() as collection:
+            position = self._checked(collection, request.path_params["position"])
+            (matches,) = collection.search(collection.vectors_ND[position][None], count + 1)
+            others = [match for match in matches if match.position != position][:count]
             return {
-                "query": self._image(there, position),
-                "neighbours": [self._match(there, match) for match in others],
+                "query": self._image(collection, position),
+                "neighbours": [self._match(collection, match) for match in others],
                 "identity": None,
             }
 
     def search(self, query: Read, count: int) -> dict[str, Any]:
         query_1D, threshold = torch.from_numpy(query.vector_D)[None], self._limits.threshold
-        with self._current() as there:
-            (found,) = there.search(query_1D, count)
+        with self._current() as collection:
+            (matches,) = collection.search(query_1D, count)
             identity = None
-            if there.classes:
-                (who,) = identify(there, query_1D, -1.0 if threshold is None else threshold)
+            if collection.classes:
+                (who,) = identify(collection, query_1D, -1.0 if threshold is None else threshold)
                 identity = {
                     "label": None if who.label is None else _shown(who.label),
                     "nearest": _shown(who.nearest),
                     "score": who.score,
                     "threshold": threshold,
                 }
-            neighbours = [self._match(there, match) for match in found]
+            neighbours = [self._match(collection, match) for match in matches]
             return {"neighbours": neighbours, "identity": identity}
 
     def classes(self, request: Request) -> dict[str, Any]:
         wanted = _folded(request.query_params.get("contains", ""))
-        with self._current() as there:
+        with self._current() as collection:
             labels = [label for text, label in self._labels.items() if wanted in _folded(text)]
-            some, place = _page(request, labels)
+            page, place = _page(request, labels)
             return {
                 "total": len(self._labels),
                 "matching": len(labels),
-                "classes": [self._class(there, label) for label in some],
+                "classes": [self._class(collection, label) for label in page],
                 **place,
             }
 
     def images(self, request: Request) -> dict[str, Any]:
-        with self._current() as there:
+        with self._current() as collection:
             label = self._label(request.query_params.get("class", ""))
-            some, place = _page(request, there.images_of(label))
-            images = [self._image(there, position) for position in some]
-            return {**self._class(there, label), "pictures": images, **place}
+            page, place = _page(request, collection.images_of(label))
+            images = [self._image(collection, position) for position in page]
+            return {**self._class(collection, label), "pictures": images, **place}
 
     def enrolled(self, request: Request) -> dict[str, Any]:
-        with self._current() as there:
+        with self._current() as collection:
             classes = [
-                {**self._class(there, label), "count": there.enrolled[label]}
-                for label in sorted(there.enrolled, key=_natural)
+                {**self._class(collection, label), "count": collection.enrolled[label]}
+                for label in sorted(collection.enrolled, key=_natural)
             ]
             return {"classes": classes}
 
     def enrol(self, name: str, images: Sequence[Read], names: Sequence[str]) -> dict[str, Any]:
-        with self._current() as there:
+        with self._current() as collection:
             label = self._labels.get(name, name)
-            now = keep(there, label, images, names)
+            now = keep(collection, label, images, names)
             self._show(now)
             # The last one of the class: its first images may lie in the index.
             position = max(now.images_of(label))
             return {"name": _shown(label), "count": len(images), "position": position}
 
     def remove(self, request: Request) -> dict[str, Any]:
-        with self._current() as there:
+        with self._current() as collection:
             name = request.query_params.get("name", "")
-            self._show(remove(there, self._labels.get(name, name)))
+            self._show(remove(collection, self._labels.get(name, name)))
             return {"removed": name}
 
-    def _checked(self, there: Collection, position: int) -> int:
-        if position >= len(there):
-            raise HTTPException(404, f"no image {position}: there are {len(there)}, from 0 on")
+    def _checked(self, collection: Collection, position: int) -> int:
+        if position >= len(collection):
+            raise HTTPException(404, f"no image {position}: there are {len(collection)}, from 0 on")
         return position
 
     def _label(self, name: str) -> str:
@@ -285,23 +286,23 @@ class _Site:
             raise HTTPException(404, f"no class {name!r} in this collection")
         return self._labels[name]
 
-    def _image(self, there: Collection, position: int) -> dict[str, Any]:
-        label = there.labels[position]
+    def _image(self, collection: Collection, position: int) -> dict[str, Any]:
+        label = collection.labels[position]
         return {
             "position": position,
-            "name": _shown(there.names[position]),
+            "name": _shown(collection.names[position]),
             "label": None if label is None else _shown(label),
-            "enrolled": position >= there.indexed,
+            "enrolled": position >= collection.indexed,
         }
 
-    def _match(self, there: Collection, match: Match) -> dict[str, Any]:
-        return {**self._image(there, match.position), "score": match.score}
+    def _match(self, collection: Collection, match: Match) -> dict[str, Any]:
+        return {**self._image(collection, match.position), "score": match.score}
 
-    def _class(self, there: Collection, label: str) -> dict[str, Any]:
+    def _class(self, collection: Collection, label: str) -> dict[str, Any]:
         return {
             "name": _shown(label),
-            "count": there.classes[label],
-            "enrolled": label in there.enrolled,
+            "count": collection.classes[label],
+            "enrolled": label in collection.enrolled,
             "position": self._firsts[label],
         }
 

@@ -12,16 +12,16 @@ from fedss.text import printable
 
 
 def neighbours_page(
-    collection: Collection, queries: Sequence[str | Path], found: Sequence[Sequence[Match]]
+    collection: Collection, queries: Sequence[str | Path], matches: Sequence[Sequence[Match]]
 ) -> str:
-    """A page that refers to nothing outside itself; ``found``: the matches of each query."""
+    """A page that refers to nothing outside itself; ``matches``: the matches of each query."""
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters |= {"printable": printable, "inline": _inline}
     page = (Path(__file__).parent / "static/neighbours.html").read_text(encoding="utf-8")
     return environment.from_string(page).render(
         source=str(collection.source),
         queries=[
-            (str(query), thumbnail(query), m) for query, m in zip(queries, found, strict=True)
+            (str(query), thumbnail(query), m) for query, m in zip(queries, matches, strict=True)
         ],
         thumbnail=collection.thumbnail,
     )
