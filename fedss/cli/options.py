@@ -56,15 +56,16 @@ def setting(name: str, default: float, help: str) -> Adds:
     return argument(name, _METAVARS[kind], text, type=kind, default=default)
 
 
-RUN = argument("folder", "RUN", "a run folder")
-OUT = argument("--out", "DIR", "folder for the results; holds one experiment", required=True)
-INDEX = argument("--index", "DIR", "the index's folder (default: RUN/index)")
-JSON = flag("--json", "print JSON, for scripts")
-SKIP_BROKEN = flag("--skip-broken", "leave out unreadable images, and count them")
+RUN = argument("folder", "RUN", "run folder of the trained model")
+OUT = argument("--out", "DIR", "folder for the results, one experiment per folder", required=True)
+INDEX = argument("--index", "DIR", "folder of the index (default: RUN/index)")
+JSON = flag("--json", "print the result as JSON")
+SKIP_BROKEN = flag("--skip-broken", "leave out images that cannot be read, and say how many")
 THRESHOLD = argument(
     "--threshold",
     "NUMBER",
-    "least cosine that names a class; below it, unknown (default: of RUN/verification.json)",
+    "lowest cosine at which a class is named; below it the image is unknown "
+    "(default: measured by fedss evaluate, in RUN/verification.json)",
     type=float,
 )
 
@@ -80,7 +81,7 @@ def config_options(
             parser.add_argument(
                 "--config",
                 metavar="FILE",
-                help="start from the config.json of a run; other options override it",
+                help="take settings from a run's config.json; options given here override them",
             )
         sections: dict[str, Any] = {}
         for option in OPTIONS:

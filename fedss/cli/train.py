@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @command("[OPTIONS] --out DIR", config_options(), OUT)
 def train(options: argparse.Namespace) -> None:
-    """Train one model, or go on with an interrupted run."""
+    """Train one model, or resume an interrupted run."""
     from fedss.data import seen_classes
     from fedss.training.experiment import load_together, train
 
@@ -47,16 +47,16 @@ def train(options: argparse.Namespace) -> None:
     argument(
         "--methods",
         "METHOD",
-        "methods to compare, or variants such as fedss:sampler=uniform,rows_up=int8 "
+        "methods to compare; fedss:sampler=uniform,rows_up=int8 is a variant with other options "
         "(default: full fedss fedss-uncorrected pos-only)",
         nargs="+",
     ),
-    argument("--seeds", "INT", "seeds of each method (default: 0)", nargs="+", type=int),
+    argument("--seeds", "INT", "seeds to train each method with (default: 0)", nargs="+", type=int),
     config_options(without=("method", "seed")),
     OUT,
 )
 def compare(options: argparse.Namespace) -> None:
-    """Train several methods with several seeds, and report on them."""
+    """Train several methods, each with several seeds, and compare them in a report."""
     from fedss.data import seen_classes
     from fedss.training.experiment import compare, load_together
 
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace) -> None:
 
 @command(
     "[OPTIONS]",
-    argument("--plot", "FILE.png", "draw who holds what: images, classes, clients"),
+    argument("--plot", "FILE.png", "draw how images and classes are spread over the clients"),
     config_options(),
 )
 def info(options: argparse.Namespace) -> None:
@@ -123,12 +123,12 @@ def info(options: argparse.Namespace) -> None:
 
 @command(
     "DIR --out PATH [OPTIONS]",
-    argument("folder", "DIR", "the app folder; gets a pyproject.toml"),
+    argument("folder", "DIR", "app folder to write; it gets a pyproject.toml"),
     deployment_options,
     config_options(),
 )
 def app(options: argparse.Namespace) -> None:
-    """Write the app folder of a real federation, to submit with flwr run."""
+    """Write the app folder of a real federation, which flwr run submits."""
     names = {item.name for item in DEPLOYMENT_FIELDS}
     chosen = {name: value for name, value in vars(options).items() if name in names}
     # Images at sites are photographs, as far as one can tell; and what a round costs there is not

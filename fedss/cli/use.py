@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     argument(
         "--far",
         "NUMBER",
-        "false-accept rates to give the TAR at (default: 0.1 0.01 0.001 0.0001)",
+        "false-accept rates at which to give the true-accept rate (default: 0.1 0.01 0.001 0.0001)",
         nargs="+",
         type=float,
     ),
-    flag("--json", "print all figures, and the ROC, as JSON"),
+    flag("--json", "print all results, with the ROC curve, as JSON"),
     config_options(groups=("data",), stored=False),
 )
 def evaluate(options: argparse.Namespace) -> None:
@@ -144,8 +144,13 @@ def _keep_measured(run: Path, measured: "Verification", writes: bool) -> None:
 @command(
     "RUN IMAGES --out FILE",
     RUN,
-    argument("images", "IMAGES", "a folder, or a CSV with 'image'"),
-    argument("--out", "FILE", "FILE.npy (and FILE.names.json) or FILE.parquet", required=True),
+    argument("images", "IMAGES", "folder of images, or CSV file with the column 'image'"),
+    argument(
+        "--out",
+        "FILE",
+        "file to write: FILE.npy (the names go to FILE.names.json) or FILE.parquet",
+        required=True,
+    ),
     SKIP_BROKEN,
 )
 def embed(options: argparse.Namespace) -> None:
@@ -169,8 +174,8 @@ def embed(options: argparse.Namespace) -> None:
 @command(
     "RUN --format FORMAT [--out DIR]",
     RUN,
-    argument("--format", "FORMAT", "onnx, safetensors or torch-export", required=True),
-    argument("--out", "DIR", "folder for it and its model card (default: RUN/export)"),
+    argument("--format", "FORMAT", "file format: onnx, safetensors or torch-export", required=True),
+    argument("--out", "DIR", "folder for the file and its model card (default: RUN/export)"),
 )
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a file for other programs."""
@@ -183,12 +188,16 @@ def export(options: argparse.Namespace) -> None:
 @command(
     "RUN IMAGES [OPTIONS]",
     RUN,
-    argument("images", "IMAGES", "a folder, or a CSV with 'image', maybe 'label'"),
+    argument(
+        "images",
+        "IMAGES",
+        "folder of images, or CSV file with the column 'image' and, optionally, 'label'",
+    ),
     INDEX,
     SKIP_BROKEN,
 )
 def index(options: argparse.Namespace) -> None:
-    """Make images searchable, or bring their index up to date."""
+    """Build an index to search images with, or bring it up to date."""
     from fedss.data.names import look_alikes
     from fedss.search import build_collection
 
@@ -217,14 +226,14 @@ def _index_folder(options: argparse.Namespace) -> Path:
 @command(
     "RUN IMAGE ... [OPTIONS]",
     RUN,
-    argument("images", "IMAGE", "what to look for", nargs="+"),
+    argument("images", "IMAGE", "image to search with", nargs="+"),
     INDEX,
-    setting("--count", 10, "how many to find"),
+    setting("--count", 10, "number of matches for each image"),
     JSON,
-    argument("--show", "FILE.html", "write them as a page with images"),
+    argument("--show", "FILE.html", "write the matches as a web page that shows the images"),
 )
 def search(options: argparse.Namespace) -> None:
-    """Find the nearest images of an index."""
+    """Find the images of an index that are nearest to each IMAGE."""
     from fedss.files import write_file, writing
     from fedss.search import open_collection
     from fedss.search.web.page import neighbours_page
@@ -259,10 +268,10 @@ def search(options: argparse.Namespace) -> None:
 @command(
     "RUN CLASS IMAGE ... [OPTIONS]",
     RUN,
-    argument("label", "CLASS", "its name"),
-    argument("images", "IMAGE", "images of it", nargs="*"),
+    argument("label", "CLASS", "name of the class"),
+    argument("images", "IMAGE", "image of the class", nargs="*"),
     INDEX,
-    flag("--remove", "remove the enrolled images of the class instead"),
+    flag("--remove", "remove the enrolled images of the class; give no IMAGE"),
 )
 def enrol(options: argparse.Namespace) -> None:
     """Add a class to an index from a few images."""
@@ -283,7 +292,7 @@ def enrol(options: argparse.Namespace) -> None:
 @command(
     "RUN IMAGE ... [OPTIONS]",
     RUN,
-    argument("images", "IMAGE", "what to look at", nargs="+"),
+    argument("images", "IMAGE", "image to identify", nargs="+"),
     INDEX,
     THRESHOLD,
     JSON,
@@ -319,8 +328,8 @@ def identify(options: argparse.Namespace) -> None:
 
 @command(
     "OUT [--watch]",
-    argument("folder", "OUT", "the folder of a run or a comparison"),
-    flag("--watch", "write it again as records come in, until all is done"),
+    argument("folder", "OUT", "folder of a run or of a comparison"),
+    flag("--watch", "keep updating the report until training is done"),
 )
 def report(options: argparse.Namespace) -> None:
     """Write report.html for a run or a comparison."""
@@ -336,25 +345,23 @@ def report(options: argparse.Namespace) -> None:
 
 @command(
     "RUN [OPTIONS]",
-    argument("folder", "RUN", "a run folder with an index (fedss index)"),
+    argument("folder", "RUN", "run folder with an index (see fedss index)"),
     INDEX,
     THRESHOLD,
     argument(
         "--host",
         "TEXT",
-        "address to listen on; 0.0.0.0 lets other machines in, without a password "
+        "address to listen on; 0.0.0.0 admits other machines, without a password "
         "(default: 127.0.0.1, this machine alone)",
         default="127.0.0.1",
     ),
-    setting("--port", 8600, "port to listen on; 0: any free one"),
-    setting("--max-upload-mb", 20.0, "size of the largest image that is accepted, in megabytes"),
-    setting(
-        "--max-upload-megapixels", 25.0, "most pixels of an image that is accepted, in millions"
-    ),
+    setting("--port", 8600, "port to listen on; 0 picks a free one"),
+    setting("--max-upload-mb", 20.0, "largest image file to accept, in megabytes"),
+    setting("--max-upload-megapixels", 25.0, "largest image to accept, in millions of pixels"),
     flag("--open", "open the page in the browser"),
 )
 def serve(options: argparse.Namespace) -> None:
-    """Serve a web page on this machine: search by image, browse, enrol."""
+    """Serve a web page for searching by image, browsing and enrolling."""
     from fedss.search import open_collection, stored_threshold
     from fedss.search.web import app, guard
 

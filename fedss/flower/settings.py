@@ -31,15 +31,15 @@ class Deployment:
     evaluate_at: Literal["sites", "server"] = _setting(
         "sites", "who evaluates: sites, on their own test images; server, on the images of data"
     )
-    deadline: float = _setting(600.0, "most seconds to wait for the answers to a message")
+    deadline: float = _setting(600.0, "longest wait for the answers to a message, in seconds")
     quorum: float = _setting(0.5, "share of a round's clients that must return an update")
     share: float = _setting(
-        0.8, "share of a round's clients (failed ones do not count) to wait for until the deadline"
+        0.8, "share of a round's clients, failed ones apart, that must answer before grace starts"
     )
     grace: float = _setting(
-        60.0, "seconds to wait for the rest then; or as long as the share took, if that is longer"
+        60.0, "seconds that the other clients then have; as many as the share took, if more"
     )
-    aside: int = _setting(10, "rounds in which a site that was too slow is not asked")
+    aside: int = _setting(10, "rounds for which a site that was too slow is left out")
     attempts: int = _setting(5, "times that a round is tried before the run ends with an error")
     pause: float = _setting(60.0, "seconds between two attempts at a round")
 

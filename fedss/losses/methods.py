@@ -68,16 +68,16 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("full", "all class rows, softmax", "all", sampled_softmax),
+        Method("full", "softmax over all class rows", "all", sampled_softmax),
         Method(
             "fedss",
-            "own classes and negatives, corrected sampled softmax",
+            "corrected sampled softmax over own classes and negatives",
             "sampled",
             sampled_softmax,
         ),
         Method(
             "moments",
-            "own classes; all others by their mean and covariance",
+            "softmax over own classes, with the mean and covariance of all others",
             "cover",
             moments_softmax,
             payload=payload,
@@ -88,18 +88,21 @@ METHODS: dict[str, Method] = {
             class_row_lr=1.0,
         ),
         Method(
-            "fedss-uncorrected", "as fedss, without the correction", "sampled", uncorrected_softmax
+            "fedss-uncorrected",
+            "as fedss, but without the correction",
+            "sampled",
+            uncorrected_softmax,
         ),
-        Method("pos-only", "own classes alone, softmax over them", "none", sampled_softmax),
+        Method("pos-only", "softmax over own classes alone", "none", sampled_softmax),
         Method(
             "neg-only",
-            "each label against the sampled negatives alone",
+            "softmax of each label against the sampled negatives alone",
             "sampled",
             negatives_only_softmax,
         ),
         Method(
             "fedaws",
-            "own classes alone, squared hinge; the server spreads class rows out",
+            "squared hinge on own classes alone; the server spreads class rows out",
             "none",
             positive_hinge,
             server_step=spread_out_step,
@@ -107,7 +110,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "central",
-            "images pooled, full softmax, plain SGD: a reference",
+            "images pooled, full softmax, plain SGD; a reference without federation",
             "all",
             sampled_softmax,
             pooled=True,
