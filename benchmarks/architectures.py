@@ -26,7 +26,7 @@ SIDE, IMAGES, CLASSES, STEPS, LR, SCALE, DIM = 64, 4, 2, 5, 0.0005, 10.0, 32
 
 def smallest() -> dict[str, str]:
     """The model of fewest parameters by family."""
-    found = {}
+    smallest = {}
     for family in timm.list_modules():
         sizes = {}
         for name in timm.list_models(module=family):
@@ -35,8 +35,8 @@ def smallest() -> dict[str, str]:
                     net = timm.create_model(name, num_classes=0)
                 sizes[name] = sum(parameter.numel() for parameter in net.parameters())
         if sizes:
-            found[family] = min(sizes, key=sizes.__getitem__)
-    return found
+            smallest[family] = min(sizes, key=sizes.__getitem__)
+    return smallest
 
 
 def losses(name: str, side: int) -> tuple[int, list[float]]:
@@ -74,9 +74,9 @@ def line(family: str, name: str) -> tuple[bool, str]:
 
 
 def main() -> None:
-    asked = common.parser(__doc__)
-    asked.add_argument("--only", nargs="+", metavar="NAME", help="these models; write no file")
-    options = asked.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these models; write no file")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report = common.Report(

@@ -43,16 +43,16 @@ def memory() -> Iterator[dict[str, float]]:
         (line,) = (s for s in status.read_text().splitlines() if s.startswith("RssAnon"))
         return int(line.split()[1]) / 1000
 
-    found = {"MB before": now(), "MB peak": 0.0}
+    memory = {"MB before": now(), "MB peak": 0.0}
 
     def watch() -> None:
         while not over.wait(0.005):
-            found["MB peak"] = max(found["MB peak"], now())
+            memory["MB peak"] = max(memory["MB peak"], now())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield found
+        yield memory
     finally:
         over.set()
         watcher.join()
@@ -143,9 +143,9 @@ def load(path: str) -> dict[str, float]:
 
 def run_job(job: str, *args: object) -> dict[str, float]:
     """``train`` or ``load`` in a process of its own."""
-    found = common.in_own_process(job, *args)
-    print({name: float(f"{value:.4g}") for name, value in found.items()}, flush=True)
-    return found
+    result = common.in_own_process(job, *args)
+    print({name: float(f"{value:.4g}") for name, value in result.items()}, flush=True)
+    return result
 
 
 def training(folder: Path, few: int, many: int, turns: int) -> list[str]:
@@ -154,14 +154,14 @@ def training(folder: Path, few: int, many: int, turns: int) -> list[str]:
     with path.open("wb") as file:
         for _ in range(0, IMAGES * many, 10_000):
             file.write(rng.bytes(10_000 * SIDE * SIDE))
-    found: dict[int, list[dict[str, float]]] = {few: [], many: []}
+    runs: dict[int, list[dict[str, float]]] = {few: [], many: []}
     for turn in range(turns):
         for clients in common.rotated([many, few], turn):
-            found[clients].append(run_job("train", path, clients))
+            runs[clients].append(run_job("train", path, clients))
     path.unlink()
     lines = [f"{'':<24} {few:>12,} {many:>12,} {'ratio':>8}"]
-    for name in found[few][0]:
-        left, right = ([run[name] for run in found[clients]] for clients in (few, many))
+    for name in runs[few][0]:
+        left, right = ([run[name] for run in runs[clients]] for clients in (few, many))
         a, b = statistics.median(left), statistics.median(right)
         lines.append(f"{name:<24} {a:>12.4g} {b:>12.4g} {common.median_ratio(right, left):>8.3f}")
     return lines

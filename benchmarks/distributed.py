@@ -77,7 +77,7 @@ def take_part(job: str, workers: int, rounds: int, out: str) -> None:
 
 def measure(job: str, rounds: int) -> dict[str, list[dict[str, float]]]:
     """What each participant says of each round."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in PARTICIPANTS}
+    timings: dict[str, list[dict[str, float]]] = {name: [] for name in PARTICIPANTS}
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         folder = Path(place)
 
@@ -95,13 +95,13 @@ def measure(job: str, rounds: int) -> dict[str, list[dict[str, float]]]:
         for round in range(rounds):
             for name in common.rotated([*PARTICIPANTS], round):
                 signal_all(folder, name, signal.SIGCONT)
-                found[name].append(running[name].turn())
+                timings[name].append(running[name].turn())
                 # Only rank 0 waits for its turn: others would begin the next round before it.
                 signal_all(folder, name, signal.SIGSTOP)
         for name, process in running.items():
             signal_all(folder, name, signal.SIGCONT)
             process.finish()
-    return found
+    return timings
 
 
 def signal_all(folder: Path, name: str, number: signal.Signals) -> None:
@@ -109,15 +109,15 @@ def signal_all(folder: Path, name: str, number: signal.Signals) -> None:
         os.kill(int(path.read_text()), number)
 
 
-def table(job: str, found: dict[str, list[dict[str, float]]]) -> list[str]:
+def table(job: str, timings: dict[str, list[dict[str, float]]]) -> list[str]:
     lines = [f"{job}: {JOBS[job]['side']} x {JOBS[job]['side']}, {JOBS[job]['epochs']} epochs"]
-    seconds = {name: [turn["seconds"] for turn in turns[WARM:]] for name, turns in found.items()}
+    seconds = {name: [turn["seconds"] for turn in turns[WARM:]] for name, turns in timings.items()}
     for name, own in seconds.items():
         ratios = [one / other for one, other in zip(seconds["1 worker"], own, strict=True)]
         low, middle, high = np.percentile(ratios, [25, 50, 75])
         apart = max(
             abs(one["loss"] - other["loss"])
-            for one, other in zip(found["1 worker"], found[name], strict=True)
+            for one, other in zip(timings["1 worker"], timings[name], strict=True)
         )
         lines.append(
             f"  {name:<10} {statistics.median(own):7.3f} s a round   1 worker / this: "

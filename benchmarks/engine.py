@@ -157,22 +157,24 @@ def measure(
 ) -> dict[tuple[str, str], Times]:
     """All methods' participants take turns, each time in another order."""
     with ExitStack() as stack:
-        there = {
+        participants = {
             (method, name): stack.enter_context(started(name, folders[method], pythons, workers))
             for method, names in who.items()
             for name in names
         }
-        found: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in there}
+        turns: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in participants}
         for turn in range(max(rounds.values()) + WARM):
-            for key in common.rotated([*there], turn):
+            for key in common.rotated([*participants], turn):
                 if turn < rounds[key[0]] + WARM:
-                    found[key].append(there[key].turn())
-        for one in there.values():
+                    turns[key].append(participants[key].turn())
+        for one in participants.values():
             one.turn()
-        for one in there.values():
+        for one in participants.values():
             one.finish()
-    told = {key: json.loads((folders[key[0]] / f"{key[1]}.json").read_text()) for key in there}
-    return {key: Times(found[key][WARM:], told[key]["peak_mb"]) for key in there}
+    told = {
+        key: json.loads((folders[key[0]] / f"{key[1]}.json").read_text()) for key in participants
+    }
+    return {key: Times(turns[key][WARM:], told[key]["peak_mb"]) for key in participants}
 
 
 def table(
@@ -180,17 +182,17 @@ def table(
 ) -> list[str]:
     names = ("seconds", "/ loop", "/ ours", "CPU s", "/ loop", "clients/s", "peak MB", "from plain")
     lines = [f"  {'':<25}" + "".join(f"{name:>11}" for name in names)]
-    for (method, name), found in times.items():
+    for (method, name), result in times.items():
         ours, loop = times[method, "ours"], times.get((method, "loop"))
         cells = [
-            f"{found.median('wall'):.3f}",
-            loop and f"{found.ratio(loop):.2f}",
-            f"{found.ratio(ours):.2f}",
+            f"{result.median('wall'):.3f}",
+            loop and f"{result.ratio(loop):.2f}",
+            f"{result.ratio(ours):.2f}",
             # The CPU time of several processes is not known.
-            found.peak_mb and f"{found.median('cpu'):.3f}",
-            found.peak_mb and loop and f"{found.ratio(loop, 'cpu'):.2f}",
-            f"{COHORT / found.median('wall'):.1f}",
-            found.peak_mb and f"{found.peak_mb:.0f}",
+            result.peak_mb and f"{result.median('cpu'):.3f}",
+            result.peak_mb and loop and f"{result.ratio(loop, 'cpu'):.2f}",
+            f"{COHORT / result.median('wall'):.1f}",
+            result.peak_mb and f"{result.peak_mb:.0f}",
             f"{far[method][name]:.0e}" if name in far.get(method, {}) else None,
         ]
         lines.append(f"  {method + ' ' + name:<25}" + "".join(f"{c or '-':>11}" for c in cells))
@@ -202,8 +204,8 @@ def table(
 
 def versions(python: str, names: Sequence[str]) -> str:
     code = "import sys\nfrom importlib.metadata import version\nprint(*map(version, sys.argv[1:]))"
-    found = subprocess.check_output([python, "-c", code, *names], text=True).split()
-    return ", ".join(f"{name} {v}" for name, v in zip(names, found, strict=True))
+    versions = subprocess.check_output([python, "-c", code, *names], text=True).split()
+    return ", ".join(f"{name} {v}" for name, v in zip(names, versions, strict=True))
 
 
 def print_profiles(sizes: Sequence[int]) -> None:
@@ -217,19 +219,19 @@ def print_profiles(sizes: Sequence[int]) -> None:
 
 
 def main() -> None:
-    asked = common.parser(__doc__, short="few participants, 5 rounds")
-    asked.add_argument("--classes", type=int, nargs="+", choices=TABLES, help="default: all")
-    asked.add_argument("--rounds", type=int, help="timed rounds (default: 15)")
-    asked.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of ours")
-    asked.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
-    asked.add_argument("--profile", action="store_true")
-    options = asked.parse_args()
+    parser = common.parser(__doc__, short="few participants, 5 rounds")
+    parser.add_argument("--classes", type=int, nargs="+", choices=TABLES, help="default: all")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 15)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of ours")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
     if options.profile:
         print_profiles(options.classes or (964, 100_000))
         return
     pythons = dict(peer.split("=", 1) for peer in options.peer)
     if unknown := pythons.keys() - VARIANTS:
-        asked.error(f"--peer knows {', '.join(VARIANTS)}, not {', '.join(sorted(unknown))}")
+        parser.error(f"--peer knows {', '.join(VARIANTS)}, not {', '.join(sorted(unknown))}")
     peers = [name for peer in pythons for name in VARIANTS[peer]]
     words = re.sub("=[^ ]+", "=PYTHON", " ".join(sys.argv[1:]))
     report = common.Report(

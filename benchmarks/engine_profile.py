@@ -95,12 +95,12 @@ def rates() -> tuple[float, float]:
 
 def laps(work: Callable[[], object], count: int) -> list[float]:
     """Seconds of this thread's CPU, each time."""
-    found = []
+    seconds = []
     for _ in range(count):
         began = time.thread_time()
         work()
-        found.append(time.thread_time() - began)
-    return found
+        seconds.append(time.thread_time() - began)
+    return seconds
 
 
 def profile(folder: Path, method: str, n: int) -> list[str]:
@@ -116,24 +116,24 @@ def profile(folder: Path, method: str, n: int) -> list[str]:
     with local_engine(embedder, index_clients(data.train), optimizer, wire, 1) as engine:
         # In this thread, which all that measures looks at.
         inline: Any = SimpleNamespace(map=map)
-        here = replace(engine, workers=replace(engine.workers, pool=inline))
+        inline_engine = replace(engine, workers=replace(engine.workers, pool=inline))
 
         def one_round() -> None:
-            run_round(server, here, state, round_plan(config, n, 0))
+            run_round(server, inline_engine, state, round_plan(config, n, 0))
 
         one_round()
         peak, bandwidth = rates()
         seconds = statistics.median(laps(one_round, 5))
         calls = cProfile.Profile()
         calls.runcall(one_round)
-        with torch.profiler.profile() as found:
+        with torch.profiler.profile() as trace:
             one_round()
         with Bytes() as moved, FlopCounterMode(display=False) as arithmetic:
             one_round()
     lines = [f"{method}, n = {n:,}: {seconds:.3f} s of CPU a round", *phases(calls, seconds)]
     lines += ["", f"  {'':<28}{'s':>8}{'share':>8}{'GFLOP':>8}{'GB':>8}{'floor s':>9}"]
     spent, flops = Counter[str](), Counter[str]()
-    for event in found.key_averages():
+    for event in trace.key_averages():
         spent[kind(event.key)] += event.self_cpu_time_total
     for operation, count in arithmetic.get_flop_counts()["Global"].items():
         flops[kind(operation._qualified_op_name)] += count
@@ -155,10 +155,10 @@ def phases(calls: cProfile.Profile, seconds: float) -> list[str]:
     cumulative: Counter[str] = Counter()
     for (file, _, name), (*_, total, _) in pstats.Stats(calls).stats.items():  # type: ignore[attr-defined]
         cumulative[name] += total if "fedss" in file else 0
-    found = {phase: sum(cumulative[name] for name in names) for phase, names in PHASES.items()}
-    found["all else"] = cumulative["run_round"] - sum(found.values())
-    total = sum(found.values())
+    by_phase = {phase: sum(cumulative[name] for name in names) for phase, names in PHASES.items()}
+    by_phase["all else"] = cumulative["run_round"] - sum(by_phase.values())
+    total = sum(by_phase.values())
     return [
         f"  {phase:<36}{seconds * part / total:>8.4f} s{100 * part / total:>7.1f} %"
-        for phase, part in found.items()
+        for phase, part in by_phase.items()
     ]

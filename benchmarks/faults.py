@@ -122,24 +122,24 @@ def wait_for_round(trial: Trial, round: int, number: int = 0) -> int:
 
 def ended(trial: Trial, run: int) -> dict[str, str]:
     """What ``flwr list`` says of a run, once it has ended."""
-    found: dict[str, str] = {}
+    state: dict[str, str] = {}
 
     def is_over() -> bool:
         if children(trial.server, "flwr-serverapp"):
             return False
         (told,) = json.loads(flwr(trial.here, "list", "--run-id", run, "--format", "json"))["runs"]
-        found.update(told)
-        return found["status"].startswith("finished")
+        state.update(told)
+        return state["status"].startswith("finished")
 
     wait_for(is_over, f"the end of run {run}")
-    return found
+    return state
 
 
 def complete(trial: Trial, run: int) -> None:
     """Wait for a run that must complete."""
-    found = ended(trial, run)
-    if found["status"] != "finished:completed":
-        raise TrialError(f"run {run} {found}\n" + "\n".join(federation.follow(trial.here, run)))
+    state = ended(trial, run)
+    if state["status"] != "finished:completed":
+        raise TrialError(f"run {run} {state}\n" + "\n".join(federation.follow(trial.here, run)))
     trial.seconds = time.monotonic() - trial.began
 
 
@@ -249,17 +249,17 @@ TRIALS: dict[str, tuple[str, Callable[[Trial], None]]] = {
 
 def tell_failure(trial: Trial, run: int) -> None:
     """Note how a run that must fail has ended, for ``flwr list`` and for ``flwr log``."""
-    found = ended(trial, run)
-    if found["status"] != "finished:failed":
-        raise TrialError(f"run {run} has {found['status']}, expected it to fail")
-    message = found["status-details"].removeprefix("ServerApp failed with exception: ")
-    if message == found["status-details"]:
-        trial.seen.append(f"flwr list: {found['status']}, {message}")
+    state = ended(trial, run)
+    if state["status"] != "finished:failed":
+        raise TrialError(f"run {run} has {state['status']}, expected it to fail")
+    message = state["status-details"].removeprefix("ServerApp failed with exception: ")
+    if message == state["status-details"]:
+        trial.seen.append(f"flwr list: {state['status']}, {message}")
         return
     if f"fedss: {message}" not in federation.follow(trial.here, run):
         raise TrialError(f"flwr log does not say what flwr list does: {message}")
     message = message.replace(f"{trial.here.folder}/", "")
-    trial.seen.append(f"flwr list and log: {found['status']}, {message}")
+    trial.seen.append(f"flwr list and log: {state['status']}, {message}")
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,8 @@ class Absent(common.WrappedEngine):
         """The updates of those that do not fail."""
         gone = self.absent.get(plan.round, set())
         yield from (Failure(k, "absent") for k in cohort.tolist() if k in gone)
-        there = [k for k in cohort.tolist() if k not in gone]
-        yield from self.engine.train(state, np.array(there), plan)
+        present = [k for k in cohort.tolist() if k not in gone]
+        yield from self.engine.train(state, np.array(present), plan)
 
 
 def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]]) -> str:
@@ -310,11 +310,11 @@ def digest(config: fedss.Config, folder: Path, num_classes: int) -> str:
     assert state is not None
     assert state.round == config.rounds
     weight_ND, slots, *_ = read(state.class_rows, torch.arange(num_classes))
-    found = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes())
+    digest = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes())
     tensors = [state.backbone_P, *state.backbone_slots.values(), weight_ND, *slots.values()]
     for tensor in [*tensors, state.class_rows.updated_N]:
-        found.update(tensor.numpy().tobytes())
-    return found.hexdigest()
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def left_out(records: Sequence[Record], client_names: Sequence[str]) -> dict[int, set[int]]:
@@ -410,27 +410,27 @@ def trials(
     usual = None
     for name in names:
         try:
-            found = try_out(name, folder, config, deadline)
+            outcome = try_out(name, folder, config, deadline)
         except (TrialError, FederationError, ProcessLookupError) as error:
             yield f"{name:<15}{'-':>6}{'-':>6}{'-':>10}  {'-':<14}  NO: {error}"
             continue
         if name == "nothing":
-            usual = found.seconds
-        if found.absent:
-            expected = oracle(folder / f"{name} here", found.absent)
-            rounds = ", ".join(str(round + 1) for round in sorted(found.absent))
+            usual = outcome.seconds
+        if outcome.absent:
+            expected = oracle(folder / f"{name} here", outcome.absent)
+            rounds = ", ".join(str(round + 1) for round in sorted(outcome.absent))
             text = f"without those that failed in round {rounds}"
         else:
             expected, text = undisturbed, "with all"
-        yield row(name, found, usual, f"{'yes' if found.digest == expected else 'NO'}: {text}")
+        yield row(name, outcome, usual, f"{'yes' if outcome.digest == expected else 'NO'}: {text}")
 
 
 def main() -> int:
-    asked = common.parser(__doc__)
-    asked.add_argument("--only", nargs="+", choices=TRIALS, metavar="NAME")
-    asked.add_argument("--deadline", type=float, default=20.0, help="seconds (default: 20)")
-    asked.add_argument("--folder", type=Path, help="keep all that is written there")
-    options = asked.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=TRIALS, metavar="NAME")
+    parser.add_argument("--deadline", type=float, default=20.0, help="seconds (default: 20)")
+    parser.add_argument("--folder", type=Path, help="keep all that is written there")
+    options = parser.parse_args()
     command = f"python benchmarks/faults.py --deadline {options.deadline:g}"
     report = common.Report(
         "A federation whose processes stop, die or come back", ["flwr"], command=command

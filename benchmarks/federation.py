@@ -127,18 +127,18 @@ def idle(counter: Relay, seconds: float) -> dict[str, float]:
     return {way: (counter.counts[way] - before[way]) / seconds for way in before}
 
 
-def rows(name: str, found: dict[str, Any], rounds: int) -> Iterator[str]:
+def rows(name: str, counted: dict[str, Any], rounds: int) -> Iterator[str]:
     for way in ("down", "up"):
-        ledger, wire = (found[what][way] / (rounds - 1) for what in ("ledger", "wire"))
+        ledger, wire = (counted[what][way] / (rounds - 1) for what in ("ledger", "wire"))
         row = f"{name if way == 'down' else '':<18}{way:<6}{ledger / 1e3:>18,.1f}"
         row += f"{wire / 1e3:>16,.1f}{wire / ledger:>13.3f}"
         if way == "down":
-            row += f"{found['round']:>9.1f}"
+            row += f"{counted['round']:>9.1f}"
             for phase, width in (("request", 9), ("train", 8), ("aggregate", 8)):
-                row += f"{found['seconds'][phase]:>{width}.2f}"
+                row += f"{counted['seconds'][phase]:>{width}.2f}"
         yield row
-    if found["failures"]:
-        yield f"  {found['failures']} failures"
+    if counted["failures"]:
+        yield f"  {counted['failures']} failures"
 
 
 def main() -> None:
@@ -170,8 +170,8 @@ def main() -> None:
         )
         for name, changes in jobs.items():
             (folder / name).mkdir()
-            found = run_job(here, counter, folder / name, changes, rounds)
-            report.add(*rows(name, found, rounds))
+            counted = run_job(here, counter, folder / name, changes, rounds)
+            report.add(*rows(name, counted, rounds))
     report.write(unless=options.short)
 
 

@@ -194,12 +194,12 @@ def run_stage(
         folder = f"{label.replace(' ', '-').replace('/', '+')}-seed{seed}"
         return {**common.train(out / name / folder, settings), "label": label, "folder": folder}
 
-    found = list(pool.map(run, jobs))
+    results = list(pool.map(run, jobs))
     if len(labels) < len(stage.variants):
-        return found
-    (out / name / "summary.json").write_text(json.dumps(found, indent=2))
+        return results
+    (out / name / "summary.json").write_text(json.dumps(results, indent=2))
     print(f"report  {fedss.write_report(out / name)}", flush=True)
-    return found
+    return results
 
 
 def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -218,11 +218,11 @@ def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
         + f" {'rows':>5} {'% of W':>6} {'kB down':>8} {'kB up':>7} {'less':>6} {'seconds':>7}",
     ]
     for label in stage.variants:
-        found = [run for run in runs if run["label"] == label]
-        if not found:  # a variant that is newer than the results at hand
+        of_label = [run for run in runs if run["label"] == label]
+        if not of_label:  # a variant that is newer than the results at hand
             continue
-        maps = [run["map_at_10"] for run in found]
-        ratios = [run["map_at_10"] / full[run["seed"]]["map_at_10"] for run in found]
+        maps = [run["map_at_10"] for run in of_label]
+        ratios = [run["map_at_10"] / full[run["seed"]]["map_at_10"] for run in of_label]
         line = (
             f"{label:<18} {fmean(maps):>7.3f} {' '.join(f'{m:.3f}' for m in maps):<30}"
             f" {fmean(maps) / fmean([r['map_at_10'] for r in full.values()]):>6.3f}"
@@ -230,21 +230,21 @@ def table(name: str, runs: list[dict[str, Any]]) -> list[str]:
         )
         if central:
             line += f" {fmean(maps) / fmean(central):>8.3f}"
-        if found[0]["bytes_down_per_client_round"] is not None:
+        if of_label[0]["bytes_down_per_client_round"] is not None:
             summed = [
                 r["class_row_bytes_down_per_client_round"] + r["moment_bytes_down_per_client_round"]
-                for r in found
+                for r in of_label
             ]
             line += (
-                f" {fmean([r['class_rows_per_client'] for r in found]):>5.0f}"
+                f" {fmean([r['class_rows_per_client'] for r in of_label]):>5.0f}"
                 f" {fmean(summed) / row_bytes:>6.1%}"
-                f" {fmean([r['bytes_down_per_client_round'] for r in found]) / 1000:>8.1f}"
-                f" {fmean([r['bytes_up_per_client_round'] for r in found]) / 1000:>7.1f}"
-                f" {total / fmean([both_ways(r) for r in found]):>6.1f}"
+                f" {fmean([r['bytes_down_per_client_round'] for r in of_label]) / 1000:>8.1f}"
+                f" {fmean([r['bytes_up_per_client_round'] for r in of_label]) / 1000:>7.1f}"
+                f" {total / fmean([both_ways(r) for r in of_label]):>6.1f}"
             )
         else:
             line += " " * 37
-        lines.append(line + f" {fmean([r['seconds'] for r in found]):>7.0f}")
+        lines.append(line + f" {fmean([r['seconds'] for r in of_label]):>7.0f}")
     return lines
 
 
@@ -271,13 +271,13 @@ def text(results: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    asked = common.parser(__doc__)
-    asked.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
-    asked.add_argument("--out", type=Path, default=Path("runs/frontier"), help="run folders")
-    asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    asked.add_argument("--only", default="", help="text in the labels of the variants to run")
-    asked.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    options = asked.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
+    parser.add_argument("--out", type=Path, default=Path("runs/frontier"), help="run folders")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--only", default="", help="text in the labels of the variants to run")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    options = parser.parse_args()
     results = json.loads(STORED.read_text()) if STORED.exists() else {}
     with ThreadPoolExecutor(options.jobs) as pool:
         for name in options.stages:

@@ -235,7 +235,7 @@ def throughput(job: Job, device: torch.device, settings: list[tuple[int, str]]) 
         f"{job.backbone}, {job.side} px, {job.cohort} clients a round, batches of {BATCH}, "
         f"|S| = {min(SAMPLE, job.classes)}: images/s, median of {job.rounds}",
     ]
-    best = max(statistics.median(found) for found in speeds.values())
+    best = max(statistics.median(values) for values in speeds.values())
     for name in rounds:
         if name in speeds:
             speed = statistics.median(speeds[name])
@@ -301,12 +301,12 @@ def paper(job: Job, device: torch.device, settings: list[tuple[int, str]]) -> li
 
 
 def main() -> int:
-    asked = common.parser(__doc__, short="tiny jobs, to see that all works; write no file")
-    asked.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
+    parser = common.parser(__doc__, short="tiny jobs, to see that all works; write no file")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... or cpu")
     parts = ("throughput", *PAPER)
-    asked.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
-    asked.add_argument("--append", action="store_true", help="keep what is in the results file")
-    options = asked.parse_args()
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
+    parser.add_argument("--append", action="store_true", help="keep what is in the results file")
+    options = parser.parse_args()
     try:
         device = compute_device(Config(device=options.device))
     except FedssError as error:

@@ -128,8 +128,8 @@ def search(start: Settings, judge: Callable[[Settings], float]) -> list[dict[str
                 while value(further := step(best, name, factor)) > value(best):
                     best, moved = further, True
     return [
-        {"settings": dict(zip(start, key, strict=True)), "map_at_10": found}
-        for key, found in tried.items()
+        {"settings": dict(zip(start, key, strict=True)), "map_at_10": score}
+        for key, score in tried.items()
     ]
 
 
@@ -188,13 +188,13 @@ def final_runs(
 def write_reports(out: Path, regime: Regime, runs: list[dict[str, Any]]) -> None:
     """A report page for each number of rounds, over all its methods and seeds."""
     for rounds in regime.rounds:
-        found = [
+        results = [
             {**run, "folder": f"{run['method']}-seed{run['seed']}"}
             for run in runs
             if run["rounds"] == rounds
         ]
         folder = out / f"rounds{rounds}"
-        (folder / "summary.json").write_text(json.dumps(found, indent=2))
+        (folder / "summary.json").write_text(json.dumps(results, indent=2))
         print(f"report  {fedss.write_report(folder)}")
 
 
@@ -209,24 +209,24 @@ def table(regime: Regime, rounds: int, runs: list[dict[str, Any]]) -> list[str]:
         f" {'R@1':>6} {'rows':>6} {'kB down':>8} {'kB rows':>8} {'kB up':>7} {'seconds':>8}",
     ]
     for method in regime.rounds[rounds]:
-        found = [run for run in of_round if run["method"] == method]
-        maps = [run["map_at_10"] for run in found]
-        ratios = [run["map_at_10"] / full[run["seed"]] for run in found]
+        of_method = [run for run in of_round if run["method"] == method]
+        maps = [run["map_at_10"] for run in of_method]
+        ratios = [run["map_at_10"] / full[run["seed"]] for run in of_method]
         sizes = [
-            "-" if found[0][key] is None else f"{fmean([r[key] for r in found]) / 1000:.1f}"
+            "-" if of_method[0][key] is None else f"{fmean([r[key] for r in of_method]) / 1000:.1f}"
             for key in (
                 "bytes_down_per_client_round",
                 "class_row_bytes_down_per_client_round",
                 "bytes_up_per_client_round",
             )
         ]
-        rows = found[0]["class_rows_per_client"]
+        rows = of_method[0]["class_rows_per_client"]
         lines.append(
             f"{method:<18} {fmean(maps):>7.3f}  {' '.join(f'{m:.3f}' for m in maps):<21}"
             f" {fmean(maps) / fmean(full.values()):>6.3f}  {min(ratios):>6.3f}"
-            f" {fmean([r['recall_at_1'] for r in found]):>6.3f}"
+            f" {fmean([r['recall_at_1'] for r in of_method]):>6.3f}"
             f" {'-' if rows is None else f'{rows:.0f}':>6} {sizes[0]:>8} {sizes[1]:>8}"
-            f" {sizes[2]:>7} {fmean([r['seconds'] for r in found]):>8.0f}"
+            f" {sizes[2]:>7} {fmean([r['seconds'] for r in of_method]):>8.0f}"
         )
     return lines
 
@@ -282,13 +282,13 @@ def trials_text(tuning: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def main() -> None:
-    asked = common.parser(__doc__)
-    asked.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
-    asked.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
-    asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    asked.add_argument("--one-class", action="store_true", help="clients of a single class")
-    asked.add_argument("--methods", nargs="+", help="tune these alone, and print it")
-    options = asked.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--data-path", required=True, help="folder with the Omniglot archives")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="where run folders go")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--one-class", action="store_true", help="clients of a single class")
+    parser.add_argument("--methods", nargs="+", help="tune these alone, and print it")
+    options = parser.parse_args()
     regime = ONE_CLASS if options.one_class else DRAWERS
     out = options.out / Path(regime.file).stem
     methods = options.methods or regime.rounds[120]

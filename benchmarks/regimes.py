@@ -47,10 +47,10 @@ def row_bytes(summary: Mapping[str, Any]) -> float:
     return float(rows + sum(summary[f"moment_bytes_{way}_per_client_round"] for way in ways))
 
 
-def line(name: str, found: Mapping[str, list[dict[str, Any]]]) -> str:
-    maps = {method: fmean([s["map_at_10"] for s in found[method]]) for method in METHODS}
-    share = fmean(map(row_bytes, found["moments"])) / fmean(map(row_bytes, found["full"]))
-    seeds = " ".join(f"{s['map_at_10']:.3f}" for s in found["moments"])
+def line(name: str, summaries: Mapping[str, list[dict[str, Any]]]) -> str:
+    maps = {method: fmean([s["map_at_10"] for s in summaries[method]]) for method in METHODS}
+    share = fmean(map(row_bytes, summaries["moments"])) / fmean(map(row_bytes, summaries["full"]))
+    seeds = " ".join(f"{s['map_at_10']:.3f}" for s in summaries["moments"])
     return (
         f"{name:<49}{maps['full']:>6.3f}{maps['fedss']:>7.3f}{maps['moments']:>9.3f}"
         f"{maps['moments'] / maps['fedss']:>9.2f}{maps['moments'] / maps['full']:>8.2f}"
@@ -59,12 +59,12 @@ def line(name: str, found: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    asked = common.parser(__doc__)
-    asked.add_argument("--omniglot", required=True, help="folder with the Omniglot archives")
-    asked.add_argument("--hanzi", help="manifest of the Chinese characters")
-    asked.add_argument("--out", type=Path, default=Path("runs/regimes"), help="run folders")
-    asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    options = asked.parse_args()
+    parser = common.parser(__doc__)
+    parser.add_argument("--omniglot", required=True, help="folder with the Omniglot archives")
+    parser.add_argument("--hanzi", help="manifest of the Chinese characters")
+    parser.add_argument("--out", type=Path, default=Path("runs/regimes"), help="run folders")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    options = parser.parse_args()
     paths = {"omniglot": options.omniglot, "csv": options.hanzi, "glyphs": None}
     regimes = {
         name: {**settings, "data_path": paths[settings["data"]], "workers": 1, "eval_every": 0}
@@ -98,8 +98,8 @@ def main() -> None:
             for number, settings in enumerate(regimes.values())
         ]
         for name, of_method in zip(regimes, jobs, strict=True):
-            found = {m: [job.result() for job in runs] for m, runs in of_method.items()}
-            report.add(line(name, found))
+            summaries = {m: [job.result() for job in runs] for m, runs in of_method.items()}
+            report.add(line(name, summaries))
     report.write()
 
 

@@ -87,9 +87,9 @@ def measure(sampler: str, n: int, size: int, num_own: int, kind: str) -> tuple[f
         else:
             own_P = np.sort(rng.choice(n, num_own, replace=False))
         ids_S = draw_classes(plan, client, own_P).ids_S.numpy()
-        found = REPLAYS[sampler](plan, client, ids_S)
-        right += len(np.intersect1d(found, own_P))
-        named += len(found)
+        replayed = REPLAYS[sampler](plan, client, ids_S)
+        right += len(np.intersect1d(replayed, own_P))
+        named += len(replayed)
     return right / max(named, 1), right / (CLIENTS * num_own)
 
 
@@ -115,17 +115,17 @@ def main() -> None:
         f"{'n':>8} {'|S|':>5} {'own':>4}  {'sampler':8} {'own classes':12} "
         f"{'precision':>9} {'recall':>7} {'at random':>10}",
     )
-    found = []
+    rates = []
     for n, size, num_own in CASES:
         for sampler in REPLAYS:
             for kind in ("scattered", "block"):
                 precision, recall = measure(sampler, n, size, num_own, kind)
-                found.append((precision, recall))
+                rates.append((precision, recall))
                 report.add(
                     f"{n:8,} {size:5} {num_own:4}  {sampler:8} {kind:12} "
                     f"{precision:9.3f} {recall:7.3f} {num_own / size:10.3f}"
                 )
-    precisions, recalls = zip(*found, strict=True)
+    precisions, recalls = zip(*rates, strict=True)
     report.add(
         "",
         f"precision {min(precisions):.2f} to {max(precisions):.2f}, "

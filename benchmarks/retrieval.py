@@ -43,10 +43,10 @@ def theirs(rows: Tensor, labels: Tensor) -> dict[str, float]:
         device=torch.device("cpu"),
         knn_func=FaissKNN(index_init_fn=faiss.IndexFlatIP),
     )
-    found = calculator.get_accuracy(torch.nn.functional.normalize(rows), labels)
+    metrics = calculator.get_accuracy(torch.nn.functional.normalize(rows), labels)
     return {
-        "recall_at_1": found["precision_at_1"],
-        "map_at_r": found["mean_average_precision_at_r"],
+        "recall_at_1": metrics["precision_at_1"],
+        "map_at_r": metrics["mean_average_precision_at_r"],
     }
 
 
@@ -58,10 +58,10 @@ def loop(rows: Tensor, labels: Tensor) -> dict[str, float]:
     index = faiss.IndexFlatIP(common.DIM)
     index.add(unit)
     sizes = labels.bincount().tolist()
-    _, found = index.search(unit, max(*sizes, 11))
+    _, nearest = index.search(unit, max(*sizes, 11))
     label_of = labels.tolist()
     sums = dict.fromkeys(("recall_at_1", "recall_at_5", "map_at_10", "map_at_r"), 0.0)
-    for query, (label, neighbours) in enumerate(zip(label_of, found.tolist(), strict=True)):
+    for query, (label, neighbours) in enumerate(zip(label_of, nearest.tolist(), strict=True)):
         others = [item for item in neighbours if item != query][: len(neighbours) - 1]
         right = [label_of[item] == label for item in others]
         total = sizes[label] - 1
@@ -104,13 +104,13 @@ def measure(side: str, rows: int, device: str) -> dict[str, Any]:
 
 def run_side(side: str, options: argparse.Namespace) -> dict[str, Any]:
     device = options.device if side == "fedss" else "cpu"
-    found = common.in_own_process("measure", side, options.rows, device, threads=options.threads)
+    result = common.in_own_process("measure", side, options.rows, device, threads=options.threads)
     print(
-        f"{side:<12} wall {found['wall']:6.2f} s  CPU {found['cpu']:6.2f} s  "
-        f"peak {found['peak']:5.0f} MB",
+        f"{side:<12} wall {result['wall']:6.2f} s  CPU {result['cpu']:6.2f} s  "
+        f"peak {result['peak']:5.0f} MB",
         flush=True,
     )
-    return found
+    return result
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -126,9 +126,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"{side:<12} {statistics.median(wall):>7.2f} {min(wall):>6.2f} {max(wall):>6.2f} "
             f"{cpu:>7.2f} {peak:>8.0f} {before:>7.0f}"
         )
-    here, there = runs["fedss"], runs["faiss + pml"]
+    ours, theirs = runs["fedss"], runs["faiss + pml"]
     ratios = [
-        common.median_ratio([run[key] for run in there], [run[key] for run in here])
+        common.median_ratio([run[key] for run in theirs], [run[key] for run in ours])
         for key in ("wall", "cpu", "peak")
     ]
     lines += [
@@ -136,13 +136,13 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
         "   (medians of the pairs)",
         "'before' is the peak of the process before the evaluation: torch, the data, a warm-up.",
     ]
-    if device_peak := here[0]["device_peak"]:
+    if device_peak := ours[0]["device_peak"]:
         lines.append(f"device memory of ours: {device_peak:.0f} MB at most")
     lines += ["", f"{'metric':<12} {'fedss':>12} {'faiss + pml':>12} {'faiss + loop':>12}"]
     for name, value in runs["loop"][0]["metrics"].items():
-        shared = there[0]["metrics"].get(name)
+        shared = theirs[0]["metrics"].get(name)
         lines.append(
-            f"{name:<12} {here[0]['metrics'][name]:>12.8f} "
+            f"{name:<12} {ours[0]['metrics'][name]:>12.8f} "
             f"{'-' if shared is None else f'{shared:.8f}':>12} {value:>12.8f}"
         )
     return lines
@@ -161,12 +161,12 @@ def check(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def main() -> None:
-    asked = common.parser(__doc__, short="10,000 rows, one run, no file")
-    asked.add_argument("--rows", type=int, default=ROWS, help="embeddings, at least 1000")
-    asked.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
-    asked.add_argument("--repeats", type=int, default=3, help="runs of either side")
-    asked.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of our side")
-    options = asked.parse_args()
+    parser = common.parser(__doc__, short="10,000 rows, one run, no file")
+    parser.add_argument("--rows", type=int, default=ROWS, help="embeddings, at least 1000")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of either side")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of our side")
+    options = parser.parse_args()
     if options.short:
         options.rows, options.repeats = 10_000, 1
     report = common.Report(

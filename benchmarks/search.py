@@ -152,7 +152,7 @@ def measure(engine: str, rows: int, size: int) -> dict[str, float]:
     before = common.resident_megabytes()
     search, building = common.timed(lambda: ENGINES[engine](gallery.numpy()))
     search(queries[0].numpy())
-    found, spent = zip(
+    neighbours, spent = zip(
         *(common.timed(partial(search, query)) for query in queries.numpy()), strict=True
     )
     after = common.resident_megabytes()
@@ -160,8 +160,10 @@ def measure(engine: str, rows: int, size: int) -> dict[str, float]:
     for start_row in range(0, QUERIES, 50):
         block = queries[start_row : start_row + 50]
         _, exact = fedss.nearest(block, gallery, K)
-        for there, here in zip(exact.tolist(), found[start_row : start_row + 50], strict=True):
-            right += len(set(there) & set(here))
+        for expected, actual in zip(
+            exact.tolist(), neighbours[start_row : start_row + 50], strict=True
+        ):
+            right += len(set(expected) & set(actual))
     return {
         "build": building.wall,
         "megabytes": after - before,
@@ -253,7 +255,7 @@ def indexing(folder: Path, images: int, opened: int) -> list[str]:
     big = folder / "big"
     big.mkdir()
     photos = str(folder / "photos")
-    facts = {"source": photos, "root": photos, "skipped": [], "embedded": 0}
+    metadata = {"source": photos, "root": photos, "skipped": [], "embedded": 0}
     vectors = normalize(torch.randn(opened, 64), dim=1).numpy()
     create_store(big / "index.sqlite", {"model": fingerprint(EMBEDDER), "build": "1"})
     with transaction(big / "index.sqlite", alone=True) as file:
@@ -264,7 +266,7 @@ def indexing(folder: Path, images: int, opened: int) -> list[str]:
                 for i in range(opened)
             ),
         )
-        write_metadata(file, {"facts": json.dumps(facts)})
+        write_metadata(file, {"facts": json.dumps(metadata)})
     opened_in, spent = zip(
         *(common.timed(lambda: open_collection(big, folder / "run")) for _ in range(3)), strict=True
     )
@@ -296,11 +298,11 @@ def main() -> None:
         for engine in ENGINES:
             if rows * size > GRAPH_LIMIT and engine in ("faiss HNSW", "usearch"):
                 continue
-            found = common.in_own_process("measure", engine, rows, size, threads=1)
+            result = common.in_own_process("measure", engine, rows, size, threads=1)
             report.add(
-                f"{rows:>9,} {size:>4}  {engine:<11} {found['build']:>8.1f} "
-                f"{found['megabytes']:>6.0f} {found['cpu']:>8.2f} {found['median']:>8.2f} "
-                f"{found['recall']:>7.4f}"
+                f"{rows:>9,} {size:>4}  {engine:<11} {result['build']:>8.1f} "
+                f"{result['megabytes']:>6.0f} {result['cpu']:>8.2f} {result['median']:>8.2f} "
+                f"{result['recall']:>7.4f}"
             )
     many = 2_000 if options.short else 100_000
     with tempfile.TemporaryDirectory() as folder:

@@ -52,7 +52,7 @@ def laps(backbone: str | nn.Module, index: ClientIndex) -> dict[int, float]:
     )
     state, cohort = common.first_state(embedder, CLASSES), np.arange(CLIENTS)
     plan = common.plan_of(CLASSES, SAMPLE, LocalTraining(1, None, 8, 0.05, 2.0))
-    found: dict[int, list[float]] = {stack: [] for stack in STACKS}
+    milliseconds: dict[int, list[float]] = {stack: [] for stack in STACKS}
     with ExitStack() as opened:
         engines = {
             stack: opened.enter_context(common.engine_of(embedder, index, CLASSES, 1, stack=stack))
@@ -60,8 +60,8 @@ def laps(backbone: str | nn.Module, index: ClientIndex) -> dict[int, float]:
         }
         for _ in range(WARM + ROUNDS):
             for stack, engine in engines.items():
-                found[stack].append(common.cpu_milliseconds(engine, state, cohort, plan))
-    return {stack: statistics.median(times[WARM:]) for stack, times in found.items()}
+                milliseconds[stack].append(common.cpu_milliseconds(engine, state, cohort, plan))
+    return {stack: statistics.median(times[WARM:]) for stack, times in milliseconds.items()}
 
 
 def main() -> None:

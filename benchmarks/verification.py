@@ -38,8 +38,8 @@ FARS = (0.1, 0.01, 0.001, 0.0001)
 
 
 def timed(work: Callable[[], common.T]) -> tuple[common.T, dict[str, float]]:
-    found, spent = common.timed(work)
-    return found, {**spent._asdict(), "peak": common.peak_megabytes()}
+    result, spent = common.timed(work)
+    return result, {**spent._asdict(), "peak": common.peak_megabytes()}
 
 
 def omniglot(data_path: str, rounds: int) -> dict[str, Any]:
@@ -55,15 +55,15 @@ def omniglot(data_path: str, rounds: int) -> dict[str, Any]:
     metrics, spent["retrieval figures"] = timed(lambda: score(task, *pair))
     _, spent["panels"] = timed(lambda: find_neighbours(task, pair, 0))
     _, spent["confusions"] = timed(lambda: find_confused(task, pair))
-    found, spent["verification and identification"] = timed(lambda: verify(task, pair, 0))
+    result, spent["verification and identification"] = timed(lambda: verify(task, pair, 0))
     phases = run.summary["seconds_by_phase"]
     spent["a round"] = {
         "wall": (run.summary["seconds"] - phases["evaluate"]) / config.rounds,
         "cpu": float("nan"),
         "peak": float("nan"),
     }
-    assert found is not None
-    return {"spent": spent, "map_at_10": metrics.map_at_10, "found": dataclasses.asdict(found)}
+    assert result is not None
+    return {"spent": spent, "map_at_10": metrics.map_at_10, "found": dataclasses.asdict(result)}
 
 
 def many(count: int) -> dict[str, Any]:
@@ -74,15 +74,15 @@ def many(count: int) -> dict[str, Any]:
     before = common.peak_megabytes()
     _, spent["retrieval figures"] = timed(lambda: evaluate_retrieval(rows, labels))
     pairs, spent["pairs counted"] = timed(lambda: count_pairs(rows, labels))
-    found, spent["rates of them"] = timed(lambda: verification(pairs))
+    rates, spent["rates of them"] = timed(lambda: verification(pairs))
     known, spent["identification, 10 draws"] = timed(lambda: identification(rows, labels))
     _, spent["confusions"] = timed(lambda: hardest_confusions(rows, labels))
     assert known is not None
     return {
         "spent": spent,
         "before": before,
-        "pairs": found.genuine + found.impostor,
-        "eer": found.eer,
+        "pairs": rates.genuine + rates.impostor,
+        "eer": rates.eer,
         "dir": known.dir,
     }
 
@@ -90,8 +90,8 @@ def many(count: int) -> dict[str, Any]:
 def ours(count: int) -> dict[str, Any]:
     rows, labels = common.random_embeddings(count)
     count_pairs(*common.random_embeddings(1000))
-    found, spent = timed(lambda: verification(count_pairs(rows, labels), FARS))
-    return {"spent": spent, "tar": [point.tar for point in found.points], "eer": found.eer}
+    rates, spent = timed(lambda: verification(count_pairs(rows, labels), FARS))
+    return {"spent": spent, "tar": [point.tar for point in rates.points], "eer": rates.eer}
 
 
 def theirs(count: int, on_grid: bool = False) -> dict[str, Any]:
@@ -157,21 +157,21 @@ def rates_table(sides: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def check(found: dict[str, dict[str, Any]]) -> None:
+def check(results: dict[str, dict[str, Any]]) -> None:
     for side, most in (("scikit-learn on the grid", 1e-12), ("scikit-learn", 1e-4)):
-        here, there = ([found[name]["eer"], *found[name]["tar"]] for name in ("ours", side))
-        if max(abs(a - b) for a, b in zip(here, there, strict=True)) > most:
-            raise SystemExit(f"{side}: {there}, ours: {here}")
+        ours, theirs = ([results[name]["eer"], *results[name]["tar"]] for name in ("ours", side))
+        if max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > most:
+            raise SystemExit(f"{side}: {theirs}, ours: {ours}")
 
 
 def main() -> None:
-    asked = common.parser(__doc__, short="few rows, no file")
-    asked.add_argument("--data-path", help="folder with the Omniglot archives; none: no such job")
-    asked.add_argument("--rows", type=int, default=60_000, help="random embeddings")
-    asked.add_argument("--small", type=int, default=10_180, help="those for scikit-learn")
-    asked.add_argument("--rounds", type=int, default=10, help="of the run on Omniglot")
-    asked.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
-    options = asked.parse_args()
+    parser = common.parser(__doc__, short="few rows, no file")
+    parser.add_argument("--data-path", help="folder with the Omniglot archives; none: no such job")
+    parser.add_argument("--rows", type=int, default=60_000, help="random embeddings")
+    parser.add_argument("--small", type=int, default=10_180, help="those for scikit-learn")
+    parser.add_argument("--rounds", type=int, default=10, help="of the run on Omniglot")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
+    options = parser.parse_args()
     if options.short:
         options.rows, options.small, options.rounds = 8_000, 2_000, 2
     path = "" if options.data_path is None else " --data-path DIR"

@@ -46,7 +46,7 @@ def made_up(count: int, side: int, channels: int) -> RetrievalTask:
 
 def measure(task: RetrievalTask, d: int) -> list[str]:
     embeddings = torch.randn(len(task.query), d, generator=torch.Generator().manual_seed(0))
-    found = torch.nn.functional.normalize(embeddings, dim=1), None
+    embedded = torch.nn.functional.normalize(embeddings, dim=1), None
     by_phase = {"request": 0.1, "train": 1.0, "aggregate": 0.1}
     record: dict[str, Any] = {
         "round": 1,
@@ -69,9 +69,9 @@ def measure(task: RetrievalTask, d: int) -> list[str]:
             rows.append(f"{name:<38}{took * 1000:>10.2f} ms{grown / 1000:>10.1f} kB")
 
         row("scalars, a round", lambda: add_scalars(board, cast(Record, record), False), ROUNDS)
-        row("neighbours, an evaluation", lambda: add_neighbours(board, task, found, 0, 1), 10)
-        row("projector, at the end", lambda: add_projection(board, task, found, 0, 1), 1)
-        row("(the evaluation's own search)", lambda: score(task, *found), 1)
+        row("neighbours, an evaluation", lambda: add_neighbours(board, task, embedded, 0, 1), 10)
+        row("projector, at the end", lambda: add_projection(board, task, embedded, 0, 1), 1)
+        row("(the evaluation's own search)", lambda: score(task, *embedded), 1)
     recorded = [by_phase] * ROUNDS
     took = seconds(lambda: time_left(recorded, 2 * ROUNDS, 20, 10), ROUNDS)
     rows.append(f"{'time left, a round':<38}{took * 1000:>10.2f} ms")

@@ -3,15 +3,15 @@
 docs/deploy.md says what to type on several machines; these are the same commands, started and
 stopped by a program. Each function does one of its steps, so tests and benchmarks use them too:
 
-    with place(folder, sites=3) as here:
-        superlink(here), superexec(here)
+    with place(folder, sites=3) as federation:
+        superlink(federation), superexec(here)
         for number in range(3):
-            register(here, number)
-            site(here, number, {"data": f"/data/{number}", "site": f"shop-{number}"})
-        run = submit(here, "app")
-        for line in follow(here, run):
+            register(federation, number)
+            site(federation, number, {"data": f"/data/{number}", "site": f"shop-{number}"})
+        run = submit(federation, "app")
+        for line in follow(federation, run):
             print(line)
-        print(status(here, run))
+        print(status(federation, run))
 
 All that is written lies in the folder: ``keys/``, ``state.db``, a log of each process in ``logs/``,
 and Flower's own files (``FLWR_HOME``) of the user, the server and each site. Ports are free ones,
@@ -115,28 +115,28 @@ def place(folder: str | Path, sites: int) -> Iterator[Place]:
     guard = subprocess.Popen(
         [sys.executable, "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True
     )
-    here = Place(folder, port, tuple(site_ports), [], guard)
+    federation = Place(folder, port, tuple(site_ports), [], guard)
     try:
-        yield here
+        yield federation
     finally:
-        stop_all(here)
-        tell_guard(here, "done")
+        stop_all(federation)
+        tell_guard(federation, "done")
         guard.wait()
         assert guard.stdin is not None
         guard.stdin.close()
 
 
-def tell_guard(here: Place, word: str | int) -> None:
-    assert here.guard.stdin is not None
-    here.guard.stdin.write(f"{word}\n".encode())
-    here.guard.stdin.flush()
+def tell_guard(federation: Place, word: str | int) -> None:
+    assert federation.guard.stdin is not None
+    federation.guard.stdin.write(f"{word}\n".encode())
+    federation.guard.stdin.flush()
 
 
 def free_ports(count: int) -> list[int]:
     """Free ports below those that the system hands out by itself, which may go at any moment."""
-    found: dict[int, socket.socket] = {}
+    sockets: dict[int, socket.socket] = {}
     try:
-        while len(found) < count:
+        while len(sockets) < count:
             port = random.SystemRandom().randrange(20_000, 32_000)
             held = socket.socket()
             try:
@@ -144,11 +144,11 @@ def free_ports(count: int) -> list[int]:
             except OSError:
                 held.close()
             else:
-                found[port] = held
+                sockets[port] = held
     finally:
-        for held in found.values():
+        for held in sockets.values():
             held.close()
-    return list(found)
+    return list(sockets)
 
 
 def write_certificates(folder: Path) -> None:
@@ -232,59 +232,65 @@ def write_private(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def environment(here: Place, name: str) -> dict[str, str]:
+def environment(federation: Place, name: str) -> dict[str, str]:
     """What a command of Flower is told by its environment: here, no news from or for its makers."""
     scripts = sysconfig.get_path("scripts")  # where flower-superexec finds flwr-serverapp
     return os.environ | {
         "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "FLWR_HOME": str(here.folder / "flwr" / name),
+        "FLWR_HOME": str(federation.folder / "flwr" / name),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
 
 
 def start(
-    here: Place, name: str, log: str, command: str, *args: str | Path | int, again: bool = False
+    federation: Place,
+    name: str,
+    log: str,
+    command: str,
+    *args: str | Path | int,
+    again: bool = False,
 ) -> Process:
     """Start a process, and what it starts later, in a process group of its own."""
     words = [str(Path(sysconfig.get_path("scripts")) / command), *map(str, args)]
-    with open(here.folder / "logs" / f"{log}.log", "ab") as file:
+    with open(federation.folder / "logs" / f"{log}.log", "ab") as file:
         process = subprocess.Popen(
             ["sh", "-c", AGAIN, "sh", *words] if again else words,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment(here, name),
-            cwd=here.folder,
+            env=environment(federation, name),
+            cwd=federation.folder,
             start_new_session=True,
         )
-    here.processes.append(process)
-    tell_guard(here, process.pid)
+    federation.processes.append(process)
+    tell_guard(federation, process.pid)
     return process
 
 
-def superlink(here: Place, *, timeout: float = 60) -> Process:
+def superlink(federation: Place, *, timeout: float = 60) -> Process:
     """The server that all others talk to; comes back when it answers. Restarted, it goes on."""
-    keys = here.folder / "keys"
+    keys = federation.folder / "keys"
     process = start(
-        here, "server", "superlink", "flower-superlink",
-        "--host", "127.0.0.1", "--port", here.port,
+        federation, "server", "superlink", "flower-superlink",
+        "--host", "127.0.0.1", "--port", federation.port,
         "--ssl-ca-certfile", keys / "ca.pem",
         "--ssl-certfile", keys / "server.pem",
         "--ssl-keyfile", keys / "server.key",
         "--enable-supernode-auth",
-        "--database", here.folder / "state.db",
+        "--database", federation.folder / "state.db",
         "--isolation", "process",
         "--superexec-auth-secret-file", keys / "superexec.secret",
         "--disable-runtime-dependency-installation",
     )  # fmt: skip
     until = time.monotonic() + timeout
-    while not answers(here.port):
+    while not answers(federation.port):
         if process.poll() is not None or time.monotonic() > until:
             kill(process)
             raise FederationError(
-                f"flower-superlink does not answer at {here.address} "
-                f"(exit status {process.poll()}); see {here.folder / 'logs' / 'superlink.log'}"
+                f"flower-superlink does not answer at {federation.address} "
+                f"(exit status {process.poll()}); "
+                f"see {federation.folder / 'logs' / 'superlink.log'}"
             )
         time.sleep(0.1)
     return process
@@ -297,27 +303,27 @@ def answers(port: int) -> bool:
     return False
 
 
-def superexec(here: Place) -> Process:
+def superexec(federation: Place) -> Process:
     """What starts the ServerApp of each run beside the SuperLink."""
     return start(
-        here, "server", "superexec", "flower-superexec",
-        "--runtime-api-address", here.address,
-        "--root-certificates", here.folder / "keys" / "ca.pem",
-        "--superexec-auth-secret-file", here.folder / "keys" / "superexec.secret",
+        federation, "server", "superexec", "flower-superexec",
+        "--runtime-api-address", federation.address,
+        "--root-certificates", federation.folder / "keys" / "ca.pem",
+        "--superexec-auth-secret-file", federation.folder / "keys" / "superexec.secret",
     )  # fmt: skip
 
 
-def site(here: Place, number: int, node_config: Mapping[str, Value]) -> Process:
+def site(federation: Place, number: int, node_config: Mapping[str, Value]) -> Process:
     """The SuperNode of a site, which starts a ClientApp for each message.
 
     Started over if it ends, or is not let in yet: so also right after a ``kill``.
     """
     return start(
-        here, f"site-{number}", f"site-{number}", "flower-supernode",
-        "--superlink", here.address,
-        "--root-certificates", here.folder / "keys" / "ca.pem",
-        "--auth-supernode-private-key", here.folder / "keys" / f"site-{number}",
-        "--port", here.site_ports[number],
+        federation, f"site-{number}", f"site-{number}", "flower-supernode",
+        "--superlink", federation.address,
+        "--root-certificates", federation.folder / "keys" / "ca.pem",
+        "--auth-supernode-private-key", federation.folder / "keys" / f"site-{number}",
+        "--port", federation.site_ports[number],
         "--node-config", pairs(node_config), again=True,
     )  # fmt: skip
 
@@ -327,15 +333,15 @@ def pairs(values: Mapping[str, Value]) -> str:
     return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
 
 
-def flwr(here: Place, *args: str | Path | int) -> str:
+def flwr(federation: Place, *args: str | Path | int) -> str:
     """What a ``flwr`` command prints."""
     done = subprocess.run(
         [Path(sysconfig.get_path("scripts")) / "flwr", *map(str, args)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=environment(here, "user"),
-        cwd=here.folder,
+        env=environment(federation, "user"),
+        cwd=federation.folder,
         text=True,
         check=False,
     )
@@ -344,39 +350,41 @@ def flwr(here: Place, *args: str | Path | int) -> str:
     return done.stdout
 
 
-def register(here: Place, number: int) -> None:
+def register(federation: Place, number: int) -> None:
     """Let in a site's key, unless the database has it from an earlier time."""
     try:
-        flwr(here, "supernode", "register", here.folder / "keys" / f"site-{number}.pub")
+        flwr(federation, "supernode", "register", federation.folder / "keys" / f"site-{number}.pub")
     except FederationError as error:
         if "already in use" not in str(error):
             raise
 
 
-def submit(here: Place, app: str | Path, run_config: Mapping[str, Value] | None = None) -> int:
+def submit(
+    federation: Place, app: str | Path, run_config: Mapping[str, Value] | None = None
+) -> int:
     """Start a run of an app folder, with other settings than those in it; its id."""
     changed = ["--run-config", pairs(run_config)] if run_config else []
-    answer = json.loads(flwr(here, "run", Path(app).resolve(), *changed, "--format", "json"))
+    answer = json.loads(flwr(federation, "run", Path(app).resolve(), *changed, "--format", "json"))
     if not answer["success"]:  # its exit status is 0 all the same
         raise FederationError(f"flwr run {app}: {answer['error-message']}")
     return int(answer["run-id"])
 
 
-def status(here: Place, run: int) -> str:
+def status(federation: Place, run: int) -> str:
     """``pending``, ``starting``, ``running``, or ``finished:`` with completed, failed, stopped."""
-    (found,) = json.loads(flwr(here, "list", "--run-id", run, "--format", "json"))["runs"]
-    return str(found["status"])
+    (state,) = json.loads(flwr(federation, "list", "--run-id", run, "--format", "json"))["runs"]
+    return str(state["status"])
 
 
-def follow(here: Place, run: int) -> Iterator[str]:
+def follow(federation: Place, run: int) -> Iterator[str]:
     """The lines of a run's log as they are written, until the run ends or the SuperLink does."""
     reader = subprocess.Popen(
         [Path(sysconfig.get_path("scripts")) / "flwr", "log", str(run), "--stream"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment(here, "user") | {"PYTHONUNBUFFERED": "1"},
-        cwd=here.folder,
+        env=environment(federation, "user") | {"PYTHONUNBUFFERED": "1"},
+        cwd=federation.folder,
         text=True,
     )
     assert reader.stdout is not None
@@ -391,9 +399,9 @@ def follow(here: Place, run: int) -> Iterator[str]:
         reader.wait()
 
 
-def stop(here: Place, run: int) -> None:
+def stop(federation: Place, run: int) -> None:
     """End a run. The SuperLink and the sites wait for the next one."""
-    flwr(here, "stop", run)
+    flwr(federation, "stop", run)
 
 
 def kill(process: Process) -> None:
@@ -411,25 +419,25 @@ def children(process: Process, command: str) -> list[int]:
         text=True,
         check=True,
     ).stdout
-    found = []
+    pids = []
     for line in listed.splitlines():
         pid, group, state, *args = line.split()
         if int(group) == process.pid and state[0] != "Z" and command in " ".join(args):
-            found.append(int(pid))
-    return found
+            pids.append(int(pid))
+    return pids
 
 
-def stop_all(here: Place, *, patience: float = 10) -> None:
+def stop_all(federation: Place, *, patience: float = 10) -> None:
     """SIGTERM to every process, the last started first; SIGKILL to those that do not end."""
-    for process in reversed(here.processes):
+    for process in reversed(federation.processes):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
     until = time.monotonic() + patience
-    for process in reversed(here.processes):
+    for process in reversed(federation.processes):
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(until - time.monotonic(), 0))
         kill(process)
-    here.processes.clear()
+    federation.processes.clear()
 
 
 def write_images(folder: Path, sites: int, clients: int = 24, classes: int = 160) -> list[Path]:
@@ -464,27 +472,27 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
         subprocess.run(
             [sys.executable, "-m", "fedss", *words], stdout=subprocess.DEVNULL, check=True
         )
-    with place(folder, sites) as here:
-        superlink(here)
-        superexec(here)
-        say(f"SuperLink at https://{here.address}: TLS, node keys, a database")
-        secret = here.folder / "keys" / "names.secret"
+    with place(folder, sites) as federation:
+        superlink(federation)
+        superexec(federation)
+        say(f"SuperLink at https://{federation.address}: TLS, node keys, a database")
+        secret = federation.folder / "keys" / "names.secret"
         if not secret.exists():
             write_private(secret, secrets.token_bytes(32))
         for number, data in enumerate(images):
-            register(here, number)
+            register(federation, number)
             name = f"site-{number + 1}"
             site(
-                here,
+                federation,
                 number,
                 {"data": str(data.resolve()), "site": name, "secret-file": str(secret)},
             )
             say(f"{name} has registered its key, and starts")
-        run = submit(here, folder / "app")
+        run = submit(federation, folder / "app")
         say(f"submitted as run {run}; what its server part says:")
-        for line in follow(here, run):
+        for line in follow(federation, run):
             say(f"  {line}")
-        ended = status(here, run)
+        ended = status(federation, run)
         say(f"run {run}: {ended}; stopping all processes")
     say("no process is left")
     print(

@@ -46,12 +46,12 @@ def smoothed_softmax(smoothing: float) -> Objective:
 def main(rounds: int = 30, classes: int = 320) -> dict[str, float | None]:
     """Train on glyphs with and without it; MAP@10 on unseen classes."""
     config = fedss.Config(rounds=rounds, glyphs_classes=classes, glyphs_clients=64, eval_every=0)
-    data, found = fedss.load_data(config), {}
+    data, scores = fedss.load_data(config), {}
     for name, loss in (("softmax", None), ("smoothed by 0.1", smoothed_softmax(0.1))):
         with tempfile.TemporaryDirectory() as folder:
             run = fedss.train(config, folder, data=data, objective=loss)
-            found[name] = run.summary["map_at_10"]
-    return found
+            scores[name] = run.summary["map_at_10"]
+    return scores
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ def settings(method: str, rounds: int) -> dict[str, Any]:
 
 def shapes() -> list[tuple[int, ...]]:
     """Of the network's parameters: convolution and norm of each block, then the linear layer."""
-    found: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     for block in range(BLOCKS):
-        found += [(WIDTH, WIDTH if block else 1, 3, 3), (WIDTH,), (WIDTH,), (WIDTH,)]
-    return [*found, (DIM, WIDTH), (DIM,)]
+        shapes += [(WIDTH, WIDTH if block else 1, 3, 3), (WIDTH,), (WIDTH,), (WIDTH,)]
+    return [*shapes, (DIM, WIDTH), (DIM,)]
 
 
 def turns() -> Callable[[], None]:

@@ -188,4 +188,4 @@ _CODE = re.compile(r"(?<![\w`-])(--[a-z][a-z-]+|[\w.]+/[\w./]+\.(?:json|md)|\$[A
 def _cell(text: str | None) -> str:
     """Help as the cell of a table: Markdown has no meaning in it, and a bar is a bar."""
     escaped = re.sub(r"([\\|*_<\[\]`])", r"\\\1", text or "")
-    return _CODE.sub(lambda found: f"`{found[0]}`".replace("\\", ""), escaped)
+    return _CODE.sub(lambda match: f"`{match[0]}`".replace("\\", ""), escaped)

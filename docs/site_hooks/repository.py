@@ -50,10 +50,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each file of the repository that a page links to, and what these link to."""
     known = {f"docs/{file.src_uri}": file.src_uri for file in files}
     todo = [(path, (ROOT / path).read_text()) for path in known if _is_page(path)]
-    there = set(known.values())
+    known_pages = set(known.values())
     for path, page in PAGES.items():
         known[path] = page
-        if page not in there:
+        if page not in known_pages:
             text = (ROOT / path).read_text()
             todo.append((path, text))
             files.append(File.generated(config, page, content=text))
@@ -89,17 +89,17 @@ def _resolve(path: str, link: str) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links to files of the repository at their pages."""
-    here = page.file.src_uri
+    source = page.file.src_uri
     at_home = {uri: path for path, uri in PAGES.items() if uri != "index.md"}
-    path = at_home.get(here, f"docs/{here}")
-    if here.startswith(("source/", "reference/")):
+    path = at_home.get(source, f"docs/{source}")
+    if source.startswith(("source/", "reference/")):
         return markdown
 
     def point(link: re.Match[str]) -> str:
         uri = _PAGE_OF.get(_resolve(path, link[2]))
         if uri is None:
             return link[0]
-        return link[1] + os.path.relpath(uri, PurePosixPath(here).parent) + (link[3] or "")
+        return link[1] + os.path.relpath(uri, PurePosixPath(source).parent) + (link[3] or "")
 
     parts, end = [], 0
     for fence in _FENCE.finditer(markdown):
@@ -133,8 +133,8 @@ def _source(path: str) -> str:
 
 def _files(folder: Path) -> list[Path]:
     """The text files of a folder; none of what is no folder."""
-    there = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [file for file in there if file.suffix in LANGUAGES]
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in files if file.suffix in LANGUAGES]
 
 
 def _cells(notebook: Path) -> Iterator[str]:
