@@ -4,7 +4,7 @@ docs/deploy.md says what to type on several machines; these are the same command
 stopped by a program. Each function does one of its steps, so tests and benchmarks use them too:
 
     with place(folder, sites=3) as federation:
-        superlink(federation), superexec(here)
+        superlink(federation), superexec(federation)
         for number in range(3):
             register(federation, number)
             site(federation, number, {"data": f"/data/{number}", "site": f"shop-{number}"})

@@ -174,11 +174,11 @@ def test_sites_together_hold_what_one_machine_would(root, federation, share, see
         assert names == {f"p{i}.png" for i, _ in own}
         assert trained.keys().isdisjoint(held[0])
         trained |= held[0]
-        for here, there in zip(held[1:], expected[1:], strict=True):
+        for actual, wanted in zip(held[1:], expected[1:], strict=True):
             # What is tested at a site is what one machine would test, but for images that have
             # no other one of their class at the site.
-            for client, images in here.items():
-                assert images == [p for p in there[client] if p[0] not in data.unpaired]
+            for client, images in actual.items():
+                assert images == [p for p in wanted[client] if p[0] not in data.unpaired]
         labels = {f"p{i}.png": (label, split) for i, (label, _, split) in own}
         for name in data.unpaired:
             label, split = labels[name]
@@ -221,9 +221,9 @@ def test_data_without_a_test(root):
     assert len(data.train) == 4
     assert seen_classes(data) == 0
     config = Config(data="csv", test_classes=0, sample_size=2)
-    facts = describe(config, data)
-    assert facts["test_queries"] == facts["test_classes"] == facts["test_classes_seen"] == 0
-    assert facts["test_gallery"] is None
+    about = describe(config, data)
+    assert about["test_queries"] == about["test_classes"] == about["test_classes_seen"] == 0
+    assert about["test_gallery"] is None
     message = "nothing to evaluate: data set 'csv' has no test images.*it is 0"
     with pytest.raises(DataError, match=message):
         evaluation_task(config, data)

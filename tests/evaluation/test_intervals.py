@@ -34,17 +34,17 @@ def test_classes_are_drawn_with_all_of_their_queries():
     for chosen in rng.integers(7, size=(DRAWS, 7)):
         own = np.concatenate([np.full(queries[c], values[c]) for c in chosen])
         means.append(own.mean())
-    found = interval([scores(values, queries)])
-    assert found.value == pytest.approx(np.repeat(values, queries).mean())
+    ends = interval([scores(values, queries)])
+    assert ends.value == pytest.approx(np.repeat(values, queries).mean())
     rest = stats.norm.cdf(-np.sqrt(7 / 6) * stats.t.ppf(0.975, 6))
-    assert [found.low, found.high] == pytest.approx(np.quantile(means, [rest, 1 - rest]), abs=2e-4)
+    assert [ends.low, ends.high] == pytest.approx(np.quantile(means, [rest, 1 - rest]), abs=2e-4)
 
 
 def test_many_classes_give_the_normal_interval():
     values, _ = draw(20_000, 1)
-    found = interval([scores(values)])
+    ends = interval([scores(values)])
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert [found.low, found.high] == pytest.approx(
+    assert [ends.low, ends.high] == pytest.approx(
         [values.mean() - half, values.mean() + half], abs=0.1 * half
     )
 
@@ -53,18 +53,18 @@ def test_the_truth_lies_within_nineteen_times_in_twenty():
     hits = 0
     for seed in range(400):
         values, queries = draw(40, seed)
-        found = interval([scores(values, queries)])
-        hits += found.low <= 1 / 3 <= found.high
+        ends = interval([scores(values, queries)])
+        hits += ends.low <= 1 / 3 <= ends.high
     assert 0.90 < hits / 400 < 0.98
 
 
 def test_a_difference_is_taken_class_by_class():
     values, queries = draw(50, 2)
     better = scores(values + 0.01, queries)
-    found = difference([better], [scores(values, queries)], paired=True)
+    ends = difference([better], [scores(values, queries)], paired=True)
     # The classes differ by far more, but not this.
-    assert [found.low, found.high] == pytest.approx([0.01, 0.01])
-    assert found.shown
+    assert [ends.low, ends.high] == pytest.approx([0.01, 0.01])
+    assert ends.shown
     noise = np.random.default_rng(0).normal(0, 0.1, 50)
     alike = difference([scores(values + noise, queries)], [scores(values, queries)], paired=True)
     assert alike.low < 0 < alike.high
@@ -75,10 +75,10 @@ def test_seeds_that_disagree_show_no_difference():
     values, queries = draw(2000, 3)
     ours = [scores(values + d, queries) for d in (0.05, -0.04, 0.03)]
     theirs = [scores(values, queries)] * 3
-    found = difference(ours, theirs, paired=True)
-    assert found.value == pytest.approx(0.04 / 3)
-    assert found.low < 0 < found.high
-    assert not found.shown
+    ends = difference(ours, theirs, paired=True)
+    assert ends.value == pytest.approx(0.04 / 3)
+    assert ends.low < 0 < ends.high
+    assert not ends.shown
     agreed = [scores(values + d, queries) for d in (0.05, 0.04, 0.03)]
     assert difference(agreed, theirs, paired=True).shown
     # Seeds that went well for both say nothing of the difference, where they are the same seeds.

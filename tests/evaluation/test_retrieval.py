@@ -72,7 +72,7 @@ def slow_metrics(
     if not rows:
         return None
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-    by_class = sum(sum(found) / len(found) for found in of_class.values()) / len(of_class)
+    by_class = sum(sum(result) / len(result) for result in of_class.values()) / len(of_class)
     counts = len(rows), len(of_class), len(query) - len(rows)
     return RetrievalMetrics(*[*means, by_class, *counts])
 
@@ -162,8 +162,8 @@ def test_equals_pytorch_metric_learning() -> None:
         scores = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(reference).T
         if ref_includes_query:
             scores.fill_diagonal_(-torch.inf)
-        found = scores.topk(k, dim=1)
-        return found.values, found.indices
+        result = scores.topk(k, dim=1)
+        return result.values, result.indices
 
     calculator = AccuracyCalculator(
         include=("precision_at_1", "mean_average_precision_at_r"),
@@ -194,9 +194,9 @@ def test_equals_torchmetrics() -> None:
     def average_precision(target: Tensor, score: Tensor, depth: int) -> float:
         # Theirs divides by the hits found among the first `depth`, ours by the hits that could
         # have been; and theirs ignores scores that are not positive.
-        found = int(target[score.topk(depth).indices].sum())
+        result = int(target[score.topk(depth).indices].sum())
         value = float(retrieval_average_precision(score + 2, target, top_k=depth))
-        return value * found / min(int(target.sum()), depth)
+        return value * result / min(int(target.sum()), depth)
 
     columns: dict[str, list[float]] = {name: [] for name in ("1", "5", "10", "r")}
     for score, label in zip(scores, labels, strict=True):
@@ -315,9 +315,9 @@ def test_a_screen_confuses_no_lookalikes(dtype: torch.dtype, d: int, digits: int
             with screening():
                 expected = nearest(*sides, k)
             with screening(dtype, group=4):
-                found = nearest(*sides, k)
-            assert torch.equal(found[1], expected[1])
-            assert torch.equal(found[0], expected[0])
+                result = nearest(*sides, k)
+            assert torch.equal(result[1], expected[1])
+            assert torch.equal(result[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -330,9 +330,9 @@ def test_a_screen_takes_negative_cosines_for_less_than_positive(
     with screening():
         expected = nearest(-torch.eye(4), gallery, 5)
     with screening(dtype, group=4):
-        found = nearest(-torch.eye(4), gallery, 5)
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0], expected[0])
+        result = nearest(-torch.eye(4), gallery, 5)
+    assert torch.equal(result[1], expected[1])
+    assert torch.equal(result[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -347,8 +347,8 @@ def test_a_screen_is_in_doubt_as_much_as_it_errs(dtype: torch.dtype, d: int) -> 
     with screening(dtype, group=1):
         (screen,) = neighbours.prepare_gallery(rows, 1).screens
     rounded = rows.to(dtype)
-    found = torch.mm(screen.rows_GD, rounded.T, out=torch.empty(600, 600, dtype=dtype)).double()
-    error = (found - rows.double() @ rows.double().T).abs() - found.abs() * torch.finfo(
+    result = torch.mm(screen.rows_GD, rounded.T, out=torch.empty(600, 600, dtype=dtype)).double()
+    error = (result - rows.double() @ rows.double().T).abs() - result.abs() * torch.finfo(
         dtype
     ).eps / 2
     doubt = neighbours._doubt(screen, rows, rounded)
@@ -412,9 +412,9 @@ def test_a_screen_leaves_nothing_of_rows_that_differ(
 
 def test_what_one_screen_leaves_is_left_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def spy(query: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
-        found = screened(query, *args)
-        seen.append((args[3].rows_GD.dtype, len(query), int(found[0].sum())))  # type: ignore[attr-defined]
-        return found
+        result = screened(query, *args)
+        seen.append((args[3].rows_GD.dtype, len(query), int(result[0].sum())))  # type: ignore[attr-defined]
+        return result
 
     screened = neighbours._screened
     seen: list[tuple[torch.dtype, int, int]] = []
@@ -455,9 +455,9 @@ def test_a_cuda_device_gives_the_same_bits(make: Callable[[int], Tensor], precis
     finally:
         torch.set_float32_matmul_precision("highest")
     assert got[0] == expected[0]
-    for there, here in zip(got[1:], expected[1:], strict=True):
-        assert there.is_cuda
-        assert torch.equal(there.cpu(), here)
+    for actual, wanted in zip(got[1:], expected[1:], strict=True):
+        assert actual.is_cuda
+        assert torch.equal(actual.cpu(), wanted)
 
 
 def test_a_collapsed_model_ranks_by_position() -> None:
@@ -612,8 +612,8 @@ def test_workers_change_no_bit(
     assert {count for _, count in seen} == {1}
     assert threading.get_ident() not in {thread for thread, _ in seen}
     assert got[0] == expected[0]
-    for here, there in zip(got[1:], expected[1:], strict=True):
-        assert torch.equal(here, there)
+    for wanted, actual in zip(got[1:], expected[1:], strict=True):
+        assert torch.equal(wanted, actual)
 
 
 def test_the_long_lists_of_one_large_class_are_not_paid_by_all(

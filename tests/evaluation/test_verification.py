@@ -40,14 +40,14 @@ def enumerated(rows, labels, gallery=None, gallery_labels=None):
     left = fractions(rows)
     right = left if alone else fractions(gallery)
     right_labels = labels if alone else gallery_labels
-    found = [], []
+    result = [], []
     for i, j in itertools.product(range(len(left)), range(len(right))):
         if alone and j <= i:
             continue
         cosine = sum((x * y for x, y in zip(left[i], right[j], strict=True)), Fraction(0))
         cell = min(max(math.floor((cosine + 1) * 2**16), 0), 2**17)
-        found[int(labels[i] != right_labels[j])].append(cell)
-    return found
+        result[int(labels[i] != right_labels[j])].append(cell)
+    return result
 
 
 def cells(counts_C: torch.Tensor) -> list[int]:
@@ -185,8 +185,8 @@ def test_a_stricter_threshold_accepts_less(genuine, impostor):
 def test_eer_is_the_same_when_the_two_kinds_and_the_sign_are_swapped(genuine, impostor):
     # FAR and FRR trade places.
     mirrored = ([2**17 - c for c in kind] for kind in (impostor, genuine))
-    here, there = (v.verification(of_cells(*kinds)) for kinds in ((genuine, impostor), mirrored))
-    assert here.eer == pytest.approx(there.eer, abs=1e-12)
+    left, right = (v.verification(of_cells(*kinds)) for kinds in ((genuine, impostor), mirrored))
+    assert left.eer == pytest.approx(right.eer, abs=1e-12)
 
 
 @settings(max_examples=10)
@@ -236,14 +236,14 @@ def test_identification_is_that_of_each_search_by_itself(sides):
     if sides == "gallery":
         more = rows[40:], labels[40:]
         rows, labels = rows[:40], labels[:40]
-    found = v.identification(rows, labels, *more, fpir=0.1, draws=3, seed=5)
+    result = v.identification(rows, labels, *more, fpir=0.1, draws=3, seed=5)
     slow = slow_identification(rows, labels, *more, 0.1, 3, 5)
-    assert (found.dir, found.threshold, found.mated, found.nonmated) == pytest.approx(slow)
-    assert found.dir_low <= found.dir <= found.dir_high
-    assert found.dir_low < found.dir_high
-    assert found.enrolled == 4
-    assert not found.supported
-    assert 0 < found.dir < 1
+    assert (result.dir, result.threshold, result.mated, result.nonmated) == pytest.approx(slow)
+    assert result.dir_low <= result.dir <= result.dir_high
+    assert result.dir_low < result.dir_high
+    assert result.enrolled == 4
+    assert not result.supported
+    assert 0 < result.dir < 1
 
 
 @pytest.mark.parametrize("draws", [1, 4])
@@ -252,17 +252,17 @@ def test_a_rate_of_strangers_needs_thirty_of_them_in_a_draw(draws):
     labels = torch.arange(6).repeat_interleave(20)
     rows = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
     for fpir, supported in ((0.5, True), (0.49, False)):
-        found = v.identification(rows, labels, fpir=fpir, draws=draws)
-        assert found.nonmated == 60 * draws
-        assert found.supported == supported
+        result = v.identification(rows, labels, fpir=fpir, draws=draws)
+        assert result.nonmated == 60 * draws
+        assert result.supported == supported
 
 
 def test_a_gallery_of_one_class_can_be_searched():
     """That one is enrolled: its own queries are to be found, all others refused."""
     one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     rows, labels = torch.cat([one.repeat(4, 1), other.repeat(6, 1)]), [7] * 4 + [8] * 6
-    found = v.identification(rows, torch.tensor(labels), one, torch.tensor([7]), draws=2)
-    assert (found.dir, found.enrolled, found.mated, found.nonmated) == (1.0, 1, 8, 12)
+    result = v.identification(rows, torch.tensor(labels), one, torch.tensor([7]), draws=2)
+    assert (result.dir, result.enrolled, result.mated, result.nonmated) == (1.0, 1, 8, 12)
 
 
 def test_half_of_the_images_of_half_of_the_classes_are_enrolled():
@@ -325,11 +325,11 @@ def test_confusions_are_those_of_a_count_by_hand(sides):
         cosine.fill_diagonal_(-2)
         more = ()  # type: ignore[assignment]
     best = cosine.argmax(1)
-    found = hardest_confusions(rows, labels, *more, most=100)
+    result = hardest_confusions(rows, labels, *more, most=100)
     used = torch.isin(labels, store_labels) & (labels != 9)
     assert not used.all()
     lowers = []
-    for c in found:
+    for c in result:
         (a, b), n = c.classes, sum(c.queries)
         for i, (own, other) in enumerate(((a, b), (b, a))):
             mine = used & (labels == own)
@@ -350,8 +350,8 @@ def test_confusions_are_those_of_a_count_by_hand(sides):
         lowers.append(min(np.roots([1 + zz, -2 * x - zz, x * x])))
     assert all(one >= other - 1e-9 for one, other in itertools.pairwise(lowers))
     wrong = int((used & (store_labels[best] != labels)).sum())
-    assert sum(sum(c.confused) for c in found) == wrong > 0
-    assert hardest_confusions(rows, labels, *more, most=3) == found[:3]
+    assert sum(sum(c.confused) for c in result) == wrong > 0
+    assert hardest_confusions(rows, labels, *more, most=3) == result[:3]
 
 
 def test_a_share_of_many_queries_counts_for_more():

@@ -74,24 +74,24 @@ def test_three_sites_with_tls_and_node_keys_give_the_local_bits(tmp_path):
     app = ["app", str(tmp_path / "app"), "--out", str(tmp_path / "apart"), "--sites", "3"]
     app += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
     assert main(app) == 0
-    with place(tmp_path / "federation", sites=4) as here:
-        superlink(here)
-        superexec(here)
+    with place(tmp_path / "federation", sites=4) as federation:
+        superlink(federation)
+        superexec(federation)
         for number, name in enumerate(SITES):
-            register(here, number)
-            site(here, number, {"data": str(tmp_path / f"{name}.csv")})
-        stranger = site(here, 3, {"data": str(tmp_path / "north.csv")})  # a key of nobody's
-        log = here.folder / "logs" / "site-3.log"
-        run = submit(here, tmp_path / "app")
+            register(federation, number)
+            site(federation, number, {"data": str(tmp_path / f"{name}.csv")})
+        stranger = site(federation, 3, {"data": str(tmp_path / "north.csv")})  # a key of nobody's
+        log = federation.folder / "logs" / "site-3.log"
+        run = submit(federation, tmp_path / "app")
         wait_for(lambda: "Failed to activate SuperNode" in log.read_text(), 60)
         kill(stranger)
         assert "SuperNode ID" not in log.read_text()
-        lines = list(follow(here, run))
-        assert status(here, run) == "finished:completed", lines
-        groups = [process.pid for process in here.processes]
+        lines = list(follow(federation, run))
+        assert status(federation, run) == "finished:completed", lines
+        groups = [process.pid for process in federation.processes]
         assert living(groups)
     assert not living(groups)
-    assert os.stat(here.folder / "keys" / "site-1").st_mode & 0o077 == 0
+    assert os.stat(federation.folder / "keys" / "site-1").st_mode & 0o077 == 0
     assert numbers(tmp_path / "apart") == numbers(tmp_path / "local")
     assert len(numbers(tmp_path / "apart")) > 0
 

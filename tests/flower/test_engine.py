@@ -63,14 +63,14 @@ def test_requests_travel_ahead(variant, photos, tmp_path):
     """A site that trained in the last round is not asked again: one message to it in this one."""
     grid = ProcessGrid(nodes(photos))
     federate(grid, settings(photos, rounds=8, **VARIANTS[variant]), tmp_path / "run")
-    asked = {(node, int(round)) for kind, node, round in grid.sent if kind == REQUEST}
+    requested = {(node, int(round)) for kind, node, round in grid.sent if kind == REQUEST}
     trained = [(node, int(round)) for kind, node, round in grid.sent if kind == TRAIN]
     assert len(set(trained)) == len(trained)
     first = {(node, 0) for node in grid.nodes}
     unknown = {(node, round) for node, round in trained if (node, round - 1) not in trained}
-    assert asked == unknown
-    assert asked & first
-    assert len(asked) < len(trained) / 2
+    assert requested == unknown
+    assert requested & first
+    assert len(requested) < len(trained) / 2
 
 
 def test_the_log_has_a_line_for_each_round():

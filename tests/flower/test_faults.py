@@ -120,9 +120,9 @@ def edit(
     change: Callable[[dict[str, Any], dict[str, dict[str, Tensor]]], None],
 ) -> Message:
     """The reply with other facts or tensors."""
-    facts, tensors = unpack(reply)
-    change(facts, tensors)
-    packed = pack(facts, **{name: buffer(of) for name, of in tensors.items()})
+    metadata, tensors = unpack(reply)
+    change(metadata, tensors)
+    packed = pack(metadata, **{name: buffer(of) for name, of in tensors.items()})
     return Message(packed, reply_to=message)
 
 
@@ -133,7 +133,7 @@ def change_part(client: str, message: Message, reply: Message, change: Change) -
     """What came, with another update of one client."""
     prefix = f"{NAMES.index(client)}/"
 
-    def change_it(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+    def change_it(metadata: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         updates = tensors["updates"]
         part = {n.removeprefix(prefix): t for n, t in updates.items() if n.startswith(prefix)}
         assert part
@@ -262,21 +262,23 @@ def of_site(site: str, round: int, kind: str, answer: Callable[..., Sequence[Mes
     return spoil
 
 
-def said(**facts: Any) -> Callable[[Message, Message], Sequence[Message]]:
+def said(**fields: Any) -> Callable[[Message, Message], Sequence[Message]]:
     """A reply with the given facts; of this round, if they do not say otherwise."""
 
     def answer(message: Message, reply: Message) -> Sequence[Message]:
         now = {"round": int(message.metadata.group_id)}
-        return [Message(pack({**now, **facts}), reply_to=message)]
+        return [Message(pack({**now, **fields}), reply_to=message)]
 
     return answer
 
 
-def content(facts: Any, tensors: Any = None) -> Callable[[Message, Message], Sequence[Message]]:
-    """A reply with the given text for facts (HERE is the round) and bytes for a buffer."""
+def content(template: Any, tensors: Any = None) -> Callable[[Message, Message], Sequence[Message]]:
+    """A reply with the given text for metadata (HERE is the round) and bytes for a buffer."""
 
     def answer(message: Message, reply: Message) -> Sequence[Message]:
-        text = facts.replace("HERE", message.metadata.group_id) if facts is HERE else facts
+        text = template
+        if template is HERE:
+            text = template.replace("HERE", message.metadata.group_id)
         told: dict[str, Any] = {"fedss": ConfigRecord({"json": text})}
         if tensors is not None:
             array = Array("uint8", (len(tensors),), "safetensors", tensors)
@@ -300,7 +302,7 @@ def header(text: bytes) -> bytes:
 
 
 def renamed(name: str) -> Callable[[Message, Message], Sequence[Message]]:
-    def change(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+    def change(metadata: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
         tensors["updates"][name] = torch.zeros(1)
 
     return lambda message, reply: [edit(reply, message, change)]
@@ -432,10 +434,10 @@ def test_a_request_that_cannot_be(ahead, photos, tmp_path):
     def spoil(node: int, message: Message, reply: Message) -> Sequence[Message]:
         kind, round = message.metadata.message_type, int(message.metadata.group_id)
 
-        def change_it(facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        def change_it(metadata: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
             if kind == "train" and not ahead:
                 # So that all must be asked again.
-                del facts["next"]
+                del metadata["next"]
                 return
             of_round = round + 1 if kind == "train" else round
             if of_round in victims and (ahead or kind == "query.classes"):
@@ -495,7 +497,7 @@ def test_another_sites_reply_is_refused(photos, tmp_path):
 def test_a_second_reply_is_counted_and_not_used(kind, photos, tmp_path):
     def twice(node: int, message: Message, reply: Message) -> Sequence[Message]:
         if node == NODES["south"] and message.metadata.message_type == kind:
-            return [reply, edit(reply, message, lambda facts, tensors: None)]
+            return [reply, edit(reply, message, lambda metadata, tensors: None)]
         return [reply]
 
     config = settings(photos, eval_every=0)

@@ -178,8 +178,8 @@ def contents(draw: Any, parts: Callable[[int], dict[str, torch.Tensor]]) -> Cont
         return None
     if kind == "error":
         return Error(draw(st.integers(-(2**31), 2**31 - 1)), draw(st.text(max_size=5)))
-    facts = json.dumps(draw(told if kind == "nearly" else values))
-    facts = draw(st.sampled_from([facts, facts, facts, facts[:-1], "[" * 5000]))
+    text = json.dumps(draw(told if kind == "nearly" else values))
+    text = draw(st.sampled_from([text, text, text, text[:-1], "[" * 5000]))
     buffers = {}
     for name in draw(st.sets(st.sampled_from(["updates", "requests", "x"]))):
         held = {f"{k}/{n}": t for k in CLIENTS for n, t in parts(k).items()}
@@ -196,7 +196,7 @@ def contents(draw: Any, parts: Callable[[int], dict[str, torch.Tensor]]) -> Cont
         if draw(st.sampled_from([True, False, False])):
             data = data[: draw(st.integers(0, len(data)))]
         buffers[name] = Array("uint8", (len(data),), "safetensors", bytes(data))
-    record = RecordDict({"fedss": ConfigRecord({"json": facts})})
+    record = RecordDict({"fedss": ConfigRecord({"json": text})})
     if draw(st.sampled_from([True, True, True, False])):
         record["fedss.tensors"] = ArrayRecord(buffers)
     return record

@@ -33,16 +33,16 @@ def test_what_is_printable_stays_and_nothing_else():
     assert printable(text) == text
 
 
-def answered(facts: dict[str, Any], kind: str = "query.register") -> dict[str, Any]:
+def answered(metadata: dict[str, Any], kind: str = "query.register") -> dict[str, Any]:
     ProcessGrid({})
-    message = through_the_wire(Message(pack(facts), 3, kind))
+    message = through_the_wire(Message(pack(metadata), 3, kind))
     reply = site_app(message, Context(1, 3, {"data": "/nowhere"}, RecordDict(), {}))
     return unpack(through_the_wire(reply))[0]
 
 
 @pytest.mark.parametrize("kind", ["query.register", "query.classes", "train", "evaluate"])
 @pytest.mark.parametrize(
-    "facts",
+    "metadata",
     [
         {"refused": HOSTILE},
         {"version": HOSTILE},
@@ -55,8 +55,8 @@ def answered(facts: dict[str, Any], kind: str = "query.register") -> dict[str, A
     ],
     ids=str,
 )
-def test_a_servers_text_at_a_site(facts, kind, capfd):
-    answered({"version": version("fedss"), "round": 0, "config": {}, **facts}, kind)
+def test_a_servers_text_at_a_site(metadata, kind, capfd):
+    answered({"version": version("fedss"), "round": 0, "config": {}, **metadata}, kind)
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err
@@ -87,9 +87,10 @@ def test_a_sites_text_at_the_server(tmp_path: Path, capfd: pytest.CaptureFixture
     def spoil(node: int, message: Message, reply: Message) -> list[Message]:
         kind, round = message.metadata.message_type, message.metadata.group_id
         if node == 10 and kind == "query.register":
-            facts, _ = unpack(reply)
-            facts["clients"] = [f"{number}{hostile}" for number in range(len(facts["clients"]))]
-            return [Message(pack(facts), reply_to=message)]
+            metadata, _ = unpack(reply)
+            count = len(metadata["clients"])
+            metadata["clients"] = [f"{number}{hostile}" for number in range(count)]
+            return [Message(pack(metadata), reply_to=message)]
         if node == 10 and kind in ("train", "query.classes"):
             told = {"round": int(round), "error": "version", "detail": hostile}
             return [Message(pack(told), reply_to=message)]

@@ -31,7 +31,7 @@ def records(out: Path) -> list[dict[str, Any]]:
 
 def all_grown(photos: Path) -> dict[int, dict[str, Any]]:
     """Every client has an image of a class that was not there before."""
-    rng, found = np.random.default_rng(1), {}
+    rng, configs = np.random.default_rng(1), {}
     (photos / "new").mkdir()
     for node, site in zip(nodes(photos), SITES, strict=True):
         lines = (photos / f"{site}.csv").read_text().splitlines()
@@ -40,8 +40,8 @@ def all_grown(photos: Path) -> dict[int, dict[str, Any]]:
             Image.fromarray(image).save(photos / "new" / f"{client}.png")
             lines.append(f"new/{client}.png,new {client},{client},train")
         (photos / f"{site} grown.csv").write_text("\n".join(lines) + "\n")
-        found[node] = {"data": str(photos / f"{site} grown.csv")}
-    return found
+        configs[node] = {"data": str(photos / f"{site} grown.csv")}
+    return configs
 
 
 class StopError(Exception):
@@ -67,10 +67,10 @@ def test_new_classes_at_every_client(method, restarted, photos, tmp_path):
             federate(grid, config, out, **AT_SITES)
         grid = ProcessGrid(later)
     federate(grid, config, out, **AT_SITES)
-    found = records(out)
-    assert [record["clients"] for record in found] == [4] * 5
+    rounds = records(out)
+    assert [record["clients"] for record in rounds] == [4] * 5
     # Seen in a round, registered for the next; that round is begun again with the classes it had.
-    assert {f["reason"] for r in found for f in r.get("failures", [])} <= {"registered"}
+    assert {f["reason"] for r in rounds for f in r.get("failures", [])} <= {"registered"}
     assert load_registry(out / "registry.json").growth[-1].classes == 10 + 6
 
 
@@ -126,9 +126,9 @@ def test_a_client_whose_classes_changed_after_it_had_asked(photos, tmp_path):
     )
     config = settings(photos, rounds=4, eval_every=0, clients_per_round=1)
     federate(grid, config, tmp_path / "run", sites=1, **AT_SITES)
-    found = records(tmp_path / "run")
-    assert [record.get("attempts", 1) for record in found] == [1, 1, 2, 1]
-    assert [failure["reason"] for failure in found[2]["failures"]] == ["raised"]
+    rounds = records(tmp_path / "run")
+    assert [record.get("attempts", 1) for record in rounds] == [1, 1, 2, 1]
+    assert [failure["reason"] for failure in rounds[2]["failures"]] == ["raised"]
     # Of an error no more than its kind leaves the site.
     assert told == ["ValueError"]
 

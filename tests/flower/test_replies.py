@@ -206,13 +206,13 @@ def test_what_a_site_may_call_itself():
 
 
 def test_a_reply_says_its_round():
-    def reply(facts: dict[str, Any]) -> Any:
-        return SimpleNamespace(has_error=lambda: False, content=pack(facts))
+    def reply(metadata: dict[str, Any]) -> Any:
+        return SimpleNamespace(has_error=lambda: False, content=pack(metadata))
 
     assert read_reply(reply({"round": 3}), 3) == ({"round": 3}, {})
-    for facts in ({}, {"round": 2}, {"round": None}, {"round": "3"}):
+    for metadata in ({}, {"round": 2}, {"round": None}, {"round": "3"}):
         with refused("stale"):
-            read_reply(reply(facts), 3)
+            read_reply(reply(metadata), 3)
     for error in (None, "", "raised", ["version"]):
         with refused("raised"):
             read_reply(reply({"round": 3, "error": error}), 3)
@@ -223,11 +223,11 @@ def test_a_reply_says_its_round():
 def test_a_client_that_failed_at_its_site_has_no_part():
     parts = {k: {"x": torch.full((1,), float(k))} for k in (1, 7)}
     assert by_client(of_clients(parts)) == parts
-    facts = {"failed": {"7": "ValueError"}}
-    assert part_of(facts, parts, 1) == parts[1]
-    assert part_of(facts, parts, 2) == {}
+    metadata = {"failed": {"7": "ValueError"}}
+    assert part_of(metadata, parts, 1) == parts[1]
+    assert part_of(metadata, parts, 2) == {}
     with refused("raised"):
-        part_of(facts, parts, 7)
+        part_of(metadata, parts, 7)
 
 
 def test_what_a_terminal_would_obey_is_not_shown():

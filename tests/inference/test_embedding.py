@@ -31,10 +31,10 @@ def write_csv(root, content):
 
 
 def test_files_are_decoded_as_in_training(images):
-    found = list_images(images)
-    result = embed_files(MODEL, found.paths, names=found.names)
+    image_list = list_images(images)
+    result = embed_files(MODEL, image_list.paths, names=image_list.names)
     assert result.names == ("p0.png", "p1.png", "p2.png")
-    expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in found.paths]))
+    expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in image_list.paths]))
     assert np.array_equal(result.embeddings_ND, expected)
 
 
@@ -47,9 +47,9 @@ def test_files_are_decoded_as_in_training(images):
     ],
 )
 def test_a_csv_needs_no_column_but_image(images, content):
-    found = list_images(write_csv(images, content))
-    assert found.names == ("p1.png", "p0.png")
-    assert found.paths == [images / "p1.png", images / "p0.png"]
+    image_list = list_images(write_csv(images, content))
+    assert image_list.names == ("p1.png", "p0.png")
+    assert image_list.paths == [images / "p1.png", images / "p0.png"]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,9 @@ def test_a_csv_lists_an_image_once_as_in_training(images, second):
 
 def test_names_of_a_csv_are_paths_from_where_it_lies(images, tmp_path):
     path = write_csv(images, f"image\n./p1.png\n{images / 'p0.png'}\n../other.png\n")
-    found = list_images(path)
-    assert found.names == ("p1.png", "p0.png", str(images.parent / "other.png"))
-    assert found.paths == [images / "p1.png", images / "p0.png", images.parent / "other.png"]
+    image_list = list_images(path)
+    assert image_list.names == ("p1.png", "p0.png", str(images.parent / "other.png"))
+    assert image_list.paths == [images / "p1.png", images / "p0.png", images.parent / "other.png"]
     # A link to a CSV lists what lies beside the link, as in training.
     (tmp_path / "links").mkdir()
     link = tmp_path / "links" / "list.csv"

@@ -50,47 +50,47 @@ def test_finding_is_computed(
 
 
 def test_a_difference_within_its_interval_is_none(tmp_path: Path) -> None:
-    found = headline(measured(tmp_path / "a", {"full": 0.352, "fedss": 0.351}))
-    assert "No difference shown between fedss and full softmax: MAP@10 0.351 against 0.352" in found
-    assert re.search(r"95 % interval of the difference: −0\.0\d\d to 0\.0\d\d", found)
-    assert "; fedss moves 7" in found
-    assert "reaches 0.9" not in found
-    found = headline(measured(tmp_path / "b", {"full": 0.352, "fedss": 0.2}))
-    assert "falls short" in found
-    assert "No difference shown" not in found
+    text = headline(measured(tmp_path / "a", {"full": 0.352, "fedss": 0.351}))
+    assert "No difference shown between fedss and full softmax: MAP@10 0.351 against 0.352" in text
+    assert re.search(r"95 % interval of the difference: −0\.0\d\d to 0\.0\d\d", text)
+    assert "; fedss moves 7" in text
+    assert "reaches 0.9" not in text
+    text = headline(measured(tmp_path / "b", {"full": 0.352, "fedss": 0.2}))
+    assert "falls short" in text
+    assert "No difference shown" not in text
     # What is not shown to be better is not said to be.
-    found = headline(measured(tmp_path / "c", {"full": 0.35, "fedss": 0.302, "fedaws": 0.303}))
-    assert "retrieves better" not in found
-    found = headline(measured(tmp_path / "d", {"full": 0.35, "fedss": 0.2, "fedaws": 0.303}))
-    assert "fedaws (0.303) retrieves better than fedss here." in found
+    text = headline(measured(tmp_path / "c", {"full": 0.35, "fedss": 0.302, "fedaws": 0.303}))
+    assert "retrieves better" not in text
+    text = headline(measured(tmp_path / "d", {"full": 0.35, "fedss": 0.2, "fedaws": 0.303}))
+    assert "fedaws (0.303) retrieves better than fedss here." in text
 
 
 def test_a_demo_that_shows_nothing_says_so(tmp_path: Path) -> None:
-    found = headline(measured(tmp_path / "a", {"fedss": 0.274, "pos-only": 0.275}))
-    assert "No difference shown: fedss reaches MAP@10 0.274 (95 % interval 0.2" in found
+    text = headline(measured(tmp_path / "a", {"fedss": 0.274, "pos-only": 0.275}))
+    assert "No difference shown: fedss reaches MAP@10 0.274 (95 % interval 0.2" in text
     four = {"fedss": 0.273, "pos-only": 0.2746, "neg-only": 0.2735, "fedaws": 0.274}
-    found = headline(measured(tmp_path / "b", four, seeds=2))
-    assert "No difference shown: MAP@10 goes from 0.273 (fedss) to 0.275 (pos-only)" in found
-    found = headline(measured(tmp_path / "c", {**four, "fedaws": 0.2}, seeds=2))
-    assert "MAP@10 goes from 0.200 (fedaws) to 0.275 (pos-only)." in found
-    assert "No difference shown" not in found
+    text = headline(measured(tmp_path / "b", four, seeds=2))
+    assert "No difference shown: MAP@10 goes from 0.273 (fedss) to 0.275 (pos-only)" in text
+    text = headline(measured(tmp_path / "c", {**four, "fedaws": 0.2}, seeds=2))
+    assert "MAP@10 goes from 0.200 (fedaws) to 0.275 (pos-only)." in text
+    assert "No difference shown" not in text
 
 
 def test_what_a_floor_reaches_is_not_praised(tmp_path: Path) -> None:
-    found = headline(measured(tmp_path / "a", {"fedss": 0.158}, pixels=0.106))
-    assert "fedss reaches MAP@10 0.158 (95 % interval 0.1" in found
-    assert "raw pixels 0.106, after 10 rounds" in found
-    found = headline(measured(tmp_path / "b", {"fedss": 0.08}, pixels=0.106))
-    assert "fedss falls below raw pixels: MAP@10 0.080 against 0.106 after 10 rounds." in found
-    assert "reaches" not in found.split("Trained")[0]
-    found = headline(measured(tmp_path / "c", {"fedss": 0.107}, pixels=0.106))
-    assert "No difference shown between fedss and raw pixels: MAP@10 0.107 against 0.106" in found
+    text = headline(measured(tmp_path / "a", {"fedss": 0.158}, pixels=0.106))
+    assert "fedss reaches MAP@10 0.158 (95 % interval 0.1" in text
+    assert "raw pixels 0.106, after 10 rounds" in text
+    text = headline(measured(tmp_path / "b", {"fedss": 0.08}, pixels=0.106))
+    assert "fedss falls below raw pixels: MAP@10 0.080 against 0.106 after 10 rounds." in text
+    assert "reaches" not in text.split("Trained")[0]
+    text = headline(measured(tmp_path / "c", {"fedss": 0.107}, pixels=0.106))
+    assert "No difference shown between fedss and raw pixels: MAP@10 0.107 against 0.106" in text
     two = {"full": 0.12, "fedss": 0.1}
-    found = headline(measured(tmp_path / "d", two, pixels=0.2, seeds=2))
-    assert "Not shown to beat raw pixels, MAP@10 0.200, after 10 rounds: full (0.120)" in found
-    found = headline(measured(tmp_path / "e", {"full": 0.3, "fedss": 0.1}, pixels=0.2))
-    assert "Not shown to beat raw pixels, MAP@10 0.200, after 10 rounds: fedss (0.100)." in found
-    assert "Above it: full (0.300)." in found
+    text = headline(measured(tmp_path / "d", two, pixels=0.2, seeds=2))
+    assert "Not shown to beat raw pixels, MAP@10 0.200, after 10 rounds: full (0.120)" in text
+    text = headline(measured(tmp_path / "e", {"full": 0.3, "fedss": 0.1}, pixels=0.2))
+    assert "Not shown to beat raw pixels, MAP@10 0.200, after 10 rounds: fedss (0.100)." in text
+    assert "Above it: full (0.300)." in text
 
 
 def test_finding_says_when_fedss_loses(tmp_path: Path) -> None:

@@ -50,14 +50,14 @@ def test_a_run_shows_its_rates_as_far_as_pairs_support_them(tmp_path: Path) -> N
     _, plain = read(tmp_path)
     assert FIGURES not in plain.words
     assert "FAR, TAR, EER" not in plain.words
-    found, _, _ = leave_findings(tmp_path)
+    verification, _, _ = leave_findings(tmp_path)
     html, page = read(tmp_path)
     assert FIGURES in page.words
     shown = page.cells[page.cells.index("EER") :]
-    points = {p["far"]: p for p in found["points"]}
-    known = found["identification"]
+    points = {p["far"]: p for p in verification["points"]}
+    known = verification["identification"]
     assert shown[:15] == [
-        *("EER", f"{found['eer']:.3f}", f"{found['eer_threshold']:.3f}"),
+        *("EER", f"{verification['eer']:.3f}", f"{verification['eer_threshold']:.3f}"),
         *("TAR at FAR 0.1", f"{points[0.1]['tar']:.3f}", f"{points[0.1]['threshold']:.3f}"),
         *("TAR at FAR 0.01", f"{points[0.01]['tar']:.3f}", f"{points[0.01]['threshold']:.3f}"),
         *("DIR at FPIR 0.01", f"{known['dir']:.3f}", f"{known['threshold']:.3f}"),
@@ -68,7 +68,7 @@ def test_a_run_shows_its_rates_as_far_as_pairs_support_them(tmp_path: Path) -> N
     assert "28\u202f080 of two, too few for a FAR below 1.1\u00a0·\u00a010⁻³" in page.words
     assert "20 classes are enrolled, drawn 10 times; so few images" in page.words
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", html[html.index(FIGURES) :])
-    assert f"EER {found['eer']:.3f}" in texts
+    assert f"EER {verification['eer']:.3f}" in texts
     assert {f"{points[far]['tar']:.3f}" for far in (0.1, 0.01)} <= set(texts)
     assert f"{points[0.001]['tar']:.3f}" not in texts
     assert "it grows with the number of enrolled classes" in page.words
@@ -154,11 +154,11 @@ def test_few_pairs_make_no_chart_and_no_claim(tmp_path: Path) -> None:
     single(tmp_path, rounds=5)
     before = read(tmp_path)[0].count('<svg class="chart"')
     leave_findings(tmp_path, classes=2)
-    found = json.loads((tmp_path / "verification.json").read_text())
-    found |= {"smallest_far": 1.5, "roc": found["roc"][-1:], "identification": None}
-    for point in found["points"]:
+    verification = json.loads((tmp_path / "verification.json").read_text())
+    verification |= {"smallest_far": 1.5, "roc": verification["roc"][-1:], "identification": None}
+    for point in verification["points"]:
         point["supported"] = False
-    (tmp_path / "verification.json").write_text(json.dumps(found))
+    (tmp_path / "verification.json").write_text(json.dumps(verification))
     html, page = read(tmp_path)
     assert html.count('<svg class="chart"') == before
     assert "too few for any rate of errors" in page.words
@@ -188,8 +188,8 @@ def test_damaged_figures(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     fake_run(tmp_path, rounds=5)
-    found, _, _ = leave_findings(tmp_path, classes=5)
-    (tmp_path / "verification.json").write_text(json.dumps(change(found)))
+    verification, _, _ = leave_findings(tmp_path, classes=5)
+    (tmp_path / "verification.json").write_text(json.dumps(change(verification)))
     advice = "delete it and run fedss evaluate"
     with pytest.raises(RunFolderError, match=rf"verification\.json: {message}.*{advice}"):
         write_report(tmp_path)

@@ -237,8 +237,8 @@ def test_an_eighth_is_left_for_negatives(size, n):
     ],
 )
 def test_what_a_sampler_may_return(ids, q, fault):
-    found = np.array(ids, None if ids else np.int64), np.array(q)
-    check = lambda: check_negatives("own", np.array([4, 7]), 10, 3, found)  # noqa: E731
+    negatives = np.array(ids, None if ids else np.int64), np.array(q)
+    check = lambda: check_negatives("own", np.array([4, 7]), 10, 3, negatives)  # noqa: E731
     if fault is None:
         assert [part.tolist() for part in check()] == [ids, q]
         return

@@ -91,8 +91,8 @@ def measured(rows_ND: torch.Tensor | None = None, **identification: object) -> d
     query = reference.tiny_dataset().test.query
     if rows_ND is None:
         rows_ND = torch.randn(len(query), 6, generator=torch.Generator().manual_seed(0))
-    found = asdict(verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0))
-    return found | {"identification": found["identification"] | identification}
+    verification = asdict(verify(RetrievalTask(query), (rows_ND[: len(query)], None), 0))
+    return verification | {"identification": verification["identification"] | identification}
 
 
 @settings(max_examples=30)
@@ -109,10 +109,10 @@ def test_what_is_found_is_what_a_plain_sort_finds_and_ties_go_by_position(
     vectors = rng.normal(size=(kinds, 6))[rng.integers(0, kinds, rows)]  # many equal rows
     query = rng.normal(size=(2, 6))
     collection = with_vectors(opened(made), torch.from_numpy(vectors).float())
-    found = collection.search(torch.from_numpy(query), k)
+    results = collection.search(torch.from_numpy(query), k)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for row, matches in zip(
-        query / np.linalg.norm(query, axis=1, keepdims=True), found, strict=True
+        query / np.linalg.norm(query, axis=1, keepdims=True), results, strict=True
     ):
         # Equal rows give equal sums, one at a time.
         scores = np.array([sum(a * b for a, b in zip(row, other, strict=True)) for other in unit])
@@ -126,22 +126,24 @@ def test_of_many_images_exactly_those_of_nearest_are_found(made):
     rows_ND[1000:] = rows_ND[:1000].repeat(2, 1) + 1e-7  # nearly or quite equal ones
     collection = with_vectors(opened(made), rows_ND)
     scores_QK, index_QK = fedss.nearest(rows_ND[:40], collection.vectors_ND, 25)
-    found = collection.search(rows_ND[:40], 25)
-    assert [[match.position for match in matches] for matches in found] == index_QK.tolist()
-    assert [[match.score for match in matches] for matches in found] == scores_QK.tolist()
+    results = collection.search(rows_ND[:40], 25)
+    assert [[match.position for match in matches] for matches in results] == index_QK.tolist()
+    assert [[match.score for match in matches] for matches in results] == scores_QK.tolist()
 
 
 def test_an_index_holds_names_classes_and_the_embeddings_of_embed_files(made):
     collection = opened(made)
-    found = list_images(made / "photos")
-    assert collection.names == found.names == tuple(sorted(found.names))
-    assert collection.labels == tuple(name.split("/")[0] for name in found.names)
+    image_list = list_images(made / "photos")
+    assert collection.names == image_list.names == tuple(sorted(image_list.names))
+    assert collection.labels == tuple(name.split("/")[0] for name in image_list.names)
     assert collection.classes == {f"class {i}": 3 for i in range(4)}
     assert collection.images_of("class 2") == [6, 7, 8]
-    expected = embed_files(MODEL, found.paths).embeddings_ND
+    expected = embed_files(MODEL, image_list.paths).embeddings_ND
     assert np.allclose(collection.vectors_ND, expected, atol=1e-6)
-    assert [collection.path(i) for i in range(12)] == found.paths
-    assert torch.allclose(collection.embed(found.paths[:2]), collection.vectors_ND[:2], atol=1e-6)
+    assert [collection.path(i) for i in range(12)] == image_list.paths
+    assert torch.allclose(
+        collection.embed(image_list.paths[:2]), collection.vectors_ND[:2], atol=1e-6
+    )
 
 
 def test_a_class_is_the_name_of_the_folder_whatever_lies_above_it(made, tmp_path):
@@ -244,9 +246,9 @@ def test_only_what_is_new_or_changed_is_embedded_again(place):
     before = opened(place)
     after = build_collection(place / "run", photos)
     assert (before.embedded, after.embedded) == (12, 2)
-    found = list_images(photos)
-    assert after.names == found.names
-    expected = embed_files(MODEL, found.paths).embeddings_ND
+    image_list = list_images(photos)
+    assert after.names == image_list.names
+    expected = embed_files(MODEL, image_list.paths).embeddings_ND
     assert np.allclose(after.vectors_ND, expected, atol=1e-6)
     whole = build_collection(place / "run", photos, place / "other")
     assert whole.embedded == 12
@@ -544,12 +546,12 @@ def test_identify_names_the_nearest_class_or_says_unknown(place):
     scores_QC = query_QD @ units.T
     best_Q, row_Q = scores_QC.max(1)
     between = float(best_Q.sort().values.mean())
-    found = identify(collection, query_QD, between)
-    for one, best, row in zip(found, best_Q.tolist(), row_Q.tolist(), strict=True):
+    identities = identify(collection, query_QD, between)
+    for one, best, row in zip(identities, best_Q.tolist(), row_Q.tolist(), strict=True):
         assert one.score == pytest.approx(best, abs=1e-6)
         assert one.nearest == f"class {row}"
         assert one.label == (one.nearest if best >= between else None)
-    assert {one.label is None for one in found} == {True, False}
+    assert {one.label is None for one in identities} == {True, False}
     assert [one.label for one in identify(collection, query_QD, 1.0)] == [None, None]
     assert None not in [one.label for one in identify(collection, query_QD, -1.0)]
     with pytest.raises(ConfigError, match="threshold: expected a cosine from -1 to 1, got 60"):
@@ -719,11 +721,11 @@ def test_the_commands(place, capsys, monkeypatch):
     assert main(["identify", "run", one]) == 2
     assert "fedss evaluate run measures one, if its test" in capsys.readouterr().err
     assert main(["identify", "run", one, two, "--threshold", "0.99999", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["threshold"] == 0.99999
-    assert [row["label"] for row in found["pictures"]] == [None, None]
-    found = measured(threshold=0.1, enrolled=5)
-    Path("run/verification.json").write_text(json.dumps(found))
+    output = json.loads(capsys.readouterr().out)
+    assert output["threshold"] == 0.99999
+    assert [row["label"] for row in output["pictures"]] == [None, None]
+    verification = measured(threshold=0.1, enrolled=5)
+    Path("run/verification.json").write_text(json.dumps(verification))
     assert main(["identify", "run", one]) == 0
     said = capsys.readouterr().out
     assert "among 5 classes, threshold 0.100 (of strangers 1.0% are named among 5 classes" in said

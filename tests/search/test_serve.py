@@ -77,8 +77,8 @@ class Server:
         try:
             connection.request(method, target, body, headers or {}, encode_chunked=chunked)
             answer = connection.getresponse()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return Answer(answer.status, found, answer.read())
+            headers = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, headers, answer.read())
         finally:
             connection.close()
 
@@ -177,11 +177,11 @@ def test_an_uploaded_image_finds_what_exact_search_finds(site: Site, server: Ser
     query = site.new / "new-0.png"
     names, cosines = nearest_by_hand(site, query)
     answer = server.send("/search?count=30", [("photo.png", query.read_bytes())]).json
-    found = answer["neighbours"]
-    assert [match["name"] for match in found] == names[:30]
-    assert [match["score"] for match in found] == pytest.approx(list(cosines[:30]), abs=1e-5)
-    assert [m["label"] for m in found] == [NAMES[int(m["name"][:2])] for m in found]
-    assert not any(match["enrolled"] for match in found)
+    matches = answer["neighbours"]
+    assert [match["name"] for match in matches] == names[:30]
+    assert [match["score"] for match in matches] == pytest.approx(list(cosines[:30]), abs=1e-5)
+    assert [m["label"] for m in matches] == [NAMES[int(m["name"][:2])] for m in matches]
+    assert not any(match["enrolled"] for match in matches)
 
 
 def test_the_guide_names_the_field_that_is_read(server: Server) -> None:
@@ -227,11 +227,11 @@ def test_an_image_of_no_class_is_unknown(site: Site) -> None:
 
 
 def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
-    found = server.get("/classes").json
-    assert (found["total"], found["matching"], found["pages"]) == (len(NAMES), len(NAMES), 1)
-    mugs = [item["name"] for item in found["classes"] if item["name"].startswith("mug")]
+    listing = server.get("/classes").json
+    assert (listing["total"], listing["matching"], listing["pages"]) == (len(NAMES), len(NAMES), 1)
+    mugs = [item["name"] for item in listing["classes"] if item["name"].startswith("mug")]
     assert mugs == [f"mug {number}" for number in range(1, 20)]
-    assert {item["name"] for item in found["classes"]} == set(NAMES)
+    assert {item["name"] for item in listing["classes"]} == set(NAMES)
     for wanted, names in {
         "КОШКА": {"кошка"},
         "ünïcode": {"Ünïcode É"},
@@ -242,7 +242,7 @@ def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
     }.items():
         matching = server.get("/classes", contains=wanted).json
         assert {item["name"] for item in matching["classes"]} == names
-    for item in found["classes"]:
+    for item in listing["classes"]:
         images = server.get("/pictures", **{"class": item["name"]}).json
         assert images["count"] == item["count"] == COPIES
         number = NAMES.index(item["name"])
@@ -310,8 +310,8 @@ def test_no_path_leads_to_a_file(server: Server, target: str) -> None:
 
 
 def test_a_class_named_like_a_path_is_a_name(server: Server) -> None:
-    found = server.get("/pictures", **{"class": "../../etc/passwd"}).json
-    assert [image["label"] for image in found["pictures"]] == ["../../etc/passwd"] * COPIES
+    listing = server.get("/pictures", **{"class": "../../etc/passwd"}).json
+    assert [image["label"] for image in listing["pictures"]] == ["../../etc/passwd"] * COPIES
     assert server.get("/pictures", **{"class": "/etc/passwd"}).status == 404
 
 
@@ -560,17 +560,17 @@ def test_a_new_class_is_enrolled_found_and_removed(site: Site, server: Server) -
     shown = "Новый Å класс <i>"
     assert done == {"name": shown, "count": 3, "position": len(site.collection) + 2}
     assert server.get(f"/thumbnail/{done['position']}").status == 200
-    found = server.send("/search?count=3", files[3:4]).json
-    assert {match["label"] for match in found["neighbours"]} == {shown}
-    assert all(match["enrolled"] for match in found["neighbours"])
-    assert {match["name"] for match in found["neighbours"]} == {n for n, _ in files[:3]}
+    search = server.send("/search?count=3", files[3:4]).json
+    assert {match["label"] for match in search["neighbours"]} == {shown}
+    assert all(match["enrolled"] for match in search["neighbours"])
+    assert {match["name"] for match in search["neighbours"]} == {n for n, _ in files[:3]}
     rows = fedss.embed_files(
         fedss.load(site.run), [site.new / n for n, _ in files[:4]]
     ).embeddings_ND
     mean = rows[:3].mean(0)
     cosine = float(rows[3] @ mean / np.linalg.norm(mean))
-    assert found["identity"]["nearest"] == shown
-    assert found["identity"]["score"] == pytest.approx(cosine, abs=1e-5)
+    assert search["identity"]["nearest"] == shown
+    assert search["identity"]["score"] == pytest.approx(cosine, abs=1e-5)
     again = server.send("/enrol", files[4:], name=shown).json
     assert again["count"] == 1
     (listed,) = server.get("/enrolled").json["classes"]
@@ -637,8 +637,8 @@ def test_what_other_processes_enrol_is_seen(site: Site, server: Server) -> None:
 
 def test_names_that_are_no_text_are_shown(site: Site) -> None:
     raw, shown = os.fsdecode(b"caf\xe9"), "caf\\udce9"
-    there = enrol(site.collection, raw, [site.new / "new-2.png"])
-    with served(there, guard.Limits()) as server:
+    collection = enrol(site.collection, raw, [site.new / "new-2.png"])
+    with served(collection, guard.Limits()) as server:
         (listed,) = server.get("/enrolled").json["classes"]
         assert listed["name"] == shown
         assert server.get("/pictures", **{"class": shown}).json["count"] == 1
@@ -736,7 +736,7 @@ def test_other_machines_are_let_in_with_a_warning(
     said = capsys.readouterr()
     assert "no password" in said.err
     assert re.search(r"120 images at http://127\.0\.0\.1:\d+/", said.out)
-    assert [found[:3] for found in seen] == [(120, "run", "0.0.0.0")]
+    assert [entry[:3] for entry in seen] == [(120, "run", "0.0.0.0")]
     assert seen[0][3].picture_bytes == 2 * MEGABYTE
     assert main(["serve", str(site.run), "--port", "0"]) == 0
     assert capsys.readouterr().err == ""
