@@ -65,7 +65,7 @@ class TrialError(Exception):
 class Trial:
     """A federation, and what has been seen of it."""
 
-    here: Place
+    place: Place
     images: list[Path]
     out: Path
     app: Path
@@ -86,7 +86,7 @@ class Trial:
 
 
 def submit_run(trial: Trial) -> int:
-    trial.runs.append(federation.submit(trial.here, trial.app))
+    trial.runs.append(federation.submit(trial.place, trial.app))
     return trial.runs[-1]
 
 
@@ -127,7 +127,7 @@ def ended(trial: Trial, run: int) -> dict[str, str]:
     def is_over() -> bool:
         if children(trial.server, "flwr-serverapp"):
             return False
-        (told,) = json.loads(flwr(trial.here, "list", "--run-id", run, "--format", "json"))["runs"]
+        (told,) = json.loads(flwr(trial.place, "list", "--run-id", run, "--format", "json"))["runs"]
         state.update(told)
         return state["status"].startswith("finished")
 
@@ -139,13 +139,13 @@ def complete(trial: Trial, run: int) -> None:
     """Wait for a run that must complete."""
     state = ended(trial, run)
     if state["status"] != "finished:completed":
-        raise TrialError(f"run {run} {state}\n" + "\n".join(federation.follow(trial.here, run)))
+        raise TrialError(f"run {run} {state}\n" + "\n".join(federation.follow(trial.place, run)))
     trial.seconds = time.monotonic() - trial.began
 
 
 def start_site(trial: Trial, number: int) -> None:
     config = {"data": str(trial.images[number])}
-    trial.sites[number] = federation.site(trial.here, number, config)
+    trial.sites[number] = federation.site(trial.place, number, config)
 
 
 # The trials. Each begins when a run is submitted, and ends when one is complete.
@@ -215,7 +215,7 @@ def link_away(trial: Trial, seconds: float) -> None:
     wait_for_round(trial, 4)
     kill(trial.link)
     time.sleep(seconds)
-    trial.link = federation.superlink(trial.here)
+    trial.link = federation.superlink(trial.place)
     if seconds > 60:
         tell_failure(trial, trial.runs[0])
         again(trial)
@@ -227,7 +227,7 @@ def machine_lost(trial: Trial) -> None:
     wait_for_round(trial, 4)
     kill(trial.link)
     kill(trial.server)
-    trial.link, trial.server = federation.superlink(trial.here), federation.superexec(trial.here)
+    trial.link, trial.server = federation.superlink(trial.place), federation.superexec(trial.place)
     again(trial)
     tell_failure(trial, trial.runs[0])
 
@@ -256,9 +256,9 @@ def tell_failure(trial: Trial, run: int) -> None:
     if message == state["status-details"]:
         trial.seen.append(f"flwr list: {state['status']}, {message}")
         return
-    if f"fedss: {message}" not in federation.follow(trial.here, run):
+    if f"fedss: {message}" not in federation.follow(trial.place, run):
         raise TrialError(f"flwr log does not say what flwr list does: {message}")
-    message = message.replace(f"{trial.here.folder}/", "")
+    message = message.replace(f"{trial.place.folder}/", "")
     trial.seen.append(f"flwr list and log: {state['status']}, {message}")
 
 
@@ -278,7 +278,7 @@ class Absent(common.WrappedEngine):
         yield from self.engine.train(state, np.array(present), plan)
 
 
-def train_here(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]]) -> str:
+def train_locally(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]]) -> str:
     """The digest of the same training on this machine, without some clients in some rounds."""
     data = load_data(config)
 
@@ -360,17 +360,18 @@ def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> O
         pause=PAUSE,
     )
     write_app(app, config, deployment)
-    with federation.place(folder / name, SITES) as here:
-        link, server = federation.superlink(here), federation.superexec(here)
-        trial = Trial(here, images, out, app, link, server, [])
+    with federation.place(folder / name, SITES) as place:
+        link, server = federation.superlink(place), federation.superexec(place)
+        trial = Trial(place, images, out, app, link, server, [])
         trial.sites = [
-            federation.site(here, number, {"data": str(data)}) for number, data in enumerate(images)
+            federation.site(place, number, {"data": str(data)})
+            for number, data in enumerate(images)
         ]
         wait_for(lambda: online(trial) == SITES, "the sites")
         trial.began = time.monotonic()
         submit_run(trial)
         TRIALS[name][1](trial)
-        started = list(here.processes)
+        started = list(place.processes)
     left = [process for one in started for process in children(one, "")]
     if left:
         raise TrialError(f"processes are left: {left}")
@@ -389,7 +390,7 @@ def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> O
 
 
 def online(trial: Trial) -> int:
-    told = json.loads(flwr(trial.here, "supernode", "list", "--format", "json"))
+    told = json.loads(flwr(trial.place, "supernode", "list", "--format", "json"))
     return sum(node["status"] == "online" for node in told["nodes"])
 
 
@@ -405,7 +406,7 @@ def trials(
     names: Sequence[str], folder: Path, config: fedss.Config, deadline: float
 ) -> Iterator[str]:
     """What each trial came to, and whether its end is that of training on this machine."""
-    oracle = partial(train_here, config)
+    oracle = partial(train_locally, config)
     undisturbed = oracle(folder / "here", {})
     usual = None
     for name in names:
@@ -463,10 +464,10 @@ def main() -> int:
             checkpoint_every=2,
             workers=1,
         )
-        with federation.place(folder / "keys and database", SITES) as here:
-            federation.superlink(here)
+        with federation.place(folder / "keys and database", SITES) as place:
+            federation.superlink(place)
             for number in range(SITES):
-                federation.register(here, number)
+                federation.register(place, number)
         for text in trials(options.only or [*TRIALS], folder, config, options.deadline):
             report.add(text)
     report.write(unless=options.only)

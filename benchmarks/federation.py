@@ -63,7 +63,7 @@ class Relay:
 def relay(to: int) -> Iterator[Relay]:
     """A port that passes everything on to another one of this machine."""
     listener = socket.create_server(("127.0.0.1", 0))
-    here = Relay(listener.getsockname()[1])
+    counter = Relay(listener.getsockname()[1])
 
     def serve() -> None:
         with suppress(OSError):
@@ -71,24 +71,24 @@ def relay(to: int) -> Iterator[Relay]:
                 near, _ = listener.accept()
                 far = socket.create_connection(("127.0.0.1", to))
                 for pair, way in (((near, far), "up"), ((far, near), "down")):
-                    threading.Thread(target=here.pump, args=(*pair, way), daemon=True).start()
+                    threading.Thread(target=counter.pump, args=(*pair, way), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     try:
-        yield here
+        yield counter
     finally:
         listener.close()
 
 
 def run_job(
-    here: Place, counter: Relay, folder: Path, changes: dict[str, Any], rounds: int
+    place: Place, counter: Relay, folder: Path, changes: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
     """A whole run: what the wire carried and what the ledger says, after the first round."""
     out = folder / "run"
     config = fedss.Config(**BASE, **changes, rounds=rounds)
     deployment = Deployment(out=str(out), sites=SITES, evaluate_at="server", deadline=120.0)
     write_app(folder / "app", config, deployment)
-    number = federation.submit(here, folder / "app")
+    number = federation.submit(place, folder / "app")
     lines = out / "records.jsonl"
     marks: list[tuple[float, dict[str, int]]] = []
     looked = time.monotonic()
@@ -99,10 +99,10 @@ def run_job(
             marks.append((time.monotonic(), dict(counter.counts)))
         if time.monotonic() - max([looked, *(mark for mark, _ in marks)]) > 60:
             looked = time.monotonic()
-            if status(here, number).startswith("finished"):
-                raise SystemExit("\n".join(federation.follow(here, number)))
+            if status(place, number).startswith("finished"):
+                raise SystemExit("\n".join(federation.follow(place, number)))
         time.sleep(0.01)
-    while not status(here, number).startswith("finished"):
+    while not status(place, number).startswith("finished"):
         time.sleep(0.5)
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     (first, before), (last, after) = marks[0], marks[-1]
@@ -152,13 +152,13 @@ def main() -> None:
     with TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         images = federation.write_images(folder / "images", SITES)
-        here = stack.enter_context(federation.place(folder / "federation", SITES))
-        federation.superlink(here)
-        federation.superexec(here)
-        counter = stack.enter_context(relay(here.port))
-        through = replace(here, port=counter.port)
+        place = stack.enter_context(federation.place(folder / "federation", SITES))
+        federation.superlink(place)
+        federation.superexec(place)
+        counter = stack.enter_context(relay(place.port))
+        through = replace(place, port=counter.port)
         for number, data in enumerate(images):
-            federation.register(here, number)
+            federation.register(place, number)
             federation.site(through, number, {"data": str(data), "site": f"site-{number + 1}"})
         time.sleep(10)
         quiet = idle(counter, 10 if options.short else 30)
@@ -170,7 +170,7 @@ def main() -> None:
         )
         for name, changes in jobs.items():
             (folder / name).mkdir()
-            counted = run_job(here, counter, folder / name, changes, rounds)
+            counted = run_job(place, counter, folder / name, changes, rounds)
             report.add(*rows(name, counted, rounds))
     report.write(unless=options.short)
 

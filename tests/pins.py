@@ -77,7 +77,7 @@ def configurations() -> dict[str, dict[str, Any]]:
     return runs
 
 
-def train_here(changes: dict[str, Any], folder: Path) -> Path:
+def train_locally(changes: dict[str, Any], folder: Path) -> Path:
     given = {"data": tiny_dataset(), "backbone": tiny_backbone(), "on_round": lambda record: None}
     fedss.train(fedss.Config(**{**SMALL, **changes}), folder / "run", **given)
     return folder / "run"
@@ -102,7 +102,7 @@ def compare(folder: Path) -> Path:
 
 
 RUNS: dict[str, Callable[[Path], Path]] = {
-    **{name: partial(train_here, changes) for name, changes in configurations().items()},
+    **{name: partial(train_locally, changes) for name, changes in configurations().items()},
     **{f"{name}, two ranks": partial(train_on_two_ranks, name) for name in ("fedss", "moments")},
     "fedss, Flower": partial(train_with_flower, {}),
     "deck, Flower": partial(train_with_flower, {"sampler": "deck"}),
