@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 def evaluate(options: argparse.Namespace) -> None:
     """Measure retrieval, verification and identification with a trained model."""
     from fedss.evaluation.baselines import data_floors
-    from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
     from fedss.evaluation.intervals import interval
+    from fedss.evaluation.task import check_tellable, embed_task, judge, verify
     from fedss.evaluation.verification import FARS
     from fedss.inference.model import load
     from fedss.models import embed_pixels

@@ -18,9 +18,9 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
-from fedss.evaluation.evaluate import Evaluation, check_tellable, embed_task, judge
+from fedss.evaluation.task import Evaluation, check_tellable, embed_task, judge
 from fedss.flower.engine import FlowerEngine
-from fedss.flower.messages import Nodes, say
+from fedss.flower.messages import Nodes, log_line
 from fedss.flower.registry import Registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
 from fedss.flower.sites import Sites
@@ -44,13 +44,13 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run = run_server(grid, context.run_config)
     except FedssError as error:
-        say(str(error))
+        log_line(str(error))
         # Flower makes the text of an exception that it catches the reason of the run's failure; an
         # exit it would not notice for a minute. What it shows of where it came from helps nobody.
         sys.tracebacklimit = 0
         raise error from None
     done = "the run was done before" if run.already_done else "done"
-    say(f"{done}; report {run.folder / 'report.html'}")
+    log_line(f"{done}; report {run.folder / 'report.html'}")
 
 
 def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
@@ -74,7 +74,7 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         data,
         partial(_federation, grid, config, deployment),
         label=f"{config.method} seed {config.seed}",
-        on_round=lambda record: say(line(record, config.rounds, left(record))),
+        on_round=lambda record: log_line(line(record, config.rounds, left(record))),
     )
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from fedss.errors import RunFolderError
 from fedss.evaluation.baselines import Floors
-from fedss.evaluation.evaluate import ConfusedClasses, Neighbours
 from fedss.evaluation.intervals import ClassScores, Interval, difference, interval
+from fedss.evaluation.task import ConfusedClasses, Neighbours
 from fedss.evaluation.verification import Verification
 from fedss.losses.methods import METHODS
 from fedss.runs.fields import damaged, read_file

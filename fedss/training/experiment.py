@@ -15,7 +15,7 @@ from fedss.data import Dataset
 from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
-from fedss.evaluation.evaluate import check_tellable
+from fedss.evaluation.task import check_tellable
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report

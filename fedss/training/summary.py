@@ -11,8 +11,8 @@ import torch
 from fedss.config import Config
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, limit_own_classes, num_negatives
 from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
-from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
+from fedss.evaluation.task import count_classes
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import ClassSample, Objective
 from fedss.models import Embedder, frozen_fingerprint

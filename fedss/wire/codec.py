@@ -34,7 +34,7 @@ GROUP_INT4 = 32
 
 
 @dataclass(frozen=True)
-class Format:
+class NumberFormat:
     """How numbers travel: as they are, or as whole codes of values divided by a scale they share.
 
     Attributes:
@@ -229,14 +229,14 @@ def _triangle(dim: int, offset: int) -> tuple[Tensor, Tensor]:
     return index_2T[0], index_2T[1]
 
 
-def _format(precision: Precision) -> Format:
+def _format(precision: Precision) -> NumberFormat:
     if precision not in FORMATS:
         raise ValueError(f"precision must be one of {', '.join(FORMATS)}, not {precision!r}")
     return FORMATS[precision]
 
 
 def _scaled(
-    blocks: Sequence[Tensor], form: Format, largest_code: int, rng: np.random.Generator | None
+    blocks: Sequence[Tensor], form: NumberFormat, largest_code: int, rng: np.random.Generator | None
 ) -> Encoded:
     """Blocks [channels, length] into one buffer of codes and one of scales."""
     largest_K = torch.cat([block.abs().amax(1) for block in blocks])
@@ -251,7 +251,7 @@ def _scaled(
 
 
 def _unscaled(
-    encoded: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]], form: Format
+    encoded: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]], form: NumberFormat
 ) -> list[Tensor]:
     sizes = [channels * length for channels, length in shapes]
     codes = form.unpack(encoded["values"], sum(sizes)).split_with_sizes(sizes)
@@ -312,9 +312,9 @@ def _float(packed: Tensor, count: int) -> Tensor:
     return packed.float()
 
 
-FORMATS: dict[Precision, Format] = {
-    "float32": Format(lambda values, rng: values.contiguous(), _float),
-    "bfloat16": Format(to_bfloat16, _float),
-    "int8": Format(_codes, _float, largest_code=127),
-    "int4": Format(_pack_halves, _unpack_halves, largest_code=7, longest=GROUP_INT4),
+FORMATS: dict[Precision, NumberFormat] = {
+    "float32": NumberFormat(lambda values, rng: values.contiguous(), _float),
+    "bfloat16": NumberFormat(to_bfloat16, _float),
+    "int8": NumberFormat(_codes, _float, largest_code=127),
+    "int4": NumberFormat(_pack_halves, _unpack_halves, largest_code=7, longest=GROUP_INT4),
 }

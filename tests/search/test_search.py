@@ -21,7 +21,7 @@ import fedss
 from fedss.cli import main
 from fedss.data import RetrievalTask
 from fedss.errors import ConfigError, DataError, RunFolderError
-from fedss.evaluation.evaluate import verify
+from fedss.evaluation.task import verify
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.inference.embedding import embed_files, list_images
 from fedss.inference.pixels import thumbnail

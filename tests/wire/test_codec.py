@@ -14,7 +14,7 @@ from fedss.wire.codec import (
     FORMATS,
     GROUP_INT4,
     SHORTEST_CHANNEL,
-    Format,
+    NumberFormat,
     Precision,
     decode_backbone,
     decode_rows,
@@ -461,9 +461,9 @@ def test_bad_arguments_are_named():
 def test_a_format_is_a_name_and_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(FORMATS) == get_args(Precision)
     int6 = dataclasses.replace(FORMATS["int8"], largest_code=31, longest=16)
-    float16 = Format(lambda values, rng: values.half(), lambda packed, count: packed.float())
-    monkeypatch.setitem(cast("dict[str, Format]", FORMATS), "int6", int6)
-    monkeypatch.setitem(cast("dict[str, Format]", FORMATS), "float16", float16)
+    float16 = NumberFormat(lambda values, rng: values.half(), lambda packed, count: packed.float())
+    monkeypatch.setitem(cast("dict[str, NumberFormat]", FORMATS), "int6", int6)
+    monkeypatch.setitem(cast("dict[str, NumberFormat]", FORMATS), "float16", float16)
     rows, matrix = torch.randn(5, 32), torch.randn(32, 32)
     matrix, layout = matrix + matrix.T, (torch.Size((5, 32)),)
     for name, step in (("int6", 1 / 31), ("float16", 1 / 1024)):

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fedss import RetrievalTask
 from fedss.data import Images
-from fedss.evaluation.evaluate import (
+from fedss.evaluation.task import (
     Embedded,
     embed_task,
     find_confused,
