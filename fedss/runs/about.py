@@ -1,9 +1,11 @@
 """``config.json``: what a run was told, its data and its model; the types and the one reader."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from fedss.runs.fields import read_file, wrong
+from fedss.files import read_json
+from fedss.runs.fields import read_as, read_file, wrong
 
 
 class RunSettings(TypedDict):
@@ -63,6 +65,16 @@ class RunConfig(TypedDict):
     command: NotRequired[str | None]
 
 
+class AnyConfig(TypedDict):
+    """The ``config.json`` of a run, of a comparison (``methods``), or of a ``model`` folder."""
+
+    config: Mapping[str, Any]
+    data: NotRequired[DataFacts]
+    model: NotRequired[Mapping[str, Any]]
+    methods: NotRequired[list[str]]
+    seeds: NotRequired[list[int]]
+
+
 def read_run_config(folder: Path) -> RunConfig:
     """What a report needs of a run.
 
@@ -71,6 +83,16 @@ def read_run_config(folder: Path) -> RunConfig:
     """
     path = folder / "config.json"
     return cast(RunConfig, _checked(read_file(RunConfig, path), path))
+
+
+def read_any_config(folder: Path) -> AnyConfig:
+    """What lies in a folder.
+
+    Raises:
+        RunFolderError: ``config.json`` is missing or damaged.
+    """
+    path = folder / "config.json"
+    return cast(AnyConfig, _checked(read_as(AnyConfig, read_json(path), path), path))
 
 
 def _checked(found: Any, path: Path) -> Any:
