@@ -16,7 +16,7 @@ from fedss.config import OPTIONS, Config
 from fedss.distributed import Ranks
 from fedss.errors import RunFolderError
 from fedss.files import RUN_FOLDER_ADVICE, remove_litter, write_json, writing
-from fedss.runs.about import AnyConfig, read_any_config
+from fedss.runs.about import AnyConfig, DataFacts, read_any_config
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding). Files may have moved: what is in them is compared.
@@ -56,7 +56,7 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
 
 
 def write_run_config(
-    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any], ranks: Ranks
+    folder: Path, config: Config, data: DataFacts, model: Mapping[str, Any], ranks: Ranks
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
 
