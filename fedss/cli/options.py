@@ -143,15 +143,6 @@ def stored(options: argparse.Namespace) -> dict[str, Any]:
         content = json.loads(Path(options.config).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
-    return checked_config(content, named)
-
-
-def checked_config(content: Any, named: str) -> dict[str, Any]:
-    """The content of a ``config.json``.
-
-    Raises:
-        ConfigError: it is something else.
-    """
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
     return content

@@ -26,6 +26,7 @@ from fedss.flower.settings import Deployment, explicit, read_settings
 from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
+from fedss.runs.about import DataFacts
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
 from fedss.runs.progress import estimate
@@ -65,7 +66,11 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     assert config.image_size is not None
     embedder = model_for(config, config.channels, config.image_size)
     shape = [config.channels, config.image_size, config.image_size]
-    data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
+    data: DataFacts = {
+        "name": "federation",
+        "image_shape": shape,
+        "evaluated_at": deployment.evaluate_at,
+    }
     folder, left = Path(deployment.out), estimate(config)
     return train_federation(
         config,

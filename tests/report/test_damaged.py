@@ -64,7 +64,13 @@ def test_damaged_records(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("train_images", "many"), ("own_classes", 3), ("image_shape", ["a", 1, 2])],
+    [
+        ("train_images", "many"),
+        ("own_classes", 3),
+        ("own_classes", [1, 2.5]),
+        ("image_shape", ["a", 1, 2]),
+        ("image_shape", []),
+    ],
 )
 def test_damaged_facts(tmp_path: Path, key: str, value: object) -> None:
     single(tmp_path, rounds=5)
