@@ -10,17 +10,8 @@ import numpy as np
 import pytest
 
 from fedss.errors import RunFolderError
-from fedss.report import (
-    write_report,
-)
-from tests.report.made import (
-    fake_comparison,
-    fake_run,
-    fake_variants,
-    groups_of,
-    rewrite,
-    single,
-)
+from fedss.report import write_report
+from tests.report.made import fake_comparison, fake_run, fake_variants, groups_of, rewrite, single
 
 AGAIN = "; restore it from a copy, or run again in another folder"
 ANEW = "; delete it and start this folder's fedss command again, which writes it anew"
@@ -89,16 +80,8 @@ def test_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (
-            "scores",
-            lambda a: a[:, :4],
-            "scores: expected those of all neighbours, .*got 4",
-        ),
-        (
-            "scores",
-            lambda a: a[:, :0],
-            "scores: expected those of all neighbours, .*got 0",
-        ),
+        ("scores", lambda a: a[:, :4], "scores: expected those of all neighbours, .*got 4"),
+        ("scores", lambda a: a[:, :0], "scores: expected those of all neighbours, .*got 0"),
         ("scores", lambda a: a.astype(str), "scores: unexpected type"),
         ("query_index", lambda a: a[0], r"query_index: expected \[Q\], got \[\]"),
         ("pixels", lambda a: a.astype(float), "pixels: unexpected type float64"),
