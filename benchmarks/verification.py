@@ -6,7 +6,7 @@
 Two jobs, each a process of its own:
 
 - `omniglot`: a run of a few rounds on Omniglot, then what its end does on the 10,180 test images:
-  `fedss.evaluation.evaluate.findings`, part by part, in units of a round and of one evaluation.
+  `fedss.evaluation.task.findings`, part by part, in units of a round and of one evaluation.
 - `many`: 60,000 made-up embeddings, d = 64, in classes of 2 to 12: 1.8e9 pairs.
 
 And the same rates by scikit-learn's `roc_curve` from all pairs of 10,180 embeddings, which must
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from fedss import Config, evaluate_retrieval, train
 from fedss.evaluation.confusions import hardest_confusions
-from fedss.evaluation.evaluate import embed_task, find_confused, find_neighbours, score, verify
+from fedss.evaluation.task import embed_task, find_confused, find_neighbours, score, verify
 from fedss.evaluation.verification import count_pairs, identification, verification
 from fedss.models import embed_pixels
 from fedss.training.build import evaluation_task

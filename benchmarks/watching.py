@@ -4,7 +4,7 @@
 
 Each is called as a run calls it, on made-up images and embeddings; seconds are those of this
 process's processor, since another thread writes the events. For comparison the evaluation's search
-(`fedss.evaluation.evaluate.score`) on the same embeddings, without making them.
+(`fedss.evaluation.task.score`) on the same embeddings, without making them.
 
 Writes ``benchmarks/results/watching.txt``.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedss.data import RetrievalTask
-from fedss.evaluation.evaluate import score
+from fedss.evaluation.task import score
 from fedss.runs.eta import time_left
 from fedss.runs.records import Record
 from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer

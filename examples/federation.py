@@ -414,10 +414,7 @@ def kill(process: Process) -> None:
 def children(process: Process, command: str) -> list[int]:
     """Ids of the living processes of a command, such as ``flwr-serverapp``, in a process group."""
     listed = subprocess.run(
-        ["ps", "-A", "-o", "pid=,pgid=,stat=,args="],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+        ["ps", "-A", "-o", "pid=,pgid=,stat=,args="], stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     pids = []
     for line in listed.splitlines():

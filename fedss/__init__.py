@@ -5,8 +5,8 @@ from importlib.metadata import version
 from fedss.config import Config
 from fedss.data import Dataset, Images, RetrievalTask, load_dataset
 from fedss.errors import ConfigError, DataError, DivergedError, FedssError, RunFolderError
-from fedss.evaluation.evaluate import evaluate
 from fedss.evaluation.retrieval import RetrievalMetrics, evaluate_retrieval, nearest
+from fedss.evaluation.task import evaluate
 from fedss.inference.embedding import Embeddings, embed_files
 from fedss.inference.export import export
 from fedss.inference.model import load

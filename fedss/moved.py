@@ -23,7 +23,12 @@ _INTO = {
     "wire": "codec",
 }
 _RENAMED = """
-    board=runs.tensorboard describe=training.summary engines.flower=flower
+    beginnings=files board=runs.tensorboard data.celeba=data.sets.faces
+    data.cifar100=data.sets.cifar100 data.glyphs=data.sets.glyphs
+    data.inaturalist=data.sets.user_split data.landmarks=data.sets.user_split
+    data.lfw=data.sets.faces data.omniglot=data.sets.omniglot data.products=data.sets.products
+    data.published=data.sets.published data.user_split=data.sets.user_split
+    describe=training.summary engines.flower=flower
     engines.flower.engine=flower.engine engines.flower.messages=flower.messages
     engines.flower.registry=flower.registry engines.flower.replies=flower.validation
     engines.flower.server=flower.server_app engines.flower.settings=flower.settings

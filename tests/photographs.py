@@ -16,7 +16,7 @@ import torch
 
 from fedss import Config
 from fedss.data import Dataset, Images, RetrievalTask
-from fedss.evaluation.evaluate import embed_task, score
+from fedss.evaluation.task import embed_task, score
 from fedss.models import Embedder
 from tests.pretrained import LITE0
 

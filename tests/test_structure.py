@@ -166,14 +166,18 @@ def test_functions_and_modules_are_short():
 
 
 def test_a_public_name_means_one_thing():
-    """Commands have the names of what they call, and Flower starts an ``app`` on either side."""
+    """Commands have the names of what they call, and a program is an ``app`` with a ``main``."""
     places: dict[str, set[str]] = {}
-    for path in (p for p in PACKAGE.rglob("*.py") if PACKAGE / "cli" not in p.parents):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if any(
+                ast.unparse(d).startswith("command(") for d in getattr(node, "decorator_list", ())
+            ):
+                continue
             if isinstance(node, ast.Assign):
                 names = [target.id for target in node.targets if isinstance(target, ast.Name)]
             for name in names:
-                if not name.startswith("_") and len(name) > 1 and name != "app":
+                if not name.startswith("_") and len(name) > 1 and name not in ("app", "main"):
                     places.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}

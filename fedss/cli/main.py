@@ -1,11 +1,14 @@
 """The parser, and how a command ends: exit codes, and mistakes in one line."""
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from typing import Any, NoReturn
 
 from fedss.cli import train, use  # noqa: F401  Their commands register themselves.
 from fedss.cli.options import COMMANDS
@@ -35,9 +38,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, and which option or command may have been meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        known = [*self._option_string_actions, *([] if self.prog != "fedss" else COMMANDS)]
+        words = re.findall(r"(?:arguments: |choice: ')([\w-]+)", message)
+        similar = [near for word in words for near in difflib.get_close_matches(word, known, 1)]
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        self.exit(2, f"{self.prog}: {printable(message)}{hint} (see {self.prog} --help)\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of ``fedss``, with one for each command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fedss",
         description="Federated Sampled Softmax: image embeddings from images that stay where they "
         "are, with very many classes.",

@@ -13,7 +13,7 @@ from fedss.losses.methods import METHODS
 
 Adds = Callable[[argparse.ArgumentParser], object]
 """Adds an argument, or several, to the parser of a command."""
-Run = Callable[[argparse.Namespace], None]
+CommandFunction = Callable[[argparse.Namespace], None]
 
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 
@@ -21,7 +21,7 @@ _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT"}
 class Command(NamedTuple):
     """What ``fedss NAME`` does, its usage, and the arguments that it takes."""
 
-    run: Run
+    run: CommandFunction
     usage: str
     arguments: Sequence[Adds]
 
@@ -30,10 +30,10 @@ COMMANDS: dict[str, Command] = {}
 """By name, in the order of ``fedss --help``."""
 
 
-def command(usage: str, *arguments: Adds) -> Callable[[Run], Run]:
+def command(usage: str, *arguments: Adds) -> Callable[[CommandFunction], CommandFunction]:
     """Make a function the command of its name; its docstring is the help."""
 
-    def register(run: Run) -> Run:
+    def register(run: CommandFunction) -> CommandFunction:
         COMMANDS[run.__name__] = Command(run, usage, arguments)
         return run
 
@@ -144,15 +144,6 @@ def stored(options: argparse.Namespace) -> dict[str, Any]:
         content = json.loads(Path(options.config).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
-    return checked_config(content, named)
-
-
-def checked_config(content: Any, named: str) -> dict[str, Any]:
-    """The content of a ``config.json``.
-
-    Raises:
-        ConfigError: it is something else.
-    """
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
     return content

@@ -80,12 +80,7 @@ def compare(options: argparse.Namespace) -> None:
 def info(options: argparse.Namespace) -> None:
     """Show what is in a data set, and what each method would send."""
     from fedss.data import DATASETS, holdings, parse_partition
-    from fedss.training.build import (
-        build_model,
-        check_trainable,
-        load_data,
-        num_parameters,
-    )
+    from fedss.training.build import build_model, check_trainable, load_data, num_parameters
     from fedss.training.summary import costs, describe
 
     config = read_config(options)

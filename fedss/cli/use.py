@@ -17,7 +17,6 @@ from fedss.cli.options import (
     SKIP_BROKEN,
     THRESHOLD,
     argument,
-    checked_config,
     command,
     config_options,
     flag,
@@ -52,8 +51,8 @@ if TYPE_CHECKING:
 def evaluate(options: argparse.Namespace) -> None:
     """Measure retrieval, verification and identification with a trained model."""
     from fedss.evaluation.baselines import data_floors
-    from fedss.evaluation.evaluate import check_tellable, embed_task, judge, verify
     from fedss.evaluation.intervals import interval
+    from fedss.evaluation.task import check_tellable, embed_task, judge, verify
     from fedss.evaluation.verification import FARS
     from fedss.inference.model import load
     from fedss.models import embed_pixels
@@ -104,13 +103,12 @@ def _data_to_evaluate(
         ConfigError: the run's own images are not at hand, and no others are named.
     """
     from fedss.data import data_fingerprint
-    from fedss.files import read_json
+    from fedss.runs.about import read_any_config
     from fedss.training.build import load_data
     from fedss.training.summary import why_not_own
 
-    path = Path(options.folder) / "config.json"
-    about = checked_config(read_json(path), str(path))
-    known: dict[str, Any] = about["data"] if isinstance(about.get("data"), dict) else {}
+    about = read_any_config(Path(options.folder))
+    known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     config = config_from_dict({**about["config"], **shape, **given(options)})
     other = why_not_own(options.folder, known, config.data)

@@ -25,7 +25,8 @@ from fedss.data.partition import (
 from fedss.data.sets.glyphs import glyphs_dataset
 from fedss.data.sets.omniglot import omniglot_dataset
 
-deal_pictures = deal_images  # its name before 0.3, for one release
+# The names before 0.3, for one release.
+deal_pictures, fingerprint, own_classes = deal_images, data_fingerprint, count_own_classes
 
 __all__ = [
     "DATASETS",

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from fedss.data import Images, RetrievalTask
 from fedss.errors import ConfigError
-from fedss.evaluation.evaluate import EmbedPixels, count_classes, embed_task, score_classes
 from fedss.evaluation.intervals import ClassScores
+from fedss.evaluation.task import EmbedPixels, count_classes, embed_task, score_classes
 from fedss.models import Embedder, embed_pixels
 
 # Of 6 to 16 pixels a side, with and without their mean, what stays within 7 % of the best on each

@@ -34,15 +34,15 @@ from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import Work, Workers, start_workers
 from fedss.errors import ConfigError
 from fedss.evaluation.baselines import backbone_floors, data_floors
-from fedss.evaluation.evaluate import count_classes, embed_task, score
+from fedss.evaluation.task import count_classes, embed_task, score
 from fedss.flower.messages import (
     Tensors,
     buffer,
     by_client,
+    log_line,
+    log_traceback,
     of_clients,
     pack,
-    say,
-    say_traceback,
     unpack,
 )
 from fedss.flower.registry import digest, row_numbers, token
@@ -117,7 +117,7 @@ def _answer(message: Message, context: Context, handler: Handler) -> Message:
         content = _checked(message, context.node_config, handler)
     except Exception as error:
         # Its text may hold names of images or people: it stays in the site's log.
-        say_traceback()
+        log_traceback()
         content = pack({"error": "raised", "detail": type(error).__name__})
     return Message(content, reply_to=message)
 
@@ -126,10 +126,10 @@ def _checked(message: Message, node: Mapping[str, Any], handler: Handler) -> Rec
     metadata, buffers = unpack(message)
     ours, theirs, round = version("fedss"), metadata["version"], metadata["round"]
     if "refused" in metadata:
-        say(f"the server does not let this site take part: {metadata['refused']}")
+        log_line(f"the server does not let this site take part: {metadata['refused']}")
     if theirs != ours:
         detail = f"the server has fedss {theirs}, the site {ours}"
-        say(detail)
+        log_line(detail)
         return pack({"error": "version", "detail": detail})
     local = {name: node[name] for name in ("device", "workers", "weights") if name in node}
     config = replace(config_from_dict(metadata["config"]), **local)
@@ -237,7 +237,7 @@ def _each_client(
                 raise ValueError("all classes of this client are new in this round")
             done[client] = do(client, example_N)
         except Exception as error:
-            say_traceback()
+            log_traceback()
             failed[str(client)] = type(error).__name__
     return done, failed
 
@@ -294,7 +294,7 @@ def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
             try:
                 return workers.train(plan, part)
             except Exception as error:
-                say_traceback()
+                log_traceback()
                 return error
 
         for part, result in zip(parts, workers.pool.map(train_part, parts), strict=True):

@@ -24,7 +24,16 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.evaluation.intervals import FLOORS
-from fedss.flower.messages import EVALUATE, REQUEST, TRAIN, Tensors, buffer, of_clients, pack, say
+from fedss.flower.messages import (
+    EVALUATE,
+    REQUEST,
+    TRAIN,
+    Tensors,
+    buffer,
+    log_line,
+    of_clients,
+    pack,
+)
 from fedss.flower.sites import Sites
 from fedss.flower.validation import (
     Parts,
@@ -77,7 +86,7 @@ class FlowerEngine:
             counts = Counter(failure.reason for failure in failures).most_common()
             reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
             detail = next((f" ({f.detail})" for f in failures if f.detail), "")
-            say(f"round {plan.round + 1}: of {len(cohort)} clients, {reasons}{detail}")
+            log_line(f"round {plan.round + 1}: of {len(cohort)} clients, {reasons}{detail}")
 
     def _train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
@@ -239,7 +248,7 @@ class FlowerEngine:
                     metrics.append(of_site)
             except RefusedError as error:
                 self.sites.put_aside(node, error, round)
-                say(f"site {node} did not evaluate: {error.reason} {error.detail}")
+                log_line(f"site {node} did not evaluate: {error.reason} {error.detail}")
         counts = {n: sum(m[n] for m in metrics) for n in ("queries", "classes", "skipped")}
         if not counts["queries"] or not counts["classes"]:
             return None, {}

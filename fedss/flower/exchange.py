@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import httpx
 from flwr.app import Message
 
-from fedss.flower.messages import Nodes, say
+from fedss.flower.messages import Nodes, log_line
 from fedss.flower.validation import RefusedError
 
 T = TypeVar("T")
@@ -73,6 +73,6 @@ def once_more(ask: Callable[..., Iterable[T]], *arguments: Any) -> list[T]:
     try:
         return list(ask(*arguments))
     except httpx.TransportError as error:
-        say(f"lost the SuperLink, trying again ({error})")
+        log_line(f"lost the SuperLink, trying again ({error})")
         time.sleep(1)
         return list(ask(*arguments))

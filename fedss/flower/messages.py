@@ -97,12 +97,12 @@ def by_client(tensors: Tensors) -> dict[int, dict[str, Tensor]]:
     return parts
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """A line in the log, whatever the text has in it."""
     _LOG.info(printable(text))
 
 
-def say_traceback() -> None:
+def log_traceback() -> None:
     """The error that is being handled, and where it came from, in the log."""
     lines = map(printable, traceback.format_exc().splitlines())
     _LOG.error("\n".join(["an error, of which the server is told the kind alone", *lines]))

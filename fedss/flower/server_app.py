@@ -18,14 +18,15 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
-from fedss.evaluation.evaluate import Evaluation, check_tellable, embed_task, judge
+from fedss.evaluation.task import Evaluation, check_tellable, embed_task, judge
 from fedss.flower.engine import FlowerEngine
-from fedss.flower.messages import Nodes, say
+from fedss.flower.messages import Nodes, log_line
 from fedss.flower.registry import Registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
 from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
+from fedss.runs.about import DataFacts
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
 from fedss.runs.progress import estimate
@@ -44,13 +45,13 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run = run_server(grid, context.run_config)
     except FedssError as error:
-        say(str(error))
+        log_line(str(error))
         # Flower makes the text of an exception that it catches the reason of the run's failure; an
         # exit it would not notice for a minute. What it shows of where it came from helps nobody.
         sys.tracebacklimit = 0
         raise error from None
     done = "the run was done before" if run.already_done else "done"
-    say(f"{done}; report {run.folder / 'report.html'}")
+    log_line(f"{done}; report {run.folder / 'report.html'}")
 
 
 def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
@@ -65,7 +66,11 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     assert config.image_size is not None
     embedder = model_for(config, config.channels, config.image_size)
     shape = [config.channels, config.image_size, config.image_size]
-    data = {"name": "federation", "image_shape": shape, "evaluated_at": deployment.evaluate_at}
+    data: DataFacts = {
+        "name": "federation",
+        "image_shape": shape,
+        "evaluated_at": deployment.evaluate_at,
+    }
     folder, left = Path(deployment.out), estimate(config)
     return train_federation(
         config,
@@ -74,7 +79,7 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         data,
         partial(_federation, grid, config, deployment),
         label=f"{config.method} seed {config.seed}",
-        on_round=lambda record: say(line(record, config.rounds, left(record))),
+        on_round=lambda record: log_line(line(record, config.rounds, left(record))),
     )
 
 

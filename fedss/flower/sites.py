@@ -11,7 +11,7 @@ from flwr.app import Message, RecordDict
 
 from fedss.errors import QuorumError
 from fedss.flower.exchange import exchange, once_more
-from fedss.flower.messages import REGISTER, Nodes, pack, say
+from fedss.flower.messages import REGISTER, Nodes, log_line, pack
 from fedss.flower.registry import Registry, register, row_numbers, save_registry
 from fedss.flower.settings import Deployment
 from fedss.flower.validation import Parts, RefusedError, check_registration, read_reply
@@ -75,7 +75,7 @@ class Sites:
             arrived |= self._introduce(online - arrived.keys() - self.refused.keys(), round)
             if len(arrived) != shown:
                 shown = len(arrived)
-                say(f"{shown} of {sites} sites are there")
+                log_line(f"{shown} of {sites} sites are there")
             if len(arrived) >= sites:
                 # All or none: a name that was a mistake would stay for good.
                 self.registry, self.online = before, {}
@@ -153,7 +153,7 @@ class Sites:
         if grown is not self.registry:
             self.registry = grown
             now = grown.growth[-1]
-            say(f"registered {now.classes:,} classes and {now.clients:,} clients")
+            log_line(f"registered {now.classes:,} classes and {now.clients:,} clients")
         for node, (classes, clients, stamp) in admitted.items():
             ids = row_numbers(grown.clients, clients).tolist()
             places = {k: place for place, k in enumerate(ids)}
@@ -168,7 +168,7 @@ class Sites:
     def _refuse(self, node: int, error: RefusedError) -> None:
         self.refused[node] = error
         self.online.pop(node, None)
-        say(_why(node, error))
+        log_line(_why(node, error))
 
     def read(
         self, node: int, reply: "Message | RefusedError", round: int
@@ -191,7 +191,7 @@ class Sites:
         """Do not ask a site that made the others wait, in some rounds from ``round`` on."""
         if error.reason in _WAITED_FOR and self.deployment.aside:
             self.aside[node] = again = round + self.deployment.aside
-            say(
+            log_line(
                 f"site {node} let the others wait ({error.reason}): it is not asked before round "
                 f"{again + 1}, unless it answers or starts anew before"
             )
@@ -204,7 +204,7 @@ class Sites:
             # An error is Flower's own, mostly that the message has expired.
             if node in self.aside and not reply.has_error():
                 del self.aside[node]
-                say(f"site {node} has answered at last: it is asked again")
+                log_line(f"site {node} has answered at last: it is asked again")
         self.aside = {n: again for n, again in self.aside.items() if n in online and again > round}
         self.unanswered = {id: n for id, n in self.unanswered.items() if n in self.aside}
 

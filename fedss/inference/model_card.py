@@ -15,9 +15,9 @@ import jinja2
 from fedss.config import OPTIONS
 from fedss.errors import RunFolderError
 from fedss.evaluation.intervals import FLOORS
-from fedss.files import read_json
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
+from fedss.runs.about import AnyConfig, read_any_config
 from fedss.runs.findings import read_verification
 from fedss.runs.summaries import read_summaries
 from fedss.text import decimals, human_bytes
@@ -112,12 +112,10 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md")
 
 
-def _read_run(folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _read_run(folder: Path) -> tuple[AnyConfig, Mapping[str, Any]]:
     """A run's ``config.json`` and its summary."""
-    about, summaries = read_json(folder / "config.json"), read_summaries(folder)
-    if not isinstance(about, dict) or not all(
-        isinstance(about.get(part), dict) for part in ("config", "data", "model")
-    ):
+    about, summaries = read_any_config(folder), read_summaries(folder)
+    if not {"data", "model"} <= about.keys():
         raise RunFolderError(
             f"{folder / 'config.json'}: expected what a run knows of its settings, data and model, "
             "found something else; name the run folder itself"

@@ -157,16 +157,15 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     split = config.get("eval_split", "test")
     facts = []
     last = run.records[-1] if run.records else None
-    for key, name, known in (
-        ("train_images", "training image", None),
+    for count, name in (
+        (data.get("train_images"), "training image"),
         # A federation learns of these by and by.
-        ("train_classes", "training class", last["num_classes"] if last else None),
-        ("train_clients", "client", last["num_clients"] if last else None),
+        (data.get("train_classes", last and last["num_classes"]), "training class"),
+        (data.get("train_clients", last and last["num_clients"]), "client"),
     ):
-        number = data.get(key) if data.get(key) is not None else known
-        if number is not None:
-            facts.append((spaced(number), plural(name, number), ""))
-    if isinstance(data.get("own_classes"), list) and len(data["own_classes"]) == 3:
+        if count is not None:
+            facts.append((spaced(count), plural(name, count), ""))
+    if "own_classes" in data:
         low, middle, high = (spaced(value) for value in data["own_classes"])
         facts.append((middle, "classes per client", f"median; {low} to {high}"))
     if queries := data.get("test_queries"):
@@ -178,12 +177,11 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         trained = "" if seen is None else f"{spaced(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained
         facts.append((spaced(classes), plural(f"{split} class", classes), addition))
-    if isinstance(data.get("image_shape"), list) and len(data["image_shape"]) == 3:
+    if "image_shape" in data:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
         facts.append((f"{width} × {height}", "pixels", kind))
-    backbone = config.get("backbone")
-    facts.append((spaced(run.parameters), "parameters", str(backbone) if backbone else ""))
-    if config.get("embedding_size") is not None:
-        facts.append((str(config["embedding_size"]), "embedding size", ""))
+    facts.append((spaced(run.parameters), "parameters", config.get("backbone") or ""))
+    if (size := config.get("embedding_size")) is not None:
+        facts.append((str(size), "embedding size", ""))
     return facts

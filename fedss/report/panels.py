@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fedss.evaluation.evaluate import Neighbours
+from fedss.evaluation.task import Neighbours
 from fedss.runs.reading import Group
 
 MOST_THUMBNAILS = 260

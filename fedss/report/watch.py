@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from fedss.errors import RunFolderError
-from fedss.files import read_json
 from fedss.runs import headlines
+from fedss.runs.about import read_any_config
 from fedss.runs.reading import RecordedRun, group_runs, read_runs
 
 REFRESH = 10  # seconds after which the page loads itself again
@@ -95,8 +95,7 @@ def _done(folder: Path) -> bool:
     summary, config = folder / "summary.json", folder / "config.json"
     if not summary.is_file():
         return False
-    found = read_json(config)
-    compared = isinstance(found, dict) and "methods" in found
+    compared = "methods" in read_any_config(folder)
     return not compared or summary.stat().st_mtime_ns >= config.stat().st_mtime_ns
 
 

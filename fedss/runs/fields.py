@@ -11,8 +11,10 @@ from typing import Annotated, Any, NotRequired, get_args, get_origin, get_type_h
 
 from fedss.errors import RunFolderError
 
+_AGAIN = "restore it from a copy, or run again in another folder"
 # What to do about a damaged file; for all others `_AGAIN`.
 _ADVICE = {
+    "config.json": f"if this is not the run folder, name the run folder itself; {_AGAIN}",
     "summary.json": "delete it and start this folder's fedss command again, which writes it anew",
     "retrieval.npz": "delete it: the report is then written without images",
     "confusions.npz": "delete it: the report is then written without images",
@@ -22,7 +24,6 @@ _ADVICE = {
     "by_class.json": "delete it: the report is then written without intervals",
     "augmentation.npz": "delete it: the report is then written without these images",
 }
-_AGAIN = "restore it from a copy, or run again in another folder"
 _EXACT = 2**53  # integers below are exact as floats
 
 

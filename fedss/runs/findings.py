@@ -12,8 +12,8 @@ from typing import TypedDict
 import numpy as np
 
 from fedss.evaluation.baselines import Floors
-from fedss.evaluation.evaluate import ConfusedClasses, Findings, Neighbours
 from fedss.evaluation.intervals import ClassScores
+from fedss.evaluation.task import ConfusedClasses, Findings, Neighbours
 from fedss.evaluation.verification import Verification
 from fedss.files import write_file, write_json
 from fedss.runs.fields import Share, damaged, read_file

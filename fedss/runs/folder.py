@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from fedss.config import OPTIONS, Config
 from fedss.distributed import Ranks
 from fedss.errors import RunFolderError
-from fedss.files import RUN_FOLDER_ADVICE, read_json, remove_litter, write_json, writing
+from fedss.files import RUN_FOLDER_ADVICE, remove_litter, write_json, writing
+from fedss.runs.about import AnyConfig, DataFacts, read_any_config
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding). Files may have moved: what is in them is compared.
@@ -55,7 +56,7 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
 
 
 def write_run_config(
-    folder: Path, config: Config, data: Mapping[str, Any], model: Mapping[str, Any], ranks: Ranks
+    folder: Path, config: Config, data: DataFacts, model: Mapping[str, Any], ranks: Ranks
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
 
@@ -138,9 +139,8 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    path = folder / "config.json"
-    if not path.exists():
+def _read_config(folder: Path) -> AnyConfig | None:
+    if not (folder / "config.json").exists():
         left = [name for name in _LEFT_BY_A_RUN if (folder / name).exists()]
         if left:
             raise RunFolderError(
@@ -148,15 +148,7 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
                 "them; put config.json back, or choose another folder"
             )
         return None
-    content = read_json(path)
-    parts = ("config", "data", "model")
-    known = content if isinstance(content, dict) else {}
-    if "config" not in known or not all(isinstance(known.get(p, {}), dict) for p in parts):
-        raise RunFolderError(
-            f"{path} is damaged: expected an object with the object 'config' (and 'data' and "
-            "'model', of a run); restore it, or choose another folder"
-        )
-    return known
+    return read_any_config(folder)
 
 
 def _check_same(

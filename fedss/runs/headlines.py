@@ -59,7 +59,7 @@ def rounds_done(run: RecordedRun) -> str:
 def status(run: RecordedRun) -> str:
     """``fedss, seed 0: round 40 of 120, MAP@10 0.310, about 3 min left`` of an unfinished run."""
     score = run.results["map_at_10"]
-    evaluated, saved = (run.settings.get(name) for name in ("eval_every", "checkpoint_every"))
+    evaluated, saved = run.settings.get("eval_every"), run.settings.get("checkpoint_every")
     left = None
     if evaluated is not None and saved is not None:  # older records do not say
         seconds = [record["seconds"] for record in run.records]

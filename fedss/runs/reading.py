@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 
 from fedss.errors import RunFolderError
 from fedss.evaluation.baselines import Floors
-from fedss.evaluation.evaluate import ConfusedClasses, Neighbours
 from fedss.evaluation.intervals import ClassScores, Interval, difference, interval
+from fedss.evaluation.task import ConfusedClasses, Neighbours
 from fedss.evaluation.verification import Verification
 from fedss.losses.methods import METHODS
-from fedss.runs.fields import damaged, read_file
+from fedss.runs.about import DataFacts, RunSettings, read_run_config
+from fedss.runs.fields import damaged
 from fedss.runs.findings import (
     read_augmented,
     read_confused,
@@ -24,48 +25,19 @@ from fedss.runs.findings import (
     read_verification,
 )
 from fedss.runs.records import METRICS, WAYS, Record, num_sites, read_all_records
-from fedss.runs.summaries import Summary, read_summaries, summarize
+from fedss.runs.summaries import MEANS, Summary, read_summaries, summarize
 
-
-class _Settings(TypedDict):
-    method: Any
-    seed: int
-    rounds: int
-    clients_per_round: NotRequired[int | None]
-    eval_every: NotRequired[int | None]
-    checkpoint_every: NotRequired[int | None]
-
-
-class _Data(TypedDict, total=False):
-    train_images: int | None
-    train_classes: int | None
-    train_clients: int | None
-    test_queries: int | None
-    test_gallery: int | None
-    test_classes: int | None
-    test_classes_seen: int | None
-    own_classes: list[float] | None
-    image_shape: list[float] | None
-
-
-class _Model(TypedDict):
-    parameters: int
-
-
-class _RunConfig(TypedDict):
-    """What a report needs of a run's ``config.json``."""
-
-    config: _Settings
-    data: _Data
-    model: _Model
+# What a run is compared by: figures of its summary.
+_FIGURES = (*METRICS, "map_at_10_by_class", *MEANS.values(), "seconds")
 
 
 @dataclass(frozen=True)
 class RecordedRun:
     """One variant of a method with one seed, as its folder tells it.
 
-    ``results`` has the keys of a :class:`fedss.runs.summaries.Summary`, and ``row_bytes_*``: class
-    rows and moments together. Those of an unfinished run are those of its last evaluated round.
+    ``results`` are figures by their name in :class:`fedss.runs.summaries.Summary`, and
+    ``row_bytes_*``: class rows and moments together. Those of an unfinished run are those of its
+    last evaluated round.
     ``label`` names the variant wherever it is shown. ``augmented``: uint8 [P, 1 + V, C, H, W],
     training images, each followed by what clients may make of it. ``by_class`` is the trained
     model's MAP@10.
@@ -76,13 +48,13 @@ class RecordedRun:
     seed: int
     finished: bool
     planned_rounds: int
-    settings: Mapping[str, Any]
-    data: Mapping[str, Any]
+    settings: RunSettings
+    data: DataFacts
     parameters: int
     versions: Mapping[str, str]
     command: str | None
     records: tuple[Record, ...]
-    results: Mapping[str, Any]
+    results: Mapping[str, float | None]
     neighbours: Neighbours | None
     verification: Verification | None
     confused: ConfusedClasses | None
@@ -243,19 +215,13 @@ def _rank(method: str) -> tuple[bool, int]:
 
 def _run(folder: Path, summary: Summary | None) -> RecordedRun:
     """A run, with its summary if it is finished."""
-    config: dict[str, Any] = read_file(_RunConfig, folder / "config.json")
+    config = read_run_config(folder)
     settings, finished = config["config"], summary is not None
     records = tuple(read_all_records(folder / "records.jsonl", finished))
-    results = dict(summary if summary is not None else _results_so_far(records))
-    for way in WAYS:
-        names = [f"{part}_bytes_{way}_per_client_round" for part in ("class_row", "moment")]
-        parts = [results[name] for name in names]
-        results[f"row_bytes_{way}_per_client_round"] = None if None in parts else sum(parts)
-    command = config.get("command")
     by_class = read_scores(folder / "by_class.json").by_class if finished else {}
     named = settings if summary is None else summary
     return RecordedRun(
-        method=str(named["method"]),
+        method=named["method"],
         label=" ".join(((summary and summary.get("label")) or "").split()),
         seed=named["seed"],
         finished=finished,
@@ -263,14 +229,10 @@ def _run(folder: Path, summary: Summary | None) -> RecordedRun:
         settings=settings,
         data=config["data"],
         parameters=config["model"]["parameters"],
-        versions={
-            name: str(config[name])
-            for name in ("fedss", "torch", "python", "platform")
-            if name in config
-        },
-        command=command if isinstance(command, str) else None,
+        versions=_versions(config),
+        command=config.get("command"),
         records=records,
-        results=results,
+        results=_results(_summary_so_far(records) if summary is None else summary),
         neighbours=read_neighbours(folder / "retrieval.npz"),
         verification=read_verification(folder),
         confused=read_confused(folder / "confusions.npz"),
@@ -280,7 +242,21 @@ def _run(folder: Path, summary: Summary | None) -> RecordedRun:
     )
 
 
-def _results_so_far(records: Sequence[Record]) -> dict[str, Any]:
+def _versions(config: Mapping[str, Any]) -> dict[str, str]:
+    names = ("fedss", "torch", "python", "platform")
+    return {name: str(config[name]) for name in names if name in config}
+
+
+def _results(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    results = {name: summary[name] for name in _FIGURES}
+    for way in WAYS:
+        names = [f"{part}_bytes_{way}_per_client_round" for part in ("class_row", "moment")]
+        parts = [results[name] for name in names]
+        results[f"row_bytes_{way}_per_client_round"] = None if None in parts else sum(parts)
+    return results
+
+
+def _summary_so_far(records: Sequence[Record]) -> dict[str, Any]:
     """What the summary would say, but for figures of the last evaluated round."""
     evaluated = [record["metrics"] for record in records if record["metrics"] is not None]
     last = evaluated[-1] if evaluated else {}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from fedss.data import RetrievalTask
-from fedss.evaluation.evaluate import Embedded, find_neighbours
+from fedss.evaluation.task import Embedded, find_neighbours
 from fedss.runs.records import Record
 from fedss.seeds import generator
 from fedss.text import encodable

@@ -10,10 +10,10 @@ from torch import Tensor
 from fedss.errors import ConfigError, DataError
 from fedss.evaluation.retrieval import nearest
 from fedss.evaluation.verification import REJECT_ALL
-from fedss.files import read_json
 from fedss.inference.embedding import class_name
 from fedss.inference.pixels import ImageSource, Read, name_of, read_images
 from fedss.models import fingerprint
+from fedss.runs.about import read_any_config
 from fedss.runs.findings import read_verification
 from fedss.search.collection import ENROLLED, Collection, check_model, checked_queries, reopen
 from fedss.search.store import (
@@ -210,12 +210,11 @@ def stored_threshold(run: str | Path) -> Threshold | None:
 
 def why_no_threshold(run: str | Path) -> str:
     """Why ``stored_threshold`` gives None, and what to do."""
-    config = Path(run) / "config.json"
-    about = read_json(config) if config.exists() else None
-    data = about.get("data") if isinstance(about, dict) else None
+    has_config = (Path(run) / "config.json").exists()
+    data = read_any_config(Path(run)).get("data", {}) if has_config else {}
     if (Path(run) / "verification.json").exists():
         why = "its test images left nobody to find or nobody to refuse"
-    elif isinstance(data, dict) and data.get("evaluated_at") == "sites":
+    elif data.get("evaluated_at") == "sites":
         why = (
             "its images were evaluated at the sites, which gives none. To measure one on other "
             f"images: fedss evaluate {run} with their --data-path"

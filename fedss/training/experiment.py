@@ -1,7 +1,7 @@
 """Train one model, or compare several."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +15,11 @@ from fedss.data import Dataset
 from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
-from fedss.evaluation.evaluate import check_tellable
+from fedss.evaluation.task import check_tellable
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
+from fedss.runs.about import DataFacts
 from fedss.runs.folder import (
     lock_folder,
     with_absolute_paths,
@@ -151,7 +152,7 @@ def train_federation(
     config: Config,
     folder: Path,
     embedder: Embedder,
-    data: Mapping[str, Any],
+    data: DataFacts,
     federate: Federate,
     *,
     label: str,

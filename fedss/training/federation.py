@@ -16,7 +16,7 @@ from fedss.data.augment import AUGMENTATIONS, preview
 from fedss.distributed import Ranks
 from fedss.engines.local import intra_op_threads, local_engine
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
-from fedss.evaluation.evaluate import Evaluation, embed_task, judge
+from fedss.evaluation.task import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, fingerprint
 from fedss.training.build import compute_device, evaluation_task, pool_images, wire_format

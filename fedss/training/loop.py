@@ -19,8 +19,8 @@ from fedss.core.state import ServerState
 from fedss.distributed import Ranks
 from fedss.errors import DivergedError, QuorumError, RunFolderError
 from fedss.evaluation.baselines import Floors, floor
-from fedss.evaluation.evaluate import Evaluation, findings
 from fedss.evaluation.intervals import interval
+from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, flatten_

@@ -1,7 +1,6 @@
 """What is in a data set, and what each method would move: before any training."""
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from fedss.config import Config
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, limit_own_classes, num_negatives
 from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
-from fedss.evaluation.evaluate import count_classes
 from fedss.evaluation.intervals import weakness
+from fedss.evaluation.task import count_classes
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import ClassSample, Objective
 from fedss.models import Embedder, frozen_fingerprint
+from fedss.runs.about import DataFacts
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
 from fedss.text import counted
@@ -37,7 +37,7 @@ from fedss.wire.messages import (
 )
 
 
-def describe(config: Config, data: Dataset) -> dict[str, Any]:
+def describe(config: Config, data: Dataset) -> DataFacts:
     """What is in a data set, as a run writes it down."""
     images, own_K = data.train, count_own_classes(data.train)
     untested = data.test is None and config.eval_split == "test"
@@ -80,7 +80,7 @@ def overview(config: Config, data: Dataset) -> list[str]:
     ]
 
 
-def why_not_own(run: str, data: Mapping[str, Any], name: str) -> str:
+def why_not_own(run: str, data: DataFacts, name: str) -> str:
     """Why a run folder is not judged on the images that its configuration names; and what to do.
 
     ``data`` is what its ``config.json`` says of them, ``name`` what the data set is called now.

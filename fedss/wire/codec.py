@@ -6,12 +6,13 @@ many clients loses nothing but variance (QSGD, Alistarh et al. 2017, arXiv 1610.
 uint8 tensors whose sizes depend on shapes alone.
 
 Shape suffixes: S rows, D their length or a matrix's side, P backbone parameters, N values that are
-quantised together, K their scales, R eigenvectors, T a triangle's values.
+quantized together, K their scales, R eigenvectors, T a triangle's values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,23 @@ SHORTEST_CHANNEL = 8
 # Two bytes for 32 codes are half a bit each. Of 288 Gaussian values the largest is 2.9 deviations
 # on average, of 32 it is 2.1: half the squared error.
 GROUP_INT4 = 32
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """How numbers travel: as they are, or as whole codes of values divided by a scale they share.
+
+    Attributes:
+        pack: ``pack(values, rng)``: float32 values, or ratios [N] to their scales, rounded.
+        unpack: ``unpack(packed, N)``: the values or codes [N] in float32.
+        largest_code: m, the largest code; None: values are not scaled.
+        longest: values of a backbone that share a scale at most; None: a whole output channel.
+    """
+
+    pack: Callable[[Tensor, np.random.Generator | None], Tensor]
+    unpack: Callable[[Tensor, int], Tensor]
+    largest_code: int | None = None
+    longest: int | None = None
 
 
 def encode_rows(rows_SD: Tensor, precision: Precision, rng: np.random.Generator | None) -> Encoded:
@@ -55,18 +73,18 @@ def encode_rows(rows_SD: Tensor, precision: Precision, rng: np.random.Generator 
 
     Source: QSGD (arXiv 1610.02132), sections 3.1 and 4, with the largest value as the norm.
     """
-    _check(precision)
-    if precision == "int8" or precision == "int4":
-        return _quantise([rows_SD], precision, rng)
-    return {"values": _float_values(rows_SD, precision, rng)}
+    form = _format(precision)
+    if form.largest_code is None:
+        return {"values": form.pack(rows_SD, rng)}
+    return _scaled([rows_SD], form, form.largest_code, rng)
 
 
-def decode_rows(encoded: Mapping[str, Tensor], dim: int) -> Tensor:
+def decode_rows(encoded: Mapping[str, Tensor], dim: int, precision: Precision) -> Tensor:
     """``x = code * scale``: float32 [S, dim] from what ``encode_rows`` made."""
-    if "scale" not in encoded:
-        return encoded["values"].float()
-    num_rows = len(encoded["scale"])
-    (rows_SD,) = _dequantise(encoded, [(num_rows, dim)])
+    form = _format(precision)
+    if form.largest_code is None:
+        return form.unpack(encoded["values"], encoded["values"].numel())
+    (rows_SD,) = _unscaled(encoded, [(len(encoded["scale"]), dim)], form)
     return rows_SD
 
 
@@ -75,7 +93,7 @@ def encode_backbone(
 ) -> Encoded:
     """A flat vector of parameters, with one scale per output channel, or part of one in int4.
 
-    In the int formats a parameter of two or more dimensions is quantised as ``encode_rows`` does,
+    In the int formats a parameter of two or more dimensions is quantized as ``encode_rows`` does,
     a row being all that belongs to one index of its first dimension. In int4 that is cut into
     equal parts of at most ``GROUP_INT4`` values, where they divide it: with so few levels the
     largest of many values leaves too few of them to the rest. Other parameters, and those whose
@@ -86,41 +104,38 @@ def encode_backbone(
 
     Returns:
         ``values``, 4 P bytes in float32 and 2 P in bfloat16; or ``values``, ``scale`` and
-        ``small``, with N values quantised in K channels or parts N + 2 K + 2 (P - N) bytes in
+        ``small``, with N values quantized in K channels or parts N + 2 K + 2 (P - N) bytes in
         int8 and ceil(N / 2) + 2 K + 2 (P - N) in int4.
 
     Raises:
         ValueError: the precision is none of the four, or the layout has not P values.
     """
-    _check(precision)
+    form = _format(precision)
     sizes = [shape.numel() for shape in layout]
     if sum(sizes) != len(theta_P):
         raise ValueError(f"the layout has {sum(sizes)} values, the vector {len(theta_P)}")
-    if precision == "float32" or precision == "bfloat16":
-        return {"values": _float_values(theta_P, precision, rng)}
-    longest = GROUP_INT4 if precision == "int4" else None
+    if form.largest_code is None:
+        return {"values": form.pack(theta_P, rng)}
     blocks, small = [theta_P.new_empty(0, 1)], [theta_P.new_empty(0)]
     for piece, shape in zip(theta_P.split_with_sizes(sizes), layout, strict=True):
-        if block := _block(shape, longest):
+        if block := _block(shape, form.longest):
             blocks.append(piece.view(block))
         else:
             small.append(piece)
-    return {
-        **_quantise(blocks, precision, rng),
-        "small": _float_values(torch.cat(small), "bfloat16", rng),
-    }
+    scaled = _scaled(blocks, form, form.largest_code, rng)
+    return {**scaled, "small": to_bfloat16(torch.cat(small), rng)}
 
 
-def decode_backbone(encoded: Mapping[str, Tensor], layout: Layout) -> Tensor:
+def decode_backbone(encoded: Mapping[str, Tensor], layout: Layout, precision: Precision) -> Tensor:
     """The flat vector, float32 [P], from what ``encode_backbone`` made with this layout."""
-    if "scale" not in encoded:
-        return encoded["values"].float()
-    longest = GROUP_INT4 if encoded["values"].dtype == torch.uint8 else None
-    blocks = [_block(shape, longest) for shape in layout]
+    form = _format(precision)
+    if form.largest_code is None:
+        return form.unpack(encoded["values"], encoded["values"].numel())
+    blocks = [_block(shape, form.longest) for shape in layout]
     small_sizes = [s.numel() for s, block in zip(layout, blocks, strict=True) if not block]
-    quantised = iter(_dequantise(encoded, [block for block in blocks if block]))
+    scaled = iter(_unscaled(encoded, [block for block in blocks if block], form))
     small = iter(encoded["small"].float().split_with_sizes(small_sizes))
-    return torch.cat([next(quantised).view(-1) if b else next(small) for b in blocks])
+    return torch.cat([next(scaled).view(-1) if b else next(small) for b in blocks])
 
 
 def encode_symmetric(
@@ -151,31 +166,30 @@ def encode_symmetric(
     Raises:
         ValueError: the precision is none of the four, or the rank not in 0..D - 1.
     """
-    _check(precision)
-    dim = len(matrix_DD)
+    form, dim = _format(precision), len(matrix_DD)
     if rank is not None:
         return _encode_eigenvectors(matrix_DD, precision, rank, rng)
-    if precision == "float32" or precision == "bfloat16":
-        values_T = matrix_DD[_triangle(dim, 0)]
-        return {"values": _float_values(values_T, precision, rng)}
+    if form.largest_code is None:
+        return {"values": form.pack(matrix_DD[_triangle(dim, 0)], rng)}
     above_KD = matrix_DD[_triangle(dim, 1)].view(dim // 2, dim - 1 + dim % 2)
     return {**encode_rows(above_KD, precision, rng), "diagonal": matrix_DD.diagonal().contiguous()}
 
 
-def decode_symmetric(encoded: Mapping[str, Tensor], dim: int) -> Tensor:
+def decode_symmetric(encoded: Mapping[str, Tensor], dim: int, precision: Precision) -> Tensor:
     """The matrix, float32 [dim, dim] and symmetric, from what ``encode_symmetric`` made."""
     if "eigenvalues" in encoded:
         # Rounded eigenvectors are not of unit norm, and the trace is kept only if they are.
-        vectors_RD = F.normalize(decode_rows(encoded, dim))
+        vectors_RD = F.normalize(decode_rows(encoded, dim, precision))
         kept_R, rest = encoded["eigenvalues"][:-1], encoded["eigenvalues"][-1]
         low_rank_DD = vectors_RD.T @ ((kept_R - rest)[:, None] * vectors_RD)
         return (low_rank_DD + low_rank_DD.T) / 2 + rest * torch.eye(dim, device=rest.device)
     upper_DD = torch.zeros(dim, dim, device=encoded["values"].device)
     if "diagonal" in encoded:
-        upper_DD[_triangle(dim, 1)] = decode_rows(encoded, dim - 1 + dim % 2).view(-1)
+        above_KD = decode_rows(encoded, dim - 1 + dim % 2, precision)
+        upper_DD[_triangle(dim, 1)] = above_KD.view(-1)
         upper_DD.diagonal().copy_(encoded["diagonal"])
     else:
-        upper_DD[_triangle(dim, 0)] = encoded["values"].float()
+        upper_DD[_triangle(dim, 0)] = decode_rows(encoded, dim, precision)
     return upper_DD + upper_DD.triu(1).T
 
 
@@ -186,17 +200,17 @@ def encode_payload(tensor: Tensor, precision: Precision, rank: int | None) -> En
     return encode_symmetric(tensor, precision, rank, None)
 
 
-def decode_payload(encoded: Encoded, dim: int) -> Tensor:
+def decode_payload(encoded: Encoded, dim: int, precision: Precision) -> Tensor:
     """The vector or matrix that ``encode_payload`` was given, up to rounding."""
-    triangle = "scale" not in encoded and encoded["values"].ndim == 1
+    triangle = _format(precision).largest_code is None and encoded["values"].ndim == 1
     if triangle or "diagonal" in encoded or "eigenvalues" in encoded:
-        return decode_symmetric(encoded, dim)
-    return decode_rows(encoded, dim)[0]
+        return decode_symmetric(encoded, dim, precision)
+    return decode_rows(encoded, dim, precision)[0]
 
 
 @lru_cache(maxsize=1024)
 def _block(shape: torch.Size, longest: int | None) -> tuple[int, int] | None:
-    """As what [channels, length] a parameter is quantised; None: it is not.
+    """As what [channels, length] a parameter is quantized; None: it is not.
 
     Channels are cut into equal groups of at most ``longest`` values, where they can be.
     """
@@ -215,47 +229,32 @@ def _triangle(dim: int, offset: int) -> tuple[Tensor, Tensor]:
     return index_2T[0], index_2T[1]
 
 
-def _check(precision: str) -> None:
-    if precision not in get_args(Precision):
-        expected = ", ".join(get_args(Precision))
-        raise ValueError(f"precision must be one of {expected}, not {precision!r}")
+def _format(precision: Precision) -> NumberFormat:
+    if precision not in FORMATS:
+        raise ValueError(f"precision must be one of {', '.join(FORMATS)}, not {precision!r}")
+    return FORMATS[precision]
 
 
-def _float_values(
-    values: Tensor, precision: Literal["float32", "bfloat16"], rng: np.random.Generator | None
-) -> Tensor:
-    return values.contiguous() if precision == "float32" else to_bfloat16(values, rng)
-
-
-def _quantise(
-    blocks: Sequence[Tensor], precision: Literal["int8", "int4"], rng: np.random.Generator | None
+def _scaled(
+    blocks: Sequence[Tensor], form: NumberFormat, largest_code: int, rng: np.random.Generator | None
 ) -> Encoded:
     """Blocks [channels, length] into one buffer of codes and one of scales."""
     largest_K = torch.cat([block.abs().amax(1) for block in blocks])
-    exact_K = largest_K / (127 if precision == "int8" else 7)
+    exact_K = largest_K / largest_code
     exact_K.clamp_(min=torch.finfo(torch.float32).tiny)  # zero rows divide, none is subnormal
     scale_K = exact_K.bfloat16()
     above_K = torch.nextafter(scale_K, torch.full_like(scale_K, torch.inf))
     scale_K = torch.where(scale_K.float() < exact_K, above_K, scale_K)
     scales = scale_K.float().split_with_sizes([len(block) for block in blocks])
     ratio_N = torch.cat([(x / s[:, None]).reshape(-1) for x, s in zip(blocks, scales, strict=True)])
-    if rng is None:
-        code_N = ratio_N.round_()
-    else:
-        # As floor(ratio + u), but the float32 sum 127 + u may round to 128.
-        u_N = torch.from_numpy(rng.random(len(ratio_N), dtype=np.float32)).to(ratio_N.device)
-        floor_N = ratio_N.floor()
-        code_N = ratio_N.sub_(floor_N).sub_(u_N).ceil_().add_(floor_N)
-    code_N = code_N.to(torch.int8)
-    return {"values": code_N if precision == "int8" else _pack(code_N), "scale": scale_K}
+    return {"values": form.pack(ratio_N, rng), "scale": scale_K}
 
 
-def _dequantise(encoded: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def _unscaled(
+    encoded: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]], form: NumberFormat
+) -> list[Tensor]:
     sizes = [channels * length for channels, length in shapes]
-    code_N = encoded["values"]
-    if code_N.dtype == torch.uint8:
-        code_N = _unpack(code_N)[: sum(sizes)]
-    codes = code_N.float().split_with_sizes(sizes)
+    codes = form.unpack(encoded["values"], sum(sizes)).split_with_sizes(sizes)
     scales = encoded["scale"].float().split_with_sizes([channels for channels, _ in shapes])
     return [
         code.view(shape) * scale[:, None]
@@ -263,18 +262,29 @@ def _dequantise(encoded: Mapping[str, Tensor], shapes: Sequence[tuple[int, int]]
     ]
 
 
-def _pack(code_N: Tensor) -> Tensor:
+def _codes(ratio_N: Tensor, rng: np.random.Generator | None) -> Tensor:
+    """Rounded to int8, in place."""
+    if rng is None:
+        return ratio_N.round_().to(torch.int8)
+    # As floor(ratio + u), but the float32 sum 127 + u may round to 128.
+    u_N = torch.from_numpy(rng.random(len(ratio_N), dtype=np.float32)).to(ratio_N.device)
+    floor_N = ratio_N.floor()
+    return ratio_N.sub_(floor_N).sub_(u_N).ceil_().add_(floor_N).to(torch.int8)
+
+
+def _pack_halves(ratio_N: Tensor, rng: np.random.Generator | None) -> Tensor:
     """Two's complement in 4 bits. Halves, not neighbours, share a byte: no strided access."""
-    bits_N = code_N.view(torch.uint8)
+    bits_N = _codes(ratio_N, rng).view(torch.uint8)
     half = (len(bits_N) + 1) // 2
     packed = bits_N[:half] & 15
     packed[: len(bits_N) - half] |= bits_N[half:] << 4
     return packed
 
 
-def _unpack(packed: Tensor) -> Tensor:
+def _unpack_halves(packed: Tensor, count: int) -> Tensor:
     # A signed shift to the right brings the sign along.
-    return torch.cat(((packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4))
+    low, high = (packed << 4).view(torch.int8) >> 4, packed.view(torch.int8) >> 4
+    return torch.cat((low, high))[:count].float()
 
 
 def _encode_eigenvectors(
@@ -296,3 +306,15 @@ def _encode_eigenvectors(
         **encode_rows(vector_DD[:, kept_R].T.float().contiguous(), precision, rng),
         "eigenvalues": eigenvalues if finite else torch.full_like(eigenvalues, torch.nan),
     }
+
+
+def _float(packed: Tensor, count: int) -> Tensor:
+    return packed.float()
+
+
+FORMATS: dict[Precision, NumberFormat] = {
+    "float32": NumberFormat(lambda values, rng: values.contiguous(), _float),
+    "bfloat16": NumberFormat(to_bfloat16, _float),
+    "int8": NumberFormat(_codes, _float, largest_code=127),
+    "int4": NumberFormat(_pack_halves, _unpack_halves, largest_code=7, longest=GROUP_INT4),
+}

@@ -88,8 +88,11 @@ def decode_broadcast(wire: WireFormat, message: Message) -> Broadcast:
     """The inverse of :func:`encode_broadcast`, up to rounding."""
     parts = _under("moments", message)
     names = dict.fromkeys(part.rpartition(".")[0] for part in parts)
-    payload = {name: decode_payload(_under(name, parts), wire.dim) for name in names}
-    return Broadcast(decode_backbone(_under("backbone", message), wire.layout), payload)
+    payload = {
+        name: decode_payload(_under(name, parts), wire.dim, wire.rows_down) for name in names
+    }
+    backbone = _under("backbone", message)
+    return Broadcast(decode_backbone(backbone, wire.layout, wire.backbone_down), payload)
 
 
 def encode_answer(
@@ -109,7 +112,7 @@ def encode_answer(
 
 def decode_answer(wire: WireFormat, message: Message) -> Tensor:
     """The rows in :func:`encode_answer`, [S, D], up to rounding."""
-    return decode_rows(_under("class_rows", message), wire.dim)
+    return decode_rows(_under("class_rows", message), wire.dim, wire.rows_down)
 
 
 def decode_dealt(wire: WireFormat, message: Message, own_P: np.ndarray) -> ClassSample:
@@ -140,9 +143,9 @@ def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpda
     """The inverse of :func:`encode_update`, up to rounding."""
     return ClientUpdate(
         client,
-        decode_backbone(_under("backbone", message), wire.layout),
+        decode_backbone(_under("backbone", message), wire.layout, wire.backbone_up),
         decode_request(wire, message),
-        decode_rows(_under("class_rows", message), wire.dim),
+        decode_rows(_under("class_rows", message), wire.dim, wire.rows_up),
         int(message["num_examples"]),
         float(message["loss"]),
     )

@@ -133,6 +133,26 @@ def test_sizes_beyond_all_use_are_one_line(capsys):
         assert line.startswith("fedss info: ")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "--out", "x", "--roundz", "3"], "did you mean --rounds?"),
+        (["search", "x", "y", "--inde", "a", "--tops", "1"], "arguments: --tops 1"),
+        (["train"], "required: --out"),
+        (["compare", "--out", "x", "--seeds", "a\nb"], "invalid int value"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith("fedss")
+    assert said in line
+
+
 def test_commands_and_options_are_pinned(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

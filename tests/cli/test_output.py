@@ -190,11 +190,7 @@ def test_a_shell_that_knows_ascii_alone_and_a_pipe_that_is_closed(chinese):
     fedss = f'"{sys.executable}" -m fedss'
     search, info = f'{fedss} search "$RUN" "$IMAGE"', f"{fedss} info --glyphs-classes 20"
     done = subprocess.run(
-        [
-            "bash",
-            "-c",
-            f"{search}; echo $?; {info} | true; echo ${{PIPESTATUS[0]}}; {info} >&-",
-        ],
+        ["bash", "-c", f"{search}; echo $?; {info} | true; echo ${{PIPESTATUS[0]}}; {info} >&-"],
         env={**environment, "RUN": str(chinese / "run"), "IMAGE": str(chinese / "图0-0.png")},
         capture_output=True,
     )

@@ -4,10 +4,7 @@ import zipfile
 
 import pytest
 
-from tests.data.made import (
-    make_image,
-    save,
-)
+from tests.data.made import make_image, save
 
 
 @pytest.fixture

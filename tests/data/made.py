@@ -5,11 +5,7 @@ import hashlib
 import numpy as np
 from PIL import Image
 
-from fedss.data import (
-    Images,
-    data_fingerprint,
-    load_dataset,
-)
+from fedss.data import Images, data_fingerprint, load_dataset
 
 
 def make_image(seed, size=(20, 20), mode="RGB"):

@@ -9,9 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from fedss.data import (
-    load_dataset,
-)
+from fedss.data import load_dataset
 from fedss.data.cache import cache_folder, cached_array, in_threads
 from fedss.data.decoding import decode
 from fedss.errors import DataError

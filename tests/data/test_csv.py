@@ -9,9 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedss.data import (
-    load_dataset,
-)
+from fedss.data import load_dataset
 from fedss.errors import DataError
 from tests.data.made import GOOD, load, make_image, same, save, write_csv
 
@@ -64,10 +62,7 @@ def test_absolute_paths_byte_order_mark_blank_lines_and_spaces(root):
     assert same(load(path), plain)
 
 
-@settings(
-    max_examples=20,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(9)))
 def test_the_order_of_lines_does_not_matter(root, order):
     lines = [f"p{i}.png,class{i % 4},client{i % 3}" for i in range(9)]

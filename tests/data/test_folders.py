@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedss.data import (
-    load_dataset,
-)
+from fedss.data import load_dataset
 from fedss.data.folder import read_folder
 from fedss.data.names import composed
 from fedss.errors import DataError

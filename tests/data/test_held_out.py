@@ -10,9 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedss import Config, train
-from fedss.data import (
-    seen_classes,
-)
+from fedss.data import seen_classes
 from fedss.data.manifest import ListedImage, Listing
 from fedss.data.splits import arrange, lot
 from fedss.errors import DataError

@@ -17,9 +17,7 @@ from fedss.data import (
 )
 from fedss.errors import DataError
 from tests import reference
-from tests.data.made import (
-    in_memory,
-)
+from tests.data.made import in_memory
 from tests.reference import tiny_dataset
 
 

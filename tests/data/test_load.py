@@ -2,11 +2,7 @@
 
 import pytest
 
-from fedss.data import (
-    data_fingerprint,
-    load_dataset,
-    locate,
-)
+from fedss.data import data_fingerprint, load_dataset, locate
 from fedss.errors import DataError
 from tests.data.made import GOOD, load, make_image, save, write_csv
 
@@ -46,11 +42,7 @@ def test_what_lies_at_a_site_s_path_is_found(root, folders):
             {},
             r"unknown data set 'omniglott'; expected one of .*; is omniglot meant",
         ),
-        (
-            ("zzz",),
-            {},
-            "expected one of glyphs, omniglot, csv, folder, landmarks-user-160k.*100$",
-        ),
+        (("zzz",), {}, "expected one of glyphs, omniglot, csv, folder, landmarks-user-160k.*100$"),
         (("csv",), {}, "'csv' needs a path: a CSV file"),
         (("folder",), {}, "'folder' needs a path: a folder"),
         (("glyphs", "x"), {}, "leave out the path x"),

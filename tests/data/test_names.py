@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 
 from fedss import Config, train
 from fedss.core.algorithm import draw_cohort
-from fedss.data import (
-    Dataset,
-    LazyNames,
-    RetrievalTask,
-    count_own_classes,
-    data_fingerprint,
-)
+from fedss.data import Dataset, LazyNames, RetrievalTask, count_own_classes, data_fingerprint
 from fedss.errors import DataError
-from tests.data.made import (
-    in_memory,
-)
+from tests.data.made import in_memory
 from tests.reference import tiny_backbone, tiny_dataset
 
 
@@ -148,10 +140,7 @@ def test_a_cohort_is_drawn_from_any_number_of_clients():
     assert 0.4 < np.median(cohort) / 10**15 < 0.6
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40),
-    st.integers(0, 3),
-)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=40), st.integers(0, 3))
 def test_own_classes_are_counted(held, without):
     clients, labels = (np.array([pair[i] for pair in held], np.int64) for i in (0, 1))
     images = in_memory(

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedss.data import (
-    load_dataset,
-    omniglot_dataset,
-)
+from fedss.data import load_dataset, omniglot_dataset
 from fedss.errors import DataError
 from tests.data.made import same
 

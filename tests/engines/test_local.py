@@ -128,7 +128,7 @@ def test_a_client_works_with_what_it_decodes(monkeypatch):
         submodel, exact = seen[update.client], sent[update.client]
         rows = whole(state.class_rows)[submodel.ids_S]
         assert torch.equal(
-            submodel.rows_SD, decode_rows(encode_rows(rows, "int4", None), rows.shape[1])
+            submodel.rows_SD, decode_rows(encode_rows(rows, "int4", None), rows.shape[1], "int4")
         )
         assert not torch.equal(submodel.rows_SD, rows)
         to_all = decode_broadcast(format_, encode_broadcast(format_, broadcast(state, told)))

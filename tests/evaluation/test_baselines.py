@@ -20,7 +20,7 @@ from fedss.evaluation.baselines import (
     floor,
     pixel_vectors,
 )
-from fedss.evaluation.evaluate import check_tellable, embed_task, score
+from fedss.evaluation.task import check_tellable, embed_task, score
 from fedss.models import build_embedder, embed_pixels
 from fedss.runs.findings import read_scores, write_scores
 from tests import reference

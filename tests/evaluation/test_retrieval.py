@@ -182,10 +182,7 @@ def test_equals_pytorch_metric_learning() -> None:
 
 @needs_torchvision
 def test_equals_torchmetrics() -> None:
-    from torchmetrics.functional.retrieval import (
-        retrieval_average_precision,
-        retrieval_hit_rate,
-    )
+    from torchmetrics.functional.retrieval import retrieval_average_precision, retrieval_hit_rate
 
     rows, labels = random_set(n=120, classes=9)
     gallery, gallery_labels = random_set(n=90, classes=9, seed=1)
@@ -553,9 +550,7 @@ class Bytes(TorchDispatchMode):
 @pytest.mark.parametrize("make", [collapsed, few_values, smooth])
 @pytest.mark.parametrize("dtypes", [(), (torch.bfloat16,), (torch.float32,)])
 def test_a_block_stays_below_its_bytes(
-    make: Callable[[int], Tensor],
-    dtypes: tuple[torch.dtype, ...],
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[int], Tensor], dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(neighbours, "BLOCK_BYTES", 2**20)
     monkeypatch.setattr(neighbours, "_TILE", 2**12)

@@ -137,11 +137,7 @@ def test_figures_by_hand():
     pairs = of_cells(at(0.25, 0.375, 0.5, 0.75), at(0.0, 0.125, 0.25, 0.4375))
     result = v.verification(pairs, (0.5, 0.25, 0.2))
     assert [p.tar for p in result.points] == [1.0, 0.75, 0.5]
-    assert [p.threshold for p in result.points] == [
-        0.125 + 2**-16,
-        0.25 + 2**-16,
-        0.4375 + 2**-16,
-    ]
+    assert [p.threshold for p in result.points] == [0.125 + 2**-16, 0.25 + 2**-16, 0.4375 + 2**-16]
     # Between (FAR, FRR) = (1/2, 0) at 0.25 and (1/4, 1/4) a cell above.
     assert result.eer == 0.25
     assert result.eer_threshold == 0.25 + 2**-16

@@ -138,8 +138,7 @@ told = st.fixed_dictionaries(
         "failed": st.one_of(values, st.dictionaries(st.sampled_from(["0", "1"]), values)),
         "next": st.one_of(values, st.lists(st.one_of(st.sampled_from(CLIENTS), values))),
         "changed": st.one_of(
-            values,
-            st.fixed_dictionaries({"classes": names, "clients": names, "secret": names}),
+            values, st.fixed_dictionaries({"classes": names, "clients": names, "secret": names})
         ),
         "metrics": st.one_of(metrics, values),
         "floors": st.one_of(

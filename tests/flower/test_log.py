@@ -12,7 +12,7 @@ from fedss.distributed import Ranks
 from fedss.errors import RankError
 from fedss.flower import client_app as site_module
 from fedss.flower.client_app import app as site_app
-from fedss.flower.messages import pack, say, unpack
+from fedss.flower.messages import log_line, pack, unpack
 from fedss.text import printable
 from tests.flower_grid import ProcessGrid, through_the_wire
 from tests.sites import federate, nodes, settings, write_photos
@@ -113,7 +113,7 @@ def test_a_sites_text_at_the_server(tmp_path: Path, capfd: pytest.CaptureFixture
 
 
 def test_a_line_is_one_line(capsys):
-    say("one\ntwo")
+    log_line("one\ntwo")
     assert capsys.readouterr().err == "fedss: one\\ntwo\n"
 
 

@@ -69,9 +69,7 @@ def test_as_many_ids_as_a_client_may_ask_for(changes, most):
 
 
 @pytest.mark.parametrize(
-    "ids",
-    [[0, 0], [3, 1], [-1, 4], [0, N], [1, 2, 2], [[0, 1]], [0.0, 1.0]],
-    ids=str,
+    "ids", [[0, 0], [3, 1], [-1, 4], [0, N], [1, 2, 2], [[0, 1]], [0.0, 1.0]], ids=str
 )
 def test_ids_are_sorted_unique_and_of_the_table(ids):
     wire, plan = asked()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedss import RetrievalTask
 from fedss.errors import RunFolderError
-from fedss.evaluation.evaluate import verify
+from fedss.evaluation.task import verify
 from fedss.inference.model_card import model_card
 from fedss.models import EmbedderSpec
 from tests import reference

@@ -228,14 +228,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
         ("safetensors, cut", "is damaged or cut short at .* bytes|is of the format safetensors"),
         ("torch", "is not of the format safetensors, in spite of its name"),
         ("torch, cut", "is damaged or cut short at .* bytes"),
-        (
-            "model",
-            r"holds Python objects beside tensors \(.* more\)|is not of the format",
-        ),
-        (
-            "old model",
-            "holds Python objects beside tensors, as|is not of the format safetensors",
-        ),
+        ("model", r"holds Python objects beside tensors \(.* more\)|is not of the format"),
+        ("old model", "holds Python objects beside tensors, as|is not of the format safetensors"),
         ("list", "holds no tensors by name|is not of the format safetensors"),
     ],
 )

@@ -11,15 +11,7 @@ from PIL import Image
 
 import fedss
 from fedss.errors import ConfigError, RunFolderError
-from fedss.report import (
-    bytes_figure,
-    charts,
-    figures,
-    frontier,
-    frontier_figure,
-    labels,
-    rounds,
-)
+from fedss.report import bytes_figure, charts, figures, frontier, frontier_figure, labels, rounds
 from tests.report.made import (
     METHODS,
     VARIANTS,

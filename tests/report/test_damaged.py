@@ -10,17 +10,8 @@ import numpy as np
 import pytest
 
 from fedss.errors import RunFolderError
-from fedss.report import (
-    write_report,
-)
-from tests.report.made import (
-    fake_comparison,
-    fake_run,
-    fake_variants,
-    groups_of,
-    rewrite,
-    single,
-)
+from fedss.report import write_report
+from tests.report.made import fake_comparison, fake_run, fake_variants, groups_of, rewrite, single
 
 AGAIN = "; restore it from a copy, or run again in another folder"
 ANEW = "; delete it and start this folder's fedss command again, which writes it anew"
@@ -64,7 +55,13 @@ def test_damaged_records(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("train_images", "many"), ("own_classes", 3), ("image_shape", ["a", 1, 2])],
+    [
+        ("train_images", "many"),
+        ("own_classes", 3),
+        ("own_classes", [1, 2.5]),
+        ("image_shape", ["a", 1, 2]),
+        ("image_shape", []),
+    ],
 )
 def test_damaged_facts(tmp_path: Path, key: str, value: object) -> None:
     single(tmp_path, rounds=5)
@@ -83,16 +80,8 @@ def test_empty_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (
-            "scores",
-            lambda a: a[:, :4],
-            "scores: expected those of all neighbours, .*got 4",
-        ),
-        (
-            "scores",
-            lambda a: a[:, :0],
-            "scores: expected those of all neighbours, .*got 0",
-        ),
+        ("scores", lambda a: a[:, :4], "scores: expected those of all neighbours, .*got 4"),
+        ("scores", lambda a: a[:, :0], "scores: expected those of all neighbours, .*got 0"),
         ("scores", lambda a: a.astype(str), "scores: unexpected type"),
         ("query_index", lambda a: a[0], r"query_index: expected \[Q\], got \[\]"),
         ("pixels", lambda a: a.astype(float), "pixels: unexpected type float64"),

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from fedss.errors import RunFolderError
-from fedss.report import (
-    bytes_figure,
-)
+from fedss.report import bytes_figure
 from tests.report.made import (
     BACKBONE,
     N_CLASSES,

@@ -6,16 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedss.report import (
-    write_report,
-)
-from tests.report.made import (
-    Page,
-    fake_comparison,
-    fake_run,
-    read,
-    single,
-)
+from fedss.report import write_report
+from tests.report.made import Page, fake_comparison, fake_run, read, single
 
 
 def test_without_neighbours(tmp_path: Path) -> None:

@@ -7,17 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedss.report import (
-    rounds,
-)
-from tests.report.made import (
-    fake_comparison,
-    fake_run,
-    read,
-    rewrite,
-    single,
-    table_after,
-)
+from fedss.report import rounds
+from tests.report.made import fake_comparison, fake_run, read, rewrite, single, table_after
 
 
 def test_seconds_of_each_phase_are_means_over_rounds_and_seeds(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fedss import RetrievalTask, RunFolderError, write_report
-from fedss.evaluation.evaluate import embed_task, findings
+from fedss.evaluation.task import embed_task, findings
 from fedss.report.verification import number
 from fedss.runs.findings import write_findings
 from tests import reference

@@ -76,7 +76,7 @@ def test_follows_a_writer_to_the_end(tmp_path: Path) -> None:
     # Half a line is no round: the page says what it said before, and nothing breaks.
     told = [line for line in said if "seed 0: round" in line]
     assert [re.search(r"round \d", line).group() for line in told] == [
-        *("round 0", "round 1", "round 1", "round 2", "round 2", "round 3"),
+        *("round 0", "round 1", "round 1", "round 2", "round 2", "round 3")
     ]
     assert "round 1 of 3, at least" in told[1]
     assert said[-1].startswith("done. fedss reaches MAP@10 0.3")

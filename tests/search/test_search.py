@@ -21,7 +21,7 @@ import fedss
 from fedss.cli import main
 from fedss.data import RetrievalTask
 from fedss.errors import ConfigError, DataError, RunFolderError
-from fedss.evaluation.evaluate import verify
+from fedss.evaluation.task import verify
 from fedss.evaluation.verification import REJECT_ALL
 from fedss.inference.embedding import embed_files, list_images
 from fedss.inference.pixels import thumbnail
@@ -611,9 +611,10 @@ def test_where_no_threshold_can_be_measured_it_is_said_why(tmp_path):
     assert "fedss evaluate" in why_no_threshold(tmp_path)
     assert "if its test images are of several classes" in why_no_threshold(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"data": {"name": "federation", "evaluated_at": "sites"}}))
+    data = {"name": "federation", "evaluated_at": "sites"}
+    config.write_text(json.dumps({"config": {}, "data": data}))
     assert "evaluated at the sites, which gives none" in why_no_threshold(tmp_path)
-    config.write_text(json.dumps({"data": {"name": "federation", "evaluated_at": "server"}}))
+    config.write_text(json.dumps({"config": {}, "data": data | {"evaluated_at": "server"}}))
     assert "evaluated at the sites" not in why_no_threshold(tmp_path)
     path = tmp_path / "verification.json"
     path.write_text(json.dumps(measured() | {"identification": None}))

@@ -30,14 +30,7 @@ from fedss.cli import main
 from fedss.data.decoding import open_image, quiet_pillow
 from fedss.errors import ConfigError
 from fedss.evaluation.verification import REJECT_ALL
-from fedss.search import (
-    Collection,
-    Threshold,
-    build_collection,
-    enrol,
-    open_collection,
-    remove,
-)
+from fedss.search import Collection, Threshold, build_collection, enrol, open_collection, remove
 from fedss.search.web import app as page_app
 from fedss.search.web import guard
 from tests.serving import COPIES, NAMES, Site, make_site
@@ -502,8 +495,7 @@ def test_no_bytes_break_the_server(server: Server, content: bytes, start: bytes)
 
 
 @pytest.mark.parametrize(
-    "host",
-    ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost."],
+    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "[", "localhost."]
 )
 def test_a_name_that_is_not_ours_is_refused(server: Server, host: str) -> None:
     for method, path in (("GET", "/"), ("GET", "/sample"), ("GET", "/thumbnail/0")):

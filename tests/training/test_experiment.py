@@ -15,12 +15,7 @@ from safetensors.torch import load_file
 
 import fedss
 import fedss.cli
-from fedss import (
-    Config,
-    ConfigError,
-    DivergedError,
-    RunFolderError,
-)
+from fedss import Config, ConfigError, DivergedError, RunFolderError
 from fedss.core import algorithm, class_rows
 from fedss.core.algorithm import draw_cohort
 from fedss.core.checks import check_growth
@@ -737,11 +732,7 @@ def test_methods_of_one_seed_see_the_same_cohorts(tmp_path):
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [
-        ("constant", [1, 1, 1, 1]),
-        ("linear", [1, 1, 1, 0.5]),
-        ("cosine", [1, 1, 1, 0.5]),
-    ],
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 1, 1, 0.5]), ("cosine", [1, 1, 1, 0.5])],
 )
 def test_learning_rates_decay_over_rounds(schedule, expected):
     config = dataclasses.replace(SMALL, rounds=4, lr_schedule=schedule, lr_decay_start=0.5)

@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import math
+from typing import cast, get_args
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedss.wire.codec import (
+    FORMATS,
     GROUP_INT4,
     SHORTEST_CHANNEL,
+    NumberFormat,
+    Precision,
     decode_backbone,
     decode_rows,
     decode_symmetric,
@@ -74,8 +79,10 @@ def test_float32_is_the_tensor_itself_and_bfloat16_the_nearest(seed, rows, dim):
     for rng in (None, np.random.default_rng(0)):
         encoded = encode_rows(x, "float32", rng)
         assert encoded["values"] is x
-        assert torch.equal(decode_rows(encoded, dim), x)
-    assert torch.equal(decode_rows(encode_rows(x, "bfloat16", None), dim), x.bfloat16().float())
+        assert torch.equal(decode_rows(encoded, dim, "float32"), x)
+    assert torch.equal(
+        decode_rows(encode_rows(x, "bfloat16", None), dim, "bfloat16"), x.bfloat16().float()
+    )
 
 
 @pytest.mark.parametrize("precision", LEVELS)
@@ -92,7 +99,7 @@ def test_nearest_against_a_loop(precision, seed, rows, dim):
         flat += code
     assert encoded["scale"].tolist() == scales
     assert encoded["values"].tolist() == (slow_pack(flat) if precision == "int4" else flat)
-    decoded = decode_rows(encoded, dim)
+    decoded = decode_rows(encoded, dim, precision)
     assert decoded.dtype == torch.float32
     assert torch.equal(decoded, torch.tensor(codes).view(rows, dim))
 
@@ -105,7 +112,7 @@ def test_errors_are_within_a_step_of_the_rows_own_scale(precision, seed, rows, d
     step = torch.tensor([[slow_scale(row, levels)] for row in x.tolist()])
     for rng, bound in ((None, 0.5), (np.random.default_rng(seed), 1)):
         encoded = encode_rows(x, precision, rng)
-        error = (decode_rows(encoded, dim) - x).abs()
+        error = (decode_rows(encoded, dim, precision) - x).abs()
         assert (error <= bound * step * (1 + 2**-15)).all()
         assert rng is None or (error < step).all()
     # And the scale is no more than bfloat16's rounding above the finest that would do.
@@ -117,12 +124,12 @@ def test_errors_are_within_a_step_of_the_rows_own_scale(precision, seed, rows, d
 @pytest.mark.parametrize("precision", LOSSY)
 @given(seed=seeds, rows=st.integers(0, 9), dim=st.integers(1, 33))
 def test_what_was_decoded_is_encoded_without_loss(precision, seed, rows, dim):
-    once = decode_rows(encode_rows(random_rows(seed, rows, dim), "bfloat16", None), dim)
+    once = decode_rows(encode_rows(random_rows(seed, rows, dim), "bfloat16", None), dim, "bfloat16")
     if precision != "bfloat16":
         codes = torch.randint(-7, 8, (rows, dim), generator=torch.Generator().manual_seed(seed))
         codes[:, 0] = LEVELS[precision]
         once = codes * once.abs().amax(1, keepdim=True)
-    twice = decode_rows(encode_rows(once, precision, np.random.default_rng(seed)), dim)
+    twice = decode_rows(encode_rows(once, precision, np.random.default_rng(seed)), dim, precision)
     assert torch.equal(twice, once)
 
 
@@ -133,7 +140,9 @@ def test_stochastic_rounding_is_unbiased(precision, seed):
     row = random_rows(seed, 1, dim)
     assume(row.any())
     x = row.expand(draws, dim).contiguous()
-    decoded = decode_rows(encode_rows(x, precision, np.random.default_rng(seed)), dim).double()
+    decoded = decode_rows(
+        encode_rows(x, precision, np.random.default_rng(seed)), dim, precision
+    ).double()
     if precision == "bfloat16":
         floor = (row.view(torch.int32) & -65536).view(torch.float32).double()
         step = (torch.nextafter(floor.bfloat16(), row.sign().bfloat16() * torch.inf) - floor).abs()
@@ -155,7 +164,7 @@ def test_bfloat16_is_unbiased_over_all_sixteen_bits():
     rng = EveryNoise(np.random.PCG64(0))
     for x in (0.3, -1e-3, 1 + 2**-23, 2 - 2**-23, 1e-39, -3.3e38, 0.0):
         values = torch.full((1 << 16, 1), x)
-        mean = decode_rows(encode_rows(values, "bfloat16", rng), 1).double().mean()
+        mean = decode_rows(encode_rows(values, "bfloat16", rng), 1, "bfloat16").double().mean()
         assert mean.item() == values[0].item()
 
 
@@ -165,17 +174,17 @@ def test_the_largest_code_never_rounds_away(precision):
     x = torch.full((1, 1 << 20), float(LEVELS[precision]))
     for sign in (1, -1):
         encoded = encode_rows(sign * x, precision, np.random.default_rng(0))
-        assert torch.equal(decode_rows(encoded, x.shape[1]), sign * x)
+        assert torch.equal(decode_rows(encoded, x.shape[1], precision), sign * x)
 
 
 @pytest.mark.parametrize("precision", LEVELS)
 def test_a_huge_row_or_channel_does_not_spoil_another(precision):
     x = torch.rand(3, 10, generator=torch.Generator().manual_seed(0))
-    alone = decode_rows(encode_rows(x[1:], precision, None), 10)
+    alone = decode_rows(encode_rows(x[1:], precision, None), 10, precision)
     x[0] *= 1e30
-    assert torch.equal(decode_rows(encode_rows(x, precision, None), 10)[1:], alone)
+    assert torch.equal(decode_rows(encode_rows(x, precision, None), 10, precision)[1:], alone)
     layout = (torch.Size([3, 10]),)
-    theta = decode_backbone(encode_backbone(x.view(-1), layout, precision, None), layout)
+    theta = decode_backbone(encode_backbone(x.view(-1), layout, precision, None), layout, precision)
     assert torch.equal(theta.view(3, 10)[1:], alone)
 
 
@@ -184,7 +193,7 @@ def test_a_huge_row_or_channel_does_not_spoil_another(precision):
 def test_zeros_stay_zero_whatever_the_shape(precision, rows, dim):
     zeros = torch.zeros(rows, dim)
     for rng in (None, np.random.default_rng(0)):
-        decoded = decode_rows(encode_rows(zeros, precision, rng), dim)
+        decoded = decode_rows(encode_rows(zeros, precision, rng), dim, precision)
         assert decoded.dtype == torch.float32
         assert torch.equal(decoded, zeros)
 
@@ -194,10 +203,10 @@ def test_magnitudes_at_float32s_ends():
     huge = torch.tensor([[torch.finfo(torch.float32).max, -1e38, 0.0]])
     for precision, levels in LEVELS.items():
         for rng in (None, np.random.default_rng(0)):
-            decoded = decode_rows(encode_rows(tiny, precision, rng), 3)
+            decoded = decode_rows(encode_rows(tiny, precision, rng), 3, precision)
             assert ((decoded - tiny).abs() <= 2.0**-126).all()
             # The largest value itself may decode to a step above it: at most 1/127 too much.
-            decoded = decode_rows(encode_rows(huge, precision, rng), 3)
+            decoded = decode_rows(encode_rows(huge, precision, rng), 3, precision)
             assert not decoded.isnan().any()
             assert (decoded[:, 1:] - huge[:, 1:]).abs().max() <= 3.5e38 / levels
 
@@ -206,7 +215,9 @@ def test_bfloat16_makes_no_infinity_that_nearest_does_not():
     between = torch.linspace(LARGEST_BFLOAT16, torch.finfo(torch.float32).max, 999)[None]
     up_to = torch.full((1, 999), LARGEST_BFLOAT16)
     for x in (between, -between, up_to, -up_to, torch.full((1, 9), torch.inf)):
-        decoded = decode_rows(encode_rows(x, "bfloat16", np.random.default_rng(0)), x.shape[1])
+        decoded = decode_rows(
+            encode_rows(x, "bfloat16", np.random.default_rng(0)), x.shape[1], "bfloat16"
+        )
         assert torch.equal(decoded, x.bfloat16().float())
 
 
@@ -216,12 +227,12 @@ def test_bfloat16_makes_no_infinity_that_nearest_does_not():
 def test_what_is_not_finite_stays_visible_and_apart(precision, bad, stochastic):
     rng = np.random.default_rng(0) if stochastic else None
     x = torch.rand(5, 9, generator=torch.Generator().manual_seed(0))
-    clean = decode_rows(encode_rows(x, precision, None), 9)
+    clean = decode_rows(encode_rows(x, precision, None), 9, precision)
     if bad == "payload":
         x.view(torch.int32)[2, 3] = 2**31 - 1  # a NaN that a carry would turn into a zero
     else:
         x[2, 3] = bad
-    decoded = decode_rows(encode_rows(x, precision, rng), 9)
+    decoded = decode_rows(encode_rows(x, precision, rng), 9, precision)
     assert not decoded[2, 3].isfinite()
     assert precision in ("float32", "bfloat16") or not decoded[2].isfinite().any()
     others = [0, 1, 3, 4]
@@ -230,7 +241,7 @@ def test_what_is_not_finite_stays_visible_and_apart(precision, bad, stochastic):
 
     layout = (torch.Size([5, 9]), torch.Size([5]))
     theta = torch.cat((x.view(-1), x[2, 1:6]))
-    theta = decode_backbone(encode_backbone(theta, layout, precision, rng), layout)
+    theta = decode_backbone(encode_backbone(theta, layout, precision, rng), layout, precision)
     assert not theta[2 * 9 + 3].isfinite()
     assert not theta[45 + 2].isfinite()
 
@@ -238,7 +249,7 @@ def test_what_is_not_finite_stays_visible_and_apart(precision, bad, stochastic):
         matrix = torch.eye(5)
         matrix[i, j] = matrix[j, i] = x[2, 3]
         for rank in (None, 0, 2):
-            decoded = decode_symmetric(encode_symmetric(matrix, precision, rank, rng), 5)
+            decoded = decode_symmetric(encode_symmetric(matrix, precision, rank, rng), 5, precision)
             assert not decoded.isfinite().all()
 
 
@@ -249,15 +260,15 @@ def test_the_rng_decides_and_safetensors_carries_all(precision, seed, rows, dim,
     layout = (torch.Size([rows, dim]), torch.Size([2 * dim]))
     theta = torch.cat((x.view(-1), matrix[0], matrix[-1]))
     calls = [
-        (lambda rng: encode_rows(x, precision, rng), lambda e: decode_rows(e, dim)),
+        (lambda rng: encode_rows(x, precision, rng), lambda e: decode_rows(e, dim, precision)),
         (
             lambda rng: encode_backbone(theta, layout, precision, rng),
-            lambda e: decode_backbone(e, layout),
+            lambda e: decode_backbone(e, layout, precision),
         ),
         *(
             (
                 lambda rng, r=r: encode_symmetric(matrix, precision, r, rng),
-                lambda e: decode_symmetric(e, dim),
+                lambda e: decode_symmetric(e, dim, precision),
             )
             for r in (None, rank % dim)
         ),
@@ -357,7 +368,7 @@ def test_the_backbone_against_one_parameter_at_a_time(precision, seed, shapes):
     encoded = encode_backbone(theta, layout, precision, None)
     assert len(encoded) == (3 if precision in LEVELS else 1)
     assert (encoded["values"] is theta) == (precision == "float32")
-    assert torch.equal(decode_backbone(encoded, layout), torch.tensor(expected))
+    assert torch.equal(decode_backbone(encoded, layout, precision), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5, 8, 33])
@@ -365,7 +376,9 @@ def test_a_triangle_is_the_matrix(dim):
     matrix = random_symmetric(dim, dim)
     for precision in PRECISIONS:
         for rng in (None, np.random.default_rng(0)):
-            decoded = decode_symmetric(encode_symmetric(matrix, precision, None, rng), dim)
+            decoded = decode_symmetric(
+                encode_symmetric(matrix, precision, None, rng), dim, precision
+            )
             assert torch.equal(decoded, decoded.T)
             if precision in LEVELS:
                 assert torch.equal(decoded.diagonal(), matrix.diagonal())
@@ -388,14 +401,18 @@ def spectrum(seed, eigenvalues):
 @given(seeds, st.lists(st.floats(-9, 9), max_size=4), st.floats(-3, 3), st.integers(1, 6))
 def test_rank_r_plus_a_multiple_of_the_identity_is_exact(seed, kept, rest, others):
     matrix = spectrum(seed, kept + [rest] * others).float()
-    decoded = decode_symmetric(encode_symmetric(matrix, "float32", len(kept), None), len(matrix))
+    decoded = decode_symmetric(
+        encode_symmetric(matrix, "float32", len(kept), None), len(matrix), "float32"
+    )
     torch.testing.assert_close(decoded, matrix, rtol=0, atol=2e-5)
 
 
 @given(seeds, st.lists(st.floats(-9, 9), min_size=6, max_size=6), st.integers(0, 5))
 def test_no_other_eigenvalues_would_be_better_kept(seed, eigenvalues, rank):
     matrix = spectrum(seed, eigenvalues)
-    decoded = decode_symmetric(encode_symmetric(matrix.float(), "float32", rank, None), 6)
+    decoded = decode_symmetric(
+        encode_symmetric(matrix.float(), "float32", rank, None), 6, "float32"
+    )
     error = (decoded - matrix).square().sum().item()
     best = min(
         sum((x - sum(rest) / len(rest)) ** 2 for x in rest)
@@ -409,7 +426,7 @@ def test_no_other_eigenvalues_would_be_better_kept(seed, eigenvalues, rank):
 def test_low_rank_keeps_trace_and_symmetry(precision, seed, dim, rank, stochastic):
     matrix = random_symmetric(seed, dim)
     rng = np.random.default_rng(seed) if stochastic else None
-    decoded = decode_symmetric(encode_symmetric(matrix, precision, rank % dim, rng), dim)
+    decoded = decode_symmetric(encode_symmetric(matrix, precision, rank % dim, rng), dim, precision)
     assert torch.equal(decoded, decoded.T)
     assert decoded.trace().item() == pytest.approx(matrix.trace().item(), abs=1e-3)
 
@@ -439,3 +456,24 @@ def test_bad_arguments_are_named():
             encode_symmetric(torch.zeros(2, 2), "int8", rank, None)
     with pytest.raises(ValueError, match="the layout has 4 values, the vector 5"):
         encode_backbone(torch.zeros(5), layout, "float32", None)
+
+
+def test_a_format_is_a_name_and_a_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tuple(FORMATS) == get_args(Precision)
+    int6 = dataclasses.replace(FORMATS["int8"], largest_code=31, longest=16)
+    float16 = NumberFormat(lambda values, rng: values.half(), lambda packed, count: packed.float())
+    monkeypatch.setitem(cast("dict[str, NumberFormat]", FORMATS), "int6", int6)
+    monkeypatch.setitem(cast("dict[str, NumberFormat]", FORMATS), "float16", float16)
+    rows, matrix = torch.randn(5, 32), torch.randn(32, 32)
+    matrix, layout = matrix + matrix.T, (torch.Size((5, 32)),)
+    for name, step in (("int6", 1 / 31), ("float16", 1 / 1024)):
+        precision = cast(Precision, name)
+        made = [
+            decode_rows(encode_rows(rows, precision, None), 32, precision),
+            decode_backbone(
+                encode_backbone(rows.view(-1), layout, precision, None), layout, precision
+            ).view(5, 32),
+            decode_symmetric(encode_symmetric(matrix, precision, None, None), 32, precision),
+        ]
+        for decoded, exact in zip(made, (rows, rows, matrix), strict=True):
+            assert 0 < (decoded - exact).abs().max() <= step * exact.abs().max()

@@ -140,21 +140,13 @@ def test_what_goes_up_is_rounded_at_random_and_right_on_average():
     format_ = wire(64, 8, 20, "int4")
     g = torch.Generator().manual_seed(0)
     update = ClientUpdate(
-        0,
-        torch.randn(64, generator=g),
-        torch.arange(5),
-        torch.randn(5, 8, generator=g),
-        3,
-        1.0,
+        0, torch.randn(64, generator=g), torch.arange(5), torch.randn(5, 8, generator=g), 3, 1.0
     )
     decoded = [
         decode_update(format_, encode_update(format_, update, generator(i, "test")), 0)
         for i in range(2000)
     ]
-    for of in (
-        lambda u: u.backbone_delta_P,
-        lambda u: u.rows_delta_SD,
-    ):
+    for of in (lambda u: u.backbone_delta_P, lambda u: u.rows_delta_SD):
         found = torch.stack([of(u) for u in decoded]).double()
         error = found.std(dim=0) / 2000**0.5
         # What is rounded away once in a thousand draws may not have come up.

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fedss import RetrievalTask
 from fedss.data import Images
-from fedss.evaluation.evaluate import (
+from fedss.evaluation.task import (
     Embedded,
     embed_task,
     find_confused,
@@ -38,11 +38,7 @@ def test_panels_show_each_query_with_its_nearest_others():
     cos = (h @ h.T).fill_diagonal_(-2)
     assert sorted(found["query_index"]) == list(range(len(twins)))
     for q, images, names, scores in zip(
-        found["query_index"],
-        found["pixels"],
-        found["class_names"],
-        found["scores"],
-        strict=True,
+        found["query_index"], found["pixels"], found["class_names"], found["scores"], strict=True
     ):
         nearest = torch.sort(cos[q], descending=True, stable=True).indices[:5].numpy()
         assert np.array_equal(images, twins.pixels[[q, *nearest]])

@@ -1,0 +1,103 @@
+"""``config.json``: what a run was told, its data and its model; the types and the one reader."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
+
+from fedss.files import read_json
+from fedss.runs.fields import read_as, read_file, wrong
+
+
+class RunSettings(TypedDict):
+    """Of the fields of :class:`fedss.config.Config` those that are read by name.
+
+    The others lie beside them. A run of an earlier version lacks what came later.
+    """
+
+    method: str
+    seed: int
+    rounds: int
+    sample_size: NotRequired[int | None]
+    clients_per_round: NotRequired[int | None]
+    eval_every: NotRequired[int | None]
+    checkpoint_every: NotRequired[int | None]
+    eval_split: NotRequired[str]
+    backbone: NotRequired[str | None]
+    embedding_size: NotRequired[int | None]
+    augment: NotRequired[str]
+
+
+class DataFacts(TypedDict, total=False):
+    """What is in a data set.
+
+    A federation knows ``name``, ``image_shape`` and ``evaluated_at`` alone, and no other run has
+    the last of them.
+    """
+
+    name: str
+    fingerprint: str
+    train_images: int
+    train_classes: int
+    train_clients: int
+    own_classes: list[float]  # of a client: the fewest, the median, the most
+    test_queries: int
+    test_gallery: int | None  # None: each query is searched among the others
+    test_classes: int
+    test_classes_seen: int
+    image_shape: list[int]  # C, H, W
+    skipped_pictures: int
+    unpaired_pictures: int
+    evaluated_at: str
+
+
+class ModelFacts(TypedDict):
+    """Of what a run says of its model what is read by name."""
+
+    parameters: int
+
+
+class RunConfig(TypedDict):
+    """The ``config.json`` of a run. Beside these it has the versions of what it was made with."""
+
+    config: RunSettings
+    data: DataFacts
+    model: ModelFacts
+    command: NotRequired[str | None]
+
+
+class AnyConfig(TypedDict):
+    """The ``config.json`` of a run, of a comparison (``methods``), or of a ``model`` folder."""
+
+    config: Mapping[str, Any]
+    data: NotRequired[DataFacts]
+    model: NotRequired[Mapping[str, Any]]
+    methods: NotRequired[list[str]]
+    seeds: NotRequired[list[int]]
+
+
+def read_run_config(folder: Path) -> RunConfig:
+    """What a report needs of a run.
+
+    Raises:
+        RunFolderError: ``config.json`` is missing, damaged, or not that of a run.
+    """
+    path = folder / "config.json"
+    return cast(RunConfig, _checked(read_file(RunConfig, path), path))
+
+
+def read_any_config(folder: Path) -> AnyConfig:
+    """What lies in a folder.
+
+    Raises:
+        RunFolderError: ``config.json`` is missing or damaged.
+    """
+    path = folder / "config.json"
+    return cast(AnyConfig, _checked(read_as(AnyConfig, read_json(path), path), path))
+
+
+def _checked(found: Any, path: Path) -> Any:
+    for key in ("own_classes", "image_shape"):
+        numbers = found.get("data", {}).get(key)
+        if numbers is not None and len(numbers) != 3:
+            raise wrong(path, key, "three numbers", numbers)
+    return found
