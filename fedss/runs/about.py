@@ -95,9 +95,9 @@ def read_any_config(folder: Path) -> AnyConfig:
     return cast(AnyConfig, _checked(read_as(AnyConfig, read_json(path), path), path))
 
 
-def _checked(found: Any, path: Path) -> Any:
+def _checked(content: Any, path: Path) -> Any:
     for key in ("own_classes", "image_shape"):
-        numbers = found.get("data", {}).get(key)
+        numbers = content.get("data", {}).get(key)
         if numbers is not None and len(numbers) != 3:
             raise wrong(path, key, "three numbers", numbers)
-    return found
+    return content
