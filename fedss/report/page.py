@@ -46,7 +46,7 @@ def render(
         headline=headlines.headline(groups),
         caveat=headlines.caveat(groups),
         setup=_setup(groups),
-        facts=_facts(groups),
+        figures=_key_figures(groups),
         unfinished=[headlines.status(run) for run in runs if not run.finished],
         watched=watched,
         unscored=headlines.unscored(groups),
@@ -150,12 +150,12 @@ def _setup(groups: Sequence[Group]) -> str:
     return " ".join(parts)
 
 
-def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
+def _key_figures(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     """(number, what it counts, addition) for the strip under the headline."""
     run = groups[0].runs[0]
     data, config = run.data, run.settings
     split = config.get("eval_split", "test")
-    facts = []
+    figures = []
     last = run.records[-1] if run.records else None
     for count, name in (
         (data.get("train_images"), "training image"),
@@ -164,24 +164,24 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         (data.get("train_clients", last and last["num_clients"]), "client"),
     ):
         if count is not None:
-            facts.append((spaced(count), plural(name, count), ""))
+            figures.append((spaced(count), plural(name, count), ""))
     if "own_classes" in data:
         low, middle, high = (spaced(value) for value in data["own_classes"])
-        facts.append((middle, "classes per client", f"median; {low} to {high}"))
+        figures.append((middle, "classes per client", f"median; {low} to {high}"))
     if queries := data.get("test_queries"):
         gallery = data.get("test_gallery")
         against = "each against all others" if gallery is None else f"against {spaced(gallery)}"
-        facts.append((spaced(queries), plural(f"{split} query", queries), against))
+        figures.append((spaced(queries), plural(f"{split} query", queries), against))
     if classes := data.get("test_classes"):
         seen = data.get("test_classes_seen")  # older records do not say
         trained = "" if seen is None else f"{spaced(seen)} of them trained on"
         addition = "never trained on" if seen == 0 else trained
-        facts.append((spaced(classes), plural(f"{split} class", classes), addition))
+        figures.append((spaced(classes), plural(f"{split} class", classes), addition))
     if "image_shape" in data:
         channels, height, width = data["image_shape"]
         kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
-        facts.append((f"{width} × {height}", "pixels", kind))
-    facts.append((spaced(run.parameters), "parameters", config.get("backbone") or ""))
+        figures.append((f"{width} × {height}", "pixels", kind))
+    figures.append((spaced(run.parameters), "parameters", config.get("backbone") or ""))
     if (size := config.get("embedding_size")) is not None:
-        facts.append((str(size), "embedding size", ""))
-    return facts
+        figures.append((str(size), "embedding size", ""))
+    return figures
