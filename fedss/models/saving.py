@@ -177,10 +177,9 @@ def _spec(description: Any, where: str) -> EmbedderSpec:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ConfigError(f'{where} does not describe a model: its "format" must be "{_FORMAT}"')
     try:
-        spec = EmbedderSpec(**{"group_values": _OLD_GROUP_VALUES, **description["embedder"]})
+        return EmbedderSpec(**{"group_values": _OLD_GROUP_VALUES, **description["embedder"]})
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f'{where}: "embedder" does not describe a model: {error}') from error
-    return spec
 
 
 def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) -> None:
