@@ -165,11 +165,8 @@ class _Site:
     def _show(self, collection: Collection) -> None:
         self._fingerprints = [*map(file_fingerprint, self._files)]
         self._collection = collection
-        self._firsts = {}
-        for position in reversed(range(len(collection))):
-            label = collection.labels[position]
-            if label is not None:
-                self._firsts[label] = position
+        last_first = reversed([*enumerate(collection.labels)])
+        self._firsts = {label: at for at, label in last_first if label is not None}
         # The names of files need not be text, but what a page sends back is.
         self._labels = {_shown(label): label for label in sorted(self._firsts, key=_natural)}
 
