@@ -77,7 +77,7 @@ def backbone_floors(
             "that tell images apart, on the scale of pixels that they were trained with "
             "(weights, pixel_mean, pixel_std)"
         )
-    frozen = floor("frozen", score_classes(task, *embedded)[1])
+    frozen = floor("frozen", score_classes(task, embedded)[1])
     spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), _FITTED)).astype(np.int64))
     fitted_ND = embed(train.pixels[spread])
     if not bool(fitted_ND.isfinite().all()):
@@ -147,7 +147,7 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
-    return score_classes(task, *embed_task(embed, task))[1]
+    return score_classes(task, embed_task(embed, task))[1]
 
 
 _OVERFLOW = (
