@@ -95,17 +95,12 @@ def say_left_out(
     say(*(f"remark: {remark}" for remark in remarks), file=sys.stderr)
 
 
-def print_data(
-    name: str,
-    facts: Mapping[str, Any],
-    clients_P: np.ndarray,
-    classes_P: np.ndarray,
-    count_P: np.ndarray,
-) -> None:
+def print_data(name: str, facts: Mapping[str, Any], held: Sequence[np.ndarray]) -> None:
     """Print what is in a data set, and who holds what, as :func:`fedss.data.holdings` gives it.
 
     ``facts``: of :func:`fedss.training.summary.describe`, with ``dealt``, ``trained``, ``frozen``.
     """
+    clients_P, classes_P, count_P = held
     gallery, seen = facts["test_gallery"], facts["test_classes_seen"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery images"
     queries = f"{facts['test_queries']:,}, searched among {searched}"
