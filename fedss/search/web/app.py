@@ -119,9 +119,6 @@ def make_app(
     def file(name: str, request: Request) -> Response:
         return FileResponse(_HERE / name)
 
-    def thumbnail(request: Request) -> Response:
-        return Response(site.thumbnail(request.path_params["position"]), media_type="image/jpeg")
-
     return Starlette(
         routes=[
             Route("/", partial(file, "server.html")),
@@ -129,7 +126,7 @@ def make_app(
             Route("/server.js", partial(file, "server.js")),
             Route("/about", answer(site.about)),
             Route("/sample", answer(site.sample)),
-            Route("/thumbnail/{position:int}", thumbnail),
+            Route("/thumbnail/{position:int}", site.thumbnail),
             Route("/neighbours/{position:int}", answer(site.neighbours)),
             Route("/classes", answer(site.classes)),
             Route("/pictures", answer(site.images)),
@@ -198,9 +195,10 @@ class _Site:
             some = [self._image(there, i * len(there) // count) for i in range(count)]
             return {"pictures": some}
 
-    def thumbnail(self, position: int) -> bytes:
+    def thumbnail(self, request: Request) -> Response:
         with self._current() as there:
-            return there.thumbnail(self._checked(there, position))
+            position = self._checked(there, request.path_params["position"])
+            return Response(there.thumbnail(position), media_type="image/jpeg")
 
     def neighbours(self, request: Request) -> dict[str, Any]:
         count = _number(request, "count", 24, _MOST_NEIGHBOURS)
@@ -244,7 +242,10 @@ class _Site:
 
     def images(self, request: Request) -> dict[str, Any]:
         with self._current() as there:
-            label = self._label(request.query_params.get("class", ""))
+            name = request.query_params.get("class", "")
+            if name not in self._labels:
+                raise HTTPException(404, f"no class {name!r} in this collection")
+            label = self._labels[name]
             some, place = _page(request, there.images_of(label))
             images = [self._image(there, position) for position in some]
             return {**self._class(there, label), "pictures": images, **place}
@@ -276,11 +277,6 @@ class _Site:
         if position >= len(there):
             raise HTTPException(404, f"no image {position}: there are {len(there)}, from 0 on")
         return position
-
-    def _label(self, name: str) -> str:
-        if name not in self._labels:
-            raise HTTPException(404, f"no class {name!r} in this collection")
-        return self._labels[name]
 
     def _image(self, there: Collection, position: int) -> dict[str, Any]:
         label = there.labels[position]
