@@ -144,11 +144,8 @@ def _state(embedder: Embedder) -> dict[str, Tensor]:
 
 def _names_in_file(embedder: Embedder) -> dict[str, str]:
     """The names of tensors in an exported file, by their names in the state dict."""
-    replaced = {
-        f"{path}.0"
-        for path, part in embedder.named_modules(remove_duplicate=False)
-        if isinstance(part, NormAct)
-    }
+    parts = embedder.named_modules(remove_duplicate=False)
+    replaced = {f"{path}.0" for path, part in parts if isinstance(part, NormAct)}
 
     def outside(name: str) -> str:
         owner, _, leaf = name.rpartition(".")
