@@ -95,18 +95,13 @@ def say_left_out(
     say(*(f"remark: {remark}" for remark in remarks), file=sys.stderr)
 
 
-def print_data(
-    name: str,
-    description: Mapping[str, Any],
-    clients_P: np.ndarray,
-    classes_P: np.ndarray,
-    count_P: np.ndarray,
-) -> None:
+def print_data(name: str, description: Mapping[str, Any], held: Sequence[np.ndarray]) -> None:
     """Print what is in a data set, and who holds what, as :func:`fedss.data.holdings` gives it.
 
     ``description``: that of :func:`fedss.training.summary.describe`, with ``dealt``, ``trained``
     and ``frozen``.
     """
+    clients_P, classes_P, count_P = held
     gallery, seen = description["test_gallery"], description["test_classes_seen"]
     searched = "each other" if gallery is None else f"{gallery:,} gallery images"
     queries = f"{description['test_queries']:,}, searched among {searched}"

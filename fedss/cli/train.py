@@ -99,7 +99,7 @@ def info(options: argparse.Namespace) -> None:
         "trained": num_parameters(embedder),
         "frozen": num_parameters(embedder, trained=False),
     }
-    tables.print_data(data.name, description, *held)
+    tables.print_data(data.name, description, held)
     for remark in data.remarks:
         say(f"remark: {remark}")
     if data.remarks:

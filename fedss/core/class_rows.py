@@ -151,13 +151,6 @@ def _tables(rows: ClassRows) -> list[Tensor]:
     return [rows.weight_ND, *rows.slots.values(), rows.updated_N]
 
 
-def initial_rows(rows: ClassRows, ids_S: Tensor) -> Tensor:
-    """Rows as they are before training, float32 [S, D]: each a function of seed and id alone."""
-    return F.normalize(
-        torch.from_numpy(numbered_normals(rows.seed, "class rows", ids_S.numpy(), rows.dim)), dim=1
-    )
-
-
 def read(rows: ClassRows, ids_S: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Rows and slots as last written, float32 [S, D], and after which round, int32 [S]. O(S D)."""
     updated_S = rows.updated_N.index_select(0, ids_S)
@@ -169,7 +162,9 @@ def read(rows: ClassRows, ids_S: Tensor) -> tuple[Tensor, dict[str, Tensor], Ten
     if any_new:
         new_ids = ids_S[new_S]
         if not rows.made or not torch.equal(rows.made[0][0], new_ids):
-            rows.made[:] = [(new_ids, initial_rows(rows, new_ids))]
+            # As they are before training: each a function of seed and id alone.
+            normals = numbered_normals(rows.seed, "class rows", new_ids.numpy(), rows.dim)
+            rows.made[:] = [(new_ids, F.normalize(torch.from_numpy(normals), dim=1))]
         rows_SD[new_S] = rows.made[0][1]
     return rows_SD, slots, updated_S
 

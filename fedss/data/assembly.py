@@ -82,7 +82,15 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
     if len(kept) < len(rows) and not options.skip_broken:
         present = set(kept)
         missing = [row for row in rows if row not in present]
-        raise _missing(listing, missing)
+        first, path = missing[0], file(missing[0])
+        advice = "Paths are relative to the CSV; correct them" if first.line else "Correct them"
+        if listing.published:
+            advice = "Unpack the rest of the archives there"
+        raise DataError(
+            f"{listing.where(first)}: no such image file: {path} ({len(missing)} of "
+            f"{len(rows)} are missing{why_missing(path)}). {advice}, or leave missing images "
+            "out with skip_broken (--skip-broken)"
+        )
     while True:
         if not kept:
             raise DataError(
@@ -101,18 +109,6 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
     readable = {row.name for row in kept}
     skipped = tuple(row.name for row in rows if row.name not in readable)
     return assemble_dataset(options.name, listing, splits, pixels, unpaired, skipped)
-
-
-def _missing(listing: Listing, missing: Sequence[ListedImage]) -> DataError:
-    first, file = missing[0], listing.file(missing[0])
-    advice = "Paths are relative to the CSV; correct them" if first.line else "Correct them"
-    if listing.published:
-        advice = "Unpack the rest of the archives there"
-    return DataError(
-        f"{listing.where(first)}: no such image file: {file} ({len(missing)} of "
-        f"{len(listing.rows)} are missing{why_missing(file)}). {advice}, or leave missing images "
-        "out with skip_broken (--skip-broken)"
-    )
 
 
 def _decode(

@@ -132,11 +132,9 @@ def locate(path: str | Path) -> tuple[str, Path]:
         DataError: There is neither file nor folder.
     """
     path = Path(path)
-    manifest = path / "manifest.csv"
-    if manifest.is_file():
-        return "csv", manifest
-    if path.is_file():
-        return "csv", path
+    for file in (path / "manifest.csv", path):
+        if file.is_file():
+            return "csv", file
     if path.is_dir():
         return "folder", path
     raise DataError(

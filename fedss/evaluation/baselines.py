@@ -10,6 +10,7 @@ Shape suffixes: N images, C classes (of scores) or channels (of pixels), D numbe
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -65,14 +66,18 @@ def backbone_floors(
     """
     if not embedder.spec.pretrained:
         return Floors()
-    features = _features(embedder).to(device)
-
-    def embed(pixels: np.ndarray) -> Tensor:
-        return embed_pixels(features, pixels)
-
+    embed = partial(embed_pixels, _features(embedder).to(device))
     embedded = embed_task(embed, task)
-    _check_features(embedded[0], task.query.pixels)
-    frozen = floor("frozen", score_classes(task, *embedded)[1])
+    query_QD, pixels = embedded[0], task.query.pixels
+    if not bool(query_QD.isfinite().all()):
+        raise ConfigError(_OVERFLOW)
+    if bool((query_QD == query_QD[:1]).all()) and bool((pixels != pixels[:1]).any()):
+        raise ConfigError(
+            "the weights give the same features for all images of the test: expected weights "
+            "that tell images apart, on the scale of pixels that they were trained with "
+            "(weights, pixel_mean, pixel_std)"
+        )
+    frozen = floor("frozen", score_classes(task, embedded)[1])
     spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), _FITTED)).astype(np.int64))
     fitted_ND = embed(train.pixels[spread])
     if not bool(fitted_ND.isfinite().all()):
@@ -80,11 +85,8 @@ def backbone_floors(
     whiten = fit_whitening(fitted_ND, embedder.spec.embedding_size)
     if not whiten(fitted_ND[:1]).shape[1]:
         return frozen
-
-    def whitened(pixels: np.ndarray) -> Tensor:
-        return whiten(embed(pixels))
-
-    return frozen | floor("frozen_whitened", _scores(whitened, task))
+    whitened = _scores(lambda pixels: whiten(embed(pixels)), task)
+    return frozen | floor("frozen_whitened", whitened)
 
 
 def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:
@@ -100,8 +102,7 @@ def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:
     one_C1 = relevant_C1 / candidates
     both_C1 = one_C1 * (relevant_C1 - 1) / max(candidates - 1, 1)
     sums_C = ((one_C1 + (rank_K - 1) * both_C1) / rank_K).sum(1)
-    mean_C: np.ndarray = sums_C / np.minimum(relevant_C, _DEPTH)
-    return mean_C
+    return np.asarray(sums_C / np.minimum(relevant_C, _DEPTH))
 
 
 def chance(task: RetrievalTask) -> ClassScores:
@@ -146,24 +147,13 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
-    return score_classes(task, *embed_task(embed, task))[1]
+    return score_classes(task, embed_task(embed, task))[1]
 
 
 _OVERFLOW = (
     "the weights overflow: what the trained backbone gives for images is not finite; expected "
     "weights that fit it and its scale of pixels (weights, pixel_mean, pixel_std)"
 )
-
-
-def _check_features(rows_ND: Tensor, pixels_NCHW: np.ndarray) -> None:
-    if not bool(rows_ND.isfinite().all()):
-        raise ConfigError(_OVERFLOW)
-    if bool((rows_ND == rows_ND[:1]).all()) and bool((pixels_NCHW != pixels_NCHW[:1]).any()):
-        raise ConfigError(
-            "the weights give the same features for all images of the test: expected weights "
-            "that tell images apart, on the scale of pixels that they were trained with "
-            "(weights, pixel_mean, pixel_std)"
-        )
 
 
 def _features(embedder: Embedder) -> Embedder:

@@ -153,8 +153,7 @@ def _over_seeds(means_BS: np.ndarray, stream: int) -> np.ndarray:
     if seeds == 1:
         return means_BS[:, 0]
     chosen_BS = generator(0, "bootstrap seeds", stream).integers(seeds, size=(draws, seeds))
-    means_B: np.ndarray = np.take_along_axis(means_BS, chosen_BS, 1).mean(1)
-    return means_B
+    return np.asarray(np.take_along_axis(means_BS, chosen_BS, 1).mean(1))
 
 
 def _ends(value: float, means_B: np.ndarray, classes: int) -> Interval:

@@ -21,7 +21,7 @@ doubt is scored again in float64, and whatever is still in doubt goes to `_exact
 """
 
 import functools
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -212,12 +212,8 @@ def _bfloat16_pays() -> bool:
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         rows_ND = torch.ones(4096, 64, dtype=dtype, device="cpu")
-        tries = []
-        for _ in range(5):
-            start = time.perf_counter()
-            torch.mm(rows_ND, rows_ND[:_BLOCK].T)
-            tries.append(time.perf_counter() - start)
-        seconds[dtype] = min(tries)
+        multiply = functools.partial(torch.mm, rows_ND, rows_ND[:_BLOCK].T)
+        seconds[dtype] = min(timeit.repeat(multiply, number=1, repeat=5))
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 

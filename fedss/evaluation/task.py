@@ -57,16 +57,12 @@ def embed_task(embed: EmbedPixels, task: RetrievalTask) -> Embedded:
 
 def score(task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None) -> RetrievalMetrics:
     """Retrieval with embeddings of a task's images."""
-    return score_classes(task, query_QD, gallery_GD)[0]
+    return score_classes(task, (query_QD, gallery_GD))[0]
 
 
-def score_classes(
-    task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
-) -> tuple[RetrievalMetrics, ClassScores]:
+def score_classes(task: RetrievalTask, embedded: Embedded) -> tuple[RetrievalMetrics, ClassScores]:
     """:func:`score`, and that of each class by its name, in the order of names."""
-    metrics, (labels_C, queries_C, map_at_10_C) = evaluate_by_label(
-        *_labelled(task, query_QD, gallery_GD)
-    )
+    metrics, (labels_C, queries_C, map_at_10_C) = evaluate_by_label(*_labelled(task, embedded))
     names = (task.gallery or task.query).class_names
     of_name = {names[label]: c for c, label in enumerate(labels_C.tolist())}
     order = [of_name[name] for name in sorted(of_name)]
@@ -84,7 +80,7 @@ def judge(task: RetrievalTask, embedded: Embedded) -> Evaluation:
             "the model gives NaN or infinite embeddings of the test images: expected finite "
             "weights, and none so large that they overflow"
         )
-    metrics, by_class = score_classes(task, *embedded)
+    metrics, by_class = score_classes(task, embedded)
     return Evaluation(dataclasses.asdict(metrics), embedded, by_class)
 
 
@@ -118,7 +114,7 @@ def verify(
 
     None where no two images are of two classes. ``seed`` is that of the draws of enrolled classes.
     """
-    sides = _labelled(task, *embedded)
+    sides = _labelled(task, embedded)
     pairs = count_pairs(*sides)
     if not pairs.impostor_C.any():
         return None
@@ -212,7 +208,7 @@ def find_neighbours(
 def find_confused(task: RetrievalTask, embedded: Embedded) -> ConfusedClasses:
     """The classes most often taken for each other; see `hardest_confusions`."""
     query, gallery = task.query, task.gallery or task.query
-    confusions = hardest_confusions(*_labelled(task, *embedded))
+    confusions = hardest_confusions(*_labelled(task, embedded))
     pairs = [((query, c.query), (gallery, c.neighbour)) for c in confusions]
 
     def table(values: list[Any], dtype: type, *shape: int) -> np.ndarray:
@@ -231,10 +227,10 @@ def find_confused(task: RetrievalTask, embedded: Embedded) -> ConfusedClasses:
 
 
 def _labelled(
-    task: RetrievalTask, query_QD: Tensor, gallery_GD: Tensor | None
+    task: RetrievalTask, embedded: Embedded
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Both sides with labels that mean the same class on either: the gallery's, if there is one."""
-    query, gallery = task.query, task.gallery
+    query, gallery, (query_QD, gallery_GD) = task.query, task.gallery, embedded
     if gallery is None:
         return query_QD, torch.from_numpy(query.labels), None, None
     # Labels are numbers within each set; names hold across both.

@@ -158,7 +158,15 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
             "flower-supernode with --node-config 'data=\"/data/photos\"'"
         )
     prefix = f"{node['site']}/" if "site" in node else ""
-    secret = _secret(Path(str(node["secret-file"]))) if "secret-file" in node else None
+    secret = None
+    if "secret-file" in node:
+        file = Path(str(node["secret-file"]))
+        secret = file.read_bytes().strip()
+        if len(secret) < _SHORTEST_SECRET:
+            raise ConfigError(
+                f"secret-file {file}: expected at least {_SHORTEST_SECRET} bytes, got "
+                f"{len(secret)}; make one with: openssl rand -hex 32"
+            )
 
     def known_as(kind: str, name: str) -> str:
         name = composed(name)  # Names of published sets come as the file system writes them.
@@ -177,16 +185,6 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
     }
     rows, places = row_numbers(unique, classes), row_numbers(clients, names["clients"])
     return SiteImages(data, index_clients(images), names, rows, places)
-
-
-def _secret(path: Path) -> bytes:
-    secret = path.read_bytes().strip()
-    if len(secret) < _SHORTEST_SECRET:
-        raise ConfigError(
-            f"secret-file {path}: expected at least {_SHORTEST_SECRET} bytes, got {len(secret)}; "
-            "make one with: openssl rand -hex 32"
-        )
-    return secret
 
 
 def _share(data: Dataset, part: int, parts: int) -> Dataset:

@@ -134,9 +134,8 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
     if path.exists():
         raise ConfigError(f"{path} is there already; edit it, or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(
-        path, "".join(f"{line}\n" for line in _app_lines(config, deployment, flower)).encode()
-    )
+    lines = _app_lines(config, deployment, flower)
+    write_file(path, "".join(f"{line}\n" for line in lines).encode())
     write_file(folder / "LICENSE", b"Settings of a run; no licence is needed for them.\n")
     return path
 

@@ -6,8 +6,8 @@ F features of the backbone, D embedding size.
 
 import copy
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -293,6 +293,7 @@ def _check_statistics(
             raise ConfigError(f"{name}: expected numbers {expected}; got {list(values)}")
 
 
+@torch.no_grad()
 def embed_pixels(
     embedder: Embedder, pixels_NCHW: NDArray[np.uint8], batch_size: int = 256
 ) -> Tensor:
@@ -315,22 +316,16 @@ def embed_pixels(
     if batch_size < 1:
         raise ConfigError(f"batch_size must be 1 or more, not {batch_size}")
     embeddings_ND = torch.empty(len(pixels_NCHW), spec.embedding_size)
-    with _eval_mode(embedder), torch.no_grad():
+    # Every part gets back its own mode, not that of the whole.
+    modes = [(part, part.training) for part in embedder.modules()]
+    embedder.eval()
+    try:
         for start in range(0, len(pixels_NCHW), batch_size):
             # A copy: torch warns of read-only memory, and a memory map is best read in one go.
             block = np.array(pixels_NCHW[start : start + batch_size], order="C")
             pixels_BCHW = torch.from_numpy(block).to(embedder.mean.device)
             embeddings_ND[start : start + len(block)] = embedder(pixels_BCHW).cpu()
-    return embeddings_ND
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every part gets back its own mode, not that of the whole."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
     finally:
         for part, training in modes:
             part.training = training
+    return embeddings_ND

@@ -12,6 +12,7 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
 LEAST_VALUES = 8
 _MOST_GROUPS = 32
+_KNOWN = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "timm.layers.norm_act")
 
 
 def replace_batch_norm(
@@ -129,10 +130,8 @@ def norm_groups(backbone: nn.Module) -> dict[str, int]:
 
 def largest_groups(channels: int, most: int, least_channels: int = 1) -> int:
     """The largest number of groups, up to `most`, of at least so many channels each; else 1."""
-    for groups in range(min(most, channels // least_channels), 1, -1):
-        if channels % groups == 0:
-            return groups
-    return 1
+    most = min(most, channels // least_channels)
+    return next((groups for groups in range(most, 1, -1) if channels % groups == 0), 1)
 
 
 def _positions(module: nn.Module, images_BCHW: Tensor) -> dict[nn.Module, int]:
@@ -157,9 +156,16 @@ def _replace_each(
     module: nn.Module, chosen: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
     """The module with make(part) in place of every chosen part, shared ones shared."""
-    for path, part in module.named_modules():
-        if chosen(part):
-            _refuse_own_forward(path, part)
+    # What takes a norm's place computes what torch's does, or timm's with its activation.
+    for path, norm in [(path, part) for path, part in module.named_modules() if chosen(part)]:
+        forward = vars(norm).get("forward", type(norm).forward)
+        if getattr(forward, "__module__", None) not in _KNOWN:
+            raise ConfigError(
+                f"the backbone's {path or 'norm'} ({type(norm).__name__}) is a batch norm with a "
+                "forward of its own, which would be lost where it is frozen or replaced: expected "
+                "torch's BatchNorm (what comes before or after it as a module beside it), or "
+                "GroupNorm"
+            )
     if chosen(module):
         return make(module)
     made: dict[nn.Module, nn.Module] = {}
@@ -169,18 +175,6 @@ def _replace_each(
             parent, _, leaf = path.rpartition(".")
             module.get_submodule(parent).register_module(leaf, made[part])
     return module
-
-
-def _refuse_own_forward(path: str, norm: nn.Module) -> None:
-    """What takes a norm's place computes what torch's does, or timm's with its activation."""
-    forward = vars(norm).get("forward", type(norm).forward)
-    known = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm", "timm.layers.norm_act")
-    if getattr(forward, "__module__", None) not in known:
-        raise ConfigError(
-            f"the backbone's {path or 'norm'} ({type(norm).__name__}) is a batch norm with a "
-            "forward of its own, which would be lost where it is frozen or replaced: expected "
-            "torch's BatchNorm (what comes before or after it as a module beside it), or GroupNorm"
-        )
 
 
 def _followed_by_children(new: nn.Module, norm: nn.Module) -> nn.Module:

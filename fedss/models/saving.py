@@ -144,11 +144,8 @@ def _state(embedder: Embedder) -> dict[str, Tensor]:
 
 def _names_in_file(embedder: Embedder) -> dict[str, str]:
     """The names of tensors in an exported file, by their names in the state dict."""
-    replaced = {
-        f"{path}.0"
-        for path, part in embedder.named_modules(remove_duplicate=False)
-        if isinstance(part, NormAct)
-    }
+    parts = embedder.named_modules(remove_duplicate=False)
+    replaced = {f"{path}.0" for path, part in parts if isinstance(part, NormAct)}
 
     def outside(name: str) -> str:
         owner, _, leaf = name.rpartition(".")
@@ -177,10 +174,9 @@ def _spec(description: Any, where: str) -> EmbedderSpec:
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ConfigError(f'{where} does not describe a model: its "format" must be "{_FORMAT}"')
     try:
-        spec = EmbedderSpec(**{"group_values": _OLD_GROUP_VALUES, **description["embedder"]})
+        return EmbedderSpec(**{"group_values": _OLD_GROUP_VALUES, **description["embedder"]})
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(f'{where}: "embedder" does not describe a model: {error}') from error
-    return spec
 
 
 def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) -> None:

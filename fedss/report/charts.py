@@ -54,6 +54,11 @@ _NAMES = ("ink", "muted", "rule", "paper", "neutral", *SLOTS, *EXTRA_SLOTS)
 _TEXT: Mapping[str, Any] = {"va": "center", "fontsize": FONT, "parse_math": False}
 STAND_IN = {name: f"#fe01{number:02x}" for number, name in enumerate(_NAMES)}
 
+Colors = Mapping[str, str]
+Point = tuple[float, float]
+Level = tuple[str, str, float]
+"""Label, slot and score of pooled training, which moves no bytes."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -116,12 +121,9 @@ def rounds_chart(
 
 
 def draw_bytes(
-    lines: Sequence[Curve],
-    level: tuple[str, str, float] | None,
-    colors: Mapping[str, str] = STAND_IN,
-    title: str = "",
+    lines: Sequence[Curve], level: Level | None, colors: Colors = STAND_IN, title: str = ""
 ) -> Figure:
-    """Accuracy over cumulative bytes; ``level`` is a (label, slot, value) that moves no bytes.
+    """Accuracy over cumulative bytes, with a ``level`` that moves none.
 
     With a title the figure stands alone: 6.4 x 4 inches.
     """
@@ -185,12 +187,7 @@ def bars_chart(name: str, bars: Sequence[Bar], rows: str, alt: str) -> Markup:
 
 
 def write(
-    ax: Axes,
-    place: tuple[float, float],
-    text: str,
-    color: str,
-    size: float = FONT,
-    side: str = "left",
+    ax: Axes, place: Point, text: str, color: str, size: float = FONT, side: str = "left"
 ) -> None:
     """A text at a place of the figure, in its points; ``side`` of the text stands there."""
     ax.annotate(
@@ -205,9 +202,7 @@ def write(
     )
 
 
-def tie(
-    ax: Axes, mark: tuple[float, float], text: tuple[float, float], color: str, gap: float
-) -> None:
+def tie(ax: Axes, mark: Point, text: Point, color: str, gap: float) -> None:
     """A thin line from a text to ``gap`` points before its mark; places in the figure's points."""
     line = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "alpha": 0.6}
     ax.annotate(
@@ -255,16 +250,14 @@ def plain_ticks(ax: Axes, text: Callable[[float], str]) -> None:
     ax.xaxis.set_major_formatter(lambda value, _: text(value))
 
 
-def new_figure(
-    size: tuple[float, float], colors: Mapping[str, str] = STAND_IN
-) -> tuple[Figure, Axes]:
+def new_figure(size: Point, colors: Colors = STAND_IN) -> tuple[Figure, Axes]:
     """An empty figure of that width and height, with axes in the look of all charts."""
     figure = Figure(figsize=(size[0] / 72, size[1] / 72), dpi=72)
     figure.patch.set_alpha(0)
     return figure, style(figure.add_subplot(), colors)
 
 
-def style(ax: Axes, colors: Mapping[str, str]) -> Axes:
+def style(ax: Axes, colors: Colors) -> Axes:
     """Give axes the look of all charts: rules for values, a line for the bottom, no frame."""
     ax.patch.set_alpha(0)
     for side in ("top", "right", "left"):
@@ -298,11 +291,7 @@ def _place(ax: Axes, lines: Sequence[Curve], top: float = 10) -> list[str]:
 
 
 def draw_line(
-    ax: Axes,
-    line: Curve,
-    colors: Mapping[str, str] = STAND_IN,
-    end: bool = False,
-    band: bool = True,
+    ax: Axes, line: Curve, colors: Colors = STAND_IN, end: bool = False, band: bool = True
 ) -> None:
     """Draw a curve in its slot's colour and pattern, with a mark at its ``end`` if wanted."""
     color = colors[line.slot]
@@ -332,11 +321,7 @@ def draw_line(
 
 
 def label_lines(
-    ax: Axes,
-    lines: Sequence[Curve],
-    texts: Sequence[str],
-    colors: Mapping[str, str] = STAND_IN,
-    at: int = -1,
+    ax: Axes, lines: Sequence[Curve], texts: Sequence[str], colors: Colors = STAND_IN, at: int = -1
 ) -> None:
     """Labels tied to the lines, none touching: right of their ends, or left of their starts (0)."""
     way = 1 if at else -1
@@ -351,7 +336,7 @@ def label_lines(
         write(ax, (x, y), text, color, side="left" if way > 0 else "right")
 
 
-def as_png(figure: Figure, colors: Mapping[str, str]) -> bytes:
+def as_png(figure: Figure, colors: Colors) -> bytes:
     """The figure at 200 dpi on paper, with the halo that the page gives to texts."""
     for text in figure.findobj(Text):
         text.set_path_effects([withStroke(linewidth=3, foreground=colors["paper"])])

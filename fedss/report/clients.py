@@ -1,14 +1,12 @@
 """Who holds what: images and classes by client, clients by class, and a small matrix, as PNG."""
 
-from collections.abc import Mapping
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from fedss.report.charts import as_png, style
+from fedss.report.charts import Colors, as_png, style
 from fedss.report.labels import FONT
 
 _WIDTH, _HEIGHT = 880, 660
@@ -17,9 +15,11 @@ _SPREAD = 40  # from this ratio of largest to smallest on, an axis is logarithmi
 _ROWS, _COLUMNS = 36, 90
 
 
-def clients_png(
-    held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str, colors: Mapping[str, str]
-) -> bytes:
+Held = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Client, class and number of images of each pair of client and class that has any, [P]."""
+
+
+def clients_png(held: Held, title: str, colors: Colors) -> bytes:
     """The image of `fedss.report.clients_figure`."""
     client_P, class_P, count_P = held
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72)
@@ -46,7 +46,7 @@ def clients_png(
     return as_png(figure, colors)
 
 
-def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Mapping[str, str]) -> None:
+def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Colors) -> None:
     """How many clients (or classes) there are of each size."""
     low, high, middle = int(values.min()), int(values.max()), float(np.median(values))
     wide = high > _SPREAD * low
@@ -87,12 +87,7 @@ def _histogram(ax: Axes, values: np.ndarray, what: str, of: str, colors: Mapping
     ax.set_ylabel(of, loc="top")
 
 
-def _matrix(
-    ax: Axes,
-    held: tuple[np.ndarray, np.ndarray, np.ndarray],
-    images_K: np.ndarray,
-    colors: Mapping[str, str],
-) -> None:
+def _matrix(ax: Axes, held: Held, images_K: np.ndarray, colors: Colors) -> None:
     """Some clients, from most images to fewest, and the classes that they hold."""
     client_P, class_P, count_P = held
     holders = np.flatnonzero(images_K)
@@ -130,7 +125,7 @@ def _matrix(
     ax.set_ylabel("clients, most images on top", loc="top")
 
 
-def _head(ax: Axes, title: str, text: str, colors: Mapping[str, str]) -> None:
+def _head(ax: Axes, title: str, text: str, colors: Colors) -> None:
     for words, height, color in ((title, 22, "ink"), (text, 6, "muted")):
         ax.annotate(
             words,

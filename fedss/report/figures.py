@@ -11,7 +11,7 @@ from markupsafe import Markup
 from fedss.errors import ConfigError, RunFolderError
 from fedss.evaluation.intervals import FLOORS
 from fedss.report import charts
-from fedss.report.clients import clients_png
+from fedss.report.clients import Held, clients_png
 from fedss.report.frontier import (
     MOST_PANELS,
     FrontierPanel,
@@ -80,8 +80,8 @@ def _map_at_10(record: Record) -> float | None:
     return None if record["metrics"] is None else record["metrics"]["map_at_10"]
 
 
-def _level(paired: Sequence[tuple[Group, str]]) -> tuple[str, str, float] | None:
-    """The (label, slot, score) of pooled training."""
+def _level(paired: Sequence[tuple[Group, str]]) -> charts.Level | None:
+    """That of pooled training."""
     pooled = next((pair for pair in paired if pair[0].pooled), None)
     score = None if pooled is None else pooled[0].mean("map_at_10")
     if pooled is None or score is None or not np.isfinite(score):
@@ -132,7 +132,10 @@ def _lines(
     ``start`` from round 0 on, the untrained network."""
     lines = []
     for group, slot in paired:
-        values = [_finite(run.records, value) for run in group.runs]
+        values = [
+            {r["round"]: v for r in run.records if (v := value(r)) is not None and np.isfinite(v)}
+            for run in group.runs
+        ]
         if start:
             for run, of_run in zip(group.runs, values, strict=True):
                 floors = run.floors.map_at_10
@@ -146,11 +149,6 @@ def _lines(
         x = np.array([[of_run[r] for r in common] for of_run in positions]).mean(axis=0)
         lines.append(charts.Curve.over_runs(group.label, slot, x, table))
     return lines
-
-
-def _finite(records: Sequence[Record], value: Value) -> dict[int, float]:
-    values = {record["round"]: value(record) for record in records}
-    return {number: v for number, v in values.items() if v is not None and np.isfinite(v)}
 
 
 def _cumulative(records: Sequence[Record]) -> dict[int, float]:
@@ -248,7 +246,7 @@ def frontier_figure(folders: Mapping[str, Path]) -> bytes:
     return frontier_png(panels, _light())
 
 
-def clients_figure(held: tuple[np.ndarray, np.ndarray, np.ndarray], title: str) -> bytes:
+def clients_figure(held: Held, title: str) -> bytes:
     """Images and classes per client, clients per class, and a client x class matrix, as a PNG.
 
     The matrix shows up to 36 clients, evenly spread from most images to fewest, and the classes

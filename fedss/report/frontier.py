@@ -4,7 +4,7 @@ A variant is on the frontier if no other is at least as cheap and at least as go
 one of the two. Marks that would hide each other are drawn side by side, a few pixels off.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedss.report import charts
+from fedss.report.charts import Colors, Level, Point
 from fedss.report.labels import (
     FONT,
     beside,
@@ -28,6 +29,8 @@ from fedss.report.labels import (
 MOST_PANELS = 4
 PANEL_SIZE = 5.8 * 72, 4.4 * 72  # of several: two beside each other stay readable at 800 pixels
 _SHAPE = 24, 2  # most characters and lines of a name beside its mark
+Box = tuple[float, float, float, float]
+"""Left, bottom, right and top, in units of the figure."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class FrontierPanel:
-    """The variants on one data set; ``level``: (label, slot, score) of pooled training."""
+    """The variants on one data set."""
 
     title: str
     points: tuple[FrontierPoint, ...]
-    level: tuple[str, str, float] | None
+    level: Level | None
     relative: bool = False  # all scores to the full softmax
 
 
@@ -73,7 +76,7 @@ def frontier_chart(name: str, panel: FrontierPanel, alt: str) -> Markup:
     return charts.as_svg(figure, name, alt)
 
 
-def frontier_png(panels: Sequence[FrontierPanel], colors: Mapping[str, str]) -> bytes:
+def frontier_png(panels: Sequence[FrontierPanel], colors: Colors) -> bytes:
     """One panel of 6.4 x 4 inches, or up to four in two columns, at 200 dpi."""
     wide, high = charts.PNG_SIZE if len(panels) == 1 else PANEL_SIZE
     columns, rows = min(len(panels), 2), (len(panels) + 1) // 2
@@ -87,7 +90,7 @@ def frontier_png(panels: Sequence[FrontierPanel], colors: Mapping[str, str]) -> 
     return charts.as_png(figure, colors)
 
 
-def _score_range(panels: Sequence[FrontierPanel]) -> tuple[float, float]:
+def _score_range(panels: Sequence[FrontierPanel]) -> Point:
     """The lowest and highest score on the axis.
 
     What lies far from the frontiers would press all else together: its value is named at the edge.
@@ -104,14 +107,8 @@ def _score_range(panels: Sequence[FrontierPanel]) -> tuple[float, float]:
     return low - 0.12 * room, high + 0.1 * room
 
 
-def _draw_panel(
-    ax: Axes,
-    panel: FrontierPanel,
-    area: tuple[float, float, float, float],
-    scores: tuple[float, float],
-    colors: Mapping[str, str],
-) -> None:
-    """Draw within ``area`` (left, bottom, right, top of the figure, in its units)."""
+def _draw_panel(ax: Axes, panel: FrontierPanel, area: Box, scores: Point, colors: Colors) -> None:
+    """Draw within ``area``."""
     left, bottom = area[0] + 42, area[1] + 46
     right, top = area[2] - 14, area[3] - (54 if panel.title else 30)
     charts.place_axes(ax, left, bottom, right, top)
@@ -149,9 +146,7 @@ def _draw_panel(
     _name_points(ax, panel, marks, best, _pixels(ax, edge), taken, area[2] - 4, colors)
 
 
-def _draw_level(
-    ax: Axes, panel: FrontierPanel, corner: tuple[float, float], colors: Mapping[str, str]
-) -> tuple[float, float, float, float]:
+def _draw_level(ax: Axes, panel: FrontierPanel, corner: Point, colors: Colors) -> Box:
     """Draw pooled training at its height, or name it at the top edge; the box of its name."""
     assert panel.level is not None
     label, slot, score = panel.level
@@ -169,7 +164,7 @@ def _number(panel: FrontierPanel, score: float) -> str:
 
 
 def _draw_point(
-    ax: Axes, point: FrontierPoint, mark: np.ndarray, is_on: bool, colors: Mapping[str, str]
+    ax: Axes, point: FrontierPoint, mark: np.ndarray, is_on: bool, colors: Colors
 ) -> None:
     color = colors[point.slot]
     x, y = ax.transData.inverted().transform(mark)
@@ -200,9 +195,9 @@ def _name_points(
     marks: np.ndarray,
     best: Sequence[bool],
     edges: np.ndarray,
-    taken: Sequence[tuple[float, float, float, float]],
+    taken: Sequence[Box],
     right: float,
-    colors: Mapping[str, str],
+    colors: Colors,
 ) -> None:
     """Write each name beside its mark; what is beaten is written in a quieter colour."""
     points, lowest = panel.points, ax.get_ylim()[0]
@@ -233,5 +228,5 @@ def _name_points(
         charts.write(ax, (x, places[i, 1]), texts[i], color, FONT, side)
 
 
-def _pixels(ax: Axes, values: Sequence[tuple[float, float]]) -> np.ndarray:
+def _pixels(ax: Axes, values: Sequence[Point]) -> np.ndarray:
     return np.asarray(ax.transData.transform(np.array(values)))

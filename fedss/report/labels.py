@@ -173,12 +173,6 @@ def _ties(mark: np.ndarray, places: np.ndarray, size: np.ndarray) -> np.ndarray:
     return np.asarray(mark + (ends - mark)[:, None] * along)
 
 
-def _hits(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[C] how many of the points [C, P, 2] lie in boxes [B, 4]."""
-    inside = (points[:, :, None] > boxes[:, :2]) & (points[:, :, None] < boxes[:, 2:])
-    return np.asarray(inside.all(axis=3).sum(axis=(1, 2)))
-
-
 def _costs(
     places: np.ndarray,
     mark: np.ndarray,
@@ -196,9 +190,10 @@ def _costs(
     cost = 1000 * (outside.sum(axis=1) > 0) + 20 * outside.sum(axis=1)
     cost = cost + 600 * _overlap(boxes, solid).sum(axis=1)
     cost = cost + 30 * (_overlap(boxes, lines) > 0).sum(axis=1)
-    cost = cost + 40 * _hits(_ties(mark, places, size), np.delete(solid, own, axis=0)) * (
-        gap > _REACH
-    )
+    ties, others = _ties(mark, places, size)[:, :, None], np.delete(solid, own, axis=0)
+    # [C] how many of a tie's points lie in what stands there.
+    hits = ((ties > others[:, :2]) & (ties < others[:, 2:])).all(axis=3).sum(axis=(1, 2))
+    cost = cost + 40 * hits * (gap > _REACH)
     # Right of its mark, at its height, is where a reader looks for a name.
     cost = cost + gap + 0.25 * np.abs(places[:, 1] - mark[1]) + 14 * (gap > _REACH)
     return np.asarray(cost + 5 * (places[:, 0] < mark[0] - 1) + 2 * (places[:, 0] < mark[0] + 1))

@@ -83,9 +83,8 @@ def retrieval(groups: Sequence[Group], slots: Sequence[str]) -> dict[str, Any] |
 def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple[str, list[int]]]:
     """Pick positions of queries per chapter, of as many different classes as possible."""
     depth = right_MQK.shape[2]
-    quality_MQ = (
-        right_MQK.sum(axis=2) + depth * right_MQK[:, :, 0]
-    )  # above depth: the first is right
+    # Above depth: the first is right.
+    quality_MQ = right_MQK.sum(axis=2) + depth * right_MQK[:, :, 0]
     best, worst = quality_MQ.max(axis=0), quality_MQ.min(axis=0)
     if len(right_MQK) == 1:
         half = min(4, most // 2)

@@ -57,9 +57,8 @@ def verification_section(groups: Sequence[Group], slots: Sequence[str]) -> dict[
         lines = []
         for group, slot in paired:
             figures = _figures(measured[group.label], fars, known)
-            lines.append(
-                (group.label, slot, [_mean(rates, spread=True) for _, rates, _ in figures])
-            )
+            cells = [_mean(rates, spread=True) for _, rates, _ in figures]
+            lines.append((group.label, slot, cells))
     curves = [_curve(group.label, slot, measured[group.label]) for group, slot in paired]
     drawn = [curve for curve in curves if curve is not None]
     marks = _marks(every, fars) if single else []

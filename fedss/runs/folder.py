@@ -140,15 +140,15 @@ def _versions() -> dict[str, str]:
 
 
 def _read_config(folder: Path) -> AnyConfig | None:
-    if not (folder / "config.json").exists():
-        left = [name for name in _LEFT_BY_A_RUN if (folder / name).exists()]
-        if left:
-            raise RunFolderError(
-                f"{folder} has {', '.join(left)} but no config.json, so nobody can tell what made "
-                "them; put config.json back, or choose another folder"
-            )
-        return None
-    return read_any_config(folder)
+    if (folder / "config.json").exists():
+        return read_any_config(folder)
+    left = [name for name in _LEFT_BY_A_RUN if (folder / name).exists()]
+    if left:
+        raise RunFolderError(
+            f"{folder} has {', '.join(left)} but no config.json, so nobody can tell what made "
+            "them; put config.json back, or choose another folder"
+        )
+    return None
 
 
 def _check_same(

@@ -211,8 +211,7 @@ def _shares(score: np.ndarray, count: np.ndarray) -> np.ndarray:
     # Parts without classes have score 0 and count 0, and so no share in either case.
     score = score.clip(min=0.0)
     score = np.where(score.sum(axis=1, keepdims=True) > 0, score, count)
-    shares: np.ndarray = score / score.sum(axis=1, keepdims=True)
-    return shares
+    return np.asarray(score / score.sum(axis=1, keepdims=True))
 
 
 def _left_probability(

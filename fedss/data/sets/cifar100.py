@@ -46,9 +46,8 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
                 "are read; get the binary version (cifar-100-binary.tar.gz) from the same page"
             ) from error
         raise
-    class_names = [
-        name for _, (name,) in read_lines(paths["names"], "a class's name", r"([\w -]+)")
-    ]
+    lines = read_lines(paths["names"], "a class's name", r"([\w -]+)")
+    class_names = [name for _, (name,) in lines]
     files = {part: paths[part] for part in ("train", "test")}
     records = {part: _records(path, len(class_names)) for part, path in files.items()}
     rows = [

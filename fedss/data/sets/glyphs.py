@@ -56,8 +56,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 arrays."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = state ^ (state >> np.uint64(31))
-    return mixed
+    return np.asarray(state ^ (state >> np.uint64(31)))
 
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -71,8 +70,7 @@ def _uniform(count: int, *key: int | np.ndarray) -> np.ndarray:
         state = _mix(state + word + _STEP)
     columns = _STEP * np.arange(1, count + 1, dtype=np.uint64)
     bits = _mix(state[:, None] + columns) >> np.uint64(11)
-    uniform: np.ndarray = (bits.astype(np.float64) + 0.5) * 2.0**-53
-    return uniform
+    return (bits.astype(np.float64) + 0.5) * 2.0**-53
 
 
 def _normal(count: int, *key: int | np.ndarray) -> np.ndarray:
@@ -153,8 +151,7 @@ def _programs(classes: np.ndarray, alphabets: np.ndarray, world: tuple[int, int]
 
 def _pick(dice: np.ndarray, *values: int) -> np.ndarray:
     """One of the values, each as likely as it is often listed."""
-    picked: np.ndarray = np.array(values)[np.floor(len(values) * dice).astype(np.int64)]
-    return picked
+    return np.asarray(np.array(values)[np.floor(len(values) * dice).astype(np.int64)])
 
 
 def _spline(samples: int) -> np.ndarray:
@@ -335,16 +332,13 @@ def glyphs(
     def drawer(client: int) -> str:
         return f"{part}/drawer{client:05d}"
 
-    def image_name(i: int) -> str:
-        return f"{drawer(clients[i])}/{character(labels[i])}_{copy[i]}"
-
     return Images(
         pixels,
         labels,
         clients,
         LazyNames(num_classes, lambda label: f"{part}/{character(label)}"),
         LazyNames(num_clients, drawer),
-        LazyNames(len(labels), image_name),
+        LazyNames(len(labels), lambda i: f"{drawer(clients[i])}/{character(labels[i])}_{copy[i]}"),
     )
 
 

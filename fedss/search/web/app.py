@@ -119,9 +119,6 @@ def make_app(
     def file(name: str, request: Request) -> Response:
         return FileResponse(_STATIC / name)
 
-    def thumbnail(request: Request) -> Response:
-        return Response(site.thumbnail(request.path_params["position"]), media_type="image/jpeg")
-
     return Starlette(
         routes=[
             Route("/", partial(file, "server.html")),
@@ -129,7 +126,7 @@ def make_app(
             Route("/server.js", partial(file, "server.js")),
             Route("/about", answer(site.about)),
             Route("/sample", answer(site.sample)),
-            Route("/thumbnail/{position:int}", thumbnail),
+            Route("/thumbnail/{position:int}", site.thumbnail),
             Route("/neighbours/{position:int}", answer(site.neighbours)),
             Route("/classes", answer(site.classes)),
             Route("/pictures", answer(site.images)),
@@ -165,11 +162,8 @@ class _Site:
     def _show(self, collection: Collection) -> None:
         self._fingerprints = [*map(file_fingerprint, self._files)]
         self._collection = collection
-        self._firsts = {}
-        for position in reversed(range(len(collection))):
-            label = collection.labels[position]
-            if label is not None:
-                self._firsts[label] = position
+        last_first = reversed([*enumerate(collection.labels)])
+        self._firsts = {label: at for at, label in last_first if label is not None}
         # The names of files need not be text, but what a page sends back is.
         self._labels = {_shown(label): label for label in sorted(self._firsts, key=_natural)}
 
@@ -202,9 +196,10 @@ class _Site:
             images = [self._image(collection, i * len(collection) // count) for i in range(count)]
             return {"pictures": images}
 
-    def thumbnail(self, position: int) -> bytes:
+    def thumbnail(self, request: Request) -> Response:
         with self._current() as collection:
-            return collection.thumbnail(self._checked(collection, position))
+            position = self._checked(collection, request.path_params["position"])
+            return Response(collection.thumbnail(position), media_type="image/jpeg")
 
     def neighbours(self, request: Request) -> dict[str, Any]:
         count = _number(request, "count", 24, _MOST_NEIGHBOURS)
@@ -248,9 +243,12 @@ class _Site:
 
     def images(self, request: Request) -> dict[str, Any]:
         with self._current() as collection:
-            label = self._label(request.query_params.get("class", ""))
-            page, place = _page(request, collection.images_of(label))
-            images = [self._image(collection, position) for position in page]
+            name = request.query_params.get("class", "")
+            if name not in self._labels:
+                raise HTTPException(404, f"no class {name!r} in this collection")
+            label = self._labels[name]
+            some, place = _page(request, collection.images_of(label))
+            images = [self._image(collection, position) for position in some]
             return {**self._class(collection, label), "pictures": images, **place}
 
     def enrolled(self, request: Request) -> dict[str, Any]:
@@ -280,11 +278,6 @@ class _Site:
         if position >= len(collection):
             raise HTTPException(404, f"no image {position}: there are {len(collection)}, from 0 on")
         return position
-
-    def _label(self, name: str) -> str:
-        if name not in self._labels:
-            raise HTTPException(404, f"no class {name!r} in this collection")
-        return self._labels[name]
 
     def _image(self, collection: Collection, position: int) -> dict[str, Any]:
         label = collection.labels[position]

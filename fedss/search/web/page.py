@@ -16,7 +16,10 @@ def neighbours_page(
 ) -> str:
     """A page that refers to nothing outside itself; ``matches``: the matches of each query."""
     environment = Environment(autoescape=True, trim_blocks=True)
-    environment.filters |= {"printable": printable, "inline": _inline}
+    environment.filters |= {
+        "printable": printable,
+        "inline": lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}",
+    }
     page = (Path(__file__).parent / "static/neighbours.html").read_text(encoding="utf-8")
     return environment.from_string(page).render(
         source=str(collection.source),
@@ -25,7 +28,3 @@ def neighbours_page(
         ],
         thumbnail=collection.thumbnail,
     )
-
-
-def _inline(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
