@@ -67,25 +67,8 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        RunFolderError: the file is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise RunFolderError(f"{path} is missing: is {path.parent} a run folder?") from error
-    except (ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({error}); restore it from a backup, or delete {path.parent} "
-            "and start again"
-        ) from error
-
-
 RUN_FOLDER_ADVICE = (
-    "make room or mend the place, then start the same command again: it goes on from the last "
+    "make room or check permissions, then start the same command again: it goes on from the last "
     "checkpoint, if there is one"
 )
 

@@ -153,7 +153,7 @@ def bodies() -> Iterator[tuple[str, int]]:
     """Each function of the library, and the lines of its body without its docstring."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[ast.get_docstring(node) is not None :]
                 lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
                 yield f"{path.relative_to(PACKAGE)}:{node.name}", lines
@@ -168,15 +168,18 @@ def test_functions_and_modules_are_short():
 def test_a_public_name_means_one_thing():
     """Commands have the names of what they call, and a program is an ``app`` with a ``main``."""
     places: dict[str, set[str]] = {}
+    defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
-            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            names = [node.name] if isinstance(node, defined) else []
             if any(
                 ast.unparse(d).startswith("command(") for d in getattr(node, "decorator_list", ())
             ):
                 continue
             if isinstance(node, ast.Assign):
                 names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names = [node.target.id]
             for name in names:
                 if not name.startswith("_") and len(name) > 1 and name not in ("app", "main"):
                     places.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))

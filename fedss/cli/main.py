@@ -69,10 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
             help=command.run.__doc__,
             description=command.run.__doc__,
             usage=f"fedss {name} {command.usage}",
-            # One line per option, also where the terminal is narrower and breaks it.
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-                prog, max_help_position=42, width=136
-            ),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for add in command.arguments:
             add(sub)

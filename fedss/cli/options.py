@@ -142,7 +142,9 @@ def stored(options: argparse.Namespace) -> dict[str, Any]:
     named = f"--config {options.config}"
     try:
         content = json.loads(Path(options.config).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{named}: cannot read it: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
@@ -152,4 +154,13 @@ def stored(options: argparse.Namespace) -> dict[str, Any]:
 def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = None) -> Config:
     """``usual``, what ``--config`` has in place of it, and what the command line says."""
     of_file = stored(options).get("config", {})
+    check_stored(of_file, f"--config {options.config}")
     return config_from_dict({**(usual or {}), **of_file, **given(options)})
+
+
+def check_stored(settings: Mapping[str, Any], file: str) -> None:
+    """Raise a ConfigError that names the file if its settings are none."""
+    try:
+        config_from_dict(settings)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error

@@ -17,6 +17,7 @@ from fedss.cli.options import (
     SKIP_BROKEN,
     THRESHOLD,
     argument,
+    check_stored,
     command,
     config_options,
     flag,
@@ -110,6 +111,7 @@ def _data_to_evaluate(
     about = read_any_config(Path(options.folder))
     known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
+    check_stored(about["config"], f"{options.folder}/config.json")
     config = config_from_dict({**about["config"], **shape, **given(options)})
     other = why_not_own(options.folder, known, config.data)
     if known.get("name") != config.data and not given(options):

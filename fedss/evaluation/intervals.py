@@ -148,7 +148,7 @@ def _means(values_SC: np.ndarray, queries_C: np.ndarray) -> np.ndarray:
 
 
 def _over_seeds(means_BS: np.ndarray, stream: int) -> np.ndarray:
-    """Means over as many seeds, drawn anew in each draw, float64 [B]."""
+    """Means over seeds that each draw resamples with replacement, float64 [B]."""
     draws, seeds = means_BS.shape
     if seeds == 1:
         return means_BS[:, 0]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedss.errors import RunFolderError
-from fedss.files import read_json, write_json
+from fedss.files import write_json
+from fedss.runs.fields import parse_json, read_bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def load_registry(path: Path) -> Registry:
     """
     if not path.exists():
         raise RunFolderError(f"{path} is missing, but there is a checkpoint: {_NEEDED}")
-    content = read_json(path)
+    content = parse_json(read_bytes(path), path)
     try:
         growth = tuple(Growth(**entry) for entry in content["growth"])
         classes, clients = _texts(content["classes"]), _texts(content["clients"])

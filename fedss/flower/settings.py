@@ -12,6 +12,7 @@ from fedss.config import OPTIONS, Config, config_from_dict
 from fedss.data import usual_side
 from fedss.errors import ConfigError
 from fedss.files import write_file
+from fedss.losses.methods import METHODS
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -34,10 +35,10 @@ class Deployment:
     deadline: float = _setting(600.0, "longest wait for the answers to a message, in seconds")
     quorum: float = _setting(0.5, "share of a round's clients that must return an update")
     share: float = _setting(
-        0.8, "share of a round's clients, failed ones apart, that must answer before grace starts"
+        0.8, "share of a round's clients that must answer before the wait for the others is limited"
     )
     grace: float = _setting(
-        60.0, "seconds that the other clients then have; as many as the share took, if more"
+        60.0, "seconds to wait for the others then; longer, if the first answers took longer"
     )
     aside: int = _setting(10, "rounds for which a site that was too slow is left out")
     attempts: int = _setting(5, "times that a round is tried before the run ends with an error")
@@ -95,13 +96,14 @@ def _check_apart(config: Config) -> None:
     for name in _NOT_AT_SITES:
         if getattr(config, name):
             raise ConfigError(f"{name}: sites read their images as they are; leave it out")
-    if config.method == "central":
-        raise ConfigError("method: central pools images, which a federation cannot")
+    if METHODS[config.method].pooled:
+        raise ConfigError(f"method: {config.method} pools images, which a federation cannot")
 
 
 def explicit(config: Config) -> Config:
     """The configuration with what a data set decides by itself, which must be the same at all
-    sites: images of their usual side (64, mostly), gray for glyphs and Omniglot, else in colour.
+    sites: images of their usual side (64, mostly), grayscale for glyphs and Omniglot, else in
+    colour.
     """
     drawn = config.data in ("glyphs", "omniglot")
     return replace(

@@ -26,7 +26,7 @@ LEAVE_OUT = "mend or remove it, or leave such images out with skip_broken (--ski
 LINKS = "symbolic links"
 """How links are counted in a folder to search in."""
 
-_ADVICE = "make room or mend the place, or choose another one (--out)"
+_ADVICE = "make room or check permissions, or choose another one (--out)"
 
 
 @dataclass(frozen=True)

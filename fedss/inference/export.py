@@ -29,7 +29,7 @@ _BATCHES = (1, 2, 7)
 # The oldest that torch's exporter writes without converting, for runtimes of some age.
 _OPSET = 18
 _ONNX_BYTES = 2**31
-_ADVICE = "make room or mend the place, or choose another one (--out)"
+_ADVICE = "make room or check permissions, or choose another one (--out)"
 
 Embed = Callable[[Tensor], Tensor]
 """uint8 pixels [B, C, H, W] to embeddings [B, D]."""
@@ -78,10 +78,10 @@ def export(
     """
     from fedss.inference.model_card import model_card  # whose templates few commands need
 
-    check_choice("format", format, FORMATS)
-    chosen, folder = FORMATS[format], Path(folder)
+    check_choice("format", format, EXPORTS)
+    chosen, folder = EXPORTS[format], Path(folder)
     place = folder / "export" if out is None else Path(out)
-    if place.suffix in {Path(each.file).suffix for each in FORMATS.values()}:
+    if place.suffix in {Path(each.file).suffix for each in EXPORTS.values()}:
         raise ConfigError(
             f"{place}: expected a folder, got the name of a file; --out {place.parent or '.'} gets "
             f"{chosen.file} and {CARD}"
@@ -265,7 +265,7 @@ def _run_onnx(path: Path, backbone: nn.Module | None) -> Embed:
     return run
 
 
-FORMATS = {
+EXPORTS = {
     "onnx": Format("model.onnx", _to_onnx, _run_onnx),
     "safetensors": Format("model.safetensors", safetensors_of, load_embedder),
     "torch-export": Format("model.pt2", _to_torch_export, _run_torch_export),

@@ -44,7 +44,7 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     alone are read and no code is run; wrapped in ``state_dict`` or ``model`` or not, with the
     prefix ``module.`` of parallel training or not; averaged weights (``state_dict_ema``) go first.
     Then what timm does with published weights: positions of a transformer are resized to the
-    model's images, and a first convolution of three colours is summed up for grey ones. The
+    model's images, and a first convolution of three colours is summed up for gray ones. The
     tensors of timm's classifier may be left over. Nothing else may be, and nothing may be missing;
     the model, without its classifier, is changed only if all fits.
 

@@ -89,7 +89,7 @@ def write_page(
     """:func:`render`, into ``report.html`` of the folder."""
     # Names of classes may hold bytes that are no UTF-8, which a page cannot.
     html = render(runs, folder, watched).encode("utf-8", "backslashreplace")
-    with writing(folder, "make room or mend the place, then start the same command again"):
+    with writing(folder, "make room or check permissions, then start the same command again"):
         write_file(folder / "report.html", html)
     return folder / "report.html"
 
@@ -179,7 +179,7 @@ def _key_figures(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         figures.append((spaced(classes), plural(f"{split} class", classes), addition))
     if "image_shape" in data:
         channels, height, width = data["image_shape"]
-        kind = {1: "grey", 3: "colour"}.get(channels, f"{channels} channels")
+        kind = {1: "gray", 3: "colour"}.get(channels, f"{channels} channels")
         figures.append((f"{width} × {height}", "pixels", kind))
     figures.append((spaced(run.parameters), "parameters", config.get("backbone") or ""))
     if (size := config.get("embedding_size")) is not None:

@@ -134,8 +134,8 @@ def is_small(pixels: np.ndarray) -> bool:
 
 def data_uri(pixels_CHW: np.ndarray) -> str:
     """Small images as PNG, bit for bit; larger ones shrunk to a JPEG thumbnail."""
-    grey = pixels_CHW.shape[0] == 1
-    array = pixels_CHW[0] if grey else np.moveaxis(pixels_CHW, 0, -1)
+    gray = pixels_CHW.shape[0] == 1
+    array = pixels_CHW[0] if gray else np.moveaxis(pixels_CHW, 0, -1)
     image = Image.fromarray(np.ascontiguousarray(array))
     out = io.BytesIO()
     if max(image.size) <= SMALL_SIDE:

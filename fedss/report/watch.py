@@ -10,6 +10,7 @@ from fedss.errors import RunFolderError
 from fedss.runs import headlines
 from fedss.runs.about import read_any_config
 from fedss.runs.reading import RecordedRun, group_runs, read_runs
+from fedss.text import tally
 
 REFRESH = 10  # seconds after which the page loads itself again
 _SHARE = 0.1  # of one core, at most, for the page: the run needs it more
@@ -125,7 +126,7 @@ def _line(runs: Sequence[RecordedRun], folder: Path, done: bool, late: bool) -> 
         return f"done. {headlines.headline(group_runs(runs, folder))}"
     parts = [headlines.status(run) for run in runs if not run.finished]
     if finished := sum(run.finished for run in runs):
-        parts.append(f"{finished} {'run' if finished == 1 else 'runs'} done")
+        parts.append(f"{tally(finished, 'run')} done")
     if late:
-        parts.append("nothing new for long: has it stopped? Still waiting")
+        parts.append("nothing new for a long time: has the run stopped? Still waiting")
     return "; ".join(parts)

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from fedss.files import read_json
-from fedss.runs.fields import read_as, read_file, wrong
+from fedss.runs.fields import read_file, wrong
 
 
 class RunSettings(TypedDict):
@@ -92,7 +91,7 @@ def read_any_config(folder: Path) -> AnyConfig:
         RunFolderError: ``config.json`` is missing or damaged.
     """
     path = folder / "config.json"
-    return cast(AnyConfig, _checked(read_as(AnyConfig, read_json(path), path), path))
+    return cast(AnyConfig, _checked(read_file(AnyConfig, path), path))
 
 
 def _checked(content: Any, path: Path) -> Any:

@@ -36,7 +36,8 @@ def damaged(where: Path | str, what: str) -> RunFolderError:
 def parse_json(text: str | bytes, where: Path | str) -> Any:
     """The value of a JSON text."""
     try:
-        return json.loads(text)
+        # Else of bytes that are no text the error would name the encoding that json guesses.
+        return json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:
         raise damaged(where, f"damaged JSON ({error})") from error
 

@@ -161,7 +161,9 @@ def _read_arrays(path: Path, layout: Mapping[str, tuple[str, str]]) -> dict[str,
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in layout}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise damaged(path, f"cannot be read ({error})") from error
+        # Of what is no archive numpy says that it could be a pickle, which is never loaded.
+        why = "no .npz archive" if "pickle" in str(error) else error
+        raise damaged(path, f"cannot be read ({why})") from error
     sizes = {"2": 2}
     for name, (kinds, shape) in layout.items():
         array = arrays[name]

@@ -219,7 +219,7 @@ def unscored(groups: Sequence[Group]) -> str:
 
 
 def caveat(groups: Sequence[Group]) -> str:
-    """What the first sentence must not hide: what did better than what it is about, or lost."""
+    """What qualifies the first sentence: methods that did better than those it names, or worse."""
     full = full_softmax(groups)
     others = _measured(groups, full)
     if len(others) > 1 and has_variants(others):

@@ -163,9 +163,10 @@ def read_runs(folder: Path) -> list[RecordedRun]:
             runs.append(replace(run, label=label))
     if not runs:
         missing = [n for n in ("config.json", "records.jsonl") if not (folder / n).is_file()]
+        lack = f"no {' and no '.join(['summary.json', *missing])}"
         raise RunFolderError(
             f"{folder}: expected the records of a run (config.json and records.jsonl) or of a "
-            f"comparison (summary.json); {' and '.join(['summary.json', *missing])} not found"
+            f"comparison (summary.json), found {lack if folder.is_dir() else 'no such folder'}"
         )
     return _label(runs)
 

@@ -38,7 +38,7 @@ OnProgress = Callable[[int, int], None]
 _UNFINISHED = "unfinished.sqlite"
 # What an interrupted build loses at most.
 _CHUNK = 1024
-_ADVICE = "make room or mend the place, then start the same command again"
+_ADVICE = "make room or check permissions, then start the same command again"
 Stamp = tuple[int, int]
 
 
@@ -229,7 +229,7 @@ def _held(file: Path, model: str, image_list: ImageList) -> dict[str, tuple[int,
 
 @contextmanager
 def _progress(on_progress: OnProgress | None) -> Iterator[OnProgress]:
-    """A bar on stderr, where that is a terminal and nobody else wants to be told."""
+    """``on_progress``; without one a bar on stderr, where that is a terminal."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

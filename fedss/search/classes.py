@@ -213,7 +213,7 @@ def why_no_threshold(run: str | Path) -> str:
     has_config = (Path(run) / "config.json").exists()
     data = read_any_config(Path(run)).get("data", {}) if has_config else {}
     if (Path(run) / "verification.json").exists():
-        why = "its test images left nobody to find or nobody to refuse"
+        why = "its test has no classes to find, or none to reject"
     elif data.get("evaluated_at") == "sites":
         why = (
             "its images were evaluated at the sites, which gives none. To measure one on other "

@@ -232,7 +232,7 @@ def _opened(path: Path, mode: str = "rw") -> Iterator[sqlite3.Connection]:
     """
     if mode != "rwc" and not store_exists(path):
         raise RunFolderError(f"{path} is missing: fedss index RUN IMAGES makes it")
-    advice = "make room or mend the place, then start the same command again"
+    advice = "make room or check permissions, then start the same command again"
     try:
         with writing(path.parent, advice):
             uri = f"{path.absolute().as_uri()}?mode={mode}"

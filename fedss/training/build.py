@@ -109,7 +109,7 @@ def compute_device(config: Config) -> torch.device:
         number = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         device, count = torch.device("cuda", number), torch.cuda.device_count()
         if number >= count:
-            others = f"up to cuda:{count - 1}" if count else "mend driver or torch (a CUDA build)"
+            others = f"up to cuda:{count - 1}" if count else "install a CUDA build of torch"
             raise ConfigError(
                 f"device: {config.device} means GPU {number} of this machine, where torch "
                 f"{torch.__version__} finds {count}; use cpu, or {others}"

@@ -258,7 +258,8 @@ def compare(
     """
     for name, values in (("methods", methods), ("seeds", seeds)):
         if len(set(values)) < len(values) or not values:
-            raise ConfigError(f"{name}: expected one or more, each once, got {list(values)}")
+            given = ", ".join(map(str, values)) or "none"
+            raise ConfigError(f"{name}: expected one or more, each once, got {given}")
     variant_of = {label: variant(config, label) for label in methods}
     folder, summaries, known = Path(out).absolute(), [], Known()
     own = OwnParts(backbone, sampler, objective)

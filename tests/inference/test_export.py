@@ -28,7 +28,7 @@ from fedss.cli import main
 from fedss.data.decoding import decode
 from fedss.errors import ConfigError, RunFolderError
 from fedss.inference import export as portable
-from fedss.inference.export import CARD, FORMATS, export
+from fedss.inference.export import CARD, EXPORTS, export
 from fedss.models import Embedder, EmbedderSpec, build_embedder, fingerprint, save_embedder
 from fedss.models.embedder import assemble
 from fedss.models.layout import channels_last
@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run's model in every format."""
     place = tmp_path_factory.mktemp("exported")
-    return {format: export(trained, format, place) for format in FORMATS}
+    return {format: export(trained, format, place) for format in EXPORTS}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def from_timm(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "timm:test_efficientnet", channels=3, image_size=64, embedding_size=8, seed=1
     )
     run = holding(embedder, trained, tmp_path_factory.mktemp("timm") / "run")
-    return {"run": run} | {format: export(run, format) for format in FORMATS}
+    return {"run": run} | {format: export(run, format) for format in EXPORTS}
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_an_own_network_elsewhere_gives_the_models_embeddings(trained, tmp_path)
     # Its layout in memory stays behind: in ONNX it would change results, and nothing would warn.
     assert embedder.channels_last
     run = holding(embedder, trained, tmp_path / "run")
-    files = {format: export(run, format, backbone=own_network()) for format in FORMATS}
+    files = {format: export(run, format, backbone=own_network()) for format in EXPORTS}
     check_equal(files, run, own_network())
 
 
@@ -208,7 +208,7 @@ def test_floats_are_refused_rather_than_scaled_twice(exported):
         in_torch(exported["torch-export"])(pixels)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXPORTS)
 def test_a_file_says_what_it_needs(format, exported, trained):
     about, model = metadata(exported[format]), fedss.load(trained)
     said = json.loads(about["preprocessing"])
@@ -224,7 +224,7 @@ def test_a_file_says_what_it_needs(format, exported, trained):
     assert about["fingerprint"] == fingerprint(model)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EXPORTS)
 def test_a_file_keeps_nothing_of_this_machine(format, exported, trained):
     content = exported[format].read_bytes()
     if format == "torch-export":
@@ -415,7 +415,7 @@ def test_a_folder_holds_one_model(run, trained, tmp_path):
     embedder = build_embedder("conv4-4", channels=1, image_size=12, embedding_size=8, seed=9)
     other = holding(embedder, trained, tmp_path / "other")
     before = path.read_bytes()
-    for format in FORMATS:
+    for format in EXPORTS:
         with pytest.raises(RunFolderError, match=r"card of another model.*choose another folder"):
             export(other, format, tmp_path / "out")
     card.unlink()

@@ -107,7 +107,7 @@ def test_weights_are_those_of_timm_in_eval_mode(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name, channels", [(RESNET, 1), (VIT, 3), (VIT, 1)])
-def test_other_sizes_and_grey_images_get_what_timm_makes_of_them(
+def test_other_sizes_and_gray_images_get_what_timm_makes_of_them(
     name: str, channels: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.safetensors"
