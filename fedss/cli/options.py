@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from fedss.config import OPTIONS, Config, Option, config_from_dict
@@ -91,7 +93,12 @@ def config_options(
                 sections[option.group] = parser.add_argument_group(option.group)
             _add_option(sections[option.group], option)
         if "method" in sections:
-            lines = (f"  {method.name:<18} {method.summary}" for method in METHODS.values())
+            # As wide as the formatter, which leaves an epilog's lines as they are, makes the rest.
+            width = shutil.get_terminal_size().columns - 2
+            lines = (
+                fill(f"  {method.name:<18} {method.summary}", width, subsequent_indent=" " * 21)
+                for method in METHODS.values()
+            )
             parser.epilog = "\n".join(["methods:", *lines])
 
     return add

@@ -189,7 +189,7 @@ def test_half_a_registry_is_told(photos, tmp_path):
     for name in ("summary.json", "report.html"):
         (out / name).unlink()
     (out / "registry.json").write_text(text[: len(text) // 2])
-    with pytest.raises(RunFolderError, match=r"registry\.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"registry\.json: damaged JSON"):
         federate(ProcessGrid(nodes(photos)), settings(photos, rounds=1), out)
     (out / "registry.json").unlink()
     with pytest.raises(

@@ -73,7 +73,7 @@ def test_damaged_facts(tmp_path: Path, key: str, value: object) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"summary\.json and config\.json and records\.jsonl"):
+    with pytest.raises(RunFolderError, match=r"no summary\.json and no config\.json and no"):
         write_report(tmp_path)
 
 

@@ -188,7 +188,7 @@ def test_a_run_that_stopped_is_said_to_be_late(
 
     watch_report(tmp_path, say, poll=0.01)
     assert "has it stopped" not in said[1]
-    assert "nothing new for long: has it stopped? Still waiting" in said[2]
+    assert "nothing new for a long time: has the run stopped? Still waiting" in said[2]
     monkeypatch.undo()
     watch._write(read_runs(tmp_path), tmp_path, True)
     words = Page((tmp_path / "report.html").read_text()).words

@@ -620,7 +620,7 @@ def test_where_no_threshold_can_be_measured_it_is_said_why(tmp_path):
     path.write_text(json.dumps(measured() | {"identification": None}))
     assert stored_threshold(tmp_path) is None
     why = why_no_threshold(tmp_path)
-    assert "nobody to find or nobody to refuse. Or give a least cosine with --threshold" in why
+    assert "no classes to find, or none to reject. Or give a least cosine with --threshold" in why
     assert "fedss evaluate" not in why
 
 

@@ -293,7 +293,7 @@ def test_a_stack_changes_rounding_alone(method, tmp_path):
         ("cuda:0", "1", 2, "cuda:0"),
         ("cuda", "1", 1, "cuda means GPU 1 of this machine.* finds 1; use cpu, or up to cuda:0"),
         ("cuda:2", None, 2, "cuda:2 means GPU 2 of this machine.* finds 2; .* up to cuda:1"),
-        ("cuda", None, 0, "finds 0; use cpu, or mend driver or torch"),
+        ("cuda", None, 0, "finds 0; use cpu, or install a CUDA build of torch"),
     ],
 )
 def test_which_device_is_meant(name, rank, there, expected, monkeypatch):
