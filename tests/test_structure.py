@@ -184,3 +184,9 @@ def test_a_public_name_means_one_thing():
                 if not name.startswith("_") and len(name) > 1 and name not in ("app", "main"):
                     places.setdefault(name, set()).add(str(path.relative_to(PACKAGE)))
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_functions_of_the_old_evaluation_module_answer():
+    from fedss.evaluation import evaluate, task, verify
+
+    assert (evaluate, verify) == (task.evaluate, task.verify)

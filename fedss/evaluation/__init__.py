@@ -1,23 +1,10 @@
 """Retrieval, verification, and what an evaluation is worth."""
 
-from fedss.evaluation.task import (
-    Evaluation,
-    check_tellable,
-    embed_task,
-    evaluate,
-    findings,
-    judge,
-    score,
-    verify,
-)
+from typing import Any
 
-__all__ = [
-    "Evaluation",
-    "check_tellable",
-    "embed_task",
-    "evaluate",
-    "findings",
-    "judge",
-    "score",
-    "verify",
-]
+from fedss.evaluation import task
+
+
+def __getattr__(name: str) -> Any:
+    """What was here before 0.3, for one release: functions of :mod:`fedss.evaluation.task`."""
+    return getattr(task, name)
