@@ -8,12 +8,12 @@ a page of 40 training characters in one design. Of 47 designs of free fonts, eac
 that are drawn by lot; the 16,000 characters are those that most designs have. ``--characters 0``
 takes all that enough designs have, 27,553. Characters of validation and test are in no page.
 
-It needs Debian 12 (apt-get, after an ``apt-get update``, and dpkg-deb; not root) and ``pip install
-fonttools``. The first run fetches 586 MB; packages that DIR has are not fetched again. For a minute
-it needs 1.6 GB more in DIR. Takes two minutes.
+It needs Debian 12 (apt-get after an ``apt-get update``, dpkg-deb; not root) and ``pip install
+fonttools``. The first run fetches 586 MB, which DIR keeps. Takes two minutes.
 
 SHA-256 of all pixels and the manifest with numpy 2.4.6, Pillow 13.0.0 and its FreeType 2.14.3:
-053d2fe88aebc19a0de3c2d72cac61100e69760c7ce19d3db56bc3a5a1a43194
+16,000: 053d2fe88aebc19a0de3c2d72cac61100e69760c7ce19d3db56bc3a5a1a43194
+27,553: b04973c1adf31d87e29eb71247c4b0ea02209f1b620711a6511aafeb0acf2500
 """
 
 import csv
