@@ -283,6 +283,42 @@ def train(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(summary)
 
 
+def search(
+    start: Mapping[str, float],
+    judge: Callable[[dict[str, float]], float],
+    steps: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """Climb from ``start``, one setting at a time, until no step of any setting helps.
+
+    Returns:
+        ``settings`` and ``map_at_10`` of all that was tried, as trials.
+    """
+    tried: dict[tuple[Any, ...], float] = {}
+
+    def value(settings: dict[str, float]) -> float:
+        key = tuple(settings.values())
+        if key not in tried:
+            tried[key] = judge(settings)
+        return tried[key]
+
+    best, moved = dict(start), True
+    while moved:
+        moved = False
+        for name in start:
+            for factor in (steps[name], 1 / steps[name]):
+                while value(further := step(best, name, factor)) > value(best):
+                    best, moved = further, True
+    return [
+        {"settings": dict(zip(start, key, strict=True)), "map_at_10": score}
+        for key, score in tried.items()
+    ]
+
+
+def step(settings: Mapping[str, float], name: str, factor: float) -> dict[str, float]:
+    """The settings with one of them multiplied, to three digits."""
+    return {**settings, name: float(f"{settings[name] * factor:.3g}")}
+
+
 # Random images, embeddings and clients.
 
 DIM = 64

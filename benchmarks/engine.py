@@ -42,6 +42,7 @@ from fedss.core.algorithm import draw_cohort
 from fedss.core.class_rows import create_class_rows, read
 from fedss.core.client import batches, draw_classes, limit_own_classes
 from fedss.seeds import generator
+from fedss.settings import Problem, resolve
 from fedss.training.build import round_plan
 
 # Who takes part, by number of classes and method. ("peers": those given.)
@@ -69,7 +70,7 @@ WARM, LAST = 2, 1
 def write_job(folder: Path, method: str, n: int, rounds: int) -> None:
     """Everything that ``job.read_job`` reads, drawn as fedss draws it."""
     folder.mkdir()
-    config = Config(**settings(method, rounds))
+    config, _ = resolve(Config(**settings(method, rounds)), Problem(n, CLIENTS, IMAGES, IMAGES / 2))
     pixels = common.random_pixels(CLIENTS * IMAGES, 28).reshape(CLIENTS, IMAGES, 1, 28, 28)
     labels = common.paired_labels(CLIENTS, IMAGES, n)
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import local_engine
 from fedss.losses.methods import METHODS
 from fedss.models import flatten_
+from fedss.settings import problem_of, resolve
 from fedss.training.build import build_model, round_plan, server_optimizer, wire_format
 
 PHASES = {
@@ -106,7 +107,8 @@ def laps(work: Callable[[], object], count: int) -> list[float]:
 def profile(folder: Path, method: str, n: int) -> list[str]:
     """Two tables of a round of the job in ``folder``: by phase, and by kind of operation."""
     job = read_job(folder)
-    config, data = Config(**job.settings), dataset(job)
+    data = dataset(job)
+    config, _ = resolve(Config(**job.settings), problem_of(data))
     keep_freed_memory()
     embedder = build_model(config, data, network(job.theta))
     optimizer, wire = server_optimizer(config), wire_format(config, embedder, n)

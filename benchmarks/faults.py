@@ -45,6 +45,7 @@ from fedss.flower.settings import Deployment, write_app
 from fedss.models import Embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
+from fedss.settings import problem_of, resolve
 from fedss.training.build import build_model, load_data, server_optimizer
 from fedss.training.experiment import train_federation
 from fedss.training.federation import Federation, OnPhase, local_federation
@@ -294,10 +295,13 @@ def train_locally(config: fedss.Config, folder: Path, absent: Mapping[int, Set[i
 
     if absent:
         model, about = build_model(config, data, None), describe(config, data)
-        train_federation(config, folder, model, about, federate, label="", on_round=ignore)
+        train_federation(
+            *(config, problem_of(data), folder, model, about, federate), label="", on_round=ignore
+        )
     else:
         fedss.train(config, folder, data=data, on_round=ignore)
-    return digest(config, folder, len(data.train.class_names))
+    resolved, _ = resolve(config, problem_of(data))
+    return digest(resolved, folder, len(data.train.class_names))
 
 
 def digest(config: fedss.Config, folder: Path, num_classes: int) -> str:

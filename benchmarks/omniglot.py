@@ -21,7 +21,7 @@ each number of rounds: about 70 minutes on two cores. With ``--one-class``, whic
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -106,37 +106,6 @@ def on_validation(data_path: str) -> Settings:
     }
 
 
-def search(start: Settings, judge: Callable[[Settings], float]) -> list[dict[str, Any]]:
-    """Climb from ``start``, one setting at a time, until no step of any setting helps.
-
-    Returns:
-        ``settings`` and ``map_at_10`` of all that was tried, as trials.
-    """
-    tried: dict[tuple[Any, ...], float] = {}
-
-    def value(settings: Settings) -> float:
-        key = tuple(settings.values())
-        if key not in tried:
-            tried[key] = judge(settings)
-        return tried[key]
-
-    best, moved = start, True
-    while moved:
-        moved = False
-        for name in start:
-            for factor in (STEPS[name], 1 / STEPS[name]):
-                while value(further := step(best, name, factor)) > value(best):
-                    best, moved = further, True
-    return [
-        {"settings": dict(zip(start, key, strict=True)), "map_at_10": score}
-        for key, score in tried.items()
-    ]
-
-
-def step(settings: Settings, name: str, factor: float) -> Settings:
-    return {**settings, name: float(f"{settings[name] * factor:.3g}")}
-
-
 def tune(
     pool: ThreadPoolExecutor, regime: Regime, methods: Sequence[str], data_path: str, out: Path
 ) -> dict[str, list[dict[str, Any]]]:
@@ -148,7 +117,7 @@ def tune(
             options = {**regime.settings, **settings, **on_validation(data_path)}
             return float(train_one(folder, method=method, **options)["map_at_10"])
 
-        return search(regime.start[method], judge)
+        return common.search(regime.start[method], judge, STEPS)
 
     return dict(zip(methods, pool.map(of, methods), strict=True))
 

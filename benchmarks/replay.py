@@ -31,6 +31,7 @@ import numpy as np
 from fedss.config import Config
 from fedss.core.client import RoundPlan, draw_classes
 from fedss.seeds import generator
+from fedss.settings import resolve
 from fedss.training.build import round_plan
 
 CLIENTS, ROUND, SEED = 300, 7, 0
@@ -79,7 +80,8 @@ REPLAYS = {"uniform": replay_uniform, "sticky": replay_sticky}
 
 def measure(sampler: str, n: int, size: int, num_own: int, kind: str) -> tuple[float, float]:
     """Precision and recall over all clients of a case."""
-    plan = round_plan(Config(sampler=sampler, sample_size=size, seed=SEED), n, ROUND)
+    config, _ = resolve(Config(sampler=sampler, sample_size=size, seed=SEED), None)
+    plan = round_plan(config, n, ROUND)
     rng, right, named = np.random.default_rng(1), 0, 0
     for client in range(CLIENTS):
         if kind == "block":
@@ -98,7 +100,8 @@ def intersect(n: int, size: int, num_own: int, rounds: int) -> float:
     rng, named = np.random.default_rng(1), 0
     for client in range(CLIENTS):
         own_P = np.sort(rng.choice(n, num_own, replace=False))
-        plans = [round_plan(Config(sample_size=size), n, round) for round in range(rounds)]
+        config, _ = resolve(Config(sample_size=size), None)
+        plans = [round_plan(config, n, round) for round in range(rounds)]
         requests = [draw_classes(plan, client, own_P).ids_S.numpy() for plan in plans]
         named += len(reduce(np.intersect1d, requests))
     return CLIENTS * num_own / named

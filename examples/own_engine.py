@@ -27,6 +27,7 @@ from fedss.data import ClientIndex, index_clients
 from fedss.distributed import ALONE, Ranks
 from fedss.engines.local import Replica
 from fedss.models import flatten_
+from fedss.settings import problem_of, resolve
 from fedss.training.build import build_model, round_plan
 
 
@@ -60,6 +61,7 @@ def main(rounds: int = 30) -> list[float]:
     """The mean loss of each round."""
     config = Config(data="glyphs", glyphs_classes=60, glyphs_clients=16, backbone="conv4-8")
     data, optimizer = fedss.load_data(config), ServerOptimizer()
+    config, _ = resolve(config, problem_of(data))
     n = len(data.train.class_names)
     embedder = build_model(config, data, None)
     flat = flatten_(embedder)

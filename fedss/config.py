@@ -20,6 +20,8 @@ from fedss.models import BatchNormRule, ForwardPrecision, is_trainable
 from fedss.sampling.samplers import SAMPLERS
 from fedss.wire.codec import Precision
 
+Auto = Literal["auto"]
+"""Follows from the data, see :func:`fedss.settings.resolve`."""
 Schedule = Literal["constant", "linear", "cosine"]
 RowStore = Literal["memory", "file"]
 EvalSplit = Literal["test", "validation"]
@@ -55,14 +57,14 @@ class Config:
         rotations: add images rotated by 90, 180 and 270 degrees, as new classes and clients
         eval_split: split to evaluate on
         method: training method; fedss.METHODS has a line on each
-        sample_size: |S|, class rows per client; moments: most own classes per client (default: 64)
+        sample_size: |S|, class rows per client; moments: most own classes per client
         sampler: how negatives are drawn
         correction: factor a of the correction -a log q of negatives' logits: 1 full, 0 none
         cover: moments: number of decoy classes requested to hide a client's own classes
         scale: s, factor of the cosines in the softmax (inverse temperature)
         margin_kind: margin of the softmax
         margin: size of the margin, in units of the cosine (cosface) or in radians (arcface)
-        row_mean: clients that a class row's update is averaged over (default: the method's)
+        row_mean: clients that a class row's update is averaged over
         normalize_rows: scale class rows to length 1 after each update
         spread_out_weight: fedaws: weight of the step that spreads class rows out
         spread_out_margin: fedaws: smallest cosine distance between class rows to aim for
@@ -81,7 +83,7 @@ class Config:
         local_steps: batches of a client per round, in place of local_epochs
         batch_size: images per batch
         client_lr: learning rate of the backbone at clients
-        class_row_lr: learning rate of the class rows at clients (default: 2; moments: 1)
+        class_row_lr: learning rate of the class rows at clients
         augment: random changes to training images
         precision: number format of the network's forward pass
         lr_schedule: decay of client_lr and class_row_lr over the rounds
@@ -126,14 +128,14 @@ class Config:
     eval_split: EvalSplit = "test"
 
     method: str = "fedss"
-    sample_size: int | None = None
+    sample_size: int | Auto = "auto"
     sampler: str = "uniform"
     correction: float = 1.0
     cover: int = 0
     scale: float = 10.0
     margin_kind: MarginKind = "none"
     margin: float = 0.2
-    row_mean: RowMean | None = None
+    row_mean: RowMean | Auto = "auto"
     normalize_rows: bool = True
     spread_out_weight: float = 0.1
     spread_out_margin: float = 0.7
@@ -153,15 +155,15 @@ class Config:
     local_epochs: int = 1
     local_steps: int | None = None
     batch_size: int = 8
-    client_lr: float = 0.05
-    class_row_lr: float | None = None
+    client_lr: float | Auto = "auto"
+    class_row_lr: float | Auto = "auto"
     augment: Augment = "none"
     precision: ForwardPrecision = "float32"
     lr_schedule: Schedule = "linear"
     lr_decay_start: float = 0.5
     server_optimizer: ServerOptimizerKind = "momentum"
     server_lr: float = 1.0
-    server_momentum: float = 0.9
+    server_momentum: float | Auto = "auto"
     server_second_momentum: float = 0.99
     server_epsilon: float = 1e-3
 
@@ -188,12 +190,14 @@ class Config:
             if isinstance(value, tuple | list):
                 object.__setattr__(self, name, ",".join(map(str, value)))
         for option in OPTIONS:
+            if option.auto and getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, "auto")
             _check_type(option, getattr(self, option.name))
         check_choice("method", self.method, METHODS)
         for names, valid, expected in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not valid(value):
+                if value not in (None, "auto") and not valid(value):
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
         option_numbers(self, "pixel_mean")
         option_numbers(self, "pixel_std")
@@ -235,11 +239,15 @@ def option_numbers(config: Config, name: str) -> tuple[float, ...] | None:
 
 @dataclass(frozen=True)
 class Option:
-    """A configuration field for the command line; ``choices`` is empty unless values are listed."""
+    """A configuration field for the command line; ``choices`` is empty unless values are listed.
+
+    ``auto``: the default follows from the data.
+    """
 
     name: str
     type: type
     optional: bool
+    auto: bool
     choices: tuple[str, ...]
     default: Any
     help: str
@@ -253,12 +261,13 @@ def _options() -> tuple[Option, ...]:
     texts = dict(re.findall(r"^    (\w+): (.+)$", section, re.M))
     for item in dataclasses.fields(Config):
         args = get_args(hints[item.name])
-        optional = type(None) in args
-        values = args[0] if optional else hints[item.name]
+        optional, auto = type(None) in args, item.default == "auto" and Auto in args
+        values = args[0] if optional or auto else hints[item.name]
         choices = tuple(SAMPLERS) if item.name == "sampler" else get_args(values)
-        kind, text = str if choices else values, texts[item.name]
+        text = texts[item.name]
         group = _FIRST_OF_GROUP.get(item.name, group)
-        options.append(Option(item.name, kind, optional, choices, item.default, text, group))
+        kind = str if choices else values
+        options.append(Option(item.name, kind, optional, auto, choices, item.default, text, group))
     return tuple(options)
 
 
@@ -299,7 +308,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def _check_type(option: Option, value: Any) -> None:
-    if option.optional and value is None:
+    if (option.optional and value is None) or (option.auto and value == "auto"):
         return
     if option.choices:
         check_choice(option.name, value, option.choices)
@@ -366,8 +375,10 @@ def _value(option: Option, value: str, text: str) -> Any:
     if option.type is bool:
         check_choice(f"{option.name} in {text!r}", value, ("yes", "no"))
         return value == "yes"
-    if option.optional and value == "none":
+    if (option.optional or option.auto) and value == "none":
         return None
+    if option.auto and value == "auto":
+        return value
     try:
         return option.type(value)
     except ValueError as error:

@@ -57,6 +57,9 @@ def settings(photos: Path, **changes: Any) -> Config:
         "batch_size": 2,
         "eval_every": 1,
         "checkpoint_every": 1,
+        # A federation does not know its images beforehand, so `auto` would be other numbers there.
+        "server_momentum": 0.9,
+        "class_row_lr": 1.0 if changes.get("method") == "moments" else 2.0,
     }
     return Config(**{**small, **changes})
 

@@ -52,6 +52,7 @@ PARTS = [
     "inference",
     "runs",
     "engines",
+    "settings",
     "config",
     "wire",
     "core",

@@ -112,14 +112,23 @@ def _add_option(section: Any, option: Option) -> None:
         default = option.default
         shown = {True: "yes", False: "no"}[default] if option.type is bool else default
         text += f" (default: {shown})"
-    _add_field(section, option.name, option.type, text)
+    how = {"type": _or_auto(option.type)} if option.auto else {}
+    _add_field(section, option.name, option.type, text, **how)
+
+
+def _or_auto(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return text if text == "auto" else kind(text)
+
+    read.__name__ = f"{getattr(kind, '__name__', '')} or auto"
+    return read
 
 
 def _add_field(section: Any, name: str, kind: Any, text: str, **how: Any) -> None:
     if kind is bool:
         how["action"] = argparse.BooleanOptionalAction
     else:
-        how |= {"type": kind, "metavar": _METAVARS[kind]}
+        how = {"type": kind, "metavar": _METAVARS[kind], **how}
     flag = "--" + name.replace("_", "-")
     section.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 

@@ -21,6 +21,7 @@ from fedss.text import DASH, counted, decimals, encodable, human_bytes, printabl
 
 if TYPE_CHECKING:
     from fedss.evaluation.intervals import Interval
+    from fedss.settings import Setting
     from fedss.training.summary import Cost
 
 
@@ -129,6 +130,16 @@ def print_data(name: str, description: Mapping[str, Any], held: Sequence[np.ndar
 def _spread(values: np.ndarray) -> str:
     low, high, median = values.min(), values.max(), np.median(values)
     return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}, median {median:,g}"
+
+
+def print_settings(settings: "Mapping[str, Setting]") -> None:
+    """Print what ``auto`` settings are for this data set, and why."""
+    table = make_table("settings that follow from the data", "", "", "")
+    table.show_header = False
+    for name, setting in settings.items():
+        value = setting.value
+        table.add_row(name, f"{value:g}" if isinstance(value, float) else str(value), setting.why)
+    print_table(table)
 
 
 def print_costs(title: str, costs: "Sequence[Cost]") -> None:

@@ -80,6 +80,7 @@ def compare(options: argparse.Namespace) -> None:
 def info(options: argparse.Namespace) -> None:
     """Show what is in a data set, and what each method would send."""
     from fedss.data import DATASETS, holdings, parse_partition
+    from fedss.settings import problem_of, resolve
     from fedss.training.build import build_model, check_trainable, load_data, num_parameters
     from fedss.training.summary import costs, describe
 
@@ -100,6 +101,7 @@ def info(options: argparse.Namespace) -> None:
         "frozen": num_parameters(embedder, trained=False),
     }
     tables.print_data(data.name, description, held)
+    tables.print_settings(resolve(config, problem_of(data))[1])
     for remark in data.remarks:
         say(f"remark: {remark}")
     if data.remarks:

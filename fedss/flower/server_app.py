@@ -31,6 +31,7 @@ from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
 from fedss.runs.progress import estimate
 from fedss.runs.records import Record
+from fedss.settings import resolve
 from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
 from fedss.training.experiment import Run, train_federation
 from fedss.training.federation import Federation, OnPhase
@@ -73,11 +74,8 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     }
     folder, left = Path(deployment.out), estimate(config)
     return train_federation(
-        config,
-        folder,
-        embedder,
-        data,
-        partial(_federation, grid, config, deployment),
+        *(config, None, folder, embedder, data),
+        partial(_federation, grid, resolve(config, None)[0], deployment),
         label=f"{config.method} seed {config.seed}",
         on_round=lambda record: log_line(line(record, config.rounds, left(record))),
     )

@@ -51,7 +51,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         RunFolderError: a configuration or a summary that is missing, damaged or of no single run.
     """
     about, summary = _read_run(folder)
-    data, settings = about["data"], about["config"]
+    data, settings = about["data"], {**about["config"], **about.get("resolved", {})}
     name, split = _plain(data.get("name", UNKNOWN)), settings.get("eval_split", "test")
     own = f"{about['model'].get('backbone', UNKNOWN)} (a module of its owner's)"
     backbone = _plain(spec.backbone or own)
@@ -140,9 +140,6 @@ def _setting_rows(
             listed, value = True, summary.get("sample_size", UNKNOWN)
         elif option.name == "backbone":
             value = backbone
-        elif value is None and settings.get("method") in METHODS:
-            # Some defaults are the method's.
-            value = getattr(METHODS[settings["method"]], option.name, None)
         if listed or option.name in _SETTINGS:
             # Where a file lay on some machine is nobody's business.
             shown = Path(value).name if isinstance(value, str) and "/" in value else value

@@ -42,7 +42,8 @@ class Method:
         server_step: what the server does to all class rows [N, D] after each round; gets the
             fields of the configuration in ``server_settings`` as keyword arguments.
         pooled: images are pooled first: a reference, not federated learning.
-        row_mean, class_row_lr: defaults of these settings.
+        row_mean, class_row_lr: what ``auto`` is for this method; None: see
+            :func:`fedss.settings.resolve`.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Method:
     server_settings: tuple[str, ...] = ()
     pooled: bool = False
     row_mean: RowMean = "cohort"
-    class_row_lr: float = 2.0
+    class_row_lr: float | None = None
 
     @property
     def moments(self) -> bool:
@@ -114,6 +115,7 @@ METHODS: dict[str, Method] = {
             "all",
             sampled_softmax,
             pooled=True,
+            class_row_lr=2.0,
         ),
     )
 }

@@ -16,7 +16,7 @@ class RunSettings(TypedDict):
     method: str
     seed: int
     rounds: int
-    sample_size: NotRequired[int | None]
+    sample_size: NotRequired[Any]
     clients_per_round: NotRequired[int | None]
     eval_every: NotRequired[int | None]
     checkpoint_every: NotRequired[int | None]
@@ -56,9 +56,13 @@ class ModelFacts(TypedDict):
 
 
 class RunConfig(TypedDict):
-    """The ``config.json`` of a run. Beside these it has the versions of what it was made with."""
+    """The ``config.json`` of a run. Beside these it has the versions of what it was made with.
+
+    ``resolved`` has the numbers of settings that are ``auto`` in ``config``, ``why`` their reasons.
+    """
 
     config: RunSettings
+    resolved: NotRequired[Mapping[str, Any]]
     data: DataFacts
     model: ModelFacts
     command: NotRequired[str | None]
@@ -68,6 +72,7 @@ class AnyConfig(TypedDict):
     """The ``config.json`` of a run, of a comparison (``methods``), or of a ``model`` folder."""
 
     config: Mapping[str, Any]
+    resolved: NotRequired[Mapping[str, Any]]
     data: NotRequired[DataFacts]
     model: NotRequired[Mapping[str, Any]]
     methods: NotRequired[list[str]]

@@ -17,6 +17,7 @@ from fedss.distributed import Ranks
 from fedss.errors import RunFolderError
 from fedss.files import RUN_FOLDER_ADVICE, remove_litter, write_json, writing
 from fedss.runs.about import AnyConfig, DataFacts, read_any_config
+from fedss.settings import Setting
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding). Files may have moved: what is in them is compared.
@@ -56,7 +57,12 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
 
 
 def write_run_config(
-    folder: Path, config: Config, data: DataFacts, model: Mapping[str, Any], ranks: Ranks
+    folder: Path,
+    config: Config,
+    settings: Mapping[str, Setting],
+    data: DataFacts,
+    model: Mapping[str, Any],
+    ranks: Ranks,
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
 
@@ -67,7 +73,10 @@ def write_run_config(
         RunFolderError: the folder holds another run (names the fields that differ), a
             comparison, or a run whose configuration is gone; or not all ranks see the folder.
     """
-    content = {"config": _stored(config), "data": dict(data), "model": dict(model)} | _versions()
+    values = {name: setting.value for name, setting in settings.items()}
+    reasons = {name: setting.why for name, setting in settings.items()}
+    content: dict[str, Any] = {"config": _stored(config), "resolved": values, "why": reasons}
+    content |= {"data": dict(data), "model": dict(model)} | _versions()
     if not ranks.first:
         ranks.gather(None)
         if not (folder / "config.json").exists():
@@ -78,7 +87,7 @@ def write_run_config(
     elif "methods" in stored:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
     else:
-        _check_same(folder, content, stored, ("config", "data", "model"), _FREE_FIELDS)
+        _check_same(folder, content, stored, ("config", "resolved", "data", "model"), _FREE_FIELDS)
     if ranks.first:
         ranks.gather(None)
 

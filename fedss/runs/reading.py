@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -217,7 +217,8 @@ def _rank(method: str) -> tuple[bool, int]:
 def _run(folder: Path, summary: Summary | None) -> RecordedRun:
     """A run, with its summary if it is finished."""
     config = read_run_config(folder)
-    settings, finished = config["config"], summary is not None
+    settings = cast(RunSettings, {**config["config"], **config.get("resolved", {})})
+    finished = summary is not None
     records = tuple(read_all_records(folder / "records.jsonl", finished))
     by_class = read_scores(folder / "by_class.json").by_class if finished else {}
     named = settings if summary is None else summary

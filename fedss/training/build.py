@@ -4,11 +4,12 @@ import math
 import os
 from dataclasses import fields, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from fedss.config import OPTIONS, Config, option_numbers
+from fedss.config import OPTIONS, Auto, Config, option_numbers
 from fedss.core.client import LocalTraining, RoundPlan
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import (
@@ -27,7 +28,10 @@ from fedss.losses.softmax import Objective, Scoring
 from fedss.models import Embedder, build_embedder
 from fedss.sampling.samplers import SAMPLERS, Sampler
 from fedss.seeds import generator
+from fedss.settings import auto_sample_size
 from fedss.wire.messages import WireFormat
+
+T = TypeVar("T")
 
 
 def load_data(config: Config, *, at_site: bool = False) -> Dataset:
@@ -59,18 +63,31 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
 
 
 def sample_size(config: Config, num_classes: int) -> int:
-    """``|S|``, which is 64 (or n, if that is less) unless ``config`` says otherwise.
+    """``|S|``.
 
     Raises:
         ConfigError: ``sample_size`` is above n.
     """
-    size = config.sample_size or min(64, num_classes)
+    size = config.sample_size
+    if size == "auto":
+        size = auto_sample_size(num_classes)
     if size > num_classes:
         raise ConfigError(
             f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
             f"(n means full), got {size}"
         )
     return size
+
+
+def resolved(value: T | Auto) -> T:
+    """A setting of a configuration in which none is ``auto`` any more.
+
+    Raises:
+        ConfigError: it still is.
+    """
+    if value == "auto":
+        raise ConfigError("expected a number in place of 'auto'; call fedss.settings.resolve first")
+    return value
 
 
 def build_model(config: Config, data: Dataset, backbone: nn.Module | None) -> Embedder:
@@ -125,7 +142,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
     return ServerOptimizer(
         config.server_optimizer,
         config.server_lr,
-        config.server_momentum,
+        resolved(config.server_momentum),
         config.server_second_momentum,
         config.server_epsilon,
         config.normalize_rows,
@@ -188,8 +205,8 @@ def round_plan(
             config.local_epochs,
             config.local_steps,
             config.batch_size,
-            decay * config.client_lr,
-            decay * (config.class_row_lr or method.class_row_lr),
+            decay * resolved(config.client_lr),
+            decay * resolved(config.class_row_lr),
         ),
         AUGMENTATIONS.get(config.augment),
     )

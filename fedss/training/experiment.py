@@ -29,6 +29,7 @@ from fedss.runs.folder import (
 from fedss.runs.progress import show_progress
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
+from fedss.settings import Problem, problem_of, resolve
 from fedss.training.build import (
     build_model,
     check_trainable,
@@ -119,7 +120,8 @@ def train(
 
 def _check(config: Config, data: Dataset, own: OwnParts) -> None:
     """Whether the run can be, before anything is written."""
-    sample_size(config, len(data.train.class_names))
+    told, _ = resolve(config, problem_of(data))
+    sample_size(told, len(data.train.class_names))
     check_tellable(evaluation_task(config, data), data.name, config.test_classes)
     compute_device(config)
     if own.objective is not None:
@@ -137,10 +139,10 @@ def _train_joined(
     known: Known,
 ) -> Run:
     model = build_model(config, data, own.backbone)
-    about = describe(config, data)
+    about, problem = describe(config, data), problem_of(data)
     federate = partial(local_federation, config, data, ranks, known)
     return train_federation(
-        *(config, folder, model, about, federate),
+        *(config, problem, folder, model, about, federate),
         label=label,
         own=own,
         on_round=on_round,
@@ -150,6 +152,7 @@ def _train_joined(
 
 def train_federation(
     config: Config,
+    problem: Problem | None,
     folder: Path,
     embedder: Embedder,
     data: DataFacts,
@@ -164,6 +167,7 @@ def train_federation(
 
     Args:
         config: what to do; clients get its settings of local training.
+        problem: what ``auto`` settings follow from; None if it is not known.
         folder: the run folder.
         embedder: the model, with its first weights.
         data: metadata of the data set; a run that goes on must have the same.
@@ -179,16 +183,17 @@ def train_federation(
     own = own or OwnParts()
     if config.keep_memory:
         keep_freed_memory()
-    plan_of = partial(round_plan, config, sampler=own.sampler, objective=own.objective)
+    told, settings = resolve(config, problem)
+    plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
     model = describe_model(embedder, own.sampler, own.objective)
     with lock_folder(folder) if ranks.first else nullcontext():
-        write_run_config(folder, config, data, model, ranks)
+        write_run_config(folder, config, settings, data, model, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             if not ranks.first:
                 on_round = lambda record: None  # noqa: E731
             with nullcontext(on_round) if on_round else show_progress(label, config) as observe:
-                summary = train_rounds(config, embedder, federate, plan_of, folder, observe, ranks)
+                summary = train_rounds(told, embedder, federate, plan_of, folder, observe, ranks)
         if ranks.first:
             if not already_done:
                 about = {"method": config.method, "data": data["name"]}

@@ -22,7 +22,7 @@ from fedss.evaluation.baselines import Floors, floor
 from fedss.evaluation.intervals import interval
 from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
-from fedss.losses.methods import METHODS
+from fedss.losses.methods import METHODS, RowMean
 from fedss.models import Embedder, flatten_
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.runs.findings import read_scores, write_findings, write_scores
@@ -39,7 +39,7 @@ from fedss.runs.summaries import Summary, summarize
 from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
-from fedss.training.build import sample_size, server_optimizer
+from fedss.training.build import resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 
 OnRound = Callable[[Record], None]
@@ -75,9 +75,9 @@ def train_rounds(
     Returns the run's summary. Every rank has the same state throughout; only the first writes.
     """
     optimizer, timer = server_optimizer(config), PhaseTimer()
-    row_mean = config.row_mean or METHODS[config.method].row_mean
     theta_P = flatten_(embedder).theta_P
     with federate(embedder, optimizer, timer.end_phase) as federation:
+        row_mean: RowMean = resolved(config.row_mean)
         of_cohort = federation.cohort_size, row_mean, federation.quorum
         server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
         job = _Job(config, federation, server, plan_of, folder, timer, ranks, on_round)

@@ -18,6 +18,7 @@ from fedss.models import Embedder, frozen_fingerprint
 from fedss.runs.about import DataFacts
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
+from fedss.settings import problem_of, resolve
 from fedss.text import counted
 from fedss.training.build import (
     evaluation_task,
@@ -100,7 +101,7 @@ def why_not_own(run: str, data: DataFacts, name: str) -> str:
 def notes(config: Config, data: Dataset) -> list[str]:
     """What is easily overlooked in a run; each in a line of up to 80 columns."""
     classes, own_K = len(data.train.class_names), count_own_classes(data.train)
-    size = sample_size(config, classes)
+    size = sample_size(resolve(config, problem_of(data))[0], classes)
     weak = weakness(len(count_classes(evaluation_task(config, data).query)))
     lines = [weak] if weak else []
     if METHODS[config.method].negatives == "sampled":
@@ -157,7 +158,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
     own, clients = np.unique(count_own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
-        of_method = replace(config, method=method.name)
+        of_method, _ = resolve(replace(config, method=method.name), problem_of(data))
         plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
         sent = [_messages(plan, wire, int(count), num_parameters(embedder)) for count in own]

@@ -8,7 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from omniglot import DRAWERS, FEDAWS, ONE_CLASS, STEPS, search, step
+from common import search, step
+from omniglot import DRAWERS, FEDAWS, ONE_CLASS, STEPS
 
 
 @pytest.mark.parametrize("off", [0.01, 1.0, 30.0])
@@ -20,7 +21,7 @@ def test_the_search_ends_where_each_setting_was_tried_higher_and_lower(off):
             (math.log(settings[k] / (off * FEDAWS[k])) / math.log(STEPS[k])) ** 2 for k in FEDAWS
         )
 
-    trials = search(FEDAWS, judge)
+    trials = search(FEDAWS, judge, STEPS)
     best = max(trials, key=lambda trial: trial["map_at_10"])
     tried = [tuple(trial["settings"].values()) for trial in trials]
     assert len(set(tried)) == len(tried) < 60

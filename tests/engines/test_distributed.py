@@ -54,7 +54,10 @@ CASES = {
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Everything that the newest checkpoint holds."""
     stored = json.loads((folder / "config.json").read_text())
-    config, n = config_from_dict(stored["config"]), stored["data"]["train_classes"]
+    config, n = (
+        config_from_dict(stored["config"] | stored["resolved"]),
+        stored["data"]["train_classes"],
+    )
     slots = server_optimizer(config).of_rows.slots
     rows = create_class_rows(n, config.embedding_size, slots, config.seed)
     state = load_checkpoint(folder / "checkpoint", rows)

@@ -30,6 +30,7 @@ from fedss.flower.settings import Deployment
 from fedss.flower.sites import Site, Sites
 from fedss.flower.validation import MOST_EXAMPLES
 from fedss.seeds import generator
+from fedss.settings import resolve
 from fedss.training.build import round_plan
 from fedss.wire.messages import WireFormat, encode_update
 from tests.flower_grid import through_the_wire
@@ -100,7 +101,7 @@ def engine_of(changes: dict[str, Any], answers: dict[str, Content], folder: Path
     )
     engine = FlowerEngine(sites, 9, 2, optimizer, wire, lambda phase: None)
     rows = create_class_rows(N, D, optimizer.slots, 0)
-    plan = round_plan(config, N, ROUND)
+    plan = round_plan(resolve(config, None)[0], N, ROUND)
     if plan.method.moments:
         rows = with_sums(rows)
     theta_P = torch.zeros(29)

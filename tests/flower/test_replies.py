@@ -22,6 +22,7 @@ from fedss.flower.validation import (
     read_reply,
 )
 from fedss.seeds import generator
+from fedss.settings import resolve
 from fedss.training.build import round_plan
 from fedss.wire.messages import WireFormat, encode_update
 
@@ -31,7 +32,7 @@ IDS = torch.tensor([0, 2, 19])
 
 def asked(n: int = N, **changes: Any) -> tuple[WireFormat, RoundPlan]:
     config = Config(**{"sample_size": 8, "embedding_size": D, **changes})
-    return WireFormat(LAYOUT, D, n), round_plan(config, n, 0)
+    return WireFormat(LAYOUT, D, n), round_plan(resolve(config, None)[0], n, 0)
 
 
 def refused(reason: str) -> Any:

@@ -1,0 +1,156 @@
+"""Settings that follow from the problem: what ``auto`` means."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fedss.config import Config
+from fedss.data import Dataset, count_own_classes
+from fedss.losses.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is known of the training images before the first round.
+
+    Attributes:
+        classes: n.
+        clients: N.
+        images: of a client, on average.
+        own_classes: of a client, on average.
+    """
+
+    classes: int
+    clients: int
+    images: float
+    own_classes: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The value that an ``auto`` stands for, and why."""
+
+    value: Any
+    why: str
+
+
+def problem_of(data: Dataset) -> Problem:
+    """What the rules ask about a data set."""
+    train = data.train
+    clients = len(train.client_names)
+    own = float(np.mean(count_own_classes(train)))
+    return Problem(len(train.class_names), clients, len(train) / clients, own)
+
+
+def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, Setting]]:
+    """The configuration with a number for each ``auto``, and the reason of each.
+
+    With K of N clients a round, R rounds, n classes, and clients that have P own classes and train
+    on I images in a round, on average::
+
+        server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
+        client_lr        0.05
+        class_row_lr     g K (1 - b), g = max(1/2, min(40 / E, E / 2)) / m
+                         E = R K I / n: how often a class is seen in training
+                         m = max(1, I / P): images of it that a client trains on at once
+                         (moments 1 / m, central 2 / m)
+        sample_size      max(64, 2.4 sqrt(n), 2 P), at most n
+        row_mean         the method's
+
+    A round's mean is divided by K, and momentum adds up 1 / (1 - b) rounds: g is how far a row
+    moves for what one client has learnt of it. docs/settings.md has the reasons and the evidence.
+
+    Args:
+        config: a configuration; what is not ``auto`` stays.
+        problem: None where the data are not known, as in a federation. Then 1 / N = 0, g = 1,
+            m = 1, and ``sample_size`` stays ``auto``: it follows from n in each round.
+    """
+    settings: dict[str, Setting] = {}
+    for name, rule in _RULES.items():
+        if getattr(config, name) == "auto" and (setting := rule(config, problem)):
+            settings[name] = setting
+            config = replace(config, **{name: setting.value})
+    return config, settings
+
+
+def _server_momentum(config: Config, problem: Problem | None) -> Setting:
+    cohort = config.clients_per_round
+    # The variance of a mean of K out of N, without replacement, falls with 1 / K - 1 / N.
+    left_out = max(0.0, 1 / cohort - (1 / problem.clients if problem else 0.0))
+    value = min(0.9, max(0.0, 1 - 2 * left_out))
+    of = f" of {problem.clients}" if problem else ""
+    return Setting(
+        _rounded(value), f"1 - 2 (1 / K - 1 / N), at most 0.9: {cohort}{of} clients a round"
+    )
+
+
+def _client_lr(config: Config, problem: Problem | None) -> Setting:
+    return Setting(0.05, "the same for all: it bounds how far clients drift apart")
+
+
+def _class_row_lr(config: Config, problem: Problem | None) -> Setting:
+    method, cohort = METHODS[config.method], config.clients_per_round
+    if method.class_row_lr is not None:
+        together = _images_together(config, problem) if problem else 1.0
+        value = _rounded(method.class_row_lr / together)
+        return Setting(value, f"{method.class_row_lr:g} / m, m = {together:.3g} images at once")
+    assert config.server_momentum != "auto"  # resolved before
+    momentum = 0.0 if config.server_optimizer == "sgd" else config.server_momentum
+    gain, why = _row_gain(config, problem)
+    value = gain * cohort * (1 - momentum)
+    return Setting(_rounded(value), f"g K (1 - b) with g = {gain:.2g}: {why}")
+
+
+def _row_gain(config: Config, problem: Problem | None) -> tuple[float, str]:
+    """How far a class row moves for one client's change of it, and why."""
+    if problem is None:
+        return 1.0, "the images are not known before the first round"
+    images, together = _images_in_a_round(config, problem), _images_together(config, problem)
+    seen = config.rounds * config.clients_per_round * images / problem.classes
+    gain = max(0.5, min(40 / seen, seen / 2)) / together
+    return gain, f"a class is seen {seen:.3g} times, {together:.3g} at once"
+
+
+def _images_in_a_round(config: Config, problem: Problem) -> float:
+    if config.local_steps is not None:
+        return config.local_steps * min(config.batch_size, problem.images)
+    return config.local_epochs * problem.images
+
+
+def _images_together(config: Config, problem: Problem) -> float:
+    return max(1.0, _images_in_a_round(config, problem) / problem.own_classes)
+
+
+def _row_mean(config: Config, problem: Problem | None) -> Setting:
+    method = METHODS[config.method]
+    return Setting(method.row_mean, f"that of method {method.name}")
+
+
+def _sample_size(config: Config, problem: Problem | None) -> Setting | None:
+    if problem is None:
+        return None  # It follows from n, in each round.
+    n, own = problem.classes, problem.own_classes
+    why = f"max(64, 2.4 sqrt(n), 2 P) with n = {n} and P = {own:.3g}, at most n"
+    return Setting(auto_sample_size(n, own), why)
+
+
+def auto_sample_size(num_classes: int, own_classes: float = 0.0) -> int:
+    """``|S|`` where it is ``auto``: ``max(64, 2.4 sqrt(n), 2 P)``, at most n."""
+    return min(num_classes, int(max(64, 2.4 * math.sqrt(num_classes), 2 * own_classes)))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+# In this order: class_row_lr depends on server_momentum.
+_RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
+    "server_momentum": _server_momentum,
+    "client_lr": _client_lr,
+    "class_row_lr": _class_row_lr,
+    "row_mean": _row_mean,
+    "sample_size": _sample_size,
+}

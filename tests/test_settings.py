@@ -1,0 +1,135 @@
+"""What ``auto`` stands for: laws of the rules, and that a run keeps to what it began with."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedss.cli.main import main
+from fedss.config import OPTIONS, Config
+from fedss.errors import ConfigError, RunFolderError
+from fedss.losses.methods import METHODS
+from fedss.settings import Problem, resolve
+from fedss.training.build import round_plan
+from fedss.training.experiment import train
+
+AUTO = [option.name for option in OPTIONS if option.auto]
+
+problems = st.builds(
+    Problem,
+    classes=st.integers(2, 10**7),
+    clients=st.integers(1, 10**7),
+    images=st.floats(1, 10**5),
+    own_classes=st.floats(1, 10**4),
+)
+configs = st.builds(
+    Config,
+    method=st.sampled_from(list(METHODS)),
+    clients_per_round=st.integers(1, 10**5),
+    rounds=st.integers(1, 10**5),
+    server_optimizer=st.sampled_from(["sgd", "momentum", "adam"]),
+)
+
+
+@given(config=configs, problem=problems | st.none())
+def test_every_problem_gets_settings_that_can_be(config: Config, problem: Problem | None) -> None:
+    # Construction checks ranges: the rule has made another Config.
+    resolved, settings = resolve(config, problem)
+    assert list(settings) == [name for name in settings if name in AUTO]
+    # The size of a sample follows from n, which a federation learns while it runs.
+    assert set(settings) == set(AUTO) - ({"sample_size"} if problem is None else set())
+    for name, setting in settings.items():
+        assert getattr(resolved, name) == setting.value != "auto"
+        assert 10 < len(setting.why) < 100
+    if problem is not None:
+        assert resolved.sample_size <= problem.classes
+    assert resolve(resolved, problem) == (resolved, {})
+
+
+@given(config=configs, problem=problems, name=st.sampled_from(AUTO))
+def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -> None:
+    value = {"row_mean": "holders", "sample_size": 2}.get(name, 0.25)
+    resolved, settings = resolve(dataclasses.replace(config, **{name: value}), problem)
+    assert getattr(resolved, name) == value
+    assert name not in settings
+
+
+@given(problem=problems, cohort=st.integers(1, 10**4), rounds=st.integers(1, 10**4))
+def test_a_row_moves_within_bounds_for_what_a_client_has_learnt(
+    problem: Problem, cohort: int, rounds: int
+) -> None:
+    """Whatever the cohort and the momentum are, and the less the more images come at once."""
+    resolved, _ = resolve(Config(clients_per_round=cohort, rounds=rounds), problem)
+    gain = resolved.class_row_lr / (cohort * (1 - resolved.server_momentum))
+    together = max(1, problem.images / problem.own_classes)
+    assert 0.49 < gain * together < 4.52  # sqrt(40 / 2) and rounding to three digits
+
+
+# From the formula in the docstring, by hand: K, R, n, images, P, and class_row_lr and |S|.
+@pytest.mark.parametrize(
+    ("cohort", "rounds", "classes", "images", "own", "row_lr", "size"),
+    [
+        (20, 120, 960, 32.0, 32.0, 0.5 * 20 * 0.1, 74),  # E = 80
+        (20, 30, 960, 32.0, 32.0, 2 * 20 * 0.1, 74),  # E = 20
+        (40, 60, 12000, 40.0, 40.0, 4 * 40 * 0.1, 262),  # E = 8
+        (4, 60, 960, 8.0, 8.0, 1 * 4 * 0.5, 74),  # E = 2
+        (40, 120, 960, 20.0, 1.0, 0.5 / 20 * 40 * 0.1, 74),  # E = 100, one own class
+    ],
+)
+def test_settings_of_known_problems(cohort, rounds, classes, images, own, row_lr, size):
+    config = Config(clients_per_round=cohort, rounds=rounds)
+    resolved, _ = resolve(config, Problem(classes, 10**6, images, own))
+    assert resolved.class_row_lr == pytest.approx(row_lr, rel=0.01)
+    assert resolved.sample_size == size
+    epochs, _ = resolve(
+        dataclasses.replace(config, local_epochs=3), Problem(classes, 10**6, images, own)
+    )
+    more, _ = resolve(config, Problem(classes, 10**6, 3 * images, own))
+    assert epochs.class_row_lr == more.class_row_lr
+
+
+def test_momentum_follows_the_cohort():
+    momentum = [resolve(Config(clients_per_round=k), None)[0].server_momentum for k in (1, 2, 4)]
+    assert momentum == [0, 0, 0.5]
+    assert resolve(Config(clients_per_round=10**4), None)[0].server_momentum == 0.9
+    # Where all clients take part there is no luck of the draw to average out.
+    sites = Problem(100, 4, 50.0, 10.0)
+    assert resolve(Config(clients_per_round=4), sites)[0].server_momentum == 0.9
+    assert resolve(Config(clients_per_round=2), sites)[0].server_momentum == 0.5
+
+
+def test_an_unresolved_setting_is_told_of():
+    with pytest.raises(ConfigError, match=r"fedss\.settings\.resolve"):
+        round_plan(Config(), 10, 0)
+
+
+def test_a_run_writes_its_settings_and_keeps_to_them(tmp_path: Path) -> None:
+    config = Config(
+        glyphs_classes=20, glyphs_clients=8, clients_per_round=4, rounds=1, client_lr=0.04
+    )
+    train(config, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    written = json.loads(path.read_text())
+    assert written["config"]["class_row_lr"] == "auto"
+    assert written["config"]["client_lr"] == 0.04
+    assert set(written["resolved"]) == set(written["why"]) == set(AUTO) - {"client_lr"}
+    (record,) = map(json.loads, (tmp_path / "run/records.jsonl").read_text().splitlines())
+    assert record["class_row_lr"] == written["resolved"]["class_row_lr"]
+    assert train(config, tmp_path / "run").already_done
+    # A version of fedss with other rules does not go on with other numbers.
+    written["resolved"]["class_row_lr"] = 7.5
+    path.write_text(json.dumps(written))
+    with pytest.raises(RunFolderError, match=r"class_row_lr: 7\.5 there"):
+        train(config, tmp_path / "run")
+
+
+def test_info_shows_settings_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--glyphs-classes", "20", "--glyphs-clients", "8", "--scale", "9"]) == 0
+    out = capsys.readouterr().out
+    for name, setting in resolve(Config(), Problem(16, 8, 50.0, 8.0))[1].items():
+        assert f" {name} " in out
+        if name == "client_lr":
+            assert setting.why in out
