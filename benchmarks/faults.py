@@ -464,6 +464,8 @@ def main() -> int:
             backbone="conv4-8",
             rounds=ROUNDS,
             clients_per_round=COHORT,
+            server_momentum=0.9,  # as in a federation, where `auto` does not know the images
+            class_row_lr=2.0,
             eval_every=0,
             checkpoint_every=2,
             workers=1,

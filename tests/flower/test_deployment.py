@@ -36,6 +36,9 @@ SETTINGS = {
     "batch_size": 2,
     "eval_every": 2,
     "checkpoint_every": 1,
+    # `auto` would be other numbers in a federation, which does not know its images beforehand.
+    "server_momentum": 0.9,
+    "class_row_lr": 2.0,
 }
 
 

@@ -24,6 +24,9 @@ SETTINGS = {
     "backbone": "conv4-8",
     "rounds": 3,
     "eval_every": 3,
+    # `auto` would be other numbers in a federation, which does not know its images beforehand.
+    "server_momentum": 0.9,
+    "class_row_lr": 2.0,
 }
 
 
