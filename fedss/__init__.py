@@ -10,6 +10,7 @@ from fedss.evaluation.task import evaluate
 from fedss.inference.embedding import Embeddings, embed_files
 from fedss.inference.export import export
 from fedss.inference.model import load
+from fedss.log import show_on_stderr
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder
 from fedss.moved import keep_old_names
@@ -45,6 +46,7 @@ __all__ = [
     "load_data",
     "load_dataset",
     "nearest",
+    "show_on_stderr",
     "train",
     "write_report",
 ]

@@ -1,14 +1,64 @@
 """What fedss says while it works: records of the loggers ``fedss.*``, which a host configures.
 
-Library code logs and never prints. The command line and Flower's apps show the records as lines on
-stderr. So does training that is started from Python, for its progress alone.
+Library code logs and never prints. The command line and Flower's apps show the records on stderr,
+and so does a program that calls :func:`show_on_stderr`.
 """
 
 import logging
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from fedss.text import PLAIN, printable
+
+_PROGRESS = logging.getLogger("fedss.progress")
+_SILENCE = 30.0  # seconds after which a step is told of that is not worth telling otherwise
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long task is: the attribute ``progress`` of records of ``fedss.progress``.
+
+    Attributes:
+        task: its name, such as ``fedss seed 0``.
+        done: steps that are done.
+        total: of how many.
+        unit: what a step is: ``round``, ``images``.
+        figures: what else there is to show, as text by name; "" where there is nothing.
+        record: of a round of training, its record.
+    """
+
+    task: str
+    done: int
+    total: int
+    unit: str
+    figures: Mapping[str, str] = field(default_factory=dict)
+    record: Any = None
+
+    def __str__(self) -> str:
+        parts = self.task, f"{self.unit} {self.done}/{self.total}", *self.figures.values()
+        return "  ".join(filter(None, parts))
+
+
+def progress_log() -> Callable[[Progress, bool], None]:
+    """A function that logs how far a task is, told whether that is worth a line.
+
+    A step that is worth a line is logged at INFO, and so is one after half a minute without any;
+    the others are logged at DEBUG.
+    """
+    last = time.monotonic()
+
+    def log(progress: Progress, notable: bool = False) -> None:
+        nonlocal last
+        due = notable or time.monotonic() - last >= _SILENCE
+        if due:
+            last = time.monotonic()
+        level = logging.INFO if due else logging.DEBUG
+        _PROGRESS.log(level, "%s", progress, extra={"progress": progress})
+
+    return log
 
 
 class StderrLines(logging.Handler):
@@ -53,18 +103,6 @@ def show_on_stderr() -> Callable[[], None]:
         logger.setLevel(level)
 
     return undo
-
-
-def show_progress_line(text: str, record: object) -> None:
-    """Log where a run is; on stderr, where logging is not configured to show it.
-
-    The round's ``record`` is the attribute ``progress`` of the log record.
-    """
-    logger = logging.getLogger("fedss.progress")
-    if _is_shown(logger):
-        logger.info(text, extra={"progress": record})
-    else:
-        StderrLines().handle(logging.makeLogRecord({"msg": text, "progress": record}))
 
 
 def _is_shown(logger: logging.Logger) -> bool:

@@ -1,25 +1,50 @@
 """What fedss logs: lines on stderr where it runs as a program, records where a host wants them."""
 
 import logging
+from typing import Any
 
 import pytest
 
 from fedss.config import Config
-from fedss.log import StderrLines, show_on_stderr
-from fedss.runs.progress import show_progress
+from fedss.log import Progress, StderrLines, progress_log, show_on_stderr
+from fedss.runs.progress import log_rounds
 
-RECORD = {"round": 1, "loss": 2.0, "metrics": {"map_at_10": 0.5}, "seconds": {"train": 1.0}}
+
+def of_round(number: int, loss: float, map_at_10: float | None) -> Any:
+    metrics = None if map_at_10 is None else {"map_at_10": map_at_10}
+    return {"round": number, "loss": loss, "metrics": metrics, "seconds": {"train": 1.0}}
+
+
+RECORD = of_round(1, 2.0, 0.5)
 
 
 def test_a_host_that_shows_info_gets_progress_as_records(capsys, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("fedss"), "handlers", [])
-    with caplog.at_level(logging.INFO), show_progress("a run", Config(rounds=1)) as on_round:
+    with caplog.at_level(logging.INFO):
+        on_round = log_rounds("a run", Config(rounds=2))
         on_round(RECORD)
+        on_round(of_round(2, 2.0, None))
     assert capsys.readouterr().err == ""
+    # The start and a round without an evaluation are told of at DEBUG.
     (record,) = caplog.records
     assert record.name == "fedss.progress"
-    assert record.getMessage() == "a run  round 1/1  loss 2.000  MAP@10 0.500"
-    assert record.progress is RECORD
+    assert record.getMessage().startswith("a run  round 1/2  loss 2.000  MAP@10 0.500")
+    assert record.progress.record is RECORD
+
+
+def test_nothing_is_shown_where_logging_is_not_configured(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fedss"), "handlers", [])
+    log_rounds("a run", Config(rounds=1))(RECORD)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_half_a_minute_of_silence_is_long_enough(shown, capsys, monkeypatch):
+    times = iter([100.0, 101.0, 130.0, 130.0, 131.0, 160.0, 160.0])
+    monkeypatch.setattr("fedss.log.time.monotonic", lambda: next(times))
+    tell = progress_log()
+    for done in (1, 2, 3, 4):
+        tell(Progress("photos", done, 9, "images"), False)
+    assert capsys.readouterr().err == "photos  images 2/9\nphotos  images 4/9\n"
 
 
 @pytest.fixture

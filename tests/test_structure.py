@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ PUBLIC = {
     "load_data",
     "load_dataset",
     "nearest",
+    "show_on_stderr",
     "train",
     "write_report",
 }
@@ -112,6 +114,11 @@ def test_library_code_logs_and_never_prints():
         if path.parent != PACKAGE / "cli":
             names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
             assert "print" not in names, path
+            # Of those that write to a terminal, some without a print.
+            assert not {name for name in imports(path) if name.split(".")[0] in ("rich", "tqdm")}
+            if path.name not in ("log.py", "__main__.py"):
+                source = path.read_text()
+                assert not re.search(r"sys\.std(out|err)", source), path
 
 
 def test_old_names_of_modules_are_kept_for_a_release(monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from fedss.cli import train, use  # noqa: F401  Their commands register themselves.
 from fedss.cli.options import COMMANDS
 from fedss.cli.output import lasting_output
+from fedss.cli.progress import progress_bars
 from fedss.distributed import join, this_rank
 from fedss.errors import ConfigError, FedssError, LostRankError
 from fedss.log import show_on_stderr
@@ -91,7 +92,8 @@ def _run(arguments: Sequence[str] | None) -> int:
                 met = True
                 options = make_parser().parse_args(arguments)
                 command = f"fedss {options.command}"
-                options.run(options)
+                with progress_bars():
+                    options.run(options)
         except FedssError as error:
             if ranks.size > 1:
                 # torchrun tells the others to end as soon as one has: not before this is said.

@@ -17,12 +17,11 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from fedss.data.decoding import decode, is_colourless, open_image, quiet_pillow
 from fedss.errors import DataError
 from fedss.files import atomic, remove_litter
+from fedss.log import Progress, progress_log
 
 # Part of every key: raise it when the same files would give other pixels.
 _VERSION = 3
@@ -227,9 +226,8 @@ def cached_array(
         if stored.shape == shape and stored.dtype == np.uint8:
             return stored
 
-    console = Console(stderr=True)
-    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with _cache_file(path) as file, shown:
+    log, done = progress_log(), 0
+    with _cache_file(path) as file:
         size, free = math.prod(shape), shutil.disk_usage(path.parent).free
         if size > free:
             raise DataError(
@@ -241,10 +239,10 @@ def cached_array(
         np.lib.format.write_array_header_1_0(
             file, {"descr": "|u1", "fortran_order": False, "shape": shape}
         )
-        task = shown.add_task(title, total=shape[0])
         for batch in batches:
             file.write(np.ascontiguousarray(batch).data)
-            shown.advance(task, len(batch))
+            done += len(batch)
+            log(Progress(title, done, shape[0], "images"), False)
     made: np.ndarray = np.load(path, mmap_mode="r")
     return made
 

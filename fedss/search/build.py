@@ -4,12 +4,9 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from fedss.errors import DataError, RunFolderError
@@ -17,6 +14,7 @@ from fedss.files import replacing
 from fedss.inference.embedding import LEAVE_OUT, ImageList, list_images
 from fedss.inference.model import load
 from fedss.inference.pixels import read_images
+from fedss.log import Progress, progress_log
 from fedss.models import Embedder, fingerprint
 from fedss.runs.folder import lock_folder
 from fedss.search.collection import ENROLLED, INDEX, Collection, check_model, open_with
@@ -65,7 +63,8 @@ def build_collection(
             an image's class is the name of the folder that it lies in.
         folder: where to put the index; None: ``run/index``.
         skip_broken: leave out images that cannot be read (``Collection.skipped``).
-        on_progress: called with the number of images done and of all; None: a bar on stderr.
+        on_progress: called with the number of images done and of all; None: progress is
+            logged.
         backbone: as for ``fedss.load``.
 
     Raises:
@@ -184,31 +183,31 @@ def _embed(
     """Add images to a store, some at a time; those that cannot be read."""
     paths, total = image_list.paths, len(stamps)
     unreadable: list[int] = []
-    with _progress(on_progress) as done:
-        count = total - len(todo)
+    done = on_progress or _log_progress()
+    count = total - len(todo)
+    done(count, total)
+    for chunk in _chunks(todo):
+        broken: dict[int, str] | None = {} if skip_broken else None
+        blocks = read_images(
+            embedder,
+            [paths[at] for at in chunk],
+            thumbnails=True,
+            broken=broken,
+            advice=LEAVE_OUT,
+        )
+        items = []
+        for block in blocks:
+            for one in block:
+                at = chunk[one.position]
+                items.append(
+                    Item(image_list.names[at], None, stamps[at], one.vector_D, one.thumbnail)
+                )
+            done(count + len(items), total)
+        with transaction(unfinished) as file:
+            add_items(file, items)
+        unreadable += [chunk[position] for position in sorted(broken or {})]
+        count += len(chunk)
         done(count, total)
-        for chunk in _chunks(todo):
-            broken: dict[int, str] | None = {} if skip_broken else None
-            blocks = read_images(
-                embedder,
-                [paths[at] for at in chunk],
-                thumbnails=True,
-                broken=broken,
-                advice=LEAVE_OUT,
-            )
-            items = []
-            for block in blocks:
-                for one in block:
-                    at = chunk[one.position]
-                    items.append(
-                        Item(image_list.names[at], None, stamps[at], one.vector_D, one.thumbnail)
-                    )
-                done(count + len(items), total)
-            with transaction(unfinished) as file:
-                add_items(file, items)
-            unreadable += [chunk[position] for position in sorted(broken or {})]
-            count += len(chunk)
-            done(count, total)
     return unreadable
 
 
@@ -227,22 +226,6 @@ def _held(file: Path, model: str, image_list: ImageList) -> dict[str, tuple[int,
         return {}  # Whatever is wrong with it, the index is now made anew.
 
 
-@contextmanager
-def _progress(on_progress: OnProgress | None) -> Iterator[OnProgress]:
-    """``on_progress``; without one a bar on stderr, where that is a terminal."""
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    if on_progress is not None:
-        yield on_progress
-        return
-    with bar:
-        task = bar.add_task("images", total=None)
-        yield lambda count, total: bar.update(task, completed=count, total=total)
+def _log_progress() -> OnProgress:
+    log = progress_log()
+    return lambda done, total: log(Progress("images", done, total, "images"), False)

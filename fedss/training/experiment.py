@@ -26,7 +26,7 @@ from fedss.runs.folder import (
     write_comparison_config,
     write_run_config,
 )
-from fedss.runs.progress import show_progress
+from fedss.runs.progress import log_rounds
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.settings import Problem, problem_of, resolve
@@ -98,7 +98,7 @@ def train(
             and ``central``; see :data:`fedss.losses.softmax.Objective`. A run that goes on needs
             one of the same name.
         on_round: called with each round's record, those of an interrupted run first, at the first
-            rank alone; None: progress is shown on stderr.
+            rank alone; None: progress is logged (:func:`fedss.log.show_on_stderr`).
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
@@ -192,8 +192,8 @@ def train_federation(
         if not already_done:
             if not ranks.first:
                 on_round = lambda record: None  # noqa: E731
-            with nullcontext(on_round) if on_round else show_progress(label, config) as observe:
-                summary = train_rounds(told, embedder, federate, plan_of, folder, observe, ranks)
+            on_round = on_round or log_rounds(label, config)
+            summary = train_rounds(told, embedder, federate, plan_of, folder, on_round, ranks)
         if ranks.first:
             if not already_done:
                 about = {"method": config.method, "data": data["name"]}

@@ -18,11 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.cells import cell_len
-from rich.console import Console
 
 from fedss.cli import main
-from fedss.config import Config
-from fedss.runs.progress import _Line, kept, show_progress
 from fedss.text import PLAIN, encodable, printable
 
 LABEL = "鸟类 “{}” é [red]–"
@@ -254,69 +251,6 @@ def test_results_fit_narrow_terminals_without_what_can_be_spared(chinese, width,
     text = "\n".join(lines)
     assert ("seeds" in text) == (width == 80)
     assert "MAP@10" in text
-
-
-PARTS = {
-    "label": "run 1 of 4: fedss seed 0",
-    "round": "120/120",
-    "loss": "loss 6.294",
-    "map": "MAP@10 0.107",
-    "clock": "1:20:01",
-    "left": "at least a few seconds left",
-}
-
-
-@pytest.mark.parametrize(
-    "width, gone",
-    [
-        (97, set()),
-        (96, {"left"}),
-        (68, {"left"}),
-        (67, {"left", "label"}),
-        (42, {"left", "label"}),
-        (41, {"left", "label", "map"}),
-        (27, {"left", "label", "map", "clock"}),
-        (18, {"left", "label", "map", "clock", "loss"}),
-        (3, {"left", "label", "map", "clock", "loss"}),
-    ],
-)
-def test_a_progress_line_drops_its_parts_in_order(width, gone):
-    assert list(kept(PARTS, width)) == [name for name in PARTS if name not in gone]
-
-
-@pytest.mark.parametrize("width", [200, 100, 80, 60, 40, 20])
-def test_a_progress_line_shows_each_part_whole_or_not_at_all(width):
-    from rich.progress import Progress
-
-    console = Console(width=width, file=Terminal(), force_terminal=True, color_system=None)
-    bar = Progress(_Line(console), console=console)
-    label = "run 10 of 12: [fedss]\x1b seed 0"
-    task = bar.add_task(label, total=120, loss="6.294", map="0.107", left="about 3 min left")
-    bar.update(task, completed=7)
-    with console.capture() as shown:
-        console.print(bar.get_renderable())
-    (line,) = shown.get().splitlines()
-    assert cell_len(line) <= width
-    assert "…" not in line
-    words = re.split(r" {2,}", line.strip())
-    whole = {r"run 10 of 12: [fedss]\x1b seed 0", "7/120", "loss 6.294", "MAP@10 0.107"}
-    whole |= {"-:--:--", "0:00:00", "about 3 min left"}
-    assert {word for word in words if not set(word) <= set("━╸╺")} <= whole
-    assert "7/120" in words
-    if width >= 80:
-        assert {"loss 6.294", "MAP@10 0.107"} < set(words)
-        assert {"-:--:--", "0:00:00"} & set(words)
-
-
-def test_progress_that_cannot_be_written_ends_no_training(monkeypatch, nobody):
-    record = {"round": 1, "loss": 1.0, "metrics": {"map_at_10": 0.5}, "seconds": {"train": 1.0}}
-    stream = os.fdopen(os.dup(nobody), "w", buffering=1)
-    monkeypatch.setattr(sys, "stderr", stream)
-    with show_progress("fedss seed 0", Config(rounds=2)) as on_round:
-        on_round(record)
-    monkeypatch.undo()
-    with pytest.raises(BrokenPipeError):
-        stream.close()
 
 
 INTERRUPTED = """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_a_resumed_run_shows_nothing_twice(tmp_path, capsys):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run", on_round=stop)
+    time.sleep(1)  # TensorBoard names files by the second.
     run = train(tmp_path / "run")
     board = events(run.folder)
     assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
