@@ -47,7 +47,7 @@ from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
 from fedss.settings import problem_of, resolve
 from fedss.training.build import build_model, load_data, server_optimizer
-from fedss.training.experiment import train_federation
+from fedss.training.experiment import RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase, local_federation
 from fedss.training.summary import describe
 
@@ -295,9 +295,8 @@ def train_locally(config: fedss.Config, folder: Path, absent: Mapping[int, Set[i
 
     if absent:
         model, about = build_model(config, data, None), describe(config, data)
-        train_federation(
-            *(config, problem_of(data), folder, model, about, federate), label="", on_round=ignore
-        )
+        plan = RunPlan(config, problem_of(data), model, about, federate)
+        train_federation(plan, folder, "", on_round=ignore)
     else:
         fedss.train(config, folder, data=data, on_round=ignore)
     resolved, _ = resolve(config, problem_of(data))

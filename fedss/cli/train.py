@@ -20,7 +20,7 @@ from fedss.cli.tables import say
 from fedss.config import Config, variant
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
-from fedss.text import counted
+from fedss.text import counted, listed
 
 if TYPE_CHECKING:
     from fedss.data import Dataset
@@ -137,9 +137,13 @@ def app(options: argparse.Namespace) -> None:
 def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
     """What there is to train on and to test with, before any training."""
     from fedss.training.build import check_trainable
-    from fedss.training.summary import notes, overview
+    from fedss.training.summary import notes, overview, unused_settings
 
     tables.say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     check_trainable(data)
     remarks = dict.fromkeys(note for config in configs for note in notes(config, data))
+    unused = sorted(set.intersection(*map(unused_settings, configs)))
+    if unused:
+        methods = list(dict.fromkeys(config.method for config in configs))
+        remarks[f"{listed(unused)}: not used by {listed(methods)}"] = None
     say(*overview(configs[0], data), *(f"note     {note}" for note in remarks))

@@ -33,7 +33,7 @@ from fedss.runs.progress import estimate
 from fedss.runs.records import Record
 from fedss.settings import resolve
 from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
-from fedss.training.experiment import Run, train_federation
+from fedss.training.experiment import Run, RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase
 
 app = ServerApp()
@@ -73,10 +73,11 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         "evaluated_at": deployment.evaluate_at,
     }
     folder, left = Path(deployment.out), estimate(config)
+    federate = partial(_federation, grid, resolve(config, None)[0], deployment)
     return train_federation(
-        *(config, None, folder, embedder, data),
-        partial(_federation, grid, resolve(config, None)[0], deployment),
-        label=f"{config.method} seed {config.seed}",
+        RunPlan(config, None, embedder, data, federate),
+        folder,
+        f"{config.method} seed {config.seed}",
         on_round=lambda record: log_line(line(record, config.rounds, left(record))),
     )
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,27 @@ class OwnParts:
     objective: Objective | None = None
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """What :func:`train_federation` trains, and with whom.
+
+    Attributes:
+        config: what to do; clients get its settings of local training.
+        problem: what ``auto`` settings follow from; None if it is not known.
+        embedder: the model, with its first weights.
+        data: metadata of the data set; a run that goes on must have the same.
+        federate: opens the federation.
+        own: the user's own objects.
+    """
+
+    config: Config
+    problem: Problem | None
+    embedder: Embedder
+    data: DataFacts
+    federate: Federate
+    own: OwnParts = OwnParts()
+
+
 def train(
     config: Config,
     out: str | Path,
@@ -107,15 +128,15 @@ def train(
         DivergedError: a loss or update became NaN or infinite; the last checkpoint is kept.
         FedssError: another process of the run failed or is gone; the last checkpoint is kept.
     """
-    own = OwnParts(backbone, sampler, objective)
     with join() as ranks:
         data, config = data or load_together(config), with_absolute_paths(config)
         check_trainable(data)
+        own = OwnParts(backbone, sampler, objective)
         _check(config, data, own)
         # Absolute: whoever is called in between may change the working directory.
         folder = Path(out).absolute()
         label = f"{config.method} seed {config.seed}"
-        return _train_joined(config, folder, label, data, own, on_round, ranks, {})
+        return _Experiment(data, own, on_round, ranks).train(config, folder, label)
 
 
 def _check(config: Config, data: Dataset, own: OwnParts) -> None:
@@ -128,83 +149,71 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
         check_objective(config, own.objective)
 
 
-def _train_joined(
-    config: Config,
-    folder: Path,
-    label: str,
-    data: Dataset,
-    own: OwnParts,
-    on_round: OnRound | None,
-    ranks: Ranks,
-    known: Known,
-) -> Run:
-    model = build_model(config, data, own.backbone)
-    about, problem = describe(config, data), problem_of(data)
-    federate = partial(local_federation, config, data, ranks, known)
-    return train_federation(
-        *(config, problem, folder, model, about, federate),
-        label=label,
-        own=own,
-        on_round=on_round,
-        ranks=ranks,
-    )
+@dataclass(frozen=True)
+class _Experiment:
+    """What the runs of an experiment share: images, the user's objects, processes, floors."""
+
+    data: Dataset
+    own: OwnParts
+    on_round: OnRound | None
+    ranks: Ranks
+    floors: Known = field(default_factory=Known)
+
+    def train(self, config: Config, folder: Path, label: str) -> Run:
+        """Train one model with all clients on this machine, or wherever the ranks are."""
+        federate = partial(local_federation, config, self.data, self.ranks, self.floors)
+        model = build_model(config, self.data, self.own.backbone)
+        about, problem = describe(config, self.data), problem_of(self.data)
+        plan = RunPlan(config, problem, model, about, federate, self.own)
+        return train_federation(plan, folder, label, on_round=self.on_round, ranks=self.ranks)
 
 
 def train_federation(
-    config: Config,
-    problem: Problem | None,
+    plan: RunPlan,
     folder: Path,
-    embedder: Embedder,
-    data: DataFacts,
-    federate: Federate,
-    *,
     label: str,
-    own: OwnParts | None = None,
+    *,
     on_round: OnRound | None = None,
     ranks: Ranks = ALONE,
 ) -> Run:
     """Train one model wherever its clients are, or go on with it.
 
     Args:
-        config: what to do; clients get its settings of local training.
-        problem: what ``auto`` settings follow from; None if it is not known.
+        plan: what to train, and with whom.
         folder: the run folder.
-        embedder: the model, with its first weights.
-        data: metadata of the data set; a run that goes on must have the same.
-        federate: opens the federation.
         label: the run's name, where progress is shown.
-        own: the user's own objects.
         on_round: as in :func:`train`.
         ranks: the processes that train together.
 
     Raises:
         As :func:`train`, and QuorumError: too few clients gave an update, time and again.
     """
-    own = own or OwnParts()
+    config, own = plan.config, plan.own
     if config.keep_memory:
         keep_freed_memory()
-    told, settings = resolve(config, problem)
+    told, settings = resolve(config, plan.problem)
     plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
-    model = describe_model(embedder, own.sampler, own.objective)
+    model = describe_model(plan.embedder, own.sampler, own.objective)
     with lock_folder(folder) if ranks.first else nullcontext():
-        write_run_config(folder, config, settings, data, model, ranks)
+        write_run_config(folder, config, settings, plan.data, model, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             if not ranks.first:
                 on_round = lambda record: None  # noqa: E731
-            on_round = on_round or log_rounds(label, config)
-            summary = train_rounds(told, embedder, federate, plan_of, folder, on_round, ranks)
+            observe = on_round or log_rounds(label, config)
+            summary = train_rounds(
+                *(told, plan.embedder, plan.federate, plan_of, folder, observe, ranks)
+            )
         if ranks.first:
             if not already_done:
-                about = {"method": config.method, "data": data["name"]}
-                save_embedder(embedder, folder / "model", about)
+                about = {"method": config.method, "data": plan.data["name"]}
+                save_embedder(plan.embedder, folder / "model", about)
                 write_summaries(folder, [summary])
             # One that was written during the run says so.
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
-        embedder = load_embedder(folder / "model", own.backbone)
-        return Run(folder, embedder, summary, already_done)
+        return Run(folder, load_embedder(folder / "model", own.backbone), summary, already_done)
 
 
 def load_together(config: Config) -> Dataset:
@@ -266,8 +275,7 @@ def compare(
             given = ", ".join(map(str, values)) or "none"
             raise ConfigError(f"{name}: expected one or more, each once, got {given}")
     variant_of = {label: variant(config, label) for label in methods}
-    folder, summaries, known = Path(out).absolute(), [], Known()
-    own = OwnParts(backbone, sampler, objective)
+    folder, summaries = Path(out).absolute(), []
     with join() as ranks:
         data, config = data or load_together(config), with_absolute_paths(config)
         check_trainable(data)
@@ -276,15 +284,17 @@ def compare(
             for label in methods
             for seed in seeds
         ]
+        own = OwnParts(backbone, sampler, objective)
         for _, run in runs:
             _check(run, data, own)
+        experiment = _Experiment(data, own, on_round, ranks)
         with lock_folder(folder) if ranks.first else nullcontext():
             if ranks.first:
                 write_comparison_config(folder, config, list(methods), list(seeds))
             for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"
-                done = _train_joined(run, folder / name, title, data, own, on_round, ranks, known)
+                done = experiment.train(run, folder / name, title)
                 summaries.append({**done.summary, "label": label, "folder": name})
             if ranks.first:
                 folders = {summary["folder"] for summary in summaries}

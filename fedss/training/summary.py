@@ -116,6 +116,19 @@ def notes(config: Config, data: Dataset) -> list[str]:
     return lines
 
 
+def unused_settings(config: Config) -> set[str]:
+    """Settings of another method, or of sampling, that were changed for nothing."""
+    method, usual = METHODS[config.method], Config()
+    groups = {
+        ("sampler", "correction"): method.negatives == "sampled",
+        ("cover",): method.negatives == "cover",
+        ("moments_rank",): method.moments,
+        **{other.server_settings: other.name == method.name for other in METHODS.values()},
+    }
+    unused = {name for names, used in groups.items() if not used for name in names}
+    return {name for name in unused if getattr(config, name) != getattr(usual, name)}
+
+
 def describe_model(
     embedder: Embedder, sampler: Sampler | None, objective: Objective | None
 ) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from fedss.runs.tensorboard import add_scalars, open_writer
 from fedss.sampling.samplers import Sampler
 from fedss.training import federation, loop
 from fedss.training.build import build_model, compute_device, pool_images, round_plan
+from fedss.training.summary import unused_settings
 from tests import reference
 from tests.killed_run import train_until
 
@@ -800,3 +801,20 @@ def test_a_sampler_that_breaks_its_promise_is_named(tmp_path):
     own = Sampler("mine", "own classes as negatives", draw=draw)
     with pytest.raises(ConfigError, match="sampler 'mine': expected no own class"):
         train(tmp_path / "run", sampler=own)
+
+
+OTHERS = {"sampler": "deck", "correction": 0.5, "cover": 2, "spread_out_weight": 1.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_setting_that_is_said_to_be_unused_changes_nothing(method, tmp_path):
+    usual = dataclasses.replace(SMALL, method=method, rounds=2, eval_every=0)
+    changed = dataclasses.replace(usual, **OTHERS)
+    unused = unused_settings(changed)
+    assert unused <= set(OTHERS)
+    assert unused_settings(usual) == set()
+    others = {name: OTHERS[name] for name in unused}
+    train(tmp_path / "a", usual)
+    train(tmp_path / "b", dataclasses.replace(usual, **others))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert lines(tmp_path / "a") == lines(tmp_path / "b")
