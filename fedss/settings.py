@@ -55,7 +55,8 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         client_lr        0.05
         class_row_lr     g K (1 - b), g = max(1/2, min(40 / E, E / 2)) / m
                          E = R K I / n: how often a class is seen in training
-                         m = max(1, I / P): images of it that a client trains on at once
+                         m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
+                         a class in a round, and B / P in a batch
                          (moments 1 / m, central 2 / m)
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n
         row_mean         the method's
@@ -121,7 +122,9 @@ def _images_in_a_round(config: Config, problem: Problem) -> float:
 
 
 def _images_together(config: Config, problem: Problem) -> float:
-    return max(1.0, _images_in_a_round(config, problem) / problem.own_classes)
+    batch = min(config.batch_size, problem.images)
+    of_class = max(1.0, _images_in_a_round(config, problem) / problem.own_classes)
+    return math.sqrt(of_class) * max(1.0, batch / problem.own_classes)
 
 
 def _row_mean(config: Config, problem: Problem | None) -> Setting:

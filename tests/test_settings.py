@@ -64,7 +64,8 @@ def test_a_row_moves_within_bounds_for_what_a_client_has_learnt(
     """Whatever the cohort and the momentum are, and the less the more images come at once."""
     resolved, _ = resolve(Config(clients_per_round=cohort, rounds=rounds), problem)
     gain = resolved.class_row_lr / (cohort * (1 - resolved.server_momentum))
-    together = max(1, problem.images / problem.own_classes)
+    own, batch = problem.own_classes, min(8, problem.images)
+    together = max(1, problem.images / own) ** 0.5 * max(1, batch / own)
     assert 0.49 < gain * together < 4.52  # sqrt(40 / 2) and rounding to three digits
 
 
@@ -76,7 +77,8 @@ def test_a_row_moves_within_bounds_for_what_a_client_has_learnt(
         (20, 30, 960, 32.0, 32.0, 2 * 20 * 0.1, 74),  # E = 20
         (40, 60, 12000, 40.0, 40.0, 4 * 40 * 0.1, 262),  # E = 8
         (4, 60, 960, 8.0, 8.0, 1 * 4 * 0.5, 74),  # E = 2
-        (40, 120, 960, 20.0, 1.0, 0.5 / 20 * 40 * 0.1, 74),  # E = 100, one own class
+        (40, 120, 960, 20.0, 1.0, 0.5 / (8 * 20**0.5) * 40 * 0.1, 74),  # E = 100, one own class
+        (4, 40, 960, 108.0, 18.0, 40 / 18 / 6**0.5 * 4 * 0.5, 74),  # E = 18, six in a round
     ],
 )
 def test_settings_of_known_problems(cohort, rounds, classes, images, own, row_lr, size):

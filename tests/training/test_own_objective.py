@@ -22,6 +22,7 @@ SMALL = fedss.Config(
     rounds=2,
     clients_per_round=3,
     sample_size=6,
+    correction=1.0,
     embedding_size=4,
     batch_size=3,
     local_epochs=2,

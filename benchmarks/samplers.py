@@ -1,0 +1,125 @@
+"""Which negatives, and what correction: retrieval and identification at equal bytes of class rows.
+
+    python benchmarks/samplers.py --omniglot DIR --hanzi hanzi.csv --photos photos-20.csv
+
+DIR holds the two Omniglot archives; the others are manifests (image,label,client,split): Chinese
+characters (``benchmarks/hanzi_glyphs.py`` draws them), photographs. What is left out is not run.
+Settings are ``auto``; test classes and seeds from 101 on are those that no choice was made on.
+Differences are from ``fedss`` with the defaults (``uniform``, correction 0.75), paired, with 95 %
+intervals over test classes and seeds. DIR is the share of known images that identification finds
+and names at FPIR 1 %, with Student's 95 % interval of the difference over seeds.
+
+Runs that are complete in ``--out`` are not run again. Writes ``results/samplers.txt``: 2 hours on
+two cores.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import common
+
+from fedss.evaluation.intervals import ClassScores, Interval, difference, student_t
+from fedss.runs.findings import read_scores, read_verification
+
+Settings = Mapping[str, Any]
+
+TASKS: Mapping[str, tuple[Settings, range]] = {
+    "omniglot": ({"data": "omniglot"}, range(101, 106)),
+    "hanzi": (
+        {"data": "csv", "image_size": 28, "clients_per_round": 40, "rounds": 60},
+        range(101, 104),
+    ),
+    "photos": ({"data": "csv", "image_size": 32}, range(101, 104)),
+}
+VARIANTS: Mapping[str, Settings] = {
+    "fedss": {},
+    "correction 1": {"correction": 1.0},
+    "correction 0.5": {"correction": 0.5},
+    "deck": {"sampler": "deck"},
+    "sticky": {"sampler": "sticky"},
+    "hard": {"sampler": "hard"},
+    "rff": {"sampler": "rff"},
+    "hard, correction 1": {"sampler": "hard", "correction": 1.0},
+    "rff, correction 1": {"sampler": "rff", "correction": 1.0},
+    "full": {"method": "full"},
+    "moments": {"method": "moments"},
+}
+
+
+def over_seeds(differences: Sequence[float]) -> Interval:
+    """The mean of paired differences, with Student's interval."""
+    mean, count = fmean(differences), len(differences)
+    half = student_t(0.975, count - 1) * stdev(differences) / sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def shown(change: Interval | None) -> str:
+    """A difference with the ends of its interval."""
+    return f"{change.value:+.3f} ({change.low:+.3f} to {change.high:+.3f})" if change else "–"
+
+
+def table(task: str, folders: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A line for each variant that was run."""
+    scores: dict[str, list[ClassScores]] = {}
+    found: dict[str, list[float]] = {}
+    for name, runs in folders.items():
+        for run in runs:
+            trained = read_scores(run / "by_class.json").by_class["trained"]
+            scores.setdefault(name, []).append(trained)
+            verified = read_verification(run)
+            assert verified is not None
+            assert verified.identification is not None
+            found.setdefault(name, []).append(verified.identification.dir)
+    lines = [f"{'':<20}{'MAP@10':>8}{'less fedss':>28}{'DIR':>8}{'less fedss':>28}"]
+    for name in folders:
+        retrieval = difference(scores[name], scores["fedss"], paired=True)
+        pairs = zip(found[name], found["fedss"], strict=True)
+        named = over_seeds([ours - theirs for ours, theirs in pairs])
+        mean = fmean(score.map_at_10 for score in scores[name])
+        lines.append(
+            f"{name:<20}{mean:>8.3f}{shown(retrieval) if name != 'fedss' else '':>28}"
+            f"{fmean(found[name]):>8.3f}{shown(named) if name != 'fedss' else '':>28}"
+        )
+    return [f"{task}: seeds {TASKS[task][1][0]} to {TASKS[task][1][-1]}", "", *lines, ""]
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--omniglot", type=Path, help="folder with the Omniglot archives")
+    parser.add_argument("--hanzi", type=Path, help="manifest of the Chinese characters")
+    parser.add_argument("--photos", type=Path, help="manifest of photographs")
+    parser.add_argument("--out", type=Path, default=Path("runs/samplers"), help="run folders")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    options = parser.parse_args()
+    report = common.Report(
+        "Choices of negatives and correction: MAP@10 and identification on unseen classes",
+        command="python benchmarks/samplers.py --omniglot DIR --hanzi CSV --photos CSV",
+    )
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for task, (settings, seeds) in TASKS.items():
+            path = getattr(options, task)
+            if path is None:
+                continue
+            folders = {
+                name: [options.out / f"{task}-{name.replace(', ', '-')}-{seed}" for seed in seeds]
+                for name in VARIANTS
+            }
+            shared = {**settings, "data_path": path, "workers": 1, "eval_every": 0}
+            # A seed of all variants, then the next one: what is stopped has whole seeds.
+            work = [
+                (folders[name][number], {**shared, **VARIANTS[name], "seed": seed})
+                for number, seed in enumerate(seeds)
+                for name in VARIANTS
+            ]
+            list(pool.map(lambda job: common.train(*job), work))
+            report.add(*table(task, folders))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
