@@ -36,7 +36,7 @@ format: $(VENV)/.lint
 
 # The short forms; benchmarks/README.md says how the figures in it were made.
 bench: $(VENV)/.core
-	for theme in engine distributed scale clients images stacks; do \
+	for theme in engine distributed scale clients images stacks regimes; do \
 		$(BIN)/python benchmarks/$$theme.py --short || exit 1; done
 
 # Each peer in an environment of its own.

@@ -39,13 +39,10 @@ TASKS: Mapping[str, tuple[Settings, range]] = {
 VARIANTS: Mapping[str, Settings] = {
     "fedss": {},
     "correction 1": {"correction": 1.0},
-    "correction 0.5": {"correction": 0.5},
     "deck": {"sampler": "deck"},
     "sticky": {"sampler": "sticky"},
     "hard": {"sampler": "hard"},
     "rff": {"sampler": "rff"},
-    "hard, correction 1": {"sampler": "hard", "correction": 1.0},
-    "rff, correction 1": {"sampler": "rff", "correction": 1.0},
     "full": {"method": "full"},
     "moments": {"method": "moments"},
 }
@@ -106,7 +103,7 @@ def main() -> None:
             if path is None:
                 continue
             folders = {
-                name: [options.out / f"{task}-{name.replace(', ', '-')}-{seed}" for seed in seeds]
+                name: [options.out / f"{task}-{name.replace(' ', '-')}-{seed}" for seed in seeds]
                 for name in VARIANTS
             }
             shared = {**settings, "data_path": path, "workers": 1, "eval_every": 0}

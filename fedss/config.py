@@ -59,8 +59,7 @@ class Config:
         method: training method; fedss.METHODS has a line on each
         sample_size: |S|, class rows per client; moments: most own classes per client
         sampler: how negatives are drawn
-        correction: factor a of the correction -a log q of negatives' logits: 1 makes the
-            sum unbiased, 0 is none
+        correction: factor a of the correction -a log q of negatives' logits: 1 full, 0 none
         cover: moments: number of decoy classes requested to hide a client's own classes
         scale: s, factor of the cosines in the softmax (inverse temperature)
         margin_kind: margin of the softmax

@@ -76,7 +76,10 @@ class StderrLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the lines to what is stderr now."""
         try:
-            text, encoding = self.format(record) + "\n", sys.stderr.encoding or "utf-8"
+            if _host_shows(record):
+                return
+            text = self.format(record) + "\n"
+            encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
             sys.stderr.write(text.encode(encoding, PLAIN).decode(encoding))
             sys.stderr.flush()
         except OSError:
@@ -86,17 +89,20 @@ class StderrLines(logging.Handler):
 
 
 def show_on_stderr() -> Callable[[], None]:
-    """Show what fedss logs, from INFO on, as lines on stderr, unless the host does so already.
+    """Show what fedss logs, from INFO on, as lines on stderr.
+
+    Lines that a handler of the root logger writes there come in that handler's form alone.
 
     Returns:
         What undoes it.
     """
     logger, handler = logging.getLogger("fedss"), StderrLines()
-    if _is_shown(logger):
+    if any(isinstance(other, StderrLines) for other in logger.handlers):
         return lambda: None
     level = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
 
     def undo() -> None:
         logger.removeHandler(handler)
@@ -105,5 +111,12 @@ def show_on_stderr() -> Callable[[], None]:
     return undo
 
 
-def _is_shown(logger: logging.Logger) -> bool:
-    return logger.isEnabledFor(logging.INFO) and logger.hasHandlers()
+def _host_shows(record: logging.LogRecord) -> bool:
+    # While bars are drawn, rich has put a stream of its own in place of stderr.
+    stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return any(
+        isinstance(handler, logging.StreamHandler)
+        and handler.stream in (stderr, sys.__stderr__)
+        and record.levelno >= handler.level
+        for handler in logging.getLogger().handlers
+    )

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pydoc
+from inspect import cleandoc
 
 import pytest
 
@@ -78,6 +79,12 @@ PINNED = [
 
 def test_the_options_are_pinned():
     assert [option.name for option in OPTIONS] == PINNED
+
+
+def test_texts_of_options_are_whole():
+    section = cleandoc(Config.__doc__ or "").partition("Attributes:")[2].partition("\n\n")[0]
+    words = [word for option in OPTIONS for word in f"{option.name}: {option.help}".split()]
+    assert section.split() == words
 
 
 def test_json_round_trip():

@@ -38,6 +38,44 @@ def test_nothing_is_shown_where_logging_is_not_configured(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_handler_of_the_host_on_stderr_is_enough(capsys):
+    root = logging.getLogger()
+    theirs = logging.StreamHandler()  # As basicConfig() makes it: it takes what it gets.
+    root.addHandler(theirs)
+    undo = show_on_stderr()
+    try:
+        log_rounds("a run", Config(rounds=1))(RECORD)
+    finally:
+        undo()
+        root.removeHandler(theirs)
+    assert capsys.readouterr().err.count("round 1/1") == 1
+
+
+def test_a_handler_of_the_host_elsewhere_is_not(shown, capsys, tmp_path):
+    root, theirs = logging.getLogger(), logging.FileHandler(tmp_path / "log")
+    root.addHandler(theirs)
+    log_rounds("a run", Config(rounds=1))(RECORD)
+    root.removeHandler(theirs)
+    theirs.close()
+    assert capsys.readouterr().err.count("round 1/1") == 1
+    assert (tmp_path / "log").read_text().count("round 1/1") == 1
+
+
+def test_a_stderr_without_an_encoding_will_do(shown, monkeypatch):
+    class Tee:
+        text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None:
+            pass
+
+    monkeypatch.setattr("sys.stderr", tee := Tee())
+    logging.getLogger("fedss.any").info("é")
+    assert tee.text == "fedss: é\n"
+
+
 def test_half_a_minute_of_silence_is_long_enough(shown, capsys, monkeypatch):
     times = iter([100.0, 101.0, 130.0, 130.0, 131.0, 160.0, 160.0])
     monkeypatch.setattr("fedss.log.time.monotonic", lambda: next(times))

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedss.log import Progress
+from fedss.runs.eta import TimeLeft
 from fedss.text import encodable, printable
 
 _GAP = "  "
@@ -58,7 +59,9 @@ class BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Move the bar of a task; a new task gets a new one."""
-        progress: Progress = record.__dict__["progress"]
+        progress = record.__dict__.get("progress")
+        if not isinstance(progress, Progress):
+            return
         try:
             done = progress.done >= progress.total
             if self._of != progress.task and not done:
@@ -123,7 +126,7 @@ class TaskLine(ProgressColumn):
             "loss": task.fields["loss"],
             "map": task.fields["map"],
             "clock": self._clock.render(task).plain,
-            "left": task.fields["left"],
+            "left": task.fields["left"] or self._left(task),
         }
         width = self._console.width - 1
         shown = kept(parts, width)
@@ -136,3 +139,9 @@ class TaskLine(ProgressColumn):
             cells.insert(place, ProgressBar(task.total, task.completed, width=size))
         grid.add_row(*cells)
         return grid
+
+    def _left(self, task: Task) -> str:
+        # A run says itself what is left of it; images all take as long.
+        if task.fields["loss"] or task.time_remaining is None or task.finished:
+            return ""
+        return str(TimeLeft(task.time_remaining, at_least=False))

@@ -183,7 +183,7 @@ def _embed(
     """Add images to a store, some at a time; those that cannot be read."""
     paths, total = image_list.paths, len(stamps)
     unreadable: list[int] = []
-    done = on_progress or _log_progress()
+    done = on_progress or _log_progress(f"index {image_list.source.name}")
     count = total - len(todo)
     done(count, total)
     for chunk in _chunks(todo):
@@ -226,6 +226,6 @@ def _held(file: Path, model: str, image_list: ImageList) -> dict[str, tuple[int,
         return {}  # Whatever is wrong with it, the index is now made anew.
 
 
-def _log_progress() -> OnProgress:
+def _log_progress(task: str) -> OnProgress:
     log = progress_log()
-    return lambda done, total: log(Progress("images", done, total, "images"), False)
+    return lambda done, total: log(Progress(task, done, total, "images"), False)

@@ -27,6 +27,7 @@ from fedss.runs.folder import (
     write_run_config,
 )
 from fedss.runs.progress import log_rounds
+from fedss.runs.records import Record
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.settings import Problem, problem_of, resolve
@@ -151,7 +152,10 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
 
 @dataclass(frozen=True)
 class _Experiment:
-    """What the runs of an experiment share: images, the user's objects, processes, floors."""
+    """What the runs of an experiment share: images, the user's objects, processes.
+
+    And floors: each run adds those that it was the first to need.
+    """
 
     data: Dataset
     own: OwnParts
@@ -193,27 +197,28 @@ def train_federation(
         keep_freed_memory()
     told, settings = resolve(config, plan.problem)
     plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
-    model = describe_model(plan.embedder, own.sampler, own.objective)
+    about = describe_model(plan.embedder, own.sampler, own.objective)
     with lock_folder(folder) if ranks.first else nullcontext():
-        write_run_config(folder, config, settings, plan.data, model, ranks)
+        write_run_config(folder, config, settings, plan.data, about, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
-            if not ranks.first:
-                on_round = lambda record: None  # noqa: E731
-            observe = on_round or log_rounds(label, config)
-            summary = train_rounds(
-                *(told, plan.embedder, plan.federate, plan_of, folder, observe, ranks)
-            )
+            observe = (on_round or log_rounds(label, config)) if ranks.first else _ignore
+            model, federate = plan.embedder, plan.federate
+            summary = train_rounds(told, model, federate, plan_of, folder, observe, ranks)
         if ranks.first:
             if not already_done:
-                about = {"method": config.method, "data": plan.data["name"]}
-                save_embedder(plan.embedder, folder / "model", about)
+                told_of = {"method": config.method, "data": plan.data["name"]}
+                save_embedder(plan.embedder, folder / "model", told_of)
                 write_summaries(folder, [summary])
             # One that was written during the run says so.
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
         return Run(folder, load_embedder(folder / "model", own.backbone), summary, already_done)
+
+
+def _ignore(record: Record) -> None:
+    """Of a rank that is not the first."""
 
 
 def load_together(config: Config) -> Dataset:

@@ -84,6 +84,12 @@ def test_images_done_leave_no_bar(terminal):
     assert "\x1b[2K" in last
 
 
+def test_what_says_no_progress_moves_no_bar(terminal):
+    with command(terminal):
+        logging.getLogger("fedss.progress").info("not a step")
+    assert "not a step" not in plain(terminal)
+
+
 def test_bars_are_undone_whatever_ends_a_command(terminal):
     logger = logging.getLogger("fedss.progress")
     before = list(logger.handlers), logger.level, logger.propagate
