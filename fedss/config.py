@@ -130,7 +130,7 @@ class Config:
     method: str = "fedss"
     sample_size: int | Auto = "auto"
     sampler: str = "uniform"
-    correction: float = 0.75
+    correction: float | Auto = "auto"
     cover: int = 0
     scale: float = 10.0
     margin_kind: MarginKind = "none"

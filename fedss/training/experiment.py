@@ -147,7 +147,7 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
     check_tellable(evaluation_task(config, data), data.name, config.test_classes)
     compute_device(config)
     if own.objective is not None:
-        check_objective(config, own.objective)
+        check_objective(told, own.objective)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ def _described(value: object) -> str:
 def check_objective(config: Config, objective: Objective) -> None:
     """Try a loss of a user's own on two clients of two images and three classes.
 
+    ``config`` has numbers in place of ``auto``, see :func:`fedss.settings.resolve`.
+
     Raises:
         ConfigError: the method is made by its loss, or this is none; says what came.
     """
@@ -78,9 +80,10 @@ def check_objective(config: Config, objective: Objective) -> None:
     target_KB = torch.tensor([[0, 2], [2, 2]])
     own_S = torch.tensor([True, False, True])
     sample = ClassSample(torch.arange(3), torch.where(own_S, 0.0, -1.0), own_S)
+    scored = scoring(config, len(own_S))
     before = torch.get_rng_state()
     try:
-        loss_B = objective(h_KBD[0], rows_KSD[0], target_KB[0], sample, scoring(config), None)
+        loss_B = objective(h_KBD[0], rows_KSD[0], target_KB[0], sample, scored, None)
     except Exception as error:
         raise ConfigError(f"{named} fails: {type(error).__name__}: {error}") from error
     if not isinstance(loss_B, torch.Tensor) or loss_B.shape != (2,):
@@ -100,7 +103,7 @@ def check_objective(config: Config, objective: Objective) -> None:
             raise ConfigError(f"{named} has no gradient with respect to the {what}")
     if config.stack > 1:
         try:
-            stacked_losses(objective, scoring(config), h_KBD, rows_KSD, target_KB, [sample] * 2)
+            stacked_losses(objective, scored, h_KBD, rows_KSD, target_KB, [sample] * 2)
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise ConfigError(
