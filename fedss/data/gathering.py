@@ -18,9 +18,9 @@ from fedss.data.assembly import DataOptions
 from fedss.data.cache import cache_folder, cached_array
 from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
 from fedss.data.in_memory import as_nchw, read_image, to_numpy
+from fedss.data.manifest import NOBODY
 from fedss.data.names import composed, look_alikes
 from fedss.data.partition import Partition, deal_images, parse_partition
-from fedss.data.sets.published import NOBODY
 from fedss.data.splits import hold_out_classes
 from fedss.errors import DataError
 from fedss.log import Progress, progress_log

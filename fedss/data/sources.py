@@ -27,9 +27,8 @@ from fedss.data.gathering import (
     who_holds,
 )
 from fedss.data.images import Dataset, LazyNames
-from fedss.data.manifest import SPLITS, ListedImage, Listing, listed_name
+from fedss.data.manifest import NOBODY, SPLITS, ListedImage, Listing, listed_name
 from fedss.data.partition import deal_images
-from fedss.data.sets.published import NOBODY
 from fedss.errors import DataError
 
 _FILES_SIZE = 64
