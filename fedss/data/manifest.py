@@ -15,6 +15,7 @@ from fedss.data.archive import Archive, find_archive, find_manifest, open_archiv
 from fedss.data.cache import stamp, stamp_files
 from fedss.data.images import LazyNames, repeated
 from fedss.data.names import composed
+from fedss.data.parquet import read_parquet
 from fedss.data.table import read_table
 from fedss.errors import DataError
 
@@ -101,8 +102,9 @@ def read_manifest(
     ``test``), or ``validation`` (like ``test``, for choosing settings). Opens no image.
 
     Args:
-        path: The CSV; an archive that has one (``find_manifest``) and the images that it lists; or
-            one in an archive, as if that was a folder: ``photos.zip/list.csv``.
+        path: The CSV; the same as Parquet (``.parquet``); an archive that has one
+            (``find_manifest``) and the images that it lists; or a CSV in an archive, as if that
+            was a folder: ``photos.zip/list.csv``.
         called: What a column is called in this file, where it is called otherwise.
         dealt: Images get other clients, so the column client may be missing.
 
@@ -120,7 +122,10 @@ def read_manifest(
     root = os.path.abspath(path.parent)
     rows: list[ListedImage] = []
     spare = ("client",) if dealt else ()
-    table = read_table(path, COLUMNS, "split", spare=spare, called=called, content=content)
+    if content is None and path.suffix.lower() == ".parquet":
+        table = read_parquet(path, COLUMNS, "split", spare=spare, called=called)
+    else:
+        table = read_table(path, COLUMNS, "split", spare=spare, called=called, content=content)
     place_of = {column: i for i, column in enumerate(table.columns)}
     for line, cells in table.rows:
         name = listed_name(root, cells[0])

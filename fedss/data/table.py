@@ -120,11 +120,10 @@ def read_table(
     if not any(header):
         also = f"[,{optional}]" if optional else ""
         raise DataError(f"{path}: empty; expected a header line {','.join(columns)}{also}")
-    header = _rename(f"{path}, line 1", header, called or {})
-    columns = [name for name in columns if name in header or name not in spare]
-    _check_header(path, header, columns, optional)
-    read = [name for name in (*columns, optional) if name in header]
-    taken = [header.index(str(name)) for name in read]
+    header, columns, read = choose_columns(
+        f"{path}, line 1", header, columns, optional, spare=spare, called=called
+    )
+    taken = [header.index(name) for name in read]
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         empty = True
@@ -146,7 +145,26 @@ def read_table(
             raise DataError(f"{path}: no images: there is a header line and nothing below it")
 
     unread = tuple(name for name in header if name and name not in read)
-    return Table(rows(), tuple(map(str, read)), unread)
+    return Table(rows(), tuple(read), unread)
+
+
+def choose_columns(
+    where: str,
+    header: list[str],
+    columns: Sequence[str],
+    optional: str | None,
+    *,
+    spare: Collection[str] = (),
+    called: Mapping[str, str] | None = None,
+) -> tuple[list[str], list[str], list[str]]:
+    """A header by the names that columns have elsewhere; those of it that must be filled; and
+    those that are read. Arguments and errors are those of ``read_table``.
+    """
+    header = _rename(where, header, called or {})
+    filled = [name for name in columns if name in header or name not in spare]
+    _check_header(where, header, filled, optional)
+    read = [name for name in (*filled, optional) if name is not None and name in header]
+    return header, filled, read
 
 
 def _rename(where: str, header: list[str], called: Mapping[str, str]) -> list[str]:
@@ -267,9 +285,8 @@ def _bare(name: str) -> str:
 
 
 def _check_header(
-    path: Path, header: Sequence[str], columns: Sequence[str], optional: str | None
+    where: str, header: Sequence[str], columns: Sequence[str], optional: str | None
 ) -> None:
-    where = f"{path}, line 1"
     # Those that this command does not read, too: a list means the same to all of them.
     known = dict.fromkeys([*columns, *([optional] if optional else []), *KNOWN])
     called: dict[str, list[str]] = {}

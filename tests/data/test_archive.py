@@ -37,13 +37,15 @@ def fingerprint(name, path, cache, **options):
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_packed_folders_are_the_folders(folders, tmp_path, kind, top):
     save(folders / "ann" / "cat" / "deep" / "deeper" / "x.png", make_image(1))
+    for name in ("a", "b"):
+        (folders / ".git" / name).write_text("")
     path = pack(kind, folders, tmp_path / f"photos.{kind}", top)
     expected, over, *_ = fingerprint("folder", folders, tmp_path / "cache")
     assert locate(path) == ("folder", path)
     found, packed_over, *_ = fingerprint("folder", path, tmp_path / "cache")
     assert found == expected
-    # Git's folder is empty, and so is none of what a zip or a tar lists as a file.
-    assert packed_over == {k: n for k, n in over.items() if k != "hidden folders"}
+    assert packed_over == over
+    assert over["hidden folders"] == 1
 
 
 @pytest.mark.parametrize("top", ["", "photos"])
@@ -60,6 +62,13 @@ def test_a_packed_csv_is_the_csv(root, tmp_path, kind, top):
     inner = archive / top / "images.csv"
     assert locate(inner) == ("csv", inner)
     assert fingerprint("csv", inner, place / "cache") == expected
+
+
+def test_a_site_may_have_an_archive(folders, tmp_path):
+    path = pack("zip", folders, tmp_path / "photos.zip")
+    how = {"at_site": True, "test_classes": 0.5}
+    expected = fingerprint("folder", folders, tmp_path / "cache", **how)
+    assert fingerprint(*locate(path), tmp_path / "cache", **how)[0] == expected[0]
 
 
 def test_pixels_are_decoded_once_until_the_archive_changes(folders, tmp_path, monkeypatch):
@@ -121,6 +130,18 @@ def test_links_are_passed_over(folders, tmp_path):
         assert not any("link" in name for name in opened.names)
         data = load_dataset("folder", path, image_size=8, cache=tmp_path / "cache")
         assert data.passed_over["links in the archive"] == 1
+
+
+def test_names_of_members_are_made_plain(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("/a/1.png", "./b//2.png", "c/../3.png"):
+            archive.writestr(name, name)
+    opened = open_archive(tmp_path / "x.zip")
+    assert [(name, opened.read(name).decode()) for name in opened.names] == [
+        ("a/1.png", "/a/1.png"),
+        ("b/2.png", "./b//2.png"),
+        ("3.png", "c/../3.png"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_numbers_of_every_type_become_bytes():
     assert to_uint8(every) is every
     for kind in (np.float32, np.float64):
         assert np.array_equal(to_uint8(every.astype(kind) / kind(255)), every)
+    assert to_uint8(np.array([0.4, 0.6, 254.6]) / 255).tolist() == [0, 1, 255]
     assert to_uint8(np.array([False, True])).tolist() == [0, 255]
     with pytest.raises(DataError, match=r"float32 from -1 to 2.*normalizes"):
         to_uint8(np.array([-1, 2], np.float32))

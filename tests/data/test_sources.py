@@ -135,7 +135,13 @@ def test_arrays_are_what_their_files_are(array, by_csv, layout, test_classes):
 
 
 @pytest.mark.parametrize(
-    "options", [{"image_size": 8}, {"channels": 1}, {"image_size": 20, "channels": 1, "seed": 5}]
+    "options",
+    [
+        {"image_size": 8},
+        {"channels": 1},
+        {"channels": 1, "test_classes": 0},
+        {"image_size": 20, "channels": 1, "seed": 5},
+    ],
 )
 def test_size_channels_and_seed_are_those_of_files(array, by_csv, options):
     data = Dataset.from_arrays(array, [NAMES[k] for k in LABELS], CLIENTS, **options)
@@ -301,6 +307,10 @@ def test_an_image_folder_is_read_as_files_are(tmp_path, pictures, by_csv):
     folder.images = pictures
     assert same_content(Dataset.from_torch(folder, clients=CLIENTS, **options), by_csv())
     assert sorted(folder.reads) == list(range(30))
+    folder.transform, folder.reads = None, []
+    loader.__module__ = "mine"  # which may give other pixels than the file has
+    assert same_content(Dataset.from_torch(folder, clients=CLIENTS, **options), by_csv())
+    assert sorted(folder.reads) == list(range(30))
 
 
 def test_torchvision_s_image_folder(tmp_path, pictures, by_csv):
@@ -351,7 +361,11 @@ def test_hugging_face_columns_names_and_cache(pictures, by_csv, tmp_path):
     )
     third = HuggingFace(columns, features, "f1")
     Dataset.from_huggingface(third, image_size=SIDE, channels=3, **how)
-    assert (sorted(first.reads), third.reads) == (list(range(30)), [])
+    assert (sorted(first.reads), third.reads) == (list(range(30)), [])  # the key has the size
+    seeded = Dataset.from_huggingface(first, seed=1, **how)
+    assert same_content(seeded, by_csv(seed=1))
+    small = Dataset.from_huggingface(first, image_size=8, channels=1, **how)
+    assert same_content(small, by_csv(image_size=8, channels=1))
     other = HuggingFace({**columns, "image": pictures[::-1]}, features, "f2")
     with pytest.raises(AssertionError):
         same_content(Dataset.from_huggingface(other, **how), by_csv())
