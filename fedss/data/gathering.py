@@ -106,7 +106,9 @@ def _plain(value: Any, what: str, position: int) -> int | str:
         value = value.item()
     if isinstance(value, int | str) and not isinstance(value, bool):
         return value
-    shown = "nothing" if value is None or value != value else f"{value!r} ({type(value).__name__})"
+    # pandas has a value of its own for nothing, of which not even that can be asked.
+    nothing = value is None or (isinstance(value, float) and math.isnan(value))
+    shown = "nothing" if nothing else f"{value!r} ({type(value).__name__})"
     raise DataError(
         f"{what}: expected a whole number or text for each image, got {shown} at {position}"
     )
@@ -165,14 +167,11 @@ def gather_array(
         and height == width == (given.image_size or width)
         and channels == (given.channels or channels)
     )
-    split = train_N, test_N, _ = _split(labels, options)
-    if not as_it_is or not (_is_range(train_N) and _is_range(test_N)):
+    if not as_it_is:
         return gather(replace(given, image=pixels.__getitem__), labels, who, options)
-    parts = [
-        pixels[rows_N[0] : rows_N[-1] + 1] if len(rows_N) else pixels[:0]
-        for rows_N in (train_N, test_N)
-    ]
-    return _assemble(given, labels, who, options, split, (parts[0], parts[1]))
+    split = _split(labels, options)
+    train, test = (_take(pixels, rows_N, given.title, options) for rows_N in split[:2])
+    return _assemble(given, labels, who, options, split, (train, test))
 
 
 def gather_labelled(
@@ -191,8 +190,16 @@ def gather_labelled(
     return _assemble(given, named, who, options, (train_N, test_N, unpaired_N), parts)
 
 
-def _is_range(rows_N: np.ndarray) -> bool:
-    return not len(rows_N) or int(rows_N[-1] - rows_N[0]) == len(rows_N) - 1
+def _take(pixels: np.ndarray, rows_N: np.ndarray, title: str, options: DataOptions) -> np.ndarray:
+    """Some images of an array: a part of it if they are in one piece, else a copy."""
+    if not len(rows_N) or int(rows_N[-1] - rows_N[0]) == len(rows_N) - 1:
+        first = int(rows_N[0]) if len(rows_N) else 0
+        return pixels[first : first + len(rows_N)]
+    space = _space((len(rows_N), *pixels.shape[1:]), title, options)
+    for start in range(0, len(rows_N), _BLOCK):
+        block = rows_N[start : start + _BLOCK]
+        space[start : start + _BLOCK] = pixels[block]
+    return space
 
 
 def _split(labels: Named, options: DataOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
