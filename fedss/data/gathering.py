@@ -109,8 +109,11 @@ def _plain(value: Any, what: str, position: int) -> int | str:
     # pandas has a value of its own for nothing, of which not even that can be asked.
     nothing = value is None or (isinstance(value, float) and math.isnan(value))
     shown = "nothing" if nothing else f"{value!r} ({type(value).__name__})"
+    hint = ""
+    if isinstance(value, float) and not nothing:
+        hint = "; where one number is missing, pandas makes all of a column floats"
     raise DataError(
-        f"{what}: expected a whole number or text for each image, got {shown} at {position}"
+        f"{what}: expected a whole number or text for each image, got {shown} at {position}{hint}"
     )
 
 
