@@ -42,7 +42,7 @@ class Config:
     """Everything that decides what a run does. Each field is an option of the command line.
 
     Attributes:
-        data: glyphs, omniglot, csv or folder (told from data_path), or one of docs/datasets.md
+        data: glyphs, omniglot, csv, folder (told from data_path), or of docs/datasets.md
         data_path: file, folder, zip or tar of the data set (csv: the manifest)
         columns: csv: names of its columns, such as image=path,label=species
         image_size: side in pixels that images are resized to (default: 64, drawings 28)
