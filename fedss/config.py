@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from fedss.core.class_rows import RowDtype
 from fedss.core.optimizers import ServerOptimizerKind
-from fedss.data import parse_partition
+from fedss.data import parse_columns, parse_partition
 from fedss.data.augment import Augment
 from fedss.errors import ConfigError
 from fedss.losses.methods import METHODS, RowMean
@@ -42,8 +42,9 @@ class Config:
     """Everything that decides what a run does. Each field is an option of the command line.
 
     Attributes:
-        data: data set: glyphs, omniglot, csv, folder, or one of docs/datasets.md
-        data_path: file or folder of the data set (csv: the manifest)
+        data: glyphs, omniglot, csv, folder (told from data_path), or of docs/datasets.md
+        data_path: file, folder, zip or tar of the data set (csv: the manifest)
+        columns: csv: names of its columns, such as image=path,label=species
         image_size: side in pixels that images are resized to (default: 64, drawings 28)
         channels: 1 for grayscale, 3 for colour (default: 3 if any image has colour)
         test_classes: share of the classes held out for testing, if the data set has no test split
@@ -114,6 +115,7 @@ class Config:
 
     data: str = "glyphs"
     data_path: str | None = None
+    columns: str | None = None
     image_size: int | None = None
     channels: int | None = None
     test_classes: float = 0.2
@@ -202,6 +204,7 @@ class Config:
         option_numbers(self, "pixel_mean")
         option_numbers(self, "pixel_std")
         parse_partition(self.partition, self.partition_clients)
+        parse_columns(self.columns)
         if METHODS[self.method].moments:
             self._check_moments()
 

@@ -11,6 +11,7 @@ from fedss.config import OPTIONS, config_from_dict, variant
 PINNED = [
     "data",
     "data_path",
+    "columns",
     "image_size",
     "channels",
     "test_classes",

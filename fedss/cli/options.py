@@ -171,7 +171,23 @@ def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = N
     """``usual``, what ``--config`` has in place of it, and what the command line says."""
     of_file = stored(options).get("config", {})
     check_stored(of_file, f"--config {options.config}")
-    return config_from_dict({**(usual or {}), **of_file, **given(options)})
+    values = {**(usual or {}), **of_file, **given(options)}
+    return config_from_dict(values if usual else with_data_at_path(values, options))
+
+
+def with_data_at_path(values: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Settings in which ``data`` follows from ``--data-path``, where that is given without.
+
+    A published data set of the settings stays: its files are elsewhere now.
+    """
+    named = given(options)
+    of_ones_own = values.get("data", Config.data) in (Config.data, "csv", "folder")
+    if "data" in named or "data_path" not in named or not of_ones_own:
+        return values
+    from fedss.data import locate
+
+    name, path = locate(named["data_path"])
+    return {**values, "data": name, "data_path": str(path)}
 
 
 def check_stored(settings: Mapping[str, Any], file: str) -> None:

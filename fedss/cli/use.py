@@ -23,6 +23,7 @@ from fedss.cli.options import (
     flag,
     given,
     setting,
+    with_data_at_path,
 )
 from fedss.cli.tables import cell, make_table, print_evaluation, print_table, say, say_left_out
 from fedss.config import Config, config_from_dict
@@ -112,7 +113,8 @@ def _data_to_evaluate(
     known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
     check_stored(about["config"], f"{options.folder}/config.json")
-    config = config_from_dict({**about["config"], **shape, **given(options)})
+    values = {**about["config"], **shape, **given(options)}
+    config = config_from_dict(with_data_at_path(values, options))
     other = why_not_own(options.folder, known, config.data)
     if known.get("name") != config.data and not given(options):
         raise ConfigError(other)

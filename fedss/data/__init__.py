@@ -24,6 +24,8 @@ from fedss.data.partition import (
 )
 from fedss.data.sets.glyphs import glyphs_dataset
 from fedss.data.sets.omniglot import omniglot_dataset
+from fedss.data.splits import hold_out_classes
+from fedss.data.table import parse_columns
 
 # The names before 0.3, for one release.
 deal_pictures, fingerprint, own_classes = deal_images, data_fingerprint, count_own_classes
@@ -42,11 +44,13 @@ __all__ = [
     "data_fingerprint",
     "deal_images",
     "glyphs_dataset",
+    "hold_out_classes",
     "holdings",
     "index_clients",
     "load_dataset",
     "locate",
     "omniglot_dataset",
+    "parse_columns",
     "parse_partition",
     "rotate_classes",
     "seen_classes",

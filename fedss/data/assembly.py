@@ -1,13 +1,12 @@
 """Listed images, decoded, as a ``Dataset``."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import BrokenImagesError, all_colourless, decode_files, stamp_files
+from fedss.data.cache import BrokenImagesError, all_colourless, decode_files
 from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
 from fedss.data.manifest import ListedImage, Listing
 from fedss.data.missing import why_missing
@@ -43,6 +42,7 @@ class DataOptions:
             clients of its own, instead of those that the data have; see ``deal_images``. None:
             the data's clients; where they have none, ``Source.partition``.
         partition_clients: How many, for ``classes`` (where it may be left out) and ``dirichlet``.
+        columns: ``image=path,label=species``: what columns of a CSV are called in it.
 
     Raises:
         DataError: An image size or a number of channels that no image can have.
@@ -60,6 +60,7 @@ class DataOptions:
     glyphs_clients: int = 256
     partition: str | None = None
     partition_clients: int | None = None
+    columns: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -78,7 +79,7 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
         DataError: Anything amiss with the images or an option; says where and what to do.
     """
     rows, file = sorted(listing.rows), listing.file
-    kept = [row for row in rows if os.path.isfile(file(row))]
+    kept = [row for row in rows if listing.is_there(row)]
     if len(kept) < len(rows) and not options.skip_broken:
         present = set(kept)
         missing = [row for row in rows if row not in present]
@@ -123,11 +124,12 @@ def _decode(
         return LazyNames(len(of), lambda i: listing.file(of[i]))
 
     files = {split: paths(members) for split, members in splits.items()}
-    stamps = {split: stamp_files(of_split) for split, of_split in files.items()}
+    stamps = {split: listing.stamp(of_split) for split, of_split in files.items()}
     channels = options.channels
     if channels is None:
         stamp = "".join(stamps.values())
-        channels = 1 if all_colourless(paths(rows), stamp, cache=options.cache) else 3
+        gray = all_colourless(paths(rows), stamp, cache=options.cache, opened=listing.open)
+        channels = 1 if gray else 3
     pixels: dict[str, np.ndarray] = {}
     reasons: dict[str, str] = {}
     for split in splits:
@@ -140,6 +142,7 @@ def _decode(
                 cache=options.cache,
                 title=f"{options.name}: {split}",
                 expect_broken=options.skip_broken,
+                opened=listing.open,
             )
         except BrokenImagesError as error:
             reasons |= error.reasons

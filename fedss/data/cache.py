@@ -113,11 +113,13 @@ def decode_files(
     cache: Path | None,
     title: str,
     expect_broken: bool = False,
+    opened: Callable[[str], str | BinaryIO] = str,
 ) -> np.ndarray:
     """Images as a read-only memory map, uint8 [N, C, image_size, image_size], made once.
 
     ``stamp`` is that of ``stamp_files`` for the paths. With ``expect_broken`` a list of broken
-    images found earlier among these same files is believed without a second look.
+    images found earlier among these same files is believed without a second look. ``opened`` gives
+    what ``decode`` reads of a path.
 
     Raises:
         BrokenImagesError: All the images that cannot be read.
@@ -134,7 +136,7 @@ def decode_files(
         broken: dict[int, Exception] = {}
         for row, position in enumerate(positions):
             try:
-                pixels[row] = decode(paths[position], image_size, channels)
+                pixels[row] = decode(opened(paths[position]), image_size, channels)
             except Exception as error:
                 broken[position] = error
         return pixels, broken
@@ -157,7 +159,13 @@ def decode_files(
     return cached_array(key, shape, batches(), cache=cache, title=title)
 
 
-def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> bool:
+def all_colourless(
+    paths: Sequence[str],
+    stamp: str,
+    *,
+    cache: Path | None,
+    opened: Callable[[str], str | BinaryIO] = str,
+) -> bool:
     """Whether every image that can be opened is stored as black and white or grayscale.
 
     Opens the files up to the first ones in colour; the answer is kept under their ``stamp``.
@@ -169,7 +177,7 @@ def all_colourless(paths: Sequence[str], stamp: str, *, cache: Path | None) -> b
     def colourless(positions: range) -> bool:
         for position in positions:
             # What cannot be opened has no colour; decoding will say what is wrong with it.
-            with suppress(Exception), open_image(paths[position]) as image:
+            with suppress(Exception), open_image(opened(paths[position])) as image:
                 if not is_colourless(image):
                     return False
         return True

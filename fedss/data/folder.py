@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedss.data.manifest import ListedImage, Listing
+from fedss.data.archive import Archive, find_archive, open_archive
+from fedss.data.manifest import NOBODY, ListedImage, Listing
 from fedss.data.names import composed
 from fedss.errors import DataError
 
@@ -54,25 +55,40 @@ def passed_over(name: str, is_folder: bool) -> str | None:
     return f"{ending} files" if ending else "files without an ending"
 
 
-def read_folder(root: Path) -> Listing:
+def read_folder(root: Path, *, dealt: bool = False) -> Listing:
     """The images in folders ``root/client/class/image``; opens none.
 
     What is none of the images is passed over and counted (``passed_over``), and so are folders
     within those of classes. Links are followed as long as they stay below ``root``.
+
+    Args:
+        root: The folder; or a zip or tar of such folders, or of one in which they are.
+        dealt: Images get other clients, so there may be none: ``root/class/image``.
 
     Raises:
         DataError: No images, a client without images, an image at another depth, a link that
             leads out of ``root``, a name of nothing but spaces, or a folder that cannot be read.
     """
     layout = f"expected images as {root}/client/class/image, such as 1.jpg or 1.png"
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; {layout}")
-    rows: list[ListedImage] = []
+    if dealt:
+        layout += f", or as {root}/class/image"
     over: Counter[str] = Counter()
-    for parts in _images(str(root), os.path.realpath(root), (), over):
-        if len(parts) != 3:
+    archive = open_archive(root) if find_archive(root) == (root, "") else None
+    source = root
+    if archive is not None:
+        root, places = _packed(archive, over)
+    elif root.is_dir():
+        places = list(_images(str(root), os.path.realpath(root), (), over))
+    else:
+        raise DataError(f"{root}: no such folder; {layout}")
+    depth = 2 if dealt and all(len(parts) == 2 for parts in places) else 3
+    rows: list[ListedImage] = []
+    for parts in places:
+        if len(parts) != depth:
+            if not dealt and all(len(parts) == 2 for parts in places):
+                layout += ". Without clients, a partition deals the images to some (--partition)"
             raise DataError(f"{root.joinpath(*parts)}: an image at the wrong depth; {layout}")
-        client, label = map(composed, parts[:2])
+        client, label = map(composed, parts[:2] if depth == 3 else (NOBODY, parts[0]))
         if not (client and label):
             raise DataError(
                 f"{root.joinpath(*parts)}: a client or class whose name is nothing but spaces; "
@@ -82,15 +98,50 @@ def read_folder(root: Path) -> Listing:
         rows.append(ListedImage(client, sys.intern(label), "/".join(parts), None, 0))
     if not rows:
         raise DataError(f"{root}: no images found{besides(over)}; {layout}")
-    clients = {row.client for row in rows}
+    if archive is None:
+        _check_no_folder_is_empty(
+            root, {composed(parts[0]) for parts in places}, depth, over, layout
+        )
+    return Listing(source, os.path.abspath(root), rows, passed_over=over, archive=archive)
+
+
+def _check_no_folder_is_empty(
+    root: Path, names: set[str], depth: int, over: Mapping[str, int], layout: str
+) -> None:
     for folder in sorted(root.iterdir()):
         counts = folder.is_dir() and not passed_over(folder.name, True)
-        if counts and composed(folder.name) not in clients:
+        if counts and composed(folder.name) not in names:
             raise DataError(
-                f"{folder}: a client without images{besides(over)}; {layout}. Add images or "
-                "remove the folder"
+                f"{folder}: a {'client' if depth == 3 else 'class'} without images"
+                f"{besides(over)}; {layout}. Add images or remove the folder"
             )
-    return Listing(root, os.path.abspath(root), rows, passed_over=over)
+
+
+def _packed(archive: Archive, over: Counter[str]) -> tuple[Path, list[tuple[str, ...]]]:
+    """The folder in an archive, or the archive, in which all images are, and their paths below it.
+
+    What is passed over is counted as in a folder.
+    """
+    if archive.links:
+        over["links in the archive"] += archive.links
+    found, skipped = [], set[tuple[str, ...]]()
+    for name in archive.names:
+        parts = tuple(part for part in name.split("/") if part not in ("", "."))
+        kinds = (passed_over(part, i < len(parts) - 1) for i, part in enumerate(parts))
+        if kind := next(((i, kind) for i, kind in enumerate(kinds) if kind), None):
+            place = parts[: kind[0] + 1]
+            over[kind[1]] += place not in skipped
+            skipped.add(place)
+        else:
+            found.append(parts)
+    # An archive of a folder has that at the top.
+    within = len({parts[0] for parts in found}) == 1 and all(len(parts) > 3 for parts in found)
+    places = [parts[1:] if within else parts for parts in found]
+    deep = {parts[:4] for parts in places if len(parts) > 4}
+    if deep:
+        over["folders below those of classes"] += len(deep)
+    kept = [parts for parts in places if len(parts) <= 4]
+    return (archive.path / found[0][0] if within else archive.path), kept
 
 
 def besides(over: Mapping[str, int]) -> str:

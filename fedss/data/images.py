@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import overload
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
@@ -200,6 +201,93 @@ class Dataset:
         tasks = {"test": self.test, "validation": self.validation}
         queries = {name: task.query for name, task in tasks.items() if task is not None}
         _check_same_shape({"train": self.train, **queries})
+
+    @staticmethod
+    def from_arrays(
+        images: Any,
+        labels: Any,
+        clients: Any = None,
+        *,
+        class_names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> "Dataset":
+        """Images in an array or tensor, or in a sequence of them or of Pillow's images.
+
+        Args:
+            images: [N, C, H, W], [N, H, W, C] or [N, H, W], uint8 or float from 0 to 1. uint8 is
+                not copied where training and test are each in one piece (``test_classes=0``, say).
+            labels: The class of each, a number or text.
+            clients: Who holds each, a number or text; or the partition of the training images, such
+                as ``"classes:10"``, see ``deal_images``.
+            class_names: The names of classes that are numbers, instead of the numbers.
+            **options: Fields of :class:`fedss.data.DataOptions`, such as ``test_classes=0.2``,
+                ``image_size=32``, ``partition_clients=100``. Without ``image_size`` images stay as
+                large as they are; then they have to be square and of one size.
+
+        Raises:
+            DataError: Anything amiss with images or options; says where and what to do.
+        """
+        from fedss.data.sources import arrays_dataset
+
+        return arrays_dataset(images, labels, clients, class_names, options)
+
+    @staticmethod
+    def from_torch(dataset: Any, clients: Any = None, **options: Any) -> "Dataset":
+        """A map-style data set of (image, label), as those of torchvision; each is read once.
+
+        Images are what ``read_image`` takes, and are kept in memory, many of them in a nameless
+        file in the cache folder; those of an ``ImageFolder`` without transforms are decoded into
+        the cache. Names of classes are those of ``dataset.classes``. What the data set changes at
+        random is drawn once; for each visit to an image there is ``augment``.
+
+        Args as for :meth:`from_arrays`; of an ``ImageFolder`` the usual ``image_size`` is 64.
+        """
+        from fedss.data.sources import torch_dataset
+
+        return torch_dataset(dataset, clients, options)
+
+    @staticmethod
+    def from_huggingface(
+        dataset: Any,
+        *,
+        image: str = "image",
+        label: str = "label",
+        client: str | None = None,
+        clients: Any = None,
+        **options: Any,
+    ) -> "Dataset":
+        """One split of a data set of Hugging Face; ``image``, ``label``, ``client`` are columns.
+
+        Decoded once, into the cache. Classes have the names of a ``ClassLabel``. In place of the
+        column ``client``, ``clients`` is as for :meth:`from_arrays`, and so are the options.
+        """
+        from fedss.data.sources import huggingface_dataset
+
+        return huggingface_dataset(dataset, image, label, client, clients, options)
+
+    @staticmethod
+    def from_dataframe(
+        frame: Any,
+        *,
+        root: str | Path | None = None,
+        image: str = "image",
+        label: str = "label",
+        client: str = "client",
+        split: str = "split",
+        clients: Any = None,
+        **options: Any,
+    ) -> "Dataset":
+        """Images listed in a DataFrame of pandas or polars, by the names of its columns.
+
+        Files are relative to the folder ``root`` (None: the current one), and read as those of a
+        CSV are, with the column ``split``, if there is one (``read_manifest``). Images that are no
+        files are read as in :meth:`from_torch`. In place of the column ``client``, ``clients`` is
+        as for :meth:`from_arrays`, and so are the options; ``image_size`` is 64 for files.
+        """
+        from fedss.data.sources import dataframe_dataset
+
+        columns = {"image": image, "label": label, "client": client, "split": split}
+        return dataframe_dataset(frame, root, columns, clients, options)
 
 
 @dataclass(frozen=True)

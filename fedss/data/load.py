@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedss.data.archive import find_archive, find_manifest, open_archive
 from fedss.data.assembly import DataOptions, build_dataset
 from fedss.data.folder import read_folder
 from fedss.data.images import Dataset
@@ -17,6 +18,7 @@ from fedss.data.sets.glyphs import glyphs_dataset
 from fedss.data.sets.omniglot import omniglot_dataset
 from fedss.data.sets.products import read_products
 from fedss.data.sets.user_split import read_gld23k, read_inaturalist, read_landmarks
+from fedss.data.table import parse_columns
 from fedss.errors import DataError
 
 _Load = Callable[[Any, DataOptions], Dataset]
@@ -44,6 +46,15 @@ def _listed(read: Callable[[Path], Listing]) -> _Load:
     return lambda path, options: build_dataset(read(path), options)
 
 
+def _csv(path: Path, options: DataOptions) -> Dataset:
+    called, dealt = parse_columns(options.columns), options.partition is not None
+    return build_dataset(read_manifest(path, called=called, dealt=dealt), options)
+
+
+def _folder(path: Path, options: DataOptions) -> Dataset:
+    return build_dataset(read_folder(path, dealt=options.partition is not None), options)
+
+
 def _glyphs(path: Path | None, options: DataOptions) -> Dataset:
     if path is not None:
         raise DataError(f"glyphs are made by a program: leave out the path {path}")
@@ -65,8 +76,8 @@ DATASETS: Mapping[str, Source] = {
         image_size=28,
         grayscale=True,
     ),
-    "csv": Source(_listed(read_manifest), path="a CSV file"),
-    "folder": Source(_listed(read_folder), path="a folder client/class/image"),
+    "csv": Source(_csv, path="a CSV file"),
+    "folder": Source(_folder, path="a folder client/class/image"),
     "landmarks-user-160k": Source(_listed(read_landmarks)),
     "gld23k": Source(_listed(read_gld23k)),
     "inaturalist-user-120k": Source(_listed(read_inaturalist)),
@@ -109,6 +120,10 @@ def load_dataset(name: str, path: str | Path | None = None, **options: Any) -> D
     partition = parse_partition(settings.partition, settings.partition_clients) or source.partition
     if source.grayscale and settings.channels not in (None, 1):
         raise DataError(f"channels: {name} has 1 channel, got {settings.channels}; leave it out")
+    if settings.columns is not None and name != "csv":
+        raise DataError(
+            f"columns: {name} is no CSV of yours, got {settings.columns!r}; leave it out"
+        )
     if path is None and source.path:
         raise DataError(f"data set {name!r} needs a path: {source.path}")
     data = source.load(None if path is None else Path(path), settings)
@@ -123,21 +138,25 @@ def usual_side(name: str) -> int:
 
 
 def locate(path: str | Path) -> tuple[str, Path]:
-    """Name and path, for ``load_dataset``, of the images that a site keeps at ``path``.
+    """Name and path, for ``load_dataset``, of the images of one's own that are at ``path``.
 
     A file is a CSV, and so is a folder with a ``manifest.csv``; any other folder is
-    ``path/client/class/image``.
+    ``path/client/class/image``. A zip or a tar is a CSV if it has one (``find_manifest``), else
+    such folders; ``photos.zip/list.csv`` is a CSV in it.
 
     Raises:
-        DataError: There is neither file nor folder.
+        DataError: There is neither file nor folder, or an archive that cannot be read.
     """
     path = Path(path)
+    if (place := find_archive(path)) is not None:
+        listed = place[1] or find_manifest(open_archive(place[0]))
+        return "csv" if listed else "folder", path
     for file in (path / "manifest.csv", path):
         if file.is_file():
             return "csv", file
     if path.is_dir():
         return "folder", path
     raise DataError(
-        f"{path}: expected a CSV file, a folder with a manifest.csv, or a folder "
-        "client/class/image; found neither file nor folder"
+        f"{path}: expected a CSV file, a folder with a manifest.csv, a folder client/class/image, "
+        "or a zip or tar of one of these; found neither file nor folder"
     )

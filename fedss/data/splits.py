@@ -57,7 +57,7 @@ def arrange(
     named = listing.rows[0].split is not None if at_site else bool(pair or splits["test"])
     if not named:
         count = Counter(row.label for row in splits["train"])
-        held_out = _held_out(count, test_classes, seed, at_site)
+        held_out = hold_out_classes(count, test_classes, seed, at_site=at_site)
         splits["test"] = [row for row in splits["train"] if row.label in held_out]
         splits["train"] = [row for row in splits["train"] if row.label not in held_out]
 
@@ -85,8 +85,19 @@ def lot(seed: int, label: str) -> float:
     return int.from_bytes(digest) / 2**256
 
 
-def _held_out(count: Mapping[str, int], test_classes: float, seed: int, at_site: bool) -> set[str]:
-    """Of classes with their numbers of images, those held out; see ``arrange``."""
+def hold_out_classes(
+    count: Mapping[str, int], test_classes: float, seed: int = 0, *, at_site: bool = False
+) -> set[str]:
+    """Of classes with their numbers of images, those to test with and never to train on.
+
+    They are those whose ``lot`` is below ``test_classes``, so adding a class changes the side of
+    no other one. On one machine, unless ``test_classes`` is 0, the class of the lowest lot among
+    those of two or more images is always held out, and if all were, the one of the highest lot
+    among the others is trained on; ``at_site`` lots alone decide.
+
+    Raises:
+        DataError: a share that is none, or no class to hold out or to train on.
+    """
     if not 0.0 <= test_classes < 1.0:
         raise DataError(
             "test_classes, the share of the classes to hold out as a test: expected 0 (no test) or "

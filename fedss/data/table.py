@@ -3,12 +3,12 @@
 import difflib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedss.data.names import composed
-from fedss.errors import DataError
+from fedss.errors import ConfigError, DataError
 
 KNOWN = ("image", "label", "client", "split")
 """The columns that mean something to some command."""
@@ -28,13 +28,13 @@ _Lines = Iterator[tuple[int, str]]
 class Table:
     """A CSV: line number and cells, without outer spaces, of each line that is not blank.
 
-    The cells are those of the columns asked for, then that of the optional column if it is there
-    (``complete``); ``unread`` names the others. Errors come as ``rows`` is read.
+    The cells are those of ``columns``: of the columns asked for, then the optional one, those that
+    are there; ``unread`` names the others. Errors come as ``rows`` is read.
     """
 
     rows: Iterator[tuple[int, list[str]]]
+    columns: tuple[str, ...]
     unread: tuple[str, ...]
-    complete: bool
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -43,19 +43,55 @@ class Table:
         return (f"columns not read: {', '.join(strange)}",) if strange else ()
 
 
-def read_table(path: Path, columns: Sequence[str], optional: str | None = None) -> Table:
+def parse_columns(text: str | None) -> dict[str, str]:
+    """From ``image=path,label=species``, the name in a file of each of the columns ``KNOWN``.
+
+    Raises:
+        ConfigError: Another text.
+    """
+    called: dict[str, str] = {}
+    for pair in text.split(",") if text is not None else []:
+        column, equals, name = (part.strip() for part in pair.partition("="))
+        if not (column in KNOWN and equals and name) or column in called:
+            raise ConfigError(
+                f"columns: expected pairs such as image=path,label=species, each of "
+                f"{', '.join(KNOWN)} at most once, got {text!r}"
+            )
+        called[column] = name
+    if len(set(called.values())) < len(called):
+        raise ConfigError(f"columns: expected a column of its own for each, got {text!r}")
+    return called
+
+
+def read_table(
+    path: Path,
+    columns: Sequence[str],
+    optional: str | None = None,
+    *,
+    spare: Collection[str] = (),
+    called: Mapping[str, str] | None = None,
+    content: bytes | None = None,
+) -> Table:
     """A CSV as RFC 4180 has it: commas, and double quotes around a whole value or not at all.
 
     A quote within a value is written twice, in a value in quotes. Beyond the RFC, spaces around
     values do not count. The file is in UTF-8, with a header line; ``columns`` must be there, with
     no cell empty, ``optional`` and others may.
 
+    Args:
+        path: The file, for messages alone where its ``content`` is given.
+        columns: Those that are asked for.
+        optional: One that may be missing, also in a line.
+        spare: Those of ``columns`` that may be missing altogether.
+        called: What a column is called in this file, where it is called otherwise.
+        content: What is in the file.
+
     Raises:
         DataError: Anything amiss with the file, its header or a line, or no line at all; a column
             that is there twice, or one whose name is nearly that of a missing one of ``KNOWN``.
     """
     try:
-        content = path.read_bytes()
+        content = path.read_bytes() if content is None else content
     except OSError as error:
         raise DataError(
             f"{path}: expected a CSV file with {_listed(columns)}; cannot open it: {error.strerror}"
@@ -84,9 +120,10 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
     if not any(header):
         also = f"[,{optional}]" if optional else ""
         raise DataError(f"{path}: empty; expected a header line {','.join(columns)}{also}")
-    _check_header(path, header, columns, optional)
-    read = [name for name in (*columns, optional) if name in header]
-    taken = [header.index(str(name)) for name in read]
+    header, columns, read = choose_columns(
+        f"{path}, line 1", header, columns, optional, spare=spare, called=called
+    )
+    taken = [header.index(name) for name in read]
 
     def rows() -> Iterator[tuple[int, list[str]]]:
         empty = True
@@ -108,7 +145,39 @@ def read_table(path: Path, columns: Sequence[str], optional: str | None = None) 
             raise DataError(f"{path}: no images: there is a header line and nothing below it")
 
     unread = tuple(name for name in header if name and name not in read)
-    return Table(rows(), unread, optional in header)
+    return Table(rows(), tuple(read), unread)
+
+
+def choose_columns(
+    where: str,
+    header: list[str],
+    columns: Sequence[str],
+    optional: str | None,
+    *,
+    spare: Collection[str] = (),
+    called: Mapping[str, str] | None = None,
+) -> tuple[list[str], list[str], list[str]]:
+    """A header by the names that columns have elsewhere; those of it that must be filled; and
+    those that are read. Arguments and errors are those of ``read_table``.
+    """
+    header = _rename(where, header, called or {})
+    filled = [name for name in columns if name in header or name not in spare]
+    _check_header(where, header, filled, optional)
+    read = [name for name in (*filled, optional) if name is not None and name in header]
+    return header, filled, read
+
+
+def _rename(where: str, header: list[str], called: Mapping[str, str]) -> list[str]:
+    """A header with its columns by the names that they have elsewhere."""
+    for column, name in called.items():
+        if header.count(name) != 1:
+            raise DataError(
+                f"{where}: expected one column {name!r}, as columns says {column}={name}; found: "
+                f"{', '.join(header)}"
+            )
+    meant = {name: column for column, name in called.items()}
+    # What has the name of one that is called otherwise is not that one.
+    return [meant.get(name, f"{name} of the file" if name in called else name) for name in header]
 
 
 def _line_of(content: bytes, position: int) -> int:
@@ -216,9 +285,8 @@ def _bare(name: str) -> str:
 
 
 def _check_header(
-    path: Path, header: Sequence[str], columns: Sequence[str], optional: str | None
+    where: str, header: Sequence[str], columns: Sequence[str], optional: str | None
 ) -> None:
-    where = f"{path}, line 1"
     # Those that this command does not read, too: a list means the same to all of them.
     known = dict.fromkeys([*columns, *([optional] if optional else []), *KNOWN])
     called: dict[str, list[str]] = {}
@@ -240,6 +308,10 @@ def _check_header(
             if column not in (*columns, optional):
                 # client_id, in a list of which no client is read, is a name of its own.
                 likely = {bare: name for bare, name in others.items() if "_" not in name}
+            if column == "client" and column in missing:
+                hints[column] = (
+                    "without clients, a partition deals the images to some (--partition)"
+                )
             if near := difflib.get_close_matches(_bare(column), likely, 1, cutoff):
                 hints[column] = f"is {others[near[0]]!r} meant as {column!r}?"
     if missing:

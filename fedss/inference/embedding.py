@@ -137,12 +137,14 @@ def list_images(path: Path) -> ImageList:
         # As in training: images lie beside the CSV that was named, be it a link.
         root = Path(os.path.abspath(path.parent))
         table = read_table(path, ("image",), optional="label")
-        without = () if table.complete else ("no column label: these images have no class",)
+        without = (
+            () if "label" in table.columns else ("no column label: these images have no class",)
+        )
         lines, rows = zip(*table.rows, strict=True)
         names = [listed_name(str(root), cells[0]) for cells in rows]
         check_listed_once(path, names, lines.__getitem__)
         labels = [class_name(cells[1]) if len(cells) > 1 else None for cells in rows]
-        if table.complete and None in labels:
+        if "label" in table.columns and None in labels:
             without = (f"{labels.count(None):,} without a class: label is empty",)
         remarks = (*without, *table.remarks)
     else:

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fedss.config import Config
 from fedss.data import load_dataset
-from fedss.errors import DataError
+from fedss.errors import ConfigError, DataError
 from tests.data.made import GOOD, load, make_image, same, save, write_csv
 
 
@@ -187,3 +188,44 @@ def test_nothing_readable(root):
     path = write_csv(root, ["u.png,a,x,test", "v.png,a,x,train"])
     with pytest.raises(DataError, match="none of the 2 images"):
         load(path, skip_broken=True)
+
+
+def test_without_a_column_of_clients_a_partition_deals_the_images(root):
+    lines = [f"p{i}.png,{'abc'[i % 3]}" for i in range(9)]
+    with_clients = write_csv(root, [f"{line},nobody" for line in lines], "image,label,client")
+    expected = load(with_clients, partition="classes:1", partition_clients=2)
+    path = write_csv(root, lines, "image,label")
+    assert same(load(path, partition="classes:1", partition_clients=2), expected)
+    with pytest.raises(DataError, match=r"missing: client; .*a partition deals .*--partition"):
+        load(path)
+    path = write_csv(root, [*lines, "p9.png,a,"], "image,label,client")
+    with pytest.raises(DataError, match="line 2: empty client"):
+        load(path, partition="class")
+
+
+def test_columns_may_be_called_otherwise(root):
+    expected = load(write_csv(root, GOOD))
+    how = {"columns": "image=path, label=species,client=Phone,split=for"}
+    path = write_csv(root, GOOD, "path,species,Phone,for")
+    assert same(load(path, **how), expected)
+    rotated = [",".join([line.split(",")[1], line]) for line in GOOD]
+    # A column with the name of one that is called otherwise is not read, and that is said.
+    data = load(write_csv(root, rotated, "image,path,label,client,split"), columns="image=path")
+    assert same(data, expected)
+    assert data.remarks == ("columns not read: image of the file",)
+    with pytest.raises(DataError, match=r"one column 'file', as columns says image=file"):
+        load(write_csv(root, GOOD, "path,species,Phone,for"), columns="image=file")
+    with pytest.raises(DataError, match="expected one column 'x'"):
+        load(write_csv(root, GOOD, "x,x,label,client"), columns="image=x")
+    with pytest.raises(DataError, match="columns: folder is no CSV"):
+        load_dataset("folder", root, columns="image=x")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "image", "image=", "picture=x", "image=a,image=b", "image=a,label=a", "image=a,"]
+)
+def test_columns_that_cannot_be_are_refused(root, text):
+    with pytest.raises(ConfigError, match="columns: expected"):
+        load(write_csv(root, GOOD), columns=text)
+    with pytest.raises(ConfigError, match="columns: expected"):
+        Config(columns=text)

@@ -2,6 +2,7 @@
 
 import random
 import unicodedata
+import zipfile
 
 import pytest
 from hypothesis import given
@@ -81,3 +82,33 @@ def test_mistakes_in_folders(folders, tmp_path):
     save(folders / "cid" / "p.png", make_image(0))
     with pytest.raises(DataError, match=r"p\.png: an image at the wrong depth"):
         load_dataset("folder", folders)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_folders_of_classes_are_dealt_to_clients(tmp_path, packed):
+    root = tmp_path / "classes"
+    lines = []
+    for i in range(12):
+        label = ["cat", "dog", "elk", "fox"][i % 4]
+        save(root / label / f"{i}.png", make_image(i))
+        lines.append(f"{label}/{i}.png,{label},nobody")
+    how = {"image_size": 8, "cache": tmp_path / "cache", "partition": "classes:1"}
+    path = write_csv(root, lines, "image,label,client")
+    expected = load_dataset("csv", path, **how)
+    assert len(expected.train.client_names) == len(expected.train.class_names)
+    place = root
+    if packed:
+        place = tmp_path / "classes.zip"
+        with zipfile.ZipFile(place, "w") as archive:
+            for file in root.glob("*/*.png"):
+                archive.write(file, file.relative_to(root))
+    assert same(load_dataset("folder", place, **how), expected)
+    with pytest.raises(DataError, match=r"wrong depth; .*a partition deals .*\(--partition\)"):
+        load_dataset("folder", place, image_size=8)
+    if not packed:
+        (root / "gnu").mkdir()
+        with pytest.raises(DataError, match="gnu: a class without images"):
+            load_dataset("folder", root, **how)
+        save(root / "gnu" / "more" / "1.png", make_image(0))
+        with pytest.raises(DataError, match=r"wrong depth; .* or as .*class/image"):
+            load_dataset("folder", root, **how)

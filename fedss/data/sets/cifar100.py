@@ -13,8 +13,8 @@ from fedss.data.assembly import DataOptions, assemble_dataset
 from fedss.data.cache import cached_array, stamp_files
 from fedss.data.decoding import decode
 from fedss.data.images import Dataset
-from fedss.data.manifest import ListedImage
-from fedss.data.sets.published import NOBODY, Counts, find, published_listing, read_lines
+from fedss.data.manifest import NOBODY, ListedImage
+from fedss.data.sets.published import Counts, find, published_listing, read_lines
 from fedss.data.splits import arrange
 from fedss.errors import DataError
 

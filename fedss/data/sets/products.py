@@ -8,8 +8,8 @@ counts from the former.
 import sys
 from pathlib import Path
 
-from fedss.data.manifest import ListedImage, Listing
-from fedss.data.sets.published import NOBODY, Counts, find, published_listing, read_lines
+from fedss.data.manifest import NOBODY, ListedImage, Listing
+from fedss.data.sets.published import Counts, find, published_listing, read_lines
 from fedss.errors import DataError
 
 _HEADER = "image_id class_id super_class_id path"

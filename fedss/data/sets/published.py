@@ -10,8 +10,6 @@ from pathlib import Path
 from fedss.data.manifest import ListedImage, Listing
 from fedss.errors import DataError
 
-NOBODY = "nobody"  # the client of images for which no user is published
-
 
 @dataclass(frozen=True)
 class Counts:

@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedss.data.manifest import ListedImage, Listing
-from fedss.data.sets.published import NOBODY, Counts, find, published_listing
+from fedss.data.manifest import NOBODY, ListedImage, Listing
+from fedss.data.sets.published import Counts, find, published_listing
 from fedss.data.table import read_table
 from fedss.errors import DataError
 
