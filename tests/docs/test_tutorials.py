@@ -50,8 +50,8 @@ def test_photographs_become_a_search(capsys):
     assert re.search(r"training classes n +111\b", said)
     assert re.search(r"test queries +234\b", said)
     before, after = said.split("enrolled 3 ")
-    assert not re.search(r"blue mug  new/[123].jpg", before)
-    assert re.search(r"blue mug  new/[123].jpg", after)
+    assert not re.search(r"blue mug +new/[123].jpg", before)
+    assert re.search(r"blue mug +new/[123].jpg", after)
 
 
 def test_the_app_of_a_federation_is_written():
