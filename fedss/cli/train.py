@@ -37,7 +37,8 @@ def train(options: argparse.Namespace) -> None:
     _say_before([config], data)
     run = train(config, options.out, data=data)
     if run.already_done:
-        say(f"{options.out} is done: {counted(config.rounds, 'round')}; delete it to train again")
+        rounds = counted(run.summary["rounds"], "round")
+        say(f"{options.out} is done: {rounds}; more --rounds go on, or delete it to train again")
     tables.print_results([run.summary], seen_classes(data), run.folder)
     say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
 

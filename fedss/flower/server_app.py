@@ -78,7 +78,7 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         RunPlan(config, None, embedder, data, federate),
         folder,
         f"{config.method} seed {config.seed}",
-        on_round=lambda record: log_line(line(record, config.rounds, left(record))),
+        show_progress=lambda record: log_line(line(record, config.rounds, left(record))),
     )
 
 

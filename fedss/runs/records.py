@@ -123,18 +123,25 @@ def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Rec
     """Open ``records.jsonl`` behind the ``past`` rounds.
 
     Gives ``add(record, to_disk)``; ``to_disk`` before a checkpoint, which needs its records.
+    Another record of the last round takes the place of the first.
 
     Lines of rounds after the checkpoint are dropped: these rounds are run again.
     """
-    path = folder / "records.jsonl"
+    path, begin = folder / "records.jsonl", 0
+    last = past[-1]["round"] if past else 0
     if past or path.exists():
         with path.open("rb+") as old:
             for _ in past:
+                begin = old.tell()
                 old.readline()
             old.truncate()
     with path.open("a", encoding="utf-8") as file:
 
         def add(record: Record, to_disk: bool) -> None:
+            nonlocal last, begin
+            if record["round"] == last:
+                file.truncate(begin)
+            last, begin = record["round"], path.stat().st_size
             file.write(json.dumps(record) + "\n")
             file.flush()
             if to_disk:

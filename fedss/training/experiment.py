@@ -21,15 +21,18 @@ from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
 from fedss.runs.about import DataFacts
 from fedss.runs.folder import (
+    first_rounds,
     lock_folder,
     with_absolute_paths,
     write_comparison_config,
     write_run_config,
 )
 from fedss.runs.progress import log_rounds
+from fedss.runs.records import Record
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
-from fedss.settings import Problem, problem_of, resolve
+from fedss.settings import Problem, Setting, problem_of, resolve
+from fedss.text import counted
 from fedss.training.build import (
     build_model,
     check_trainable,
@@ -104,6 +107,9 @@ def train(
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
 
+    A run may go on beyond its last round: ``config.rounds`` may be more than it had. Settings that
+    are ``auto`` stay as they were resolved when it began.
+
     Started by torchrun, its processes train the model together (:mod:`fedss.distributed`): ``out``
     and the images must be there on every host, and any number of processes may go on.
 
@@ -119,7 +125,8 @@ def train(
             and ``central``; see :data:`fedss.losses.softmax.Objective`. A run that goes on needs
             one of the same name.
         on_round: called with each round's record, those of an interrupted run first, at the first
-            rank alone; None: progress is logged (:func:`fedss.log.show_on_stderr`).
+            rank alone. If it returns ``fedss.STOP``, the run ends with this round, and is done.
+            Progress is logged all the same (:func:`fedss.log.show_on_stderr`).
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
@@ -174,6 +181,7 @@ def train_federation(
     label: str,
     *,
     on_round: OnRound | None = None,
+    show_progress: OnRound | None = None,
     ranks: Ranks = ALONE,
 ) -> Run:
     """Train one model wherever its clients are, or go on with it.
@@ -183,6 +191,7 @@ def train_federation(
         folder: the run folder.
         label: the run's name, where progress is shown.
         on_round: as in :func:`train`.
+        show_progress: called with each record, too; None: progress is logged.
         ranks: the processes that train together.
 
     Raises:
@@ -191,16 +200,16 @@ def train_federation(
     config, own = plan.config, plan.own
     if config.keep_memory:
         keep_freed_memory()
-    told, settings = resolve(config, plan.problem)
+    told, settings = _resolve_first(folder, config, plan.problem)
     plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
     model = describe_model(plan.embedder, own.sampler, own.objective)
     with lock_folder(folder) if ranks.first else nullcontext():
         write_run_config(folder, config, settings, plan.data, model, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
-            if not ranks.first:
-                on_round = lambda record: None  # noqa: E731
-            observe = on_round or log_rounds(label, config)
+            observe: OnRound = lambda record: None  # noqa: E731
+            if ranks.first:
+                observe = partial(_observe, show_progress or log_rounds(label, config), on_round)
             summary = train_rounds(
                 *(told, plan.embedder, plan.federate, plan_of, folder, observe, ranks)
             )
@@ -214,6 +223,23 @@ def train_federation(
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
         return Run(folder, load_embedder(folder / "model", own.backbone), summary, already_done)
+
+
+def _resolve_first(
+    folder: Path, config: Config, problem: Problem | None
+) -> tuple[Config, dict[str, Setting]]:
+    """``resolve``, as it was for the number of rounds that the run in a folder began with."""
+    first = first_rounds(folder, config)
+    told, settings = resolve(replace(config, rounds=first), problem)
+    if first != config.rounds:
+        kept = f"; as for the {counted(first, 'round')} that the run began with"
+        settings = {name: replace(s, why=s.why + kept) for name, s in settings.items()}
+    return replace(told, rounds=config.rounds), settings
+
+
+def _observe(show: OnRound, on_round: OnRound | None, record: Record) -> object:
+    show(record)
+    return on_round(record) if on_round else None
 
 
 def load_together(config: Config) -> Dataset:

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,13 +38,34 @@ from fedss.runs.records import (
     records_to_disk,
 )
 from fedss.runs.summaries import Summary, summarize
-from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
+from fedss.runs.tensorboard import (
+    add_metrics,
+    add_neighbours,
+    add_projection,
+    add_scalars,
+    open_writer,
+)
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
 from fedss.training.build import resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 
-OnRound = Callable[[Record], None]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Stop(Enum):
+    """What ``on_round`` returns to end a run at its round."""
+
+    STOP = "stop"
+
+
+STOP = Stop.STOP
+OnRound = Callable[[Record], object]
+"""Called with a round's record; if it returns ``STOP``, the run is done, with this round its last.
+
+A value of its own, since callbacks return this and that without a thought.
+"""
 PlanOf = Callable[[int, int], RoundPlan]
 """``plan_of(num_classes, round)``: the plan of a round (0-based)."""
 
@@ -70,7 +93,9 @@ def train_rounds(
     on_round: OnRound,
     ranks: Ranks,
 ) -> Summary:
-    """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
+    """Train from the last checkpoint to the end, or until ``on_round`` says stop.
+
+    Leaves the weights in ``embedder``.
 
     Returns the run's summary. Every rank has the same state throughout; only the first writes.
     """
@@ -85,11 +110,12 @@ def train_rounds(
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
         floors = _floors(federation, theta_P, folder, ranks)
-        for record in records:
-            on_round(record)
+        said = [on_round(record) for record in records]
+        # What it said of earlier ones came to nothing: rounds behind them are trained.
+        stops = ranks.gather(said[-1:] == [STOP])[0]
         if ranks.first and federation.preview is not None:
             write_file(folder / "augmentation.npz", federation.preview)
-        state, evaluation = _to_the_end(job, state, records, floors)
+        state, evaluation = _to_the_end(job, state, records, floors, stops)
         theta_P.copy_(state.backbone_P)
     if ranks.first and federation.task and evaluation and evaluation.embedded:
         # Outside, where torch may use all cores again.
@@ -97,19 +123,19 @@ def train_rounds(
     by_class = evaluation.by_class if evaluation else None
     if by_class is not None:
         write_scores(folder / "by_class.json", floor("trained", by_class))
-    run = {"method": config.method, "seed": config.seed, "rounds": config.rounds}
+    run = {"method": config.method, "seed": config.seed, "rounds": state.round}
     size = sample_size(config, state.class_rows.num_classes)
     ends = None if by_class is None else interval([by_class])
     return summarize({**run, "sample_size": size, "folder": "."}, records, floors.map_at_10, ends)
 
 
 def _to_the_end(
-    job: _Job, state: ServerState, records: list[Record], floors: Floors
+    job: _Job, state: ServerState, records: list[Record], floors: Floors, stops: bool
 ) -> tuple[ServerState, Evaluation | None]:
-    """All rounds that are left; their records are appended to ``records``."""
+    """All rounds that are left, none if it ``stops``; their records are appended to ``records``."""
     config, task, timer, first = job.config, job.federation.task, job.timer, job.ranks.first
     failed = any(record.get("failures") for record in records)
-    done_before, evaluation = state.round == config.rounds, None
+    begun, evaluation = state.round, None
     with (
         open_records(job.folder, records) if first else nullcontext() as add_record,
         open_writer(job.folder, state.round + 1) if first else nullcontext() as writer,
@@ -124,7 +150,7 @@ def _to_the_end(
             writer.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
         timer.restart()
         try:
-            while state.round < config.rounds:
+            while state.round < config.rounds and not stops:
                 first_loss = records[0]["loss"] if records else None
                 state, record, evaluation = _next_round(job, state, first_loss)
                 due = _due(state.round, config.checkpoint_every, config.rounds)
@@ -135,21 +161,38 @@ def _to_the_end(
                 if writer:
                     add_scalars(writer, record, failed)
                 add_images(add_neighbours)
-                job.on_round(record)
+                stops = job.ranks.gather(job.on_round(record) is STOP)[0]
                 if due and first:
                     save_checkpoint(job.folder / "checkpoint", state)
                     timer.end_phase("checkpoint")
                 elif due:
                     state.class_rows.changed.clear()
+            judged = state.round > begun and _due(state.round, config.eval_every, config.rounds)
+            if not judged and (task or job.ranks.gather(records[-1]["metrics"] is None)[0]):
+                # It ends at a round that was not to be its last, or before its images were written.
+                evaluation = job.federation.evaluate(state.backbone_P, state.round)
+            if add_record and writer:
+                _complete_last_record(records, evaluation, add_record, writer)
+                _save_last_round(job.folder, state, len(records))
         except BaseException:
             if first:
                 _save_last_round(job.folder, state, len(records))
             raise
-        if done_before and task:
-            # The run was stopped before its images were written.
-            evaluation = job.federation.evaluate(state.backbone_P, state.round)
         add_images(add_projection)
     return state, evaluation
+
+
+def _complete_last_record(
+    records: list[Record],
+    evaluation: Evaluation | None,
+    add_record: Callable[[Record, bool], None],
+    writer: "SummaryWriter",
+) -> None:
+    """The retrieval figures of a round that nobody knew to be the last when it was recorded."""
+    if records[-1]["metrics"] is None and evaluation and evaluation.metrics:
+        records[-1] = {**records[-1], "metrics": evaluation.metrics}
+        add_record(records[-1], True)
+        add_metrics(writer, records[-1])
 
 
 def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: Ranks) -> Floors:
