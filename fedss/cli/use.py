@@ -91,8 +91,9 @@ def evaluate(options: argparse.Namespace) -> None:
         if not own:
             say(f"images of {data.name}, other than the run's own")
         print_evaluation(evaluation.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
-    # Of other images it would not be the run's.
-    _keep_measured(run, measured, writes=own and not options.far)
+    # Of other images it would not be the run's, and of a round in between not of its model.
+    done = (run / "summary.json").exists()
+    _keep_measured(run, measured, writes=own and done and not options.far)
 
 
 def _data_to_evaluate(

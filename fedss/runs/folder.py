@@ -62,7 +62,7 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=0):
-                for place in (folder, folder / "model"):
+                for place in (folder, folder / "model", folder / "checkpoint" / "first"):
                     remove_litter(place)
                 yield
         except Timeout as error:

@@ -16,6 +16,7 @@ from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
 from fedss.evaluation.task import check_tellable
+from fedss.files import write_json
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
@@ -85,6 +86,7 @@ class RunPlan:
         data: metadata of the data set; a run that goes on must have the same.
         federate: opens the federation.
         own: the user's own objects.
+        class_names: of the class rows, where they are known before the first round.
     """
 
     config: Config
@@ -93,6 +95,7 @@ class RunPlan:
     data: DataFacts
     federate: Federate
     own: OwnParts = OwnParts()
+    class_names: Sequence[str] | None = None
 
 
 def train(
@@ -171,7 +174,8 @@ class _Experiment:
         federate = partial(local_federation, config, self.data, self.ranks, self.floors)
         model = build_model(config, self.data, self.own.backbone)
         about, problem = describe(config, self.data), problem_of(self.data)
-        plan = RunPlan(config, problem, model, about, federate, self.own)
+        names = self.data.train.class_names
+        plan = RunPlan(config, problem, model, about, federate, self.own, names)
         return train_federation(plan, folder, label, on_round=self.on_round, ranks=self.ranks)
 
 
@@ -210,6 +214,7 @@ def train_federation(
             observe: OnRound = lambda record: None  # noqa: E731
             if ranks.first:
                 observe = partial(_observe, show_progress or log_rounds(label, config), on_round)
+                _keep_first(plan, folder / "checkpoint")
             summary = train_rounds(
                 *(told, plan.embedder, plan.federate, plan_of, folder, observe, ranks)
             )
@@ -235,6 +240,14 @@ def _resolve_first(
         kept = f"; as for the {counted(first, 'round')} that the run began with"
         settings = {name: replace(s, why=s.why + kept) for name, s in settings.items()}
     return replace(told, rounds=config.rounds), settings
+
+
+def _keep_first(plan: RunPlan, checkpoints: Path) -> None:
+    """Write what a checkpoint needs to be of use by itself: the model, and the rows' names."""
+    if not (checkpoints / "first" / "config.json").exists():
+        save_embedder(plan.embedder, checkpoints / "first", {})
+    if plan.class_names is not None and not (checkpoints / "classes.json").exists():
+        write_json(checkpoints / "classes.json", list(plan.class_names))
 
 
 def _observe(show: OnRound, on_round: OnRound | None, record: Record) -> object:
