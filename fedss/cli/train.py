@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from fedss.data import Dataset
 
 
-@command("[OPTIONS] --out DIR", config_options(), OUT)
+@command(
+    "[OPTIONS] --out DIR",
+    argument(
+        "--from",
+        "RUN",
+        "start with the weights of another run: the backbone, and the rows of classes of the same "
+        "name",
+        dest="start",
+    ),
+    config_options(),
+    OUT,
+)
 def train(options: argparse.Namespace) -> None:
     """Train one model, or resume an interrupted run."""
     from fedss.data import seen_classes
@@ -35,7 +46,7 @@ def train(options: argparse.Namespace) -> None:
     config = read_config(options)
     data = load_together(config)
     _say_before([config], data)
-    run = train(config, options.out, data=data)
+    run = train(config, options.out, data=data, start=options.start)
     if run.already_done:
         rounds = counted(run.summary["rounds"], "round")
         say(f"{options.out} is done: {rounds}; more --rounds go on, or delete it to train again")

@@ -75,6 +75,7 @@ class AnyConfig(TypedDict):
 
     config: Mapping[str, Any]
     rounds_before: NotRequired[list[int]]
+    start: NotRequired[Mapping[str, Any]]  # the run whose weights it began with
     resolved: NotRequired[Mapping[str, Any]]
     data: NotRequired[DataFacts]
     model: NotRequired[Mapping[str, Any]]

@@ -91,6 +91,7 @@ def write_run_config(
     settings: Mapping[str, Setting],
     data: DataFacts,
     model: Mapping[str, Any],
+    start: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
@@ -108,6 +109,8 @@ def write_run_config(
     reasons = {name: setting.why for name, setting in settings.items()}
     content: dict[str, Any] = {"config": _stored(config), "resolved": values, "why": reasons}
     content |= {"data": dict(data), "model": dict(model)} | _versions()
+    if start is not None:
+        content["start"] = dict(start)
     if not ranks.first:
         ranks.gather(None)
         if not (folder / "config.json").exists():

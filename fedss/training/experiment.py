@@ -46,6 +46,7 @@ from fedss.training.build import (
 from fedss.training.federation import Federate, Known, local_federation
 from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_objective
+from fedss.training.start import Start, start_from
 from fedss.training.summary import describe, describe_model
 
 
@@ -87,6 +88,7 @@ class RunPlan:
         federate: opens the federation.
         own: the user's own objects.
         class_names: of the class rows, where they are known before the first round.
+        start: class rows of another run, with whose weights ``embedder`` begins.
     """
 
     config: Config
@@ -96,6 +98,7 @@ class RunPlan:
     federate: Federate
     own: OwnParts = OwnParts()
     class_names: Sequence[str] | None = None
+    start: Start | None = None
 
 
 def train(
@@ -106,6 +109,7 @@ def train(
     backbone: nn.Module | None = None,
     sampler: Sampler | None = None,
     objective: Objective | None = None,
+    start: str | Path | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
@@ -127,6 +131,9 @@ def train(
         objective: a loss of your own, in place of the softmax of ``full``, ``fedss``, ``pos-only``
             and ``central``; see :data:`fedss.losses.softmax.Objective`. A run that goes on needs
             one of the same name.
+        start: the folder of another run, with whose weights this one begins: the backbone, of the
+            same architecture, and the rows of classes that both have, by their names. A run that
+            goes on need not be told again.
         on_round: called with each round's record, those of an interrupted run first, at the first
             rank alone. If it returns ``fedss.STOP``, the run ends with this round, and is done.
             Progress is logged all the same (:func:`fedss.log.show_on_stderr`).
@@ -144,9 +151,9 @@ def train(
         own = OwnParts(backbone, sampler, objective)
         _check(config, data, own)
         # Absolute: whoever is called in between may change the working directory.
-        folder = Path(out).absolute()
+        folder, begin = Path(out).absolute(), None if start is None else Path(start).absolute()
         label = f"{config.method} seed {config.seed}"
-        return _Experiment(data, own, on_round, ranks).train(config, folder, label)
+        return _Experiment(data, own, on_round, ranks, begin).train(config, folder, label)
 
 
 def _check(config: Config, data: Dataset, own: OwnParts) -> None:
@@ -167,6 +174,7 @@ class _Experiment:
     own: OwnParts
     on_round: OnRound | None
     ranks: Ranks
+    start: Path | None = None
     floors: Known = field(default_factory=Known)
 
     def train(self, config: Config, folder: Path, label: str) -> Run:
@@ -174,8 +182,9 @@ class _Experiment:
         federate = partial(local_federation, config, self.data, self.ranks, self.floors)
         model = build_model(config, self.data, self.own.backbone)
         about, problem = describe(config, self.data), problem_of(self.data)
-        names = self.data.train.class_names
-        plan = RunPlan(config, problem, model, about, federate, self.own, names)
+        names, backbone = self.data.train.class_names, self.own.backbone
+        start = start_from(self.start, folder, config, model, names, backbone)
+        plan = RunPlan(config, problem, model, about, federate, self.own, names, start)
         return train_federation(plan, folder, label, on_round=self.on_round, ranks=self.ranks)
 
 
@@ -206,9 +215,11 @@ def train_federation(
         keep_freed_memory()
     told, settings = _resolve_first(folder, config, plan.problem)
     plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
-    model = describe_model(plan.embedder, own.sampler, own.objective)
+    start = plan.start
+    began_with, record = (None, None) if start is None else (start.weights, start.record)
+    model = describe_model(plan.embedder, own.sampler, own.objective, began_with)
     with lock_folder(folder) if ranks.first else nullcontext():
-        write_run_config(folder, config, settings, plan.data, model, ranks)
+        write_run_config(folder, config, settings, plan.data, model, record, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
             observe: OnRound = lambda record: None  # noqa: E731
@@ -216,7 +227,7 @@ def train_federation(
                 observe = partial(_observe, show_progress or log_rounds(label, config), on_round)
                 _keep_first(plan, folder / "checkpoint")
             summary = train_rounds(
-                *(told, plan.embedder, plan.federate, plan_of, folder, observe, ranks)
+                *(told, plan.embedder, plan.federate, plan_of, folder, observe, ranks, start)
             )
         if ranks.first:
             if not already_done:

@@ -14,7 +14,7 @@ import torch
 from fedss.config import Config
 from fedss.core.algorithm import Server, run_round, without_deltas
 from fedss.core.checks import check_growth
-from fedss.core.class_rows import create_class_rows, grow, newest_write, read, with_sums
+from fedss.core.class_rows import create_class_rows, grow, newest_write, read, with_sums, write_
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.state import ServerState
@@ -49,6 +49,7 @@ from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
 from fedss.training.build import resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
+from fedss.training.start import Start
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -82,6 +83,7 @@ class _Job:
     timer: "PhaseTimer"
     ranks: Ranks
     on_round: OnRound
+    start: Start | None
 
 
 def train_rounds(
@@ -92,10 +94,11 @@ def train_rounds(
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
+    start: Start | None = None,
 ) -> Summary:
     """Train from the last checkpoint to the end, or until ``on_round`` says stop.
 
-    Leaves the weights in ``embedder``.
+    Leaves the weights in ``embedder``, which has the first ones; ``start`` has class rows for it.
 
     Returns the run's summary. Every rank has the same state throughout; only the first writes.
     """
@@ -105,7 +108,7 @@ def train_rounds(
         row_mean: RowMean = resolved(config.row_mean)
         of_cohort = federation.cohort_size, row_mean, federation.quorum
         server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
-        job = _Job(config, federation, server, plan_of, folder, timer, ranks, on_round)
+        job = _Job(config, federation, server, plan_of, folder, timer, ranks, on_round, start)
         state = _first_state(job, theta_P)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
@@ -303,6 +306,9 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
     )
     state = load_checkpoint(checkpoints, rows)
     if state is None:
+        if (start := job.start) is not None and len(start.ids_U):
+            slots = {name: torch.zeros_like(start.rows_UD) for name in rows.slots}
+            write_(rows, start.ids_U, start.rows_UD, slots, -1)
         if METHODS[config.method].moments:
             rows = with_sums(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}

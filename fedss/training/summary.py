@@ -130,7 +130,10 @@ def unused_settings(config: Config) -> set[str]:
 
 
 def describe_model(
-    embedder: Embedder, sampler: Sampler | None, objective: Objective | None
+    embedder: Embedder,
+    sampler: Sampler | None,
+    objective: Objective | None,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """A run's record of its model's structure, initial and frozen weights, sampler and loss."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
@@ -142,6 +145,8 @@ def describe_model(
         "frozen": frozen_fingerprint(embedder),
         "sampler": sampler and sampler.name,
         "objective": objective and objective_name(objective),
+        # Of the model of another run, from which it starts.
+        **({} if start is None else {"start": start}),
     }
 
 

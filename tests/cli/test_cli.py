@@ -162,7 +162,7 @@ def test_commands_and_options_are_pinned(capsys):
     booleans = flags([f"no-{o.name}" for o in OPTIONS if o.type is bool])
     config = flags(PINNED) | booleans
     data = flags([o.name for o in OPTIONS if o.group == "data"])
-    assert options_of("train", capsys)[0] == config | own
+    assert options_of("train", capsys)[0] == config | own | {"--from"}
     assert options_of("info", capsys)[0] == (config | own | {"--plot"}) - {"--out"}
     assert options_of("compare", capsys)[0] == (
         (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
@@ -533,8 +533,8 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
     assert main([*broken, "--skip-broken"]) == 0
     assert "npy or .parquet" in refused([*broken[:3], "--skip-broken", "--out", "e.txt"], capsys)
 
-    different = refused([*csv_words, *path, "--skip-broken", "--rounds", "3"], capsys)
-    assert "rounds: 2 there, 3 now" in different
+    different = refused([*csv_words, *path, "--skip-broken", "--scale", "9"], capsys)
+    assert "scale: 10.0 there, 9.0 now" in different
 
 
 def test_a_diverging_run_ends_with_code_2(tmp_path, capsys):
