@@ -51,7 +51,9 @@ def train(options: argparse.Namespace) -> None:
         rounds = counted(run.summary["rounds"], "round")
         say(f"{options.out} is done: {rounds}; more --rounds go on, or delete it to train again")
     tables.print_results([run.summary], seen_classes(data), run.folder)
-    say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
+    out = Path(options.out)
+    best = [f"best    {out / 'best'}"] if (out / "best").exists() else []
+    say(f"model   {out / 'model'}", *best, f"report  {out / 'report.html'}")
 
 
 @command(

@@ -109,11 +109,16 @@ def _data_to_evaluate(
     from fedss.training.build import load_data
     from fedss.training.summary import why_not_own
 
-    about = read_any_config(Path(options.folder))
+    run = Path(options.folder)
+    if run.name in ("best", "model") and (run.parent / "config.json").exists():
+        run = run.parent
+    about = read_any_config(run)
     known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
-    check_stored(about["config"], f"{options.folder}/config.json")
-    config = config_from_dict({**about["config"], **shape, **given(options)})
+    check_stored(about["config"], f"{run}/config.json")
+    # Nothing is chosen here: the test will do for a run that had to have a validation split.
+    told = {**about["config"], "patience": None, **shape, **given(options)}
+    config = config_from_dict(told)
     other = why_not_own(options.folder, known, config.data)
     if known.get("name") != config.data and not given(options):
         raise ConfigError(other)

@@ -34,6 +34,7 @@ _FREE_FIELDS = (
     "workers",
     "keep_memory",
     "checkpoint_every",
+    "patience",
     "row_store",
     "data_path",
     "weights",
@@ -62,8 +63,8 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=0):
-                for place in (folder, folder / "model", folder / "checkpoint" / "first"):
-                    remove_litter(place)
+                for place in (".", "model", "best", "checkpoint/first"):
+                    remove_litter(folder / place)
                 yield
         except Timeout as error:
             raise RunFolderError(

@@ -118,6 +118,20 @@ def num_sites(record: Record) -> int:
     return int((record["metrics"] or {}).get("sites", 0))
 
 
+def best_evaluated(records: Sequence[Record]) -> Record | None:
+    """The record of the highest MAP@10, the first of several; None without an evaluation."""
+    evaluated = [(r, r["metrics"]["map_at_10"]) for r in records if r["metrics"] is not None]
+    return max(evaluated, key=lambda pair: pair[1])[0] if evaluated else None
+
+
+def out_of_patience(records: Sequence[Record], patience: int | None) -> bool:
+    """Whether so many evaluations came after the best one; never where ``patience`` is None."""
+    best = best_evaluated(records)
+    if best is None or patience is None:
+        return False
+    return sum(r["metrics"] is not None and r["round"] > best["round"] for r in records) >= patience
+
+
 @contextmanager
 def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Record, bool], None]]:
     """Open ``records.jsonl`` behind the ``past`` rounds.

@@ -1,7 +1,7 @@
 """The loop over rounds: Algorithm 1, evaluation, records, checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -25,15 +25,17 @@ from fedss.evaluation.intervals import interval
 from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
 from fedss.losses.methods import METHODS, RowMean
-from fedss.models import Embedder, flatten_
+from fedss.models import Embedder, flatten_, save_embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.runs.findings import read_scores, write_findings, write_scores
 from fedss.runs.folder import check_same_round
 from fedss.runs.records import (
     FailedClient,
     Record,
+    best_evaluated,
     new_record,
     open_records,
+    out_of_patience,
     read_records,
     records_to_disk,
 )
@@ -84,6 +86,7 @@ class _Job:
     ranks: Ranks
     on_round: OnRound
     start: Start | None
+    keep_best: Callable[[torch.Tensor, Sequence[Record]], None]
 
 
 def train_rounds(
@@ -104,18 +107,31 @@ def train_rounds(
     """
     optimizer, timer = server_optimizer(config), PhaseTimer()
     theta_P = flatten_(embedder).theta_P
+
+    def keep_best(backbone_P: torch.Tensor, records: Sequence[Record]) -> None:
+        """Write the model down if the last of these rounds is the best so far."""
+        best = best_evaluated(records)
+        if config.patience is not None and ranks.first and best and best is records[-1]:
+            theta_P.copy_(backbone_P)
+            about = {"method": config.method, "round": best["round"], "metrics": best["metrics"]}
+            save_embedder(embedder, folder / "best", about)
+
     with federate(embedder, optimizer, timer.end_phase) as federation:
         row_mean: RowMean = resolved(config.row_mean)
         of_cohort = federation.cohort_size, row_mean, federation.quorum
         server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
-        job = _Job(config, federation, server, plan_of, folder, timer, ranks, on_round, start)
+        job = _Job(
+            config, federation, server, plan_of, folder, timer, ranks, on_round, start, keep_best
+        )
         state = _first_state(job, theta_P)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
         floors = _floors(federation, theta_P, folder, ranks)
         said = [on_round(record) for record in records]
         # What it said of earlier ones came to nothing: rounds behind them are trained.
-        stops = ranks.gather(said[-1:] == [STOP])[0]
+        stops = said[-1:] == [STOP] or out_of_patience(records, config.patience)
+        stops = ranks.gather(stops)[0]
+        keep_best(state.backbone_P, records)
         if ranks.first and federation.preview is not None:
             write_file(folder / "augmentation.npz", federation.preview)
         state, evaluation = _to_the_end(job, state, records, floors, stops)
@@ -164,7 +180,9 @@ def _to_the_end(
                 if writer:
                     add_scalars(writer, record, failed)
                 add_images(add_neighbours)
-                stops = job.ranks.gather(job.on_round(record) is STOP)[0]
+                job.keep_best(state.backbone_P, records)
+                stops = job.on_round(record) is STOP or out_of_patience(records, config.patience)
+                stops = job.ranks.gather(stops)[0]
                 if due and first:
                     save_checkpoint(job.folder / "checkpoint", state)
                     timer.end_phase("checkpoint")
@@ -174,8 +192,10 @@ def _to_the_end(
             if not judged and (task or job.ranks.gather(records[-1]["metrics"] is None)[0]):
                 # It ends at a round that was not to be its last, or before its images were written.
                 evaluation = job.federation.evaluate(state.backbone_P, state.round)
-            if add_record and writer:
-                _complete_last_record(records, evaluation, add_record, writer)
+                if add_record and writer:
+                    _complete_last_record(records, evaluation, add_record, writer)
+                job.keep_best(state.backbone_P, records)
+            if first:
                 _save_last_round(job.folder, state, len(records))
         except BaseException:
             if first:
