@@ -38,10 +38,10 @@ from fedss.training.build import (
     build_model,
     check_trainable,
     compute_device,
-    evaluation_task,
     load_data,
     round_plan,
     sample_size,
+    task_in_training,
 )
 from fedss.training.federation import Federate, Known, local_federation
 from fedss.training.loop import OnRound, train_rounds
@@ -160,7 +160,8 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
     """Whether the run can be, before anything is written."""
     told, _ = resolve(config, problem_of(data))
     sample_size(told, len(data.train.class_names))
-    check_tellable(evaluation_task(config, data), data.name, config.test_classes)
+    if (task := task_in_training(config, data)) is not None:
+        check_tellable(task, data.name, config.test_classes)
     compute_device(config)
     if own.objective is not None:
         check_objective(config, own.objective)
