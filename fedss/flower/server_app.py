@@ -107,9 +107,11 @@ def _federation(
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
+    # When the run ends is the server's business alone.
+    told = {name: v for name, v in dataclasses.asdict(config).items() if name != "patience"}
     metadata = {
         "version": version("fedss"),
-        "config": dataclasses.asdict(config),
+        "config": told,
         "frozen": frozen_fingerprint(embedder),
     }
     # Before the first checkpoint nothing depends on the registry.
