@@ -17,6 +17,7 @@ from fedss.moved import keep_old_names
 from fedss.report import write_report
 from fedss.training.build import load_data
 from fedss.training.experiment import Run, compare, train
+from fedss.training.loop import STOP
 
 keep_old_names()
 
@@ -24,6 +25,7 @@ __version__ = version("fedss")
 
 __all__ = [
     "METHODS",
+    "STOP",
     "Config",
     "ConfigError",
     "DataError",

@@ -103,6 +103,7 @@ class Config:
         row_store: where the server keeps the class rows
         seed: seed of every random draw of the run
         eval_every: rounds between evaluations; 0: only at the end
+        patience: evaluations without a better MAP@10 after which a run ends (default: no limit)
         checkpoint_every: rounds between checkpoints
         device: where clients train and embed: cpu, cuda, cuda:1, ...
         stack: clients trained in one call of the network; for GPUs and small networks
@@ -180,6 +181,7 @@ class Config:
 
     seed: int = 0
     eval_every: int = 20
+    patience: int | None = None
     checkpoint_every: int = 10
     device: str = "cpu"
     stack: int = 1
@@ -205,6 +207,11 @@ class Config:
         option_numbers(self, "pixel_std")
         parse_partition(self.partition, self.partition_clients)
         parse_columns(self.columns)
+        if self.patience is not None and self.eval_split != "validation":
+            raise ConfigError(
+                "patience: to choose a round by the test makes its figures too good; take "
+                "eval_split validation"
+            )
         if METHODS[self.method].moments:
             self._check_moments()
 
@@ -280,7 +287,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample_size", lambda v: v >= 2, "at least 2 classes: an own one and a negative"),
     (
         "rounds clients_per_round local_epochs local_steps batch_size workers"
-        " checkpoint_every moments_rank client_classes stack",
+        " checkpoint_every moments_rank client_classes stack patience",
         lambda v: v >= 1,
         "at least 1",
     ),

@@ -117,6 +117,20 @@ def train(configs: dict[str, fedss.Config], folder: Path) -> dict[str, Any]:
     return found
 
 
+def live_on(config: fedss.Config, folder: Path) -> list[Any]:
+    """Runs that a callback stops at round 2, that go on to 6, and that start from the first one."""
+    longer = dataclasses.replace(config, rounds=6)
+
+    def stop(record: Any) -> object:
+        return fedss.STOP if record["round"] == 2 else None
+
+    with empty_reports():
+        stopped = fedss.train(config, folder / "stopped", **tiny(), on_round=stop)
+        grown = [fedss.train(c, folder / "grown", **tiny()) for c in (config, longer)]
+        other = fedss.train(config, folder / "other", **tiny(), start=folder / "stopped")
+    return [run.summary for run in (stopped, *grown, other)]
+
+
 def tiny() -> dict[str, Any]:
     """Data and model of the tests."""
     return {"data": reference.tiny_dataset(), "backbone": reference.tiny_backbone()}

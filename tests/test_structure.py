@@ -17,6 +17,7 @@ PACKAGE = Path(fedss.__file__).parent
 
 PUBLIC = {
     "METHODS",
+    "STOP",
     "Config",
     "ConfigError",
     "DataError",

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 from fedss.cli import train, use  # noqa: F401  Their commands register themselves.
@@ -63,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Federated Sampled Softmax: image embeddings from images that stay where they "
         "are, with very many classes.",
     )
+    parser.add_argument("--version", action="version", version=f"fedss {version('fedss')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(

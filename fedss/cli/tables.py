@@ -174,6 +174,8 @@ def print_results(summaries: Sequence[Mapping[str, Any]], seen: int, folder: Pat
     for summary in summaries:
         by_method.setdefault(str(summary.get("label", summary["method"])), []).append(summary)
     classes = "unseen classes" if not seen else f"test classes ({seen} of them seen in training)"
+    if all(summary["map_at_10"] is None for summary in summaries):
+        classes = "not evaluated,"
     sites = ", in each site's gallery" if any("sites" in s for s in summaries) else ""
     title = f"{classes} after {counted(summaries[0]['rounds'], 'round')}{sites}"
     intervals = {group.label: group.interval for group in groups}

@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from fedss.data import Dataset
 
 
-@command("[OPTIONS] --out DIR", config_options(), OUT)
+@command(
+    "[OPTIONS] --out DIR",
+    argument(
+        "--from",
+        "RUN",
+        "start with the weights of another run: the backbone, and the rows of classes of the same "
+        "name",
+        dest="start",
+    ),
+    config_options(),
+    OUT,
+)
 def train(options: argparse.Namespace) -> None:
     """Train one model, or resume an interrupted run."""
     from fedss.data import seen_classes
@@ -35,11 +46,14 @@ def train(options: argparse.Namespace) -> None:
     config = read_config(options)
     data = load_together(config)
     _say_before([config], data)
-    run = train(config, options.out, data=data)
+    run = train(config, options.out, data=data, start=options.start)
     if run.already_done:
-        say(f"{options.out} is done: {counted(config.rounds, 'round')}; delete it to train again")
+        rounds = counted(run.summary["rounds"], "round")
+        say(f"{options.out} is done: {rounds}; more --rounds go on, or delete it to train again")
     tables.print_results([run.summary], seen_classes(data), run.folder)
-    say(f"model   {Path(options.out) / 'model'}", f"report  {Path(options.out) / 'report.html'}")
+    out = Path(options.out)
+    best = [f"best    {out / 'best'}"] if (out / "best").exists() else []
+    say(f"model   {out / 'model'}", *best, f"report  {out / 'report.html'}")
 
 
 @command(

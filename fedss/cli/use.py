@@ -92,8 +92,9 @@ def evaluate(options: argparse.Namespace) -> None:
         if not own:
             say(f"images of {data.name}, other than the run's own")
         print_evaluation(evaluation.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
-    # Of other images it would not be the run's.
-    _keep_measured(run, measured, writes=own and not options.far)
+    # Of other images it would not be the run's, and of a round in between not of its model.
+    done = (run / "summary.json").exists()
+    _keep_measured(run, measured, writes=own and done and not options.far)
 
 
 def _data_to_evaluate(
@@ -109,11 +110,15 @@ def _data_to_evaluate(
     from fedss.training.build import load_data
     from fedss.training.summary import why_not_own
 
-    about = read_any_config(Path(options.folder))
+    run = Path(options.folder)
+    if run.name in ("best", "model") and (run.parent / "config.json").exists():
+        run = run.parent
+    about = read_any_config(run)
     known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
-    check_stored(about["config"], f"{options.folder}/config.json")
-    values = {**about["config"], **shape, **given(options)}
+    check_stored(about["config"], f"{run}/config.json")
+    # Nothing is chosen here: the test will do for a run that had to have a validation split.
+    values = {**about["config"], "patience": None, **shape, **given(options)}
     config = config_from_dict(with_data_at_path(values, options))
     other = why_not_own(options.folder, known, config.data)
     if known.get("name") != config.data and not given(options):

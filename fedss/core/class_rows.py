@@ -37,7 +37,8 @@ class ClassRows:
     Attributes:
         weight_ND: float32 or bfloat16, one class row per class; of a row never written, anything.
         slots: the optimizer's own values per row, e.g. ``{"momentum": [N, D]}``; same dtype.
-        updated_N: int32, rounds that were complete when the row was last written; 0: never.
+        updated_N: int32, rounds that were complete when the row was last written; 0: never,
+            -1: before the first round, with a row of another run.
         seed: what rows are made from until they are written.
         sums_EE: :func:`fedss.losses.moments.row_sums` of all rows, if the method needs them.
         changed: ids of the rows written since the last checkpoint, round by round.
@@ -184,7 +185,8 @@ def write_(
 ) -> None:
     """Replace some rows and their slots, float32 [U, D], in place. O(U D), with sums O(U D^2).
 
-    ``ids_U`` are int64 and unique; ``completed`` rounds are complete with this one.
+    ``ids_U`` are int64 and unique; ``completed`` rounds are complete with this one, -1 where there
+    was none yet.
 
     Raises:
         RunFolderError: the tables are files, and their disk may not have room for these rows.

@@ -78,7 +78,7 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         RunPlan(config, None, embedder, data, federate),
         folder,
         f"{config.method} seed {config.seed}",
-        on_round=lambda record: log_line(line(record, config.rounds, left(record))),
+        show_progress=lambda record: log_line(line(record, config.rounds, left(record))),
     )
 
 
@@ -107,9 +107,11 @@ def _federation(
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
+    # When the run ends is the server's business alone.
+    told = {name: v for name, v in dataclasses.asdict(config).items() if name != "patience"}
     metadata = {
         "version": version("fedss"),
-        "config": dataclasses.asdict(config),
+        "config": told,
         "frozen": frozen_fingerprint(embedder),
     }
     # Before the first checkpoint nothing depends on the registry.

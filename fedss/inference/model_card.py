@@ -18,8 +18,10 @@ from fedss.evaluation.intervals import FLOORS
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
 from fedss.runs.about import AnyConfig, read_any_config
-from fedss.runs.findings import read_verification
-from fedss.runs.summaries import read_summaries
+from fedss.runs.checkpoint import newest_round
+from fedss.runs.findings import read_scores, read_verification
+from fedss.runs.records import read_records
+from fedss.runs.summaries import read_summaries, summarize
 from fedss.text import decimals, human_bytes
 
 UNKNOWN = "unknown"
@@ -39,7 +41,7 @@ _GROUPS = ("method", "model", "training", "wire", "server")
 
 
 def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing: str) -> str:
-    """The card of a finished run's model.
+    """The card of a run's model, of the last checkpoint where the run is not finished.
 
     Args:
         folder: the run folder.
@@ -50,7 +52,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     Raises:
         RunFolderError: a configuration or a summary that is missing, damaged or of no single run.
     """
-    about, summary = _read_run(folder)
+    about, summary, unfinished = _read_run(folder)
     data, settings = about["data"], {**about["config"], **about.get("resolved", {})}
     name, split = _plain(data.get("name", UNKNOWN)), settings.get("eval_split", "test")
     own = f"{about['model'].get('backbone', UNKNOWN)} (a module of its owner's)"
@@ -84,6 +86,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         about=about,
         data=data,
         summary=summary,
+        unfinished=unfinished,
         method=METHODS.get(summary["method"]),
         settings=_setting_rows(settings, summary, backbone),
         metrics=_METRICS,
@@ -112,21 +115,29 @@ def _template() -> jinja2.Template:
     return environment.get_template("model_card.md")
 
 
-def _read_run(folder: Path) -> tuple[AnyConfig, Mapping[str, Any]]:
-    """A run's ``config.json`` and its summary."""
+def _read_run(folder: Path) -> tuple[AnyConfig, Mapping[str, Any], str]:
+    """A run's ``config.json``, its summary, and how far it is if it is not finished."""
     about, summaries = read_any_config(folder), read_summaries(folder)
     if not {"data", "model"} <= about.keys():
         raise RunFolderError(
             f"{folder / 'config.json'}: expected what a run knows of its settings, data and model, "
             "found something else; name the run folder itself"
         )
+    done = newest_round(folder / "checkpoint")
+    if not summaries and done:
+        settings = {**about["config"], **about.get("resolved", {})}
+        run = {name: settings.get(name) for name in ("method", "seed", "sample_size")}
+        floors = read_scores(folder / "floors.json").map_at_10
+        records = read_records(folder / "records.jsonl", done)
+        summary = summarize({**run, "folder": ".", "rounds": done}, records, floors)
+        return about, summary, f"round {done} of {about['config'].get('rounds', UNKNOWN)}"
     if len(summaries) != 1:
         raise RunFolderError(
             f"{folder}: expected a finished run with a summary.json of one run, found "
             f"{len(summaries)}; start its fedss train command again: it goes on from the last "
             "checkpoint"
         )
-    return about, summaries[0]
+    return about, summaries[0], ""
 
 
 def _setting_rows(

@@ -58,10 +58,12 @@ class ModelFacts(TypedDict):
 class RunConfig(TypedDict):
     """The ``config.json`` of a run. Beside these it has the versions of what it was made with.
 
-    ``resolved`` has the numbers of settings that are ``auto`` in ``config``, ``why`` their reasons.
+    ``resolved`` has the numbers of settings that are ``auto`` in ``config``, ``why`` their reasons,
+    ``rounds_before`` how many rounds the run was to have before that was changed, the first first.
     """
 
     config: RunSettings
+    rounds_before: NotRequired[list[int]]
     resolved: NotRequired[Mapping[str, Any]]
     data: DataFacts
     model: ModelFacts
@@ -72,6 +74,8 @@ class AnyConfig(TypedDict):
     """The ``config.json`` of a run, of a comparison (``methods``), or of a ``model`` folder."""
 
     config: Mapping[str, Any]
+    rounds_before: NotRequired[list[int]]
+    start: NotRequired[Mapping[str, Any]]  # the run whose weights it began with
     resolved: NotRequired[Mapping[str, Any]]
     data: NotRequired[DataFacts]
     model: NotRequired[Mapping[str, Any]]

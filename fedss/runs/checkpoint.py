@@ -9,6 +9,9 @@ ones on top, and rows in none of them are as before training. A new file takes i
 before it while that has at most twice as many rows: so a row is copied O(log) times, there are
 O(log) files, and a checkpoint costs what was touched, not n. (Ours; the rule is that of a
 log-structured merge tree, O'Neil et al. 1996.)
+
+Two things that training does not change lie there from the start: ``first``, the model with its
+first weights, whose frozen part no checkpoint has, and ``classes.json``, the names of the rows.
 """
 
 import hashlib
@@ -17,7 +20,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,15 +99,8 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
     checkpoints = _checkpoints(folder)
     if not checkpoints:
         return None
-    newest = checkpoints[-1]
-    try:
-        record = json.loads((newest / _RECORD).read_bytes())
-        if "rows" not in record:
-            raise RunFolderError(
-                f"checkpoint {newest} was written by fedss 0.1; go on with that version, or start "
-                "again in another folder"
-            )
-        tensors = load(_checked(newest / _STATE, record["sha256"]).read_bytes())
+    with _damage_told(checkpoints):
+        record, tensors = _read_state(checkpoints[-1])
         for part in record["rows"]:
             with safe_open(_checked(folder / part["file"], part["sha256"]), "pt") as saved:
                 ids_U = saved.get_tensor("ids")
@@ -111,6 +108,29 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
                     values = saved.get_slice(name)
                     for block in _blocks(len(ids_U)):
                         table_N[ids_U[block]] = values[block]
+    if "row_sums" in tensors:
+        rows = replace(rows, sums_EE=tensors.pop("row_sums"))
+    backbone_P = tensors.pop("backbone")
+    slots = {name.removeprefix("backbone."): slot for name, slot in tensors.items()}
+    return ServerState(backbone_P, slots, rows, record["round"])
+
+
+def load_backbone(folder: Path) -> Tensor:
+    """The backbone parameters of the newest checkpoint in ``folder``, which has one.
+
+    Raises:
+        RunFolderError: it is damaged.
+    """
+    checkpoints = _checkpoints(folder)
+    with _damage_told(checkpoints):
+        return _read_state(checkpoints[-1])[1]["backbone"]
+
+
+@contextmanager
+def _damage_told(checkpoints: Sequence[Path]) -> Iterator[None]:
+    """What goes wrong with the last of these is told, and what to do."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         back_to = (
             f"go on from {checkpoints[-2].name}"
@@ -118,13 +138,18 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
             else "start again from round 0"
         )
         raise RunFolderError(
-            f"checkpoint {newest} is damaged ({error}); delete that folder to {back_to}"
+            f"checkpoint {checkpoints[-1]} is damaged ({error}); delete that folder to {back_to}"
         ) from error
-    if "row_sums" in tensors:
-        rows = replace(rows, sums_EE=tensors.pop("row_sums"))
-    backbone_P = tensors.pop("backbone")
-    slots = {name.removeprefix("backbone."): slot for name, slot in tensors.items()}
-    return ServerState(backbone_P, slots, rows, record["round"])
+
+
+def _read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    record = json.loads((checkpoint / _RECORD).read_bytes())
+    if "rows" not in record:
+        raise RunFolderError(
+            f"checkpoint {checkpoint} was written by fedss 0.1; go on with that version, or start "
+            "again in another folder"
+        )
+    return record, load(_checked(checkpoint / _STATE, record["sha256"]).read_bytes())
 
 
 def _save_rows(folder: Path, state: ServerState) -> list[dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import logging
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,12 @@ from fedss.distributed import Ranks
 from fedss.errors import RunFolderError
 from fedss.files import RUN_FOLDER_ADVICE, remove_litter, write_json, writing
 from fedss.runs.about import AnyConfig, DataFacts, read_any_config
+from fedss.runs.checkpoint import newest_round
+from fedss.runs.summaries import read_summaries
 from fedss.settings import Setting
+from fedss.text import counted
+
+_LOG = logging.getLogger("fedss.runs")
 
 # What may differ between a run and its continuation: nothing that decides the weights (a device
 # and a stack decide their rounding). Files may have moved: what is in them is compared.
@@ -27,12 +34,22 @@ _FREE_FIELDS = (
     "workers",
     "keep_memory",
     "checkpoint_every",
+    "patience",
     "row_store",
     "data_path",
     "weights",
     "skip_broken",
 )
 _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
+# What belongs to the last round's model. The summary goes first: without it a run is not done.
+_OF_THE_END = (
+    "summary.json",
+    "model",
+    "by_class.json",
+    "retrieval.npz",
+    "confusions.npz",
+    "verification.json",
+)
 
 
 @contextmanager
@@ -46,8 +63,8 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(folder / ".lock", timeout=0):
-                for place in (folder, folder / "model"):
-                    remove_litter(place)
+                for place in (".", "model", "best", "checkpoint/first"):
+                    remove_litter(folder / place)
                 yield
         except Timeout as error:
             raise RunFolderError(
@@ -56,27 +73,45 @@ def lock_folder(folder: Path, advice: str = RUN_FOLDER_ADVICE) -> Iterator[None]
             ) from error
 
 
+def first_rounds(folder: Path, config: Config) -> int:
+    """How many rounds the run in a folder was to have when it began; else those of ``config``.
+
+    Raises:
+        RunFolderError: its ``config.json`` is damaged, or gone.
+    """
+    stored = _read_config(folder)
+    if stored is None:
+        return config.rounds
+    first = [*stored.get("rounds_before", []), stored["config"].get("rounds")][0]
+    return first if isinstance(first, int) and first >= 1 else config.rounds
+
+
 def write_run_config(
     folder: Path,
     config: Config,
     settings: Mapping[str, Setting],
     data: DataFacts,
     model: Mapping[str, Any],
+    start: Mapping[str, Any] | None,
     ranks: Ranks,
 ) -> None:
     """Write a run's ``config.json``, or check that the folder was made with the same one.
 
-    The first rank does so, and the others check what they find then. Paths are stored as absolute
-    ones.
+    Its number of rounds may be another, down to those that are trained: then the run is no longer
+    done, and settings that were ``auto`` may be numbers. The first rank does all this, and the
+    others check what they find then. Paths are stored as absolute ones.
 
     Raises:
         RunFolderError: the folder holds another run (names the fields that differ), a
-            comparison, or a run whose configuration is gone; or not all ranks see the folder.
+            comparison, or a run whose configuration is gone; more rounds are trained than asked
+            for; or not all ranks see the folder.
     """
     values = {name: setting.value for name, setting in settings.items()}
     reasons = {name: setting.why for name, setting in settings.items()}
     content: dict[str, Any] = {"config": _stored(config), "resolved": values, "why": reasons}
     content |= {"data": dict(data), "model": dict(model)} | _versions()
+    if start is not None:
+        content["start"] = dict(start)
     if not ranks.first:
         ranks.gather(None)
         if not (folder / "config.json").exists():
@@ -87,9 +122,48 @@ def write_run_config(
     elif "methods" in stored:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
     else:
-        _check_same(folder, content, stored, ("config", "resolved", "data", "model"), _FREE_FIELDS)
+        parts, before = ("config", "resolved", "data", "model"), stored["config"].get("rounds")
+        if not isinstance(before, int) or before == config.rounds:
+            _check_same(folder, content, stored, parts, _FREE_FIELDS)
+        else:
+            told = [o.name for o in OPTIONS if o.auto and stored["config"].get(o.name) == "auto"]
+            _check_same(folder, content, stored, parts, (*_FREE_FIELDS, "rounds", *told))
+            content["rounds_before"] = [*stored.get("rounds_before", []), before]
+            _reopen(folder, config.rounds, before)
+            write_json(folder / "config.json", content)
     if ranks.first:
         ranks.gather(None)
+
+
+def _reopen(folder: Path, rounds: int, before: int) -> None:
+    """Make a run one that is not done, and is to have another number of rounds than before."""
+    done = newest_round(folder / "checkpoint")
+    if rounds < done:
+        raise RunFolderError(
+            f"{folder}: {counted(done, 'round')} are trained, expected as many or more, got "
+            f"rounds {rounds}; choose another folder for a shorter run"
+        )
+    for summary in read_summaries(folder):
+        if summary["rounds"] != done:
+            raise RunFolderError(
+                f"{folder}: expected the checkpoint of round {summary['rounds']} to go on from, "
+                f"found {f'that of round {done}' if done else 'none'}; put its folder checkpoint "
+                "back, or begin in another folder with the weights of this run (--from)"
+            )
+    _LOG.info(
+        "%s was to have %s; it goes on to %d, with the settings that it began with",
+        *(folder, counted(before, "round"), rounds),
+    )
+    _remove_end(folder)
+
+
+def _remove_end(folder: Path) -> None:
+    """Remove what a run or a comparison leaves when it is done."""
+    for name in _OF_THE_END:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 def check_same_round(folder: Path, rounds: Sequence[int]) -> None:
@@ -113,6 +187,8 @@ def write_comparison_config(
 ) -> None:
     """Write a comparison's ``config.json``, or check that only methods and seeds differ.
 
+    With more rounds than before it is no longer done; then it has to be the whole comparison.
+
     Raises:
         RunFolderError: the folder holds a single run, or a comparison with other settings.
     """
@@ -121,7 +197,18 @@ def write_comparison_config(
     if stored is not None:
         if "methods" not in stored:
             raise RunFolderError(f"{folder} holds a single run; choose another folder to compare")
-        _check_same(folder, content, stored, ("config",), (*_FREE_FIELDS, "method", "seed"))
+        free, before = [*_FREE_FIELDS, "method", "seed"], stored["config"].get("rounds")
+        longer = isinstance(before, int) and config.rounds > before
+        _check_same(folder, content, stored, ("config",), [*free, *["rounds"] * longer])
+        missing = {*stored["methods"]} - {*methods} or {*stored.get("seeds", [])} - {*seeds}
+        if longer and missing:
+            known = " ".join(stored["methods"]), " ".join(map(str, stored.get("seeds", [])))
+            raise RunFolderError(
+                f"{folder}: with more rounds all its runs go on: expected --methods {known[0]} "
+                f"--seeds {known[1]}, and others if you like"
+            )
+        if longer:
+            _remove_end(folder)
         content["methods"] = list(dict.fromkeys([*stored["methods"], *methods]))
         content["seeds"] = list(dict.fromkeys([*stored["seeds"], *seeds]))
     write_json(folder / "config.json", content)
@@ -164,8 +251,8 @@ def _check_same(
     folder: Path,
     content: Mapping[str, Any],
     stored: Mapping[str, Any],
-    parts: tuple[str, ...],
-    free: tuple[str, ...],
+    parts: Sequence[str],
+    free: Sequence[str],
 ) -> None:
     # What an older version did not know had what is the default now.
     defaults = {"config": {option.name: option.default for option in OPTIONS}}
@@ -174,7 +261,7 @@ def _check_same(
         f"{name}: {before[part].get(name)!r} there, {value!r} now"
         for part in parts
         for name, value in content[part].items()
-        if name not in free and before[part].get(name) != value
+        if not (part == "config" and name in free) and before[part].get(name) != value
     ]
     if different:
         raise RunFolderError(

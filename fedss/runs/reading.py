@@ -227,7 +227,7 @@ def _run(folder: Path, summary: Summary | None) -> RecordedRun:
         label=" ".join(((summary and summary.get("label")) or "").split()),
         seed=named["seed"],
         finished=finished,
-        planned_rounds=settings["rounds"],
+        planned_rounds=named["rounds"],
         settings=settings,
         data=config["data"],
         parameters=config["model"]["parameters"],

@@ -118,23 +118,44 @@ def num_sites(record: Record) -> int:
     return int((record["metrics"] or {}).get("sites", 0))
 
 
+def best_evaluated(records: Sequence[Record]) -> Record | None:
+    """The record of the highest MAP@10, the first of several; None without an evaluation."""
+    evaluated = [(r, r["metrics"]["map_at_10"]) for r in records if r["metrics"] is not None]
+    return max(evaluated, key=lambda pair: pair[1])[0] if evaluated else None
+
+
+def out_of_patience(records: Sequence[Record], patience: int | None) -> bool:
+    """Whether so many evaluations came after the best one; never where ``patience`` is None."""
+    best = best_evaluated(records)
+    if best is None or patience is None:
+        return False
+    return sum(r["metrics"] is not None and r["round"] > best["round"] for r in records) >= patience
+
+
 @contextmanager
 def open_records(folder: Path, past: Sequence[Record]) -> Iterator[Callable[[Record, bool], None]]:
     """Open ``records.jsonl`` behind the ``past`` rounds.
 
     Gives ``add(record, to_disk)``; ``to_disk`` before a checkpoint, which needs its records.
+    Another record of the last round takes the place of the first.
 
     Lines of rounds after the checkpoint are dropped: these rounds are run again.
     """
-    path = folder / "records.jsonl"
+    path, begin = folder / "records.jsonl", 0
+    last = past[-1]["round"] if past else 0
     if past or path.exists():
         with path.open("rb+") as old:
             for _ in past:
+                begin = old.tell()
                 old.readline()
             old.truncate()
     with path.open("a", encoding="utf-8") as file:
 
         def add(record: Record, to_disk: bool) -> None:
+            nonlocal last, begin
+            if record["round"] == last:
+                file.truncate(begin)
+            last, begin = record["round"], path.stat().st_size
             file.write(json.dumps(record) + "\n")
             file.flush()
             if to_disk:

@@ -61,7 +61,6 @@ def add_scalars(writer: "SummaryWriter", record: Record, failures: bool) -> None
         "train/examples": record["examples"],
         **{f"seconds/{phase}": took for phase, took in seconds.items()},
         "seconds/round": sum(seconds.values()),
-        **{f"test/{name}": value for name, value in (record["metrics"] or {}).items()},
     }
     for name, total in (
         ("bytes/down_per_client", record["bytes_down"]),
@@ -75,6 +74,13 @@ def add_scalars(writer: "SummaryWriter", record: Record, failures: bool) -> None
         scalars["federation/attempts"] = record.get("attempts", 1)
     for name, value in scalars.items():
         writer.add_scalar(name, value, record["round"])
+    add_metrics(writer, record)
+
+
+def add_metrics(writer: "SummaryWriter", record: Record) -> None:
+    """The retrieval figures of a round's record, if it has any."""
+    for name, value in (record["metrics"] or {}).items():
+        writer.add_scalar(f"test/{name}", value, record["round"])
 
 
 def add_neighbours(

@@ -248,7 +248,7 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
             raise DataError(
                 f"nothing to evaluate: data set {data.name!r} has no test images. List some with "
                 "the split 'test', or hold out a share test_classes of the classes, above 0 and "
-                f"below 1; it is {config.test_classes}"
+                f"below 1; it is {config.test_classes}. To train on all classes without a test: 0"
             )
         return data.test
     if data.validation is None:
@@ -257,6 +257,17 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
             "rows of the manifest the split 'validation'"
         )
     return data.validation
+
+
+def task_in_training(config: Config, data: Dataset) -> RetrievalTask | None:
+    """:func:`evaluation_task`, or None where no test is wanted: ``test_classes`` is 0, and the data
+    set lists none.
+
+    Raises:
+        ConfigError, DataError: as :func:`evaluation_task`.
+    """
+    unwanted = config.test_classes == 0 and config.eval_split == "test"
+    return None if unwanted and data.test is None else evaluation_task(config, data)
 
 
 def num_parameters(embedder: Embedder, trained: bool = True) -> int:

@@ -16,11 +16,13 @@ from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
 from fedss.errors import ConfigError
 from fedss.evaluation.task import check_tellable
+from fedss.files import write_json
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
 from fedss.runs.about import DataFacts
 from fedss.runs.folder import (
+    first_rounds,
     lock_folder,
     with_absolute_paths,
     write_comparison_config,
@@ -30,19 +32,21 @@ from fedss.runs.progress import log_rounds
 from fedss.runs.records import Record
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
-from fedss.settings import Problem, problem_of, resolve
+from fedss.settings import Problem, Setting, problem_of, resolve
+from fedss.text import counted
 from fedss.training.build import (
     build_model,
     check_trainable,
     compute_device,
-    evaluation_task,
     load_data,
     round_plan,
     sample_size,
+    task_in_training,
 )
 from fedss.training.federation import Federate, Known, local_federation
 from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_objective
+from fedss.training.start import Start, start_from
 from fedss.training.summary import describe, describe_model
 
 
@@ -83,6 +87,8 @@ class RunPlan:
         data: metadata of the data set; a run that goes on must have the same.
         federate: opens the federation.
         own: the user's own objects.
+        class_names: of the class rows, where they are known before the first round.
+        start: class rows of another run, with whose weights ``embedder`` begins.
     """
 
     config: Config
@@ -91,6 +97,8 @@ class RunPlan:
     data: DataFacts
     federate: Federate
     own: OwnParts = OwnParts()
+    class_names: Sequence[str] | None = None
+    start: Start | None = None
 
 
 def train(
@@ -101,9 +109,13 @@ def train(
     backbone: nn.Module | None = None,
     sampler: Sampler | None = None,
     objective: Objective | None = None,
+    start: str | Path | None = None,
     on_round: OnRound | None = None,
 ) -> Run:
     """Train one model, or go on with it where ``out`` holds a part of the same run.
+
+    A run may go on beyond its last round: ``config.rounds`` may be more than it had. Settings that
+    are ``auto`` stay as they were resolved when it began.
 
     Started by torchrun, its processes train the model together (:mod:`fedss.distributed`): ``out``
     and the images must be there on every host, and any number of processes may go on.
@@ -119,8 +131,12 @@ def train(
         objective: a loss of your own, in place of the softmax of ``full``, ``fedss``, ``pos-only``
             and ``central``; see :data:`fedss.losses.softmax.Objective`. A run that goes on needs
             one of the same name.
+        start: the folder of another run, with whose weights this one begins: the backbone, of the
+            same architecture, and the rows of classes that both have, by their names. A run that
+            goes on need not be told again.
         on_round: called with each round's record, those of an interrupted run first, at the first
-            rank alone; None: progress is logged (:func:`fedss.log.show_on_stderr`).
+            rank alone. If it returns ``fedss.STOP``, the run ends with this round, and is done.
+            Progress is logged all the same (:func:`fedss.log.show_on_stderr`).
 
     Raises:
         ConfigError: settings that cannot be, or do not fit the data.
@@ -135,16 +151,17 @@ def train(
         own = OwnParts(backbone, sampler, objective)
         _check(config, data, own)
         # Absolute: whoever is called in between may change the working directory.
-        folder = Path(out).absolute()
+        folder, begin = Path(out).absolute(), None if start is None else Path(start).absolute()
         label = f"{config.method} seed {config.seed}"
-        return _Experiment(data, own, on_round, ranks).train(config, folder, label)
+        return _Experiment(data, own, on_round, ranks, begin).train(config, folder, label)
 
 
 def _check(config: Config, data: Dataset, own: OwnParts) -> None:
     """Whether the run can be, before anything is written."""
     told, _ = resolve(config, problem_of(data))
     sample_size(told, len(data.train.class_names))
-    check_tellable(evaluation_task(config, data), data.name, config.test_classes)
+    if (task := task_in_training(config, data)) is not None:
+        check_tellable(task, data.name, config.test_classes)
     compute_device(config)
     if own.objective is not None:
         check_objective(told, own.objective)
@@ -161,6 +178,7 @@ class _Experiment:
     own: OwnParts
     on_round: OnRound | None
     ranks: Ranks
+    start: Path | None = None
     floors: Known = field(default_factory=Known)
 
     def train(self, config: Config, folder: Path, label: str) -> Run:
@@ -168,7 +186,9 @@ class _Experiment:
         federate = partial(local_federation, config, self.data, self.ranks, self.floors)
         model = build_model(config, self.data, self.own.backbone)
         about, problem = describe(config, self.data), problem_of(self.data)
-        plan = RunPlan(config, problem, model, about, federate, self.own)
+        names, backbone = self.data.train.class_names, self.own.backbone
+        start = start_from(self.start, folder, config, model, names, backbone)
+        plan = RunPlan(config, problem, model, about, federate, self.own, names, start)
         return train_federation(plan, folder, label, on_round=self.on_round, ranks=self.ranks)
 
 
@@ -178,6 +198,7 @@ def train_federation(
     label: str,
     *,
     on_round: OnRound | None = None,
+    show_progress: OnRound | None = None,
     ranks: Ranks = ALONE,
 ) -> Run:
     """Train one model wherever its clients are, or go on with it.
@@ -187,6 +208,7 @@ def train_federation(
         folder: the run folder.
         label: the run's name, where progress is shown.
         on_round: as in :func:`train`.
+        show_progress: called with each record, too; None: progress is logged.
         ranks: the processes that train together.
 
     Raises:
@@ -195,16 +217,21 @@ def train_federation(
     config, own = plan.config, plan.own
     if config.keep_memory:
         keep_freed_memory()
-    told, settings = resolve(config, plan.problem)
+    told, settings = _resolve_first(folder, config, plan.problem)
     plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
-    about = describe_model(plan.embedder, own.sampler, own.objective)
+    start = plan.start
+    began_with, record = (None, None) if start is None else (start.weights, start.record)
+    about = describe_model(plan.embedder, own.sampler, own.objective, began_with)
     with lock_folder(folder) if ranks.first else nullcontext():
-        write_run_config(folder, config, settings, plan.data, about, ranks)
+        write_run_config(folder, config, settings, plan.data, about, record, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]
         if not already_done:
-            observe = (on_round or log_rounds(label, config)) if ranks.first else _ignore
+            observe: OnRound = _ignore
+            if ranks.first:
+                observe = partial(_observe, show_progress or log_rounds(label, config), on_round)
+                _keep_first(plan, folder / "checkpoint")
             model, federate = plan.embedder, plan.federate
-            summary = train_rounds(told, model, federate, plan_of, folder, observe, ranks)
+            summary = train_rounds(told, model, federate, plan_of, folder, observe, ranks, start)
         if ranks.first:
             if not already_done:
                 told_of = {"method": config.method, "data": plan.data["name"]}
@@ -215,6 +242,31 @@ def train_federation(
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
         return Run(folder, load_embedder(folder / "model", own.backbone), summary, already_done)
+
+
+def _resolve_first(
+    folder: Path, config: Config, problem: Problem | None
+) -> tuple[Config, dict[str, Setting]]:
+    """``resolve``, as it was for the number of rounds that the run in a folder began with."""
+    first = first_rounds(folder, config)
+    told, settings = resolve(replace(config, rounds=first), problem)
+    if first != config.rounds:
+        kept = f"; as for the {counted(first, 'round')} that the run began with"
+        settings = {name: replace(s, why=s.why + kept) for name, s in settings.items()}
+    return replace(told, rounds=config.rounds), settings
+
+
+def _keep_first(plan: RunPlan, checkpoints: Path) -> None:
+    """Write what a checkpoint needs to be of use by itself: the model, and the rows' names."""
+    if not (checkpoints / "first" / "config.json").exists():
+        save_embedder(plan.embedder, checkpoints / "first", {})
+    if plan.class_names is not None and not (checkpoints / "classes.json").exists():
+        write_json(checkpoints / "classes.json", list(plan.class_names))
+
+
+def _observe(show: OnRound, on_round: OnRound | None, record: Record) -> object:
+    show(record)
+    return on_round(record) if on_round else None
 
 
 def _ignore(record: Record) -> None:

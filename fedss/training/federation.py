@@ -19,7 +19,7 @@ from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, flo
 from fedss.evaluation.task import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, fingerprint
-from fedss.training.build import compute_device, evaluation_task, pool_images, wire_format
+from fedss.training.build import compute_device, pool_images, task_in_training, wire_format
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def local_federation(
     images, cohort_size = data.train, config.clients_per_round
     if METHODS[config.method].pooled:
         images, cohort_size = pool_images(images, cohort_size, config.seed), 1
-    num_classes, task = len(images.class_names), evaluation_task(config, data)
+    num_classes, task = len(images.class_names), task_in_training(config, data)
     changes = AUGMENTATIONS.get(config.augment)
     # Before all else: this needs a package that may not be installed.
     shown = preview(changes, images.pixels, config.seed) if changes else None
@@ -96,6 +96,8 @@ def local_federation(
             return engine.embed(backbone_P, pixels).to(engine.workers.device)
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation | None:
+            if task is None:
+                return None
             embedded = embed_task(partial(embed, backbone_P), task)
             if not ranks.first:
                 return None
@@ -104,6 +106,8 @@ def local_federation(
                 return judge(task, embedded)
 
         def floors(backbone_P: torch.Tensor) -> Floors | None:
+            if task is None:
+                return None
             # All ranks embed: whether they need not must be the same at each.
             untrained = "untrained", config.eval_split, config.precision, fingerprint(embedder)
             if untrained not in known:
@@ -112,15 +116,9 @@ def local_federation(
                 known[untrained] = floor("untrained", by_class) if by_class else Floors()
             if not ranks.first:
                 return None
-            plain = "data", config.eval_split
-            frozen = "frozen", *plain, config.backbone, config.weights, config.embedding_size
             with intra_op_threads(engine.workers.count * ranks.local_size):
-                if plain not in known:
-                    known[plain] = data_floors(task)
-                if frozen not in known:
-                    device = compute_device(config)
-                    known[frozen] = backbone_floors(embedder, task, data.train, device)
-            return known[plain] | known[untrained] | known[frozen]
+                plain, frozen = _measure_plain(config, data, embedder, task, known)
+            return plain | known[untrained] | frozen
 
         yield Federation(
             engine=engine,
@@ -132,3 +130,16 @@ def local_federation(
             task=task,
             preview=shown,
         )
+
+
+def _measure_plain(
+    config: Config, data: Dataset, embedder: Embedder, task: RetrievalTask, known: Known
+) -> tuple[Floors, Floors]:
+    """What the images give by themselves, and what frozen features give; each measured once."""
+    plain = "data", config.eval_split
+    frozen = "frozen", *plain, config.backbone, config.weights, config.embedding_size
+    if plain not in known:
+        known[plain] = data_floors(task)
+    if frozen not in known:
+        known[frozen] = backbone_floors(embedder, task, data.train, compute_device(config))
+    return known[plain], known[frozen]

@@ -1,18 +1,20 @@
 """The loop over rounds: Algorithm 1, evaluation, records, checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedss.config import Config
 from fedss.core.algorithm import Server, run_round, without_deltas
 from fedss.core.checks import check_growth
-from fedss.core.class_rows import create_class_rows, grow, newest_write, read, with_sums
+from fedss.core.class_rows import create_class_rows, grow, newest_write, read, with_sums, write_
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.state import ServerState
@@ -23,26 +25,50 @@ from fedss.evaluation.intervals import interval
 from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
 from fedss.losses.methods import METHODS, RowMean
-from fedss.models import Embedder, flatten_
+from fedss.models import Embedder, flatten_, save_embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.runs.findings import read_scores, write_findings, write_scores
 from fedss.runs.folder import check_same_round
 from fedss.runs.records import (
     FailedClient,
     Record,
+    best_evaluated,
     new_record,
     open_records,
+    out_of_patience,
     read_records,
     records_to_disk,
 )
 from fedss.runs.summaries import Summary, summarize
-from fedss.runs.tensorboard import add_neighbours, add_projection, add_scalars, open_writer
+from fedss.runs.tensorboard import (
+    add_metrics,
+    add_neighbours,
+    add_projection,
+    add_scalars,
+    open_writer,
+)
 from fedss.sampling.samplers import Sampler
 from fedss.seeds import generator
 from fedss.training.build import resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
+from fedss.training.start import Start
 
-OnRound = Callable[[Record], None]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Stop(Enum):
+    """What ``on_round`` returns to end a run at its round."""
+
+    STOP = "stop"
+
+
+STOP = Stop.STOP
+OnRound = Callable[[Record], object]
+"""Called with a round's record; if it returns ``STOP``, the run is done, with this round its last.
+
+A value of its own, since callbacks return this and that without a thought.
+"""
 PlanOf = Callable[[int, int], RoundPlan]
 """``plan_of(num_classes, round)``: the plan of a round (0-based)."""
 
@@ -59,6 +85,8 @@ class _Job:
     timer: "PhaseTimer"
     ranks: Ranks
     on_round: OnRound
+    start: Start | None
+    keep_best: Callable[[torch.Tensor, Sequence[Record]], None]
 
 
 def train_rounds(
@@ -69,27 +97,44 @@ def train_rounds(
     folder: Path,
     on_round: OnRound,
     ranks: Ranks,
+    start: Start | None = None,
 ) -> Summary:
-    """Train from the last checkpoint to the end; leaves the weights in ``embedder``.
+    """Train from the last checkpoint to the end, or until ``on_round`` says stop.
+
+    Leaves the weights in ``embedder``, which has the first ones; ``start`` has class rows for it.
 
     Returns the run's summary. Every rank has the same state throughout; only the first writes.
     """
     optimizer, timer = server_optimizer(config), PhaseTimer()
     theta_P = flatten_(embedder).theta_P
+
+    def keep_best(backbone_P: torch.Tensor, records: Sequence[Record]) -> None:
+        """Write the model down if the last of these rounds is the best so far."""
+        best = best_evaluated(records)
+        if config.patience is not None and ranks.first and best and best is records[-1]:
+            theta_P.copy_(backbone_P)
+            about = {"method": config.method, "round": best["round"], "metrics": best["metrics"]}
+            save_embedder(embedder, folder / "best", about)
+
     with federate(embedder, optimizer, timer.end_phase) as federation:
         row_mean: RowMean = resolved(config.row_mean)
         of_cohort = federation.cohort_size, row_mean, federation.quorum
         server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
-        job = _Job(config, federation, server, plan_of, folder, timer, ranks, on_round)
+        job = _Job(
+            config, federation, server, plan_of, folder, timer, ranks, on_round, start, keep_best
+        )
         state = _first_state(job, theta_P)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
         floors = _floors(federation, theta_P, folder, ranks)
-        for record in records:
-            on_round(record)
+        said = [on_round(record) for record in records]
+        # What it said of earlier ones came to nothing: rounds behind them are trained.
+        stops = said[-1:] == [STOP] or out_of_patience(records, config.patience)
+        stops = ranks.gather(stops)[0]
+        keep_best(state.backbone_P, records)
         if ranks.first and federation.preview is not None:
             write_file(folder / "augmentation.npz", federation.preview)
-        state, evaluation = _to_the_end(job, state, records, floors)
+        state, evaluation = _to_the_end(job, state, records, floors, stops)
         theta_P.copy_(state.backbone_P)
     if ranks.first and federation.task and evaluation and evaluation.embedded:
         # Outside, where torch may use all cores again.
@@ -97,19 +142,19 @@ def train_rounds(
     by_class = evaluation.by_class if evaluation else None
     if by_class is not None:
         write_scores(folder / "by_class.json", floor("trained", by_class))
-    run = {"method": config.method, "seed": config.seed, "rounds": config.rounds}
+    run = {"method": config.method, "seed": config.seed, "rounds": state.round}
     size = sample_size(config, state.class_rows.num_classes)
     ends = None if by_class is None else interval([by_class])
     return summarize({**run, "sample_size": size, "folder": "."}, records, floors.map_at_10, ends)
 
 
 def _to_the_end(
-    job: _Job, state: ServerState, records: list[Record], floors: Floors
+    job: _Job, state: ServerState, records: list[Record], floors: Floors, stops: bool
 ) -> tuple[ServerState, Evaluation | None]:
-    """All rounds that are left; their records are appended to ``records``."""
+    """All rounds that are left, none if it ``stops``; their records are appended to ``records``."""
     config, task, timer, first = job.config, job.federation.task, job.timer, job.ranks.first
     failed = any(record.get("failures") for record in records)
-    done_before, evaluation = state.round == config.rounds, None
+    begun, evaluation = state.round, None
     with (
         open_records(job.folder, records) if first else nullcontext() as add_record,
         open_writer(job.folder, state.round + 1) if first else nullcontext() as writer,
@@ -124,7 +169,7 @@ def _to_the_end(
             writer.add_scalar("test/map_at_10", floors.map_at_10["untrained"], 0)
         timer.restart()
         try:
-            while state.round < config.rounds:
+            while state.round < config.rounds and not stops:
                 first_loss = records[0]["loss"] if records else None
                 state, record, evaluation = _next_round(job, state, first_loss)
                 due = _due(state.round, config.checkpoint_every, config.rounds)
@@ -135,21 +180,42 @@ def _to_the_end(
                 if writer:
                     add_scalars(writer, record, failed)
                 add_images(add_neighbours)
-                job.on_round(record)
+                job.keep_best(state.backbone_P, records)
+                stops = job.on_round(record) is STOP or out_of_patience(records, config.patience)
+                stops = job.ranks.gather(stops)[0]
                 if due and first:
                     save_checkpoint(job.folder / "checkpoint", state)
                     timer.end_phase("checkpoint")
                 elif due:
                     state.class_rows.changed.clear()
+            judged = state.round > begun and _due(state.round, config.eval_every, config.rounds)
+            if not judged and (task or job.ranks.gather(records[-1]["metrics"] is None)[0]):
+                # It ends at a round that was not to be its last, or before its images were written.
+                evaluation = job.federation.evaluate(state.backbone_P, state.round)
+                if add_record and writer:
+                    _complete_last_record(records, evaluation, add_record, writer)
+                job.keep_best(state.backbone_P, records)
+            if first:
+                _save_last_round(job.folder, state, len(records))
         except BaseException:
             if first:
                 _save_last_round(job.folder, state, len(records))
             raise
-        if done_before and task:
-            # The run was stopped before its images were written.
-            evaluation = job.federation.evaluate(state.backbone_P, state.round)
         add_images(add_projection)
     return state, evaluation
+
+
+def _complete_last_record(
+    records: list[Record],
+    evaluation: Evaluation | None,
+    add_record: Callable[[Record, bool], None],
+    writer: "SummaryWriter",
+) -> None:
+    """The retrieval figures of a round that nobody knew to be the last when it was recorded."""
+    if records[-1]["metrics"] is None and evaluation and evaluation.metrics:
+        records[-1] = {**records[-1], "metrics": evaluation.metrics}
+        add_record(records[-1], True)
+        add_metrics(writer, records[-1])
 
 
 def _floors(federation: Federation, theta_P: torch.Tensor, folder: Path, ranks: Ranks) -> Floors:
@@ -260,6 +326,9 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
     )
     state = load_checkpoint(checkpoints, rows)
     if state is None:
+        if (start := job.start) is not None and len(start.ids_U):
+            slots = {name: torch.zeros_like(start.rows_UD) for name in rows.slots}
+            write_(rows, start.ids_U, start.rows_UD, slots, -1)
         if METHODS[config.method].moments:
             rows = with_sums(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}

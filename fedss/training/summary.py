@@ -9,7 +9,13 @@ import torch
 
 from fedss.config import Config
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, limit_own_classes, num_negatives
-from fedss.data import Dataset, count_own_classes, data_fingerprint, seen_classes
+from fedss.data import (
+    Dataset,
+    RetrievalTask,
+    count_own_classes,
+    data_fingerprint,
+    seen_classes,
+)
 from fedss.evaluation.intervals import weakness
 from fedss.evaluation.task import count_classes
 from fedss.losses.methods import METHODS
@@ -21,10 +27,10 @@ from fedss.seeds import generator
 from fedss.settings import problem_of, resolve
 from fedss.text import counted
 from fedss.training.build import (
-    evaluation_task,
     num_parameters,
     round_plan,
     sample_size,
+    task_in_training,
     wire_format,
 )
 from fedss.training.objective import objective_name
@@ -42,7 +48,7 @@ def describe(config: Config, data: Dataset) -> DataFacts:
     """What is in a data set, as a run writes it down."""
     images, own_K = data.train, count_own_classes(data.train)
     untested = data.test is None and config.eval_split == "test"
-    task = None if untested else evaluation_task(config, data)
+    task = None if untested else task_in_training(config, data)
     return {
         "name": data.name,
         "fingerprint": data_fingerprint(data),
@@ -62,23 +68,30 @@ def describe(config: Config, data: Dataset) -> DataFacts:
 
 def overview(config: Config, data: Dataset) -> list[str]:
     """What there is to train on and to test with, in three lines of up to 80 columns."""
-    about, test = describe(config, data), evaluation_task(config, data)
+    about, test = describe(config, data), task_in_training(config, data)
     channels, height, width = about["image_shape"]
     name = data.name if len(data.name) <= 20 else f"{data.name[:19]}…"
     low, median, high = about["own_classes"]
     own = f"{low}" if low == high else f"{low} to {high}, median {median:g}"
     images = counted(about["train_images"], "image")
     images += f" of {counted(about['train_classes'], 'class')}"
-    gallery = "the others" if test.gallery is None else counted(len(test.gallery), "gallery image")
-    seen = seen_classes(data) if config.eval_split == "test" else 0
-    classes = "one class" if about["test_classes"] == 1 else counted(about["test_classes"], "class")
     return [
         f"data     {name}: {images}, {width} x {height} x {channels}",
         f"clients  {about['train_clients']:,}; own classes of a client: {own}",
-        f"test     {counted(about['test_queries'], 'query')} of {classes}, "
-        + (f"{seen:,} of them trained on" if seen else "all held out")
-        + f"; each among {gallery}",
+        f"test     {_tested(config, data, test)}",
     ]
+
+
+def _tested(config: Config, data: Dataset, test: RetrievalTask | None) -> str:
+    if test is None:
+        return "none: no class is held out (test_classes 0)"
+    gallery = "the others" if test.gallery is None else counted(len(test.gallery), "gallery image")
+    seen, count = 0, len(np.unique(test.query.labels))
+    if config.eval_split == "test":
+        seen = seen_classes(data)
+    classes = "one class" if count == 1 else counted(count, "class")
+    held_out = f"{seen:,} of them trained on" if seen else "all held out"
+    return f"{counted(len(test.query), 'query')} of {classes}, {held_out}; each among {gallery}"
 
 
 def why_not_own(run: str, data: DataFacts, name: str) -> str:
@@ -102,7 +115,8 @@ def notes(config: Config, data: Dataset) -> list[str]:
     """What is easily overlooked in a run; each in a line of up to 80 columns."""
     classes, own_K = len(data.train.class_names), count_own_classes(data.train)
     size = sample_size(resolve(config, problem_of(data))[0], classes)
-    weak = weakness(len(count_classes(evaluation_task(config, data).query)))
+    task = task_in_training(config, data)
+    weak = "" if task is None else weakness(len(count_classes(task.query)))
     lines = [weak] if weak else []
     if METHODS[config.method].negatives == "sampled":
         crowded = int((2 * own_K > size).sum())
@@ -130,7 +144,10 @@ def unused_settings(config: Config) -> set[str]:
 
 
 def describe_model(
-    embedder: Embedder, sampler: Sampler | None, objective: Objective | None
+    embedder: Embedder,
+    sampler: Sampler | None,
+    objective: Objective | None,
+    start: str | None = None,
 ) -> dict[str, Any]:
     """A run's record of its model's structure, initial and frozen weights, sampler and loss."""
     shapes = [(name, tuple(p.shape)) for name, p in embedder.named_parameters()]
@@ -142,6 +159,8 @@ def describe_model(
         "frozen": frozen_fingerprint(embedder),
         "sampler": sampler and sampler.name,
         "objective": objective and objective_name(objective),
+        # Of the model of another run, from which it starts.
+        **({} if start is None else {"start": start}),
     }
 
 

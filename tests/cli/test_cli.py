@@ -162,7 +162,7 @@ def test_commands_and_options_are_pinned(capsys):
     booleans = flags([f"no-{o.name}" for o in OPTIONS if o.type is bool])
     config = flags(PINNED) | booleans
     data = flags([o.name for o in OPTIONS if o.group == "data"])
-    assert options_of("train", capsys)[0] == config | own
+    assert options_of("train", capsys)[0] == config | own | {"--from"}
     assert options_of("info", capsys)[0] == (config | own | {"--plot"}) - {"--out"}
     assert options_of("compare", capsys)[0] == (
         (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
@@ -310,6 +310,45 @@ def test_a_run_begins_with_what_it_found(photos, tmp_path, capsys):
     assert lines[4] == "note     |S| = 9 is all of the 9 classes: this is the full softmax"
     assert main([*whole[:-1], "pos-only"]) == 0
     assert "full softmax" not in capsys.readouterr().out.split("unseen classes")[0]
+
+
+def test_without_a_test_all_classes_are_trained_on(photos, tmp_path, capsys):
+    data = ["--data", "csv", "--data-path", str(photos / "photos.csv"), "--sample-size", "6"]
+    out = tmp_path / "final"
+    words = ["train", *TINY, *data, "--test-classes", "0", "--out", str(out)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "csv: 48 images of 12 classes" in printed
+    assert "test     none: no class is held out (test_classes 0)" in printed
+    assert "was trained for 2 rounds and not evaluated" in " ".join(printed.split())
+    assert max(len(line) for line in printed.splitlines()[:3]) <= 80
+    about = json.loads((out / "config.json").read_text())["data"]
+    assert (about["train_classes"], about["test_queries"]) == (12, 0)
+    records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+    assert [record["metrics"] for record in records] == [None, None]
+    (summary,) = json.loads((out / "summary.json").read_text())
+    assert (summary["map_at_10"], summary["floors"]) == (None, {})
+    assert "No round has been evaluated" in (out / "report.html").read_text()
+    assert main(words) == 0
+    assert "is done: 2 rounds" in capsys.readouterr().out
+    assert main([*words, "--rounds", "3"]) == 0
+    # It is there to be used; to be judged it needs other images.
+    assert main(["index", str(out), str(photos)]) == 0
+    assert main(["export", str(out), "--format", "safetensors"]) == 0
+    assert "nobody could evaluate" in (out / "export" / "MODEL_CARD.md").read_text()
+    capsys.readouterr()
+    assert "nothing to evaluate" in refused(["evaluate", str(out)], capsys)
+    other = with_splits(photos, "tested.csv", {f"class {i}": "test" for i in range(12)})
+    assert main(["evaluate", str(out), *other[2:], "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["map_at_10"] <= 1
+    both = [*words[1:-1], str(tmp_path / "both"), "--methods", "full", "fedss"]
+    assert main(["compare", *both]) == 0
+    assert "unseen" not in capsys.readouterr().out
+    # It is a choice: who has no test by mistake is told.
+    config = fedss.Config(rounds=1, backbone="conv4-4", sample_size=6)
+    images = fedss.load_dataset("csv", photos / "photos.csv", image_size=12, test_classes=0)
+    with pytest.raises(fedss.DataError, match="To train on all classes without a test: 0"):
+        fedss.train(config, tmp_path / "run", data=images)
 
 
 def test_figures_stand_beside_floors_and_interval(tmp_path, capsys):
@@ -517,8 +556,6 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
     assert "expected a finished run" in refused(["evaluate", str(tmp_path)], capsys)
     assert str(tmp_path) in refused(["report", str(tmp_path / "nothing")], capsys)
     refused(["train", "--rounds", "many", "--out", str(out)], capsys)
-    untested = [*csv_words, *path, "--test-classes", "0", "--out", str(tmp_path / "untested")]
-    assert "nothing to evaluate" in refused(untested, capsys)
     refused(["compare", *GLYPHS, "--methods", "full", "fedsss", "--out", str(out)], capsys)
     assert not (out / "summary.json").exists()
 
@@ -533,8 +570,8 @@ def test_mistakes_end_with_code_2_and_say_what_to_do(photos, tmp_path, capsys):
     assert main([*broken, "--skip-broken"]) == 0
     assert "npy or .parquet" in refused([*broken[:3], "--skip-broken", "--out", "e.txt"], capsys)
 
-    different = refused([*csv_words, *path, "--skip-broken", "--rounds", "3"], capsys)
-    assert "rounds: 2 there, 3 now" in different
+    different = refused([*csv_words, *path, "--skip-broken", "--scale", "9"], capsys)
+    assert "scale: 10.0 there, 9.0 now" in different
 
 
 def test_a_diverging_run_ends_with_code_2(tmp_path, capsys):

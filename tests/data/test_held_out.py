@@ -226,7 +226,7 @@ def test_data_without_a_test(root):
     with pytest.raises(DataError, match=message):
         evaluation_task(config, data)
     with pytest.raises(DataError, match=message):
-        train(config, root / "run", data=data)
+        train(Config(data="csv", sample_size=2), root / "run", data=data)
 
 
 def test_images_that_are_alone_in_a_held_out_class_are_named(root):

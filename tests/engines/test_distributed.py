@@ -24,7 +24,7 @@ from fedss.distributed import ALONE, Ranks, join, share_out, this_rank
 from fedss.runs.checkpoint import load_checkpoint
 from fedss.runs.folder import check_same_round
 from fedss.training.build import server_optimizer
-from tests.ranks import commands, die, fail_in_every_way, launch, tiny, train
+from tests.ranks import commands, die, fail_in_every_way, launch, live_on, tiny, train
 from tests.reference import whole
 from tests.reports import empty_reports
 from tests.training.test_experiment import SMALL, lines
@@ -86,6 +86,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, config in CASES.items():
             fedss.train(config, folder / name, **tiny())
     return folder
+
+
+def test_a_run_lives_on_at_all_ranks(tmp_path):
+    ended = launch(2, live_on, FOUR, tmp_path / "two")
+    assert [rank.code for rank in ended] == [0, 0], [rank.output for rank in ended]
+    found = live_on(FOUR, tmp_path / "one")
+    assert ended[0].found == ended[1].found
+    assert [s["rounds"] for s in found] == [s["rounds"] for s in ended[0].found] == [2, 4, 6, 4]
+    for name in ("stopped", "grown", "other"):
+        assert_near(tmp_path / "two" / name, tmp_path / "one" / name)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -9,6 +9,7 @@ import pytest
 import fedss
 from fedss.flower.messages import REQUEST, TRAIN
 from fedss.flower.server_app import line
+from fedss.models import fingerprint, load_embedder
 from tests.flower_grid import ProcessGrid, digests, serialized
 from tests.sites import federate, nodes, settings, write_photos
 
@@ -56,6 +57,26 @@ def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_pat
     shown = [(tmp_path / name / "retrieval.npz").read_bytes() for name in ("local", "apart")]
     assert shown[0] == shown[1]
     assert (tmp_path / "apart" / "tensorboard" / "projector_config.pbtxt").exists()
+
+
+def test_a_federation_goes_on_beyond_its_end(photos, tmp_path, caplog):
+    def run(rounds: int, name: str) -> fedss.Run:
+        config = settings(photos, rounds=rounds, lr_schedule="constant")
+        with caplog.at_level("INFO", "fedss"):
+            return federate(ProcessGrid(nodes(photos)), config, tmp_path / name)
+
+    run(2, "run")
+    # One line a round: the server's own stands in place of what others log.
+    told = [message.split("  ")[0] for message in caplog.messages if "/2" in message]
+    assert told == ["round 1/2", "round 2/2"]
+    assert not [r for r in caplog.records if r.name == "fedss.progress"]
+    grown, whole = run(4, "run"), run(4, "whole")
+    assert fingerprint(grown.embedder) == fingerprint(whole.embedder)
+    first = load_embedder(tmp_path / "run" / "checkpoint" / "first")
+    assert fingerprint(first) != fingerprint(grown.embedder)
+    for name in ("summary.json", "model/model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert fingerprint(fedss.load(tmp_path / "run")) == fingerprint(whole.embedder)
 
 
 @pytest.mark.parametrize("variant", ["fedss", "deck", "moments"])

@@ -476,6 +476,7 @@ def test_mistakes_on_the_command_line_are_one_line(run, tmp_path, capsys):
     (tmp_path / "both" / "summary.json").write_text(json.dumps(comparison))
     assert "name one of them, such as" in refused(str(tmp_path / "both"), "--format", "onnx")
     (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoint")
     assert "start its fedss train command again" in refused(str(run), "--format", "safetensors")
     (run / "config.json").write_text("{}")
     assert "name the run folder itself" in refused(str(run), "--format", "safetensors")
