@@ -54,7 +54,6 @@ from fedss.wire.downlink import receive
 from fedss.wire.messages import WireFormat, decode_broadcast, encode_request, encode_update
 
 app = ClientApp()
-show_on_stderr()  # The process is the app's own.
 
 _SHORTEST_SECRET = 16
 _NODE_CONFIG = (
@@ -113,6 +112,7 @@ def answer_evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context, handler: Handler) -> Message:
+    show_on_stderr()  # The process is the app's own.
     try:
         content = _checked(message, context.node_config, handler)
     except Exception as error:

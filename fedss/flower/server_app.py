@@ -37,12 +37,12 @@ from fedss.training.experiment import Run, RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase
 
 app = ServerApp()
-show_on_stderr()  # The process is the app's own.
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """What Flower starts when a run is submitted."""
+    show_on_stderr()  # The process is the app's own.
     try:
         run = run_server(grid, context.run_config)
     except FedssError as error:
