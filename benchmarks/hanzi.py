@@ -11,7 +11,7 @@ are ``auto``. Test characters and seeds 101 to 103 are those that no choice was 
 Bytes are of all messages of the whole run. A client's memory is computed: backbone and class rows,
 and a gradient of each. Memory of a run is what its process held at most: server, images, one
 client at a time. Seconds are of one core. Runs that are complete in ``--out`` are not run again.
-Writes ``results/hanzi.txt``: 100 minutes on two cores, ``--check`` 8 minutes.
+Writes ``results/hanzi.txt``. ``--check`` takes minutes, all of it hours.
 """
 
 import json

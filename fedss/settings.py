@@ -157,8 +157,8 @@ def _correction(config: Config, problem: Problem | None) -> Setting | None:
 
 def auto_correction(num_classes: int, sample_size: int) -> float:
     """a where it is ``auto``: ``min(1, log 16 / log(n / |S|))``."""
-    left_out = num_classes / sample_size
-    return 1.0 if left_out <= 16 else _rounded(math.log(16) / math.log(left_out))
+    classes_per_row = num_classes / sample_size
+    return 1.0 if classes_per_row <= 16 else _rounded(math.log(16) / math.log(classes_per_row))
 
 
 def _rounded(value: float) -> float:
