@@ -156,8 +156,6 @@ STAGES = {
         {
             "full": FULL,
             "fedss sticky": {**DECK, "sampler": "sticky"},
-            "fedss hard": {**DECK, "sampler": "hard"},
-            "fedss rff": {**DECK, "sampler": "rff"},
             "deck tempered 0.5": {**DECK, "correction": 0.5},
             "moments rank 16": {**MOMENTS, "moments_rank": 16},
             "deck int4": {**DECK, **wire("int4", "int4")},

@@ -36,12 +36,10 @@ VARIANTS: Mapping[str, Settings] = {
     "correction 0.75": {"correction": 0.75},
     "deck": {"sampler": "deck"},
     "sticky": {"sampler": "sticky"},
-    "hard": {"sampler": "hard"},
-    "rff": {"sampler": "rff"},
     "full": {"method": "full"},
     "moments": {"method": "moments"},
 }
-SAMPLING = ("fedss", "deck", "sticky", "hard", "rff", "full", "moments")
+SAMPLING = ("fedss", "deck", "sticky", "full", "moments")
 FEW = ("fedss", "full", "moments")
 
 

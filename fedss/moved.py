@@ -18,7 +18,7 @@ _INTO = {
     "inference": "embedding model_card",
     "losses": "methods moments softmax",
     "runs": "checkpoint progress records",
-    "sampling": "rff samplers",
+    "sampling": "samplers",
     "training": "build experiment",
     "wire": "codec",
 }

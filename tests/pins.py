@@ -47,7 +47,7 @@ SMALL = {
     "checkpoint_every": 1,
     "workers": 2,
 }
-SAMPLERS = ("uniform", "deck", "sticky", "hard", "rff")
+SAMPLERS = ("uniform", "deck", "sticky")
 OPTIMIZERS = ("sgd", "momentum", "adam")
 STORES = ("memory", "file")
 LOSSY = {"rows_down": "int8", "rows_up": "int4", "backbone_up": "int8"}

@@ -178,7 +178,7 @@ def test_variants_of_a_method():
         ("fedss:sampler", "expected method:option=value"),
         ("fedss:", "option in 'fedss:': '' is unknown"),
         ("fedss: sampler=deck", "' sampler' is unknown; did you mean sampler"),
-        ("fedss:sampler=deck,sampler=rff", "each option once; got 'sampler=rff'"),
+        ("fedss:sampler=deck,sampler=sticky", "each option once; got 'sampler=sticky'"),
         ("fedss:seed=3", "'seed' is unknown"),
         ("fedss:data=omniglot", "'data' is unknown"),
         ("fedss:batch_size=many", "batch_size in .*: expected int, got 'many'"),

@@ -23,7 +23,7 @@ from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.losses.methods import Method, RowMean
 from fedss.losses.softmax import ClassSample
-from fedss.sampling.samplers import Sampler, ServerRows, check_negatives, class_sample
+from fedss.sampling.samplers import ServerRows, check_negatives, class_sample
 from fedss.seeds import generator
 
 
@@ -81,7 +81,6 @@ def run_round(
     step_all_rows_(server.optimizer, plan.method, state)
 
     check_finite_state(state, None if plan.method.server_step else mean.ids_U)
-    refresh_index_(plan.sampler, state, mean.ids_U)
     return state, updates, failures
 
 
@@ -112,7 +111,7 @@ def deal_classes(
     sampler, rows = plan.sampler, state.class_rows
     assert sampler.deal is not None
     counts = [num_negatives(plan, len(own_P)) for own_P in own_K]
-    seen = ServerRows(rows.num_classes, lambda ids_S: read(rows, ids_S)[0], state.sampler_index)
+    seen = ServerRows(rows.num_classes, lambda ids_S: read(rows, ids_S)[0])
     drawn = sampler.deal(own_K, counts, seen, generator(plan.seed, "deal", plan.round))
     return [
         class_sample(
@@ -203,12 +202,6 @@ def step_all_rows_(optimizer: ServerOptimizer, method: Method, state: ServerStat
         rows, ids_N = state.class_rows, torch.arange(state.class_rows.num_classes)
         weight_ND, slots = current_rows(optimizer, rows, ids_N, state.round)
         write_(rows, ids_N, method.server_step(weight_ND), slots, state.round)
-
-
-def refresh_index_(sampler: Sampler, state: ServerState, ids_U: Tensor) -> None:
-    """What the sampler keeps of the class rows, with those that have changed; in place."""
-    if sampler.index is not None:
-        sampler.index.update(state.sampler_index, ids_U, read(state.class_rows, ids_U)[0])
 
 
 def without_deltas(update: ClientUpdate) -> ClientUpdate:

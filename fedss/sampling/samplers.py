@@ -7,16 +7,14 @@ Shape suffixes: K clients of a cohort, P own classes, M negatives, S classes of 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedss.errors import ConfigError
 from fedss.losses.softmax import ClassSample
-from fedss.sampling import rff
 
 Negatives = tuple[np.ndarray, np.ndarray]
 """Ids int64 [M], sorted, unique, none of them own; inclusion probabilities float64 [M]."""
@@ -30,13 +28,11 @@ classes (int64, sorted, unique) and n. ``num_negatives`` is at most ``n - |P|``.
 class ServerRows:
     """What a sampler at the server may look at.
 
-    ``read`` gives class rows as last written, float32 [S, D], by their ids (int64 tensor [S]);
-    ``index`` is what the sampler keeps of them (:class:`RowIndex`).
+    ``read`` gives class rows as last written, float32 [S, D], by their ids (int64 tensor [S]).
     """
 
     num_classes: int
     read: Callable[[Tensor], Tensor]
-    index: Any
 
 
 Deal = Callable[
@@ -44,18 +40,6 @@ Deal = Callable[
 ]
 """``deal(own_K, num_negatives_K, rows, rng)``, at the server, for the whole cohort at once: the own
 classes of each client, and at most how many negatives it may get."""
-
-
-@dataclass(frozen=True)
-class RowIndex:
-    """What a sampler keeps of the class rows between rounds: a function of the rows alone.
-
-    ``build(rows_ND, rng)`` makes it of all class rows; ``update(index, ids_U, rows_UD)`` writes new
-    rows into it, in place, so that it is bit for bit what ``build`` would make of all rows.
-    """
-
-    build: Callable[[Tensor, np.random.Generator], Any]
-    update: Callable[[Any, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +54,6 @@ class Sampler:
         draw: drawn by the client.
         deal: drawn by the server, which then knows the client's own classes.
         fixed: ``draw`` gets the same generator in every round.
-        index: what the server keeps for ``deal``.
         q_each: ``deal`` gives negatives probabilities of their own, not one for all; by it the
             bytes of a message are told before any is sent.
     """
@@ -80,7 +63,6 @@ class Sampler:
     draw: Draw | None = None
     deal: Deal | None = None
     fixed: bool = False
-    index: RowIndex | None = None
     q_each: bool = False
 
     def __post_init__(self) -> None:
@@ -215,74 +197,11 @@ def deal_deck(
     return negatives_K
 
 
-HARD_SHARE = 0.5
-"""Part of the negatives that :func:`deal_hard` takes from the nearest rows."""
-
-
-def deal_hard(
-    own_K: Sequence[np.ndarray],
-    num_negatives_K: Sequence[int],
-    rows: ServerRows,
-    rng: np.random.Generator,
-) -> list[Negatives]:
-    """The classes nearest to a client's own ones with ``q = 1``, and a uniform rest.
-
-    Near is the largest cosine with any own row. With H such classes and m - H others,
-    ``q_i = (m - H) / (n - |P| - H)`` for these. Hard negatives as in face recognition, with the
-    correction that keeps the partition estimate unbiased. O(|P| n D) for each client. (Ours.)
-    """
-    unit_ND = F.normalize(rows.read(torch.arange(rows.num_classes)), dim=1)
-    negatives_K = []
-    for own_P, m in zip(own_K, num_negatives_K, strict=True):
-        if m in (0, rows.num_classes - len(own_P)):
-            negatives_K.append(draw_uniform(own_P, rows.num_classes, m, rng))
-            continue
-        cos_N = (unit_ND[own_P] @ unit_ND.T).max(dim=0).values
-        cos_N[own_P] = -2.0
-        hard = np.sort(cos_N.topk(round(HARD_SHARE * m)).indices.numpy())
-        taken = np.sort(np.concatenate([own_P, hard]))
-        rest, q = draw_uniform(taken, rows.num_classes, m - len(hard), rng)
-        ids, q = np.concatenate([hard, rest]), np.concatenate([np.ones(len(hard)), q])
-        order = np.argsort(ids)
-        negatives_K.append((ids[order], q[order]))
-    return negatives_K
-
-
-def deal_rff(
-    own_K: Sequence[np.ndarray],
-    num_negatives_K: Sequence[int],
-    rows: ServerRows,
-    rng: np.random.Generator,
-) -> list[Negatives]:
-    """Classes near to a client's own ones more often, in O(m log n): see :mod:`fedss.sampling.rff`.
-
-    m draws with replacement, so that there may be fewer than m different negatives;
-    ``q_i = 1 - (1 - p_i)^m`` with ``p_i`` the probability of a single draw.
-    """
-    negatives_K = []
-    for own_P, m in zip(own_K, num_negatives_K, strict=True):
-        if m in (0, rows.num_classes - len(own_P)):
-            negatives_K.append(draw_uniform(own_P, rows.num_classes, m, rng))
-            continue
-        ids_M, q_M = rff.draw(rows.index, rows.read(torch.from_numpy(own_P)), m, rng)
-        other_M = ~np.isin(ids_M, own_P)
-        negatives_K.append((ids_M[other_M], q_M[other_M]))
-    return negatives_K
-
-
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
         Sampler("uniform", "each client for itself, uniformly: the paper", draw=draw_uniform),
         Sampler("deck", "dealt by the server from one deck per round", deal=deal_deck),
         Sampler("sticky", "a client's own fixed cover", draw=draw_first, fixed=True),
-        Sampler("hard", "nearest rows, and a uniform rest", deal=deal_hard, q_each=True),
-        Sampler(
-            "rff",
-            "near rows more often, by random Fourier features",
-            deal=deal_rff,
-            index=RowIndex(rff.build_index, rff.update_index_),
-            q_each=True,
-        ),
     )
 }

@@ -14,7 +14,7 @@ import torch
 from fedss.config import Config
 from fedss.core.algorithm import Server, run_round, without_deltas
 from fedss.core.checks import check_growth
-from fedss.core.class_rows import create_class_rows, grow, newest_write, read, with_sums, write_
+from fedss.core.class_rows import create_class_rows, grow, newest_write, with_sums, write_
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.state import ServerState
@@ -47,8 +47,6 @@ from fedss.runs.tensorboard import (
     add_scalars,
     open_writer,
 )
-from fedss.sampling.samplers import Sampler
-from fedss.seeds import generator
 from fedss.training.build import resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 from fedss.training.start import Start
@@ -255,7 +253,6 @@ def _next_round(
     if num_classes != state.class_rows.num_classes:
         # Classes were registered in this round.
         state = replace(state, class_rows=grow(state.class_rows, num_classes))
-        state = _with_index(config, state, plan.sampler)
     job.timer.end_phase("aggregate")
     if _due(state.round, config.eval_every, config.rounds):
         evaluation = federation.evaluate(state.backbone_P, state.round)
@@ -333,17 +330,7 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
             rows = with_sums(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
         state = ServerState(theta_P.clone(), slots, rows, round=0)
-    plan = job.plan_of(rows.num_classes, state.round)
-    return _with_index(config, state, plan.sampler)
-
-
-def _with_index(config: Config, state: ServerState, sampler: Sampler) -> ServerState:
-    """The state with what the sampler keeps of the class rows."""
-    if sampler.index is None:
-        return state
-    rows, rng = state.class_rows, generator(config.seed, "sampler index")
-    index = sampler.index.build(read(rows, torch.arange(rows.num_classes))[0], rng)
-    return replace(state, sampler_index=index)
+    return state
 
 
 def _due(round: int, every: int, rounds: int) -> bool:

@@ -112,14 +112,13 @@ def engine(optimizer: ServerOptimizer = SGD, reverse: bool = False) -> PlainEngi
 
 
 def start(optimizer: ServerOptimizer = SGD, told: RoundPlan | None = None) -> ServerState:
-    """A server's first state, with what the method and the sampler of ``told`` keep."""
+    """A server's first state, with what the method of ``told`` keeps."""
     theta_P, told = Model().theta_P, told or plan()
     rows = create_class_rows(N, 6, optimizer.slots, 0)
     if told.method.moments:
         rows = with_sums(rows)
-    index = told.sampler.index and told.sampler.index.build(whole(rows), generator(0, "index"))
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
-    return ServerState(theta_P.clone(), slots, rows, 0, index)
+    return ServerState(theta_P.clone(), slots, rows, 0)
 
 
 def plan(

@@ -36,7 +36,7 @@ CASES = {
         "full": {"method": "full"},
         "fedss": {},
         "deck": {"sampler": "deck", "local_steps": 2},
-        "hard": {"sampler": "hard", "rows_up": "int8", "server_optimizer": "adam"},
+        "int8": {"rows_up": "int8", "server_optimizer": "adam"},
         "rows in a file": {"row_store": "file"},
         "moments": {"method": "moments", "class_row_lr": 0.1},
         "holders": {"row_mean": "holders"},

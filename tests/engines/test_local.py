@@ -190,13 +190,6 @@ def test_what_a_client_asks_for(monkeypatch, sampler):
     assert (samples[0] == samples[1]) == (sampler == "sticky")
 
 
-def test_the_index_of_a_sampler_follows_the_rows():
-    told = plan("fedss", sampler="rff")
-    state = start(MOMENTUM, told)
-    state, *_ = run_round(Server(MOMENTUM), engine(MOMENTUM), state, told, np.arange(3))
-    assert torch.equal(state.sampler_index.rows_ND, whole(state.class_rows))
-
-
 def test_embedding_in_blocks_is_embedding_at_once():
     model = Model().embedder
     theta = Model().theta_P

@@ -1,8 +1,9 @@
-"""The example keeps the law of samplers, and trains."""
+"""The examples keep the law of samplers (hard: test_samplers), and train."""
 
 import numpy as np
 import pytest
 
+from examples import hard_negatives
 from examples.own_sampler import half_from_own_groups, main
 
 
@@ -23,3 +24,9 @@ def test_q_is_the_probability_of_being_drawn(m, own):
 
 def test_it_trains():
     assert main(rounds=2) > 0.0
+
+
+def test_hard_negatives_train_too():
+    found = hard_negatives.main(rounds=2)
+    assert found["hard"] != found["uniform"]
+    assert min(found.values()) > 0.0

@@ -24,8 +24,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VARIANTS = {
     **{method: {"method": method} for method in fedss.METHODS if method != "central"},
     "deck": {"sampler": "deck"},
-    "hard": {"sampler": "hard"},
-    "rff": {"sampler": "rff"},
     "sticky": {"sampler": "sticky"},
     "covered": {"method": "moments", "cover": 2, "sampler": "deck"},
     "int4": {

@@ -371,7 +371,7 @@ def add_images(photos: Path) -> Path:
 GROWING: dict[str, dict[str, Any]] = {
     "momentum": {},
     "moments": {"method": "moments"},
-    "rff": {"sampler": "rff"},
+    "deck": {"sampler": "deck"},
     "adam in a file": {"server_optimizer": "adam", "row_store": "file"},
     "full in bfloat16": {"method": "full", "row_dtype": "bfloat16"},
     "moments in a file": {"method": "moments", "row_store": "file"},

@@ -35,10 +35,10 @@ def test_unfinished_variants_are_named_by_their_folders(tmp_path: Path) -> None:
     for entry in summary[2:]:
         entry["label"] = "fedss:sampler=deck,rows_up=int8"
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    for name, seed in (("fedss-sampler=deck-rows_up=int8", 2), ("fedss-sampler=hard", 0)):
+    for name, seed in (("fedss-sampler=deck-rows_up=int8", 2), ("fedss-sampler=sticky", 0)):
         fake_run(tmp_path / f"{name}-seed{seed}", seed=seed, rounds=10, stop=4)
     _, page = read(tmp_path)
-    for line in ("fedss:sampler=deck,rows_up=int8, seed 2", "fedss-sampler=hard, seed 0"):
+    for line in ("fedss:sampler=deck,rows_up=int8, seed 2", "fedss-sampler=sticky, seed 0"):
         assert f"{line}: round 4 of 10" in page.words
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from examples.hard_negatives import HARD
 from fedss.errors import ConfigError
 from fedss.sampling.samplers import (
     SAMPLERS,
@@ -20,7 +21,6 @@ from fedss.sampling.samplers import (
     check_negatives,
     class_sample,
     deal_deck,
-    deal_hard,
     draw_first,
     draw_uniform,
     limit,
@@ -36,8 +36,8 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def at_server(rows_ND: torch.Tensor, index: object = None) -> ServerRows:
-    return ServerRows(len(rows_ND), rows_ND.__getitem__, index)
+def at_server(rows_ND: torch.Tensor) -> ServerRows:
+    return ServerRows(len(rows_ND), rows_ND.__getitem__)
 
 
 def unit_rows(n: int, dim: int = 5) -> torch.Tensor:
@@ -45,18 +45,15 @@ def unit_rows(n: int, dim: int = 5) -> torch.Tensor:
     return F.normalize(torch.randn(n, dim, generator=g), dim=1)
 
 
-INDICES: dict[tuple[str, int], object] = {}
+ALL = {**SAMPLERS, "hard": HARD}
 
 
 def negatives(name: str, own: np.ndarray, n: int, m: int, seed: int) -> Negatives:
     """What the second of three clients gets; each of the three has the same own classes."""
-    sampler = SAMPLERS[name]
+    sampler = ALL[name]
     if sampler.draw:
         return sampler.draw(own, n, m, rng(seed))
-    rows = unit_rows(n)
-    if sampler.index and (name, n) not in INDICES:
-        INDICES[name, n] = sampler.index.build(rows, rng(n))
-    return sampler.deal([own] * 3, [m] * 3, at_server(rows, INDICES.get((name, n))), rng(seed))[1]
+    return sampler.deal([own] * 3, [m] * 3, at_server(unit_rows(n)), rng(seed))[1]
 
 
 @st.composite
@@ -66,7 +63,7 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
     return np.array(sorted(own)), n, draw(st.integers(0, n - len(own)))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ALL)
 @given(requests(), st.integers(0, 1000))
 def test_a_hand_keeps_its_promises(name, request_, seed):
     own, n, m = request_
@@ -84,7 +81,7 @@ def test_a_hand_keeps_its_promises(name, request_, seed):
         assert len(ids) == m
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ALL)
 def test_q_is_the_probability_of_being_drawn(name):
     """Horvitz and Thompson: each class counts 1 on average, and so the partition is unbiased."""
     own, n, m, draws = np.array([1, 4, 5]), 12, 5, 1200
@@ -160,22 +157,11 @@ def test_a_deck_deals_no_class_twice_before_all_were_dealt_once():
 
 def test_hard_takes_the_nearest_and_is_sure_of_them():
     rows, own = unit_rows(40), np.array([3, 17])
-    ((ids, q),) = deal_hard([own], [10], at_server(rows), rng())
+    ((ids, q),) = HARD.deal([own], [10], at_server(rows), rng())
     cos = (rows[own] @ rows.T).max(dim=0).values.numpy()
     cos[own] = -2
     assert set(np.argsort(-cos)[:5]) == set(ids[q == 1])
     assert q[q < 1].tolist() == [5 / (40 - 2 - 5)] * 5
-
-
-def test_rff_draws_near_classes_more_often():
-    rows = unit_rows(40)
-    own, index = np.array([3]), SAMPLERS["rff"].index.build(rows, rng())
-    counts = np.zeros(40)
-    for seed in range(600):
-        ((ids, _),) = SAMPLERS["rff"].deal([own], [4], at_server(rows, index), rng(seed))
-        counts[ids] += 1
-    near = (rows @ rows[3]).argsort(descending=True)[1:].numpy()
-    assert counts[near[:8]].sum() > 2 * counts[near[-8:]].sum()
 
 
 def test_sampling_does_not_touch_n_things():

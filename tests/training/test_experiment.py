@@ -343,10 +343,10 @@ INT4 = dict.fromkeys(("rows_down", "rows_up", "backbone_down", "backbone_up"), "
         {},
         {"method": "moments"},
         {"method": "moments", "moments_rank": 2, "cover": 2, "sampler": "deck", **INT4},
-        {"sampler": "rff"},
+        {"sampler": "deck"},
         {"sampler": "sticky", **INT4},
     ],
-    ids=["fedss", "moments", "moments-int4", "rff", "sticky-int4"],
+    ids=["fedss", "moments", "moments-int4", "deck", "sticky-int4"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, settings):
     config = dataclasses.replace(SMALL, **settings)
@@ -787,7 +787,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 def test_full_moves_the_same_bytes_whatever_the_sampler(tmp_path):
     plans = [
         round_plan(dataclasses.replace(SMALL, method="full", sampler=name), 12, 0)
-        for name in ("uniform", "deck", "rff")
+        for name in ("uniform", "deck", "sticky")
     ]
     assert {plan.sampler.name for plan in plans} == {"uniform"}
     covered = dataclasses.replace(SMALL, method="moments", sampler="deck", cover=2)
