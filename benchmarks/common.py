@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 import fedss
-from fedss.core.class_rows import create_class_rows
+from fedss.core.class_rows import create_class_rows, with_sums
 from fedss.core.client import LocalTraining, RoundPlan
 from fedss.core.engine import Engine
 from fedss.core.optimizers import ServerOptimizer
@@ -287,8 +287,10 @@ def search(
     start: Mapping[str, float],
     judge: Callable[[dict[str, float]], float],
     steps: Mapping[str, float],
+    *,
+    again: bool = True,
 ) -> list[dict[str, Any]]:
-    """Climb from ``start``, one setting at a time, until no step of any setting helps.
+    """Climb from ``start``, one setting after another, and ``again`` until no step of any helps.
 
     Returns:
         ``settings`` and ``map_at_10`` of all that was tried, as trials.
@@ -307,7 +309,7 @@ def search(
         for name in start:
             for factor in (steps[name], 1 / steps[name]):
                 while value(further := step(best, name, factor)) > value(best):
-                    best, moved = further, True
+                    best, moved = further, again
     return [
         {"settings": dict(zip(start, key, strict=True)), "map_at_10": score}
         for key, score in tried.items()
@@ -403,7 +405,7 @@ def plan_of(num_classes: int, sample_size: int, local: LocalTraining, round: int
 def first_state(embedder: Embedder, num_classes: int) -> ServerState:
     """What the server starts from under FedAvgM."""
     theta_P = flatten_(embedder).theta_P.clone()
-    rows = create_class_rows(num_classes, DIM, OPTIMIZER.slots, 0)
+    rows = with_sums(create_class_rows(num_classes, DIM, OPTIMIZER.slots, 0))
     return ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fedss.core.algorithm import aggregate, apply_update, select
-from fedss.core.class_rows import ClassRows, create_class_rows
+from fedss.core.class_rows import ClassRows, create_class_rows, with_sums
 from fedss.core.client import LocalTraining, draw_classes, limit_own_classes
 from fedss.core.state import ServerState
 from fedss.engines.allocator import keep_freed_memory
@@ -133,7 +133,8 @@ def huge(num_classes: int, dtype: Any, store: str, rounds: int, folder: Path) ->
     place, checkpoint = folder if store == "file" else None, folder / "checkpoint"
 
     def make() -> ClassRows:
-        return create_class_rows(num_classes, common.DIM, common.OPTIMIZER.slots, 0, dtype, place)
+        slots = common.OPTIMIZER.slots
+        return with_sums(create_class_rows(num_classes, common.DIM, slots, 0, dtype, place))
 
     before = common.resident_megabytes()
     rows, making = common.timed(make)

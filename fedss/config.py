@@ -133,7 +133,7 @@ class Config:
     method: str = "fedss"
     sample_size: int | Auto = "auto"
     sampler: str = "uniform"
-    correction: float | Auto = "auto"
+    correction: float = 1.0
     cover: int = 0
     scale: float = 10.0
     margin_kind: MarginKind = "none"
@@ -216,14 +216,16 @@ class Config:
             self._check_moments()
 
     def _check_moments(self) -> None:
+        instead = ", or take fedss-published" if self.method == "fedss" else ""
         if not self.normalize_rows:
             raise ConfigError(
-                "normalize_rows: method moments takes rows for unit vectors; leave it on"
+                f"normalize_rows: method {self.method} takes rows for unit vectors; leave it on"
+                f"{instead}"
             )
         if self.embedding_size > 4096:  # 67 MB for a matrix in float32
             raise ConfigError(
-                "embedding_size: method moments sends matrices of its square, expected at most "
-                f"4096, got {self.embedding_size}"
+                f"embedding_size: method {self.method} sends matrices of its square, expected at "
+                f"most 4096{instead}; got {self.embedding_size}"
             )
         if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
             raise ConfigError(

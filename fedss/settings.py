@@ -59,7 +59,6 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
                          a class in a round, and B / P in a batch
                          (moments 1 / m, central 2 / m)
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n
-        correction       min(1, log 16 / log(n / |S|))
         row_mean         the method's
 
     A round's mean is divided by K, and momentum adds up 1 / (1 - b) rounds: g is how far a row
@@ -68,8 +67,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     Args:
         config: a configuration; what is not ``auto`` stays.
         problem: None where the data are not known, as in a federation. Then 1 / N = 0, g = 1,
-            m = 1, and ``sample_size`` and ``correction`` stay ``auto``: they follow from n in each
-            round.
+            m = 1, and ``sample_size`` stays ``auto``: it follows from n in each round.
     """
     settings: dict[str, Setting] = {}
     for name, rule in _RULES.items():
@@ -147,30 +145,15 @@ def auto_sample_size(num_classes: int, own_classes: float = 0.0) -> int:
     return min(num_classes, int(max(64, 2.4 * math.sqrt(num_classes), 2 * own_classes)))
 
 
-def _correction(config: Config, problem: Problem | None) -> Setting | None:
-    if problem is None:
-        return None  # As the sample size.
-    assert config.sample_size != "auto"  # resolved before
-    value = auto_correction(problem.classes, config.sample_size)
-    return Setting(value, "min(1, log 16 / log(n / |S|)): a negative weighs at most about 16")
-
-
-def auto_correction(num_classes: int, sample_size: int) -> float:
-    """a where it is ``auto``: ``min(1, log 16 / log(n / |S|))``."""
-    classes_per_row = num_classes / sample_size
-    return 1.0 if classes_per_row <= 16 else _rounded(math.log(16) / math.log(classes_per_row))
-
-
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-# In this order: class_row_lr depends on server_momentum, correction on sample_size.
+# In this order: class_row_lr depends on server_momentum.
 _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
     "server_momentum": _server_momentum,
     "client_lr": _client_lr,
     "class_row_lr": _class_row_lr,
     "row_mean": _row_mean,
     "sample_size": _sample_size,
-    "correction": _correction,
 }

@@ -41,7 +41,6 @@ SMALL = {
     "batch_size": 2,
     "client_lr": 0.05,
     "class_row_lr": 0.5,
-    "correction": 1.0,
     "server_momentum": 0.9,
     "eval_every": 1,
     "checkpoint_every": 1,

@@ -59,7 +59,6 @@ def settings(photos: Path, **changes: Any) -> Config:
         "checkpoint_every": 1,
         # A federation does not know its images beforehand, so `auto` would be other numbers there.
         "server_momentum": 0.9,
-        "correction": 1.0,
         "class_row_lr": 1.0 if changes.get("method") == "moments" else 2.0,
     }
     return Config(**{**small, **changes})

@@ -132,7 +132,7 @@ def test_json_round_trip():
         ({"method": "moments", "normalize_rows": False}, "takes rows for unit vectors"),
         ({"image_size": 4097}, "image_size: expected 8 to 4096 pixels, got 4097"),
         ({"embedding_size": 2**20 + 1}, "embedding_size: expected 1 to 1048576, got 1048577"),
-        ({"method": "moments", "embedding_size": 4097}, "expected at most 4096, got 4097"),
+        ({"method": "moments", "embedding_size": 4097}, "expected at most 4096; got 4097"),
         ({"method": "moments", "moments_rank": 64}, "expected below embedding_size = 64"),
     ],
 )
@@ -157,10 +157,11 @@ def test_every_option_has_a_line_of_help():
 def test_variants_of_a_method():
     base = Config(rounds=7, sample_size=9)
     assert variant(base, "full") == dataclasses.replace(base, method="full")
-    text = "fedss:sampler=deck,rows_up=int8,sample_size=none,client_lr=0.5,normalize_rows=no"
+    options = "sampler=deck,rows_up=int8,sample_size=none,client_lr=0.5,normalize_rows=no"
+    text = f"fedss-published:{options}"
     assert variant(base, text) == dataclasses.replace(
         base,
-        method="fedss",
+        method="fedss-published",
         sampler="deck",
         rows_up="int8",
         sample_size=None,

@@ -12,7 +12,7 @@ from fedss.cli.main import main
 from fedss.config import OPTIONS, Config
 from fedss.errors import ConfigError, RunFolderError
 from fedss.losses.methods import METHODS
-from fedss.settings import Problem, auto_correction, auto_sample_size, resolve
+from fedss.settings import Problem, resolve
 from fedss.training.build import round_plan
 from fedss.training.experiment import train
 
@@ -40,7 +40,7 @@ def test_every_problem_gets_settings_that_can_be(config: Config, problem: Proble
     resolved, settings = resolve(config, problem)
     assert list(settings) == [name for name in settings if name in AUTO]
     # These follow from n, which a federation learns while it runs.
-    later = {"sample_size", "correction"} if problem is None else set()
+    later = {"sample_size"} if problem is None else set()
     assert set(settings) == set(AUTO) - later
     for name, setting in settings.items():
         assert getattr(resolved, name) == setting.value != "auto"
@@ -92,18 +92,6 @@ def test_settings_of_known_problems(cohort, rounds, classes, images, own, row_lr
     )
     more, _ = resolve(config, Problem(classes, 10**6, 3 * images, own))
     assert epochs.class_row_lr == more.class_row_lr
-
-
-def test_no_negative_weighs_more_than_about_16():
-    """Its weight is q^-a with q near |S| / n: 1 / q where that is less, as published."""
-    assert auto_correction(964, 74) == 1
-    for n in (2000, 11_187, 10**6, 10**9):
-        size = auto_sample_size(n)
-        assert (n / size) ** auto_correction(n, size) == pytest.approx(16, rel=0.01)
-    plan = round_plan(resolve(Config(), None)[0], 11_187, 0)
-    assert plan.scoring.correction == auto_correction(11_187, plan.sample_size) < 1
-    explicit = Config(correction=0.9, sample_size=64)
-    assert round_plan(resolve(explicit, None)[0], 11_187, 0).scoring.correction == 0.9
 
 
 def test_momentum_follows_the_cohort():

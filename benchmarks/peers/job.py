@@ -65,7 +65,8 @@ def read_job(folder: Path) -> Job:
 def settings(method: str, rounds: int) -> dict[str, Any]:
     """The job as fields of ``fedss.Config``."""
     return {
-        "method": method,
+        # The loops have the published loss.
+        "method": "fedss-published" if method == "fedss" else method,
         "rounds": rounds,
         "scale": SCALE,
         "clients_per_round": COHORT,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedss.core.checks import check_finite_state, collect
-from fedss.core.class_rows import add_rows_, read, union, write_
+from fedss.core.class_rows import add_rows_, read, union, with_sums, write_
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
 from fedss.core.engine import Engine, Failure
 from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
@@ -71,6 +71,7 @@ def run_round(
     # Line 2: each client asks for its class sample, and gets the backbone and these class rows.
     # Line 3: it trains them on its images.
     # Line 4: it returns what changed, and its number of examples.
+    state = with_moments(state, plan)
     updates, failures = collect(engine.train(state, cohort, plan), server.quorum, plan)
     server.on_phase("train")
 
@@ -97,6 +98,13 @@ def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
         return Broadcast(state.backbone_P)
     assert sums_EE is not None
     return Broadcast(state.backbone_P, make(sums_EE))
+
+
+def with_moments(state: ServerState, plan: RoundPlan) -> ServerState:
+    """The state with sums of all class rows, if the method needs them. O(n D^2) the first time."""
+    if not plan.method.moments or state.class_rows.sums_EE is not None:
+        return state
+    return replace(state, class_rows=with_sums(state.class_rows))
 
 
 def select(optimizer: ServerOptimizer, state: ServerState, ids_S: Tensor) -> Tensor:

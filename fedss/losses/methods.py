@@ -10,6 +10,7 @@ from fedss.losses.moments import absent_from, balance, payload
 from fedss.losses.softmax import (
     AbsentClasses,
     Objective,
+    completed_softmax,
     moments_softmax,
     negatives_only_softmax,
     positive_hinge,
@@ -72,9 +73,11 @@ METHODS: dict[str, Method] = {
         Method("full", "softmax over all class rows", "all", sampled_softmax),
         Method(
             "fedss",
-            "corrected sampled softmax over own classes and negatives",
+            "sampled softmax, with the mean and covariance of absent classes",
             "sampled",
-            sampled_softmax,
+            completed_softmax,
+            payload=payload,
+            absent=absent_from,
         ),
         Method(
             "moments",
@@ -90,7 +93,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "fedss-uncorrected",
-            "as fedss, but without the correction",
+            "as fedss-published, but without the correction",
             "sampled",
             uncorrected_softmax,
         ),
@@ -108,6 +111,12 @@ METHODS: dict[str, Method] = {
             positive_hinge,
             server_step=spread_out_step,
             server_settings=("spread_out_weight", "spread_out_margin", "spread_out_neighbours"),
+        ),
+        Method(
+            "fedss-published",
+            "sampled softmax, corrected by 1/q alone: FedSS as published",
+            "sampled",
+            sampled_softmax,
         ),
         Method(
             "central",

@@ -190,6 +190,39 @@ def moments_softmax(
     return F.cross_entropy(o_BS, target_B, reduction="none")
 
 
+def completed_softmax(
+    h_BD: Tensor,
+    rows_SD: Tensor,
+    target_B: Tensor,
+    sample: ClassSample,
+    scoring: Scoring,
+    absent: AbsentClasses | None = None,
+) -> Tensor:
+    """:func:`moments_softmax` over a class sample, its rows moved as by :func:`sampled_softmax`.
+
+    Under :func:`sampled_softmax` negatives have two jobs, which come apart here. *The sum:* there
+    each stands for ``1/q_i`` classes, a noisy estimate where few stand for very many. Here each
+    counts once, and the moments of all absent classes stand for these. *The rows:* a negative is
+    held with probability ``q_i``, so the gradient of its row is divided by ``q_i``, as there. With
+    pi the probabilities of :func:`moments_softmax`, v its virtual logit, and rows of length 1::
+
+        dL/dh   = -s w_y + sum_{i in S} pi_i s w_i + pi_v dv/dh
+        dL/dw_i = (pi_i - [i = y]) s h      for own classes
+        dL/dw_i = pi_i s h / q_i^a          for negatives, a = ``scoring.correction``
+
+    So over the draws a row is pushed about as under the full softmax, and embeddings are trained
+    without the noise of the draw. With all classes in the sample this is the full softmax; where
+    ``absent`` is None it is :func:`sampled_softmax`. (Ours; ``docs/methods.md`` has figures.)
+
+    Args and result as for :func:`moments_softmax`.
+    """
+    if absent is None:
+        return sampled_softmax(h_BD, rows_SD, target_B, sample, scoring)
+    held_SD, weight_S = rows_SD.detach(), torch.exp(-scoring.correction * sample.log_q_S)
+    rows_SD = held_SD + weight_S[:, None] * (rows_SD - held_SD)
+    return moments_softmax(h_BD, rows_SD, target_B, sample, scoring, absent)
+
+
 POSITIVE_HINGE = 0.9
 """Cosine from which the positive-only loss is satisfied (Yu et al. 2020)."""
 

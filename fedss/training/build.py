@@ -28,7 +28,7 @@ from fedss.losses.softmax import Objective, Scoring
 from fedss.models import Embedder, build_embedder
 from fedss.sampling.samplers import SAMPLERS, Sampler
 from fedss.seeds import generator
-from fedss.settings import auto_correction, auto_sample_size
+from fedss.settings import auto_sample_size
 from fedss.wire.messages import WireFormat
 
 T = TypeVar("T")
@@ -159,12 +159,9 @@ def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFor
     return WireFormat(layout, config.embedding_size, num_classes, *formats, config.moments_rank)
 
 
-def scoring(config: Config, num_classes: int) -> Scoring:
-    """How the configuration makes logits of cosines, with n classes."""
-    correction = config.correction
-    if correction == "auto":
-        correction = auto_correction(num_classes, sample_size(config, num_classes))
-    return Scoring(config.scale, config.margin_kind, config.margin, correction)
+def scoring(config: Config) -> Scoring:
+    """How the configuration makes logits of cosines."""
+    return Scoring(config.scale, config.margin_kind, config.margin, config.correction)
 
 
 def round_plan(
@@ -191,7 +188,7 @@ def round_plan(
     if method.negatives == "sampled" or (method.negatives == "cover" and config.cover):
         chosen = sampler or SAMPLERS[config.sampler]
     if objective is not None:
-        method = replace(method, objective=objective)
+        method = replace(method, objective=objective, payload=None, absent=None)
     if method.server_step is not None:
         settings = {name: getattr(config, name) for name in method.server_settings}
         method = replace(method, server_step=partial(method.server_step, **settings))
@@ -203,7 +200,7 @@ def round_plan(
         num_classes,
         sample_size(config, num_classes),
         config.cover,
-        scoring(config, num_classes),
+        scoring(config),
         LocalTraining(
             config.local_epochs,
             config.local_steps,

@@ -14,7 +14,7 @@ import torch
 from fedss.config import Config
 from fedss.core.algorithm import Server, run_round, without_deltas
 from fedss.core.checks import check_growth
-from fedss.core.class_rows import create_class_rows, grow, newest_write, with_sums, write_
+from fedss.core.class_rows import create_class_rows, grow, newest_write, write_
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.state import ServerState
@@ -24,7 +24,7 @@ from fedss.evaluation.baselines import Floors, floor
 from fedss.evaluation.intervals import interval
 from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
-from fedss.losses.methods import METHODS, RowMean
+from fedss.losses.methods import RowMean
 from fedss.models import Embedder, flatten_, save_embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.runs.findings import read_scores, write_findings, write_scores
@@ -326,10 +326,14 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
         if (start := job.start) is not None and len(start.ids_U):
             slots = {name: torch.zeros_like(start.rows_UD) for name in rows.slots}
             write_(rows, start.ids_U, start.rows_UD, slots, -1)
-        if METHODS[config.method].moments:
-            rows = with_sums(rows)
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
         state = ServerState(theta_P.clone(), slots, rows, round=0)
+    plan = job.plan_of(rows.num_classes, state.round)
+    if plan.method.moments and state.round and state.class_rows.sums_EE is None:
+        raise RunFolderError(
+            f"{job.folder} was begun when method {config.method} had no moments (it is "
+            f"{config.method}-published now): start another run, or go on with that version"
+        )
     return state
 
 

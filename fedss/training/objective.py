@@ -9,7 +9,7 @@ from fedss.config import Config
 from fedss.core.client_stacked import stacked_losses
 from fedss.errors import ConfigError
 from fedss.losses.methods import METHODS
-from fedss.losses.softmax import ClassSample, Objective, sampled_softmax
+from fedss.losses.softmax import ClassSample, Objective, completed_softmax, sampled_softmax
 from fedss.training.build import scoring
 
 _LONGEST = 100  # characters of a partial's arguments that are shown as they are
@@ -69,8 +69,9 @@ def check_objective(config: Config, objective: Objective) -> None:
         ConfigError: the method is made by its loss, or this is none; says what came.
     """
     named = f"objective {objective_name(objective)!r}"
-    if METHODS[config.method].objective is not sampled_softmax:
-        free = [name for name, method in METHODS.items() if method.objective is sampled_softmax]
+    losses = sampled_softmax, completed_softmax
+    if METHODS[config.method].objective not in losses:
+        free = [name for name, method in METHODS.items() if method.objective in losses]
         raise ConfigError(
             f"{named}: method {config.method} is what its own loss makes of it; expected method "
             f"to be one of {', '.join(free)}"
@@ -80,7 +81,7 @@ def check_objective(config: Config, objective: Objective) -> None:
     target_KB = torch.tensor([[0, 2], [2, 2]])
     own_S = torch.tensor([True, False, True])
     sample = ClassSample(torch.arange(3), torch.where(own_S, 0.0, -1.0), own_S)
-    scored = scoring(config, len(own_S))
+    scored = scoring(config)
     before = torch.get_rng_state()
     try:
         loss_B = objective(h_KBD[0], rows_KSD[0], target_KB[0], sample, scored, None)

@@ -1,5 +1,7 @@
 """A client's part of a round against a plain loop with torch's own optimizer."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,18 +19,26 @@ from fedss.core.client import (
 )
 from fedss.seeds import generator
 from tests.core.test_algorithm import DATA, SGD, Model, N, engine, plan, start
+from tests.reference import whole
 
 
-@pytest.mark.parametrize("method", ["fedss", "full", "pos-only"])
+def virtual_logits(h_BD: torch.Tensor, absent_ND: torch.Tensor) -> torch.Tensor:
+    """Of rows that are Gaussian: log of number times the mean of exp(8 w'h)."""
+    o_BN = 8 * h_BD @ absent_ND.T
+    return math.log(len(absent_ND)) + o_BN.mean(1) + o_BN.var(1, correction=0) / 2
+
+
+@pytest.mark.parametrize("method", ["fedss-published", "fedss", "full", "pos-only"])
 def test_local_training_is_sgd_over_mini_batches(method):
     told = plan(method, batch_size=2, epochs=2, lr=0.1, row_lr=0.3)
-    state, client = start(), 3
+    state, client = start(told=told), 3
     example_N = engine().clients.examples(client)
     label_N = DATA.train.labels[example_N]
     sample = draw_classes(told, client, limit_own_classes(told, client, label_N))
     sent = Submodel(broadcast(state, told), sample.ids_S, select(SGD, state, sample.ids_S))
     update = train_client(told, client, Model(), sent, sample, example_N, label_N)
 
+    absent_ND = whole(state.class_rows)[np.setdiff1d(np.arange(N), sample.ids_S)]
     model = Model().embedder
     rows = sent.rows_SD.clone().requires_grad_()
     before = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
@@ -38,11 +48,17 @@ def test_local_training_is_sgd_over_mini_batches(method):
     losses = []
     for batch_B in batches(len(example_N), told.local, generator(told.seed, "batches", 0, client)):
         h_BD = model(torch.from_numpy(DATA.train.pixels[example_N[batch_B]]))
-        o_BS = 8.0 * h_BD @ F.normalize(rows, dim=1).T - sample.log_q_S
+        o_BS = 8.0 * h_BD @ F.normalize(rows, dim=1).T
+        if method == "fedss":
+            o_BS = torch.cat([o_BS, virtual_logits(h_BD, absent_ND)[:, None]], dim=1)
+        else:
+            o_BS = o_BS - sample.log_q_S
         places = [sample.ids_S.tolist().index(label) for label in label_N[batch_B]]
         loss = F.cross_entropy(o_BS, torch.tensor(places))
         sgd.zero_grad()
         loss.backward()
+        if method == "fedss":
+            rows.grad /= sample.log_q_S.exp()[:, None]
         sgd.step()
         losses.append(loss.item())
     assert len(losses) > 4

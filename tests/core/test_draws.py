@@ -11,7 +11,7 @@ import pytest
 
 from fedss import seeds
 from fedss.core.algorithm import Server, draw_cohort, run_round
-from fedss.core.class_rows import create_class_rows
+from fedss.core.class_rows import create_class_rows, with_sums
 from fedss.core.client import limit_own_classes
 from fedss.data.augment import AUGMENTATIONS
 from tests.core.test_algorithm import MOMENTUM, N, plan, start
@@ -41,9 +41,8 @@ def test_no_stream_is_used_twice(sampler: str, drawn: str, keys: list[Key]) -> N
     rounds, cohort_size = 3, 4
     told = replace(plan("fedss", 4, sampler), seed=5, augmentation=AUGMENTATIONS["drawings"])
     state = start(MOMENTUM, told)
-    state = replace(
-        state, class_rows=create_class_rows(N, 6, MOMENTUM.slots, told.seed, "bfloat16")
-    )
+    rows = with_sums(create_class_rows(N, 6, MOMENTUM.slots, told.seed, "bfloat16"))
+    state = replace(state, class_rows=rows)
     with local(1, rows_up="int8", backbone_up="int8") as engine:
         for round in range(rounds):
             cohort = draw_cohort(6, cohort_size, told.seed, round)

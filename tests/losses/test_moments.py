@@ -1,7 +1,9 @@
 """The loss against its formula and its limit; the sums at the server against the whole table."""
 
+import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +24,85 @@ from fedss.losses.moments import Moments, absent_classes, moments_of, payload, r
 from fedss.losses.softmax import (
     AbsentClasses,
     ClassSample,
+    Objective,
     Scoring,
+    completed_softmax,
     moments_softmax,
     sampled_softmax,
 )
-from fedss.sampling.samplers import class_sample, draw_uniform
+from fedss.sampling.samplers import class_sample, draw_uniform, whole_sample
 from fedss.seeds import generator as keyed
 from tests.core.test_algorithm import DATA, MOMENTUM, SGD, Model, N, engine, plan, same, start
 from tests.reference import whole
+
+
+def sampled(
+    rows: torch.Tensor, own: list[int], negatives: list[int]
+) -> tuple[torch.Tensor, ClassSample, AbsentClasses]:
+    """The rows of a class sample, and the moments of the others."""
+    q = len(negatives) / (len(rows) - len(own))
+    sample = class_sample(np.array(own), np.array(negatives), np.full(len(negatives), q))
+    held = rows[sample.ids_S]
+    absent = absent_classes(Moments(*mean_and_covariance(rows)), len(rows), held)
+    assert absent is not None
+    return held, sample, absent
+
+
+def gradients(
+    objective: Objective, rows: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the sum of losses: for the embeddings, and for the rows."""
+    h = F.normalize(torch.randn(6, rows.shape[1], generator=generator(5)), dim=1)
+    h, rows = h.requires_grad_(), rows.clone().requires_grad_()
+    objective(h, rows, *rest).sum().backward()
+    return h.grad, rows.grad
+
+
+@pytest.mark.parametrize("correction", [1.0, 0.5, 0.0])
+def test_negatives_count_once_in_the_sum_and_by_q_in_their_rows(correction):
+    rows = F.normalize(torch.randn(30, 5, generator=generator(2)), dim=1)
+    held, sample, absent = sampled(rows, [3, 8], [0, 5, 9, 20])
+    target, scoring = torch.tensor([1, 1, 3, 3, 1, 3]), Scoring(7.0, "cosface", 0.1, correction)
+    rest = target, sample, scoring, absent
+    h_grad, rows_grad = gradients(completed_softmax, held, *rest)
+    h_once, rows_once = gradients(moments_softmax, held, *rest)
+    assert torch.equal(h_grad, h_once)
+    weight = torch.where(sample.own_S, 1.0, (28 / 4) ** correction)
+    assert torch.allclose(rows_grad, weight[:, None] * rows_once, atol=1e-7)
+    assert sample.own_S.nonzero()[:, 0].tolist() == [1, 3]
+
+
+def test_over_all_draws_rows_are_pushed_as_under_the_full_softmax():
+    """Exact where the moments are: absent classes that are all alike."""
+    n, own, m = 9, [2, 6], 3
+    g = generator(3)
+    alike, mine = torch.randn(4, generator=g), torch.randn(2, 4, generator=g)
+    rows = F.normalize(alike.expand(n, 4).clone().index_copy(0, torch.tensor(own), mine), dim=1)
+    target = torch.tensor([0, 1, 0, 0, 1, 1])
+    everything = whole_sample(np.array(own), n)
+    place = torch.tensor(own)[target]
+    h_full, rows_full = gradients(sampled_softmax, rows, place, everything, Scoring(5.0))
+    others = np.setdiff1d(np.arange(n), own)
+    sets, total = list(itertools.combinations(others.tolist(), m)), torch.zeros(n, 4)
+    for negatives in sets:
+        held, sample, absent = sampled(rows, own, [*negatives])
+        at = torch.searchsorted(sample.ids_S, place)
+        h_grad, rows_grad = gradients(completed_softmax, held, at, sample, Scoring(5.0), absent)
+        assert torch.allclose(h_grad, h_full, atol=1e-5)
+        total[sample.ids_S] += rows_grad
+    assert torch.allclose(total / len(sets), rows_full, atol=1e-5)
+
+
+def test_without_absent_classes_it_is_the_corrected_softmax():
+    rows = F.normalize(torch.randn(6, 4, generator=generator(4)), dim=1)
+    target, sample = torch.tensor([0, 2, 2, 0, 2, 0]), whole_sample(np.array([0, 2]), 6)
+    rest = target, sample, Scoring(9.0), None
+    for found, expected in zip(
+        gradients(completed_softmax, rows, *rest),
+        gradients(sampled_softmax, rows, *rest),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
 
 
 def generator(seed: int) -> torch.Generator:

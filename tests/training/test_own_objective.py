@@ -22,7 +22,7 @@ SMALL = fedss.Config(
     rounds=2,
     clients_per_round=3,
     sample_size=6,
-    correction=1.0,
+    method="fedss-published",
     embedding_size=4,
     batch_size=3,
     local_epochs=2,
@@ -51,12 +51,12 @@ def trained(out, config, **options):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "fedss"},
+        {"method": "fedss-published"},
         {"method": "full"},
         {"method": "pos-only"},
         {"method": "central"},
-        {"method": "fedss", "stack": 2},
-        {"method": "fedss", "margin_kind": "cosface", "margin": 0.2, "workers": 2},
+        {"method": "fedss-published", "stack": 2},
+        {"method": "fedss-published", "margin_kind": "cosface", "margin": 0.2, "workers": 2},
     ],
     ids=str,
 )
@@ -81,10 +81,13 @@ def test_another_loss_gives_another_model(tmp_path):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_method_that_its_loss_makes_keeps_it(tmp_path, method):
     config = dataclasses.replace(SMALL, method=method, rounds=1)
-    if method in ("full", "fedss", "pos-only", "central"):
+    if method in ("full", "fedss", "pos-only", "fedss-published", "central"):
         train(tmp_path / "run", config, objective=mine)
         return
-    message = f"objective 'mine': method {method} .*expected .* full, fedss, pos-only, central"
+    message = (
+        f"objective 'mine': method {method} .*expected .* full, fedss, pos-only, "
+        "fedss-published, central"
+    )
     with pytest.raises(fedss.ConfigError, match=message):
         train(tmp_path / "run", config, objective=mine)
     with pytest.raises(fedss.ConfigError, match=message):
