@@ -36,8 +36,8 @@ FRESH = (10, 11, 12, 13, 14)
 Settings = Mapping[str, Any]
 
 FULL: Settings = {"method": "full"}
-UNIFORM: Settings = {"method": "fedss", "sampler": "uniform"}
-DECK: Settings = {"method": "fedss", "sampler": "deck"}
+UNIFORM: Settings = {"method": "fedss-published", "sampler": "uniform"}
+DECK: Settings = {"method": "fedss-published", "sampler": "deck"}
 MOMENTS: Settings = {"method": "moments"}
 
 

@@ -63,11 +63,21 @@ DRAWERS = Regime(
     "600 clients (alphabet, drawer), 20 a round",
     {},
     {
-        120: ("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only", "fedaws", "central"),
-        300: ("full", "fedss"),
+        120: (
+            "full",
+            "fedss-published",
+            "fedss-uncorrected",
+            "pos-only",
+            "neg-only",
+            "fedaws",
+            "central",
+        ),
+        300: ("full", "fedss-published"),
     },
     {
-        **dict.fromkeys(("full", "fedss", "fedss-uncorrected", "pos-only", "neg-only"), SOFTMAX),
+        **dict.fromkeys(
+            ("full", "fedss-published", "fedss-uncorrected", "pos-only", "neg-only"), SOFTMAX
+        ),
         "fedaws": FEDAWS,
         # No server momentum here, which makes a step ten times as long elsewhere.
         "central": {"client_lr": 0.1, "class_row_lr": 1.0},
@@ -79,10 +89,10 @@ ONE_CLASS = Regime(
     "omniglot-one-class.txt",
     "964 clients of one character and its 20 images each, 40 a round, batches of 20",
     {"partition": "class", "clients_per_round": 40, "batch_size": 20},
-    {120: ("full", "fedss", "fedaws")},
+    {120: ("full", "fedss-published", "fedaws")},
     {
         "full": {"client_lr": 0.02, "class_row_lr": 0.25},
-        "fedss": {"client_lr": 0.02, "class_row_lr": 0.25},
+        "fedss-published": {"client_lr": 0.02, "class_row_lr": 0.25},
         "fedaws": FEDAWS,
     },
 )
@@ -135,7 +145,7 @@ def ablate(
         summary = train_one(folder, **options, **on_validation(data_path))
         return {"method": method, "settings": settings, "map_at_10": summary["map_at_10"]}
 
-    return list(pool.map(run, product(("full", "fedss"), (1, 2, 4))))
+    return list(pool.map(run, product(("full", "fedss-published"), (1, 2, 4))))
 
 
 def final_runs(
