@@ -8,10 +8,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from fedss.choices import METHOD_SUMMARIES
 from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS
-from fedss.losses.methods import METHODS
 
 Adds = Callable[[argparse.ArgumentParser], object]
 """Adds an argument, or several, to the parser of a command."""
@@ -96,8 +96,8 @@ def config_options(
             # As wide as the formatter, which leaves an epilog's lines as they are, makes the rest.
             width = shutil.get_terminal_size().columns - 2
             lines = (
-                fill(f"  {method.name:<18} {method.summary}", width, subsequent_indent=" " * 21)
-                for method in METHODS.values()
+                fill(f"  {name:<18} {summary}", width, subsequent_indent=" " * 21)
+                for name, summary in METHOD_SUMMARIES.items()
             )
             parser.epilog = "\n".join(["methods:", *lines])
 
@@ -172,6 +172,7 @@ def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = N
     of_file = stored(options).get("config", {})
     check_stored(of_file, f"--config {options.config}")
     values = {**(usual or {}), **of_file, **given(options)}
+    config_from_dict(values)  # Before the data are looked for, a mistake takes no time.
     return config_from_dict(values if usual else with_data_at_path(values, options))
 
 
