@@ -246,13 +246,14 @@ def _index_folder(options: argparse.Namespace) -> Path:
 def search(options: argparse.Namespace) -> None:
     """Find the images of an index that are nearest to each IMAGE."""
     from fedss.cli.tables import cell, make_table, print_table
-    from fedss.files import write_file, writing
     from fedss.search import open_collection
-    from fedss.search.web.page import neighbours_page
 
     collection = open_collection(_index_folder(options), options.folder)
     results = collection.search(collection.embed(options.images), options.count)
     if options.show is not None:
+        from fedss.files import write_file, writing
+        from fedss.search.web.page import neighbours_page
+
         page = neighbours_page(collection, options.images, results)
         with writing(Path(options.show), "choose another place (--show)"):
             write_file(Path(options.show), page.encode())

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+from PIL import Image
 
+from fedss.cli import main
 from tests.cli.test_cli import GLYPHS
 
 # What takes long to import, torch above all.
@@ -45,6 +47,18 @@ def test_help_and_mistakes_need_none_of_what_trains(words, code):
     ended, *modules = line.split()
     assert (int(ended), done.stderr.count("\n")) == (code, 1 if code else 0)
     assert not HEAVY & {*modules}
+
+
+def test_search_loads_no_more_of_torch_than_torch_does(tmp_path):
+    run, image = tmp_path / "run", tmp_path / "image.png"
+    Image.new("RGB", (20, 20)).save(image)
+    assert main(["train", *GLYPHS, "--out", str(run)]) == 0
+    assert main(["index", str(run), str(tmp_path)]) == 0
+    code = "import sys, fedss.cli; fedss.cli.main(); print(*sys.modules)"
+    done = python(code, ["search", run, image])
+    assert "image.png" in done.stdout
+    # Its compiler takes longer to import than all the rest; a page is written with --show alone.
+    assert not {"torch._dynamo", "sympy", "jinja2"} & {*done.stdout.split()}
 
 
 # Ctrl-C, when a module is looked for, a file is written, or the process ends.
