@@ -58,6 +58,15 @@ def setting(name: str, default: float, help: str) -> Adds:
     return argument(name, _METAVARS[kind], text, type=kind, default=default)
 
 
+# What README and docs/get-started.md use, and what decides where a run trains.
+_BASIC = """
+    data data_path columns image_size test_classes data_seed skip_broken partition method backbone
+    pretrained weights trainable rounds augment seed device out sites
+"""
+_SETTINGS = {option.name for option in OPTIONS} | {item.name for item in DEPLOYMENT_FIELDS}
+RARE = _SETTINGS - {*_BASIC.split()}
+"""Settings that ``--help`` leaves to ``--help-all``."""
+
 RUN = argument("folder", "RUN", "run folder of the trained model")
 OUT = argument("--out", "DIR", "folder for the results, one experiment per folder", required=True)
 INDEX = argument("--index", "DIR", "folder of the index (default: RUN/index)")
