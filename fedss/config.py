@@ -9,16 +9,21 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from typing import Any, Literal, get_args, get_type_hints
 
-from fedss.core.class_rows import RowDtype
-from fedss.core.optimizers import ServerOptimizerKind
-from fedss.data import parse_columns, parse_partition
-from fedss.data.augment import Augment
+from fedss.choices import (
+    METHOD_SUMMARIES,
+    MOMENT_METHODS,
+    SAMPLER_NAMES,
+    Augment,
+    BatchNormRule,
+    ForwardPrecision,
+    MarginKind,
+    Precision,
+    RowDtype,
+    RowMean,
+    ServerOptimizerKind,
+    is_trainable,
+)
 from fedss.errors import ConfigError
-from fedss.losses.methods import METHODS, RowMean
-from fedss.losses.softmax import MarginKind
-from fedss.models import BatchNormRule, ForwardPrecision, is_trainable
-from fedss.sampling.samplers import SAMPLERS
-from fedss.wire.codec import Precision
 
 Auto = Literal["auto"]
 """Follows from the data, see :func:`fedss.settings.resolve`."""
@@ -197,7 +202,7 @@ class Config:
             if option.auto and getattr(self, option.name) is None:
                 object.__setattr__(self, option.name, "auto")
             _check_type(option, getattr(self, option.name))
-        check_choice("method", self.method, METHODS)
+        check_choice("method", self.method, METHOD_SUMMARIES)
         for names, valid, expected in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
@@ -205,15 +210,19 @@ class Config:
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
         option_numbers(self, "pixel_mean")
         option_numbers(self, "pixel_std")
-        parse_partition(self.partition, self.partition_clients)
-        parse_columns(self.columns)
         if self.patience is not None and self.eval_split != "validation":
             raise ConfigError(
                 "patience: to choose a round by the test makes its figures too good; take "
                 "eval_split validation"
             )
-        if METHODS[self.method].moments:
+        if self.method in MOMENT_METHODS:
             self._check_moments()
+        # Last, as their import takes long.
+        if (self.partition, self.partition_clients, self.columns) != (None, None, None):
+            from fedss.data import parse_columns, parse_partition
+
+            parse_partition(self.partition, self.partition_clients)
+            parse_columns(self.columns)
 
     def _check_moments(self) -> None:
         instead = ", or take fedss-published" if self.method == "fedss" else ""
@@ -275,7 +284,7 @@ def _options() -> tuple[Option, ...]:
         args = get_args(hints[item.name])
         optional, auto = type(None) in args, item.default == "auto" and Auto in args
         values = args[0] if optional or auto else hints[item.name]
-        choices = tuple(SAMPLERS) if item.name == "sampler" else get_args(values)
+        choices = SAMPLER_NAMES if item.name == "sampler" else get_args(values)
         text = texts[item.name]
         group = _FIRST_OF_GROUP.get(item.name, group)
         kind = str if choices else values

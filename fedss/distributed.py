@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedss.errors import ConfigError, FedssError, LostRankError, RankError
 from fedss.text import printable
+
+# Every command asks which rank it is, also those that end before torch is needed.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 _LOG = logging.getLogger("fedss.distributed")
@@ -50,6 +50,8 @@ class Ranks:
         """Threads that this rank may use: its share of the host's cores, as torchrun sets torch's
         own number to one."""
         if self.size == 1:
+            import torch
+
             return torch.get_num_threads()
         usable = getattr(os, "sched_getaffinity", None)
         cores = len(usable(0)) if usable else os.cpu_count() or 1
@@ -63,15 +65,19 @@ class Ranks:
         """
         return [value] if self.size == 1 else self._meet(value)
 
-    def add_up(self, sums: Tensor) -> Tensor:
+    def add_up(self, sums: "Tensor") -> "Tensor":
         """Sum over the ranks, in place: the same bits at every one. Raises as :meth:`gather`."""
         if self.size > 1:
+            import torch.distributed as dist
+
             self._meet(None)
             with _unless_lost():
                 dist.all_reduce(sums)
         return sums
 
     def _meet(self, value: Any, failed: str | None = None) -> list[Any]:
+        import torch.distributed as dist
+
         # All collective calls start with this, so that every rank hears of a failure.
         messages: list[Any] = [None] * self.size
         with _unless_lost():
@@ -123,6 +129,8 @@ def join() -> Iterator[Ranks]:
     if ranks.size == 1 or _joined:
         yield ranks
         return
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         _find_each_other(ranks)
     _joined.append(ranks)
@@ -140,6 +148,9 @@ def join() -> Iterator[Ranks]:
 
 
 def _find_each_other(ranks: Ranks) -> None:
+    import torch
+    import torch.distributed as dist
+
     if ranks.first:
         place = ":".join(os.environ.get(f"MASTER_{name}", "?") for name in ("ADDR", "PORT"))
         _LOG.info("%d ranks meet at %s", ranks.size, place)
@@ -169,6 +180,8 @@ def _unless_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        import torch.distributed as dist
+
         dist.destroy_process_group()  # so that no other waits for this one
         raise _lost("another rank ended or does not answer") from error
 

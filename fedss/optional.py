@@ -3,15 +3,13 @@
 import importlib
 from typing import Any
 
-import torch
-
 from fedss.errors import ConfigError
 
 _PAIR = "pip install --force-reinstall torch torchvision --index-url URL"
 
 
 def import_extra(module: str, extra: str) -> Any:
-    """A module of timm, which ``pip install "fedss[<extra>]"`` brings.
+    """A module of a package that ``pip install "fedss[<extra>]"`` brings.
 
     Raises:
         ConfigError: it is not installed, or torchvision, which it imports, does not fit torch.
@@ -26,6 +24,8 @@ def import_extra(module: str, extra: str) -> Any:
         # a second attempt in the same process with errors of a half imported package.
         if "torchvision" not in str(error):
             raise
+        import torch
+
         raise ConfigError(
             f"{module} cannot be imported because torchvision does not fit torch "
             f"{torch.__version__}; install a pair: {_PAIR}, with the URL that the selector of "

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedss.cli.main import main
+from fedss.cli import main
 from fedss.config import OPTIONS, Config
 from fedss.errors import ConfigError, RunFolderError
 from fedss.losses.methods import METHODS

@@ -7,11 +7,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import fedss
+from fedss.choices import (
+    METHOD_SUMMARIES,
+    MOMENT_METHODS,
+    SAMPLER_NAMES,
+    Augment,
+    Precision,
+)
+from fedss.data.augment import AUGMENTATIONS
 from fedss.moved import MOVED
+from fedss.sampling.samplers import SAMPLERS
+from fedss.wire.codec import FORMATS
 
 PACKAGE = Path(fedss.__file__).parent
 
@@ -70,6 +81,7 @@ PARTS = [
     "log",
     "text",
     "seeds",
+    "choices",
     "errors",
     "moved",
 ]
@@ -95,6 +107,41 @@ def part(module: str) -> str:
 def test_the_public_names_are_pinned():
     assert set(fedss.__all__) == PUBLIC
     assert all(getattr(fedss, name).__doc__ for name in PUBLIC)
+
+
+def test_the_public_names_are_imported_from_where_type_checkers_see_them():
+    (block,) = (
+        n for n in ast.parse(Path(fedss.__file__).read_text()).body if isinstance(n, ast.If)
+    )
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    places = {name.name: node.module for node in imports for name in node.names}
+    assert places.keys() == PUBLIC
+    for name, place in places.items():
+        assert getattr(fedss, name) is getattr(importlib.import_module(place), name)
+
+
+def test_fedss_is_imported_at_once_and_what_it_has_when_it_is_used():
+    code = """
+import sys, fedss
+assert {*fedss.__all__, "__version__"} <= {*dir(fedss)}
+assert "torch" not in sys.modules
+assert fedss.data.Images is fedss.Images and not hasattr(fedss, "nix")
+assert "Config" not in vars(fedss) and fedss.Config and "Config" in vars(fedss)
+from fedss import *
+print(train.__name__, fedss.__version__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"train {fedss.__version__}\n", "")
+
+
+def test_names_of_choices_are_those_of_what_there_is():
+    assert {name: method.summary for name, method in fedss.METHODS.items()} == METHOD_SUMMARIES
+    moments = (name for name, method in fedss.METHODS.items() if method.moments)
+    assert tuple(moments) == MOMENT_METHODS
+    assert tuple(SAMPLERS) == SAMPLER_NAMES
+    assert tuple(FORMATS) == get_args(Precision)
+    assert tuple(AUGMENTATIONS) == get_args(Augment)[1:]
 
 
 def test_imports_run_one_way():
@@ -135,7 +182,7 @@ def test_old_names_of_modules_are_kept_for_a_release(monkeypatch):
 
 
 def test_charts_and_boards_are_loaded_where_they_are_drawn():
-    code = "import sys, fedss, fedss.cli; print(*sys.modules)"
+    code = "import sys, fedss.training.experiment, fedss.cli.tables; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert not set(loaded.decode().split()) & {"matplotlib", "tensorboard", "jinja2", "pandas"}
 

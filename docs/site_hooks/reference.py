@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import fedss
-from fedss.cli.main import make_parser
+from fedss.cli.parser import make_parser
 from fedss.config import OPTIONS, Option
 
 # What `fedss` exports, in the order of use. A name that is missing here goes to the last section.

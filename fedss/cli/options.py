@@ -2,16 +2,20 @@
 
 import argparse
 import json
+import re
+import reprlib
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from fedss.choices import METHOD_SUMMARIES
 from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS
-from fedss.losses.methods import METHODS
+from fedss.optional import import_extra
 
 Adds = Callable[[argparse.ArgumentParser], object]
 """Adds an argument, or several, to the parser of a command."""
@@ -58,6 +62,15 @@ def setting(name: str, default: float, help: str) -> Adds:
     return argument(name, _METAVARS[kind], text, type=kind, default=default)
 
 
+# What README and docs/get-started.md use, and what decides where a run trains.
+_BASIC = """
+    data data_path columns image_size test_classes data_seed skip_broken partition method backbone
+    pretrained weights trainable rounds augment seed device out sites
+"""
+_SETTINGS = {option.name for option in OPTIONS} | {item.name for item in DEPLOYMENT_FIELDS}
+RARE = _SETTINGS - {*_BASIC.split()}
+"""Settings that ``--help`` leaves to ``--help-all``."""
+
 RUN = argument("folder", "RUN", "run folder of the trained model")
 OUT = argument("--out", "DIR", "folder for the results, one experiment per folder", required=True)
 INDEX = argument("--index", "DIR", "folder of the index (default: RUN/index)")
@@ -83,7 +96,8 @@ def config_options(
             parser.add_argument(
                 "--config",
                 metavar="FILE",
-                help="take settings from a run's config.json; options given here override them",
+                help="take settings from a run's config.json, or from YAML, TOML or JSON with some "
+                "fields of fedss.Config; options given here override them",
             )
         sections: dict[str, Any] = {}
         for option in OPTIONS:
@@ -96,8 +110,8 @@ def config_options(
             # As wide as the formatter, which leaves an epilog's lines as they are, makes the rest.
             width = shutil.get_terminal_size().columns - 2
             lines = (
-                fill(f"  {method.name:<18} {method.summary}", width, subsequent_indent=" " * 21)
-                for method in METHODS.values()
+                fill(f"  {name:<18} {summary}", width, subsequent_indent=" " * 21)
+                for name, summary in METHOD_SUMMARIES.items()
             )
             parser.epilog = "\n".join(["methods:", *lines])
 
@@ -148,23 +162,55 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def stored(options: argparse.Namespace) -> dict[str, Any]:
-    """The content of ``--config FILE``; {} where it was not given.
+    """The content of ``--config FILE``, as a run's ``config.json`` has it; {} without the option.
 
     Raises:
-        ConfigError: it cannot be read, or is no ``config.json``.
+        ConfigError: it cannot be read, or holds no settings.
     """
     if options.config is None:
         return {}
-    named = f"--config {options.config}"
+    file, named = Path(options.config), f"--config {options.config}"
+    name, read = _FILES.get(file.suffix.lower(), _FILES[".json"])
     try:
-        content = json.loads(Path(options.config).read_bytes())
+        content = read(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{named}: cannot read it: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{named}: cannot read it as JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise ConfigError(f"{named}: expected the config.json of a run, with a 'config' object")
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{named}: cannot read it as {name}: {said}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{named}: expected settings by name, such as rounds, or the config.json of a run; got "
+            f"{reprlib.repr(content)}"
+        )
+    content = content if "config" in content else {"config": content}
+    if not isinstance(content["config"], dict):
+        raise ConfigError(f"{named}: config: expected settings by name")
     return content
+
+
+def _read_yaml(content: bytes) -> Any:
+    yaml = import_extra("yaml", "yaml")
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    # A number in YAML 1.2 and for people, a text in YAML 1.1.
+    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    try:
+        values = yaml.load(content, loader)
+    except yaml.MarkedYAMLError as error:
+        at = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{at}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+    return {} if values is None else values  # of nothing but comments
+
+
+_FILES: dict[str, tuple[str, Callable[[bytes], Any]]] = {
+    ".json": ("JSON", json.loads),
+    ".toml": ("TOML", lambda content: tomllib.loads(content.decode())),
+    ".yaml": ("YAML", _read_yaml),
+    ".yml": ("YAML", _read_yaml),
+}
 
 
 def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = None) -> Config:
@@ -172,6 +218,7 @@ def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = N
     of_file = stored(options).get("config", {})
     check_stored(of_file, f"--config {options.config}")
     values = {**(usual or {}), **of_file, **given(options)}
+    config_from_dict(values)  # Before the data are looked for, a mistake takes no time.
     return config_from_dict(values if usual else with_data_at_path(values, options))
 
 

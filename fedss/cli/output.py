@@ -10,10 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from fedss.text import PLAIN
+from fedss.text import PLAIN, encodable, printable
 
 # The reader has seen enough, or its terminal is gone: no fault of what is written.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
+
+
+def say(*lines: object, file: TextIO | None = None) -> None:
+    """Print a line each, at once, with whatever they have in them from elsewhere."""
+    stream = file or sys.stdout
+    for line in lines:
+        print(encodable(printable(str(line)), stream.encoding), file=stream, flush=True)
 
 
 class _Lasting(io.FileIO):

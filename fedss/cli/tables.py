@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -16,6 +16,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from fedss.cli.output import say
 from fedss.errors import RunFolderError
 from fedss.text import DASH, counted, decimals, encodable, human_bytes, printable
 
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
     from fedss.evaluation.intervals import Interval
     from fedss.settings import Setting
     from fedss.training.summary import Cost
-
-
-def say(*lines: object, file: TextIO | None = None) -> None:
-    """Print a line each, at once, with whatever they have in them from elsewhere."""
-    stream = file or sys.stdout
-    for line in lines:
-        print(encodable(printable(str(line)), stream.encoding), file=stream, flush=True)
 
 
 def cell(text: str) -> str:

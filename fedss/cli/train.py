@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedss.cli import tables
 from fedss.cli.options import (
     OUT,
     argument,
@@ -16,7 +15,7 @@ from fedss.cli.options import (
     read_config,
     stored,
 )
-from fedss.cli.tables import say
+from fedss.cli.output import say
 from fedss.config import Config, variant
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
@@ -40,17 +39,18 @@ if TYPE_CHECKING:
 )
 def train(options: argparse.Namespace) -> None:
     """Train one model, or resume an interrupted run."""
+    config = read_config(options)
+    from fedss.cli.tables import print_results
     from fedss.data import seen_classes
     from fedss.training.experiment import load_together, train
 
-    config = read_config(options)
     data = load_together(config)
     _say_before([config], data)
     run = train(config, options.out, data=data, start=options.start)
     if run.already_done:
         rounds = counted(run.summary["rounds"], "round")
         say(f"{options.out} is done: {rounds}; more --rounds go on, or delete it to train again")
-    tables.print_results([run.summary], seen_classes(data), run.folder)
+    print_results([run.summary], seen_classes(data), run.folder)
     out = Path(options.out)
     best = [f"best    {out / 'best'}"] if (out / "best").exists() else []
     say(f"model   {out / 'model'}", *best, f"report  {out / 'report.html'}")
@@ -71,17 +71,19 @@ def train(options: argparse.Namespace) -> None:
 )
 def compare(options: argparse.Namespace) -> None:
     """Train several methods, each with several seeds, and compare them in a report."""
-    from fedss.data import seen_classes
-    from fedss.training.experiment import compare, load_together
-
     config, before = read_config(options), stored(options)
     methods = options.methods or before.get("methods")
     methods = methods or ["full", "fedss", "fedss-uncorrected", "pos-only"]
     seeds = options.seeds or before.get("seeds") or [0]
+    variants = [variant(config, method) for method in methods]
+    from fedss.cli.tables import print_results
+    from fedss.data import seen_classes
+    from fedss.training.experiment import compare, load_together
+
     data = load_together(config)
-    _say_before([variant(config, method) for method in methods], data)
+    _say_before(variants, data)
     summaries = compare(config, methods, seeds, options.out, data=data)
-    tables.print_results(summaries, seen_classes(data), Path(options.out))
+    print_results(summaries, seen_classes(data), Path(options.out))
     say(f"summary  {Path(options.out) / 'summary.json'}")
     say(f"report   {Path(options.out) / 'report.html'}")
 
@@ -93,14 +95,15 @@ def compare(options: argparse.Namespace) -> None:
 )
 def info(options: argparse.Namespace) -> None:
     """Show what is in a data set, and what each method would send."""
+    config = read_config(options)
+    if options.plot is not None and not options.plot.lower().endswith(".png"):
+        raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
+    from fedss.cli import tables
     from fedss.data import DATASETS, holdings, parse_partition
     from fedss.settings import problem_of, resolve
     from fedss.training.build import build_model, check_trainable, load_data, num_parameters
     from fedss.training.summary import costs, describe
 
-    config = read_config(options)
-    if options.plot is not None and not options.plot.lower().endswith(".png"):
-        raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     data = load_data(config)
     tables.say_left_out(data.skipped, data.unpaired, data.passed_over)
     check_trainable(data)
@@ -150,10 +153,11 @@ def app(options: argparse.Namespace) -> None:
 
 def _say_before(configs: Sequence[Config], data: "Dataset") -> None:
     """What there is to train on and to test with, before any training."""
+    from fedss.cli.tables import say_left_out
     from fedss.training.build import check_trainable
     from fedss.training.summary import notes, overview, unused_settings
 
-    tables.say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
+    say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     check_trainable(data)
     remarks = dict.fromkeys(note for config in configs for note in notes(config, data))
     unused = sorted(set.intersection(*map(unused_settings, configs)))

@@ -25,7 +25,7 @@ from fedss.cli.options import (
     setting,
     with_data_at_path,
 )
-from fedss.cli.tables import cell, make_table, print_evaluation, print_table, say, say_left_out
+from fedss.cli.output import say
 from fedss.config import Config, config_from_dict
 from fedss.errors import ConfigError, RunFolderError
 from fedss.text import DASH, counted, decimals
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 )
 def evaluate(options: argparse.Namespace) -> None:
     """Measure retrieval, verification and identification with a trained model."""
+    from fedss.cli.tables import print_evaluation
     from fedss.evaluation.baselines import data_floors
     from fedss.evaluation.intervals import interval
     from fedss.evaluation.task import check_tellable, embed_task, judge, verify
@@ -105,6 +106,7 @@ def _data_to_evaluate(
     Raises:
         ConfigError: the run's own images are not at hand, and no others are named.
     """
+    from fedss.cli.tables import say_left_out
     from fedss.data import data_fingerprint
     from fedss.runs.about import read_any_config
     from fedss.training.build import load_data
@@ -162,6 +164,7 @@ def _keep_measured(run: Path, measured: "Verification", writes: bool) -> None:
 )
 def embed(options: argparse.Namespace) -> None:
     """Write embeddings of images, with their file names."""
+    from fedss.cli.tables import say_left_out
     from fedss.inference.embedding import embed_files, list_images, write_embeddings
     from fedss.inference.model import load
 
@@ -205,6 +208,7 @@ def export(options: argparse.Namespace) -> None:
 )
 def index(options: argparse.Namespace) -> None:
     """Build an index to search images with, or bring it up to date."""
+    from fedss.cli.tables import say_left_out
     from fedss.data.names import look_alikes
     from fedss.search import build_collection
 
@@ -241,13 +245,15 @@ def _index_folder(options: argparse.Namespace) -> Path:
 )
 def search(options: argparse.Namespace) -> None:
     """Find the images of an index that are nearest to each IMAGE."""
-    from fedss.files import write_file, writing
+    from fedss.cli.tables import cell, make_table, print_table
     from fedss.search import open_collection
-    from fedss.search.web.page import neighbours_page
 
     collection = open_collection(_index_folder(options), options.folder)
     results = collection.search(collection.embed(options.images), options.count)
     if options.show is not None:
+        from fedss.files import write_file, writing
+        from fedss.search.web.page import neighbours_page
+
         page = neighbours_page(collection, options.images, results)
         with writing(Path(options.show), "choose another place (--show)"):
             write_file(Path(options.show), page.encode())
@@ -306,6 +312,7 @@ def enrol(options: argparse.Namespace) -> None:
 )
 def identify(options: argparse.Namespace) -> None:
     """Name the class that an image shows, or say that it is unknown."""
+    from fedss.cli.tables import cell, make_table, print_table
     from fedss.search import identify, open_collection, stored_threshold, why_no_threshold
 
     collection = open_collection(_index_folder(options), options.folder)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedss.choices import RowMean
 from fedss.core.checks import check_finite_state, collect
 from fedss.core.class_rows import add_rows_, read, union, with_sums, write_
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
@@ -21,7 +22,7 @@ from fedss.core.engine import Engine, Failure
 from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
-from fedss.losses.methods import Method, RowMean
+from fedss.losses.methods import Method
 from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import ServerRows, check_negatives, class_sample
 from fedss.seeds import generator

@@ -13,18 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedss.choices import RowDtype
 from fedss.core.rounding import to_bfloat16
 from fedss.errors import ConfigError, RunFolderError
 from fedss.losses.moments import row_sums
 from fedss.seeds import generator, numbered_normals
-
-RowDtype = Literal["float32", "bfloat16"]
 
 _MOST_CHANGED = 64
 _BLOCK = 65536

@@ -19,15 +19,13 @@ Shape suffixes: P backbone parameters, U touched classes, S requested classes, D
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedss.choices import ServerOptimizerKind
 from fedss.core.class_rows import ClassRows, read, write_
-
-ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
 
 
 @dataclass(frozen=True)

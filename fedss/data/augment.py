@@ -12,7 +12,6 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from fedss.seeds import generator
 
-Augment = Literal["none", "photos", "drawings"]
 _PREVIEWED, _VERSIONS = 8, 5
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedss.choices import ForwardPrecision
 from fedss.core.client import (
     ClassRequest,
     ClientUpdate,
@@ -38,7 +39,7 @@ from fedss.core.state import ServerState
 from fedss.data import ClientIndex
 from fedss.distributed import ALONE, Ranks, share_out
 from fedss.losses.softmax import ClassSample
-from fedss.models import Embedder, ForwardPrecision, embed_pixels, flatten_, pool_before_relu_
+from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
 from fedss.seeds import generator
 from fedss.wire.downlink import answer_requests, receive
 from fedss.wire.messages import (

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fedss.config import OPTIONS, Config, config_from_dict
-from fedss.data import usual_side
 from fedss.errors import ConfigError
 from fedss.files import write_file
-from fedss.losses.methods import METHODS
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -96,6 +94,8 @@ def _check_apart(config: Config) -> None:
     for name in _NOT_AT_SITES:
         if getattr(config, name):
             raise ConfigError(f"{name}: sites read their images as they are; leave it out")
+    from fedss.losses.methods import METHODS
+
     if METHODS[config.method].pooled:
         raise ConfigError(f"method: {config.method} pools images, which a federation cannot")
 
@@ -105,6 +105,8 @@ def explicit(config: Config) -> Config:
     sites: images of their usual side (64, mostly), grayscale for glyphs and Omniglot, else in
     colour.
     """
+    from fedss.data import usual_side
+
     drawn = config.data in ("glyphs", "omniglot")
     return replace(
         config,

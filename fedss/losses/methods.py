@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from fedss.choices import METHOD_SUMMARIES, RowMean
 from fedss.losses.moments import absent_from, balance, payload
 from fedss.losses.softmax import (
     AbsentClasses,
@@ -18,8 +19,6 @@ from fedss.losses.softmax import (
     spread_out_step,
     uncorrected_softmax,
 )
-
-RowMean = Literal["cohort", "holders"]
 
 RowSteps = Callable[[Tensor, float, int], Tensor]
 """``row_steps(rows_UD, absent, num_classes)``: the steps of the touched rows [U, D], made of their
@@ -70,10 +69,10 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("full", "softmax over all class rows", "all", sampled_softmax),
+        Method("full", METHOD_SUMMARIES["full"], "all", sampled_softmax),
         Method(
             "fedss",
-            "sampled softmax, with the mean and covariance of absent classes",
+            METHOD_SUMMARIES["fedss"],
             "sampled",
             completed_softmax,
             payload=payload,
@@ -81,7 +80,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "moments",
-            "softmax over own classes, with the mean and covariance of all others",
+            METHOD_SUMMARIES["moments"],
             "cover",
             moments_softmax,
             payload=payload,
@@ -93,20 +92,20 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "fedss-uncorrected",
-            "as fedss-published, but without the correction",
+            METHOD_SUMMARIES["fedss-uncorrected"],
             "sampled",
             uncorrected_softmax,
         ),
-        Method("pos-only", "softmax over own classes alone", "none", sampled_softmax),
+        Method("pos-only", METHOD_SUMMARIES["pos-only"], "none", sampled_softmax),
         Method(
             "neg-only",
-            "softmax of each label against the sampled negatives alone",
+            METHOD_SUMMARIES["neg-only"],
             "sampled",
             negatives_only_softmax,
         ),
         Method(
             "fedaws",
-            "squared hinge on own classes alone; the server spreads class rows out",
+            METHOD_SUMMARIES["fedaws"],
             "none",
             positive_hinge,
             server_step=spread_out_step,
@@ -114,13 +113,13 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "fedss-published",
-            "sampled softmax, corrected by 1/q alone: FedSS as published",
+            METHOD_SUMMARIES["fedss-published"],
             "sampled",
             sampled_softmax,
         ),
         Method(
             "central",
-            "images pooled, full softmax, plain SGD; a reference without federation",
+            METHOD_SUMMARIES["central"],
             "all",
             sampled_softmax,
             pooled=True,

@@ -7,13 +7,12 @@ S classes of a class sample (S = P + M).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MarginKind = Literal["none", "cosface", "arcface"]
+from fedss.choices import MarginKind
 
 
 @dataclass(frozen=True)

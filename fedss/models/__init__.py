@@ -7,25 +7,21 @@ randomness in the forward pass, a known output size. `flatten_` then gives θ as
 
 from fedss.models.backbones import conv4
 from fedss.models.embedder import (
-    BatchNormRule,
     Embedder,
     EmbedderSpec,
-    ForwardPrecision,
     build_embedder,
     embed_pixels,
 )
 from fedss.models.flat import FlatParameters, flatten_
-from fedss.models.frozen import frozen_fingerprint, is_trainable
+from fedss.models.frozen import frozen_fingerprint
 from fedss.models.layout import pool_before_relu_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, norm_groups, replace_batch_norm
 from fedss.models.saving import fingerprint, load_embedder, safetensors_of, save_embedder
 
 __all__ = [
-    "BatchNormRule",
     "Embedder",
     "EmbedderSpec",
     "FlatParameters",
-    "ForwardPrecision",
     "FrozenBatchNorm",
     "build_embedder",
     "conv4",
@@ -34,7 +30,6 @@ __all__ = [
     "flatten_",
     "freeze_batch_norm",
     "frozen_fingerprint",
-    "is_trainable",
     "load_embedder",
     "norm_groups",
     "pool_before_relu_",

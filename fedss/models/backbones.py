@@ -49,9 +49,7 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
     Raises:
         ConfigError: a size or number out of range.
     """
-    check_image(channels, image_size)
-    if not 1 <= width <= _MOST_WIDTH:
-        raise ConfigError(f"conv4: width must be 1 to {_MOST_WIDTH}, not {reprlib.repr(width)}")
+    conv4_features(channels, image_size, width)
     blocks: dict[str, nn.Module] = {}
     inputs, side = channels, image_size
     for number in range(1, 5):
@@ -70,6 +68,21 @@ def conv4(channels: int = 1, image_size: int = 28, width: int = 64) -> nn.Sequen
         inputs = width
     blocks["flatten"] = nn.Flatten()
     return nn.Sequential(OrderedDict(blocks))
+
+
+def conv4_features(channels: int, image_size: int, width: int) -> int:
+    """The length of what :func:`conv4` gives of an image, without making it.
+
+    Raises:
+        ConfigError: a size or number out of range.
+    """
+    check_image(channels, image_size)
+    if not 1 <= width <= _MOST_WIDTH:
+        raise ConfigError(f"conv4: width must be 1 to {_MOST_WIDTH}, not {reprlib.repr(width)}")
+    side = -(-image_size // 2)
+    for _ in range(3):
+        side //= 2 if side > 4 else 1
+    return width * side**2
 
 
 @contextmanager

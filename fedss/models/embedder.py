@@ -11,13 +11,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Literal, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedss.choices import BatchNormRule, ForwardPrecision
 from fedss.errors import ConfigError, DataError
 from fedss.models.backbones import named_backbone, own_random_state
 from fedss.models.checks import (
@@ -36,10 +37,8 @@ from fedss.models.layout import channels_last, channels_last_pays
 from fedss.models.norms import LEAST_VALUES, freeze_batch_norm, replace_batch_norm
 from fedss.models.weights import load_weights_, weights_fingerprint
 
-ForwardPrecision = Literal["float32", "bfloat16"]
 MOST_FEATURES = 2**20
 """Numbers of the longest embedding."""
-BatchNormRule = Literal["auto", "freeze", "replace"]
 
 
 @dataclass(frozen=True)

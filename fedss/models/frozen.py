@@ -1,22 +1,15 @@
 """Which part of a backbone trains, and what tells the rest from that of another machine."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 
 from torch import nn
 
+from fedss.choices import is_trainable
 from fedss.errors import ConfigError
 from fedss.models.checks import few
 from fedss.models.flat import raw_bytes
 from fedss.optional import import_extra
-
-_TRAINABLE = re.compile(r"all|head|last-[1-9]\d{0,3}")
-
-
-def is_trainable(text: str) -> bool:
-    """Whether a text says which part trains: ``all``, ``head`` or ``last-<number>``."""
-    return bool(_TRAINABLE.fullmatch(text))
 
 
 def freeze_(backbone: nn.Module, trainable: str) -> None:

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.files import START_LENGTH, what_begins, write_file
-from fedss.models.backbones import conv4, conv4_width
+from fedss.models.backbones import conv4_features, conv4_width
 from fedss.models.checks import few
 from fedss.models.embedder import Embedder, EmbedderSpec, assemble
 from fedss.models.flat import raw_bytes
@@ -185,18 +184,15 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
     expected: dict[str, tuple[int, ...]] = {"mean": (spec.channels,)}
     width = conv4_width(spec.backbone)
     if width is not None:
-        with torch.device("meta"):  # shapes without numbers
-            try:
-                network = conv4(spec.channels, spec.image_size, width)
-            except ConfigError as error:
-                raise ConfigError(f"{file} does not fit its description: {error}") from error
-            image = torch.empty(1, spec.channels, spec.image_size, spec.image_size)
-            features = network(image).shape[1]
+        try:
+            features = conv4_features(spec.channels, spec.image_size, width)
+        except ConfigError as error:
+            raise ConfigError(f"{file} does not fit its description: {error}") from error
         expected["backbone.block1.conv.weight"] = (width, spec.channels, 3, 3)
         expected["projection.weight"] = (spec.embedding_size, features)
     elif spec.backbone is not None:
-        features = held.get("projection.weight", ())[-1:]
-        expected["projection.weight"] = (spec.embedding_size, *features)
+        of_file = held.get("projection.weight", ())[-1:]
+        expected["projection.weight"] = (spec.embedding_size, *of_file)
     # What is missing or left over is told of all names, once the network is there.
     problems = [
         f"{name} is {list(held[name])}, expected {list(shape)}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedss.choices import RowMean
 from fedss.config import Config
 from fedss.core.algorithm import Server, run_round, without_deltas
 from fedss.core.checks import check_growth
@@ -24,7 +25,6 @@ from fedss.evaluation.baselines import Floors, floor
 from fedss.evaluation.intervals import interval
 from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
-from fedss.losses.methods import RowMean
 from fedss.models import Embedder, flatten_, save_embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
 from fedss.runs.findings import read_scores, write_findings, write_scores

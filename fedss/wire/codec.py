@@ -12,16 +12,15 @@ quantized together, K their scales, R eigenvectors, T a triangle's values.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedss.choices import Precision
 from fedss.core.rounding import to_bfloat16
 
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
 Encoded = dict[str, Tensor]
 Layout = tuple[torch.Size, ...]
 

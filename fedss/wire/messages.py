@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fedss.choices import Precision
 from fedss.core.client import Broadcast, ClientUpdate
 from fedss.losses.softmax import ClassSample
 from fedss.wire.codec import (
     Encoded,
     Layout,
-    Precision,
     decode_backbone,
     decode_payload,
     decode_rows,

@@ -56,10 +56,18 @@ def photos(tmp_path: Path) -> Path:
 
 
 def options_of(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[set[str], str]:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    text = capsys.readouterr().out
-    return set(re.findall(r"--[a-z][a-z-]*", text)), text
+    """All options of a command, as its help has them; and that help."""
+    text = help_of(command, "--help", capsys)
+    if "--help-all" in text:
+        text = help_of(command, "--help-all", capsys)
+        assert not re.search(r"\d+ more options", text)
+    return set(re.findall(r"--[a-z][a-z-]*", text)) - {"--help-all"}, text
+
+
+def help_of(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, flag])
+    return capsys.readouterr().out
 
 
 def flags(names: list[str]) -> set[str]:
@@ -139,7 +147,7 @@ def test_sizes_beyond_all_use_are_one_line(capsys):
         (["trian"], "did you mean train?"),
         (["train", "--out", "x", "--roundz", "3"], "did you mean --rounds?"),
         (["search", "x", "y", "--inde", "a", "--tops", "1"], "arguments: --tops 1"),
-        (["train"], "required: --out"),
+        (["train"], "required: --out (usage: fedss train [OPTIONS] --out DIR; see fedss train --h"),
         (["compare", "--out", "x", "--seeds", "a\nb"], "invalid int value"),
     ],
 )
@@ -193,6 +201,34 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("identify", capsys)[0] == {"--help", "--index", "--threshold", "--json"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
+
+
+BASIC = [
+    *["data", "data_path", "columns", "image_size", "test_classes", "skip_broken", "data_seed"],
+    *["partition", "method", "backbone", "pretrained", "weights", "trainable", "rounds", "augment"],
+    *["seed", "device"],
+]
+
+
+def test_basic_options_are_pinned_and_help_all_has_the_others(capsys):
+    shown = {}
+    for command in sorted(COMMANDS):
+        text = help_of(command, "--help", capsys)
+        assert max(map(len, text.splitlines())) <= 80
+        names = re.findall(r"--[a-z][a-z-]*", text)
+        shown[command] = {name.removeprefix("--").replace("-", "_") for name in names}
+    config = {option.name for option in OPTIONS}
+    for command in ("train", "info", "app"):
+        assert shown[command] & config == {*BASIC}
+    assert shown["compare"] & config == {*BASIC} - {"method", "seed"}
+    assert shown["evaluate"] & config == {*BASIC[:8]}
+    deployment = {item.name for item in dataclasses.fields(Deployment)}
+    assert shown["app"] & deployment == {"out", "sites"}
+    assert {command for command in COMMANDS if "help_all" in shown[command]} == {
+        *["train", "compare", "info", "app", "evaluate"]
+    }
+    more = len(PINNED) - len(BASIC)
+    assert f"\n{more} more options: fedss train --help-all\n" in help_of("train", "--help", capsys)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -51,8 +51,13 @@ def test_links_lead_somewhere(page):
 
 @cache
 def options_of(command: str) -> frozenset[str]:
+    basic = options_in(command, "--help")
+    return options_in(command, "--help-all") if "--help-all" in basic else basic
+
+
+def options_in(command: str, flag: str) -> frozenset[str]:
     with redirect_stdout(StringIO()) as shown, pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
+        main([command, flag])
     assert ended.value.code == 0, f"there is no command fedss {command}"
     return frozenset(re.findall(r"--[a-z][a-z0-9-]*", shown.getvalue()))
 
@@ -62,6 +67,12 @@ def test_commands_have_the_options_that_are_given(page):
     for command, words in COMMAND.findall(page.read_text()):
         given = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", words))
         assert given <= options_of(command), f"fedss {command}{words}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "get-started.md"])
+def test_commands_for_beginners_need_basic_options_alone(page):
+    for command, words in COMMAND.findall(page.read_text()):
+        assert {*re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", words)} <= options_in(command, "--help")
 
 
 def test_the_navigation_of_the_site_has_every_page_once():

@@ -10,12 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from fedss.choices import Precision
 from fedss.wire.codec import (
     FORMATS,
     GROUP_INT4,
     SHORTEST_CHANNEL,
     NumberFormat,
-    Precision,
     decode_backbone,
     decode_rows,
     decode_symmetric,

@@ -1,0 +1,38 @@
+"""What a setting can be, by name. The command line's help needs these names and no more, so they
+stand apart from what they stand for, which needs torch."""
+
+import re
+from typing import Literal
+
+Augment = Literal["none", "photos", "drawings"]
+BatchNormRule = Literal["auto", "freeze", "replace"]
+ForwardPrecision = Literal["float32", "bfloat16"]
+MarginKind = Literal["none", "cosface", "arcface"]
+Precision = Literal["float32", "bfloat16", "int8", "int4"]
+RowDtype = Literal["float32", "bfloat16"]
+RowMean = Literal["cohort", "holders"]
+ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
+
+METHOD_SUMMARIES = {
+    "full": "softmax over all class rows",
+    "fedss": "sampled softmax, with the mean and covariance of absent classes",
+    "moments": "softmax over own classes, with the mean and covariance of all others",
+    "fedss-uncorrected": "as fedss-published, but without the correction",
+    "pos-only": "softmax over own classes alone",
+    "neg-only": "softmax of each label against the sampled negatives alone",
+    "fedaws": "squared hinge on own classes alone; the server spreads class rows out",
+    "fedss-published": "sampled softmax, corrected by 1/q alone: FedSS as published",
+    "central": "images pooled, full softmax, plain SGD; a reference without federation",
+}
+"""The methods of :data:`fedss.losses.methods.METHODS`, with a line on each."""
+
+MOMENT_METHODS = ("fedss", "moments")
+"""Those of them for which the server keeps the moments of all class rows."""
+
+SAMPLER_NAMES = ("uniform", "deck", "sticky")
+"""The samplers of :data:`fedss.sampling.samplers.SAMPLERS`."""
+
+
+def is_trainable(text: str) -> bool:
+    """Whether a text says which part of a backbone trains: ``all``, ``head``, ``last-<number>``."""
+    return bool(re.fullmatch(r"all|head|last-[1-9]\d{0,3}", text))
