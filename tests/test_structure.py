@@ -69,6 +69,7 @@ PARTS = [
     "optional",
     "log",
     "text",
+    "secret",
     "seeds",
     "errors",
     "moved",
