@@ -145,8 +145,12 @@ def complete(trial: Trial, run: int) -> None:
 
 
 def start_site(trial: Trial, number: int) -> None:
-    config = {"data": str(trial.images[number])}
-    trial.sites[number] = federation.site(trial.place, number, config)
+    trial.sites[number] = federation.site(trial.place, number, site_config(trial, number))
+
+
+def site_config(trial: Trial, number: int) -> dict[str, str]:
+    secret = federation.secret(trial.place)
+    return {"data": str(trial.images[number]), "own-secret-file": secret}
 
 
 # The trials. Each begins when a run is submitted, and ends when one is complete.
@@ -362,13 +366,12 @@ def try_out(name: str, folder: Path, config: fedss.Config, deadline: float) -> O
         attempts=ATTEMPTS,
         pause=PAUSE,
     )
-    write_app(app, config, deployment)
+    write_app(app, replace(config, secret_file=None), deployment)
     with federation.place(folder / name, SITES) as place:
         link, server = federation.superlink(place), federation.superexec(place)
         trial = Trial(place, images, out, app, link, server, [])
         trial.sites = [
-            federation.site(place, number, {"data": str(data)})
-            for number, data in enumerate(images)
+            federation.site(place, number, site_config(trial, number)) for number in range(SITES)
         ]
         wait_for(lambda: online(trial) == SITES, "the sites")
         trial.began = time.monotonic()
@@ -470,6 +473,8 @@ def main() -> int:
             workers=1,
         )
         with federation.place(folder / "keys and database", SITES) as place:
+            # The same at all sites, and here, where the training is that of all their clients.
+            config = replace(config, secret_file=federation.secret(place))
             federation.superlink(place)
             for number in range(SITES):
                 federation.register(place, number)

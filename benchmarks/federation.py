@@ -159,7 +159,8 @@ def main() -> None:
         through = replace(place, port=counter.port)
         for number, data in enumerate(images):
             federation.register(place, number)
-            federation.site(through, number, {"data": str(data), "site": f"site-{number + 1}"})
+            config = {"data": str(data), "own-secret-file": federation.secret(place)}
+            federation.site(through, number, {**config, "site": f"site-{number + 1}"})
         time.sleep(10)
         quiet = idle(counter, 10 if options.short else 30)
         report.add(

@@ -1,14 +1,16 @@
-"""What one request tells the server, which knows the seed: the draw of a client, replayed.
+"""What one request tells a server that knows the seed: the draw of a client, replayed.
 
-    python benchmarks/replay.py     (half a minute)
+    python benchmarks/replay.py     (two minutes)
 
 A client asks for the union of its own classes and its negatives, sorted. Its draw is keyed by the
-run's seed, round and client (:mod:`fedss.seeds`), all of which the server knows. So the server
-draws again, and what is in the request but not in the draw is own:
+run's seed, round and client (:mod:`fedss.seeds`), all of which the server knows, and by a secret,
+if the client has one. Without a secret, as in a simulation by default, the server draws again, and
+what is in the request but not in the draw is own:
 
 - ``uniform`` draws ranks among the classes that are not own. The server does not know how many are
   own: it tries every number, and only the right one gives ranks that fit the request. Of an own
-  class and a negative with neighbouring ids it cannot be told which is which.
+  class and a negative with neighbouring ids it cannot be told which is which. If none fits, the
+  server takes the number that fits best.
 - ``sticky`` asks for the first classes of a random order that are not own. The order does not
   depend on the own classes; one of these that lies among its first is taken for a negative.
 
@@ -17,20 +19,22 @@ Own classes are anywhere (``scattered``), or next to each other, as those of one
 may be (``block``). Precision: of the classes that the server names, those that are own; recall: of
 the own classes in the request, those that it names. Beside them what a guess at random would have.
 
-Last, what requests would tell if draws were keyed by a secret, as they are not: own classes are in
-each of a client's requests, so those of two or three rounds are intersected.
+Each case is measured three times: clients without a secret; with one that the server knows; with
+one that it does not know, as in a federation. Last, what requests tell all the same: own classes
+are in each of a client's requests, so those of two or three rounds are intersected.
 
 Writes ``benchmarks/results/replay.txt``.
 """
 
+from dataclasses import replace
 from functools import reduce
+from typing import NamedTuple
 
 import common
 import numpy as np
 
 from fedss.config import Config
-from fedss.core.client import RoundPlan, draw_classes
-from fedss.seeds import generator
+from fedss.core.client import RoundPlan, client_generator, draw_classes
 from fedss.settings import resolve
 from fedss.training.build import round_plan
 
@@ -48,9 +52,10 @@ CASES = (
 
 
 def replay_uniform(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarray:
-    """Own classes in a request, as the server reads them out of it; empty if no number fits."""
+    """Own classes in a request, as a server reads them out of it that has all of the plan."""
+    fits_best, found = -1.0, np.zeros(0, np.int64)
     for num_own in range(1, len(ids_S)):
-        rng = generator(plan.seed, "classes", plan.round, client)
+        rng = client_generator(plan, "classes", client)
         num_others, m = plan.num_classes - num_own, len(ids_S) - num_own
         if m > num_others:
             continue
@@ -63,14 +68,14 @@ def replay_uniform(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarra
                 taken += 1
             else:
                 own.append(number)
-        if taken == m:
-            return np.array(own)
-    return np.zeros(0, np.int64)
+        if taken / m > fits_best:
+            fits_best, found = taken / m, np.array(own)
+    return found
 
 
 def replay_sticky(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarray:
     """The same for the fixed order of ``sticky``."""
-    rng = generator(plan.seed, "classes", 0, client)
+    rng = client_generator(replace(plan, round=0), "classes", client)
     order = rng.choice(plan.num_classes, len(ids_S), replace=False, shuffle=True)
     return np.setdiff1d(ids_S, order)
 
@@ -78,21 +83,38 @@ def replay_sticky(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarray
 REPLAYS = {"uniform": replay_uniform, "sticky": replay_sticky}
 
 
-def measure(sampler: str, n: int, size: int, num_own: int, kind: str) -> tuple[float, float]:
+class Secrets(NamedTuple):
+    """What keys the draws of clients, and what the server takes them to be keyed by."""
+
+    of_clients: bytes | None
+    of_server: bytes | None
+
+
+SECRETS = {
+    "none": Secrets(None, None),
+    "known": Secrets(b"s" * 32, b"s" * 32),
+    "unknown": Secrets(b"s" * 32, None),
+}
+
+
+def measure(
+    sampler: str, n: int, size: int, num_own: int, kind: str, secrets: Secrets, clients: int
+) -> tuple[float, float]:
     """Precision and recall over all clients of a case."""
     config, _ = resolve(Config(sampler=sampler, sample_size=size, seed=SEED), None)
-    plan = round_plan(config, n, ROUND)
+    plan = round_plan(config, n, ROUND, secret=secrets.of_clients)
+    seen = replace(plan, secret=secrets.of_server)
     rng, right, named = np.random.default_rng(1), 0, 0
-    for client in range(CLIENTS):
+    for client in range(clients):
         if kind == "block":
             own_P = rng.integers(n - num_own + 1) + np.arange(num_own)
         else:
             own_P = np.sort(rng.choice(n, num_own, replace=False))
         ids_S = draw_classes(plan, client, own_P).ids_S.numpy()
-        replayed = REPLAYS[sampler](plan, client, ids_S)
+        replayed = REPLAYS[sampler](seen, client, ids_S)
         right += len(np.intersect1d(replayed, own_P))
         named += len(replayed)
-    return right / max(named, 1), right / (CLIENTS * num_own)
+    return right / max(named, 1), right / (clients * num_own)
 
 
 def intersect(n: int, size: int, num_own: int, rounds: int) -> float:
@@ -101,7 +123,7 @@ def intersect(n: int, size: int, num_own: int, rounds: int) -> float:
     for client in range(CLIENTS):
         own_P = np.sort(rng.choice(n, num_own, replace=False))
         config, _ = resolve(Config(sample_size=size), None)
-        plans = [round_plan(config, n, round) for round in range(rounds)]
+        plans = [round_plan(config, n, round, secret=b"s" * 32) for round in range(rounds)]
         requests = [draw_classes(plan, client, own_P).ids_S.numpy() for plan in plans]
         named += len(reduce(np.intersect1d, requests))
     return CLIENTS * num_own / named
@@ -113,28 +135,36 @@ def main() -> None:
         "What one request tells: classes named as own by who replays a client's draw"
     )
     report.add(
-        f"{CLIENTS} clients of each case, one request of each (round {ROUND})",
+        f"{CLIENTS} clients of each case, one request of each (round {ROUND}); precision / recall",
+        "where draws are keyed by no secret, by one that the server knows, by one that it does not",
         "",
-        f"{'n':>8} {'|S|':>5} {'own':>4}  {'sampler':8} {'own classes':12} "
-        f"{'precision':>9} {'recall':>7} {'at random':>10}",
+        f"{'n':>8} {'|S|':>5} {'own':>4}  {'sampler':8} {'own classes':12}"
+        + "".join(f" {secret:>13}" for secret in SECRETS)
+        + f" {'at random':>10}",
     )
-    rates = []
+    rates: dict[str, list[tuple[float, float]]] = {secret: [] for secret in SECRETS}
+    above = []
     for n, size, num_own in CASES:
         for sampler in REPLAYS:
             for kind in ("scattered", "block"):
-                precision, recall = measure(sampler, n, size, num_own, kind)
-                rates.append((precision, recall))
-                report.add(
-                    f"{n:8,} {size:5} {num_own:4}  {sampler:8} {kind:12} "
-                    f"{precision:9.3f} {recall:7.3f} {num_own / size:10.3f}"
-                )
-    precisions, recalls = zip(*rates, strict=True)
+                line = f"{n:8,} {size:5} {num_own:4}  {sampler:8} {kind:12}"
+                for name, secrets in SECRETS.items():
+                    found = measure(sampler, n, size, num_own, kind, secrets, CLIENTS)
+                    rates[name].append(found)
+                    line += f" {found[0]:5.3f} / {found[1]:5.3f}"
+                above.append(rates["unknown"][-1][0] - num_own / size)
+                report.add(f"{line} {num_own / size:10.3f}")
+    report.add("")
+    for name, found_K in rates.items():
+        precisions, recalls = zip(*found_K, strict=True)
+        report.add(
+            f"secret {name}: precision {min(precisions):.2f} to {max(precisions):.2f}, "
+            f"recall {min(recalls):.2f} to {max(recalls):.2f}"
+        )
     report.add(
+        f"secret unknown: precision at most {max(above):.3f} above a guess at random",
         "",
-        f"precision {min(precisions):.2f} to {max(precisions):.2f}, "
-        f"recall {min(recalls):.2f} to {max(recalls):.2f}",
-        "",
-        "if draws could not be replayed (uniform, scattered): precision after",
+        "secret unknown, uniform, scattered: precision of what is in all requests, after",
         f"{'n':>8} {'|S|':>5} {'own':>4} {'2 requests':>12} {'3 requests':>12}",
     )
     for case in CASES:

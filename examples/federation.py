@@ -7,7 +7,7 @@ stopped by a program. Each function does one of its steps, so tests and benchmar
         superlink(federation), superexec(federation)
         for number in range(3):
             register(federation, number)
-            site(federation, number, {"data": f"/data/{number}", "site": f"shop-{number}"})
+            site(federation, number, {"data": f"/data/{number}", "secret-file": secret(federation)})
         run = submit(federation, "app")
         for line in follow(federation, run):
             print(line)
@@ -47,6 +47,7 @@ from cryptography.x509.oid import NameOID
 from PIL import Image
 
 import fedss
+from fedss.secret import make_secret
 
 Process = subprocess.Popen[bytes]
 Value = str | int | float | bool
@@ -101,10 +102,12 @@ def place(folder: str | Path, sites: int) -> Iterator[Place]:
     folder = Path(folder).resolve()
     port, *site_ports = free_ports(1 + sites)
     write_certificates(folder / "keys")
-    if not (secret := folder / "keys" / "superexec.secret").exists():
-        write_private(secret, secrets.token_bytes(32))
+    if not (shared := folder / "keys" / "superexec.secret").exists():
+        write_private(shared, secrets.token_bytes(32))
     for number in range(sites):
         write_node_key(folder / "keys" / f"site-{number}")
+    if not (folder / "keys" / "secret").exists():
+        make_secret(folder / "keys" / "secret")
     for name in ("user", "server", *(f"site-{number}" for number in range(sites))):
         (folder / "flwr" / name).mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
@@ -328,6 +331,11 @@ def site(federation: Place, number: int, node_config: Mapping[str, Value]) -> Pr
     )  # fmt: skip
 
 
+def secret(federation: Place) -> str:
+    """The file that all sites have and the server has not, as ``fedss secret`` makes it."""
+    return str(federation.folder / "keys" / "secret")
+
+
 def pairs(values: Mapping[str, Value]) -> str:
     """Settings as Flower's commands read them: ``name="text" other=1``."""
     return " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
@@ -473,16 +481,13 @@ def main(folder: Path, sites: int, rounds: int) -> bool:
         superlink(federation)
         superexec(federation)
         say(f"SuperLink at https://{federation.address}: TLS, node keys, a database")
-        secret = federation.folder / "keys" / "names.secret"
-        if not secret.exists():
-            write_private(secret, secrets.token_bytes(32))
         for number, data in enumerate(images):
             register(federation, number)
             name = f"site-{number + 1}"
             site(
                 federation,
                 number,
-                {"data": str(data.resolve()), "site": name, "secret-file": str(secret)},
+                {"data": str(data.resolve()), "site": name, "secret-file": secret(federation)},
             )
             say(f"{name} has registered its key, and starts")
         run = submit(federation, folder / "app")

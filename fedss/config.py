@@ -107,6 +107,7 @@ class Config:
         row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows
         seed: seed of every random draw of the run
+        secret_file: secret that clients' draws are keyed by (default: the seed alone)
         eval_every: rounds between evaluations; 0: only at the end
         patience: evaluations without a better MAP@10 after which a run ends (default: no limit)
         checkpoint_every: rounds between checkpoints
@@ -185,6 +186,7 @@ class Config:
     row_store: RowStore = "memory"
 
     seed: int = 0
+    secret_file: str | None = None
     eval_every: int = 20
     patience: int | None = None
     checkpoint_every: int = 10

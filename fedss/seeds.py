@@ -1,23 +1,29 @@
 """Random generators, one for each draw, so that no draw depends on any other."""
 
 import hashlib
+import hmac
 
 import numpy as np
 
 
-def generator(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.random.Generator:
-    """The generator for one draw, keyed by (seed, purpose, round, client).
+def generator(
+    seed: int, purpose: str, round: int = 0, client: int = 0, secret: bytes | None = None
+) -> np.random.Generator:
+    """The generator for one draw, keyed by (seed, purpose, round, client), and a secret if any.
 
-    The key is hashed (SHA-256), so neighbouring keys give unrelated streams. Nothing is read from
-    or written to global state: the order of calls, threads and processes does not matter.
+    The key is hashed (SHA-256; with a secret HMAC-SHA256), so neighbouring keys give unrelated
+    streams. Nothing is read from or written to global state: the order of calls, threads and
+    processes does not matter. Without a secret, whoever knows the seed can repeat the draw.
 
     Args:
         seed: the run's seed, any integer.
         purpose: what is drawn, e.g. ``"cohort"``; separates draws that share the other keys.
         round: 0-based round number.
         client: client number.
+        secret: 256 random bits, see :func:`fedss.secret.draw_key`.
     """
-    return np.random.default_rng(int.from_bytes(_digest(seed, purpose, round, client)))
+    digest = _digest(seed, purpose, round, client, secret=secret)
+    return np.random.default_rng(int.from_bytes(digest))
 
 
 def numbered_normals(seed: int, purpose: str, number_S: np.ndarray, size: int) -> np.ndarray:
@@ -43,5 +49,6 @@ def numbered_normals(seed: int, purpose: str, number_S: np.ndarray, size: int) -
     return normal_SD
 
 
-def _digest(*key: object) -> bytes:
-    return hashlib.sha256("/".join(map(str, key)).encode()).digest()
+def _digest(*key: object, secret: bytes | None = None) -> bytes:
+    text = "/".join(map(str, key)).encode()
+    return hashlib.sha256(text).digest() if secret is None else hmac.digest(secret, text, "sha256")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ SITES = ("north", "south", "west")
 CLIENTS = {"north": ("ada", "ben"), "south": ("cem", "dee", "eva"), "west": ("fay",)}
 
 
+def write_secret(path: Path, text: str = "of the tests") -> Path:
+    """A file such as ``fedss secret`` makes, the same for the same text."""
+    path.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n")
+    path.chmod(0o600)
+    return path
+
+
 def write_photos(folder: Path) -> None:
-    """An image folder for each site, and manifests of each and of all. Same client, same site."""
+    """An image folder for each site, and manifests of each and of all. Same client, same site.
+
+    And a secret, for all sites and for a simulation.
+    """
+    write_secret(folder / "secret")
     rng = np.random.default_rng(0)
     prototypes = rng.integers(0, 256, (17, 8, 8))
     rows: dict[str, list[tuple[str, ...]]] = {}
@@ -60,19 +72,27 @@ def settings(photos: Path, **changes: Any) -> Config:
         # A federation does not know its images beforehand, so `auto` would be other numbers there.
         "server_momentum": 0.9,
         "class_row_lr": 1.0 if changes.get("method") == "moments" else 2.0,
+        "secret_file": str(photos / "secret"),
     }
     return Config(**{**small, **changes})
 
 
 def nodes(photos: Path, **more: Any) -> dict[int, dict[str, Any]]:
     return {
-        7 * i + 3: {"data": str(photos / f"{site}.csv"), "workers": 2, **more}
+        7 * i + 3: {**site_of(photos, f"{site}.csv"), "workers": 2, **more}
         for i, site in enumerate(SITES)
     }
 
 
+def site_of(photos: Path, manifest: str | Path) -> dict[str, Any]:
+    """What a site with these images needs."""
+    return {"data": str(photos / manifest), "own-secret-file": str(photos / "secret")}
+
+
 def federate(grid: ProcessGrid, config: Config, out: Path, **deployment: Any) -> fedss.Run:
-    values = {k: "" if v is None else v for k, v in dataclasses.asdict(config).items()}
+    """A federation as ``config`` says, but for the secret, which the sites have."""
+    told = dataclasses.asdict(dataclasses.replace(config, secret_file=None))
+    values = {k: "" if v is None else v for k, v in told.items()}
     federation = {"out": str(out), "sites": 3, "evaluate-at": "server", "deadline": 5.0, "pause": 0}
     return run_server(
         grid, {k.replace("_", "-"): v for k, v in {**values, **federation, **deployment}.items()}

@@ -69,6 +69,7 @@ PINNED = [
     "row_dtype",
     "row_store",
     "seed",
+    "secret_file",
     "eval_every",
     "patience",
     "checkpoint_every",

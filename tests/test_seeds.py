@@ -1,3 +1,6 @@
+import hashlib
+import hmac
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -28,3 +31,14 @@ def test_global_state_is_neither_read_nor_written():
     assert torch.equal(before[1], torch.get_rng_state())
     np.random.seed(5)  # noqa: NPY002
     assert generator(1, "x").random() == first
+
+
+def test_a_secret_keys_the_stream_and_without_one_it_is_what_it_was():
+    """Against the formulas, written out."""
+    text = b"7/classes/3/12"
+    for secret, digest in (
+        (None, hashlib.sha256(text).digest()),
+        (b"k" * 32, hmac.new(b"k" * 32, text, hashlib.sha256).digest()),
+    ):
+        expected = np.random.default_rng(int.from_bytes(digest)).random(4)
+        assert np.array_equal(generator(7, "classes", 3, 12, secret).random(4), expected)

@@ -80,6 +80,7 @@ PARTS = [
     "optional",
     "log",
     "text",
+    "secret",
     "seeds",
     "choices",
     "errors",

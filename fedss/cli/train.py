@@ -19,6 +19,7 @@ from fedss.cli.output import say
 from fedss.config import Config, variant
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
+from fedss.secret import make_secret
 from fedss.text import counted, listed
 
 if TYPE_CHECKING:
@@ -149,6 +150,13 @@ def app(options: argparse.Namespace) -> None:
     # to be lost.
     config = read_config(options, usual={"data": "folder", "checkpoint_every": 1})
     say(write_app(Path(options.folder), config, Deployment(**chosen)))
+
+
+@command("FILE", argument("file", "FILE", "file to write; you alone may read it"))
+def secret(options: argparse.Namespace) -> None:
+    """Make a secret for the sites of a federation, or for a simulation of one."""
+    make_secret(Path(options.file))
+    say(f"{options.file}: 256 random bits, for your eyes alone; the server must not get it")
 
 
 def _say_before(configs: Sequence[Config], data: "Dataset") -> None:

@@ -5,7 +5,7 @@ S requested classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -84,7 +84,8 @@ class RoundPlan:
     """What every client of a round is told.
 
     ``sample_size`` is |S| where negatives are sampled, ``cover`` their number where the method
-    does not need them. ``augmentation`` changes training images, at the client.
+    does not need them. ``augmentation`` changes training images, at the client. ``secret`` is the
+    key of clients' draws, which the server has not; None: whoever knows the seed can repeat them.
     """
 
     round: int
@@ -97,6 +98,12 @@ class RoundPlan:
     scoring: Scoring
     local: LocalTraining
     augmentation: Augmentation | None = None
+    secret: bytes | None = field(default=None, repr=False)
+
+
+def client_generator(plan: RoundPlan, purpose: str, client: int) -> np.random.Generator:
+    """The generator of one draw at a client in the plan's round."""
+    return generator(plan.seed, purpose, plan.round, client, plan.secret)
 
 
 class Trainable(Protocol):
@@ -127,7 +134,7 @@ def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.n
     """Line 2, at the client: the classes of its images, or a random part that fits the sample."""
     n, size = plan.num_classes, plan.sample_size
     budgets = {"all": n, "sampled": own_budget(size, n)}
-    rng = generator(plan.seed, "own classes", plan.round, client)
+    rng = client_generator(plan, "own classes", client)
     return limit(np.unique(label_N), budgets.get(plan.method.negatives, size), rng)
 
 
@@ -165,7 +172,7 @@ def draw_classes(plan: RoundPlan, client: int, own_P: np.ndarray) -> ClassSample
         return whole_sample(own_P, n)
     assert sampler.draw is not None
     count = num_negatives(plan, len(own_P))
-    rng = generator(plan.seed, "classes", 0 if sampler.fixed else plan.round, client)
+    rng = client_generator(replace(plan, round=0) if sampler.fixed else plan, "classes", client)
     drawn = sampler.draw(own_P, n, count, rng)
     return class_sample(own_P, *check_negatives(sampler.name, own_P, n, count, drawn))
 
@@ -216,12 +223,12 @@ def prepare(
     used_N = np.isin(label_N, sample.ids_S[sample.own_S].numpy())
     example_N, label_N = example_N[used_N], label_N[used_N]
     target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
-    rng = generator(plan.seed, "batches", plan.round, client)
+    rng = client_generator(plan, "batches", client)
     order = list(batches(len(example_N), plan.local, rng))
     sizes = [*map(len, order)]
     drawn_NA = np.empty((sum(sizes), 0))
     if plan.augmentation is not None:
-        rng = generator(plan.seed, "augment", plan.round, client)
+        rng = client_generator(plan, "augment", client)
         drawn_NA = draw_parameters(plan.augmentation, sum(sizes), rng)
     sent = to_device(submodel.broadcast, device)
     target = torch.from_numpy(target_N[np.concatenate(order)])

@@ -28,6 +28,7 @@ from fedss.core.client import (
     LocalTraining,
     RoundPlan,
     Submodel,
+    client_generator,
     prepare,
     request_classes,
     to_device,
@@ -40,7 +41,6 @@ from fedss.data import ClientIndex
 from fedss.distributed import ALONE, Ranks, share_out
 from fedss.losses.softmax import ClassSample
 from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
-from fedss.seeds import generator
 from fedss.wire.downlink import answer_requests, receive
 from fedss.wire.messages import (
     Message,
@@ -173,7 +173,7 @@ class LocalEngine:
 
         def send(update: ClientUpdate, answers: Mapping[int, Message]) -> ClientUpdate:
             k = update.client
-            message = encode_update(self.wire, update, generator(plan.seed, "wire", plan.round, k))
+            message = encode_update(self.wire, update, client_generator(plan, "wire", k))
             request = encode_request(self.wire, ids[k])
             counted = traffic({**down.to_all, **answers[k]}, request, message)
             return replace(decode_update(self.wire, message, k), traffic=counted)

@@ -4,7 +4,10 @@ Flower starts it anew for each message. ``flower-supernode --node-config`` takes
 
 - ``data``: a folder ``client/class/image``, or a manifest (see :func:`fedss.data.locate`).
 - ``site``: a name to put before the names of clients, where other sites have the same ones.
-- ``secret-file``: a file that all sites have and the server has not: names are sent as pseudonyms.
+- ``secret-file``: a secret that all sites have and the server has not. Names are sent as
+  pseudonyms, and the draws of clients are keyed by it.
+- ``own-secret-file``: a secret of this site alone, which then keys the draws in place of the other.
+  With ``data``, one of the two is needed.
 - ``device``: where to train; cpu by default. ``workers``: threads; all cores by default.
 - ``weights``: the file of pretrained weights, if not where the server has it.
 
@@ -15,7 +18,7 @@ holds a share of the clients of the data set that the server's configuration nam
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +30,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedss.config import Config, config_from_dict
-from fedss.core.client import ClientUpdate, RoundPlan, request_classes
+from fedss.core.client import ClientUpdate, RoundPlan, client_generator, request_classes
 from fedss.data import ClientIndex, Dataset, Images, index_clients, locate
 from fedss.data.names import composed
 from fedss.engines.allocator import keep_freed_memory
@@ -48,16 +51,15 @@ from fedss.flower.messages import (
 from fedss.flower.registry import digest, row_numbers, token
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
-from fedss.seeds import generator
+from fedss.secret import draw_key, proof, read_secret
 from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
 from fedss.wire.downlink import receive
 from fedss.wire.messages import WireFormat, decode_broadcast, encode_request, encode_update
 
 app = ClientApp()
 
-_SHORTEST_SECRET = 16
 _NODE_CONFIG = (
-    *("data", "site", "secret-file", "device", "workers", "weights"),
+    *("data", "site", "secret-file", "own-secret-file", "device", "workers", "weights"),
     *("partition-id", "num-partitions"),
 )
 
@@ -78,6 +80,7 @@ class SiteImages:
             with, empty where they are plain.
         class_of: for each label, the place of its class's name.
         client_of: for each client's name, the number of the client in ``clients``.
+        key: of the draws of its clients; None in Flower's simulation, where nobody has secrets.
     """
 
     data: Dataset
@@ -85,6 +88,7 @@ class SiteImages:
     names: dict[str, Any]
     class_of: np.ndarray
     client_of: np.ndarray
+    key: bytes | None = field(repr=False)
 
 
 @app.query("register")
@@ -147,7 +151,14 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
         if name not in _NODE_CONFIG:
             expected = ", ".join(_NODE_CONFIG)
             raise ConfigError(f"node-config: {name!r} is unknown; expected {expected}")
+    secret, own_secret = (_secret(node, name) for name in ("secret-file", "own-secret-file"))
     if "data" in node:
+        if not (secret or own_secret):
+            raise ConfigError(
+                "node-config: expected secret-file, which all sites share, or own-secret-file, of "
+                "this site alone: without a secret the server could repeat what clients draw, and "
+                "tell their own classes; make one with: fedss secret FILE"
+            )
         name, path = locate(str(node["data"]))
         data = load_data(replace(config, data=name, data_path=str(path)), at_site=True)
     elif "partition-id" in node:
@@ -158,15 +169,6 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
             "flower-supernode with --node-config 'data=\"/data/photos\"'"
         )
     prefix = f"{node['site']}/" if "site" in node else ""
-    secret = None
-    if "secret-file" in node:
-        file = Path(str(node["secret-file"]))
-        secret = file.read_bytes().strip()
-        if len(secret) < _SHORTEST_SECRET:
-            raise ConfigError(
-                f"secret-file {file}: expected at least {_SHORTEST_SECRET} bytes, got "
-                f"{len(secret)}; make one with: openssl rand -hex 32"
-            )
 
     def known_as(kind: str, name: str) -> str:
         name = composed(name)  # Names of published sets come as the file system writes them.
@@ -181,10 +183,16 @@ def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:
     names = {
         "classes": unique,
         "clients": sorted(clients),
-        "secret": "" if secret is None else token(secret, "proof", ""),
+        "secret": "" if secret is None else proof(secret),
     }
     rows, places = row_numbers(unique, classes), row_numbers(clients, names["clients"])
-    return SiteImages(data, index_clients(images), names, rows, places)
+    draws = own_secret or secret
+    key = draws and draw_key(draws)
+    return SiteImages(data, index_clients(images), names, rows, places, key)
+
+
+def _secret(node: Mapping[str, Any], name: str) -> bytes | None:
+    return read_secret(Path(str(node[name])), f"node-config: {name}") if name in node else None
 
 
 def _share(data: Dataset, part: int, parts: int) -> Dataset:
@@ -212,7 +220,8 @@ def _plan(site: SiteImages, metadata: Metadata, buffers: Buffers) -> tuple[Round
     """The round's plan, and the class ids (int64) of the site's training images: rows of W."""
     row_of_class = buffers["classes"]["classes"].numpy().astype(np.int64)
     labels_N = row_of_class[site.class_of[site.data.train.labels]]
-    return round_plan(metadata["config"], metadata["num_classes"], metadata["round"]), labels_N
+    n, round = metadata["num_classes"], metadata["round"]
+    return round_plan(metadata["config"], n, round, secret=site.key), labels_N
 
 
 def _each_client(
@@ -300,7 +309,7 @@ def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
                 failed |= {str(client): type(result).__name__ for client, *_ in part}
                 continue
             for update in result:
-                rng = generator(plan.seed, "wire", plan.round, update.client)
+                rng = client_generator(plan, "wire", update.client)
                 updates[update.client] = encode_update(wire, update, rng)
     coming = replace(plan, round=plan.round + 1)
     requests, _ = _requests(site, coming, wire, labels_N, metadata["next"])

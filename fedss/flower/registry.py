@@ -1,7 +1,6 @@
 """Who is who: the row of every class and the number of every client, as sites have named them."""
 
 import hashlib
-import hmac
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import numpy as np
 from fedss.errors import RunFolderError
 from fedss.files import write_json
 from fedss.runs.fields import parse_json, read_bytes
+from fedss.secret import derive
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,7 @@ def token(secret: bytes, kind: str, name: str) -> str:
 
     The same at all sites with one secret. Without the secret not even a guess can be checked.
     """
-    # Names of folders may hold bytes that are no UTF-8.
-    text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
-    return hmac.new(secret, text, hashlib.sha256).hexdigest()[:32]
+    return derive(secret, kind, name).hex()[:32]
 
 
 def digest(*lists: Sequence[str]) -> str:

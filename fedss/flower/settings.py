@@ -94,6 +94,11 @@ def _check_apart(config: Config) -> None:
     for name in _NOT_AT_SITES:
         if getattr(config, name):
             raise ConfigError(f"{name}: sites read their images as they are; leave it out")
+    if config.secret_file is not None:
+        raise ConfigError(
+            "secret_file: a federation's server must not have it; leave it out, and give it to the "
+            "sites (node-config: secret-file)"
+        )
     from fedss.losses.methods import METHODS
 
     if METHODS[config.method].pooled:
@@ -171,7 +176,7 @@ def _app_lines(config: Config, deployment: Deployment, flower: str) -> list[str]
         lines += [f"# {item.metadata['help']}", _toml(item.name, getattr(deployment, item.name))]
     group = ""
     for name, value in dataclasses.asdict(config).items():
-        if name in _NOT_AT_SITES:
+        if name in (*_NOT_AT_SITES, "secret_file"):
             continue
         option = options[name]
         if option.group != group:

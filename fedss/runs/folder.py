@@ -38,6 +38,7 @@ _FREE_FIELDS = (
     "row_store",
     "data_path",
     "weights",
+    "secret_file",
     "skip_broken",
 )
 _LEFT_BY_A_RUN = ("summary.json", "records.jsonl", "checkpoint", "model")
@@ -216,8 +217,8 @@ def write_comparison_config(
 
 def with_absolute_paths(config: Config) -> Config:
     """The same configuration, whatever the working directory will be."""
-    named = {"data_path": config.data_path, "weights": config.weights}
-    paths: Any = {name: str(Path(path).resolve()) for name, path in named.items() if path}
+    named = ((name, getattr(config, name)) for name in ("data_path", "weights", "secret_file"))
+    paths: Any = {name: str(Path(path).resolve()) for name, path in named if path}
     return dataclasses.replace(config, **paths)
 
 

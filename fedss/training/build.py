@@ -170,11 +170,13 @@ def round_plan(
     round: int,
     sampler: Sampler | None = None,
     objective: Objective | None = None,
+    secret: bytes | None = None,
 ) -> RoundPlan:
     """The plan of a round (0-based), which its clients get; learning rates decay over the rounds.
 
-    ``sampler`` and ``objective``, if given, are used in place of the configured ones. Where there
-    is nothing to choose, the client draws: the server need not know its own classes.
+    ``sampler`` and ``objective``, if given, are used in place of the configured ones; ``secret`` is
+    :attr:`RoundPlan.secret`. Where there is nothing to choose, the client draws: the server need
+    not know its own classes.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
@@ -209,6 +211,7 @@ def round_plan(
             decay * resolved(config.class_row_lr),
         ),
         AUGMENTATIONS.get(config.augment),
+        secret,
     )
 
 

@@ -32,6 +32,7 @@ from fedss.runs.progress import log_rounds
 from fedss.runs.records import Record
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
+from fedss.secret import draw_key, proof, read_secret
 from fedss.settings import Problem, Setting, problem_of, resolve
 from fedss.text import counted
 from fedss.training.build import (
@@ -163,8 +164,15 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
     if (task := task_in_training(config, data)) is not None:
         check_tellable(task, data.name, config.test_classes)
     compute_device(config)
+    _secret(config)
     if own.objective is not None:
         check_objective(told, own.objective)
+
+
+def _secret(config: Config) -> bytes | None:
+    """The secret of the simulated clients, if one is given."""
+    named = config.secret_file
+    return None if named is None else read_secret(Path(named), "secret_file")
 
 
 @dataclass(frozen=True)
@@ -218,10 +226,13 @@ def train_federation(
     if config.keep_memory:
         keep_freed_memory()
     told, settings = _resolve_first(folder, config, plan.problem)
-    plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective)
+    secret = _secret(config)
+    key = secret and draw_key(secret)
+    plan_of = partial(round_plan, told, sampler=own.sampler, objective=own.objective, secret=key)
     start = plan.start
     began_with, record = (None, None) if start is None else (start.weights, start.record)
     about = describe_model(plan.embedder, own.sampler, own.objective, began_with)
+    about |= {"secret": secret and proof(secret)}
     with lock_folder(folder) if ranks.first else nullcontext():
         write_run_config(folder, config, settings, plan.data, about, record, ranks)
         already_done = ranks.gather(bool(read_summaries(folder)))[0]

@@ -33,6 +33,7 @@ COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", 
     "enrol",
     "identify",
     "serve",
+    "secret",
 }
 
 
@@ -199,6 +200,7 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("search", capsys)[0] == {"--help", "--index", "--count", "--json", "--show"}
     assert options_of("enrol", capsys)[0] == {"--help", "--index", "--remove"}
     assert options_of("identify", capsys)[0] == {"--help", "--index", "--threshold", "--json"}
+    assert options_of("secret", capsys)[0] == {"--help"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
 

@@ -17,18 +17,20 @@ from fedss.data.augment import AUGMENTATIONS
 from tests.core.test_algorithm import MOMENTUM, N, plan, start
 from tests.engines.test_local import local
 
-Key = tuple[int, str, int, int]
+Key = tuple[int, str, int, int, bytes | None]
 
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
-    """Of all generators that are made: seed, purpose, round, client."""
+    """Of all generators that are made: seed, purpose, round, client, secret."""
     found: list[Key] = []
     make = seeds.generator
 
-    def spy(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.random.Generator:
-        found.append((seed, purpose, round, client))
-        return make(seed, purpose, round, client)
+    def spy(
+        seed: int, purpose: str, round: int = 0, client: int = 0, secret: bytes | None = None
+    ) -> np.random.Generator:
+        found.append((seed, purpose, round, client, secret))
+        return make(seed, purpose, round, client, secret)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("fedss") and getattr(module, "generator", None) is make:
@@ -37,9 +39,13 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[Key]:
 
 
 @pytest.mark.parametrize(("sampler", "drawn"), [("uniform", "client"), ("deck", "server")])
-def test_no_stream_is_used_twice(sampler: str, drawn: str, keys: list[Key]) -> None:
+@pytest.mark.parametrize("secret", [None, b"s" * 32])
+def test_no_stream_is_used_twice(
+    sampler: str, drawn: str, secret: bytes | None, keys: list[Key]
+) -> None:
     rounds, cohort_size = 3, 4
     told = replace(plan("fedss", 4, sampler), seed=5, augmentation=AUGMENTATIONS["drawings"])
+    told = replace(told, secret=secret)
     state = start(MOMENTUM, told)
     rows = with_sums(create_class_rows(N, 6, MOMENTUM.slots, told.seed, "bfloat16"))
     state = replace(state, class_rows=rows)
@@ -63,6 +69,9 @@ def test_no_stream_is_used_twice(sampler: str, drawn: str, keys: list[Key]) -> N
     }
     assert len(set(keys)) == len(keys)
     assert {seed for seed, *_ in keys} == {told.seed}
+    # The secret keys what clients draw, and nothing of what the server does.
+    server = {"cohort", "deal", "row rounding"}
+    assert all(key == (None if purpose in server else secret) for _, purpose, *_, key in keys)
 
 
 def test_each_own_class_is_kept_as_often_as_any_other() -> None:

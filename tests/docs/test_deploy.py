@@ -61,11 +61,12 @@ def test_keys_are_made_and_can_be_read_by_the_group_alone(tmp_path):
             pytest.skip(f"no {program} on this machine")
     server = next(block for block in BLOCKS if "openssl req" in block)
     key = next(block for block in BLOCKS if "ssh-keygen" in block)
-    secret = next(block for block in BLOCKS if "openssl rand -hex" in block)
+    secret = next(block for block in BLOCKS if "fedss secret" in block)
     script = "\n".join(["umask 077", server, "cp ca.pem /etc/fedss", key, secret])
     script = script.replace(
         "cp ca.pem /etc/fedss\n", "install -d /etc/fedss; cp ca.pem /etc/fedss\n"
     )
+    script = script.replace("/opt/fedss/bin/fedss", f"{sys.executable} -m fedss")
     script = re.sub(r"-o \w+ -g fedss |chown root:fedss .*? && ", "", script)
     for place in ("/srv", "/etc"):
         script = script.replace(f"{place}/fedss", f"{tmp_path}{place}/fedss")

@@ -23,7 +23,7 @@ from examples.federation import (
 )
 from fedss import Config
 from fedss.cli import main
-from tests.sites import SITES, write_photos
+from tests.sites import SITES, site_of, write_photos
 
 SETTINGS = {
     "image_size": 8,
@@ -72,7 +72,8 @@ def numbers(run: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_three_sites_with_tls_and_node_keys_give_the_local_bits(tmp_path):
     write_photos(tmp_path)
-    pooled = Config(**SETTINGS, data="csv", data_path=str(tmp_path / "all.csv"))
+    here = {"data_path": str(tmp_path / "all.csv"), "secret_file": str(tmp_path / "secret")}
+    pooled = Config(**SETTINGS, data="csv", **here)
     fedss.train(pooled, tmp_path / "local", on_round=lambda record: None)
     app = ["app", str(tmp_path / "app"), "--out", str(tmp_path / "apart"), "--sites", "3"]
     app += [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
@@ -82,8 +83,8 @@ def test_three_sites_with_tls_and_node_keys_give_the_local_bits(tmp_path):
         superexec(federation)
         for number, name in enumerate(SITES):
             register(federation, number)
-            site(federation, number, {"data": str(tmp_path / f"{name}.csv")})
-        stranger = site(federation, 3, {"data": str(tmp_path / "north.csv")})  # a key of nobody's
+            site(federation, number, site_of(tmp_path, f"{name}.csv"))
+        stranger = site(federation, 3, site_of(tmp_path, "north.csv"))  # a key of nobody's
         log = federation.folder / "logs" / "site-3.log"
         run = submit(federation, tmp_path / "app")
         wait_for(lambda: "Failed to activate SuperNode" in log.read_text(), 60)

@@ -1,5 +1,6 @@
 """The engine of a federation: the local engine's bits, and nothing that a site does wrong."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import pytest
 
 import fedss
+from fedss.core import client
 from fedss.flower.messages import REQUEST, TRAIN
 from fedss.flower.server_app import line
 from fedss.models import fingerprint, load_embedder
+from fedss.secret import draw_key
+from fedss.seeds import generator
 from tests.flower_grid import ProcessGrid, digests, serialized
-from tests.sites import federate, nodes, settings, write_photos
+from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos, write_secret
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +59,28 @@ def test_the_bits_of_the_local_engine_after_every_round(variant, photos, tmp_pat
     shown = [(tmp_path / name / "retrieval.npz").read_bytes() for name in ("local", "apart")]
     assert shown[0] == shown[1]
     assert (tmp_path / "apart" / "tensorboard" / "projector_config.pbtxt").exists()
+
+
+def test_each_site_has_a_secret_of_its_own(photos, tmp_path, monkeypatch):
+    """The bits of a simulation that gives each client its site's; not of one that knows none."""
+    changes = {"rows_up": "int8", "augment": "drawings", "sample_size": 5, "eval_every": 0}
+    config = settings(photos, **changes)
+    files = {site: write_secret(tmp_path / site, site) for site in SITES}
+    found = nodes(photos)
+    for node, file in zip(found.values(), files.values(), strict=True):
+        node["own-secret-file"] = str(file)
+    apart = digests(lambda: federate(ProcessGrid(found), config, tmp_path / "apart"))
+    keys = [draw_key(files[s].read_bytes().strip()) for s in SITES for _ in CLIENTS[s]]
+
+    def each_its_own(seed, purpose, round, number, secret):
+        return generator(seed, purpose, round, number, secret and keys[number])
+
+    monkeypatch.setattr(client, "generator", each_its_own)
+    quiet = {"on_round": lambda record: None}
+    assert digests(lambda: fedss.train(config, tmp_path / "local", **quiet)) == apart
+    unkeyed = dataclasses.replace(config, secret_file=None)
+    known = digests(lambda: fedss.train(unkeyed, tmp_path / "unkeyed", **quiet))
+    assert not {*known} & {*apart}
 
 
 def test_a_federation_goes_on_beyond_its_end(photos, tmp_path, caplog):

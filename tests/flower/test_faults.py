@@ -37,7 +37,7 @@ from fedss.models import build_embedder
 from fedss.runs.checkpoint import newest_round
 from fedss.training import experiment
 from tests.flower_grid import ProcessGrid, digests
-from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
+from tests.sites import CLIENTS, SITES, federate, nodes, settings, site_of, write_photos
 
 NAMES = sorted(name for names in CLIENTS.values() for name in names)
 NODES = dict(zip(SITES, (3, 10, 17), strict=True))
@@ -880,7 +880,7 @@ def test_sites_judge_by_the_images_that_the_configuration_names(photos, tmp_path
         text = (photos / f"{site}.csv").read_text().replace(",test\n", ",validation\n")
         text = text.replace(",test\r\n", ",validation\r\n")
         (photos / f"{site}-validation.csv").write_text(text)
-        found[number] = {"data": str(photos / f"{site}-validation.csv")}
+        found[number] = site_of(photos, f"{site}-validation.csv")
     config, at_sites = settings(photos, eval_split="validation"), {"evaluate-at": "sites"}
     done = federate(ProcessGrid(found), config, tmp_path / "run", **at_sites)
     there = [metrics_at(site, photos, done, "{}-validation.csv") for site in SITES]
@@ -897,7 +897,7 @@ def untested(photos, tmp_path):
             lines = (photos / f"{site}.csv").read_text().splitlines(keepends=True)
             manifest = photos / f"{site}-untested.csv"
             manifest.write_text("".join(line for line in lines if ",test" not in line))
-            found[NODES[site]] = {"data": str(manifest)}
+            found[NODES[site]] = site_of(photos, manifest)
         return found
 
     return without_tests
@@ -927,7 +927,7 @@ def test_a_site_whose_test_is_of_one_class_tells_nothing(photos, tmp_path):
     assert others
     manifest = photos / "west-one.csv"
     manifest.write_text("".join(f"{line}\n" for line in lines if line not in others))
-    found[NODES["west"]] = {"data": str(manifest)}
+    found[NODES["west"]] = site_of(photos, manifest)
     done = federate(
         ProcessGrid(found), settings(photos), tmp_path / "run", **{"evaluate-at": "sites"}
     )

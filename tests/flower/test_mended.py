@@ -12,7 +12,16 @@ from fedss.errors import DivergedError, QuorumError
 from fedss.flower.messages import unpack
 from fedss.flower.registry import load_registry
 from tests.flower_grid import ProcessGrid
-from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
+from tests.sites import (
+    CLIENTS,
+    SITES,
+    federate,
+    nodes,
+    settings,
+    site_of,
+    write_photos,
+    write_secret,
+)
 
 AT_SITES = {"evaluate-at": "sites", "attempts": 3}
 
@@ -40,7 +49,7 @@ def all_grown(photos: Path) -> dict[int, dict[str, Any]]:
             Image.fromarray(image).save(photos / "new" / f"{client}.png")
             lines.append(f"new/{client}.png,new {client},{client},train")
         (photos / f"{site} grown.csv").write_text("\n".join(lines) + "\n")
-        configs[node] = {"data": str(photos / f"{site} grown.csv")}
+        configs[node] = site_of(photos, f"{site} grown.csv")
     return configs
 
 
@@ -76,7 +85,7 @@ def test_new_classes_at_every_client(method, restarted, photos, tmp_path):
 
 def test_another_secret_at_the_site_that_comes_first(photos, tmp_path):
     for name in ("ours", "other"):
-        (tmp_path / name).write_text(name * 8)
+        write_secret(tmp_path / name, name)
     ours = nodes(photos, **{"secret-file": str(tmp_path / "ours")})
     first = min(ours)
     wrong = ours | {first: ours[first] | {"secret-file": str(tmp_path / "other")}}
@@ -120,9 +129,9 @@ def test_a_client_whose_classes_changed_after_it_had_asked(photos, tmp_path):
         told.extend(unpack(reply)[0].get("failed", {}).values())
         return [reply]
 
-    grid = ProcessGrid({10: {"data": str(photos / "south.csv")}}, listen)
+    grid = ProcessGrid({10: site_of(photos, "south.csv")}, listen)
     grid.visit = lambda round: (
-        grid.nodes.update({10: {"data": str(photos / "moved.csv")}}) if round >= 2 else None
+        grid.nodes.update({10: site_of(photos, "moved.csv")}) if round >= 2 else None
     )
     config = settings(photos, rounds=4, eval_every=0, clients_per_round=1)
     federate(grid, config, tmp_path / "run", sites=1, **AT_SITES)

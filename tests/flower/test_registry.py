@@ -22,6 +22,7 @@ from PIL import Image
 from fedss.core.class_rows import ClassRows, create_class_rows, grow, read, with_sums, write_
 from fedss.core.optimizers import ServerOptimizer, current_rows, step_rows_
 from fedss.errors import QuorumError, RunFolderError
+from fedss.flower import client_app
 from fedss.flower.registry import (
     Growth,
     Registry,
@@ -33,12 +34,20 @@ from fedss.flower.registry import (
     token,
 )
 from fedss.losses.moments import moments_of
+from fedss.secret import draw_key, proof
 from fedss.training import loop
 from tests.flower_grid import ProcessGrid, digests
 from tests.reference import whole
-from tests.sites import CLIENTS, SITES, federate, nodes, settings, write_photos
-
-SECRET = "correct horse battery staple\n"
+from tests.sites import (
+    CLIENTS,
+    SITES,
+    federate,
+    nodes,
+    settings,
+    site_of,
+    write_photos,
+    write_secret,
+)
 
 
 @pytest.fixture(scope="module")
@@ -234,15 +243,14 @@ def test_two_sites_with_one_client_are_told_what_to_do(photos, tmp_path):
     assert registered(tmp_path / "run").clients == tuple(expected)
 
 
-@pytest.mark.parametrize("theirs", [None, SECRET + "!"])
+@pytest.mark.parametrize("theirs", [None, "theirs"])
 def test_another_secret_is_refused(theirs, photos, tmp_path, capfd):
-    (tmp_path / "ours").write_text(SECRET)
+    write_secret(tmp_path / "ours")
     found = nodes(photos, **{"secret-file": str(tmp_path / "ours")})
     if theirs is None:
         del found[10]["secret-file"]
     else:
-        (tmp_path / "theirs").write_text(theirs)
-        found[10]["secret-file"] = str(tmp_path / "theirs")
+        found[10]["secret-file"] = str(write_secret(tmp_path / theirs, theirs))
     with pytest.raises(QuorumError, match=r"another secret-file.*give all sites the same, or none"):
         federate(ProcessGrid(found), settings(photos), tmp_path / "run", deadline=1.0)
     # Of the site itself: an operator there does not see the server's log.
@@ -251,12 +259,44 @@ def test_another_secret_is_refused(theirs, photos, tmp_path, capfd):
     assert "another secret-file" in line
 
 
-def test_a_secret_that_is_none(photos, tmp_path, capfd):
-    (tmp_path / "secret").write_text("\n")
+def test_a_passphrase_is_no_secret(photos, tmp_path, capfd):
+    """The site says why in its own log; the server is not told what stands in the file."""
+    (tmp_path / "secret").write_text("correct horse battery staple\n")
     found = nodes(photos, **{"secret-file": str(tmp_path / "secret")})
     with pytest.raises(QuorumError, match=r"raised\): ConfigError"):
         federate(ProcessGrid(found), settings(photos), tmp_path / "run", deadline=1.0)
-    assert "expected at least 16 bytes, got 0" in capfd.readouterr().err
+    assert "others cannot read" in capfd.readouterr().err
+    (tmp_path / "secret").chmod(0o600)
+    with pytest.raises(QuorumError, match=r"raised\): ConfigError"):
+        federate(ProcessGrid(found), settings(photos), tmp_path / "run", deadline=1.0)
+    said = capfd.readouterr().err
+    assert "expected at least 64 hexadecimal digits at random" in said
+    assert "horse" not in said
+
+
+def test_which_secret_keys_the_draws_of_a_site(photos, tmp_path):
+    """Its own before the shared one; never a file that the server names, as ``settings`` does."""
+    files = {name: write_secret(tmp_path / name, name) for name in ("own", "shared")}
+    keys = {name: draw_key(file.read_bytes().strip()) for name, file in files.items()}
+    own, shared = {"own-secret-file": str(files["own"])}, {"secret-file": str(files["shared"])}
+    config, data = settings(photos), {"data": str(photos / "north.csv")}
+    assert client_app._open(config, data | own).key == keys["own"]
+    assert client_app._open(config, data | shared).key == keys["shared"]
+    site = client_app._open(config, data | own | shared)
+    assert site.key == keys["own"]
+    assert site.names["secret"] == proof(files["shared"].read_bytes().strip())
+    assert keys["own"].hex() not in repr(site)
+    assert str(keys["own"]) not in repr(site)
+    simulated = {"partition-id": 0, "num-partitions": 2}
+    assert client_app._open(config, simulated).key is None
+
+
+def test_a_site_without_a_secret_does_not_take_part(photos, tmp_path, capfd):
+    found = nodes(photos)
+    del found[10]["own-secret-file"]
+    with pytest.raises(QuorumError, match=r"raised\): ConfigError"):
+        federate(ProcessGrid(found), settings(photos), tmp_path / "run", deadline=1.0)
+    assert "make one with: fedss secret FILE" in capfd.readouterr().err
 
 
 # Secret names.
@@ -278,7 +318,7 @@ def rename(photos: Path, site: str, to: Path, named: Callable[[str, str], str]) 
 
 def test_no_name_reaches_the_server_and_names_do_not_matter(photos, tmp_path):
     """A run on tokens is that of sites whose names are these tokens."""
-    (tmp_path / "secret").write_text(SECRET)
+    secret = write_secret(tmp_path / "secret").read_bytes().strip()
     # One batch for each client: the order of its images is that of their names.
     config = settings(photos, data_path=None, data="glyphs", eval_every=0, batch_size=64)
     crossed: list[bytes] = []
@@ -288,13 +328,14 @@ def test_no_name_reaches_the_server_and_names_do_not_matter(photos, tmp_path):
             crossed.extend(thing.deflate() for thing in get_all_nested_objects(each).values())
         return [reply]
 
+    # Draws are keyed by the same as those of the sites with plain names below.
     hidden = ProcessGrid(nodes(photos, **{"secret-file": str(tmp_path / "secret")}), keep)
     out = tmp_path / "hidden"
     at_sites = {"evaluate-at": "sites"}
     of_hidden = federate(hidden, config, out, **at_sites)
     everything = b"\n".join(crossed)
     everything += b"\n".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
-    assert token(SECRET.strip().encode(), "class", "class 3").encode() in everything
+    assert token(secret, "class", "class 3").encode() in everything
     told = [name for names in CLIENTS.values() for name in names]
     for name in [f"class {i}" for i in range(14)]:
         assert name.encode() not in everything
@@ -303,15 +344,13 @@ def test_no_name_reaches_the_server_and_names_do_not_matter(photos, tmp_path):
         assert f'"{name}"'.encode() not in everything
         assert f'\\"{name}\\"'.encode() not in everything
     assert str(photos).encode() not in everything
-    assert SECRET.strip().encode() not in everything
+    assert secret not in everything
 
     plain = {}
     for number, site in zip(nodes(photos), SITES, strict=True):
         manifest = photos / f"{site}-tokens.csv"
-        rename(
-            photos, site, manifest, lambda kind, name: token(SECRET.strip().encode(), kind, name)
-        )
-        plain[number] = {"data": str(manifest)}
+        rename(photos, site, manifest, lambda kind, name: token(secret, kind, name))
+        plain[number] = site_of(photos, manifest)
     of_plain = federate(ProcessGrid(plain), config, tmp_path / "plain", **at_sites)
     pairs = zip(of_plain.embedder.parameters(), of_hidden.embedder.parameters(), strict=True)
     assert all((a - b).abs().max() < 1e-5 for a, b in pairs)
@@ -331,7 +370,7 @@ def test_letters_with_accents_meet_in_one_row(photos, tmp_path):
             manifest,
             lambda kind, name, form=form: unicodedata.normalize(form, f"é{name}"),
         )
-        found[number] = {"data": str(manifest)}
+        found[number] = site_of(photos, manifest)
     config, at_sites = settings(photos), {"evaluate-at": "sites"}
     federate(ProcessGrid(found), config, tmp_path / "accents", **at_sites)
     federate(ProcessGrid(nodes(photos)), config, tmp_path / "plain", **at_sites)
@@ -393,7 +432,7 @@ def test_classes_and_clients_that_come_in_the_middle(variant, photos, tmp_path):
 
         def visit(round: int) -> None:
             if round >= 2:
-                grid.nodes[10] = {"data": str(grown)}
+                grid.nodes[10] = site_of(photos, grown)
             if left and round == left[0]:
                 left.pop(0)
                 raise StopError
@@ -427,7 +466,7 @@ def test_growth_that_is_seen_when_the_model_is_judged(photos, tmp_path):
     """A client with a class that has no row yet trains on the others for a round."""
     grid, grown = ProcessGrid(nodes(photos)), add_images(photos)
     grid.visit = lambda round: (
-        grid.nodes.update({10: {"data": str(grown)}})
+        grid.nodes.update({10: site_of(photos, grown)})
         if round >= 2 and grid.sent[-1][0] == "train"
         else None
     )
@@ -464,7 +503,7 @@ def test_a_grown_table_trains_its_new_rows(photos, tmp_path):
 
     grid = ProcessGrid(nodes(photos))
     manifest = add_images(photos)
-    grid.visit = lambda round: grid.nodes.update({10: {"data": str(manifest)}}) if round else None
+    grid.visit = lambda round: grid.nodes.update({10: site_of(photos, manifest)}) if round else None
     config = settings(photos, rounds=4, clients_per_round=7, eval_every=0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "run_round", watch)
@@ -483,7 +522,7 @@ def test_one_class_in_all(method, photos, tmp_path):
         rows.append(f"{image},only,{client},train")
     (photos / "one.csv").write_text("\n".join(rows) + "\n")
     config = settings(photos, method=method, sample_size=None, eval_every=0, rounds=2)
-    grid = ProcessGrid({3: {"data": str(photos / "one.csv")}})
+    grid = ProcessGrid({3: site_of(photos, "one.csv")})
     assert len(digests(lambda: federate(grid, config, tmp_path / "run", sites=1))) == 2
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
     assert all("failures" not in json.loads(line) for line in lines)

@@ -91,6 +91,7 @@ def test_whole_numbers_do_for_seconds():
             {**APART, "partition": "dirichlet:0.5", "partition-clients": 3},
             "partition: sites read their images as they are",
         ),
+        ({**APART, "secret-file": "key"}, "secret_file: a federation's server must not have it"),
         ({**APART, "rounds": 1.5}, "rounds: expected int, got 1.5"),
     ],
 )
