@@ -102,7 +102,7 @@ class Config:
         row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows
         seed: seed of every random draw of the run
-        eval_every: rounds between evaluations; 0: only at the end
+        eval_every: rounds between evaluations (auto: 8 or more in a run); 0: only at the end
         patience: evaluations without a better MAP@10 after which a run ends (default: no limit)
         checkpoint_every: rounds between checkpoints
         device: where clients train and embed: cpu, cuda, cuda:1, ...
@@ -180,7 +180,7 @@ class Config:
     row_store: RowStore = "memory"
 
     seed: int = 0
-    eval_every: int = 20
+    eval_every: int | Auto = "auto"
     patience: int | None = None
     checkpoint_every: int = 10
     device: str = "cpu"

@@ -228,7 +228,7 @@ def train_federation(
         if not already_done:
             observe: OnRound = _ignore
             if ranks.first:
-                observe = partial(_observe, show_progress or log_rounds(label, config), on_round)
+                observe = partial(_observe, show_progress or log_rounds(label, told), on_round)
                 _keep_first(plan, folder / "checkpoint")
             model, federate = plan.embedder, plan.federate
             summary = train_rounds(told, model, federate, plan_of, folder, observe, ranks, start)
