@@ -270,9 +270,11 @@ def check_model(path: Path, embedder: Embedder) -> None:
     """
     made_with, current = read_metadata(path).get("model", ""), fingerprint(embedder)
     if made_with != current:
-        what = "enrol its classes again" if path.name == ENROLLED else "run fedss index again"
+        again = f"delete {path.name} and enrol its classes again"
+        if path.name != ENROLLED:
+            again = "make it anew (fedss index --replace)"
         raise RunFolderError(
             f"{path} was made with another model (fingerprint {made_with[:12]}, this one has "
             f"{current[:12]}), and vectors of two models cannot be compared: use the run that made "
-            f"it, or delete {path.name} and {what}"
+            f"it, or {again}"
         )
