@@ -738,6 +738,15 @@ def test_the_commands(place, capsys, monkeypatch):
     page = Path("found.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2 * (1 + 3)
     assert "http" not in page
+    # File names, no paths; the query's own copy, and with it which classes are right.
+    assert str(place.resolve()) not in page
+    assert "Already in the index: 2.png, class class 1" in page
+    assert page.count("the query itself") == 2
+    found = first["matches"] + second["matches"]
+    own = ["class 1"] * 3 + ["class 2"] * 3
+    right = [match["label"] == label for match, label in zip(found, own, strict=True)]
+    assert page.count("✓ right class") == sum(right) - 2
+    assert page.count("✗ wrong class") == 6 - sum(right)
     assert main(["search", "run", one]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"nearest to {one} in ")
