@@ -215,6 +215,12 @@ class Config:
         if METHODS[self.method].moments:
             self._check_moments()
 
+    def __repr__(self) -> str:
+        """What differs from the defaults: ``Config(data='csv', rounds=40)``."""
+        values = ((option, getattr(self, option.name)) for option in OPTIONS)
+        told = (f"{o.name}={value!r}" for o, value in values if value != o.default)
+        return f"Config({', '.join(told)})"
+
     def _check_moments(self) -> None:
         instead = ", or take fedss-published" if self.method == "fedss" else ""
         if not self.normalize_rows:
