@@ -108,7 +108,7 @@ class Config:
         row_store: where the server keeps the class rows
         seed: seed of every random draw of the run
         secret_file: secret that clients' draws are keyed by (default: the seed alone)
-        eval_every: rounds between evaluations; 0: only at the end
+        eval_every: rounds between evaluations (auto: 8 or more in a run); 0: only at the end
         patience: evaluations without a better MAP@10 after which a run ends (default: no limit)
         checkpoint_every: rounds between checkpoints
         device: where clients train and embed: cpu, cuda, cuda:1, ...
@@ -187,7 +187,7 @@ class Config:
 
     seed: int = 0
     secret_file: str | None = None
-    eval_every: int = 20
+    eval_every: int | Auto = "auto"
     patience: int | None = None
     checkpoint_every: int = 10
     device: str = "cpu"
@@ -225,6 +225,12 @@ class Config:
 
             parse_partition(self.partition, self.partition_clients)
             parse_columns(self.columns)
+
+    def __repr__(self) -> str:
+        """What differs from the defaults: ``Config(data='csv', rounds=40)``."""
+        values = ((option, getattr(self, option.name)) for option in OPTIONS)
+        told = (f"{o.name}={value!r}" for o, value in values if value != o.default)
+        return f"Config({', '.join(told)})"
 
     def _check_moments(self) -> None:
         instead = ", or take fedss-published" if self.method == "fedss" else ""

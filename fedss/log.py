@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from fedss.text import PLAIN, printable
@@ -88,8 +89,58 @@ class StderrLines(logging.Handler):
             self.handleError(record)
 
 
+class NotebookBar(logging.Handler):
+    """Draws the task that is under way as a bar below a notebook's cell.
+
+    The bar of a run stays when it is done, with its figures; another one vanishes.
+    """
+
+    def __init__(self, shell: Any) -> None:
+        super().__init__()
+        self._shell = shell
+        self._of: tuple[str, int] | None = None
+        self._shown: Any = None
+        self._next = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Move the bar; each task has one of its own, and each cell that runs it."""
+        progress = record.__dict__.get("progress")
+        if not isinstance(progress, Progress):
+            return
+        try:
+            of, now = (progress.task, self._shell.execution_count), time.monotonic()
+            done = progress.done >= progress.total
+            if done if of != self._of else not done and now < self._next:
+                return
+            self._next = now + 0.1
+            if of != self._of:
+                from IPython.display import display
+
+                self._of = of
+                self._shown = display(_bar(progress), raw=True, display_id=True)
+            else:
+                gone = done and progress.unit != "round"
+                nothing = {"text/html": "", "text/plain": ""}
+                self._shown.update(nothing if gone else _bar(progress), raw=True)
+            self._of = None if done else of
+        except Exception:
+            self.handleError(record)
+
+
+def _bar(progress: Progress) -> dict[str, str]:
+    text = printable(str(progress))
+    bar = f'<progress aria-label="progress" value="{progress.done}" max="{progress.total}">'
+    return {"text/html": f"{bar}</progress> <small>{escape(text)}</small>", "text/plain": text}
+
+
+def _notebook() -> Any:
+    """IPython's shell where a notebook's kernel runs this, else None."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell if hasattr(shell, "kernel") else None
+
+
 def show_on_stderr() -> Callable[[], None]:
-    """Show what fedss logs, from INFO on, as lines on stderr.
+    """Show what fedss logs, from INFO on, as lines on stderr; in a notebook progress as a bar.
 
     Lines that a handler of the root logger writes there come in that handler's form alone.
 
@@ -103,10 +154,20 @@ def show_on_stderr() -> Callable[[], None]:
     logger.addHandler(handler)
     if not logger.isEnabledFor(logging.INFO):
         logger.setLevel(logging.INFO)
+    progress, bar, shell = (_PROGRESS.level, _PROGRESS.propagate), None, _notebook()
+    if shell is not None:
+        bar = NotebookBar(shell)
+        _PROGRESS.addHandler(bar)
+        _PROGRESS.setLevel(logging.DEBUG)
+        _PROGRESS.propagate = False
 
     def undo() -> None:
         logger.removeHandler(handler)
         logger.setLevel(level)
+        if bar is not None:
+            _PROGRESS.removeHandler(bar)
+            _PROGRESS.setLevel(progress[0])
+            _PROGRESS.propagate = progress[1]
 
     return undo
 

@@ -60,6 +60,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
                          (moments 1 / m, central 2 / m)
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n
         row_mean         the method's
+        eval_every       R / 8, rounded down, from 1 to 20
 
     A round's mean is divided by K, and momentum adds up 1 / (1 - b) rounds: g is how far a row
     moves for what one client has learnt of it. docs/settings.md has the reasons and the evidence.
@@ -145,6 +146,16 @@ def auto_sample_size(num_classes: int, own_classes: float = 0.0) -> int:
     return min(num_classes, int(max(64, 2.4 * math.sqrt(num_classes), 2 * own_classes)))
 
 
+def _eval_every(config: Config, problem: Problem | None) -> Setting:
+    value = auto_eval_every(config.rounds)
+    return Setting(value, f"R / 8 of {config.rounds} rounds, at most 20: 8 evaluations or more")
+
+
+def auto_eval_every(rounds: int) -> int:
+    """Rounds between evaluations where that is ``auto``: R / 8, from 1 to 20."""
+    return min(20, max(1, rounds // 8))
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
@@ -156,4 +167,5 @@ _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
     "class_row_lr": _class_row_lr,
     "row_mean": _row_mean,
     "sample_size": _sample_size,
+    "eval_every": _eval_every,
 }

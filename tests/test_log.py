@@ -112,3 +112,47 @@ def test_it_is_shown_once_and_undone(shown):
     show_on_stderr()()
     assert (logger.handlers, logger.level) == (handlers, level)
     assert sum(isinstance(handler, StderrLines) for handler in handlers) == 1
+
+
+def test_a_notebook_has_a_bar_for_each_task_and_cell(capsys, monkeypatch):
+    display = pytest.importorskip("IPython.display", reason="no IPython")
+    drawn: list[list[str]] = []
+
+    class Handle:
+        def __init__(self, texts: list[str]) -> None:
+            self.texts = texts
+
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            self.texts.append(data["text/html"])
+
+    def show(data: dict[str, str], raw: bool, display_id: bool) -> Handle:
+        drawn.append([data["text/html"]])
+        return Handle(drawn[-1])
+
+    shell = type("Shell", (), {"kernel": None, "execution_count": 1})()
+    monkeypatch.setattr(display, "display", show)
+    monkeypatch.setattr("fedss.log._notebook", lambda: shell)
+    monkeypatch.setattr("fedss.log.time.monotonic", iter(range(0, 10**6, 60)).__next__)
+    logger = logging.getLogger("fedss.progress")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    undo = show_on_stderr()
+    try:
+        tell = progress_log()
+        for done in (0, 1, 2):
+            tell(Progress("<a>", done, 3, "images"), False)
+        shell.execution_count = 2  # interrupted, and run again
+        for done in (2, 3):
+            tell(Progress("<a>", done, 3, "images"), True)
+        tell(Progress("<a>", 3, 3, "images"), True)  # it is done, and was before
+        tell(Progress("b", 1, 2, "round"), False)
+        tell(Progress("b", 2, 2, "round"), False)
+        logging.getLogger("fedss.any").info("a line")
+    finally:
+        undo()
+    assert [len(texts) for texts in drawn] == [3, 2, 2]
+    assert 'value="2" max="3"' in drawn[0][-1]
+    assert "&lt;a&gt;  images 2/3" in drawn[0][-1]
+    assert drawn[1][-1] == ""
+    assert "b  round 2/2" in drawn[2][-1]
+    assert capsys.readouterr().err == "fedss: a line\n"
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before

@@ -12,7 +12,7 @@ from fedss.cli import main
 from fedss.config import OPTIONS, Config
 from fedss.errors import ConfigError, RunFolderError
 from fedss.losses.methods import METHODS
-from fedss.settings import Problem, resolve
+from fedss.settings import Problem, auto_eval_every, resolve
 from fedss.training.build import round_plan
 from fedss.training.experiment import train
 
@@ -50,9 +50,18 @@ def test_every_problem_gets_settings_that_can_be(config: Config, problem: Proble
     assert resolve(resolved, problem) == (resolved, {})
 
 
+@given(rounds=st.integers(8, 10**5))
+def test_a_run_has_eight_evaluations_or_more(rounds: int) -> None:
+    every = auto_eval_every(rounds)
+    assert rounds // every >= 8
+    # And no more often than every 20 rounds in a long one, nor every round in one of 16.
+    assert every <= 20
+    assert rounds // every < 16 or every == 20
+
+
 @given(config=configs, problem=problems, name=st.sampled_from(AUTO))
 def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -> None:
-    value = {"row_mean": "holders", "sample_size": 2}.get(name, 0.25)
+    value = {"row_mean": "holders", "sample_size": 2, "eval_every": 2}.get(name, 0.25)
     resolved, settings = resolve(dataclasses.replace(config, **{name: value}), problem)
     assert getattr(resolved, name) == value
     assert name not in settings
@@ -119,6 +128,9 @@ def test_a_run_writes_its_settings_and_keeps_to_them(tmp_path: Path) -> None:
     assert written["config"]["class_row_lr"] == "auto"
     assert written["config"]["client_lr"] == 0.04
     assert set(written["resolved"]) == set(written["why"]) == set(AUTO) - {"client_lr"}
+    # How often a run is evaluated decides no weight: versions may differ in that.
+    del written["resolved"]["eval_every"]
+    path.write_text(json.dumps(written | {"config": written["config"] | {"eval_every": 20}}))
     (record,) = map(json.loads, (tmp_path / "run/records.jsonl").read_text().splitlines())
     assert record["class_row_lr"] == written["resolved"]["class_row_lr"]
     assert train(config, tmp_path / "run").already_done

@@ -205,6 +205,7 @@ def export(options: argparse.Namespace) -> None:
     ),
     INDEX,
     SKIP_BROKEN,
+    flag("--replace", "embed all images anew, in place of an index of another model or images"),
 )
 def index(options: argparse.Namespace) -> None:
     """Build an index to search images with, or bring it up to date."""
@@ -213,7 +214,11 @@ def index(options: argparse.Namespace) -> None:
     from fedss.search import build_collection
 
     collection = build_collection(
-        options.folder, options.images, _index_folder(options), skip_broken=options.skip_broken
+        options.folder,
+        options.images,
+        _index_folder(options),
+        skip_broken=options.skip_broken,
+        replace=options.replace,
     )
     remarks = (*collection.remarks, *look_alikes(collection.classes, "classes"))
     say_left_out(collection.skipped, (), collection.passed_over, remarks)

@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from fedss.errors import DataError
+from fedss.text import counted
 
 _SAMPLE, _BLOCK = 256, 10_000
 
@@ -68,6 +69,14 @@ class Images:
     class_names: Sequence[str]
     client_names: Sequence[str]
     names: Sequence[str]
+
+    def __repr__(self) -> str:
+        count, channels, height, width = self.pixels.shape
+        return (
+            f"Images({count:,} of {channels} x {height} x {width}, "
+            f"{counted(len(self.class_names), 'class')}, "
+            f"{counted(len(self.client_names), 'client')})"
+        )
 
     def __post_init__(self) -> None:
         pixels = self.pixels
@@ -134,6 +143,10 @@ class RetrievalTask:
     query: Images
     gallery: Images | None = None
 
+    def __repr__(self) -> str:
+        within = "the others" if self.gallery is None else repr(self.gallery)
+        return f"RetrievalTask({self.query!r} among {within})"
+
     def __post_init__(self) -> None:
         query, gallery = self.query, self.gallery
         if not len(query):
@@ -194,6 +207,11 @@ class Dataset:
     unpaired: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        tasks = {"test": self.test, "validation": self.validation}
+        told = [f"{name}={task!r}" for name, task in tasks.items() if task is not None]
+        return f"Dataset({', '.join([repr(self.name), f'train={self.train!r}', *told])})"
 
     def __post_init__(self) -> None:
         if not len(self.train) and self.test is None and self.validation is None:

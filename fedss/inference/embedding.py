@@ -17,7 +17,8 @@ from fedss.data.names import composed
 from fedss.data.table import read_table
 from fedss.errors import ConfigError, DataError
 from fedss.files import write_file, writing
-from fedss.inference.pixels import read_images
+from fedss.inference.pixels import Read, read_images
+from fedss.log import Progress, progress_log
 from fedss.models import Embedder
 
 LEAVE_OUT = "mend or remove it, or leave such images out with skip_broken (--skip-broken)"
@@ -25,6 +26,8 @@ LEAVE_OUT = "mend or remove it, or leave such images out with skip_broken (--ski
 
 LINKS = "symbolic links"
 """How links are counted in a folder to search in."""
+
+_MOST_NAMED = 100  # of the images that cannot be read; more are counted
 
 _ADVICE = "make room or check permissions, or choose another one (--out)"
 
@@ -60,20 +63,42 @@ def embed_files(
         skip_broken: leave out files that cannot be read, and list them in ``skipped``.
 
     Raises:
-        DataError: a file that cannot be read (named), none at all, or a model that gives no finite
+        DataError: files that cannot be read (named), none at all, or a model that gives no finite
             numbers.
     """
     names = [str(path) for path in paths] if names is None else names
-    broken: dict[int, str] | None = {} if skip_broken else None
-    blocks = read_images(embedder, list(paths), thumbnails=False, broken=broken, advice=LEAVE_OUT)
-    read = [one for block in blocks for one in block]
+    broken: dict[int, str] = {}
+    read: list[Read] = []
+    log = progress_log()
+    log(Progress("embed", 0, len(paths), "images"), False)
+    for block in read_images(embedder, list(paths), thumbnails=False, broken=broken):
+        read += block
+        log(Progress("embed", len(read) + len(broken), len(paths), "images"), False)
+    if not skip_broken:
+        refuse_broken([(names[at], broken[at], "") for at in sorted(broken)])
     if not read:
         raise DataError(f"no readable image among the {len(paths)} given")
     return Embeddings(
         tuple(names[one.position] for one in read),
         np.stack([one.vector_D for one in read]),
-        tuple(names[position] for position in sorted(broken or {})),
+        tuple(names[position] for position in sorted(broken)),
     )
+
+
+def refuse_broken(broken: Sequence[tuple[str, str, str]]) -> None:
+    """Name all images that cannot be read, at once: their names, why, and where they are listed.
+
+    Raises:
+        DataError: there are any.
+    """
+    if len(broken) == 1:
+        ((name, why, where),) = broken
+        raise DataError(f"{where}cannot read image {name}: {why}; {LEAVE_OUT}")
+    if broken:
+        each = [f"{where}{name}: {why}" for name, why, where in broken[:_MOST_NAMED]]
+        each += [f"and {len(broken) - len(each):,} more"] if len(broken) > len(each) else []
+        advice = LEAVE_OUT.replace(" it,", " them,")
+        raise DataError(f"cannot read {len(broken):,} images: {'; '.join(each)}; {advice}")
 
 
 @dataclass(frozen=True)
@@ -102,16 +127,17 @@ class ImageList:
         """Whether each image has a file.
 
         Raises:
-            DataError: the first one that has none.
+            DataError: those that have none.
         """
+        missing: list[tuple[str, str, str]] = []
         for position, path in enumerate(self.paths):
             try:
                 path.stat()
             except OSError as error:
-                raise DataError(
-                    f"{self.where(position)}cannot read image {self.names[position]}: {path}: "
-                    f"{error.strerror}{why_missing(str(path))}; {LEAVE_OUT}"
-                ) from error
+                hint = why_missing(str(path)) if len(missing) < _MOST_NAMED else ""
+                why = f"{path}: {error.strerror}{hint}"
+                missing.append((self.names[position], why, self.where(position)))
+        refuse_broken(missing)
 
 
 def list_images(path: Path) -> ImageList:

@@ -42,7 +42,6 @@ def read_images(
     *,
     thumbnails: bool,
     broken: dict[int, str] | None = None,
-    advice: str = "mend it or choose another one",
 ) -> Iterator[list[Read]]:
     """Blocks of images, embedded as in training, in order.
 
@@ -54,7 +53,7 @@ def read_images(
 
     Args:
         broken: gets the positions of images that cannot be read, and why. None: the first such
-            image is an error, which ends with the ``advice``.
+            image is an error.
 
     Raises:
         DataError: an image that cannot be read, or whose embedding is not finite.
@@ -93,7 +92,7 @@ def read_images(
             elif broken is None:
                 raise DataError(
                     f"cannot read image {name_of(images[done.position], done.position)}: "
-                    f"{done.reason}; {advice}"
+                    f"{done.reason}; mend it or choose another one"
                 )
             else:
                 broken[done.position] = done.reason

@@ -35,4 +35,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module("fedss.report.figures"), name)
 
 
-__all__ = ["bytes_figure", "clients_figure", "frontier_figure", "write_report"]
+__all__ = ["bytes_figure", "clients_figure", "frontier_figure", "rounds_figure", "write_report"]

@@ -39,7 +39,12 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
     names = listed([group.label for group in groups])
     last = max(run.planned_rounds for group in groups for run in group.runs)
     made = []
-    scores = _lines(paired, _map_at_10, start=True)
+    # The one picture of what is gained and what it costs; a single method has nothing to be beside.
+    if len(_points(paired)) >= 2:
+        panel = _panel(paired)
+        svg = frontier_chart("bytes", panel, f"MAP@10 against all bytes for {names}")
+        made.append(("MAP@10 against all bytes", _frontier_caption(groups, panel), svg))
+    scores = evaluations(groups, slots)
     if scores:
         # Without the untrained network, where its own curve begins.
         best = headlines.best_floor(groups, without="untrained")
@@ -49,24 +54,13 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
         if floor is not None:
             caption += f" Dotted: {floor[0]}, to be had without training."
         made.append(("MAP@10 over rounds", caption, svg))
-    moved, level = _lines(paired, _map_at_10, over_bytes=True), _level(paired)
-    if 0 < len(moved) <= charts.FEW:
-        caption = "Further left: fewer bytes for the same accuracy."
-        if level is not None:
-            caption += f" {level[0]}, the pooled reference, moves images: only its end is shown."
-        alt = f"MAP@10 against bytes moved for {names}"
-        svg = charts.as_svg(charts.draw_bytes(moved, level), "bytes", alt)
-        made.append(("MAP@10 against bytes moved", caption, svg))
-    if len(_points(paired)) >= 3:
-        panel = _panel(paired)
-        svg = frontier_chart("frontier", panel, f"MAP@10 against bytes per round for {names}")
-        made.append(("The frontier", _frontier_caption(panel), svg))
-    if bars := _bars(paired):
+    if len(groups) > 1 and (bars := _bars(paired)):
         rows = "class rows and moments" if headlines.has_moments(groups) else "class rows"
         alt = f"Bytes per client and round, backbone and {rows}, for {names}"
-        caption = "Download and upload together." if len(groups) > 1 else f"Backbone and {rows}."
         svg = charts.bars_chart("bars", bars, rows, alt)
-        made.append(("Bytes per client and round", f"{caption} As serialized.", svg))
+        made.append(
+            ("Bytes per client and round", "Download and upload together. As serialized.", svg)
+        )
     losses = _lines(paired, lambda record: record["loss"])
     if losses:
         caption = "Each method’s loss is over its own class sample"
@@ -74,6 +68,11 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
         svg = charts.rounds_chart("loss", losses, last, f"Training loss over rounds for {names}")
         made.append(("Training loss", caption, svg))
     return made
+
+
+def evaluations(groups: Sequence[Group], slots: Sequence[str]) -> list[charts.Curve]:
+    """MAP@10 of each method over the rounds in which all of its runs were evaluated."""
+    return _lines(list(zip(groups, slots, strict=True)), _map_at_10, start=True)
 
 
 def _map_at_10(record: Record) -> float | None:
@@ -96,8 +95,10 @@ def _points(paired: Sequence[tuple[Group, str]]) -> list[FrontierPoint]:
         mean, moved = group.mean("map_at_10"), headlines.both_ways(group)
         known = [value for value in (mean, moved) if value is not None and np.isfinite(value)]
         if group.finished and len(known) == 2 and known[1] > 0:
-            values = group.values("map_at_10")
+            values, interval = group.values("map_at_10"), group.interval
             ends = min(values), max(values)
+            if interval is not None:
+                ends = interval.low, interval.high
             points.append(FrontierPoint(group.label, slot, known[1], known[0], *ends))
     return points
 
@@ -115,13 +116,14 @@ def _panel(
     return FrontierPanel(title, tuple(points), level, relative=reference is not None)
 
 
-def _frontier_caption(panel: FrontierPanel) -> str:
-    """What to see: what nothing else beats, and what is beaten."""
-    upright = any(point.high > point.low for point in panel.points)
-    beaten = not all(on_frontier(panel.points))
+def _frontier_caption(groups: Sequence[Group], panel: FrontierPanel) -> str:
+    """What to see: what nothing else beats, what is beaten, and how sure it is."""
     parts = ["Up and left is better: along the line nothing is both cheaper and better"]
-    parts += ["hollow marks are beaten"] if beaten else []
-    parts += ["uprights span the seeds"] if upright else []
+    parts += [] if all(on_frontier(panel.points)) else ["hollow marks are beaten"]
+    if any(group.interval for group in groups):
+        parts.append("uprights: 95\u00a0% intervals")
+    elif any(point.high > point.low for point in panel.points):
+        parts.append("uprights span the seeds")
     return f"{'; '.join(parts)}."
 
 
@@ -161,25 +163,20 @@ def _cumulative(records: Sequence[Record]) -> dict[int, float]:
 
 
 def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
-    """A bar per method, or one per direction if there is one method only."""
+    """A bar per method that moves bytes."""
     full = headlines.full_softmax([group for group, _ in paired])
     reference = None if full is None else headlines.both_ways(full)
     bars = []
     for group, slot in paired:
-        for way in ("both",) if len(paired) > 1 else ("down", "up"):
-            total, backbone, class_rows = (
-                headlines.both_ways(group, part)
-                if way == "both"
-                else group.mean(f"{part}bytes_{way}_per_client_round")
-                for part in ("", "backbone_", "row_")
-            )
-            if total is None or backbone is None or class_rows is None:
-                continue
-            text = human_bytes(total)
-            if way == "both" and reference and group is not full:
-                text += f" · {headlines.percent(total / reference)}"
-            label = group.label if way == "both" else way
-            bars.append(charts.Bar(label, slot, backbone, class_rows, text))
+        total, backbone, class_rows = (
+            headlines.both_ways(group, part) for part in ("", "backbone_", "row_")
+        )
+        if total is None or backbone is None or class_rows is None:
+            continue
+        text = human_bytes(total)
+        if reference and group is not full:
+            text += f" · {headlines.percent(total / reference)}"
+        bars.append(charts.Bar(group.label, slot, backbone, class_rows, text))
     return bars
 
 
@@ -205,12 +202,39 @@ def bytes_figure(folder: Path) -> bytes:
     return charts.as_png(figure, _light())
 
 
+def rounds_figure(folder: Path) -> bytes:
+    """The report's chart of MAP@10 over rounds, or of the loss where nothing was evaluated.
+
+    Args:
+        folder: as for :func:`write_report`.
+
+    Returns:
+        A PNG of 6.4 x 4 inches at 200 dpi on white. The same records give the same bytes.
+
+    Raises:
+        RunFolderError: records are missing or damaged, or there is no round yet.
+    """
+    groups = group_runs(read_runs(folder), folder)
+    slots = charts.slots_of([group.label for group in groups])
+    lines, title, level = evaluations(groups, slots), "MAP@10 over rounds", None
+    if lines and (best := headlines.best_floor(groups, without="untrained")):
+        level = FLOORS[best[0]], best[1]
+    if not lines:
+        paired = list(zip(groups, slots, strict=True))
+        lines, title = _lines(paired, lambda record: record["loss"]), "Training loss over rounds"
+    if not lines:
+        raise RunFolderError(f"{folder}: expected a finished round to draw, found none")
+    last = max(run.planned_rounds for group in groups for run in group.runs)
+    return charts.as_png(charts.draw_rounds(lines, last, level, _light(), title), _light())
+
+
 def frontier_figure(folders: Mapping[str, Path]) -> bytes:
     """The report's chart of the frontier, of one or several comparisons, as a PNG for a README.
 
-    Each variant's final MAP@10 (mean over seeds; a line from the lowest to the highest) against
-    the bytes it moves per client and round, both ways. Where every comparison has a finished
-    ``full``, scores are relative to it, and all panels share one axis.
+    Each variant's final MAP@10 (mean over seeds) against the bytes it moves per client and round,
+    both ways, with its 95 % interval, or where that is not known from the lowest to the highest
+    seed. Where every comparison has a finished ``full``, scores are relative to it, and all panels
+    share one axis.
 
     Args:
         folders: one to four: title -> folder of a comparison, as for :func:`write_report`. Runs

@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """A variant: bytes per client and round, and its score (mean, lowest and highest seed)."""
+    """A variant: bytes per client and round, its score, and the ends of the score's interval."""
 
     label: str
     slot: str
@@ -115,7 +115,8 @@ def _draw_panel(ax: Axes, panel: FrontierPanel, area: Box, scores: Point, colors
     moved = np.array([point.moved for point in panel.points])
     span = max(moved.max() / moved.min(), 1.5)
     ax.set_xscale("log")
-    ax.set_xlim(moved.min() / span**0.12, moved.max() * span**0.12)
+    beside = span ** (0.12 if len(moved) > charts.FEW else 0.25)  # of few, names fit at the sides
+    ax.set_xlim(moved.min() / beside, moved.max() * beside)
     ax.set_ylim(*scores)
     charts.bytes_ticks(ax, moved.max() / moved.min())
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from fedss.evaluation.intervals import ENOUGH_CLASSES, weakness
 from fedss.files import write_file, writing
 from fedss.report import charts, tables
-from fedss.report.figures import page_charts
+from fedss.report.figures import evaluations, page_charts
 from fedss.report.labels import wrap
 from fedss.report.panels import augmented, retrieval
 from fedss.report.rounds import PHASES, failures, round_times
@@ -41,16 +41,21 @@ def render(
     slots = charts.slots_of([group.label for group in groups])
     full = headlines.full_softmax(groups)
     paired = list(zip(groups, slots, strict=True))
+    curves, cards = evaluations(groups, slots), _key_figures(groups)
     return _template().render(
         title=_title(groups),
         headline=headlines.headline(groups),
         caveat=headlines.caveat(groups),
         setup=_setup(groups),
-        figures=_key_figures(groups),
+        figures=cards,
+        # Rows of equal length; seven fit into one.
+        columns=len(cards) if len(cards) < 8 else 4,
         unfinished=[headlines.status(run) for run in runs if not run.finished],
         watched=watched,
         unscored=headlines.unscored(groups),
         charts=page_charts(groups, slots),
+        evaluated=[curve.label for curve in curves],
+        evaluations=tables.evaluation_rows(curves),
         rows=[tables.method_row(group, slot, full) for group, slot in paired],
         floors=tables.floor_rows(groups),
         # Of a federation, whose classes are not known, nothing is said.
@@ -58,7 +63,11 @@ def render(
         has_intervals=any(group.interval for group in groups),
         has_ratio=any(headlines.ratio(g, full) is not None for g in groups if g is not full),
         several_seeds=any(len(group.runs) > 1 for group in groups),
-        seeds=[(group, slot, run) for group, slot in paired for run in group.runs],
+        exact=[
+            (group.label, slot, run.seed, tables.exact_row(run))
+            for group, slot in paired
+            for run in group.runs
+        ],
         metric_names=METRIC_NAMES,
         federated=any(run.data.get("name") == "federation" for run in runs),
         sites=max((num_sites(r) for run in runs for r in run.records[-1:]), default=0),
@@ -123,11 +132,18 @@ def _things(groups: Sequence[Group]) -> str:
 
 
 def _title(groups: Sequence[Group]) -> str:
-    data = groups[0].runs[0].data.get("name", "unnamed data")
-    where = "in a federation" if data == "federation" else f"on {data}"
+    where = _where(groups[0].runs[0])
     if len(groups) == 1:
         return f"{groups[0].label} {where}"
     return f"{len(groups)} {_things(groups)} {where}"
+
+
+def _where(run: RecordedRun) -> str:
+    """``on glyphs``; a list or a folder of one's own goes by its file name."""
+    data, path = run.data.get("name", "unnamed data"), run.settings.get("data_path")
+    if data == "federation":
+        return "in a federation"
+    return f"on {Path(str(path)).name if path and data in ('csv', 'folder') else data}"
 
 
 def _setup(groups: Sequence[Group]) -> str:
@@ -142,7 +158,7 @@ def _setup(groups: Sequence[Group]) -> str:
     if not all(r.finished for g in groups for r in g.runs):
         single = len(groups) == 1 and len(seeds) == 1
         rounds = f"{spaced(run.last_round)} of {rounds}" if single else f"up to {rounds}"
-    parts = [f"{times} for {rounds}"]
+    parts = [f"{times} {_where(run)} for {rounds}"]
     if clients := headlines.cohort(groups):
         parts.append(f"of {clients}")
     plural = "s" if len(set(seeds)) > 1 else ""
@@ -181,7 +197,8 @@ def _key_figures(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         channels, height, width = data["image_shape"]
         kind = {1: "gray", 3: "colour"}.get(channels, f"{channels} channels")
         figures.append((f"{width} × {height}", "pixels", kind))
-    figures.append((spaced(run.parameters), "parameters", config.get("backbone") or ""))
+    network = [config.get("backbone") or ""]
     if (size := config.get("embedding_size")) is not None:
-        figures.append((str(size), "embedding size", ""))
+        network.append(f"embedding size {size}")
+    figures.append((spaced(run.parameters), "parameters", ", ".join(filter(None, network))))
     return figures

@@ -108,6 +108,8 @@ def _choose(right_MQK: np.ndarray, classes: np.ndarray, most: int) -> list[tuple
             left = [int(q) for q in order if fits[q] and q not in taken]
             picked += left[:1]
             taken += left[:1]
+        # They stand in pairs; one alone has the whole width.
+        picked = picked[: max(1, len(picked) // 2 * 2)]
         if picked:
             chosen.append((title, picked))
     return chosen

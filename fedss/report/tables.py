@@ -7,17 +7,24 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from fedss.evaluation.intervals import FLOORS
+from fedss.report.charts import Curve
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun
+from fedss.runs.records import METRICS
 from fedss.text import DASH, decimals, human_bytes, human_seconds, spaced
+
+_BYTES = tuple(
+    f"{part}bytes_{way}_per_client_round"
+    for way in ("down", "up")
+    for part in ("backbone_", "row_")
+)
 
 
 class Cell(NamedTuple):
-    """A table cell: what it shows, a smaller addition, and the exact values on hovering."""
+    """A table cell: what it shows, and a smaller addition."""
 
     text: str
     addition: str = ""
-    exact: str = ""
 
 
 def method_row(group: Group, slot: str, full: Group | None) -> dict[str, Any]:
@@ -33,38 +40,48 @@ def method_row(group: Group, slot: str, full: Group | None) -> dict[str, Any]:
         _score(group, "map_at_10_by_class", spread=False),
         _score(group, "recall_at_1"),
     ]
-    rows = group.mean("class_rows_per_client")
-    cells.append(Cell(spaced(rows), exact="" if rows is None else f"{rows:.2f}"))
-    for way in ("down", "up"):
-        for part in ("backbone_", "row_"):
-            mean = group.mean(f"{part}bytes_{way}_per_client_round")
-            exact = "" if mean is None else f"{spaced(mean)} bytes"
-            cells.append(Cell(human_bytes(mean), exact=exact))
-    seconds = group.mean("seconds")
-    cells.append(Cell(human_seconds(seconds), exact=f"{decimals(seconds, 1)} s"))
+    cells.append(Cell(spaced(group.mean("class_rows_per_client"))))
+    cells += [Cell(human_bytes(group.mean(key))) for key in _BYTES]
+    cells.append(Cell(human_seconds(group.mean("seconds"))))
     return {"label": group.label, "slot": slot, "note": note, "cells": cells}
 
 
-def floor_rows(groups: Sequence[Group]) -> list[tuple[str, Cell, Cell]]:
-    """The floors' rows: name, MAP@10 and its mean over classes; means over groups."""
+def floor_rows(groups: Sequence[Group]) -> list[tuple[str, str, str, str]]:
+    """The floors' rows: name, MAP@10, its mean over classes, and MAP@10 with four decimals; means
+    over groups."""
     rows = []
     for name, words in FLOORS.items():
         values = [v for group in groups if (v := group.floor(name)) is not None]
         if not values:
             continue
-        exact = "; ".join(f"{g.label}: {decimals(g.floor(name), 4)}" for g in groups)
         scores = [run.floors.by_class.get(name) for group in groups for run in group.runs]
         by_class = [float(s.map_at_10_C.mean()) for s in scores if s is not None]
         mean = sum(by_class) / len(by_class) if by_class else None
-        score = decimals(sum(values) / len(values))
-        rows.append((words, Cell(score, exact=exact), Cell(decimals(mean))))
+        score = sum(values) / len(values)
+        rows.append((words, decimals(score), decimals(mean), decimals(score, 4)))
     return rows
 
 
 def _score(group: Group, key: str, spread: bool = True) -> Cell:
-    values = group.values(key)
-    exact = "; ".join(f"seed {run.seed}: {decimals(run.results[key], 4)}" for run in group.runs)
-    return Cell(decimals(group.mean(key)), headlines.spread(values) if spread else "", exact)
+    return Cell(decimals(group.mean(key)), headlines.spread(group.values(key)) if spread else "")
+
+
+def exact_row(run: RecordedRun) -> list[str]:
+    """A run's figures in full: scores, class rows, bytes, seconds."""
+    results = run.results
+    return [
+        *(decimals(results[key], 4) for key in METRICS),
+        decimals(results["class_rows_per_client"], 2),
+        *(spaced(results[key]) for key in _BYTES),
+        decimals(results["seconds"], 1),
+    ]
+
+
+def evaluation_rows(curves: Sequence[Curve]) -> list[tuple[str, list[str]]]:
+    """Round, and MAP@10 of each curve in it."""
+    of_curve = [dict(zip(curve.x.tolist(), curve.mean.tolist(), strict=True)) for curve in curves]
+    rounds = sorted({number for values in of_curve for number in values})
+    return [(spaced(r), [decimals(values.get(r), 4) for values in of_curve]) for r in rounds]
 
 
 def settings(groups: Sequence[Group]) -> dict[str, Any]:

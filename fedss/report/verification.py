@@ -44,7 +44,7 @@ def verification_section(groups: Sequence[Group], slots: Sequence[str]) -> dict[
     fars = [p.far for p in first.points if all(_point(run, p.far).supported for run in every)]
     known = all(run.identification is not None for run in every)
     if single := len(groups) == 1:
-        headings: list[tuple[str, ...]] = [("",), ("rate",), ("threshold",)]
+        headings: list[tuple[str, ...]] = [("figure",), ("rate",), ("threshold",)]
         lines = [
             (name, "", [_mean(rates, spread=True), _mean(thresholds)])
             for name, rates, thresholds in _figures(every, fars, known)

@@ -18,7 +18,7 @@ class RunSettings(TypedDict):
     rounds: int
     sample_size: NotRequired[Any]
     clients_per_round: NotRequired[int | None]
-    eval_every: NotRequired[int | None]
+    eval_every: NotRequired[Any]
     checkpoint_every: NotRequired[int | None]
     eval_split: NotRequired[str]
     backbone: NotRequired[str | None]

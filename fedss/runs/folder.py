@@ -33,6 +33,7 @@ _FREE_FIELDS = (
     "stack",
     "workers",
     "keep_memory",
+    "eval_every",
     "checkpoint_every",
     "patience",
     "row_store",
@@ -262,7 +263,8 @@ def _check_same(
         f"{name}: {before[part].get(name)!r} there, {value!r} now"
         for part in parts
         for name, value in content[part].items()
-        if not (part == "config" and name in free) and before[part].get(name) != value
+        if name not in (free if part == "config" else _FREE_FIELDS)
+        and before[part].get(name) != value
     ]
     if different:
         raise RunFolderError(

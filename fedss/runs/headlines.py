@@ -61,7 +61,7 @@ def status(run: RecordedRun) -> str:
     score = run.results["map_at_10"]
     evaluated, saved = run.settings.get("eval_every"), run.settings.get("checkpoint_every")
     left = None
-    if evaluated is not None and saved is not None:  # older records do not say
+    if isinstance(evaluated, int) and saved is not None:  # older records do not say
         seconds = [record["seconds"] for record in run.records]
         left = time_left(seconds, run.planned_rounds, evaluated, saved)
     shown = "" if score is None else f"MAP@10 {decimals(score)}"

@@ -6,6 +6,7 @@ from fedss.config import Config
 from fedss.log import Progress, progress_log
 from fedss.runs.eta import TimeLeft, time_left
 from fedss.runs.records import Record
+from fedss.settings import auto_eval_every
 
 
 def log_rounds(label: str, config: Config) -> Callable[[Record], None]:
@@ -31,10 +32,11 @@ def log_rounds(label: str, config: Config) -> Callable[[Record], None]:
 
 def estimate(config: Config) -> Callable[[Record], TimeLeft | None]:
     """Gives a function to call with each round's record, which says what is left of the run."""
+    every = auto_eval_every(config.rounds) if config.eval_every == "auto" else config.eval_every
     seconds = []
 
     def left(record: Record) -> TimeLeft | None:
         seconds.append(record["seconds"])
-        return time_left(seconds, config.rounds, config.eval_every, config.checkpoint_every)
+        return time_left(seconds, config.rounds, every, config.checkpoint_every)
 
     return left

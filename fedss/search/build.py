@@ -1,6 +1,7 @@
 """`fedss index`: from images to an index, embedding only what is new or was changed."""
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from torch import nn
 
 from fedss.errors import DataError, RunFolderError
 from fedss.files import replacing
-from fedss.inference.embedding import LEAVE_OUT, ImageList, list_images
+from fedss.inference.embedding import ImageList, list_images, refuse_broken
 from fedss.inference.model import load
 from fedss.inference.pixels import read_images
 from fedss.log import Progress, progress_log
@@ -33,6 +34,8 @@ from fedss.search.store import (
 
 OnProgress = Callable[[int, int], None]
 
+_LOG = logging.getLogger("fedss.search")
+
 _UNFINISHED = "unfinished.sqlite"
 # What an interrupted build loses at most.
 _CHUNK = 1024
@@ -46,6 +49,7 @@ def build_collection(
     folder: str | Path | None = None,
     *,
     skip_broken: bool = False,
+    replace: bool = False,
     on_progress: OnProgress | None = None,
     backbone: nn.Module | None = None,
 ) -> Collection:
@@ -63,25 +67,41 @@ def build_collection(
             an image's class is the name of the folder that it lies in.
         folder: where to put the index; None: ``run/index``.
         skip_broken: leave out images that cannot be read (``Collection.skipped``).
+        replace: embed all images anew, in place of an index that is there, whatever its model or
+            images. Classes that were enrolled with another model are removed.
         on_progress: called with the number of images done and of all; None: progress is
             logged.
         backbone: as for ``fedss.load``.
 
     Raises:
-        DataError: no images, or one that cannot be read.
+        DataError: no images, or some that cannot be read; what was embedded is kept for the next
+            time.
         RunFolderError: no finished run; another process is building this index; the place cannot
             be written; an index or enrolled classes of another model are there, or
-            an index without any of these images.
+            an index without any of these images (without ``replace``).
     """
     embedder = load(run, backbone)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     image_list = list_images(Path(images))
     with lock_folder(folder, _ADVICE):
-        if store_exists(folder / ENROLLED):
-            check_model(folder / ENROLLED, embedder)
-        _check_old(folder / INDEX, image_list, embedder)
-        _build(folder, image_list, embedder, skip_broken, on_progress)
+        if not replace:
+            if store_exists(folder / ENROLLED):
+                check_model(folder / ENROLLED, embedder)
+            _check_old(folder / INDEX, image_list, embedder)
+        _build(folder, image_list, embedder, skip_broken, replace, on_progress)
+        if replace:
+            _remove_other_enrolled(folder / ENROLLED, embedder)
         return open_with(folder, embedder)
+
+
+def _remove_other_enrolled(path: Path, embedder: Embedder) -> None:
+    """Remove the classes that were enrolled with another model: no vector of theirs is of use."""
+    if store_exists(path):
+        try:
+            check_model(path, embedder)
+        except RunFolderError:
+            path.unlink()
+            _LOG.warning("removed the classes enrolled with another model: enrol them again")
 
 
 def _check_old(index: Path, image_list: ImageList, embedder: Embedder) -> None:
@@ -101,7 +121,7 @@ def _check_old(index: Path, image_list: ImageList, embedder: Embedder) -> None:
     if moved and not read_fingerprints(index).keys() & set(image_list.names):
         raise RunFolderError(
             f"{index} is the index of {source}, not of {image_list.source}: choose another place "
-            "(--index), or delete it"
+            "(--index), or replace it (--replace)"
         )
 
 
@@ -110,6 +130,7 @@ def _build(
     image_list: ImageList,
     embedder: Embedder,
     skip_broken: bool,
+    replace: bool,
     on_progress: OnProgress | None,
 ) -> None:
     """New images go to a store of their own, from which an interrupted build goes on."""
@@ -128,7 +149,7 @@ def _build(
     def places() -> dict[int, tuple[Path, int]]:
         """File and number of each image that is embedded already."""
         stored = {}
-        for file in (index, unfinished):
+        for file in (unfinished,) if replace else (index, unfinished):
             held = _held(file, model, image_list)
             for at, name in enumerate(image_list.names):
                 number, stamp = held.get(name, (0, None))
@@ -141,7 +162,10 @@ def _build(
         unfinished.unlink(missing_ok=True)
         create_store(unfinished, {"model": model, "build": "", "facts": json.dumps(metadata)})
     todo = [at for at in range(len(stamps)) if at not in before]
-    broken = _embed(unfinished, image_list, stamps, todo, embedder, skip_broken, on_progress)
+    broken = _embed(unfinished, image_list, stamps, todo, embedder, on_progress)
+    if not skip_broken:
+        named = [(image_list.names[at], why, image_list.where(at)) for at, why in broken.items()]
+        refuse_broken(named)
     after = places()
     if not after:
         raise DataError(f"no readable image among the {len(stamps)} of {image_list.source}")
@@ -177,24 +201,17 @@ def _embed(
     stamps: Sequence[Stamp | None],
     todo: Sequence[int],
     embedder: Embedder,
-    skip_broken: bool,
     on_progress: OnProgress | None,
-) -> list[int]:
-    """Add images to a store, some at a time; those that cannot be read."""
+) -> dict[int, str]:
+    """Add images to a store, some at a time; those that cannot be read, and why."""
     paths, total = image_list.paths, len(stamps)
-    unreadable: list[int] = []
+    unreadable: dict[int, str] = {}
     done = on_progress or _log_progress(f"index {image_list.source.name}")
     count = total - len(todo)
     done(count, total)
     for chunk in _chunks(todo):
-        broken: dict[int, str] | None = {} if skip_broken else None
-        blocks = read_images(
-            embedder,
-            [paths[at] for at in chunk],
-            thumbnails=True,
-            broken=broken,
-            advice=LEAVE_OUT,
-        )
+        broken: dict[int, str] = {}
+        blocks = read_images(embedder, [paths[at] for at in chunk], thumbnails=True, broken=broken)
         items = []
         for block in blocks:
             for one in block:
@@ -205,7 +222,7 @@ def _embed(
             done(count + len(items), total)
         with transaction(unfinished) as file:
             add_items(file, items)
-        unreadable += [chunk[position] for position in sorted(broken or {})]
+        unreadable |= {chunk[position]: broken[position] for position in sorted(broken)}
         count += len(chunk)
         done(count, total)
     return unreadable

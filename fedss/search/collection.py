@@ -18,7 +18,7 @@ from fedss.errors import DataError, RunFolderError
 from fedss.evaluation.inputs import unit_rows
 from fedss.evaluation.retrieval import nearest
 from fedss.inference.model import load
-from fedss.inference.pixels import ImageSource, read_images
+from fedss.inference.pixels import ImageSource, Read, read_images
 from fedss.models import Embedder, fingerprint
 from fedss.search.store import (
     VectorStore,
@@ -32,6 +32,7 @@ from fedss.search.store import (
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
 
 _BLOCK_BYTES = 64 * 2**20
+_SAME = 1 - 1e-5  # least cosine of two embeddings of one file, with room for rounding
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,22 @@ class Collection:
                 "there: open the index again"
             )
         return small
+
+    def copy_among(self, query: Read, matches: Sequence[Match]) -> Match | None:
+        """The match that is the query's own image: to the model, and to the eye.
+
+        Args:
+            query: with a thumbnail.
+            matches: what was found for it.
+        """
+        return next(
+            (
+                match
+                for match in matches
+                if match.score >= _SAME and self.thumbnail(match.position) == query.thumbnail
+            ),
+            None,
+        )
 
     def embed(self, images: Sequence[ImageSource]) -> Tensor:
         """Embeddings of images: files, their content (a binary file object) or open images.
@@ -270,9 +287,11 @@ def check_model(path: Path, embedder: Embedder) -> None:
     """
     made_with, current = read_metadata(path).get("model", ""), fingerprint(embedder)
     if made_with != current:
-        what = "enrol its classes again" if path.name == ENROLLED else "run fedss index again"
+        again = f"delete {path.name} and enrol its classes again"
+        if path.name != ENROLLED:
+            again = "make it anew (fedss index --replace)"
         raise RunFolderError(
             f"{path} was made with another model (fingerprint {made_with[:12]}, this one has "
             f"{current[:12]}), and vectors of two models cannot be compared: use the run that made "
-            f"it, or delete {path.name} and {what}"
+            f"it, or {again}"
         )

@@ -20,6 +20,7 @@ from fedss.files import write_json
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
 from fedss.report import write_report
+from fedss.report.notebook import Plot, ReportPage
 from fedss.runs.about import DataFacts
 from fedss.runs.folder import (
     first_rounds,
@@ -66,6 +67,23 @@ class Run:
     embedder: Embedder
     summary: Summary
     already_done: bool
+
+    def __repr__(self) -> str:
+        score = self.summary["map_at_10"]
+        shown = "not evaluated" if score is None else f"MAP@10 {score:.3f}"
+        rounds = counted(self.summary["rounds"], "round")
+        return f"Run({str(self.folder)!r}, {self.summary['method']}, {rounds}, {shown})"
+
+    def report(self) -> ReportPage:
+        """The run's report, ``report.html``: a notebook shows it below the cell."""
+        path = self.folder / "report.html"
+        return ReportPage(path if path.exists() else write_report(self.folder))
+
+    def plot(self) -> Plot:
+        """MAP@10 over rounds, as in the report: a notebook shows it below the cell."""
+        from fedss.report.figures import rounds_figure  # it takes a large library
+
+        return Plot(rounds_figure(self.folder))
 
 
 @dataclass(frozen=True)
@@ -239,7 +257,7 @@ def train_federation(
         if not already_done:
             observe: OnRound = _ignore
             if ranks.first:
-                observe = partial(_observe, show_progress or log_rounds(label, config), on_round)
+                observe = partial(_observe, show_progress or log_rounds(label, told), on_round)
                 _keep_first(plan, folder / "checkpoint")
             model, federate = plan.embedder, plan.federate
             summary = train_rounds(told, model, federate, plan_of, folder, observe, ranks, start)

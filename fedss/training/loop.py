@@ -186,7 +186,9 @@ def _to_the_end(
                     timer.end_phase("checkpoint")
                 elif due:
                     state.class_rows.changed.clear()
-            judged = state.round > begun and _due(state.round, config.eval_every, config.rounds)
+            judged = state.round > begun and _due(
+                state.round, resolved(config.eval_every), config.rounds
+            )
             if not judged and (task or job.ranks.gather(records[-1]["metrics"] is None)[0]):
                 # It ends at a round that was not to be its last, or before its images were written.
                 evaluation = job.federation.evaluate(state.backbone_P, state.round)
@@ -254,7 +256,7 @@ def _next_round(
         # Classes were registered in this round.
         state = replace(state, class_rows=grow(state.class_rows, num_classes))
     job.timer.end_phase("aggregate")
-    if _due(state.round, config.eval_every, config.rounds):
+    if _due(state.round, resolved(config.eval_every), config.rounds):
         evaluation = federation.evaluate(state.backbone_P, state.round)
         job.timer.end_phase("evaluate")
     updates = [u for part in job.ranks.gather([without_deltas(u) for u in updates]) for u in part]

@@ -196,7 +196,7 @@ def test_commands_and_options_are_pinned(capsys):
         "--port",
         "--threshold",
     }
-    assert options_of("index", capsys)[0] == {"--help", "--index", "--skip-broken"}
+    assert options_of("index", capsys)[0] == {"--help", "--index", "--skip-broken", "--replace"}
     assert options_of("search", capsys)[0] == {"--help", "--index", "--count", "--json", "--show"}
     assert options_of("enrol", capsys)[0] == {"--help", "--index", "--remove"}
     assert options_of("identify", capsys)[0] == {"--help", "--index", "--threshold", "--json"}

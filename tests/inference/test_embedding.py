@@ -1,6 +1,7 @@
 """Image files in, embeddings with names out."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -36,6 +37,23 @@ def test_files_are_decoded_as_in_training(images):
     assert result.names == ("p0.png", "p1.png", "p2.png")
     expected = embed_pixels(MODEL, np.stack([decode(path, 12, 1) for path in image_list.paths]))
     assert np.array_equal(result.embeddings_ND, expected)
+
+
+def test_progress_is_told_and_all_broken_images_are_named_at_once(images, caplog):
+    files = sorted(images.rglob("*.png"))
+    embedder = build_embedder("conv4-4", channels=1, image_size=12, embedding_size=6, seed=0)
+    with caplog.at_level(logging.DEBUG, "fedss.progress"):
+        embed_files(embedder, files)
+    told = [record.progress for record in caplog.records]
+    assert {(p.task, p.total, p.unit) for p in told} == {("embed", len(files), "images")}
+    assert (told[0].done, told[-1].done) == (0, len(files))
+    broken = [images / name for name in ("x.png", "y.png")]
+    broken[0].write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"cannot read 2 images: .*x\.png: .*; .*y\.png: No such"):
+        embed_files(embedder, [*files, *broken])
+    assert embed_files(embedder, [*files, *broken], skip_broken=True).skipped == tuple(
+        map(str, broken)
+    )
 
 
 @pytest.mark.parametrize(

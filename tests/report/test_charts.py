@@ -1,23 +1,28 @@
 """Charts: the frontier, labels, colours, and images of a comparison."""
 
 import io
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 
 import fedss
 from fedss.errors import ConfigError, RunFolderError
 from fedss.report import bytes_figure, charts, figures, frontier, frontier_figure, labels, rounds
+from fedss.runs import reading
 from tests.report.made import (
     METHODS,
     VARIANTS,
     fake_comparison,
     fake_run,
     fake_variants,
+    measured,
     read,
     single,
 )
@@ -41,11 +46,11 @@ def test_labels_keep_the_order_of_the_ends_and_do_not_touch(ends: list[float]) -
     assert max(places) <= high - height / 2 + 0.5
 
 
-def test_every_line_of_the_bytes_chart_is_labelled_in_order(tmp_path: Path) -> None:
+def test_every_line_of_a_chart_is_labelled_in_order(tmp_path: Path) -> None:
     methods = list(METHODS)
     summary = fake_comparison(tmp_path, methods, rounds=20)
     html, _ = read(tmp_path)
-    chart = html[html.index("MAP@10 against bytes moved for") :].partition("</svg>")[0]
+    chart = html[html.index("MAP@10 over rounds for") :].partition("</svg>")[0]
     of_slot = {charts.SLOT_OF[method]: method for method in methods}
     place: dict[str, float] = {}  # the last line of a wrapped label stands for it
     for slot, x, y in re.findall(r'fill: var\(--([\w-]+)\)".*?\((?:-0 )?(\S+) (\S+)\)">', chart):
@@ -104,26 +109,50 @@ def test_frontier_is_what_nothing_beats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "shown"),
+    ("names", "before", "behind"),
     [
-        (["full", "fedss deck"], ["MAP@10 against bytes moved"]),
-        (["full", "fedss deck", "central"], ["MAP@10 against bytes moved"]),
-        (["full", "fedss deck", "moments"], ["MAP@10 against bytes moved", "The frontier"]),
-        (list(VARIANTS), ["The frontier"]),
+        (["full"], [], []),
+        (["full", "central"], [], ["Bytes per client and round"]),
+        (["full", "fedss deck"], ["MAP@10 against all bytes"], ["Bytes per client and round"]),
+        (list(VARIANTS), ["MAP@10 against all bytes"], ["Bytes per client and round"]),
     ],
 )
-def test_frontier_stands_where_it_says_something(
-    tmp_path: Path, names: list[str], shown: list[str]
+def test_methods_beside_each_other_have_one_picture_first(
+    tmp_path: Path, names: list[str], before: list[str], behind: list[str]
 ) -> None:
     fake_variants(tmp_path, names)
     html, _ = read(tmp_path)
     titles = re.findall(r"<figcaption><h3>(.*?)</h3>", html)
-    assert titles == ["MAP@10 over rounds", *shown, "Bytes per client and round", "Training loss"]
+    assert titles == [*before, "MAP@10 over rounds", *behind, "Training loss"]
+
+
+@example(first=11e6, span=9.6)
+@example(first=17e6, span=6.1)
+@given(first=st.floats(1e3, 1e12), span=st.floats(1.02, 1e5))
+def test_ticks_of_bytes_do_not_touch(first: float, span: float) -> None:
+    figure, ax = charts.new_figure((charts.WIDTH, charts.HEIGHT))
+    charts.place_axes(ax, 42, 46, 406, 290)
+    ax.set_xscale("log")
+    ax.set_xlim(first, first * span)
+    charts.bytes_ticks(ax, span)
+    ticks = [t for t in ax.xaxis.get_major_ticks() if first <= t.get_loc() <= first * span]
+    figure.canvas.draw()
+    boxes = [tick.label1.get_window_extent() for tick in ticks if tick.label1.get_text()]
+    assert all(left.x1 + 4 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_the_picture_shows_intervals(tmp_path: Path) -> None:
+    measured(tmp_path, {"full": 0.352, "fedss": 0.3}, classes=20)
+    runs = reading.group_runs(reading.read_runs(tmp_path), tmp_path)
+    points = figures._points([(group, "") for group in runs])
+    assert [(p.low, p.high) for p in points] == [(g.interval.low, g.interval.high) for g in runs]
+    assert all(point.low < point.mean < point.high for point in points)
+    assert "uprights: 95\u00a0% intervals" in read(tmp_path)[1].words
 
 
 def test_frontier_names_every_variant(variants: Path) -> None:
     html, page = read(variants)
-    chart = html[html.index("MAP@10 against bytes per round for") :].partition("</svg>")[0]
+    chart = html[html.index("MAP@10 against all bytes for") :].partition("</svg>")[0]
     texts = re.findall(r">([^<>\n]+)</text>", chart)
     for label in set(VARIANTS) - {"pos-only", "central"}:
         assert label in texts
@@ -136,7 +165,11 @@ def test_frontier_names_every_variant(variants: Path) -> None:
 def test_unfinished_runs_are_not_on_the_frontier(tmp_path: Path) -> None:
     fake_variants(tmp_path, ["full", "fedss deck"])
     fake_run(tmp_path / "moments-seed0", "moments", rounds=10, stop=5)
-    assert "The frontier" not in read(tmp_path)[1].words
+    html, _ = read(tmp_path)
+    chart = html[html.index("MAP@10 against all bytes for") :].partition("</svg>")[0]
+    texts = re.findall(r">([^<>\n]+)</text>", chart)
+    assert {"full", "fedss deck"} <= set(texts)
+    assert "moments" not in texts
 
 
 @pytest.mark.parametrize("width", [420, 460])

@@ -188,7 +188,7 @@ def test_run_that_nobody_could_evaluate(tmp_path: Path) -> None:
     assert "fedss was trained for 10 rounds and not evaluated, moving 452 kB" in page.words
     assert "No round has been evaluated, so there is no accuracy to draw. A fin" in page.words
     titles = re.findall(r"<figcaption><h3>(.*?)</h3>", html)
-    assert titles == ["Bytes per client and round", "Training loss"]
+    assert titles == ["Training loss"]
     assert page.cells[page.cells.index("fedss") + 1 :][:2] == ["–", "–"]
     with pytest.raises(RunFolderError, match="expected an evaluated round with its bytes"):
         bytes_figure(tmp_path)

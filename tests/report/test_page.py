@@ -37,10 +37,10 @@ def test_references_within_the_page_resolve(comparison_page: tuple[str, Page]) -
     wanted |= set(re.findall(r"url\(#([^)]+)\)", html))
     assert wanted <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert html.count('<svg class="chart"') == 5
+    assert html.count('<svg class="chart"') == 4
     assert "#fe01" not in html
     used = set(re.findall(r"var\(--([\w-]+)\)", html))
-    assert used <= set(re.findall(r"--([\w-]+): #", html)) | {"slot"}
+    assert used <= set(re.findall(r"--([\w-]+): #", html)) | {"slot", "columns"}
 
 
 def test_table_has_the_numbers_of_every_method(
@@ -65,7 +65,7 @@ def test_table_has_the_numbers_of_every_method(
             assert cells[5] == cells[7] == "209 kB"
             assert cells[6] == cells[8]
             assert float(cells[6].split()[0]) == pytest.approx(rows / 1000, rel=0.01)
-            assert f"{rows:,.0f} bytes".replace(",", "\u202f") in page.titles
+            assert f"{rows:,.0f}".replace(",", "\u202f") in page.cells
         assert cells[9] == "3 min 38 s"
         for entry in entries:
             assert f"{entry['map_at_10']:.4f}" in page.cells
@@ -139,7 +139,7 @@ def test_unfinished_run(tmp_path: Path, stop: int) -> None:
         file.write('{"round": 41, "lo')  # is being written
     _, page = read(tmp_path)
     assert f"fedss, seed 0: round {stop} of 120" in page.words
-    assert f"Trained for {stop} of 120 rounds of 20 clients" in page.words
+    assert f"Trained on omniglot for {stop} of 120 rounds of 20 clients" in page.words
     assert "Not finished" in page.words
     assert ("has not been evaluated yet" in page.words) == (stop == 1)
     assert "moving 452 kB per client and round" in page.words
@@ -166,7 +166,7 @@ def test_only_central(tmp_path: Path) -> None:
 def test_clients_of_a_round_are_those_recorded(tmp_path: Path) -> None:
     fake_comparison(tmp_path, ["fedss", "central"], rounds=60, clients=6)
     _, page = read(tmp_path)
-    assert "trained for 60 rounds of 6 clients with seed 0." in page.words
+    assert "trained on omniglot for 60 rounds of 6 clients with seed 0." in page.words
     lines = (tmp_path / "fedss-0" / "records.jsonl").read_text().splitlines()
     lines[0] = lines[0].replace('"clients": 6', '"clients": 4')
     (tmp_path / "fedss-0" / "records.jsonl").write_text("\n".join([*lines, ""]))
@@ -192,10 +192,39 @@ def test_pooled_training_is_a_reference(comparison_page: tuple[str, Page]) -> No
     assert "upper bound" not in page.words
 
 
-def test_hovering_is_offered_only_where_it_works(comparison_page: tuple[str, Page]) -> None:
+def test_exact_values_need_no_mouse(comparison: tuple[Path, Any], tmp_path: Path) -> None:
+    html, page = read(comparison[0])
+    assert "hover" not in page.words
+    assert "title=" not in html.partition("What is found</h2>")[0]
+    for entry in comparison[1]:
+        seconds = page.cells.index(f"{entry['map_at_10']:.4f}") + 9
+        assert page.cells[seconds] == f"{entry['seconds']:.1f}"
+    # Each evaluation of a run: what its curve shows.
+    single(tmp_path, rounds=10)
+    cells = table_after(read(tmp_path)[1], "after round")
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    scores = {r["round"]: r["metrics"] for r in map(json.loads, lines) if r["metrics"]}
+    told = [text for r, m in scores.items() for text in (str(r), f"{m['map_at_10']:.4f}")]
+    assert cells[: 2 + len(told)] == ["after round", "fedss", *told]
+
+
+def test_contents_lead_to_every_section_in_order(comparison_page: tuple[str, Page]) -> None:
     html, _ = comparison_page
-    assert '<span class="hover">Exact values on hovering.</span>' in html
-    assert "@media (hover: none) { .hover { display: none; } }" in html
+    contents = re.findall(r'<a href="#([\w-]+)">(.*?)</a>', html)
+    assert contents == re.findall(r'<h2 id="([\w-]+)">(.*?)</h2>', html)
+    names = [name for _, name in contents]
+    assert names.index("What is found") < names.index("Where the time goes")
+
+
+@pytest.mark.parametrize("name", ["csv", "folder"])
+def test_a_list_of_ones_own_goes_by_its_file(tmp_path: Path, name: str) -> None:
+    single(tmp_path, rounds=5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data"]["name"], config["config"]["data_path"] = name, "/secret/place/photos.csv"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, page = read(tmp_path)
+    assert "fedss on photos.csv" in page.words
+    assert "Trained on photos.csv for 5 rounds" in page.words
 
 
 @pytest.mark.parametrize("scored", [True, False])

@@ -21,7 +21,7 @@ from fedss.runs.findings import write_findings
 from tests import reference
 from tests.report.made import fake_comparison, fake_run, read, single
 
-FIGURES = "What is taken for the same"
+FIGURES = "Verification and identification"
 
 
 def leave_findings(folder: Path, noise: float = 1.2, classes: int = 40, seed: int = 0) -> Any:

@@ -263,6 +263,14 @@ def test_a_build_that_fails_leaves_the_old_index(place):
     (place / "photos" / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image .*broken\.png: .*--skip-broken"):
         build_collection(place / "run", place / "photos")
+    # All of them at once.
+    (place / "photos" / "empty.png").write_bytes(b"")
+    both = (
+        r"cannot read 2 images: broken\.png: .*; empty\.png: .*mend or remove them, .*--skip-broken"
+    )
+    with pytest.raises(DataError, match=both):
+        build_collection(place / "run", place / "photos")
+    (place / "photos" / "empty.png").unlink()
 
     def interrupt(done: int, total: int) -> None:
         if done:
@@ -277,7 +285,8 @@ def test_a_build_that_fails_leaves_the_old_index(place):
     )
     assert collection.skipped == ("broken.png",)
     assert len(collection) == 13
-    assert seen[0] == (12, 14)
+    # What could be read is embedded, and kept.
+    assert seen[0] == (13, 14)
     assert seen[-1] == (14, 14)
     assert seen == sorted(seen)
     assert {file.name for file in (place / "run" / "index").iterdir()} == {"index.sqlite", ".lock"}
@@ -340,10 +349,27 @@ def test_the_model_that_made_an_index_is_asked_for(place):
     ):
         build_collection(place / "run", place / "photos")
     (collection.folder / "enrolled.sqlite").unlink()
-    with pytest.raises(RunFolderError, match=r"delete index\.sqlite and run fedss index again"):
+    with pytest.raises(RunFolderError, match=r"make it anew \(fedss index --replace\)"):
         build_collection(place / "run", place / "photos")
-    (collection.folder / "index.sqlite").unlink()
-    assert build_collection(place / "run", place / "photos").embedded == 12
+    assert build_collection(place / "run", place / "photos", replace=True).embedded == 12
+
+
+def test_an_index_is_replaced_where_that_is_asked_for(place, tmp_path, caplog):
+    enrol(opened(place), "new", [make_image(80)])
+    (tmp_path / "others").mkdir()
+    make_image(0).save(tmp_path / "others" / "another.png")
+    # What was enrolled with the same model stays.
+    other = build_collection(place / "run", tmp_path / "others", place / "run/index", replace=True)
+    assert (other.names[0], len(other), [*other.enrolled]) == ("another.png", 2, ["new"])
+    # All is embedded anew, also what is there.
+    again = build_collection(place / "run", tmp_path / "others", place / "run/index", replace=True)
+    assert (again.embedded, again._builds != other._builds) == (1, True)
+    model = build_embedder("conv4-4", channels=3, image_size=12, embedding_size=6, seed=0)
+    with torch.no_grad():
+        next(model.parameters()).flatten()[0].add_(1e-3)
+    save_embedder(model, place / "run" / "model", {})
+    assert not build_collection(place / "run", place / "photos", replace=True).enrolled
+    assert "removed the classes enrolled with another model" in caplog.text
 
 
 def test_an_index_of_other_images_is_not_replaced(place, tmp_path):
@@ -712,6 +738,15 @@ def test_the_commands(place, capsys, monkeypatch):
     page = Path("found.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2 * (1 + 3)
     assert "http" not in page
+    # File names, no paths; the query's own copy, and with it which classes are right.
+    assert str(place.resolve()) not in page
+    assert "Already in the index: 2.png, class class 1" in page
+    assert page.count("the query itself") == 2
+    found = first["matches"] + second["matches"]
+    own = ["class 1"] * 3 + ["class 2"] * 3
+    right = [match["label"] == label for match, label in zip(found, own, strict=True)]
+    assert page.count("✓ right class") == sum(right) - 2
+    assert page.count("✗ wrong class") == 6 - sum(right)
     assert main(["search", "run", one]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"nearest to {one} in ")

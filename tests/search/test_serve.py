@@ -185,6 +185,50 @@ def test_the_guide_names_the_field_that_is_read(server: Server) -> None:
     assert server.send("/search", []).error.startswith(f"{field}: expected a form")
 
 
+def test_an_image_of_the_index_is_known_as_its_own(site: Site, server: Server) -> None:
+    file = site.photos / "05-2.png"
+    answer = server.send("/search?count=5", [("renamed.png", file.read_bytes())]).json
+    assert (answer["copy"]["name"], answer["copy"]["label"]) == ("05-2.png", NAMES[5])
+    # Almost the same is not the same.
+    with Image.open(file) as image:
+        pixels = np.array(image)
+    pixels[0, 0] ^= 1
+    changed = io.BytesIO()
+    Image.fromarray(pixels.repeat(2, 0).repeat(2, 1)).save(changed, "PNG")
+    assert server.send("/search", [("x.png", changed.getvalue())]).json["copy"] is None
+    assert (
+        server.send("/search", [("x.png", (site.new / "new-0.png").read_bytes())]).json["copy"]
+        is None
+    )
+    assert server.get("/neighbours/17").json["copy"] is None
+
+
+def test_the_original_of_an_image_is_its_file(site: Site, server: Server) -> None:
+    position, file = site.collection.names.index("05-2.png"), site.photos / "05-2.png"
+    content = file.read_bytes()
+    answer = server.get(f"/original/{position}")
+    assert (answer.status, answer.body) == (200, content)
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["content-disposition"].startswith("inline")
+    assert server.get(f"/original/{len(site.collection)}").status == 404
+    try:
+        # What browsers might run is never sent, whatever has taken the image's place.
+        file.write_bytes(b"<script>alert(1)</script>")
+        assert server.get(f"/original/{position}").status == 404
+        file.write_bytes(b"II*\0" + bytes(20))
+        answer = server.get(f"/original/{position}")
+        assert answer.headers["content-disposition"].startswith("attachment")
+        file.unlink()
+        assert (
+            "05-2.png: the file of this image is not" in server.get(f"/original/{position}").error
+        )
+    finally:
+        file.write_bytes(content)
+    enrolled = enrol(site.collection, "new one", [site.new / "new-0.png"])
+    assert server.get(f"/original/{len(enrolled) - 1}").status == 404
+    remove(enrolled, "new one")
+
+
 def test_a_click_on_an_image_searches_with_it_and_leaves_it_out(site: Site, server: Server) -> None:
     position = 17
     answer = server.get(f"/neighbours/{position}", count=12).json
@@ -229,6 +273,7 @@ def test_classes_are_found_by_name_in_any_script(server: Server) -> None:
         "КОШКА": {"кошка"},
         "ünïcode": {"Ünïcode É"},
         "U\u0308NI\u0308CODE": {"Ünïcode É"},
+        "unicode e": {"Ünïcode É"},
         "猫": {"猫"},
         "passwd": {"../../etc/passwd"},
         "no such class": set(),
@@ -287,6 +332,8 @@ def test_thumbnails_are_small_images_asked_for_by_number(site: Site, server: Ser
         "/thumbnail/%00",
         "/thumbnail/index.sqlite",
         "/index/index.sqlite",
+        "/original/index.sqlite",
+        "/original/../../photos.csv",
         "/server.js%00.png",
         "/static/../server.py",
         "/neighbours/../../server.py",

@@ -17,6 +17,7 @@ from fedss.evaluation.verification import REJECT_ALL
 from fedss.search import open_collection, remove
 from fedss.search.classes import Threshold
 from fedss.search.web.guard import make_limits
+from fedss.search.web.page import neighbours_page
 from tests.search.test_serve import huge_png, served
 from tests.serving import COPIES, NAMES, Site, make_site
 
@@ -150,6 +151,14 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     expect(page.locator("#identity .who")).to_have_text(NAMES[4])
     assert results(page) == expected(site, query, 24)
     assert page.locator("#neighbours img").first.evaluate("image => image.naturalWidth") > 0
+    # It is an image of the index, and said to be; its name leads to the file.
+    expect(page.locator("#identity")).to_contain_text("Already in the index")
+    original = page.locator("#identity .file")
+    expect(original).to_have_text(query.name)
+    with page.expect_popup() as popup:
+        original.click()
+    assert popup.value.evaluate("document.images[0].naturalWidth") > 0
+    popup.value.close()
     # Names are text: markup in them does nothing.
     assert page.locator("#neighbours b").count() == 0
 
@@ -157,7 +166,7 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     neighbours.nth(1).locator(".frame").click()
     expect(page.locator("#query")).to_contain_text(".png")
     expect(page.locator("#identity")).to_be_hidden()
-    shown = page.locator("#query span").inner_text().rsplit(", ", 1)[1]
+    shown = page.locator("#query .file").inner_text()
     expect(neighbours.first.locator(".frame")).not_to_have_attribute("title", query.name)
     assert results(page) == expected(site, site.photos / shown, 24, without=shown)
     page.go_back()
@@ -211,6 +220,10 @@ def test_a_person_searches_browses_enrols_finds_and_removes(page: Any, site: Sit
     expect(page.get_by_role("heading", level=1)).to_have_text("120 images of 30 classes")
     page.get_by_role("link", name="Search", exact=True).click()
     expect(page.locator("#identity .who")).to_have_text("Unknown")
+    sure = page.locator("#identity details p")
+    expect(sure).to_be_hidden()
+    page.get_by_text("How sure is this?").click()
+    expect(sure).to_contain_text("A class is named from 0.")
     assert results(page) == expected(site, files[3], 12)
 
 
@@ -268,6 +281,14 @@ def test_what_cannot_be_taken_is_said_on_the_page(page: Any, site: Site, tmp_pat
     choose(site.photos / "00-0.png")
     expect(alert).to_be_hidden()
     expect(page.locator("#identity .who")).to_have_text(NAMES[0])
+    # What was found stays, and so does the file for another number of images.
+    choose(text)
+    expect(alert).to_contain_text("notes.txt is not an image")
+    expect(page.locator("#query")).to_contain_text("00-0.png")
+    expect(page.locator("#identity .who")).to_have_text(NAMES[0])
+    page.get_by_label("Show").select_option("12")
+    expect(page.locator("#neighbours > li")).to_have_count(12)
+    expect(alert).to_be_hidden()
 
     page.get_by_role("link", name="Enrol").click()
     page.get_by_label("Name of the class").fill("x")
@@ -307,3 +328,38 @@ def test_a_test_that_allows_no_name_is_told(browser: Any, site: Site) -> None:
         expect(identity.locator(".tick")).to_have_count(0)
         expect(page.locator("#neighbours > li")).to_have_count(24)
         page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(
+    browser: Any, site: Site, address: str, tmp_path: Path, scheme: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core").Axe()
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 400, "height": 800})
+
+    def check() -> None:
+        page.wait_for_load_state("networkidle")
+        page.evaluate(
+            "document.querySelectorAll('details').forEach((item) => { item.open = true })"
+        )
+        found = axe.run(page).response["violations"]
+        assert not [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] != "minor"]
+
+    page.goto(address)
+    expect(page.locator("#neighbours > li")).to_have_count(24)
+    check()
+    for file in (site.new / "new-3.png", site.photos / "00-0.png"):
+        page.locator("#search-file").set_input_files(file)
+        expect(page.locator("#query")).to_contain_text(file.name)
+        check()
+    for view in ("#classes", "#class?name=mug+3", "#enrol"):
+        page.goto(address + view)
+        check()
+    queries = [site.photos / "00-0.png", site.new / "new-3.png"]
+    matches = site.collection.search(site.collection.embed(queries), 8)
+    (tmp_path / "found.html").write_text(neighbours_page(site.collection, queries, matches))
+    for report in (tmp_path / "found.html", fedss.write_report(site.run)):
+        page.goto(report.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        check()
+    page.close()

@@ -32,6 +32,7 @@ from fedss.search.web.guard import (
     TooLargeError,
     Upload,
     check_name,
+    image_kind,
     is_loopback,
     json_error,
     read_form,
@@ -58,6 +59,7 @@ T = TypeVar("T")
 _PER_PAGE = 60
 _SAMPLE = 24
 _MOST_NEIGHBOURS = 200
+_SHOWN_BY_BROWSERS = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/bmp")
 _STATIC = Path(__file__).parent / "static"
 
 
@@ -89,10 +91,11 @@ def make_app(
 ) -> Starlette:
     """The page and what it asks for, as an ASGI application.
 
-    ``GET`` ``/``, ``/about``, ``/sample``, ``/thumbnail/N``, ``/neighbours/N?count``,
-    ``/classes?contains&page``, ``/images?class&page``, ``/enrolled``; ``POST`` ``/search?count``
-    (a form with ``image``), ``/enrol`` (a form with ``name`` and ``image``, several times);
-    ``DELETE`` ``/enrolled?name``. Requests under another than this machine's ``names`` are refused.
+    ``GET`` ``/``, ``/about``, ``/sample``, ``/thumbnail/N``, ``/original/N``,
+    ``/neighbours/N?count``, ``/classes?contains&page``, ``/pictures?class&page``, ``/enrolled``;
+    ``POST`` ``/search?count`` (a form with ``picture``), ``/enrol`` (a form with ``name`` and
+    ``picture``, several times); ``DELETE`` ``/enrolled?name``. Requests under another than this
+    machine's ``names`` are refused.
     """
     site, decoding = _Site(collection, title, limits), asyncio.Lock()
 
@@ -127,6 +130,7 @@ def make_app(
             Route("/about", answer(site.about)),
             Route("/sample", answer(site.sample)),
             Route("/thumbnail/{position:int}", site.thumbnail),
+            Route("/original/{position:int}", site.original),
             Route("/neighbours/{position:int}", answer(site.neighbours)),
             Route("/classes", answer(site.classes)),
             Route("/pictures", answer(site.images)),
@@ -201,6 +205,21 @@ class _Site:
             position = self._checked(collection, request.path_params["position"])
             return Response(collection.thumbnail(position), media_type="image/jpeg")
 
+    def original(self, request: Request) -> Response:
+        """The indexed file as it is: shown if browsers know its kind, else to be saved."""
+        with self._current() as collection:
+            position = self._checked(collection, request.path_params["position"])
+            path, name = collection.path(position), _shown(Path(collection.names[position]).name)
+        kind = None
+        if path is not None and path.is_file():
+            with path.open("rb") as file:
+                kind = image_kind(file.read(12))
+        if path is None or kind is None:
+            raise HTTPException(404, f"{name}: the file of this image is not there (any more)")
+        shown = kind in _SHOWN_BY_BROWSERS
+        way = "inline" if shown else "attachment"
+        return FileResponse(path, media_type=kind, filename=name, content_disposition_type=way)
+
     def neighbours(self, request: Request) -> dict[str, Any]:
         count = _number(request, "count", 24, _MOST_NEIGHBOURS)
         with self._current() as collection:
@@ -211,6 +230,7 @@ class _Site:
                 "query": self._image(collection, position),
                 "neighbours": [self._match(collection, match) for match in others],
                 "identity": None,
+                "copy": None,
             }
 
     def search(self, query: Read, count: int) -> dict[str, Any]:
@@ -226,13 +246,17 @@ class _Site:
                     "score": who.score,
                     "threshold": threshold,
                 }
-            neighbours = [self._match(collection, match) for match in matches]
-            return {"neighbours": neighbours, "identity": identity}
+            copy = collection.copy_among(query, matches)
+            return {
+                "neighbours": [self._match(collection, match) for match in matches],
+                "identity": identity,
+                "copy": None if copy is None else self._image(collection, copy.position),
+            }
 
     def classes(self, request: Request) -> dict[str, Any]:
-        wanted = _folded(request.query_params.get("contains", ""))
+        wanted = _plain(request.query_params.get("contains", ""))
         with self._current() as collection:
-            labels = [label for text, label in self._labels.items() if wanted in _folded(text)]
+            labels = [label for text, label in self._labels.items() if wanted in _plain(text)]
             page, place = _page(request, labels)
             return {
                 "total": len(self._labels),
@@ -320,6 +344,12 @@ def _shown(name: str) -> str:
 
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold()
+
+
+def _plain(name: str) -> str:
+    """Without case and accents: "cafe" finds "Café"."""
+    apart = unicodedata.normalize("NFKD", _folded(name))
+    return "".join(c for c in apart if not unicodedata.combining(c))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -38,6 +38,15 @@ _FRAMING = 64 * 1024  # bytes of an upload beside its images: headers of its par
 _BEGINNINGS = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
 )
+_KINDS = {
+    b"\x89P": "image/png",
+    b"\xff\xd8": "image/jpeg",
+    b"GI": "image/gif",
+    b"BM": "image/bmp",
+    b"II": "image/tiff",
+    b"MM": "image/tiff",
+    b"RI": "image/webp",
+}
 _NO_IMAGE = "is not an image that can be read here: expected PNG, JPEG, WebP, GIF, BMP or TIFF"
 
 
@@ -278,6 +287,14 @@ def check_name(text: str) -> str:
 def json_error(status: int, why: str) -> Response:
     """A mistake as the page's script expects it."""
     return JSONResponse({"error": why}, status)
+
+
+def image_kind(beginning: bytes) -> str | None:
+    """The media type of an image file, told from its first 12 bytes; None: it is no image."""
+    if beginning[4:8] == b"ftyp":
+        return "image/heic"
+    start = _BEGINNINGS.match(beginning)
+    return None if start is None else _KINDS[start[0][:2]]
 
 
 def too_large(limits: Limits) -> str:

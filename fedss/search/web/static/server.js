@@ -7,6 +7,7 @@ const link = (view, values) => `#${view}` + (values ? `?${new URLSearchParams(va
 const views = ["search", "classes", "class", "enrol"];
 let about = null;  // what the server says of itself
 let asked = null;  // the image that was dropped, a File
+let answered = null;  // the last one of these that was no mistake
 let chosen = [];   // the images to enrol, Files
 let latest = new AbortController();  // of the view that is being filled
 
@@ -78,11 +79,18 @@ function className({ label }) {
   return made("a", { className: "name", href: link("class", { name: label }), title: label }, label);
 }
 
+// The file's name leads to the file; of an enrolled image none is kept.
+function fileName(image) {
+  const name = image.name.split("/").pop();
+  if (image.enrolled) return made("span", { className: "file", title: image.name }, name);
+  return made("a", { className: "file", href: `original/${image.position}`, target: "_blank", "aria-label": `${name}, the original`, title: image.name }, name);
+}
+
 function imageItem(image, withClass) {
   const frame = made("a", { className: "frame", href: link("search", { at: image.position }), "aria-label": `Search with ${image.name}`, title: image.name }, thumbnail(image));
   const parts = [frame];
   if (withClass) parts.push(className(image), ...badge(image));
-  else parts.push(made("span", { className: "file" }, image.name));
+  parts.push(fileName(image));
   if (image.score !== undefined) parts.push(score(image.score));
   return made("li", {}, ...parts);
 }
@@ -94,35 +102,33 @@ function pager(place, page, pages, to) {
 
 // ---- search
 
-function showQuery(source, name) {
+function showQuery(source, ...name) {
   const place = at("query");
   place.hidden = !source;
   at("search-drop").classList.toggle("filled", Boolean(source));
   if (!source) return place.replaceChildren();
-  const image = made("img", { src: source, alt: `The image searched with: ${name}` });
+  const image = made("img", { src: source, alt: "The image searched with" });
   image.onerror = () => image.remove();  // a kind that the server reads and the browser does not
   image.onload = () => { if (source.startsWith("blob:")) URL.revokeObjectURL(source); };
-  place.replaceChildren(image, made("span", {}, name));
+  place.replaceChildren(image, made("span", {}, ...name));
 }
 
-function showIdentity(identity) {
+function showIdentity(identity, copy = null) {
   const place = at("identity");
-  place.hidden = !identity;
+  place.hidden = !identity && !copy;
+  place.classList.toggle("unknown", !copy && identity?.label === null);
+  place.classList.toggle("unsure", !copy && identity?.threshold === null);
+  if (copy) return place.replaceChildren(made("p", { className: "kind" }, "Already in the index"), made("span", { className: "who" }, className(copy)), fileName(copy));
   if (!identity) return;
   const known = identity.label !== null;
   const { threshold } = identity;
-  place.classList.toggle("unknown", !known);
-  place.classList.toggle("unsure", threshold === null);
   const title = threshold === null ? "Nearest class" : known ? "Looks like" : threshold > 1 ? "No class can be named" : "No class is near enough";
   const name = known ? made("a", { className: "who", href: link("class", { name: identity.label }) }, identity.label) : made("span", { className: "who" }, "Unknown");
-  let note = ["No threshold is known, so an image of no class gets a name, too: fedss identify says why, --threshold sets one."];
-  if (threshold > 1) {
-    note = ["The nearest is ", named(identity.nearest), `, but ${about.threshold_note}.`];
-  } else if (threshold !== null) {
-    const limit = `the threshold, ${threshold.toFixed(3)}${about.threshold_note && ` (${about.threshold_note})`}.`;
-    note = known ? [`Not below ${limit}`] : ["The nearest is ", named(identity.nearest), `, below ${limit}`];
-  }
-  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold > 1 ? null : threshold), made("p", { className: "note" }, ...note));
+  const nearest = known ? [] : [made("p", { className: "note" }, "The nearest is ", named(identity.nearest), ".")];
+  let why = "No threshold is known, so an image of no class gets a name, too: fedss identify says why, --threshold sets one.";
+  if (threshold !== null) why = threshold > 1 ? `${about.threshold_note}.` : `A class is named from ${threshold.toFixed(3)} on${about.threshold_note && `: ${about.threshold_note}`}.`;
+  const sure = made("details", {}, made("summary", {}, "How sure is this?"), made("p", { className: "note" }, why));
+  place.replaceChildren(made("p", { className: "kind" }, title), name, score(identity.score, threshold > 1 ? null : threshold), ...nearest, sure);
 }
 
 function showFound(title, note, images) {
@@ -143,20 +149,22 @@ async function searchView(values, signal) {
   const position = values.get("at");
   const count = at("count").value;
   if (position === null && asked === null) return startView(signal);
+  // Only what was answered is shown: a file that is refused leaves the page as it is.
   let answer;
   if (position !== null) {
-    showQuery(`thumbnail/${encodeURIComponent(position)}`, "…");
     answer = await ask(`neighbours/${encodeURIComponent(position)}?count=${count}`, { signal });
-    showQuery(`thumbnail/${answer.query.position}`, [answer.query.label, answer.query.name].filter(Boolean).join(", "));
+    const { query } = answer;
+    showQuery(`thumbnail/${query.position}`, ...(query.label === null ? [] : [query.label, made("br")]), fileName(query));
   } else {
-    showQuery(URL.createObjectURL(asked), asked.name);
-    const body = new FormData();
-    body.append("picture", asked);
+    const file = asked, body = new FormData();
+    body.append("picture", file);
     answer = await ask(`search?count=${count}`, { method: "POST", body, signal });
+    answered = file;
+    showQuery(URL.createObjectURL(file), file.name);
   }
   at("amount").hidden = false;
-  showIdentity(answer.identity);
-  showFound("Nearest images", `Of ${many(about.pictures, "image")}, with the cosine of their embeddings. Click one to search with it.`, answer.neighbours);
+  showIdentity(answer.identity, answer.copy);
+  showFound("Nearest images", `Of ${many(about.pictures, "image")}, with the cosine of their embeddings. Click one to search with it, its file name to see the original.`, answer.neighbours);
 }
 
 function tooLarge(files) {
@@ -305,16 +313,15 @@ async function render() {
     try {
       await fill(new URLSearchParams(query), signal);
     } catch (error) {
-      if (error.name !== "AbortError") {
+      if (error.name === "AbortError") throw error;
+      if (view === "search" && asked !== answered) {
+        asked = answered;  // what was refused would be refused again
+      } else {
         for (const id of [grid, "classes-note", "classes-pager", "class-note", "images-pager"]) at(id).replaceChildren();
         if (view === "search") {
           at("amount").hidden = true;
           showIdentity(null);
           showFound("No image to search with", "", []);
-          if (error.refused) {
-            asked = null;  // it would be refused again
-            await startView(signal).catch(() => {});
-          }
         }
       }
       throw error;
