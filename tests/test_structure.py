@@ -67,6 +67,7 @@ PARTS = [
     "distributed",
     "files",
     "optional",
+    "own_code",
     "log",
     "text",
     "seeds",
