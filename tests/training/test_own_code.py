@@ -25,7 +25,7 @@ from fedss.sampling.samplers import Sampler, draw_uniform
 
 
 def draw(own_P, n, m, rng):
-    return draw_uniform(own_P, n, max(1, m // 2), rng)
+    return draw_uniform(own_P, n, (m + 1) // 2, rng)
 
 
 sampler = Sampler("half", "half as many", draw=draw)
