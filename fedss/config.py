@@ -24,6 +24,7 @@ from fedss.choices import (
     is_trainable,
 )
 from fedss.errors import ConfigError
+from fedss.own_code import CODE_FIELDS, FORM, is_code
 
 Auto = Literal["auto"]
 """Follows from the data, see :func:`fedss.settings.resolve`."""
@@ -40,6 +41,9 @@ _FIRST_OF_GROUP = {
     "row_dtype": "server",
     "seed": "run",
 }
+
+
+_CHOICES = {"sampler": SAMPLER_NAMES, "augment": get_args(Augment)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Config:
         method: training method; fedss.METHODS has a line on each
         sample_size: |S|, class rows per client; moments: most own classes per client
         sampler: how negatives are drawn
+        objective: loss of your own, package.module:function (default: the method's)
         correction: factor a of the correction -a log q of negatives' logits: 1 full, 0 none
         cover: moments: number of decoy classes requested to hide a client's own classes
         scale: s, factor of the cosines in the softmax (inverse temperature)
@@ -75,7 +80,7 @@ class Config:
         spread_out_weight: fedaws: weight of the step that spreads class rows out
         spread_out_margin: fedaws: smallest cosine distance between class rows to aim for
         spread_out_neighbours: fedaws: number of nearest rows that each row is pushed away from
-        backbone: network: conv4, conv4-<width> or timm:<name>
+        backbone: network: conv4, conv4-<width>, timm:<name> or package.module:function
         pretrained: start from timm's pretrained weights
         weights: file with weights of a timm model: .safetensors, .pth or .pt
         trainable: part that is trained: all, head (the projection) or last-<number> blocks
@@ -139,6 +144,7 @@ class Config:
     method: str = "fedss"
     sample_size: int | Auto = "auto"
     sampler: str = "uniform"
+    objective: str | None = None
     correction: float = 1.0
     cover: int = 0
     scale: float = 10.0
@@ -166,7 +172,7 @@ class Config:
     batch_size: int = 8
     client_lr: float | Auto = "auto"
     class_row_lr: float | Auto = "auto"
-    augment: Augment = "none"
+    augment: str = "none"
     precision: ForwardPrecision = "float32"
     lr_schedule: Schedule = "linear"
     lr_decay_start: float = 0.5
@@ -212,6 +218,8 @@ class Config:
                     raise ConfigError(f"{name}: expected {expected}, got {value}")
         option_numbers(self, "pixel_mean")
         option_numbers(self, "pixel_std")
+        if self.objective is not None and not is_code(self.objective):
+            raise ConfigError(f"objective: expected {FORM}, got {self.objective!r}")
         if self.patience is not None and self.eval_split != "validation":
             raise ConfigError(
                 "patience: to choose a round by the test makes its figures too good; take "
@@ -270,7 +278,8 @@ def option_numbers(config: Config, name: str) -> tuple[float, ...] | None:
 class Option:
     """A configuration field for the command line; ``choices`` is empty unless values are listed.
 
-    ``auto``: the default follows from the data.
+    ``auto``: the default follows from the data. Beside its choices, one of ``CODE_FIELDS`` takes
+    the name of own code.
     """
 
     name: str
@@ -282,6 +291,12 @@ class Option:
     help: str
     group: str
 
+    @property
+    def listed(self) -> str:
+        """Its choices, for people; empty unless values are listed."""
+        code = f" or {FORM}" if self.choices and self.name in CODE_FIELDS else ""
+        return f"{', '.join(self.choices)}{code}"
+
 
 def _options() -> tuple[Option, ...]:
     hints, options, group = get_type_hints(Config), [], ""
@@ -292,7 +307,7 @@ def _options() -> tuple[Option, ...]:
         args = get_args(hints[item.name])
         optional, auto = type(None) in args, item.default == "auto" and Auto in args
         values = args[0] if optional or auto else hints[item.name]
-        choices = SAMPLER_NAMES if item.name == "sampler" else get_args(values)
+        choices = _CHOICES.get(item.name) or get_args(values)
         text = texts[item.name]
         group = _FIRST_OF_GROUP.get(item.name, group)
         kind = str if choices else values
@@ -338,6 +353,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def _check_type(option: Option, value: Any) -> None:
     if (option.optional and value is None) or (option.auto and value == "auto"):
+        return
+    if option.name in CODE_FIELDS and is_code(value):
         return
     if option.choices:
         check_choice(option.name, value, option.choices)

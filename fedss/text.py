@@ -18,6 +18,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def one_line(error: Exception) -> str:
+    """An exception of somebody else's code in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def encodable(text: str, encoding: str | None) -> str:
     """The text in what an encoding has, the rest of it as escapes: none is taken for another."""
     return text.encode(encoding, "backslashreplace").decode(encoding) if encoding else text

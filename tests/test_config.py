@@ -27,6 +27,7 @@ PINNED = [
     "method",
     "sample_size",
     "sampler",
+    "objective",
     "correction",
     "cover",
     "scale",

@@ -78,6 +78,7 @@ PARTS = [
     "distributed",
     "files",
     "optional",
+    "own_code",
     "log",
     "text",
     "secret",

@@ -16,6 +16,7 @@ from fedss.config import OPTIONS, Config, Option, config_from_dict
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS
 from fedss.optional import import_extra
+from fedss.own_code import code_names, untrusted
 
 Adds = Callable[[argparse.ArgumentParser], object]
 """Adds an argument, or several, to the parser of a command."""
@@ -75,6 +76,15 @@ RUN = argument("folder", "RUN", "run folder of the trained model")
 OUT = argument("--out", "DIR", "folder for the results, one experiment per folder", required=True)
 INDEX = argument("--index", "DIR", "folder of the index (default: RUN/index)")
 JSON = flag("--json", "print the result as JSON")
+TRUST = flag(
+    "--trust-code", "import the code of its owner's that a run or a file of settings names"
+)
+BACKBONE = argument(
+    "--backbone",
+    "TEXT",
+    "package.module:function that makes the network, where the run names no code or another",
+    dest="own_backbone",
+)
 SKIP_BROKEN = flag("--skip-broken", "leave out images that cannot be read, and say how many")
 THRESHOLD = argument(
     "--threshold",
@@ -99,6 +109,7 @@ def config_options(
                 help="take settings from a run's config.json, or from YAML, TOML or JSON with some "
                 "fields of fedss.Config; options given here override them",
             )
+            TRUST(parser)
         sections: dict[str, Any] = {}
         for option in OPTIONS:
             if option.name in without or (groups and option.group not in groups):
@@ -121,7 +132,7 @@ def config_options(
 def _add_option(section: Any, option: Option) -> None:
     text = option.help.replace("%", "%%")
     if option.choices:
-        text += f": {', '.join(option.choices)}"
+        text += f": {option.listed}"
     if option.default is not None:
         default = option.default
         shown = {True: "yes", False: "no"}[default] if option.type is bool else default
@@ -219,6 +230,10 @@ def read_config(options: argparse.Namespace, usual: Mapping[str, Any] | None = N
     check_stored(of_file, f"--config {options.config}")
     values = {**(usual or {}), **of_file, **given(options)}
     config_from_dict(values)  # Before the data are looked for, a mistake takes no time.
+    for field, name in code_names(of_file).items():
+        # What the command line names itself is asked for.
+        if values[field] == name and field not in given(options) and not options.trust_code:
+            raise untrusted(name, f"--config {options.config}")
     return config_from_dict(values if usual else with_data_at_path(values, options))
 
 
@@ -235,6 +250,11 @@ def with_data_at_path(values: dict[str, Any], options: argparse.Namespace) -> di
 
     name, path = locate(named["data_path"])
     return {**values, "data": name, "data_path": str(path)}
+
+
+def own_code(options: argparse.Namespace) -> dict[str, Any]:
+    """What ``--backbone`` and ``--trust-code`` say, as all take it that load a model."""
+    return {"backbone": options.own_backbone, "trust_code": options.trust_code}
 
 
 def check_stored(settings: Mapping[str, Any], file: str) -> None:

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedss.cli.options import (
+    BACKBONE,
     INDEX,
     JSON,
     RUN,
     SKIP_BROKEN,
     THRESHOLD,
+    TRUST,
     argument,
     check_stored,
     command,
     config_options,
     flag,
     given,
+    own_code,
     setting,
     with_data_at_path,
 )
@@ -34,12 +37,14 @@ if TYPE_CHECKING:
     from fedss.data import Dataset
     from fedss.evaluation.verification import Verification
     from fedss.models import Embedder
-    from fedss.search import Match
+    from fedss.search import Collection, Match
 
 
 @command(
     "RUN [OPTIONS]",
     RUN,
+    TRUST,
+    BACKBONE,
     argument(
         "--far",
         "NUMBER",
@@ -68,7 +73,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "--far: expected shares above 0 and at most 1, such as 0.001, got "
             + ", ".join(map(str, fars))
         )
-    embedder = load(run)
+    embedder = load(run, **own_code(options))
     config, data, own = _data_to_evaluate(options, embedder)
     task = evaluation_task(config, data)
     check_tellable(task, data.name, config.test_classes)
@@ -153,6 +158,8 @@ def _keep_measured(run: Path, measured: "Verification", writes: bool) -> None:
 @command(
     "RUN IMAGES --out FILE",
     RUN,
+    TRUST,
+    BACKBONE,
     argument("images", "IMAGES", "folder of images, or CSV file with the column 'image'"),
     argument(
         "--out",
@@ -168,7 +175,7 @@ def embed(options: argparse.Namespace) -> None:
     from fedss.inference.embedding import embed_files, list_images, write_embeddings
     from fedss.inference.model import load
 
-    embedder = load(options.folder)
+    embedder = load(options.folder, **own_code(options))
     images = list_images(Path(options.images))
     if not options.skip_broken:
         images.check_files()
@@ -184,6 +191,8 @@ def embed(options: argparse.Namespace) -> None:
 @command(
     "RUN --format FORMAT [--out DIR]",
     RUN,
+    TRUST,
+    BACKBONE,
     argument("--format", "FORMAT", "file format: onnx, safetensors or torch-export", required=True),
     argument("--out", "DIR", "folder for the file and its model card (default: RUN/export)"),
 )
@@ -191,13 +200,15 @@ def export(options: argparse.Namespace) -> None:
     """Write a trained model as a file for other programs."""
     from fedss.inference.export import CARD, export
 
-    path = export(options.folder, options.format, options.out)
+    path = export(options.folder, options.format, options.out, **own_code(options))
     say(f"model  {path}", f"card   {path.with_name(CARD)}")
 
 
 @command(
     "RUN IMAGES [OPTIONS]",
     RUN,
+    TRUST,
+    BACKBONE,
     argument(
         "images",
         "IMAGES",
@@ -219,6 +230,7 @@ def index(options: argparse.Namespace) -> None:
         _index_folder(options),
         skip_broken=options.skip_broken,
         replace=options.replace,
+        **own_code(options),
     )
     remarks = (*collection.remarks, *look_alikes(collection.classes, "classes"))
     say_left_out(collection.skipped, (), collection.passed_over, remarks)
@@ -239,9 +251,17 @@ def _index_folder(options: argparse.Namespace) -> Path:
     return Path(options.index or Path(options.folder) / "index")
 
 
+def _open(options: argparse.Namespace) -> "Collection":
+    from fedss.search import open_collection
+
+    return open_collection(_index_folder(options), options.folder, **own_code(options))
+
+
 @command(
     "RUN IMAGE ... [OPTIONS]",
     RUN,
+    TRUST,
+    BACKBONE,
     argument("images", "IMAGE", "image to search with", nargs="+"),
     INDEX,
     setting("--count", 10, "number of matches for each image"),
@@ -251,9 +271,8 @@ def _index_folder(options: argparse.Namespace) -> Path:
 def search(options: argparse.Namespace) -> None:
     """Find the images of an index that are nearest to each IMAGE."""
     from fedss.cli.tables import cell, make_table, print_table
-    from fedss.search import open_collection
 
-    collection = open_collection(_index_folder(options), options.folder)
+    collection = _open(options)
     results = collection.search(collection.embed(options.images), options.count)
     if options.show is not None:
         from fedss.files import write_file, writing
@@ -286,6 +305,8 @@ def search(options: argparse.Namespace) -> None:
 @command(
     "RUN CLASS IMAGE ... [OPTIONS]",
     RUN,
+    TRUST,
+    BACKBONE,
     argument("label", "CLASS", "name of the class"),
     argument("images", "IMAGE", "image of the class", nargs="*"),
     INDEX,
@@ -293,11 +314,11 @@ def search(options: argparse.Namespace) -> None:
 )
 def enrol(options: argparse.Namespace) -> None:
     """Add a class to an index from a few images."""
-    from fedss.search import enrol, open_collection, remove
+    from fedss.search import enrol, remove
 
     if options.remove and options.images:
         raise ConfigError("--remove takes a whole class out: give no images with it")
-    collection = open_collection(_index_folder(options), options.folder)
+    collection = _open(options)
     if options.remove:
         collection = remove(collection, options.label)
         done = f"removed the enrolled images of {options.label}"
@@ -310,6 +331,8 @@ def enrol(options: argparse.Namespace) -> None:
 @command(
     "RUN IMAGE ... [OPTIONS]",
     RUN,
+    TRUST,
+    BACKBONE,
     argument("images", "IMAGE", "image to identify", nargs="+"),
     INDEX,
     THRESHOLD,
@@ -318,9 +341,9 @@ def enrol(options: argparse.Namespace) -> None:
 def identify(options: argparse.Namespace) -> None:
     """Name the class that an image shows, or say that it is unknown."""
     from fedss.cli.tables import cell, make_table, print_table
-    from fedss.search import identify, open_collection, stored_threshold, why_no_threshold
+    from fedss.search import identify, stored_threshold, why_no_threshold
 
-    collection = open_collection(_index_folder(options), options.folder)
+    collection = _open(options)
     if options.threshold is None:
         stored = stored_threshold(options.folder)
         if stored is None:
@@ -365,6 +388,8 @@ def report(options: argparse.Namespace) -> None:
 @command(
     "RUN [OPTIONS]",
     argument("folder", "RUN", "run folder with an index (see fedss index)"),
+    TRUST,
+    BACKBONE,
     INDEX,
     THRESHOLD,
     argument(
@@ -381,7 +406,7 @@ def report(options: argparse.Namespace) -> None:
 )
 def serve(options: argparse.Namespace) -> None:
     """Serve a web page for searching by image, browsing and enrolling."""
-    from fedss.search import open_collection, stored_threshold
+    from fedss.search import stored_threshold
     from fedss.search.web import app, guard
 
     measured = stored_threshold(options.folder) if options.threshold is None else None
@@ -389,7 +414,7 @@ def serve(options: argparse.Namespace) -> None:
         options.max_upload_mb, options.threshold, measured, options.max_upload_megapixels
     )
     with guard.listen(options.host, options.port) as listener:
-        collection = open_collection(_index_folder(options), options.folder)
+        collection = _open(options)
         title, address = Path(options.folder).resolve().name, guard.address_of(listener)
         if not guard.is_loopback(listener):
             say(

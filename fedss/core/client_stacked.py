@@ -28,7 +28,7 @@ from fedss.core.client import (
 )
 from fedss.errors import ConfigError
 from fedss.losses.softmax import ClassSample, Objective, Scoring
-from fedss.models.checks import one_line
+from fedss.text import one_line
 
 
 def train_clients(

@@ -10,14 +10,22 @@ Shape suffixes: B images, C channels, H height, W width, Q their pixels, A param
 
 import io
 import math
-from collections.abc import Callable
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedss.errors import ConfigError
+from fedss.own_code import import_code, is_code
 from fedss.seeds import generator
+from fedss.text import one_line
 
 _PREVIEWED, _VERSIONS = 8, 5
 
@@ -176,3 +184,98 @@ AUGMENTATIONS = {
     ),
 }
 """By name. Drawings are never mirrored: many characters are others in a mirror."""
+
+
+_NUMBERS = 2.0**53  # integers below are exact as floats
+# Generators are the process's, and workers are threads.
+_GENERATORS = threading.Lock()
+
+
+def find_augmentation(name: str) -> Augmentation | None:
+    """An augmentation by its name in ``AUGMENTATIONS``, or that of own code; None for ``none``.
+
+    Own code is anything that takes an image, uint8 [C, H, W] on the CPU, and gives another of the
+    same shape, as transforms of ``torchvision.transforms.v2`` do. What it draws from the generators
+    of torch (on the CPU), NumPy and Python's ``random`` depends on seed, round and client alone:
+    they are seeded for each image with a number of its own, one thread at a time.
+
+    Raises:
+        ConfigError: own code that is not there, or cannot be called.
+    """
+    if not is_code(name):
+        return AUGMENTATIONS.get(name)
+    transform = import_code(name)
+    if not callable(transform) or isinstance(transform, type):
+        raise ConfigError(
+            f"augment {name}: expected what takes an image, uint8 [C, H, W], and gives one, got "
+            f"{'the class ' if isinstance(transform, type) else ''}"
+            f"{getattr(transform, '__name__', type(transform).__name__)}; name an object of it"
+        )
+    return Augmentation(((0.0, _NUMBERS),), partial(_own, name, transform))
+
+
+def _own(
+    name: str, transform: Callable[[Tensor], Any], pixels_BCHW: Tensor, drawn_BA: np.ndarray
+) -> Tensor:
+    changed: list[Tensor] = []
+    with _own_generators() as seed:
+        for pixels_CHW, (number,) in zip(pixels_BCHW, drawn_BA.tolist(), strict=True):
+            seed(int(number))
+            try:
+                result = transform(pixels_CHW.clone())
+            except Exception as error:
+                raise ConfigError(f"augment {name} fails: {one_line(error)}") from error
+            if (
+                not isinstance(result, Tensor)
+                or result.dtype != torch.uint8
+                or result.shape != pixels_CHW.shape
+            ):
+                got = type(result).__name__
+                if isinstance(result, Tensor):
+                    got = f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}"
+                raise ConfigError(
+                    f"augment {name}: expected an image as it came, uint8 "
+                    f"{list(pixels_CHW.shape)}, got {got}; leave out what normalizes (the network "
+                    "does it itself) or resizes to another size"
+                )
+            changed.append(result.as_subclass(Tensor))
+    return torch.stack(changed)
+
+
+@contextmanager
+def _own_generators() -> Iterator[Callable[[int], None]]:
+    """A function that seeds the process's generators, which are afterwards as they were."""
+
+    def seed(number: int) -> None:
+        torch.default_generator.manual_seed(number)
+        np.random.seed(number % 2**32)  # noqa: NPY002  Others draw from it.
+        random.seed(number)
+
+    with _GENERATORS:
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        try:
+            yield seed
+        finally:
+            torch.set_rng_state(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            random.setstate(before[2])
+
+
+def check_augmentation(name: str, shape: tuple[int, ...]) -> None:
+    """Try own code on two images of noise, uint8 [C, H, W].
+
+    Raises:
+        ConfigError: it is none, or what it gives does not follow from the generators.
+    """
+    augmentation = find_augmentation(name)
+    if augmentation is None or not is_code(name):
+        return
+    rng = generator(0, "augment check")
+    pixels_BCHW = torch.from_numpy(rng.integers(0, 256, (2, *shape), np.uint8))
+    drawn_BA = draw_parameters(augmentation, 2, rng)
+    first, again = (change(augmentation, pixels_BCHW, drawn_BA) for _ in range(2))
+    if not torch.equal(first, again):
+        raise ConfigError(
+            f"augment {name}: gives another image when it is asked again, with torch's, NumPy's "
+            "and Python's generators as before; let it draw from one of these, and remember nothing"
+        )

@@ -51,6 +51,7 @@ from fedss.flower.messages import (
 from fedss.flower.registry import digest, row_numbers, token
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
+from fedss.own_code import code_names, find_code
 from fedss.secret import draw_key, proof, read_secret
 from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
 from fedss.wire.downlink import receive
@@ -135,6 +136,9 @@ def _checked(message: Message, node: Mapping[str, Any], handler: Handler) -> Rec
         detail = f"the server has fedss {theirs}, the site {ours}"
         log_line(detail)
         return pack({"error": "version", "detail": detail})
+    if detail := _other_code(metadata):
+        log_line(detail)
+        return pack({"error": "code", "detail": detail})
     local = {name: node[name] for name in ("device", "workers", "weights") if name in node}
     config = replace(config_from_dict(metadata["config"]), **local)
     site = _open(config, node)
@@ -143,6 +147,20 @@ def _checked(message: Message, node: Mapping[str, Any], handler: Handler) -> Rec
         return pack({"round": round, "changed": site.names})
     reply, parts = handler(site, {**metadata, "config": config}, buffers)
     return pack({"round": round, **reply}, **{name: buffer(of) for name, of in parts.items()})
+
+
+def _other_code(metadata: Metadata) -> str:
+    """What this site lacks of the code that the settings name; nothing of it is imported yet."""
+    for name in code_names(metadata["config"]).values():
+        theirs = str(metadata.get("code", {}).get(name))
+        try:
+            ours = find_code(name).sha256
+        except ConfigError as error:
+            log_line(str(error))
+            return f"the settings name {name}, which is not installed at the site"
+        if ours != theirs:
+            return f"the file of {name} has SHA-256 {theirs:.12} at the server, {ours:.12} here"
+    return ""
 
 
 def _open(config: Config, node: Mapping[str, Any]) -> SiteImages:

@@ -26,6 +26,7 @@ from fedss.flower.settings import Deployment, explicit, read_settings
 from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
 from fedss.models import Embedder, frozen_fingerprint
+from fedss.own_code import code_names, find_code
 from fedss.runs.about import DataFacts
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
@@ -35,6 +36,7 @@ from fedss.settings import resolve
 from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
 from fedss.training.experiment import Run, RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase
+from fedss.training.objective import check_own_code
 
 app = ServerApp()
 
@@ -73,7 +75,9 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         "evaluated_at": deployment.evaluate_at,
     }
     folder, left = Path(deployment.out), estimate(config)
-    federate = partial(_federation, grid, resolve(config, None)[0], deployment)
+    told = resolve(config, None)[0]
+    check_own_code(told, tuple(shape), None)
+    federate = partial(_federation, grid, told, deployment)
     return train_federation(
         RunPlan(config, None, embedder, data, federate),
         folder,
@@ -114,6 +118,7 @@ def _federation(
         "version": version("fedss"),
         "config": told,
         "frozen": frozen_fingerprint(embedder),
+        "code": {name: find_code(name).sha256 for name in code_names(told).values()},
     }
     # Before the first checkpoint nothing depends on the registry.
     registry = load_registry(path) if newest else Registry()

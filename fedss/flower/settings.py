@@ -182,7 +182,7 @@ def _app_lines(config: Config, deployment: Deployment, flower: str) -> list[str]
         if option.group != group:
             group = option.group
             lines += ["", f"# {group.capitalize()}; an empty text means the default"]
-        choices = f": {', '.join(option.choices)}" if option.choices else ""
+        choices = f": {option.listed}" if option.choices else ""
         lines += [f"# {option.help}{choices}", _toml(name, value)]
     return lines
 

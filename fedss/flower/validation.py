@@ -73,7 +73,7 @@ def read_reply(
     if not isinstance(metadata.get("changed", {}), dict):
         raise RefusedError("damaged", "expected the names of a site")
     if "error" in metadata:
-        reason = "version" if metadata["error"] == "version" else "raised"
+        reason = metadata["error"] if metadata["error"] in ("version", "code") else "raised"
         raise RefusedError(reason, _detail(metadata.get("detail")))
     if metadata.get("round") != round:
         raise RefusedError("stale", f"not a reply to round {round + 1}")

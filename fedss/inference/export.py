@@ -21,7 +21,7 @@ from fedss.errors import ConfigError, RunFolderError
 from fedss.files import atomic, write_file, writing
 from fedss.inference.model import load
 from fedss.models import Embedder, fingerprint, load_embedder, norm_groups, safetensors_of
-from fedss.models.checks import one_line
+from fedss.text import one_line
 
 CARD = "MODEL_CARD.md"
 TOLERANCE = 1e-5
@@ -37,11 +37,12 @@ Embed = Callable[[Tensor], Tensor]
 
 class Format(NamedTuple):
     """A file format: its file's name; a model and what to say of it -> the file's bytes; the file,
-    and a module of the model's owner where there is one -> the model, as its receiver runs it."""
+    and a module of the model's owner where there is one, or whether the code that it names may be
+    imported -> the model, as its receiver runs it."""
 
     file: str
     write: Callable[[Embedder, Mapping[str, str]], bytes]
-    read: Callable[[Path, nn.Module | None], Embed]
+    read: Callable[[Path, nn.Module | str | None, bool], Embed]
 
 
 def export(
@@ -49,7 +50,8 @@ def export(
     format: str,
     out: str | Path | None = None,
     *,
-    backbone: nn.Module | None = None,
+    backbone: nn.Module | str | None = None,
+    trust_code: bool = False,
 ) -> Path:
     """Write a run's model for others to use, with a model card beside it.
 
@@ -67,6 +69,7 @@ def export(
         out: a folder for this model alone, made if missing; None: ``export`` in the run folder. A
             file of the same model is replaced, its card is kept as it is.
         backbone: if the run was trained with a module of your own: one of the same structure.
+        trust_code: as for :func:`fedss.load`.
 
     Returns:
         The file's path; ``MODEL_CARD.md`` lies beside it.
@@ -86,7 +89,7 @@ def export(
             f"{place}: expected a folder, got the name of a file; --out {place.parent or '.'} gets "
             f"{chosen.file} and {CARD}"
         )
-    embedder = load(folder, backbone)
+    embedder = load(folder, backbone, trust_code)
     mark = fingerprint(embedder)
     about = _metadata(embedder, mark)
     card = model_card(folder, embedder.spec, mark, about["preprocessing_text"])
@@ -97,7 +100,7 @@ def export(
         with atomic(place / chosen.file) as file:
             file.write(content)
             file.flush()
-            _check_equal(embedder, chosen.read(Path(file.name), backbone), format)
+            _check_equal(embedder, chosen.read(Path(file.name), backbone, trust_code), format)
             if not (place / CARD).exists():
                 write_file(place / CARD, card.encode())
     return place / chosen.file
@@ -199,7 +202,7 @@ def _to_torch_export(embedder: Embedder, about: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _run_torch_export(path: Path, backbone: nn.Module | None) -> Embed:
+def _run_torch_export(path: Path, backbone: nn.Module | str | None, trust_code: bool) -> Embed:
     with path.open("rb") as file:
         module: nn.Module = torch.export.load(file).module()
     return module
@@ -255,7 +258,7 @@ def _strip(graph: Any) -> None:
                 _strip(inner)
 
 
-def _run_onnx(path: Path, backbone: nn.Module | None) -> Embed:
+def _run_onnx(path: Path, backbone: nn.Module | str | None, trust_code: bool) -> Embed:
     session = _import("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(pixels_BCHW: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from fedss.runs.summaries import read_summaries
 _LOG = logging.getLogger("fedss.inference")
 
 
-def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
+def load(
+    path: str | Path, backbone: nn.Module | str | None = None, trust_code: bool = False
+) -> Embedder:
     """The trained model of a run folder (or of its ``model`` folder), or an exported one.
 
     Of a run that is not finished it is that of the last checkpoint; a warning is logged that says
@@ -23,18 +25,21 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
 
     Args:
         path: a run folder, or the ``model.safetensors`` of ``fedss export`` or its folder.
-        backbone: if the run was trained with a module of your own: one of the same structure.
+        backbone: if the run was trained with a module of your own: one of the same structure, or
+            the name of code that makes one, ``"package.module:function"``, which is imported.
+        trust_code: import the code that the run names, if it is as it was when the run began.
 
     Raises:
         RunFolderError: there is no run with a model or a checkpoint.
-        ConfigError: a file that is damaged or no model, or a backbone missing.
+        ConfigError: a file that is damaged or no model, or a backbone missing; code that is not
+            trusted (it says what would be imported, and from where), not there, or another one.
     """
     path = Path(path)
     if path.is_file():
-        return load_embedder(path, backbone)
+        return load_embedder(path, backbone, trust_code)
     for place in (path / "model", path):
         if (place / "model.safetensors").exists():
-            return load_embedder(place, backbone)
+            return load_embedder(place, backbone, trust_code)
     runs = [s["folder"] for s in read_summaries(path) if s.get("folder", ".") != "."]
     if runs:
         raise RunFolderError(
@@ -54,7 +59,7 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
         )
     done = (path / "summary.json").exists()
     if not done and (path / "checkpoint" / "first" / "config.json").exists():
-        return _so_far(path, backbone)
+        return _so_far(path, backbone, trust_code)
     raise RunFolderError(
         f"{path}: expected a finished run with model/model.safetensors, found none; "
         + ("delete its summary.json and " if done else "")
@@ -62,7 +67,7 @@ def load(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
     )
 
 
-def _so_far(run: Path, backbone: nn.Module | None) -> Embedder:
+def _so_far(run: Path, backbone: nn.Module | str | None, trust_code: bool) -> Embedder:
     """The model of a run's last checkpoint."""
     place, rounds = run / "checkpoint", read_run_config(run)["config"]["rounds"]
     round = newest_round(place)
@@ -71,7 +76,8 @@ def _so_far(run: Path, backbone: nn.Module | None) -> Embedder:
             f"{run}: expected a finished run or a checkpoint, found a run that has neither yet; "
             "wait for its first checkpoint, or start its fedss train command again"
         )
-    embedder, theta_P = load_embedder(place / "first", backbone), load_backbone(place)
+    embedder = load_embedder(place / "first", backbone, trust_code)
+    theta_P = load_backbone(place)
     trained = [p for p in embedder.parameters() if p.requires_grad]
     if sum(p.numel() for p in trained) != len(theta_P):
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Backbones by name: a network of this library's own, and timm's."""
 
 import difflib
+import inspect
 import re
 import reprlib
 from collections import OrderedDict
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 
 from fedss.errors import ConfigError
-from fedss.models.checks import check_image, one_line, size_hint
+from fedss.models.checks import check_image, size_hint
 from fedss.models.norms import LEAST_VALUES, largest_groups
 from fedss.optional import import_extra
+from fedss.own_code import FORM, import_code
+from fedss.text import one_line
 
 _MOST_WIDTH = 2048  # 450 MB of weights
 
@@ -113,9 +116,42 @@ def named_backbone(name: str, channels: int, image_size: int, pretrained: bool) 
     near = difflib.get_close_matches(name, ["conv4", "conv4-32", "conv4-64"], n=1)
     hint = f'did you mean "{near[0]}"' if near else f'a timm model is written "timm:{name}"'
     raise ConfigError(
-        f'unknown backbone "{name}": names are "conv4" (64 channels), "conv4-<width>" or '
-        f'"timm:<model>"; {hint}'
+        f'unknown backbone "{name}": names are "conv4" (64 channels), "conv4-<width>", '
+        f'"timm:<model>" or, of code of your own, "{FORM}"; {hint}'
     )
+
+
+def own_backbone(name: str, channels: int, image_size: int, embedding_size: int) -> nn.Module:
+    """A backbone that a function of the user's own makes; a class of modules is one, too.
+
+    It is called with those of the three numbers, by keyword, that it has arguments for.
+
+    Raises:
+        ConfigError: no such function; it fails, or gives something else.
+    """
+    make = import_code(name)
+    if isinstance(make, nn.Module) or not callable(make):
+        raise ConfigError(
+            f"backbone {name}: expected a function or class that makes a torch.nn.Module, got "
+            f"an object of type {type(make).__name__}"
+        )
+    offered = {"channels": channels, "image_size": image_size, "embedding_size": embedding_size}
+    try:
+        wanted = inspect.signature(make).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"backbone {name}: its arguments are not known: {error}") from error
+    if not any(argument.kind is argument.VAR_KEYWORD for argument in wanted):
+        offered = {a.name: offered[a.name] for a in wanted if a.name in offered}
+    try:
+        body = make(**offered)
+    except Exception as error:
+        called = ", ".join(f"{key}={value}" for key, value in offered.items())
+        raise ConfigError(f"backbone {name}: {name}({called}) fails: {one_line(error)}") from error
+    if not isinstance(body, nn.Module):
+        raise ConfigError(
+            f"backbone {name}: expected it to make a torch.nn.Module, got {type(body).__name__}"
+        )
+    return body
 
 
 def conv4_width(name: str | None) -> int | None:

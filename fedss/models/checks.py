@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.models.norms import BatchNorm, FrozenBatchNorm, InstanceNorm
+from fedss.text import one_line
 
 _ADVICE = (
     "Dropout draws from torch's global generator, so that results would depend on the number and "
@@ -172,12 +173,6 @@ def size_hint(published: Any, image_size: int) -> str:
     if side in (0, image_size):
         return ""
     return f"; the model is made for {side} px: --image-size {side}"
-
-
-def one_line(error: Exception) -> str:
-    """An exception of somebody else's code in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def few(items: Sequence[str], most: int = 8) -> str:

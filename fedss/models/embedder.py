@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedss.choices import BatchNormRule, ForwardPrecision
 from fedss.errors import ConfigError, DataError
-from fedss.models.backbones import named_backbone, own_random_state
+from fedss.models.backbones import named_backbone, own_backbone, own_random_state
 from fedss.models.checks import (
     check_image,
     output_size,
@@ -36,6 +36,7 @@ from fedss.models.frozen import freeze_
 from fedss.models.layout import channels_last, channels_last_pays
 from fedss.models.norms import LEAST_VALUES, freeze_batch_norm, replace_batch_norm
 from fedss.models.weights import load_weights_, weights_fingerprint
+from fedss.own_code import find_code, is_code
 
 MOST_FEATURES = 2**20
 """Numbers of the longest embedding."""
@@ -45,7 +46,8 @@ MOST_FEATURES = 2**20
 class EmbedderSpec:
     """What it takes to build an `Embedder` of the same structure again.
 
-    `backbone` is the name given to `build_embedder`, or None for a module of the user's own.
+    `backbone` is the name given to `build_embedder`, or None for a module of the user's own; `code`
+    is the SHA-256 of the file that the name leads to, where it is that of own code.
     `pretrained` says that batch norms were frozen rather than replaced; rebuilding downloads
     nothing. `weights` is the SHA-256 of the file that trained weights came from, if they came from
     one, and `trainable` which part trains. `group_values` is the least number of values in a group
@@ -60,6 +62,12 @@ class EmbedderSpec:
     weights: str | None = None
     trainable: str = "all"
     group_values: int = LEAST_VALUES
+    code: str | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the backbone is a module of the user's own."""
+        return self.backbone is None or is_code(self.backbone)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(EmbedderSpec).items():
@@ -164,7 +172,8 @@ def build_embedder(
     Args:
         backbone: "conv4", "conv4-<width>" (see `conv4`), "timm:<model>" (any image model of timm:
             `pip install "fedss[timm]"`), or a module of your own that maps float32 [B, C, H, W] to
-            [B, features]. Yours is copied to the CPU, never changed.
+            [B, features]. Yours is copied to the CPU, never changed. Or "package.module:function",
+            which makes one (`own_backbone`): that imports the module.
         channels: C of the images.
         image_size: H and W of the images.
         embedding_size: D.
@@ -195,20 +204,21 @@ def build_embedder(
     trained = pretrained or weights is not None
     if isinstance(backbone, nn.Module):
         refuse_lazy_layers(backbone)
-        if batch_norm == "auto" and not trained:
-            refuse_trained_norms(backbone)
+    name = backbone if isinstance(backbone, str) else ""
     frozen = batch_norm == "freeze" or (batch_norm == "auto" and trained)
     spec = EmbedderSpec(
-        backbone=backbone if isinstance(backbone, str) else None,
+        backbone=name or None,
         channels=channels,
         image_size=image_size,
         embedding_size=embedding_size,
         pretrained=frozen,
         weights=None if weights is None else weights_fingerprint(weights),
         trainable=trainable,
+        code=find_code(name).sha256 if is_code(name) else None,
     )
     _check_statistics(pixel_mean, pixel_std, channels)
-    embedder = assemble(backbone, spec, seed, pretrained and weights is None, weights)
+    untrained = spec.is_own and batch_norm == "auto" and not trained
+    embedder = assemble(backbone, spec, seed, pretrained and weights is None, weights, untrained)
     published = getattr(embedder.backbone, "pretrained_cfg", None)
     if pixel_mean is None and (trained or frozen) and isinstance(published, Mapping):
         pixel_mean, pixel_std = published.get("mean"), published.get("std")
@@ -227,8 +237,12 @@ def assemble(
     seed: int,
     download: bool,
     weights: str | Path | None = None,
+    untrained: bool = False,
 ) -> Embedder:
-    """`build_embedder` from a description; timm's weights are downloaded, read or drawn."""
+    """`build_embedder` from a description; timm's weights are downloaded, read or drawn.
+
+    `untrained`: batch norms that have been trained are refused.
+    """
     if weights is not None and not (spec.backbone or "").startswith("timm:"):
         raise ConfigError(
             f"weights: only timm models take a file, expected a backbone timm:<model>, got "
@@ -237,17 +251,21 @@ def assemble(
     with own_random_state(seed):
         if isinstance(backbone, nn.Module):
             body = copy.deepcopy(backbone).cpu()
+        elif is_code(backbone):
+            body = own_backbone(backbone, spec.channels, spec.image_size, spec.embedding_size).cpu()
         else:
             body = named_backbone(backbone, spec.channels, spec.image_size, download)
         if weights is not None:
             load_weights_(body, weights, spec.channels)
         refuse_lazy_layers(body)
+        if untrained:
+            refuse_trained_norms(body)
         refuse_broken_numbers(body)
         freeze_(body, spec.trainable)
         refuse_dropout(body)
         features = output_size(body, spec.channels, spec.image_size)
         images_BCHW = probe_images(spec.channels, spec.image_size)
-        if spec.backbone is not None:
+        if not spec.is_own:
             # Some models lay out constants by the size of the first images that they see.
             with torch.no_grad():
                 body.eval()(images_BCHW)
@@ -259,7 +277,7 @@ def assemble(
         refuse_batch_statistics(body)
         refuse_hidden_state(body, spec.channels, spec.image_size)
         projection: nn.Module = nn.Identity()
-        if spec.backbone is not None or features != spec.embedding_size:
+        if not spec.is_own or features != spec.embedding_size:
             projection = nn.Linear(features, spec.embedding_size, bias=False)
             nn.init.kaiming_normal_(projection.weight, nonlinearity="linear")
         elif spec.trainable == "head":

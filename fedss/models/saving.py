@@ -19,6 +19,7 @@ from fedss.models.checks import few
 from fedss.models.embedder import Embedder, EmbedderSpec, assemble
 from fedss.models.flat import raw_bytes
 from fedss.models.norms import NormAct
+from fedss.own_code import FORM, OwnCode, check_code, is_code
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
@@ -61,19 +62,25 @@ def safetensors_of(embedder: Embedder, metadata: Mapping[str, str]) -> bytes:
     return save(tensors, metadata=header)
 
 
-def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedder:
+def load_embedder(
+    path: str | Path, backbone: nn.Module | str | None = None, trust_code: bool = False
+) -> Embedder:
     """The embedder that was saved: same outputs, bit for bit, on the CPU, in eval mode.
 
-    Nothing is downloaded, and only tensors and JSON are read: no code of the files runs.
+    Nothing is downloaded, and only tensors and JSON are read: no code of the files runs, and what
+    they name is imported only where ``trust_code`` says so.
 
     Args:
         path: a folder that `save_embedder` wrote, or a file (or its folder) of `safetensors_of`.
         backbone: needed if and only if the model was built around a module of your own: one of the
-            same structure, with any weights. It is copied, not changed.
+            same structure, with any weights. It is copied, not changed. Or the name of code that
+            makes one, which is imported. Where the model names such code, it takes its place.
+        trust_code: import the code that the model names.
 
     Raises:
         ConfigError: a file missing, damaged or of another origin; a backbone missing or not called
-            for; tensors missing, left over or of another shape or dtype (they are listed).
+            for; code that is not trusted, not there or another one; tensors missing, left over or
+            of another shape or dtype (they are listed).
     """
     path = Path(path)
     file = path if path.is_file() else path / _WEIGHTS
@@ -88,16 +95,21 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
         spec = _spec(description, f"the header of {file}")
     else:
         spec = _config_spec(file, path.is_file())
-    source = spec.backbone or backbone
+    source = backbone if spec.is_own and backbone is not None else spec.backbone
     if source is None:
         raise ConfigError(
             f"the model in {path} was built around a module of its owner's, which no file can "
-            "hold: pass one of the same structure, fedss.load(folder, backbone=...)"
+            "hold: pass one of the same structure, fedss.load(folder, backbone=...), or name the "
+            f"function that makes it, --backbone {FORM}"
         )
-    if spec.backbone is not None and backbone is not None:
+    if not spec.is_own and backbone is not None:
         raise ConfigError(
             f'the model in {path} was built from the name "{spec.backbone}": leave backbone out'
         )
+    if isinstance(backbone, str) and not is_code(backbone):
+        raise ConfigError(f"backbone: expected {FORM}, got {backbone!r}")
+    if isinstance(source, str) and source == spec.backbone and spec.is_own:
+        check_code(OwnCode(source, spec.code or ""), trust_code or source == backbone, path)
     try:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -121,7 +133,7 @@ def load_embedder(path: str | Path, backbone: nn.Module | None = None) -> Embedd
 
 def fingerprint(embedder: Embedder) -> str:
     """A digest, in hex, of a model's structure and of every number in it; sha256."""
-    spec = asdict(embedder.spec)
+    spec = _stored(embedder.spec)
     # Models of before there was a choice keep the fingerprint that indexes and cards know them by.
     if spec["group_values"] == _OLD_GROUP_VALUES:
         del spec["group_values"]
@@ -133,7 +145,12 @@ def fingerprint(embedder: Embedder) -> str:
 
 
 def _description(embedder: Embedder) -> dict[str, Any]:
-    return {"format": _FORMAT, "embedder": asdict(embedder.spec)}
+    return {"format": _FORMAT, "embedder": _stored(embedder.spec)}
+
+
+def _stored(spec: EmbedderSpec) -> dict[str, Any]:
+    """A description as it is written: what all but models of own code lack is left out."""
+    return {k: v for k, v in asdict(spec).items() if k != "code" or v is not None}
 
 
 def _state(embedder: Embedder) -> dict[str, Tensor]:

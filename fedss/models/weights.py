@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from fedss.errors import ConfigError
 from fedss.files import START_LENGTH, what_begins
-from fedss.models.checks import few, one_line
+from fedss.models.checks import few
 from fedss.optional import import_extra
+from fedss.text import one_line
 
 # Statistics of a batch norm are frozen with it, and then nobody asks how many batches made them.
 _UNUSED = "num_batches_tracked"

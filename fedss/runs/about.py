@@ -59,7 +59,8 @@ class RunConfig(TypedDict):
     """The ``config.json`` of a run. Beside these it has the versions of what it was made with.
 
     ``resolved`` has the numbers of settings that are ``auto`` in ``config``, ``why`` their reasons,
-    ``rounds_before`` how many rounds the run was to have before that was changed, the first first.
+    ``rounds_before`` how many rounds the run was to have before that was changed, the first first,
+    ``code`` the own code of each setting that names some, see :class:`fedss.own_code.OwnCode`.
     """
 
     config: RunSettings
@@ -68,6 +69,7 @@ class RunConfig(TypedDict):
     data: DataFacts
     model: ModelFacts
     command: NotRequired[str | None]
+    code: NotRequired[Mapping[str, Mapping[str, str]]]
 
 
 class AnyConfig(TypedDict):
@@ -79,6 +81,7 @@ class AnyConfig(TypedDict):
     resolved: NotRequired[Mapping[str, Any]]
     data: NotRequired[DataFacts]
     model: NotRequired[Mapping[str, Any]]
+    code: NotRequired[Mapping[str, Mapping[str, str]]]
     methods: NotRequired[list[str]]
     seeds: NotRequired[list[int]]
 

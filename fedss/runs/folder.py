@@ -18,6 +18,7 @@ from fedss.config import OPTIONS, Config
 from fedss.distributed import Ranks
 from fedss.errors import RunFolderError
 from fedss.files import RUN_FOLDER_ADVICE, remove_litter, write_json, writing
+from fedss.own_code import OwnCode, code_names, find_code, other_file
 from fedss.runs.about import AnyConfig, DataFacts, read_any_config
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.summaries import read_summaries
@@ -114,6 +115,8 @@ def write_run_config(
     content |= {"data": dict(data), "model": dict(model)} | _versions()
     if start is not None:
         content["start"] = dict(start)
+    if code := {field: find_code(name) for field, name in code_names(_stored(config)).items()}:
+        content["code"] = {field: dataclasses.asdict(of_field) for field, of_field in code.items()}
     if not ranks.first:
         ranks.gather(None)
         if not (folder / "config.json").exists():
@@ -124,6 +127,7 @@ def write_run_config(
     elif "methods" in stored:
         raise RunFolderError(f"{folder} holds a comparison; choose another folder for one run")
     else:
+        _check_same_code(folder, code, stored.get("code", {}))
         parts, before = ("config", "resolved", "data", "model"), stored["config"].get("rounds")
         if not isinstance(before, int) or before == config.rounds:
             _check_same(folder, content, stored, parts, _FREE_FIELDS)
@@ -135,6 +139,16 @@ def write_run_config(
             write_json(folder / "config.json", content)
     if ranks.first:
         ranks.gather(None)
+
+
+def _check_same_code(folder: Path, now: Mapping[str, OwnCode], kept: Mapping[str, Any]) -> None:
+    for field, code in now.items():
+        before = OwnCode(code.name, kept.get(field, {}).get("sha256", ""))
+        if kept.get(field, {}).get("name") == code.name and before != code:
+            raise RunFolderError(
+                f"{folder} was made with {other_file(before, code)}; put the file back as it was, "
+                "or choose another folder"
+            )
 
 
 def _reopen(folder: Path, rounds: int, before: int) -> None:

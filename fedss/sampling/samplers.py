@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedss.errors import ConfigError
 from fedss.losses.softmax import ClassSample
+from fedss.own_code import import_code, is_code
 
 Negatives = tuple[np.ndarray, np.ndarray]
 """Ids int64 [M], sorted, unique, none of them own; inclusion probabilities float64 [M]."""
@@ -205,3 +206,22 @@ SAMPLERS: dict[str, Sampler] = {
         Sampler("sticky", "a client's own fixed cover", draw=draw_first, fixed=True),
     )
 }
+
+
+def find_sampler(name: str) -> Sampler:
+    """A sampler by its name in ``SAMPLERS``, or that of own code: a :class:`Sampler`, or its draw.
+
+    Raises:
+        ConfigError: own code that is not there, or neither of these.
+    """
+    if not is_code(name):
+        return SAMPLERS[name]
+    found = import_code(name)
+    if isinstance(found, Sampler):
+        return found
+    if not callable(found) or isinstance(found, type):
+        raise ConfigError(
+            f"sampler {name}: expected a fedss.sampling.samplers.Sampler or a function "
+            f"draw(own_P, num_classes, num_negatives, rng), got {type(found).__name__}"
+        )
+    return Sampler(name, "own code", draw=found)

@@ -51,7 +51,8 @@ def build_collection(
     skip_broken: bool = False,
     replace: bool = False,
     on_progress: OnProgress | None = None,
-    backbone: nn.Module | None = None,
+    backbone: nn.Module | str | None = None,
+    trust_code: bool = False,
 ) -> Collection:
     """Index the images of a folder or a CSV, for search.
 
@@ -72,6 +73,7 @@ def build_collection(
         on_progress: called with the number of images done and of all; None: progress is
             logged.
         backbone: as for ``fedss.load``.
+        trust_code: as for ``fedss.load``.
 
     Raises:
         DataError: no images, or some that cannot be read; what was embedded is kept for the next
@@ -80,7 +82,7 @@ def build_collection(
             be written; an index or enrolled classes of another model are there, or
             an index without any of these images (without ``replace``).
     """
-    embedder = load(run, backbone)
+    embedder = load(run, backbone, trust_code)
     folder = (Path(run) / "index" if folder is None else Path(folder)).absolute()
     image_list = list_images(Path(images))
     with lock_folder(folder, _ADVICE):

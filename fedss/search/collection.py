@@ -222,7 +222,11 @@ def checked_queries(query_QD: Tensor, size: int) -> Tensor:
 
 
 def open_collection(
-    folder: str | Path, run: str | Path, *, backbone: nn.Module | None = None
+    folder: str | Path,
+    run: str | Path,
+    *,
+    backbone: nn.Module | str | None = None,
+    trust_code: bool = False,
 ) -> Collection:
     """An index with the model that made it.
 
@@ -230,12 +234,13 @@ def open_collection(
         folder: where the index lies; ``RUN/index`` unless it was put elsewhere.
         run: the run folder of the model.
         backbone: as for ``fedss.load``.
+        trust_code: as for ``fedss.load``.
 
     Raises:
         RunFolderError: no index, a damaged one, or one made with another model.
         ConfigError: as ``fedss.load``.
     """
-    return open_with(Path(folder).absolute(), load(run, backbone))
+    return open_with(Path(folder).absolute(), load(run, backbone, trust_code))
 
 
 def reopen(collection: Collection) -> Collection:

@@ -21,12 +21,13 @@ from fedss.data import (
     rotate_classes,
     split_clients,
 )
-from fedss.data.augment import AUGMENTATIONS
+from fedss.data.augment import find_augmentation
 from fedss.errors import ConfigError, DataError
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import Objective, Scoring
 from fedss.models import Embedder, build_embedder
-from fedss.sampling.samplers import SAMPLERS, Sampler
+from fedss.own_code import import_code
+from fedss.sampling.samplers import SAMPLERS, Sampler, find_sampler
 from fedss.seeds import generator
 from fedss.settings import auto_sample_size
 from fedss.wire.messages import WireFormat
@@ -164,6 +165,24 @@ def scoring(config: Config) -> Scoring:
     return Scoring(config.scale, config.margin_kind, config.margin, config.correction)
 
 
+def named_objective(config: Config) -> Objective | None:
+    """The loss of a user's own that the configuration names, if it names one.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if config.objective is None:
+        return None
+    found = import_code(config.objective)
+    if not callable(found) or isinstance(found, type):
+        raise ConfigError(
+            f"objective {config.objective}: expected a function, such as those of "
+            f"fedss.losses.softmax, got {type(found).__name__}"
+        )
+    loss: Objective = found
+    return loss
+
+
 def round_plan(
     config: Config,
     num_classes: int,
@@ -188,7 +207,8 @@ def round_plan(
     method = METHODS[config.method]
     chosen = SAMPLERS["uniform"]
     if method.negatives == "sampled" or (method.negatives == "cover" and config.cover):
-        chosen = sampler or SAMPLERS[config.sampler]
+        chosen = sampler or find_sampler(config.sampler)
+    objective = objective or named_objective(config)
     if objective is not None:
         method = replace(method, objective=objective, payload=None, absent=None)
     if method.server_step is not None:
@@ -210,7 +230,7 @@ def round_plan(
             decay * resolved(config.client_lr),
             decay * resolved(config.class_row_lr),
         ),
-        AUGMENTATIONS.get(config.augment),
+        find_augmentation(config.augment),
         secret,
     )
 

@@ -19,6 +19,7 @@ from fedss.evaluation.task import check_tellable
 from fedss.files import write_json
 from fedss.losses.softmax import Objective
 from fedss.models import Embedder, load_embedder, save_embedder
+from fedss.own_code import is_code
 from fedss.report import write_report
 from fedss.report.notebook import Plot, ReportPage
 from fedss.runs.about import DataFacts
@@ -47,7 +48,7 @@ from fedss.training.build import (
 )
 from fedss.training.federation import Federate, Known, local_federation
 from fedss.training.loop import OnRound, train_rounds
-from fedss.training.objective import check_objective
+from fedss.training.objective import check_own_code
 from fedss.training.start import Start, start_from
 from fedss.training.summary import describe, describe_model
 
@@ -93,6 +94,12 @@ class OwnParts:
     backbone: nn.Module | None = None
     sampler: Sampler | None = None
     objective: Objective | None = None
+
+    def backbone_of(self, config: Config) -> nn.Module | str | None:
+        """What makes a backbone of the user's own anew: the module, or the name of the code."""
+        if self.backbone is not None:
+            return self.backbone
+        return config.backbone if is_code(config.backbone) else None
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,7 @@ def _check(config: Config, data: Dataset, own: OwnParts) -> None:
         check_tellable(task, data.name, config.test_classes)
     compute_device(config)
     _secret(config)
-    if own.objective is not None:
-        check_objective(told, own.objective)
+    check_own_code(told, data.train.pixels.shape[1:], own.objective)
 
 
 def _secret(config: Config) -> bytes | None:
@@ -212,7 +218,7 @@ class _Experiment:
         federate = partial(local_federation, config, self.data, self.ranks, self.floors)
         model = build_model(config, self.data, self.own.backbone)
         about, problem = describe(config, self.data), problem_of(self.data)
-        names, backbone = self.data.train.class_names, self.own.backbone
+        names, backbone = self.data.train.class_names, self.own.backbone_of(config)
         start = start_from(self.start, folder, config, model, names, backbone)
         plan = RunPlan(config, problem, model, about, federate, self.own, names, start)
         return train_federation(plan, folder, label, on_round=self.on_round, ranks=self.ranks)
@@ -270,7 +276,8 @@ def train_federation(
             if not already_done or not (folder / "report.html").exists():
                 write_report(folder)
         (summary,) = ranks.gather(read_summaries(folder))[0]
-        return Run(folder, load_embedder(folder / "model", own.backbone), summary, already_done)
+        embedder = load_embedder(folder / "model", own.backbone_of(config))
+        return Run(folder, embedder, summary, already_done)
 
 
 def _resolve_first(

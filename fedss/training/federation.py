@@ -12,7 +12,7 @@ from fedss.config import Config
 from fedss.core.engine import Engine
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, RetrievalTask, index_clients
-from fedss.data.augment import AUGMENTATIONS, preview
+from fedss.data.augment import find_augmentation, preview
 from fedss.distributed import Ranks
 from fedss.engines.local import intra_op_threads, local_engine
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
@@ -76,7 +76,7 @@ def local_federation(
     if METHODS[config.method].pooled:
         images, cohort_size = pool_images(images, cohort_size, config.seed), 1
     num_classes, task = len(images.class_names), task_in_training(config, data)
-    changes = AUGMENTATIONS.get(config.augment)
+    changes = find_augmentation(config.augment)
     # Before all else: this needs a package that may not be installed.
     shown = preview(changes, images.pixels, config.seed) if changes else None
     with local_engine(

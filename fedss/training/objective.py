@@ -1,4 +1,4 @@
-"""A loss of a user's own: its name, and whether it can be trained on."""
+"""A user's own sampler, loss and augmentation, before training; and the name of such a loss."""
 
 import hashlib
 from functools import partial
@@ -7,10 +7,12 @@ import torch
 
 from fedss.config import Config
 from fedss.core.client_stacked import stacked_losses
+from fedss.data.augment import check_augmentation
 from fedss.errors import ConfigError
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import ClassSample, Objective, completed_softmax, sampled_softmax
-from fedss.training.build import scoring
+from fedss.sampling.samplers import find_sampler
+from fedss.training.build import named_objective, scoring
 
 _LONGEST = 100  # characters of a partial's arguments that are shown as they are
 
@@ -60,15 +62,30 @@ def _described(value: object) -> str:
     )
 
 
-def check_objective(config: Config, objective: Objective) -> None:
-    """Try a loss of a user's own on two clients of two images and three classes.
+def check_own_code(config: Config, shape: tuple[int, ...], objective: Objective | None) -> None:
+    """Try what a configuration names: sampler, loss and augmentation of images [C, H, W].
 
-    ``config`` has numbers in place of ``auto``, see :func:`fedss.settings.resolve`.
+    ``config`` has numbers in place of ``auto``, see :func:`fedss.settings.resolve`; ``objective``,
+    if given, takes the place of its loss.
+
+    Raises:
+        ConfigError: it is not there, or is none.
+    """
+    find_sampler(config.sampler)
+    check_augmentation(config.augment, shape)
+    if objective is not None:
+        check_objective(config, objective, objective_name(objective))
+    elif (named := named_objective(config)) is not None:
+        check_objective(config, named, str(config.objective))
+
+
+def check_objective(config: Config, objective: Objective, name: str) -> None:
+    """Try a loss of a user's own on two clients of two images and three classes.
 
     Raises:
         ConfigError: the method is made by its loss, or this is none; says what came.
     """
-    named = f"objective {objective_name(objective)!r}"
+    named = f"objective {name!r}"
     losses = sampled_softmax, completed_softmax
     if METHODS[config.method].objective not in losses:
         free = [name for name, method in METHODS.items() if method.objective in losses]

@@ -50,7 +50,7 @@ def start_from(
     config: Config,
     embedder: Embedder,
     class_names: Sequence[str],
-    backbone: nn.Module | None,
+    backbone: nn.Module | str | None,
 ) -> Start | None:
     """Give an embedder the weights that a run starts from, in place; None: it starts with its own.
 
@@ -62,7 +62,7 @@ def start_from(
         config: the configuration of the run that starts.
         embedder: its model.
         class_names: the names of its class rows.
-        backbone: the user's own module, if there is one.
+        backbone: the user's own module or the name of the code that makes it, if there is one.
 
     Raises:
         ConfigError: the other run has another architecture.

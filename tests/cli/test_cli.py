@@ -167,7 +167,7 @@ def test_commands_and_options_are_pinned(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert set(re.findall(r"^    ([a-z]+) ", text, re.M)) == COMMANDS
-    own = {"--help", "--config", "--out"}
+    own, code = {"--help", "--config", "--trust-code", "--out"}, {"--trust-code", "--backbone"}
     booleans = flags([f"no-{o.name}" for o in OPTIONS if o.type is bool])
     config = flags(PINNED) | booleans
     data = flags([o.name for o in OPTIONS if o.group == "data"])
@@ -176,17 +176,17 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("compare", capsys)[0] == (
         (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
     )
-    assert options_of("evaluate", capsys)[0] == data | {
+    assert options_of("evaluate", capsys)[0] == data | code | {
         "--help",
         "--no-skip-broken",
         "--no-rotations",
         "--far",
         "--json",
     }
-    assert options_of("embed", capsys)[0] == {"--help", "--out", "--skip-broken"}
-    assert options_of("export", capsys)[0] == {"--help", "--format", "--out"}
+    assert options_of("embed", capsys)[0] == code | {"--help", "--out", "--skip-broken"}
+    assert options_of("export", capsys)[0] == code | {"--help", "--format", "--out"}
     assert options_of("report", capsys)[0] == {"--help", "--watch"}
-    assert options_of("serve", capsys)[0] == {
+    assert options_of("serve", capsys)[0] == code | {
         "--help",
         "--host",
         "--index",
@@ -196,10 +196,22 @@ def test_commands_and_options_are_pinned(capsys):
         "--port",
         "--threshold",
     }
-    assert options_of("index", capsys)[0] == {"--help", "--index", "--skip-broken", "--replace"}
-    assert options_of("search", capsys)[0] == {"--help", "--index", "--count", "--json", "--show"}
-    assert options_of("enrol", capsys)[0] == {"--help", "--index", "--remove"}
-    assert options_of("identify", capsys)[0] == {"--help", "--index", "--threshold", "--json"}
+    index = {"--help", "--index", "--skip-broken", "--replace"}
+    assert options_of("index", capsys)[0] == code | index
+    assert options_of("search", capsys)[0] == code | {
+        "--help",
+        "--index",
+        "--count",
+        "--json",
+        "--show",
+    }
+    assert options_of("enrol", capsys)[0] == code | {"--help", "--index", "--remove"}
+    assert options_of("identify", capsys)[0] == code | {
+        "--help",
+        "--index",
+        "--threshold",
+        "--json",
+    }
     assert options_of("secret", capsys)[0] == {"--help"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
