@@ -235,7 +235,7 @@ def test_basic_options_are_pinned_and_help_all_has_the_others(capsys):
     for command in ("train", "info", "app"):
         assert shown[command] & config == {*BASIC}
     assert shown["compare"] & config == {*BASIC} - {"method", "seed"}
-    assert shown["evaluate"] & config == {*BASIC[:8]}
+    assert shown["evaluate"] & config == {*BASIC[:8], "backbone"}
     deployment = {item.name for item in dataclasses.fields(Deployment)}
     assert shown["app"] & deployment == {"out", "sites"}
     assert {command for command in COMMANDS if "help_all" in shown[command]} == {

@@ -107,7 +107,7 @@ def test_an_app_names_the_code_and_imports_none(photos, tmp_path, capsys):
     assert written["objective"] == ""
     assert "parts" not in sys.modules
     # Of a run that names some.
-    fedss.train(settings(photos, backbone="parts:net", rounds=1), "run")
+    fedss.train(settings(photos, backbone="parts:net", rounds=1, secret_file=None), "run")
     words = ["app", "other", "--out", str(tmp_path / "out"), "--config", "run/config.json"]
     capsys.readouterr()
     assert main(words) == 2

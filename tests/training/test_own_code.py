@@ -138,9 +138,14 @@ def test_an_augmentation_depends_on_seed_round_and_client_alone():
     torch.manual_seed(5)
     random.seed(5)
     assert same(one, trained("threads", augment="parts:flip", workers=3))
-    assert not same(one, trained("plain"))
+    plain = trained("plain")
     stacked = trained("stacked", augment="parts:flip", stack=2)
-    assert all(torch.allclose(t, one[name], atol=1e-4) for name, t in stacked.items())
+
+    def farthest(other):
+        return max(float((tensor - one[name]).abs().max()) for name, tensor in other.items())
+
+    # Where pixels are equal, rounding decides which of them a pool takes.
+    assert farthest(stacked) < 5e-3 < farthest(plain)
     assert (Path("one") / "augmentation.npz").exists()
 
 
