@@ -130,6 +130,8 @@ def test_a_notebook_has_a_bar_for_each_task_and_cell(capsys, monkeypatch):
         return Handle(drawn[-1])
 
     shell = type("Shell", (), {"kernel": None, "execution_count": 1})()
+    # A test before may have left lines on stderr.
+    monkeypatch.setattr(logging.getLogger("fedss"), "handlers", [])
     monkeypatch.setattr(display, "display", show)
     monkeypatch.setattr("fedss.log._notebook", lambda: shell)
     monkeypatch.setattr("fedss.log.time.monotonic", iter(range(0, 10**6, 60)).__next__)
