@@ -44,7 +44,7 @@ def render(
     curves, cards = evaluations(groups, slots), _key_figures(groups)
     return _template().render(
         title=_title(groups),
-        headline=headlines.headline(groups),
+        headline=headlines.headline(groups).replace(" %", "\u00a0%"),
         caveat=headlines.caveat(groups),
         setup=_setup(groups),
         figures=cards,
@@ -114,7 +114,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "decimals": decimals,
-        "percent": headlines.percent,
+        "percent": lambda ratio: headlines.percent(ratio).replace(" ", "\u00a0"),
         "breakable": lambda name: _breakable(name, "/_"),
         "shortened": lambda name: wrap(name, 20, 1),
         "foldable": lambda text: _breakable(text, ":,"),

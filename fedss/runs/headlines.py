@@ -14,7 +14,7 @@ ENOUGH = 0.96  # of the full softmax's MAP@10: from here on a variant is recomme
 
 def percent(ratio: float) -> str:
     """``7 %``; one decimal below 1 %."""
-    return f"{100 * ratio:.{1 if 100 * ratio < 0.995 else 0}f}\u00a0%"
+    return f"{100 * ratio:.{1 if 100 * ratio < 0.995 else 0}f} %"
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:

@@ -10,6 +10,8 @@ import pytest
 
 from fedss.errors import RunFolderError
 from fedss.report import bytes_figure
+from fedss.runs import headlines
+from fedss.text import printable
 from tests.report.made import (
     BACKBONE,
     N_CLASSES,
@@ -206,3 +208,8 @@ def test_methods_that_nobody_could_evaluate(tmp_path: Path) -> None:
     assert re.search(
         r"pos-only reaches MAP@10 0\.2\d\d after 10 rounds, moving [^,]*\.", page.words
     )
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(0.32, "32 %"), (0.004, "0.4 %")])
+def test_a_share_is_text_for_a_terminal_too(ratio, text):
+    assert headlines.percent(ratio) == text == printable(text)
