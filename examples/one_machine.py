@@ -48,7 +48,7 @@ def main(steps: int = 1000, classes: int = 100_000, negatives: int = 1000) -> li
         of_rows.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         of_network.step()
-        of_rows.step()
+        of_rows.step()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
         if number % 100 == 0 or number == steps:
             speed = number / (time.perf_counter() - began)
