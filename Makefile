@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Anything that needs a newer set of packages than the last one installed is made again.
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo federation test test-slow lint docs format bench bench-peers clean
+.PHONY: demo federation test test-slow lint docs format bench bench-peers dist check-dist clean
 
 demo: $(VENV)/.core
 	$(BIN)/fedss compare --data glyphs --methods full fedss moments pos-only \
@@ -39,6 +39,22 @@ bench: $(VENV)/.core
 	for theme in engine distributed scale clients images stacks regimes; do \
 		$(BIN)/python benchmarks/$$theme.py --short || exit 1; done
 
+# An sdist, and a wheel made of it, in dist/.
+dist: .venv-dist/bin/pyproject-build
+	rm -rf dist
+	.venv-dist/bin/pyproject-build
+
+# The wheel alone, in an empty environment without extras: README's quickstart, a few rounds of it.
+# What is in this folder is not imported.
+check-dist: dist
+	$(PYTHON) -m venv --clear .venv-check
+	.venv-check/bin/pip install --disable-pip-version-check -q -c constraints.txt dist/*.whl
+	.venv-check/bin/python -P tests/wheel.py
+
+.venv-dist/bin/pyproject-build:
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/pip install --disable-pip-version-check -q build
+
 # Each peer in an environment of its own.
 bench-peers: $(VENV)/.core .venv-retrieval/.done .venv-search/.done .venv-pfl/.done .venv-flower/.done .venv-fedjax/.done
 	.venv-retrieval/bin/python benchmarks/retrieval.py --short
@@ -54,7 +70,7 @@ bench-peers: $(VENV)/.core .venv-retrieval/.done .venv-search/.done .venv-pfl/.d
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* runs site build *.egg-info
+	rm -rf $(VENV) .venv-* runs site build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedss needs Python 3.11 or newer; try make PYTHON=python3.12")'

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -57,8 +58,10 @@ class ProcessGrid:
         spoil: Spoil = lambda node, message, reply: [reply],
         seed: int = 0,
         visit: Callable[[int], None] = lambda round: None,
+        app: ClientApp = site_app,
     ) -> None:
-        self.nodes, self.spoil, self.visit = nodes, spoil, visit
+        self.nodes, self.spoil, self.visit, self.app = nodes, spoil, visit, app
+        self.states: dict[int, RecordDict] = {}
         self.order = random.Random(seed)
         self.replies: list[Message] = []
         self.sent: list[tuple[str, int, str]] = []
@@ -78,9 +81,11 @@ class ProcessGrid:
                 error = Message(Error(5, "Node Unavailable"), reply_to=arrived)
                 self.replies.append(error)
                 continue
-            context = Context(1, node, self.nodes[node], RecordDict(), {})
+            state = self.states.get(node, RecordDict())
+            context = Context(1, node, self.nodes[node], state, {})
             try:
-                reply = through_the_wire(site_app(arrived, context))
+                reply = through_the_wire(self.app(arrived, context))
+                self.states[node] = context.state
             except Exception as failure:
                 reply = Message(Error(2, f"raised {failure}"), reply_to=arrived)
             self.replies.extend(self.spoil(node, arrived, reply))
@@ -92,6 +97,9 @@ class ProcessGrid:
         self.replies = [r for r in self.replies if r not in found]
         self.order.shuffle(found)
         return found
+
+    def send_and_receive(self, messages: Iterable[Message]) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
 
     def get_node_ids(self) -> Iterable[int]:
         """Those online; first ``visit`` is told how many rounds have been trained in."""

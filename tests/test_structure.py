@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -54,6 +55,25 @@ PUBLIC = {
     "show_on_stderr",
     "train",
     "write_report",
+}
+
+# Of the parts that are of use alone, in a training loop or a federation of one's own.
+PUBLIC_OF_PARTS = {
+    "fedss.core": """
+        Broadcast ClassRequest ClassRows ClientUpdate Engine Failure LocalTraining MeanUpdate
+        RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate apply_update
+        broadcast create_class_rows current_rows draw_classes draw_cohort limit_own_classes
+        request_classes run_round select step step_rows_ train_client
+    """,
+    "fedss.losses": """
+        AbsentClasses ClassSample METHODS Method Moments Objective Scoring absent_classes
+        completed_softmax logits moments_of moments_softmax negatives_only_softmax positive_hinge
+        row_sums sampled_softmax spread_out uncorrected_softmax
+    """,
+    "fedss.sampling": """
+        Deal Draw Negatives SAMPLERS Sampler ServerRows check_negatives class_sample deal_deck
+        draw_first draw_uniform limit own_budget whole_sample
+    """,
 }
 
 # A part may import those that stand below it, and itself.
@@ -109,6 +129,16 @@ def part(module: str) -> str:
 def test_the_public_names_are_pinned():
     assert set(fedss.__all__) == PUBLIC
     assert all(getattr(fedss, name).__doc__ for name in PUBLIC)
+
+
+@pytest.mark.parametrize("part", PUBLIC_OF_PARTS)
+def test_the_public_names_of_parts_are_pinned(part):
+    package = importlib.import_module(part)
+    assert set(package.__all__) == set(PUBLIC_OF_PARTS[part].split())
+    for name in package.__all__:
+        # A type or a table has its text below it, where Python does not keep it.
+        value = getattr(package, name)
+        assert value.__doc__ or not (inspect.isclass(value) or inspect.isfunction(value)), name
 
 
 def test_the_public_names_are_imported_from_where_type_checkers_see_them():

@@ -1,1 +1,38 @@
-"""How negatives are drawn."""
+"""How negatives are drawn, and the class samples that they make with own classes.
+
+All of it works without the rest of fedss: ids and probabilities are NumPy arrays.
+"""
+
+from fedss.sampling.samplers import (
+    SAMPLERS,
+    Deal,
+    Draw,
+    Negatives,
+    Sampler,
+    ServerRows,
+    check_negatives,
+    class_sample,
+    deal_deck,
+    draw_first,
+    draw_uniform,
+    limit,
+    own_budget,
+    whole_sample,
+)
+
+__all__ = [
+    "SAMPLERS",
+    "Deal",
+    "Draw",
+    "Negatives",
+    "Sampler",
+    "ServerRows",
+    "check_negatives",
+    "class_sample",
+    "deal_deck",
+    "draw_first",
+    "draw_uniform",
+    "limit",
+    "own_budget",
+    "whole_sample",
+]

@@ -21,6 +21,15 @@ def test_changelog_and_citation_have_the_version_of_the_package():
     assert (citation["version"], citation["date-released"]) == released[0]
 
 
+def test_the_lowest_python_is_one_that_was_tried():
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    tried = re.findall(
+        r"^Programming Language :: Python :: (3\.\d+)$", "\n".join(project["classifiers"]), re.M
+    )
+    assert project["requires-python"] == f">={tried[0]}"
+    assert f"Python {tried[0]}" in read("README.md")
+
+
 def test_the_changelog_has_the_headings_of_keep_a_changelog():
     page = read("CHANGELOG.md")
     assert re.findall(r"^## (.+)$", page, re.M)[0] == "Unreleased"
