@@ -155,6 +155,7 @@ def untrusted(name: str, where: object) -> ConfigError:
 
 def _find_module(module: str) -> ModuleSpec | None:
     """As ``importlib.util.find_spec``, which imports the packages that a module is in."""
+    importlib.invalidate_caches()  # A file may have been written a moment ago.
     first, *others = module.split(".")
     finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
     spec = next((found for find in finders if (found := find(first, None))), None)

@@ -175,7 +175,7 @@ def _bars(paired: Sequence[tuple[Group, str]]) -> list[charts.Bar]:
             continue
         text = human_bytes(total)
         if reference and group is not full:
-            text += f" · {headlines.percent(total / reference)}"
+            text += f" · {headlines.unbroken_percent(total / reference)}"
         bars.append(charts.Bar(group.label, slot, backbone, class_rows, text))
     return bars
 

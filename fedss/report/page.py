@@ -114,7 +114,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "decimals": decimals,
-        "percent": lambda ratio: headlines.percent(ratio).replace(" ", "\u00a0"),
+        "percent": headlines.unbroken_percent,
         "breakable": lambda name: _breakable(name, "/_"),
         "shortened": lambda name: wrap(name, 20, 1),
         "foldable": lambda text: _breakable(text, ":,"),

@@ -168,7 +168,7 @@ def _confusions(paired: Sequence[tuple[Group, str]]) -> dict[str, Any] | None:
                     for image, name in zip(pixels, names, strict=True)
                 ],
                 "taken": [
-                    (f"{n} of {of}", headlines.percent(n / of) if n else "")
+                    (f"{n} of {of}", headlines.unbroken_percent(n / of) if n else "")
                     for n, of in zip(confusions.confused[i], confusions.queries[i], strict=True)
                 ],
                 "score": float(confusions.scores[i]),

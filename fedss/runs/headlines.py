@@ -17,6 +17,11 @@ def percent(ratio: float) -> str:
     return f"{100 * ratio:.{1 if 100 * ratio < 0.995 else 0}f} %"
 
 
+def unbroken_percent(ratio: float) -> str:
+    """:func:`percent` for a page, where number and sign stay on one line."""
+    return percent(ratio).replace(" ", "\u00a0")
+
+
 def spread(values: Sequence[float], digits: int = 3) -> str:
     """The sample standard deviation as ``± 0.004``; empty for a single value."""
     return f"± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

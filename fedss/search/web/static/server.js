@@ -308,14 +308,15 @@ async function render() {
   }
   const grid = { search: "neighbours", classes: "classes", class: "images", enrol: "enrolled" }[view];
   at(grid).setAttribute("aria-busy", "true");
+  const file = asked;
   const fill = { search: searchView, classes: classesView, class: classView, enrol: enrolView }[view];
   await attempt(async () => {
     try {
       await fill(new URLSearchParams(query), signal);
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      if (view === "search" && asked !== answered) {
-        asked = answered;  // what was refused would be refused again
+      if (view === "search" && file !== answered) {
+        if (asked === file) asked = answered;  // what was refused would be refused again
       } else {
         for (const id of [grid, "classes-note", "classes-pager", "class-note", "images-pager"]) at(id).replaceChildren();
         if (view === "search") {
