@@ -65,7 +65,7 @@ def replaced(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield name, {**value, key: odd}
     rest = {k: v for k, v in value.items() if k != key}
     yield "missing", rest
-    yield "flipped", {**rest, key[:-1] + chr(ord(key[-1]) ^ 1): value[key]}
+    yield "flipped", {**rest, key[:-1] + chr(ord(key[-1]) ^ 1): value.get(key)}
 
 
 def refused_or_used(use: Callable[[], object], *kinds: type[Exception]) -> bool:
