@@ -54,18 +54,27 @@ def test_what_a_name_is(name, answer):
     assert is_code(name) is answer
 
 
+def test_a_folder_without_init_is_a_package():
+    """In a process of its own: what other tests leave of Python's import system is not in it."""
+    script = "import sys; from fedss.own_code import code_file; print(code_file(sys.argv[1]))"
+    for file, name in {
+        "plain/nets.py": "plain.nets:net",
+        "plain/deep/er/nets.py": "plain.deep.er.nets:net",
+    }.items():
+        expected = write(file)
+        told = subprocess.run([sys.executable, "-c", script, name], capture_output=True, text=True)
+        assert told.stdout.strip() == str(expected), told.stderr
+
+
 def test_a_module_is_found_and_nothing_is_imported():
     (first,) = (write(path) for path in ["mine.py"])
     write("lab/__init__.py")
     second, third = write("lab/nets.py"), write("lab/deep/__init__.py")
-    bare, barer = write("plain/nets.py"), write("plain/deep/er/nets.py")
     before = set(sys.modules), [*sys.path]
     found = {
         "mine": first,
         "lab.nets": second,
         "lab.deep": third,
-        "plain.nets": bare,
-        "plain.deep.er.nets": barer,
     }
     for module, file in found.items():
         assert code_file(f"{module}:net") == file
