@@ -5,8 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
             start_new_session=True,
         )
     try:
+        # flwr does not wait for it.
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
         yield environment
     finally:
         os.killpg(process.pid, signal.SIGTERM)
