@@ -33,6 +33,8 @@ import common
 SEEDS, TUNING_SEED = (101, 102, 103), 100
 METHODS = ("full", "fedss", "moments", "pos-only", "fedaws")
 SEARCHED = ("full", "fedss")
+# Of a run's settings, what the search and the bars read: no folder of the machine that ran it.
+KEPT = ("client_lr", "class_row_lr", "server_momentum", "sample_size")
 STEPS = {"client_lr": 2.0, "class_row_lr": 3.0, "loss_of_momentum": 2.0}
 
 Settings = Mapping[str, Any]
@@ -147,10 +149,11 @@ class Runs:
             folder = self.out / str(list(REGIMES).index(regime)) / f"{name}{split}"
             summary = common.train(folder, {**plain, "data_path": path})
             config = json.loads((folder / "config.json").read_text())
+            used = {**config["config"], **config["resolved"]}
             self.known[key] = {
                 **{name: summary[name] for name in ("map_at_10", "map_at_10_interval", "seconds")},
                 "classes": config["data"]["train_classes"],
-                "settings": {**config["config"], **config["resolved"]},
+                "settings": {name: used[name] for name in KEPT},
             }
             if self.keep:
                 with self.lock:

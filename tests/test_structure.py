@@ -278,3 +278,12 @@ def test_functions_of_the_old_evaluation_module_answer():
     from fedss.evaluation import evaluate, task, verify
 
     assert (evaluate, verify) == (task.evaluate, task.verify)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "benchmarks/results").glob("*.json")),
+    ids=lambda path: path.name,
+)
+def test_results_name_no_folder_of_the_machine_that_made_them(path):
+    assert not re.findall(r'"(/[^"]*)"', path.read_text())
