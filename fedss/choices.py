@@ -12,6 +12,8 @@ Precision = Literal["float32", "bfloat16", "int8", "int4"]
 RowDtype = Literal["float32", "bfloat16"]
 RowMean = Literal["cohort", "holders"]
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
+ProjectionInit = Literal["random", "whitened"]
+RowsInit = Literal["random", "means"]
 
 METHOD_SUMMARIES = {
     "full": "softmax over all class rows",

@@ -18,8 +18,10 @@ from fedss.choices import (
     ForwardPrecision,
     MarginKind,
     Precision,
+    ProjectionInit,
     RowDtype,
     RowMean,
+    RowsInit,
     ServerOptimizerKind,
     is_trainable,
 )
@@ -87,7 +89,9 @@ class Config:
         batch_norm: batch norm layers (auto: pretrained ones are frozen)
         pixel_mean: mean pixel value per channel that the weights expect, such as 0.485,0.456,0.406
         pixel_std: standard deviation of pixel values per channel that the weights expect
-        embedding_size: d, dimension of an embedding
+        embedding_size: d, dimension of an embedding (auto: 64, with trained weights up to 512)
+        projection_init: whitened: features are whitened by sums that all clients send, before
+        rows_init: means: class rows begin with the mean embedding of their class
         rounds: number of rounds
         clients_per_round: cohort size: clients that train in a round
         local_epochs: passes of a client over its images per round
@@ -119,6 +123,7 @@ class Config:
         device: where clients train and embed: cpu, cuda, cuda:1, ...
         stack: clients trained in one call of the network; for GPUs and small networks
         workers: threads that train clients (default: one per core, 1 on a GPU)
+        cache_activations: compute the frozen part of the backbone once for each image
         keep_memory: reuse freed memory in the next step: faster (Linux with glibc)
 
     Raises:
@@ -159,11 +164,13 @@ class Config:
     backbone: str = "conv4-32"
     pretrained: bool = False
     weights: str | None = None
-    trainable: str = "all"
+    trainable: str | Auto = "auto"
     batch_norm: BatchNormRule = "auto"
     pixel_mean: str | None = None
     pixel_std: str | None = None
-    embedding_size: int = 64
+    embedding_size: int | Auto = "auto"
+    projection_init: ProjectionInit | Auto = "auto"
+    rows_init: RowsInit | Auto = "auto"
 
     rounds: int = 120
     clients_per_round: int = 20
@@ -199,6 +206,7 @@ class Config:
     device: str = "cpu"
     stack: int = 1
     workers: int | None = None
+    cache_activations: bool = True
     keep_memory: bool = True
 
     def __post_init__(self) -> None:
@@ -247,14 +255,17 @@ class Config:
                 f"normalize_rows: method {self.method} takes rows for unit vectors; leave it on"
                 f"{instead}"
             )
-        if self.embedding_size > 4096:  # 67 MB for a matrix in float32
+        size = self.embedding_size
+        if size == "auto":
+            return
+        if size > 4096:  # 67 MB for a matrix in float32
             raise ConfigError(
                 f"embedding_size: method {self.method} sends matrices of its square, expected at "
-                f"most 4096{instead}; got {self.embedding_size}"
+                f"most 4096{instead}; got {size}"
             )
-        if self.moments_rank is not None and self.moments_rank >= self.embedding_size:
+        if self.moments_rank is not None and self.moments_rank >= size:
             raise ConfigError(
-                f"moments_rank: expected below embedding_size = {self.embedding_size} (or leave it "
+                f"moments_rank: expected below embedding_size = {size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
             )
 

@@ -51,8 +51,13 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     With K of N clients a round, R rounds, n classes, and clients that have P own classes and train
     on I images in a round, on average::
 
+        trainable        all; with trained weights head
+        projection_init  random; with trained weights whitened
+        rows_init        random; means where the projection is whitened
+        embedding_size   64; 512 where the projection is whitened
         server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
-        client_lr        0.05
+        client_lr        0.05; where the projection is whitened at most 60 (1 - b) / (R T),
+                         T = E' I / B local steps in a round
         class_row_lr     g K (1 - b), g = max(1/2, min(40 / E, E / 2)) / m
                          E = R K I / n: how often a class is seen in training
                          m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
@@ -78,6 +83,34 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     return config, settings
 
 
+def _has_weights(config: Config) -> bool:
+    return config.pretrained or config.weights is not None
+
+
+def _trainable(config: Config, problem: Problem | None) -> Setting:
+    if _has_weights(config):
+        return Setting("head", "trained weights: what is frozen is computed once, and never sent")
+    return Setting("all", "the backbone has no trained weights")
+
+
+def _projection_init(config: Config, problem: Problem | None) -> Setting:
+    if _has_weights(config):
+        return Setting("whitened", "trained weights: a random projection would lose of them")
+    return Setting("random", "the backbone has no trained weights")
+
+
+def _rows_init(config: Config, problem: Problem | None) -> Setting:
+    if config.projection_init == "whitened":
+        return Setting("means", "the projection is whitened: embeddings are of use from the start")
+    return Setting("random", "embeddings of an untrained network are not of use")
+
+
+def _embedding_size(config: Config, problem: Problem | None) -> Setting:
+    if config.projection_init == "whitened":
+        return Setting(512, "axes of whitened features")
+    return Setting(64, "the projection is random")
+
+
 def _server_momentum(config: Config, problem: Problem | None) -> Setting:
     cohort = config.clients_per_round
     # The variance of a mean of K out of N, without replacement, falls with 1 / K - 1 / N.
@@ -90,7 +123,18 @@ def _server_momentum(config: Config, problem: Problem | None) -> Setting:
 
 
 def _client_lr(config: Config, problem: Problem | None) -> Setting:
-    return Setting(0.05, "the same for all: it bounds how far clients drift apart")
+    value, why = 0.05, "the same for all: it bounds how far clients drift apart"
+    if config.projection_init != "whitened" or problem is None:
+        return Setting(value, why)
+    assert config.server_momentum != "auto"  # resolved before
+    pooled = METHODS[config.method].pooled
+    momentum = 0.0 if pooled or config.server_optimizer == "sgd" else config.server_momentum
+    images = _images_in_a_round(config, problem) * (config.clients_per_round if pooled else 1)
+    steps = config.rounds * max(1.0, images / config.batch_size)
+    bound = 60 * (1 - momentum) / steps
+    if bound < value:
+        value, why = bound, f"60 (1 - b) / {steps:.0f} local steps: how far the projection moves"
+    return Setting(_rounded(value), why)
 
 
 def _class_row_lr(config: Config, problem: Problem | None) -> Setting:
@@ -160,8 +204,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-# In this order: class_row_lr depends on server_momentum.
+# In this order: some depend on projection_init, and some on server_momentum.
 _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
+    "trainable": _trainable,
+    "projection_init": _projection_init,
+    "rows_init": _rows_init,
+    "embedding_size": _embedding_size,
     "server_momentum": _server_momentum,
     "client_lr": _client_lr,
     "class_row_lr": _class_row_lr,

@@ -1,22 +1,22 @@
 """timm and torchvision as they are installed; tests that need them are skipped where they fail.
 
-A torchvision of another build than torch (that of PyPI for CUDA beside the CPU build of torch) dies
-when it is imported, and with it timm and torchmetrics: docs/backbones.md has the line that installs
-a pair. Nothing here makes a broken installation work.
+A torchvision of another build than torch (that of PyPI for CUDA beside the CPU build of torch) is
+imported as the library does it: :func:`fedss.optional.import_extra`.
 """
 
-import importlib
 from typing import Any
 
 import pytest
-import torch
+
+from fedss.errors import ConfigError
+from fedss.optional import import_extra
 
 
 def _imported(name: str) -> tuple[Any, str]:
     try:
-        return importlib.import_module(name), ""
-    except (ImportError, RuntimeError, AttributeError) as error:
-        return None, f"{name} cannot be imported beside torch {torch.__version__}: {error}"
+        return import_extra(name, "timm"), ""
+    except ConfigError as error:
+        return None, str(error)
 
 
 torchvision, _why_no_torchvision = _imported("torchvision")

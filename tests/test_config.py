@@ -46,6 +46,8 @@ PINNED = [
     "pixel_mean",
     "pixel_std",
     "embedding_size",
+    "projection_init",
+    "rows_init",
     "rounds",
     "clients_per_round",
     "local_epochs",
@@ -77,6 +79,7 @@ PINNED = [
     "device",
     "stack",
     "workers",
+    "cache_activations",
     "keep_memory",
 ]
 
@@ -135,7 +138,10 @@ def test_json_round_trip():
         ({"image_size": 4097}, "image_size: expected 8 to 4096 pixels, got 4097"),
         ({"embedding_size": 2**20 + 1}, "embedding_size: expected 1 to 1048576, got 1048577"),
         ({"method": "moments", "embedding_size": 4097}, "expected at most 4096; got 4097"),
-        ({"method": "moments", "moments_rank": 64}, "expected below embedding_size = 64"),
+        (
+            {"method": "moments", "moments_rank": 64, "embedding_size": 64},
+            "expected below embedding_size = 64",
+        ),
     ],
 )
 def test_values_that_cannot_be(values, message):

@@ -31,6 +31,7 @@ configs = st.builds(
     clients_per_round=st.integers(1, 10**5),
     rounds=st.integers(1, 10**5),
     server_optimizer=st.sampled_from(["sgd", "momentum", "adam"]),
+    pretrained=st.booleans(),
 )
 
 
@@ -61,7 +62,15 @@ def test_a_run_has_eight_evaluations_or_more(rounds: int) -> None:
 
 @given(config=configs, problem=problems, name=st.sampled_from(AUTO))
 def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -> None:
-    value = {"row_mean": "holders", "sample_size": 2, "eval_every": 2}.get(name, 0.25)
+    value = {
+        "row_mean": "holders",
+        "sample_size": 2,
+        "eval_every": 2,
+        "trainable": "last-1",
+        "projection_init": "whitened",
+        "rows_init": "means",
+        "embedding_size": 8,
+    }.get(name, 0.25)
     resolved, settings = resolve(dataclasses.replace(config, **{name: value}), problem)
     assert getattr(resolved, name) == value
     assert name not in settings

@@ -111,7 +111,8 @@ def info(options: argparse.Namespace) -> None:
     held = holdings(data.train)
     dealt = parse_partition(config.partition, config.partition_clients)
     dealt = dealt or DATASETS[config.data].partition
-    embedder = build_model(config, data, None)
+    told, settings = resolve(config, problem_of(data))
+    embedder = build_model(told, data, None)
     description = {
         **describe(config, data),
         "dealt": f", dealt by {replace(dealt, clients=None)}" if dealt else "",
@@ -119,12 +120,12 @@ def info(options: argparse.Namespace) -> None:
         "frozen": num_parameters(embedder, trained=False),
     }
     tables.print_data(data.name, description, held)
-    tables.print_settings(resolve(config, problem_of(data))[1])
+    tables.print_settings(settings)
     for remark in data.remarks:
         say(f"remark: {remark}")
     if data.remarks:
         say("")
-    title = f"per client and round, {config.backbone}, d = {config.embedding_size}"
+    title = f"per client and round, {told.backbone}, d = {told.embedding_size}"
     tables.print_costs(title, costs(config, data, embedder))
     if options.plot is not None:
         from fedss.files import write_file, writing

@@ -1,12 +1,14 @@
 """What trains the clients of a cohort, as :func:`fedss.core.algorithm.run_round` sees it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.features import FeatureSums
 from fedss.core.state import ServerState
 from fedss.distributed import Ranks
 
@@ -32,6 +34,16 @@ class Engine(Protocol):
 
     def num_clients(self, round: int) -> int:
         """Number of clients that the cohort of a round (0-based) is drawn from."""
+
+    def feature_sums(
+        self, backbone_P: Tensor, clients: Sequence[int], by_class: bool
+    ) -> Sequence[FeatureSums]:
+        """What these clients tell of their features before the first round, in their order; at all
+        ranks. Who does not answer is left out.
+        """
+
+    def whiten(self, mean_F: Tensor, axes_FK: Tensor) -> None:
+        """Whiten features with these statistics from now on (:class:`fedss.models.Whitening`)."""
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan

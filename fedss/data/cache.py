@@ -24,7 +24,7 @@ from fedss.files import atomic, remove_litter
 from fedss.log import Progress, progress_log
 
 # Part of every key: raise it when the same files would give other pixels.
-_VERSION = 3
+_VERSION = 4
 _BATCH = 32
 _DAY = 24 * 3600.0
 _T = TypeVar("_T")
@@ -218,8 +218,9 @@ def cached_array(
     *,
     cache: Path | None,
     title: str,
+    dtype: type[np.generic] = np.uint8,
 ) -> np.ndarray:
-    """The uint8 array [*shape] kept under ``key``, read-only from disk; made first if need be.
+    """The array [*shape] kept under ``key``, read-only from disk; made first if need be.
 
     ``batches`` yields its rows in order, and is not touched if the array is there. The file
     appears under its name only when it is whole, so a process may die or race with another at
@@ -231,21 +232,23 @@ def cached_array(
     path = _file("pixels", cache, (*key, shape), "npy")
     with suppress(OSError, ValueError):
         stored: np.ndarray = np.load(path, mmap_mode="r")
-        if stored.shape == shape and stored.dtype == np.uint8:
+        if stored.shape == shape and stored.dtype == dtype:
             return stored
 
     log, done = progress_log(), 0
     with _cache_file(path) as file:
-        size, free = math.prod(shape), shutil.disk_usage(path.parent).free
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        free = shutil.disk_usage(path.parent).free
         if size > free:
             raise DataError(
-                f"{title}: {shape[0]:,} images of {shape[-1]} x {shape[-2]} pixels take "
-                f"{size / 1e9:,.1f} GB, {path.parent} has {free / 1e9:,.1f} GB: take smaller ones "
-                "(image_size, --image-size), or another folder with cache= or the variable "
+                f"{title}: {shape[0]:,} images, each of {' x '.join(map(str, shape[1:]))} numbers, "
+                f"take {size / 1e9:,.1f} GB, {path.parent} has {free / 1e9:,.1f} GB: take smaller "
+                "ones (image_size, --image-size), or another folder with cache= or the variable "
                 "FEDSS_CACHE"
             )
+        descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
         np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            file, {"descr": descr, "fortran_order": False, "shape": shape}
         )
         for batch in batches:
             file.write(np.ascontiguousarray(batch).data)

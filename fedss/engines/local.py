@@ -12,7 +12,8 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 from typing import Any
@@ -35,12 +36,21 @@ from fedss.core.client import (
     train_client,
 )
 from fedss.core.client_stacked import check_stackable, embed_stacked, train_clients
+from fedss.core.features import FeatureSums, feature_sums
 from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.data import ClientIndex
 from fedss.distributed import ALONE, Ranks, share_out
+from fedss.engines.activations import BLOCK, cached_activations, pays
 from fedss.losses.softmax import ClassSample
-from fedss.models import Embedder, embed_pixels, flatten_, pool_before_relu_
+from fedss.models import (
+    Embedder,
+    Whitening,
+    embed_pixels,
+    find_border,
+    flatten_,
+    pool_before_relu_,
+)
 from fedss.wire.downlink import answer_requests, receive
 from fedss.wire.messages import (
     Message,
@@ -68,7 +78,9 @@ class Replica:
     pixels: np.ndarray
 
     def images(self, example: np.ndarray) -> Tensor:
-        """Training images by their numbers, uint8 [..., C, H, W], on the CPU."""
+        """Training images by their numbers, uint8 [..., C, H, W], or their activations at the
+        border of what trains, float16 [..., X]; on the CPU.
+        """
         return torch.from_numpy(self.pixels[example])
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
@@ -96,6 +108,7 @@ class Workers:
     replicas: "SimpleQueue[Replica]"
     device: torch.device
     stack: int
+    known: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def train(self, plan: RoundPlan, work: Sequence[Work]) -> list[ClientUpdate]:
         """Clients that share each call of the network, up to ``stack`` of them, or one."""
@@ -111,16 +124,73 @@ class Workers:
         """Embeddings [N, D] of any images under the given backbone; ranks share the work."""
         with self.replica() as model:
             h_ND = torch.zeros(len(pixels), model.embedder.spec.embedding_size)
+        inputs = self.inputs(pixels, ranks)
 
         def embed_block(start: int) -> None:
             with self.replica() as model:
                 model.theta_P.copy_(backbone_P)
-                h_BD = embed_pixels(model.embedder, pixels[start : start + block])
+                h_BD = embed_pixels(model.embedder, inputs[start : start + block])
                 h_ND[start : start + block] = h_BD
 
         first, step = ranks.rank * block, ranks.size * block
         list(self.pool.map(embed_block, range(first, len(pixels), step)))
         return ranks.add_up(h_ND)
+
+    def features(
+        self, backbone_P: Tensor, pixels: np.ndarray, which: np.ndarray | None = None
+    ) -> Tensor:
+        """What the backbone gives for images, or for those with these numbers, before whitening:
+        float32 [N, F] on the CPU.
+        """
+        inputs = self.inputs(pixels)
+        which = np.arange(len(pixels)) if which is None else which
+        blocks = (inputs[which[i : i + BLOCK]] for i in range(0, len(which), BLOCK))
+        return torch.cat(list(self.pool.map(partial(self.features_of, backbone_P), blocks)))
+
+    def features_of(self, backbone_P: Tensor, inputs: np.ndarray) -> Tensor:
+        """:meth:`features`, by one worker, of what :meth:`inputs` gives for images."""
+        with self.replica() as model, torch.no_grad():
+            model.theta_P.copy_(backbone_P)
+            parts = torch.split(torch.from_numpy(np.array(inputs)), BLOCK)
+            return torch.cat([model.embedder.features(x.to(self.device)).cpu() for x in parts])
+
+    def whiten(self, mean_F: Tensor, axes_FK: Tensor) -> None:
+        """Whiten features with these statistics, in every model."""
+        for _ in range(self.count):
+            with self.replica() as model:
+                assert isinstance(model.embedder.whitening, Whitening)
+                model.embedder.whitening.set_(mean_F, axes_FK)
+
+    def inputs(self, pixels: np.ndarray, ranks: Ranks = ALONE) -> np.ndarray:
+        """What the network reads of these images: activations where its frozen part is computed
+        once (:mod:`fedss.engines.activations`), else the pixels. They are looked up, or made, the
+        first time; on each host by one rank, for all others.
+        """
+        with self.replica() as model:
+            if not pays(model.embedder):
+                return pixels
+            embedder = model.embedder
+        if id(pixels) not in self.known:
+            found = None
+            for turn in (ranks.local_rank == 0, ranks.local_rank > 0):
+                if turn:
+                    found = cached_activations(embedder, pixels, self._activations)
+                ranks.gather(None)
+            # The pixels are kept, too: another array might get the id of one that is gone.
+            self.known[id(pixels)] = pixels, pixels if found is None else found
+        return self.known[id(pixels)][1]
+
+    def _activations(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
+        def of_block(start: int) -> np.ndarray:
+            # A copy: torch warns of read-only memory.
+            block = torch.from_numpy(np.array(pixels[start : start + BLOCK], order="C"))
+            with self.replica() as model, torch.no_grad():
+                activations: np.ndarray = (
+                    model.embedder.activations(block.to(self.device)).cpu().numpy()
+                )
+                return activations
+
+        return self.pool.map(of_block, range(0, len(pixels), BLOCK))
 
     @contextmanager
     def replica(self) -> Iterator[Replica]:
@@ -189,6 +259,27 @@ class LocalEngine:
         """Number of clients."""
         return self.clients.num_clients
 
+    def feature_sums(
+        self, backbone_P: Tensor, clients: Sequence[int], by_class: bool
+    ) -> list[FeatureSums]:
+        """What clients tell of their features before the first round, in their order."""
+        images, ranks = self.clients.images, self.ranks
+        # Activations of training images that are not changed; they are known by now.
+        inputs = self.workers.inputs(images.pixels, ranks)
+
+        def of_client(k: int) -> FeatureSums:
+            example_N = self.clients.examples(k)
+            features_NF = self.workers.features_of(backbone_P, inputs[example_N])
+            return feature_sums(features_NF, torch.from_numpy(images.labels[example_N]), by_class)
+
+        mine = list(self.workers.pool.map(of_client, clients[ranks.rank :: ranks.size]))
+        of_ranks = ranks.gather(mine)
+        return [of_ranks[i % ranks.size][i // ranks.size] for i in range(len(clients))]
+
+    def whiten(self, mean_F: Tensor, axes_FK: Tensor) -> None:
+        """Whiten features with these statistics from now on."""
+        self.workers.whiten(mean_F, axes_FK)
+
     def _share(self, requests: Mapping[int, ClassRequest], local: LocalTraining) -> list[int]:
         """This rank's clients of the cohort, by the images they will train on.
 
@@ -218,11 +309,15 @@ def start_workers(
     device: torch.device = _CPU,
     precision: ForwardPrecision = "float32",
     stack: int = 1,
+    frozen_once: bool = False,
+    augmented: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Workers]:
     """``count`` workers for the length of a ``with`` block, in which an operation has one thread.
 
     The model is copied for each, not changed; ``pixels`` are the training images. ``stack`` clients
-    share each call of the network.
+    share each call of the network. With ``frozen_once`` the frozen part of a backbone is computed
+    once for each image; not for training images that are changed each time (``augmented``).
 
     Raises:
         ConfigError: a network that cannot be stacked.
@@ -238,6 +333,8 @@ def start_workers(
     for _ in range(count):
         model = copy.deepcopy(embedder).to(device)
         flat = flatten_(model)
+        if frozen_once and not all(p.requires_grad for p in model.backbone.parameters()):
+            model.border = find_border(model.backbone, few_BCHW.to(device) / 255)
         replicas.put(Replica(model, flat.theta_P, flat.grad_P, pixels))
     if stack > 1:
         check_stackable(model, flat.theta_P, few_BCHW.to(device))
@@ -250,7 +347,11 @@ def start_workers(
     pool = ThreadPoolExecutor(count, initializer=start)
     with intra_op_threads(1):
         try:
-            yield Workers(count, pool, replicas, device, stack)
+            workers = Workers(count, pool, replicas, device, stack)
+            if not augmented and (inputs := workers.inputs(pixels, ranks)) is not pixels:
+                for _ in range(count):
+                    replicas.put(replace(replicas.get(), pixels=inputs))
+            yield workers
         finally:
             # After an error, what it says must not wait for clients that still train.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -268,6 +369,8 @@ def local_engine(
     device: torch.device = _CPU,
     precision: ForwardPrecision = "float32",
     stack: int = 1,
+    frozen_once: bool = False,
+    augmented: bool = False,
 ) -> Iterator[LocalEngine]:
     """A local engine for the length of a ``with`` block; the rest as for :func:`start_workers`.
 
@@ -275,6 +378,7 @@ def local_engine(
     """
     count = workers or (ranks.cores if device.type == "cpu" else 1)
     how: dict[str, Any] = {"device": device, "precision": precision, "stack": stack}
+    how |= {"frozen_once": frozen_once, "augmented": augmented, "ranks": ranks}
     with start_workers(embedder, clients.images.pixels, count, **how) as started:
         yield LocalEngine(clients, optimizer, wire, started, ranks)
 

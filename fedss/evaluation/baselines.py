@@ -7,21 +7,20 @@ comes, without the projection, which is random, and ``frozen_whitened`` the same
 Shape suffixes: N images, C classes (of scores) or channels (of pixels), D numbers per image.
 """
 
-import copy
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedss.data import Images, RetrievalTask
 from fedss.errors import ConfigError
 from fedss.evaluation.intervals import ClassScores
 from fedss.evaluation.task import EmbedPixels, count_classes, embed_task, score_classes
-from fedss.models import Embedder, embed_pixels
+from fedss.models import whitening_axes
 
 # Of 6 to 16 pixels a side, with and without their mean, what stays within 7 % of the best on each
 # of glyphs, Omniglot, photographs and Chinese characters.
@@ -54,23 +53,33 @@ def data_floors(task: RetrievalTask) -> Floors:
 
 
 def backbone_floors(
-    embedder: Embedder, task: RetrievalTask, train: Images, device: torch.device
+    features: Callable[[np.ndarray, np.ndarray | None], Tensor],
+    size: int,
+    task: RetrievalTask,
+    train: Images,
 ) -> Floors:
-    """``frozen`` and ``frozen_whitened``, if the network begins with trained weights.
+    """``frozen`` and ``frozen_whitened``, of a network that begins with trained weights.
 
     PCA is fitted on the training images, up to 10,000 of them spread evenly; where no two differ
     there is none.
 
+    Args:
+        features: what the backbone gives for images, or for those with these numbers.
+        size: the embedding size: how many numbers PCA leaves at most.
+        task: the test.
+        train: training images.
+
     Raises:
         ConfigError: features that are not finite, or the same for all images of the test.
     """
-    if not embedder.spec.pretrained:
-        return Floors()
-    embed = partial(embed_pixels, _features(embedder).to(device))
+
+    def embed(pixels: np.ndarray, which: np.ndarray | None = None) -> Tensor:
+        return F.normalize(features(pixels, which), dim=1)
+
     embedded = embed_task(embed, task)
     query_QD, pixels = embedded[0], task.query.pixels
     if not bool(query_QD.isfinite().all()):
-        raise ConfigError(_OVERFLOW)
+        raise ConfigError(OVERFLOW)
     if bool((query_QD == query_QD[:1]).all()) and bool((pixels != pixels[:1]).any()):
         raise ConfigError(
             "the weights give the same features for all images of the test: expected weights "
@@ -79,10 +88,10 @@ def backbone_floors(
         )
     frozen = floor("frozen", score_classes(task, embedded)[1])
     spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), _FITTED)).astype(np.int64))
-    fitted_ND = embed(train.pixels[spread])
+    fitted_ND = embed(train.pixels, spread)
     if not bool(fitted_ND.isfinite().all()):
-        raise ConfigError(_OVERFLOW)
-    whiten = fit_whitening(fitted_ND, embedder.spec.embedding_size)
+        raise ConfigError(OVERFLOW)
+    whiten = fit_whitening(fitted_ND, size)
     if not whiten(fitted_ND[:1]).shape[1]:
         return frozen
     whitened = _scores(lambda pixels: whiten(embed(pixels)), task)
@@ -135,38 +144,18 @@ def fit_whitening(rows_ND: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     vectors of length 1, and cosines afterwards. A function from [M, D] to [M, size]; fewer where so
     many do not vary, none where no two rows differ.
     """
-    mean_D = rows_ND.double().mean(0)
-    centred_ND = rows_ND.double() - mean_D
-    variance_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / max(len(rows_ND) - 1, 1))
-    kept = variance_D.flip(0)[:size]
-    # Below the second bound, rounding of float32 alone varies.
-    squares = rows_ND.double().square().sum(1).mean()
-    kept = kept[(kept > 1e-9 * kept[0]) & (kept > 1e-12 * squares)]
-    whitening_DK = axes_DD.flip(1)[:, : len(kept)] / kept.sqrt()
-    return lambda rows_MD: ((rows_MD.double() - mean_D) @ whitening_DK).float()
+    rows_ND = rows_ND.double()
+    mean_D = rows_ND.mean(0)
+    axes_DK = whitening_axes(rows_ND.T @ rows_ND / len(rows_ND), mean_D, size)
+    axes_DK *= math.sqrt(max(len(rows_ND) - 1, 1) / len(rows_ND))  # of a sample
+    return lambda rows_MD: ((rows_MD.double() - mean_D) @ axes_DK).float()
 
 
 def _scores(embed: EmbedPixels, task: RetrievalTask) -> ClassScores:
     return score_classes(task, embed_task(embed, task))[1]
 
 
-_OVERFLOW = (
+OVERFLOW = (
     "the weights overflow: what the trained backbone gives for images is not finite; expected "
     "weights that fit it and its scale of pixels (weights, pixel_mean, pixel_std)"
 )
-
-
-def _features(embedder: Embedder) -> Embedder:
-    """The backbone alone, as an embedder: what it gives, scaled to length 1."""
-    spec = embedder.spec
-    probe = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
-    with torch.no_grad():
-        size = embedder.backbone(probe.to(embedder.mean.device)).shape[1]
-    return Embedder(
-        copy.deepcopy(embedder.backbone),
-        nn.Identity(),
-        mean=embedder.mean.tolist(),
-        std=embedder.std.tolist(),
-        spec=replace(spec, embedding_size=size),
-        channels_last=embedder.channels_last,
-    )

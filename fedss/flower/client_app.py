@@ -31,7 +31,9 @@ from flwr.clientapp import ClientApp
 
 from fedss.config import Config, config_from_dict
 from fedss.core.client import ClientUpdate, RoundPlan, client_generator, request_classes
+from fedss.core.features import feature_sums
 from fedss.data import ClientIndex, Dataset, Images, index_clients, locate
+from fedss.data.augment import find_augmentation
 from fedss.data.names import composed
 from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import Work, Workers, start_workers
@@ -50,12 +52,26 @@ from fedss.flower.messages import (
 )
 from fedss.flower.registry import digest, row_numbers, token
 from fedss.log import show_on_stderr
-from fedss.models import Embedder, frozen_fingerprint
+from fedss.models import Embedder, Whitening, frozen_fingerprint
 from fedss.own_code import code_names, find_code
 from fedss.secret import draw_key, proof, read_secret
-from fedss.training.build import build_model, compute_device, load_data, round_plan, wire_format
+from fedss.training.build import (
+    build_model,
+    compute_device,
+    load_data,
+    resolved,
+    round_plan,
+    wire_format,
+)
 from fedss.wire.downlink import receive
-from fedss.wire.messages import WireFormat, decode_broadcast, encode_request, encode_update
+from fedss.wire.messages import (
+    WireFormat,
+    decode_broadcast,
+    decode_whitening,
+    encode_feature_sums,
+    encode_request,
+    encode_update,
+)
 
 app = ClientApp()
 
@@ -96,6 +112,12 @@ class SiteImages:
 def answer_register(message: Message, context: Context) -> Message:
     """The site's names, to a server that does not know it yet."""
     return _answer(message, context, lambda site, metadata, buffers: (site.names, {}))
+
+
+@app.query("features")
+def answer_features(message: Message, context: Context) -> Message:
+    """Before the first round: sums over the features of the site's clients."""
+    return _answer(message, context, _features)
 
 
 @app.query("classes")
@@ -278,12 +300,29 @@ def _requests(
 
 def _request(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
     plan, labels_N = _plan(site, metadata, buffers)
-    wire = WireFormat((), metadata["config"].embedding_size, plan.num_classes)
+    wire = WireFormat((), resolved(metadata["config"].embedding_size), plan.num_classes)
     requests, failed = _requests(site, plan, wire, labels_N, metadata["clients"])
     return {"failed": failed}, {"requests": of_clients(requests)}
 
 
-def _model(site: SiteImages, metadata: Metadata) -> Embedder:
+def _features(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
+    config, (plan, labels_N) = metadata["config"], _plan(site, metadata, buffers)
+    embedder = _model(site, metadata, {})
+    wire = wire_format(config, embedder, plan.num_classes)
+    backbone_P = decode_broadcast(wire, buffers["broadcast"]).backbone_P
+    with _workers(config, embedder, site) as workers:
+        inputs = workers.inputs(site.data.train.pixels)
+
+        def tell(client: int, example_N: np.ndarray) -> Tensors:
+            features_NF = workers.features_of(backbone_P, inputs[example_N])
+            label_N = torch.from_numpy(labels_N[example_N])
+            return encode_feature_sums(feature_sums(features_NF, label_N, metadata["by_class"]))
+
+        sums, failed = _each_client(site, plan, labels_N, metadata["clients"], tell)
+    return {"failed": failed}, {"sums": of_clients(sums)}
+
+
+def _model(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Embedder:
     """The model, whose frozen part, which no message holds, is the server's."""
     embedder = build_model(metadata["config"], site.data, None)
     ours, theirs = frozen_fingerprint(embedder), metadata["frozen"]
@@ -294,12 +333,14 @@ def _model(site: SiteImages, metadata: Metadata) -> Embedder:
             "here. Give this site the server's file (--node-config 'weights=\"/path\"'); without "
             "a file, the same versions of torch and timm"
         )
+    if isinstance(embedder.whitening, Whitening) and "whitening" in buffers:
+        embedder.whitening.set_(*decode_whitening(buffers["whitening"]))
     return embedder
 
 
 def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
     config, (plan, labels_N) = metadata["config"], _plan(site, metadata, buffers)
-    embedder = _model(site, metadata)
+    embedder = _model(site, metadata, buffers)
     wire = wire_format(config, embedder, plan.num_classes)
     sent = decode_broadcast(wire, buffers["broadcast"])
     answers = by_client(buffers["answers"])
@@ -349,6 +390,8 @@ def _workers(
         device=device,
         precision=config.precision,
         stack=config.stack,
+        frozen_once=config.cache_activations,
+        augmented=find_augmentation(config.augment) is not None,
     )
 
 
@@ -358,15 +401,19 @@ def _evaluate(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
     if task is None or len(count_classes(task.gallery or task.query)) < 2:
         # Within one class any answer is right.
         return {"metrics": None}, {}
-    embedder = _model(site, metadata)
+    embedder = _model(site, metadata, buffers)
     wire = replace(wire_format(config, embedder, 1), backbone_down="float32")
     backbone_P = decode_broadcast(wire, buffers["broadcast"]).backbone_P
     with _workers(config, embedder, site) as workers:
         embedded = embed_task(partial(workers.embed, backbone_P), task)
+        floors = None
+        if not metadata["round"]:
+            floors = data_floors(task)
+            if embedder.spec.pretrained:
+                features = partial(workers.features, backbone_P)
+                size = embedder.spec.embedding_size
+                floors |= backbone_floors(features, size, task, site.data.train)
     reply: dict[str, Any] = {"metrics": dataclasses.asdict(score(task, *embedded))}
-    if not metadata["round"]:
-        floors = data_floors(task) | backbone_floors(
-            embedder, task, site.data.train, compute_device(config)
-        )
+    if floors is not None:
         reply["floors"] = dict(floors.map_at_10)
     return reply, {}

@@ -20,12 +20,16 @@ from torch import Tensor
 from fedss.core.algorithm import draw_cohort
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
+from fedss.core.features import FeatureSums
 from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
+from fedss.engines.local import Workers
+from fedss.errors import QuorumError
 from fedss.evaluation.intervals import FLOORS
 from fedss.flower.messages import (
     EVALUATE,
+    FEATURES,
     REQUEST,
     TRAIN,
     Tensors,
@@ -38,6 +42,7 @@ from fedss.flower.sites import Sites
 from fedss.flower.validation import (
     Parts,
     RefusedError,
+    check_feature_sums,
     check_floors,
     check_metrics,
     check_request,
@@ -45,7 +50,13 @@ from fedss.flower.validation import (
     part_of,
 )
 from fedss.wire.downlink import answer_requests
-from fedss.wire.messages import WireFormat, encode_broadcast, encode_request, traffic
+from fedss.wire.messages import (
+    WireFormat,
+    encode_broadcast,
+    encode_request,
+    encode_whitening,
+    traffic,
+)
 
 
 @dataclass
@@ -53,7 +64,9 @@ class FlowerEngine:
     """A :class:`fedss.core.engine.Engine` for clients at sites.
 
     Rows are read by ``optimizer``; n in ``wire`` is replaced by that of each round; ``on_phase`` is
-    called at the end of a phase. ``requests`` are those known so far, by round and n.
+    called at the end of a phase. ``requests`` are those known so far, by round and n. ``whitening``
+    goes to each site with each message for training or evaluation; it is empty where features are
+    not whitened.
     """
 
     sites: Sites
@@ -62,7 +75,10 @@ class FlowerEngine:
     optimizer: ServerOptimizer
     wire: WireFormat
     on_phase: Callable[[str], None]
+    features: int = 0
     requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
+    whitening: dict[str, Tensor] = field(default_factory=dict)
+    judges: Workers | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -72,6 +88,55 @@ class FlowerEngine:
     def num_clients(self, round: int) -> int:
         """Number of clients that are registered for a round (0-based)."""
         return self.sites.registry.at(round).clients
+
+    def whiten(self, mean_F: Tensor, axes_FK: Tensor) -> None:
+        """Send this whitening to sites from now on; who judges at the server has it, too."""
+        self.whitening = {**encode_whitening(mean_F, axes_FK)}
+        if self.judges is not None:
+            self.judges.whiten(mean_F, axes_FK)
+
+    def feature_sums(
+        self, backbone_P: Tensor, clients: Sequence[int], by_class: bool
+    ) -> list[FeatureSums]:
+        """What clients tell of their features before the first round, in their order.
+
+        Raises:
+            QuorumError: none did.
+        """
+        of_node, told = self.sites.by_node(clients), dict[int, FeatureSums]()
+        failures = list[Failure]()
+        num_classes = self.sites.registry.at(0).classes
+        packed = buffer(encode_broadcast(self.wire, Broadcast(backbone_P)))
+
+        def messages() -> Iterator[tuple[int, Message]]:
+            for node, of_site in of_node.items():
+                site = self.sites.online[node]
+                metadata = {
+                    **self.sites.metadata,
+                    "round": 0,
+                    "num_classes": num_classes,
+                    "stamp": site.stamp,
+                    "clients": [[k, site.places[k]] for k in of_site],
+                    "by_class": by_class,
+                }
+                classes = buffer({"classes": torch.from_numpy(site.class_ids)})
+                content = pack(metadata, classes=classes, broadcast=packed)
+                yield node, self.sites.message(FEATURES, node, 0, content)
+
+        for node, reply in self.sites.exchange(messages()):
+            try:
+                metadata, buffers = self.sites.read(node, reply, 0)
+                for k in of_node[node]:
+                    message = part_of(metadata, buffers.get("sums", {}), k)
+                    told[k] = check_feature_sums(num_classes, self.features, by_class, message)
+            except RefusedError as error:
+                self.sites.put_aside(node, error, 0)
+                failures += map(error.of, of_node[node])
+                log_line(f"site {node} told nothing of features: {error.reason} {error.detail}")
+        if not told:
+            why = f" ({failures[0].reason} {failures[0].detail})" if failures else ""
+            raise QuorumError(f"no site told of its features{why}; see to the sites", failures)
+        return [told[k] for k in sorted(told)]
 
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
@@ -127,8 +192,10 @@ class FlowerEngine:
             answers = {k: down.answer(k) for k in clients}
             sent.update(answers)
             # What a site gets once for all its clients is counted at the first of them.
-            sent[clients[0]] = {**down.to_all, **shared, **answers[clients[0]]}
-            return {"broadcast": packed, "answers": buffer(of_clients(answers))}
+            of_site = {f"whitening.{name}": part for name, part in self.whitening.items()}
+            sent[clients[0]] = {**down.to_all, **shared, **of_site, **answers[clients[0]]}
+            answer = buffer(of_clients(answers))
+            return {"broadcast": packed, "answers": answer, **self._whitening()}
 
         def check(k: int, message: Tensors) -> ClientUpdate:
             update = check_update(wire, plan, k, down.ids[k], message)
@@ -234,7 +301,7 @@ class FlowerEngine:
         def messages() -> Iterator[tuple[int, Message]]:
             for node, site in sites.items():
                 metadata = {**self.sites.metadata, "round": round, "stamp": site.stamp}
-                content = pack(metadata, broadcast=packed)
+                content = pack(metadata, broadcast=packed, **self._whitening())
                 yield node, self.sites.message(EVALUATE, node, round, content)
 
         metrics, floors = list[dict[str, float]](), list[dict[str, float]]()
@@ -263,6 +330,9 @@ class FlowerEngine:
         by_class = means(["map_at_10_by_class"], metrics, "classes")
         figures = {**means(metrics[0], metrics), **by_class, **counts, "sites": len(metrics)}
         return figures, {} if round else means(shared, floors)
+
+    def _whitening(self) -> dict[str, Array]:
+        return {"whitening": buffer(self.whitening)} if self.whitening else {}
 
     def _metadata(
         self, node: int, plan: RoundPlan, clients: Iterable[int], coming: Iterable[int]

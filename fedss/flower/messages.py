@@ -19,7 +19,8 @@ from torch import Tensor
 from fedss.errors import FedssError
 from fedss.text import printable
 
-REGISTER, REQUEST, TRAIN, EVALUATE = "query.register", "query.classes", "train", "evaluate"
+REGISTER, FEATURES, REQUEST = "query.register", "query.features", "query.classes"
+TRAIN, EVALUATE = "train", "evaluate"
 
 Tensors = Mapping[str, Tensor]
 

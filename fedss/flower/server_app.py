@@ -25,7 +25,7 @@ from fedss.flower.registry import Registry, load_registry
 from fedss.flower.settings import Deployment, explicit, read_settings
 from fedss.flower.sites import Sites
 from fedss.log import show_on_stderr
-from fedss.models import Embedder, frozen_fingerprint
+from fedss.models import Embedder, Whitening, frozen_fingerprint
 from fedss.own_code import code_names, find_code
 from fedss.runs.about import DataFacts
 from fedss.runs.checkpoint import newest_round
@@ -67,7 +67,8 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     config = explicit(config)
     assert config.channels is not None
     assert config.image_size is not None
-    embedder = model_for(config, config.channels, config.image_size)
+    told = resolve(config, None)[0]
+    embedder = model_for(told, config.channels, config.image_size)
     shape = [config.channels, config.image_size, config.image_size]
     data: DataFacts = {
         "name": "federation",
@@ -75,7 +76,6 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         "evaluated_at": deployment.evaluate_at,
     }
     folder, left = Path(deployment.out), estimate(config)
-    told = resolve(config, None)[0]
     check_own_code(told, tuple(shape), None)
     federate = partial(_federation, grid, told, deployment)
     return train_federation(
@@ -124,7 +124,12 @@ def _federation(
     registry = load_registry(path) if newest else Registry()
     sites = Sites(grid, metadata, deployment, path, registry)
     wire = wire_format(config, embedder, 1)
-    engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
+    features = 0
+    if isinstance(embedder.whitening, Whitening):
+        features = len(embedder.whitening.mean_F)
+    engine = FlowerEngine(
+        sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase, features
+    )
     task, train = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
@@ -136,8 +141,10 @@ def _federation(
     judging: AbstractContextManager[Workers | None] = nullcontext()
     if task is not None:
         device = compute_device(config)
-        judging = start_workers(embedder, task.query.pixels, count, device=device)
+        once = config.cache_activations
+        judging = start_workers(embedder, task.query.pixels, count, device=device, frozen_once=once)
     with judging as workers:
+        engine.judges = workers
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
             if task is None or workers is None:
@@ -151,7 +158,11 @@ def _federation(
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                floors = data_floors(task) | backbone_floors(embedder, task, train, device)
+                floors = data_floors(task)
+                if embedder.spec.pretrained:
+                    features = partial(workers.features, backbone_P)
+                    size = embedder.spec.embedding_size
+                    floors |= backbone_floors(features, size, task, train)
             return floors if untrained is None else floors | floor("untrained", untrained)
 
         yield Federation(

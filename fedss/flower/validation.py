@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
+from fedss.core.features import FeatureSums
 from fedss.evaluation.intervals import FLOORS
 from fedss.evaluation.retrieval import RetrievalMetrics
 from fedss.flower.messages import MessageError, Tensors, by_client, unpack
@@ -22,7 +23,13 @@ from fedss.flower.registry import Registry, digest
 from fedss.sampling.samplers import own_budget
 from fedss.seeds import generator
 from fedss.text import printable
-from fedss.wire.messages import WireFormat, decode_request, decode_update, encode_update
+from fedss.wire.messages import (
+    WireFormat,
+    decode_feature_sums,
+    decode_request,
+    decode_update,
+    encode_update,
+)
 
 MOST_EXAMPLES = 2**31
 """Most images of a client: the weight of more would drown all others."""
@@ -150,6 +157,43 @@ def check_update(
     if not usual or not all(bool(t.isfinite().all()) for t in numbers):
         raise RefusedError("not finite", f"a loss of {update.loss}, or a change that is not finite")
     return update
+
+
+def check_feature_sums(
+    num_classes: int, features: int, by_class: bool, message: Tensors
+) -> FeatureSums:
+    """What a client tells of its features, if it can be the sums of vectors of length 1."""
+    kinds = {
+        "factor": torch.float32,
+        "ids": torch.int64,
+        "counts": torch.int64,
+        "sums": torch.float32,
+    }
+    if message.keys() != kinds.keys() or any(message[n].dtype != kinds[n] for n in kinds):
+        raise RefusedError("damaged", f"expected the tensors {', '.join(kinds)}")
+    sums = decode_feature_sums(message)
+    factor_RF, ids_P, counts_P, sums_PF = sums.factor_RF, sums.ids_P, sums.counts_P, sums.sums_PF
+    groups = len(ids_P) if by_class else 1
+    if (
+        (factor_RF.ndim, ids_P.ndim, len(ids_P) > 0) != (2, 1, by_class)
+        or factor_RF.shape[1] != features
+        or len(factor_RF) > features
+        or counts_P.shape != (groups,)
+        or sums_PF.shape != (groups, features)
+    ):
+        raise RefusedError("shape", f"expected sums of features of {features} numbers")
+    if by_class and (
+        int(ids_P[0]) < 0 or int(ids_P[-1]) >= num_classes or bool((ids_P.diff() <= 0).any())
+    ):
+        raise RefusedError("ids", f"expected sorted, unique class ids from 0 to {num_classes - 1}")
+    if not 0 < int(counts_P.min()) <= int(counts_P.max()) <= MOST_EXAMPLES:
+        raise RefusedError("examples", "expected 1 or more images of each class")
+    # Of n vectors of length 1 the squares add up to n, and no sum is longer than n.
+    squares, count = factor_RF.double().square().sum(), counts_P.sum()
+    longest_P = sums_PF.double().norm(dim=1) / counts_P
+    if not abs(squares / count - 1) < 0.01 or not bool((longest_P < 1.01).all()):
+        raise RefusedError("not finite", "expected sums of vectors of length 1")
+    return sums
 
 
 def check_registration(

@@ -6,6 +6,7 @@ randomness in the forward pass, a known output size. `flatten_` then gives θ as
 """
 
 from fedss.models.backbones import conv4
+from fedss.models.border import Border, find_border
 from fedss.models.embedder import (
     Embedder,
     EmbedderSpec,
@@ -17,15 +18,19 @@ from fedss.models.frozen import frozen_fingerprint
 from fedss.models.layout import pool_before_relu_
 from fedss.models.norms import FrozenBatchNorm, freeze_batch_norm, norm_groups, replace_batch_norm
 from fedss.models.saving import fingerprint, load_embedder, safetensors_of, save_embedder
+from fedss.models.whitening import Whitening, whitening_axes
 
 __all__ = [
+    "Border",
     "Embedder",
     "EmbedderSpec",
     "FlatParameters",
     "FrozenBatchNorm",
+    "Whitening",
     "build_embedder",
     "conv4",
     "embed_pixels",
+    "find_border",
     "fingerprint",
     "flatten_",
     "freeze_batch_norm",
@@ -36,4 +41,5 @@ __all__ = [
     "replace_batch_norm",
     "safetensors_of",
     "save_embedder",
+    "whitening_axes",
 ]

@@ -7,7 +7,7 @@ F features of the backbone, D embedding size.
 import copy
 import reprlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedss.choices import BatchNormRule, ForwardPrecision
 from fedss.errors import ConfigError, DataError
 from fedss.models.backbones import named_backbone, own_backbone, own_random_state
+from fedss.models.border import Border
 from fedss.models.checks import (
     check_image,
     output_size,
@@ -36,6 +37,7 @@ from fedss.models.frozen import freeze_
 from fedss.models.layout import channels_last, channels_last_pays
 from fedss.models.norms import LEAST_VALUES, freeze_batch_norm, replace_batch_norm
 from fedss.models.weights import load_weights_, weights_fingerprint
+from fedss.models.whitening import Whitening
 from fedss.own_code import find_code, is_code
 
 MOST_FEATURES = 2**20
@@ -51,7 +53,8 @@ class EmbedderSpec:
     `pretrained` says that batch norms were frozen rather than replaced; rebuilding downloads
     nothing. `weights` is the SHA-256 of the file that trained weights came from, if they came from
     one, and `trainable` which part trains. `group_values` is the least number of values in a group
-    of a norm that took the place of a batch norm (`replace_batch_norm`).
+    of a norm that took the place of a batch norm (`replace_batch_norm`). `whitened` says that
+    features are whitened (`Whitening`) before the projection, which then begins as the identity.
     """
 
     backbone: str | None
@@ -63,6 +66,7 @@ class EmbedderSpec:
     trainable: str = "all"
     group_values: int = LEAST_VALUES
     code: str | None = None
+    whitened: bool = False
 
     @property
     def is_own(self) -> bool:
@@ -83,14 +87,16 @@ class EmbedderSpec:
 
 
 class Embedder(nn.Module):
-    """Pixels to unit vectors: h = g / ‖g‖, g = A f_θ((x - mean) / std).
+    """Pixels to unit vectors: h = g / ‖g‖, g = A w(f_θ((x - mean) / std)).
 
-    f is the backbone, A the projection without bias (a bias would move all embeddings towards one
-    common direction), or nothing where the backbone's own size is wanted. `mean` and `std` [C] are
+    f is the backbone, w a frozen whitening of its features (`Whitening`) or nothing, A the
+    projection without bias (a bias would move all embeddings towards one common direction), or
+    nothing where the backbone's own size is wanted. `mean` and `std` [C] are
     buffers: saved with the model, not trained, not sent. With `channels_last` the backbone gets its
     images in that layout, which changes results by rounding alone. Where ``precision`` is set to
     ``"bfloat16"``, backbone and projection run under torch's autocast; weights, their gradients
-    and the division by ‖g‖ stay in float32.
+    and the division by ‖g‖ stay in float32. With a ``border`` it takes activations, too, float16
+    [B, *border.shape] as `activations` gives them, in place of pixels.
 
     Made by `build_embedder`, which checks what this class takes for granted.
     """
@@ -107,12 +113,15 @@ class Embedder(nn.Module):
         std: Sequence[float],
         spec: EmbedderSpec,
         channels_last: bool = False,
+        whitening: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.channels_last = channels_last
         self.precision: ForwardPrecision = "float32"
+        self.border: Border | None = None
         self.backbone = backbone
+        self.whitening = whitening or nn.Identity()
         self.projection = projection
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
@@ -127,6 +136,31 @@ class Embedder(nn.Module):
         Raises:
             ValueError: another shape or dtype.
         """
+        with self._autocast():
+            g_BD = self.projection(self.whitening(self._backbone_features(pixels_BCHW)))
+        return nn.functional.normalize(g_BD.float(), dim=1)
+
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        """What the backbone gives, float32 [B, F]; arguments as for `forward`."""
+        with self._autocast():
+            return self._backbone_features(pixels_BCHW).float()
+
+    def activations(self, pixels_BCHW: Tensor) -> Tensor:
+        """What the frozen part gives for pixels, float16 [B, *border.shape]."""
+        assert self.border is not None
+        with self._autocast():
+            return self.border.frozen(self._scaled(pixels_BCHW)).half()
+
+    def _backbone_features(self, pixels_BCHW: Tensor) -> Tensor:
+        if self.border is not None and pixels_BCHW.dtype == torch.float16:
+            activations_BX = pixels_BCHW.float()
+            if self.channels_last and activations_BX.ndim == 4:
+                activations_BX = channels_last(activations_BX)
+            return self.border.trained(activations_BX)
+        features_BF: Tensor = self.backbone(self._scaled(pixels_BCHW))
+        return features_BF
+
+    def _scaled(self, pixels_BCHW: Tensor) -> Tensor:
         expected = (self.spec.channels, self.spec.image_size, self.spec.image_size)
         if pixels_BCHW.ndim != 4 or tuple(pixels_BCHW.shape[1:]) != expected:
             raise ValueError(
@@ -140,12 +174,11 @@ class Embedder(nn.Module):
         else:
             raise ValueError(f"pixels must be uint8 or floating point, not {pixels_BCHW.dtype}")
         scaled_BCHW = (pixels_BCHW - self.mean[:, None, None]) / self.std[:, None, None]
-        if self.channels_last:
-            scaled_BCHW = channels_last(scaled_BCHW)
-        device, low = scaled_BCHW.device.type, self.precision == "bfloat16"
-        with torch.autocast(device, torch.bfloat16) if low else nullcontext():
-            g_BD = self.projection(self.backbone(scaled_BCHW))
-        return nn.functional.normalize(g_BD.float(), dim=1)
+        return channels_last(scaled_BCHW) if self.channels_last else scaled_BCHW
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        low = self.precision == "bfloat16"
+        return torch.autocast(self.mean.device.type, torch.bfloat16) if low else nullcontext()
 
 
 def build_embedder(
@@ -161,6 +194,7 @@ def build_embedder(
     batch_norm: BatchNormRule = "auto",
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    whitened: bool = False,
 ) -> Embedder:
     """An embedder fit for federated training.
 
@@ -193,6 +227,8 @@ def build_embedder(
             channels. For gray images the average of three is taken. None: what `pretrained` and
             `weights` state, else 0.5.
         pixel_std: their standard deviation, as `pixel_mean`; one is given with the other.
+        whitened: whiten features before the projection, which begins as the identity. The
+            whitening's statistics are those of the training images: `Whitening.set_`.
 
     Raises:
         ConfigError: a module of your own whose batch norms have been trained, with neither
@@ -215,6 +251,7 @@ def build_embedder(
         weights=None if weights is None else weights_fingerprint(weights),
         trainable=trainable,
         code=find_code(name).sha256 if is_code(name) else None,
+        whitened=whitened,
     )
     _check_statistics(pixel_mean, pixel_std, channels)
     untrained = spec.is_own and batch_norm == "auto" and not trained
@@ -277,7 +314,12 @@ def assemble(
         refuse_batch_statistics(body)
         refuse_hidden_state(body, spec.channels, spec.image_size)
         projection: nn.Module = nn.Identity()
-        if not spec.is_own or features != spec.embedding_size:
+        whitening = Whitening(features, spec.embedding_size) if spec.whitened else None
+        if whitening is not None:
+            size = whitening.axes_FK.shape[1]
+            projection = nn.Linear(size, spec.embedding_size, bias=False)
+            nn.init.eye_(projection.weight)
+        elif not spec.is_own or features != spec.embedding_size:
             projection = nn.Linear(features, spec.embedding_size, bias=False)
             nn.init.kaiming_normal_(projection.weight, nonlinearity="linear")
         elif spec.trainable == "head":
@@ -288,7 +330,15 @@ def assemble(
             )
         layout = channels_last_pays(body, spec.channels, spec.image_size)
         half = [0.5] * spec.channels
-        return Embedder(body, projection, mean=half, std=half, spec=spec, channels_last=layout)
+        return Embedder(
+            body,
+            projection,
+            mean=half,
+            std=half,
+            spec=spec,
+            channels_last=layout,
+            whitening=whitening,
+        )
 
 
 def _check_statistics(
@@ -316,16 +366,20 @@ def embed_pixels(
 ) -> Tensor:
     """Embeddings of many images, float32 [N, D] on the CPU, in eval mode and without gradients.
 
-    Reads `pixels_NCHW`, uint8 (a memory map is fine), one batch at a time and runs on the
-    embedder's device. The batch size changes results by rounding alone (below 1e-6).
+    Reads `pixels_NCHW`, uint8, or float16 activations (a memory map is fine), one batch at a time
+    and runs on the embedder's device. The batch size changes results by rounding alone (below
+    1e-6).
 
     Raises:
         DataError: pixels of another shape or dtype.
         ConfigError: batch_size below 1.
     """
-    spec = embedder.spec
-    shape = (spec.channels, spec.image_size, spec.image_size)
-    if pixels_NCHW.dtype != np.uint8 or pixels_NCHW.shape[1:] != shape:
+    spec, border = embedder.spec, embedder.border
+    shape: tuple[int, ...] = (spec.channels, spec.image_size, spec.image_size)
+    dtype: type[np.generic] = np.uint8
+    if border is not None and pixels_NCHW.dtype == np.float16:
+        shape, dtype = border.shape, np.float16
+    if pixels_NCHW.dtype != dtype or pixels_NCHW.shape[1:] != shape:
         raise DataError(
             f"pixels must be uint8 [N, {', '.join(map(str, shape))}], "
             f"not {pixels_NCHW.dtype} {list(pixels_NCHW.shape)}"

@@ -66,11 +66,16 @@ def frozen_fingerprint(embedder: nn.Module) -> str | None:
     """SHA-256 of what is not trained, hence not sent, and must be the same at server and sites.
 
     Of parameters that do not require grad and buffers: names, types, shapes and bits, in the order
-    of the state dict. None if the backbone has none of these (the statistics of pixels alone, which
+    of the state dict. A whitening is left out: it is known once clients have told of their
+    features. None if the backbone has none of these (the statistics of pixels alone, which
     the backbone's name decides, make no difference).
     """
     trained = {n for n, p in embedder.named_parameters(remove_duplicate=False) if p.requires_grad}
-    frozen = {n: t for n, t in embedder.state_dict().items() if n not in trained}
+    frozen = {
+        n: t
+        for n, t in embedder.state_dict().items()
+        if n not in trained and not n.startswith("whitening.")
+    }
     if not any(name.startswith("backbone.") for name in frozen):
         return None
     digest = hashlib.sha256()

@@ -149,8 +149,8 @@ def _description(embedder: Embedder) -> dict[str, Any]:
 
 
 def _stored(spec: EmbedderSpec) -> dict[str, Any]:
-    """A description as it is written: what all but models of own code lack is left out."""
-    return {k: v for k, v in asdict(spec).items() if k != "code" or v is not None}
+    """A description as it is written: what most models lack is left out."""
+    return {k: v for k, v in asdict(spec).items() if k not in ("code", "whitened") or v}
 
 
 def _state(embedder: Embedder) -> dict[str, Tensor]:
@@ -206,7 +206,8 @@ def _check_sizes(spec: EmbedderSpec, state: Mapping[str, Tensor], file: Path) ->
         except ConfigError as error:
             raise ConfigError(f"{file} does not fit its description: {error}") from error
         expected["backbone.block1.conv.weight"] = (width, spec.channels, 3, 3)
-        expected["projection.weight"] = (spec.embedding_size, features)
+        size = min(features, spec.embedding_size) if spec.whitened else features
+        expected["projection.weight"] = (spec.embedding_size, size)
     elif spec.backbone is not None:
         of_file = held.get("projection.weight", ())[-1:]
         expected["projection.weight"] = (spec.embedding_size, *of_file)

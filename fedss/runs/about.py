@@ -22,7 +22,7 @@ class RunSettings(TypedDict):
     checkpoint_every: NotRequired[int | None]
     eval_split: NotRequired[str]
     backbone: NotRequired[str | None]
-    embedding_size: NotRequired[int | None]
+    embedding_size: NotRequired[Any]
     augment: NotRequired[str]
 
 

@@ -59,6 +59,8 @@ class Record(TypedDict):
     # Where no client of the cohort failed, these are left out.
     failures: NotRequired[list[FailedClient]]
     attempts: NotRequired[int]  # how often the round was begun
+    # In the first round alone, of messages before it: how many clients, bytes_down and bytes_up.
+    warm_start: NotRequired[Mapping[str, int]]
 
 
 class _Metrics(TypedDict):
@@ -108,9 +110,10 @@ def new_record(
 
 
 def bytes_moved(record: Record) -> float | None:
-    """Bytes of a round, both ways; None where there are none."""
-    down, up = record["bytes_down"], record["bytes_up"]
-    return None if down is None or up is None else down + up
+    """Bytes of a round and what came before it, both ways; None where there are none."""
+    down, up, warm = record["bytes_down"], record["bytes_up"], record.get("warm_start", {})
+    before = warm.get("bytes_down", 0) + warm.get("bytes_up", 0)
+    return None if down is None or up is None else down + up + before
 
 
 def num_sites(record: Record) -> int:

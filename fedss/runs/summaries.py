@@ -11,7 +11,7 @@ from fedss.evaluation.intervals import Interval
 from fedss.evaluation.retrieval import RetrievalMetrics
 from fedss.files import write_json
 from fedss.runs.fields import Share, damaged, parse_json, read_as, read_bytes, wrong
-from fedss.runs.records import SUMS, Record, num_sites
+from fedss.runs.records import SUMS, WAYS, Record, num_sites
 
 # A sum in a record -> its mean per client and round.
 MEANS = {
@@ -52,6 +52,9 @@ class Summary(TypedDict):
     moment_bytes_down_per_client_round: float | None
     moment_bytes_up_per_client_round: float | None
     class_rows_per_client: float | None
+    # Of all messages before the first round, where features are whitened.
+    warm_start_bytes_down: NotRequired[int]
+    warm_start_bytes_up: NotRequired[int]
     # Over all rounds; the phases add up to ``seconds``. Failures by reason.
     seconds_by_phase: NotRequired[Mapping[str, float]]
     seconds: float
@@ -89,6 +92,8 @@ def summarize(
     for name, mean in MEANS.items():
         counts = [cast(Mapping[str, Any], record)[name] for record in records]
         summary[mean] = None if None in counts or not clients else sum(counts) / clients
+    if records and (warm := records[0].get("warm_start")):
+        summary |= {f"warm_start_bytes_{way}": warm[f"bytes_{way}"] for way in WAYS}
     phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
     by_phase = {p: sum(record["seconds"].get(p, 0.0) for record in records) for p in phases}
     failures = (failure for record in records for failure in record.get("failures", ()))

@@ -29,7 +29,7 @@ from fedss.models import Embedder, build_embedder
 from fedss.own_code import import_code
 from fedss.sampling.samplers import SAMPLERS, Sampler, find_sampler
 from fedss.seeds import generator
-from fedss.settings import auto_sample_size
+from fedss.settings import auto_sample_size, resolve
 from fedss.wire.messages import WireFormat
 
 T = TypeVar("T")
@@ -101,18 +101,20 @@ def model_for(
     config: Config, channels: int, image_size: int, backbone: nn.Module | None = None
 ) -> Embedder:
     """As :func:`build_model`, for images of so many channels and pixels a side."""
+    config, _ = resolve(config, None)
     return build_embedder(
         backbone if backbone is not None else config.backbone,
         channels=channels,
         image_size=image_size,
-        embedding_size=config.embedding_size,
+        embedding_size=resolved(config.embedding_size),
         seed=config.seed,
         pretrained=config.pretrained,
         weights=config.weights,
-        trainable=config.trainable,
+        trainable=resolved(config.trainable),
         batch_norm=config.batch_norm,
         pixel_mean=option_numbers(config, "pixel_mean"),
         pixel_std=option_numbers(config, "pixel_std"),
+        whitened=resolved(config.projection_init) == "whitened",
     )
 
 
@@ -154,10 +156,11 @@ def server_optimizer(config: Config) -> ServerOptimizer:
 def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFormat:
     """How messages travel. Pooled training sends none."""
     layout = tuple(p.shape for p in embedder.parameters() if p.requires_grad)
+    dim = embedder.spec.embedding_size
     if METHODS[config.method].pooled:
-        return WireFormat(layout, config.embedding_size, num_classes)
+        return WireFormat(layout, dim, num_classes)
     formats = config.rows_down, config.rows_up, config.backbone_down, config.backbone_up
-    return WireFormat(layout, config.embedding_size, num_classes, *formats, config.moments_rank)
+    return WireFormat(layout, dim, num_classes, *formats, config.moments_rank)
 
 
 def scoring(config: Config) -> Scoring:

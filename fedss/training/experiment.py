@@ -215,11 +215,12 @@ class _Experiment:
 
     def train(self, config: Config, folder: Path, label: str) -> Run:
         """Train one model with all clients on this machine, or wherever the ranks are."""
-        federate = partial(local_federation, config, self.data, self.ranks, self.floors)
-        model = build_model(config, self.data, self.own.backbone)
         about, problem = describe(config, self.data), problem_of(self.data)
+        told, _ = _resolve_first(folder, config, problem)
+        federate = partial(local_federation, told, self.data, self.ranks, self.floors)
+        model = build_model(told, self.data, self.own.backbone)
         names, backbone = self.data.train.class_names, self.own.backbone_of(config)
-        start = start_from(self.start, folder, config, model, names, backbone)
+        start = start_from(self.start, folder, told, model, names, backbone)
         plan = RunPlan(config, problem, model, about, federate, self.own, names, start)
         return train_federation(plan, folder, label, on_round=self.on_round, ranks=self.ranks)
 
@@ -293,10 +294,9 @@ def _resolve_first(
 
 
 def _keep_first(plan: RunPlan, checkpoints: Path) -> None:
-    """Write what a checkpoint needs to be of use by itself: the model, and the rows' names."""
-    if not (checkpoints / "first" / "config.json").exists():
-        save_embedder(plan.embedder, checkpoints / "first", {})
+    """Write what a checkpoint needs to be of use, beside the model: the rows' names."""
     if plan.class_names is not None and not (checkpoints / "classes.json").exists():
+        checkpoints.mkdir(exist_ok=True)
         write_json(checkpoints / "classes.json", list(plan.class_names))
 
 

@@ -19,7 +19,13 @@ from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, flo
 from fedss.evaluation.task import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, fingerprint
-from fedss.training.build import compute_device, pool_images, task_in_training, wire_format
+from fedss.training.build import (
+    compute_device,
+    pool_images,
+    resolved,
+    task_in_training,
+    wire_format,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ def local_federation(
         device=compute_device(config),
         precision=config.precision,
         stack=config.stack,
+        frozen_once=config.cache_activations,
+        augmented=changes is not None,
     ) as engine:
 
         def embed(backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
@@ -117,7 +125,8 @@ def local_federation(
             if not ranks.first:
                 return None
             with intra_op_threads(engine.workers.count * ranks.local_size):
-                plain, frozen = _measure_plain(config, data, embedder, task, known)
+                features = partial(engine.workers.features, backbone_P)
+                plain, frozen = _measure_plain(config, data, features, task, known)
             return plain | known[untrained] | frozen
 
         yield Federation(
@@ -133,7 +142,11 @@ def local_federation(
 
 
 def _measure_plain(
-    config: Config, data: Dataset, embedder: Embedder, task: RetrievalTask, known: Known
+    config: Config,
+    data: Dataset,
+    features: Callable[[np.ndarray, np.ndarray | None], torch.Tensor],
+    task: RetrievalTask,
+    known: Known,
 ) -> tuple[Floors, Floors]:
     """What the images give by themselves, and what frozen features give; each measured once."""
     plain = "data", config.eval_split
@@ -141,5 +154,8 @@ def _measure_plain(
     if plain not in known:
         known[plain] = data_floors(task)
     if frozen not in known:
-        known[frozen] = backbone_floors(embedder, task, data.train, compute_device(config))
+        known[frozen] = Floors()
+        if config.pretrained or config.weights:
+            size = resolved(config.embedding_size)
+            known[frozen] = backbone_floors(features, size, task, data.train)
     return known[plain], known[frozen]

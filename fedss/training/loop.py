@@ -50,6 +50,7 @@ from fedss.runs.tensorboard import (
 from fedss.training.build import resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 from fedss.training.start import Start
+from fedss.training.warm import restore_whitening_, warm_up_
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -85,6 +86,8 @@ class _Job:
     on_round: OnRound
     start: Start | None
     keep_best: Callable[[torch.Tensor, Sequence[Record]], None]
+    embedder: Embedder
+    warm: dict[str, int] | None = None
 
 
 def train_rounds(
@@ -119,9 +122,20 @@ def train_rounds(
         of_cohort = federation.cohort_size, row_mean, federation.quorum
         server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
         job = _Job(
-            config, federation, server, plan_of, folder, timer, ranks, on_round, start, keep_best
+            config,
+            federation,
+            server,
+            plan_of,
+            folder,
+            timer,
+            ranks,
+            on_round,
+            start,
+            keep_best,
+            embedder,
         )
-        state = _first_state(job, theta_P)
+        state, warm = _first_state(job, theta_P)
+        job = replace(job, warm=warm)
         check_same_round(folder, ranks.gather(state.round))
         records = read_records(folder / "records.jsonl", state.round)
         floors = _floors(federation, theta_P, folder, ranks)
@@ -272,6 +286,8 @@ def _next_round(
         [FailedClient(client=name(f.client), reason=f.reason) for f in failures],
         attempts,
     )
+    if job.warm and record["round"] == 1:
+        record["warm_start"] = job.warm
     return state, record, evaluation
 
 
@@ -312,19 +328,26 @@ def _attempt_round(
     return state, updates, failures + failed, attempt
 
 
-def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
-    """The last checkpoint's state, or the first of all."""
+def _first_state(job: _Job, theta_P: torch.Tensor) -> tuple[ServerState, dict[str, int] | None]:
+    """The last checkpoint's state, or the first of all, and what :func:`warm_up_` says of it."""
     config, optimizer, checkpoints = job.config, job.server.optimizer, job.folder / "checkpoint"
     rows = create_class_rows(
         job.federation.num_classes(newest_round(checkpoints)),
-        config.embedding_size,
+        job.embedder.spec.embedding_size,
         optimizer.of_rows.slots,
         config.seed,
         config.row_dtype,
         job.folder if config.row_store == "file" else None,
     )
-    state = load_checkpoint(checkpoints, rows)
-    if state is None:
+    state, warm, engine = load_checkpoint(checkpoints, rows), None, job.federation.engine
+    if state is not None:
+        restore_whitening_(engine, job.embedder, checkpoints / "first")
+    else:
+        if job.start is None:
+            warm = warm_up_(config, engine, job.embedder, theta_P, rows)
+        if job.ranks.first and (warm or not (checkpoints / "first" / "config.json").exists()):
+            # A checkpoint is of use with it alone: the model, and what of it does not train.
+            save_embedder(job.embedder, checkpoints / "first", {})
         if (start := job.start) is not None and len(start.ids_U):
             slots = {name: torch.zeros_like(start.rows_UD) for name in rows.slots}
             write_(rows, start.ids_U, start.rows_UD, slots, -1)
@@ -336,7 +359,7 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> ServerState:
             f"{job.folder} was begun when method {config.method} had no moments (it is "
             f"{config.method}-published now): start another run, or go on with that version"
         )
-    return state
+    return state, warm
 
 
 def _due(round: int, every: int, rounds: int) -> bool:

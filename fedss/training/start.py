@@ -20,11 +20,13 @@ from fedss.runs.about import read_any_config
 from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.fields import parse_json, read_as, read_bytes
 from fedss.text import counted
-from fedss.training.build import server_optimizer
+from fedss.training.build import resolved, server_optimizer
 
 _LOG = logging.getLogger("fedss.training")
 # What two networks of one architecture have in common, before their tensors are looked at.
-_ARCHITECTURE = ("backbone", "channels", "embedding_size", "pretrained", "group_values")
+_ARCHITECTURE = (
+    *("backbone", "channels", "embedding_size", "pretrained", "group_values", "whitened"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def start_from(
     if record is not None and newest_round(folder / "checkpoint"):
         source = load_embedder(folder / "checkpoint" / "first", backbone)
         _take_weights(embedder, source, folder)
-        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, config.embedding_size)
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, embedder.spec.embedding_size)
         return Start(fingerprint(embedder), dict(record), *nothing)
     run = given if record is None else Path(str(record.get("run")))
     if run is None:
@@ -128,7 +130,7 @@ def _rows_of(run: Path, class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, 1)
     names: list[str] = read_as(list[str], parse_json(read_bytes(known), known), known)
     config = config_from_dict({**about["config"], **about.get("resolved", {})})
-    optimizer, size = server_optimizer(config), config.embedding_size
+    optimizer, size = server_optimizer(config), resolved(config.embedding_size)
     rows = create_class_rows(
         len(names), size, optimizer.of_rows.slots, config.seed, config.row_dtype
     )

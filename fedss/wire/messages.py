@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedss.choices import Precision
 from fedss.core.client import Broadcast, ClientUpdate
+from fedss.core.features import FeatureSums
 from fedss.losses.softmax import ClassSample
 from fedss.wire.codec import (
     Encoded,
@@ -149,6 +150,36 @@ def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpda
         int(message["num_examples"]),
         float(message["loss"]),
     )
+
+
+def encode_feature_sums(sums: FeatureSums) -> Message:
+    """Client to server, before the first round: what it tells of its features."""
+    return {
+        "factor": sums.factor_RF,
+        "ids": sums.ids_P,
+        "counts": sums.counts_P,
+        "sums": sums.sums_PF,
+    }
+
+
+def decode_feature_sums(message: Message) -> FeatureSums:
+    """The inverse of :func:`encode_feature_sums`."""
+    return FeatureSums(message["factor"], message["ids"], message["counts"], message["sums"])
+
+
+def encode_whitening(mean_F: Tensor, axes_FK: Tensor) -> Message:
+    """Server to client, once: the whitening of features, :func:`fedss.core.features.rounded`."""
+    message: dict[str, Tensor] = {}
+    for name, numbers in {"mean": mean_F, "axes": axes_FK}.items():
+        largest = numbers.abs().max().clamp_min(1e-30)
+        message |= {name: (numbers / largest).half(), f"{name}_largest": largest}
+    return message
+
+
+def decode_whitening(message: Message) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`encode_whitening`, bit for bit."""
+    mean_F, axes_FK = (message[n].float() * message[f"{n}_largest"] for n in ("mean", "axes"))
+    return mean_F, axes_FK
 
 
 PARTS = ("backbone", "class_row", "moment")

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedss import optional
 from fedss.errors import ConfigError, DataError
 from fedss.models import (
     Embedder,
@@ -597,6 +599,28 @@ def test_a_timm_that_cannot_be_imported_is_explained(
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(ConfigError, match=message):
         small("timm:resnet18")
+
+
+def test_a_torchvision_of_another_build_is_imported_without_its_operators(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    came: list[str] = []
+
+    def fail_once(name: str) -> ModuleType:
+        came.append(name)
+        if len(came) == 1:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        return ModuleType(name)
+
+    kept = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in ("timm", "torchvision")}
+    monkeypatch.setattr(importlib, "import_module", fail_once)
+    monkeypatch.setattr(optional, "_declare_operators", lambda: came.append("declared"))
+    try:
+        assert optional.import_extra("timm", "timm").__name__ == "timm"
+        assert came == ["timm", "declared", "timm"]
+        assert not {"timm", "torchvision"} & sys.modules.keys()
+    finally:
+        sys.modules.update(kept)
 
 
 @pytest.mark.parametrize(

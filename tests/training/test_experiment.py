@@ -144,7 +144,7 @@ def test_runs_of_a_comparison_share_their_floors(tmp_path, monkeypatch):
         monkeypatch.setattr(
             federation, name, lambda *args, f=real, n=name: (measured.append(n), f(*args))[1]
         )
-    config = dataclasses.replace(SMALL, rounds=1, pretrained=True)
+    config = dataclasses.replace(SMALL, rounds=1, pretrained=True, projection_init="random")
     found = fedss.compare(
         config,
         ["full", "fedss", "fedss:embedding_size=4"],
