@@ -147,5 +147,7 @@ def attack_updates(simulated: SimulatedRun, seconds: float) -> tuple[list[Findin
             why = f"more than {seconds:g} seconds"
             break
         log(Progress("updates", rounds, planned, "rounds"), False)
+    # However it ended: a bar on a terminal goes before the table comes.
+    log(Progress("updates", planned, planned, "rounds"), False)
     kept = [r for r in found if r in MARKS or r == max(found)]
     return [finding for r in kept for finding in found[r]], max(found, default=0), why
