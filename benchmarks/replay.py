@@ -5,14 +5,9 @@
 A client asks for the union of its own classes and its negatives, sorted. Its draw is keyed by the
 run's seed, round and client (:mod:`fedss.seeds`), all of which the server knows, and by a secret,
 if the client has one. Without a secret, as in a simulation by default, the server draws again, and
-what is in the request but not in the draw is own:
-
-- ``uniform`` draws ranks among the classes that are not own. The server does not know how many are
-  own: it tries every number, and only the right one gives ranks that fit the request. Of an own
-  class and a negative with neighbouring ids it cannot be told which is which. If none fits, the
-  server takes the number that fits best.
-- ``sticky`` asks for the first classes of a random order that are not own. The order does not
-  depend on the own classes; one of these that lies among its first is taken for a negative.
+what is in the request but not in the draw is own (:func:`fedss.trust.attacks.replay`). Of an own
+class and a negative of ``uniform`` with neighbouring ids it cannot be told which is which, and an
+own class that lies among the first of the order of ``sticky`` is taken for a negative.
 
 Requests are those of :func:`fedss.core.client.draw_classes`, 300 clients of each case, in round 7.
 Own classes are anywhere (``scattered``), or next to each other, as those of one alphabet or brand
@@ -27,16 +22,16 @@ Writes ``benchmarks/results/replay.txt``.
 """
 
 from dataclasses import replace
-from functools import reduce
 from typing import NamedTuple
 
 import common
 import numpy as np
 
 from fedss.config import Config
-from fedss.core.client import RoundPlan, client_generator, draw_classes
+from fedss.core.client import draw_classes
 from fedss.settings import resolve
 from fedss.training.build import round_plan
+from fedss.trust.attacks import intersection, replay
 
 CLIENTS, ROUND, SEED = 300, 7, 0
 # n, |S|, own classes of a client.
@@ -51,36 +46,7 @@ CASES = (
 )
 
 
-def replay_uniform(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarray:
-    """Own classes in a request, as a server reads them out of it that has all of the plan."""
-    fits_best, found = -1.0, np.zeros(0, np.int64)
-    for num_own in range(1, len(ids_S)):
-        rng = client_generator(plan, "classes", client)
-        num_others, m = plan.num_classes - num_own, len(ids_S) - num_own
-        if m > num_others:
-            continue
-        rank_M = np.sort(rng.choice(num_others, m, replace=False, shuffle=False))
-        own: list[int] = []
-        taken = 0
-        for number in ids_S.tolist():
-            # A negative's rank is its id less the own classes below it.
-            if taken < m and number - len(own) == rank_M[taken]:
-                taken += 1
-            else:
-                own.append(number)
-        if taken / m > fits_best:
-            fits_best, found = taken / m, np.array(own)
-    return found
-
-
-def replay_sticky(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarray:
-    """The same for the fixed order of ``sticky``."""
-    rng = client_generator(replace(plan, round=0), "classes", client)
-    order = rng.choice(plan.num_classes, len(ids_S), replace=False, shuffle=True)
-    return np.setdiff1d(ids_S, order)
-
-
-REPLAYS = {"uniform": replay_uniform, "sticky": replay_sticky}
+SAMPLERS = ("uniform", "sticky")
 
 
 class Secrets(NamedTuple):
@@ -111,7 +77,7 @@ def measure(
         else:
             own_P = np.sort(rng.choice(n, num_own, replace=False))
         ids_S = draw_classes(plan, client, own_P).ids_S.numpy()
-        replayed = REPLAYS[sampler](seen, client, ids_S)
+        replayed = replay(seen, client, ids_S)
         right += len(np.intersect1d(replayed, own_P))
         named += len(replayed)
     return right / max(named, 1), right / (clients * num_own)
@@ -125,7 +91,7 @@ def intersect(n: int, size: int, num_own: int, rounds: int) -> float:
         config, _ = resolve(Config(sample_size=size), None)
         plans = [round_plan(config, n, round, secret=b"s" * 32) for round in range(rounds)]
         requests = [draw_classes(plan, client, own_P).ids_S.numpy() for plan in plans]
-        named += len(reduce(np.intersect1d, requests))
+        named += len(intersection(requests))
     return CLIENTS * num_own / named
 
 
@@ -145,7 +111,7 @@ def main() -> None:
     rates: dict[str, list[tuple[float, float]]] = {secret: [] for secret in SECRETS}
     above = []
     for n, size, num_own in CASES:
-        for sampler in REPLAYS:
+        for sampler in SAMPLERS:
             for kind in ("scattered", "block"):
                 line = f"{n:8,} {size:5} {num_own:4}  {sampler:8} {kind:12}"
                 for name, secrets in SECRETS.items():

@@ -80,6 +80,7 @@ PUBLIC_OF_PARTS = {
 PARTS = [
     "cli",
     "flower",
+    "trust",
     "training",
     "search",
     "report",

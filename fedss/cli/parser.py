@@ -6,7 +6,7 @@ import re
 from typing import Any, NoReturn
 
 import fedss
-from fedss.cli import train, use  # noqa: F401  Their commands register themselves.
+from fedss.cli import train, trust, use  # noqa: F401  Their commands register themselves.
 from fedss.cli.options import COMMANDS, RARE
 from fedss.text import printable
 

@@ -12,6 +12,7 @@ from markupsafe import Markup, escape
 from fedss.evaluation.intervals import ENOUGH_CLASSES, weakness
 from fedss.files import write_file, writing
 from fedss.report import charts, tables
+from fedss.report.audit import audit_section
 from fedss.report.figures import evaluations, page_charts
 from fedss.report.labels import wrap
 from fedss.report.panels import augmented, retrieval
@@ -76,6 +77,7 @@ def render(
         failures=failures(groups),
         retrieval=retrieval(groups, slots),
         verification=verification_section(groups, slots),
+        audit=audit_section(groups, slots),
         number=number,
         augmented=augmented(groups),
         settings=tables.settings(groups),

@@ -23,6 +23,7 @@ _ADVICE = {
     "floors.json": "delete it: the report is then written without floors",
     "by_class.json": "delete it: the report is then written without intervals",
     "augmentation.npz": "delete it: the report is then written without these images",
+    "audit.json": "delete it and run fedss audit on this run, which writes it anew",
 }
 _EXACT = 2**53  # integers below are exact as floats
 

@@ -52,6 +52,7 @@ _OF_THE_END = (
     "retrieval.npz",
     "confusions.npz",
     "verification.json",
+    "audit.json",
 )
 
 

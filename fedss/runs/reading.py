@@ -16,6 +16,7 @@ from fedss.evaluation.task import ConfusedClasses, Neighbours
 from fedss.evaluation.verification import Verification
 from fedss.losses.methods import METHODS
 from fedss.runs.about import DataFacts, RunSettings, read_run_config
+from fedss.runs.audits import Audit, read_audit
 from fedss.runs.fields import damaged
 from fedss.runs.findings import (
     read_augmented,
@@ -61,6 +62,7 @@ class RecordedRun:
     augmented: np.ndarray | None
     floors: Floors
     by_class: ClassScores | None
+    audit: Audit | None
 
     @property
     def at_sites(self) -> bool:
@@ -241,6 +243,7 @@ def _run(folder: Path, summary: Summary | None) -> RecordedRun:
         augmented=read_augmented(folder / "augmentation.npz"),
         floors=read_scores(folder / "floors.json"),
         by_class=by_class.get("trained"),
+        audit=read_audit(folder),
     )
 
 

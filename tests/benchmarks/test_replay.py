@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from replay import REPLAYS, SECRETS, measure
+from replay import SAMPLERS, SECRETS, measure
 
 from fedss.core.client import limit_own_classes
 from tests.core.test_algorithm import plan
@@ -19,7 +19,7 @@ CLIENTS = 60
 
 @pytest.mark.parametrize("kind", ["scattered", "block"])
 @pytest.mark.parametrize(("n", "size", "num_own"), [(964, 64, 8), (964, 64, 40), (11_187, 64, 40)])
-@pytest.mark.parametrize("sampler", REPLAYS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_draw_is_replayed_by_who_knows_its_secret(sampler, n, size, num_own, kind):
     case, guess = (sampler, n, size, num_own, kind), num_own / size
     for known in ("none", "known"):  # without a secret, as a simulation is by default

@@ -34,6 +34,7 @@ COMMANDS = {"app", "train", "compare", "evaluate", "embed", "export", "report", 
     "identify",
     "serve",
     "secret",
+    "audit",
 }
 
 
@@ -213,6 +214,8 @@ def test_commands_and_options_are_pinned(capsys):
         "--json",
     }
     assert options_of("secret", capsys)[0] == {"--help"}
+    audit = {"--help", "--json", "--seconds", "--secret-file", "--device", "--trust-code"}
+    assert options_of("audit", capsys)[0] == audit | data | {"--no-skip-broken", "--no-rotations"}
     deployment = flags([item.name for item in dataclasses.fields(Deployment)])
     assert options_of("app", capsys)[0] == config | own | deployment
 
@@ -239,7 +242,7 @@ def test_basic_options_are_pinned_and_help_all_has_the_others(capsys):
     deployment = {item.name for item in dataclasses.fields(Deployment)}
     assert shown["app"] & deployment == {"out", "sites"}
     assert {command for command in COMMANDS if "help_all" in shown[command]} == {
-        *["train", "compare", "info", "app", "evaluate"]
+        *["train", "compare", "info", "app", "evaluate", "audit"]
     }
     more = len(PINNED) - len(BASIC)
     assert f"\n{more} more options: fedss train --help-all\n" in help_of("train", "--help", capsys)

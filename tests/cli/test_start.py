@@ -27,6 +27,7 @@ def python(code: str, words: Sequence[object] = ()) -> subprocess.CompletedProce
         (["--version"], 0),
         (["train", "--help"], 0),
         (["app", "--help"], 0),
+        (["audit", "--help"], 0),
         (["trian"], 2),
         (["train", "--roundz", "3"], 2),
         (["info", "--method", "fedsss"], 2),
