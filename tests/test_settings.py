@@ -61,7 +61,8 @@ def test_a_run_has_eight_evaluations_or_more(rounds: int) -> None:
 
 @given(config=configs, problem=problems, name=st.sampled_from(AUTO))
 def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -> None:
-    value = {"row_mean": "holders", "sample_size": 2, "eval_every": 2}.get(name, 0.25)
+    whole = {"sample_size": 2, "eval_every": 2, "image_size": 32}
+    value = {"row_mean": "holders", **whole}.get(name, 0.25)
     resolved, settings = resolve(dataclasses.replace(config, **{name: value}), problem)
     assert getattr(resolved, name) == value
     assert name not in settings
