@@ -110,7 +110,10 @@ def test_whitening_is_that_of_scikit_learn():
 
 
 def test_a_trained_backbone_is_judged_without_its_random_projection():
+    torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        body[1].bias.add_(2.0)  # a direction that all images have in common
     made = {
         pretrained: build_embedder(
             body, channels=1, image_size=8, embedding_size=4, seed=0, pretrained=pretrained
@@ -134,6 +137,7 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
         unit, of_train = map(nn.functional.normalize, map(features, (pixels, DATA.train.pixels)))
         return unit - of_train.mean(0)
 
+    assert found.map_at_10["frozen_centred"] != found.map_at_10["frozen"]
     for name, embed in (("frozen", features), ("frozen_centred", centred)):
         expected = score(DATA.test, *embed_task(embed, DATA.test)).map_at_10
         assert found.map_at_10[name] == pytest.approx(expected, abs=1e-9)
