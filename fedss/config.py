@@ -56,8 +56,8 @@ class Config:
         data: glyphs, omniglot, csv, folder (told from data_path), or of docs/datasets.md
         data_path: file, folder, zip or tar of the data set (csv: the manifest)
         columns: csv: names of its columns, such as image=path,label=species
-        image_size: side in pixels that images are resized to (default: 64, drawings 28)
-        channels: 1 for grayscale, 3 for colour (default: 3 if any image has colour)
+        image_size: side that images are resized to (auto: that of the weights; 64, drawings 28)
+        channels: 1 for grayscale, 3 for colour (default: 3 if any has colour, or with weights)
         test_classes: share of the classes held out for testing, if the data set has no test split
         skip_broken: leave out unreadable images, and count them
         data_seed: seed of the glyphs, the held-out classes and the assignment to clients
@@ -133,7 +133,7 @@ class Config:
     data: str = "glyphs"
     data_path: str | None = None
     columns: str | None = None
-    image_size: int | None = None
+    image_size: int | Auto = "auto"
     channels: int | None = None
     test_classes: float = 0.2
     skip_broken: bool = False

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fedss.config import Config
-from fedss.data import Dataset, count_own_classes
+from fedss.data import DATASETS, Dataset, count_own_classes, usual_side
 from fedss.losses.methods import METHODS
+from fedss.models.backbones import weights_size
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Problem:
         clients: N.
         images: of a client, on average.
         own_classes: of a client, on average.
+        image_size: their side in pixels; None: that of the data set as ``image_size`` reads it.
     """
 
     classes: int
     clients: int
     images: float
     own_classes: float
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ def problem_of(data: Dataset) -> Problem:
     train = data.train
     clients = len(train.client_names)
     own = float(np.mean(count_own_classes(train)))
-    return Problem(len(train.class_names), clients, len(train) / clients, own)
+    side = train.pixels.shape[2]
+    return Problem(len(train.class_names), clients, len(train) / clients, own, side)
 
 
 def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, Setting]]:
@@ -66,6 +70,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n
         row_mean         the method's
         eval_every       R / 8, rounded down, from 1 to 20
+        image_size       what trained weights were made for, else the data set's own
 
     A round's mean is divided by K, and momentum adds up 1 / (1 - b) rounds: g is how far a row
     moves for what one client has learnt of it. docs/settings.md has the reasons and the evidence.
@@ -200,6 +205,50 @@ def auto_eval_every(rounds: int) -> int:
     return min(20, max(1, rounds // 8))
 
 
+def usual_images(config: Config) -> Config:
+    """The configuration with what is read of images where it does not say: their size, and colour
+    for trained weights, which expect it. ``channels`` may stay None: then the images decide.
+    """
+    trained = config.pretrained or config.weights is not None
+    drawn = config.data in DATASETS and DATASETS[config.data].grayscale
+    if config.channels is None and trained and config.backbone.startswith("timm:") and not drawn:
+        config = replace(config, channels=3)
+    if config.image_size == "auto":
+        config = replace(config, image_size=_usual_size(config).value)
+    return config
+
+
+def small_images(config: Config, image_size: int) -> str | None:
+    """A warning, if images are smaller than the trained weights were made for."""
+    made = _weights_size(config)
+    if made is None or image_size >= made:
+        return None
+    return (
+        f"the weights of {config.backbone} were made for images of {made} px and get {image_size}: "
+        f"their features tell less apart. --image-size {made} enlarges smaller images, too, and "
+        "takes longer"
+    )
+
+
+def _image_size(config: Config, problem: Problem | None) -> Setting:
+    usual = _usual_size(config)
+    if problem is None or problem.image_size in (None, usual.value):
+        return usual
+    return Setting(problem.image_size, "the images come with this size (data=)")
+
+
+def _usual_size(config: Config) -> Setting:
+    made = _weights_size(config)
+    if made is not None:
+        return Setting(made, f"what the weights of {config.backbone} were made for")
+    return Setting(usual_side(config.data), f"what is usual for the data set {config.data}")
+
+
+def _weights_size(config: Config) -> int | None:
+    trained = config.pretrained or config.weights is not None
+    return weights_size(config.backbone) if trained else None
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
@@ -216,4 +265,5 @@ _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
     "row_mean": _row_mean,
     "sample_size": _sample_size,
     "eval_every": _eval_every,
+    "image_size": _image_size,
 }

@@ -66,6 +66,7 @@ def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -
         "row_mean": "holders",
         "sample_size": 2,
         "eval_every": 2,
+        "image_size": 32,
         "trainable": "last-1",
         "projection_init": "whitened",
         "rows_init": "means",

@@ -101,7 +101,7 @@ def info(options: argparse.Namespace) -> None:
         raise ConfigError(f"--plot {options.plot}: expected a name that ends with .png")
     from fedss.cli import tables
     from fedss.data import DATASETS, holdings, parse_partition
-    from fedss.settings import problem_of, resolve
+    from fedss.settings import problem_of, resolve, small_images
     from fedss.training.build import build_model, check_trainable, load_data, num_parameters
     from fedss.training.summary import costs, describe
 
@@ -121,9 +121,11 @@ def info(options: argparse.Namespace) -> None:
     }
     tables.print_data(data.name, description, held)
     tables.print_settings(settings)
-    for remark in data.remarks:
+    small = small_images(config, embedder.spec.image_size)
+    remarks = [*data.remarks, *([small] if small else [])]
+    for remark in remarks:
         say(f"remark: {remark}")
-    if data.remarks:
+    if remarks:
         say("")
     title = f"per client and round, {told.backbone}, d = {told.embedding_size}"
     tables.print_costs(title, costs(config, data, embedder))

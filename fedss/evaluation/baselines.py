@@ -2,7 +2,8 @@
 
 ``chance`` is a random ranking, ``pixels`` the images themselves, ``untrained`` the network before
 its first round. Where it begins with trained weights, ``frozen`` is what its backbone gives as it
-comes, without the projection, which is random, and ``frozen_whitened`` the same after PCA.
+comes, without the projection, which is random, ``frozen_centred`` the same less the mean of the
+training images, and ``frozen_whitened`` after PCA.
 
 Shape suffixes: N images, C classes (of scores) or channels (of pixels), D numbers per image.
 """
@@ -58,10 +59,11 @@ def backbone_floors(
     task: RetrievalTask,
     train: Images,
 ) -> Floors:
-    """``frozen`` and ``frozen_whitened``, of a network that begins with trained weights.
+    """``frozen``, ``frozen_centred`` and ``frozen_whitened``, of a network that begins with trained
+    weights.
 
-    PCA is fitted on the training images, up to 10,000 of them spread evenly; where no two differ
-    there is none.
+    Mean and PCA are fitted on the training images, up to 10,000 of them spread evenly; where no two
+    differ there is ``frozen`` alone.
 
     Args:
         features: what the backbone gives for images, or for those with these numbers.
@@ -86,16 +88,21 @@ def backbone_floors(
             "that tell images apart, on the scale of pixels that they were trained with "
             "(weights, pixel_mean, pixel_std)"
         )
-    frozen = floor("frozen", score_classes(task, embedded)[1])
+    found = floor("frozen", score_classes(task, embedded)[1])
     spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), _FITTED)).astype(np.int64))
     fitted_ND = embed(train.pixels, spread)
     if not bool(fitted_ND.isfinite().all()):
         raise ConfigError(OVERFLOW)
     whiten = fit_whitening(fitted_ND, size)
     if not whiten(fitted_ND[:1]).shape[1]:
-        return frozen
-    whitened = _scores(lambda pixels: whiten(embed(pixels)), task)
-    return frozen | floor("frozen_whitened", whitened)
+        return found
+    mean_D = fitted_ND.double().mean(0)
+    changes = {"centred": lambda rows_ND: (rows_ND.double() - mean_D).float(), "whitened": whiten}
+    for name, change in changes.items():
+        query_QD, gallery_GD = embedded
+        changed = change(query_QD), None if gallery_GD is None else change(gallery_GD)
+        found |= floor(f"frozen_{name}", score_classes(task, changed)[1])
+    return found
 
 
 def expected_precision(relevant_C: np.ndarray, candidates: int) -> np.ndarray:

@@ -26,6 +26,7 @@ FLOORS = {
     "pixels": "raw pixels",
     "untrained": "untrained network",
     "frozen": "frozen backbone",
+    "frozen_centred": "centred backbone",
     "frozen_whitened": "whitened backbone",
 }
 """What a figure is judged against, by its name for people; see `fedss.evaluation.baselines`."""

@@ -32,8 +32,15 @@ from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
 from fedss.runs.progress import estimate
 from fedss.runs.records import Record
-from fedss.settings import resolve
-from fedss.training.build import compute_device, evaluation_task, load_data, model_for, wire_format
+from fedss.settings import small_images
+from fedss.training.build import (
+    compute_device,
+    evaluation_task,
+    load_data,
+    model_for,
+    resolved,
+    wire_format,
+)
 from fedss.training.experiment import Run, RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase
 from fedss.training.objective import check_own_code
@@ -66,10 +73,11 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     config, deployment = read_settings(run_config)
     config = explicit(config)
     assert config.channels is not None
-    assert config.image_size is not None
-    told = resolve(config, None)[0]
-    embedder = model_for(told, config.channels, config.image_size)
-    shape = [config.channels, config.image_size, config.image_size]
+    side = resolved(config.image_size)
+    embedder = model_for(config, config.channels, side)
+    if warning := small_images(config, side):
+        log_line(warning)
+    shape = [config.channels, side, side]
     data: DataFacts = {
         "name": "federation",
         "image_shape": shape,

@@ -107,17 +107,12 @@ def _check_apart(config: Config) -> None:
 
 def explicit(config: Config) -> Config:
     """The configuration with what a data set decides by itself, which must be the same at all
-    sites: images of their usual side (64, mostly), grayscale for glyphs and Omniglot, else in
-    colour.
+    sites: the size of images, grayscale for glyphs and Omniglot, else in colour.
     """
-    from fedss.data import usual_side
+    from fedss.settings import usual_images
 
-    drawn = config.data in ("glyphs", "omniglot")
-    return replace(
-        config,
-        image_size=config.image_size or usual_side(config.data),
-        channels=config.channels or (1 if drawn else 3),
-    )
+    config, drawn = usual_images(config), config.data in ("glyphs", "omniglot")
+    return replace(config, channels=config.channels or (1 if drawn else 3))
 
 
 def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:

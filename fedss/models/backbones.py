@@ -160,15 +160,31 @@ def conv4_width(name: str | None) -> int | None:
     return None if own is None else int(own[1] or 64)
 
 
-def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
+def weights_size(name: str) -> int | None:
+    """The side of the images that a timm model's weights were made for, by a backbone's name.
+
+    The size of training (``input_size``). Where timm states a larger one for tests, a network that
+    goes on to train has no use for it, and each step takes longer. None: no model of timm, or one
+    that states none.
+
+    Raises:
+        ConfigError: an unknown model; timm missing or unusable.
+    """
+    if not name.startswith("timm:"):
+        return None
+    published = _published(name.removeprefix("timm:"))
+    return None if published is None else int(published.input_size[-1])
+
+
+def _published(name: str) -> Any:
+    """What timm states of a model's weights (``PretrainedCfg``); None where it states nothing."""
     timm = import_extra("timm", "timm")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         hint = f"near it: {', '.join(near)}" if near else "timm.list_models() lists them"
         raise ConfigError(f'timm has no model "{name}"; {hint}')
-    settings: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained}
     try:
-        published = timm.get_pretrained_cfg(name)
+        return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         plain, _, tag = name.partition(".")
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{plain}.*")]
@@ -177,6 +193,11 @@ def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> 
             f'timm has no weights "{tag}" of {plain}; expected {among} after the dot, or '
             f'"timm:{plain}"'
         ) from error
+
+
+def _timm_model(name: str, channels: int, image_size: int, pretrained: bool) -> nn.Module:
+    timm, published = import_extra("timm", "timm"), _published(name)
+    settings: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "pretrained": pretrained}
     if published is not None and published.fixed_input_size:
         settings["img_size"] = image_size
     try:

@@ -141,6 +141,24 @@ def refuse_hidden_state(body: nn.Module, channels: int, image_size: int) -> None
         )
 
 
+def refuse_cut_patches(body: nn.Module, image_size: int) -> None:
+    """Patches that do not fill an image: a transformer would not see its right and lower edge."""
+    embedding = getattr(body, "patch_embed", None)
+    patches = getattr(embedding, "proj", None)
+    if not isinstance(patches, nn.Conv2d) or getattr(embedding, "dynamic_img_pad", False):
+        return
+    side, padded = patches.kernel_size[0], patches.padding not in ("valid", (0, 0))
+    rest = image_size % side
+    if padded or patches.stride[0] != side or not rest:
+        return
+    fits = [size for size in (image_size - rest, image_size - rest + side) if size >= side]
+    raise ConfigError(
+        f"image_size: the backbone takes patches of {side} x {side} pixels; expected a multiple of "
+        f"{side}, such as {' or '.join(map(str, fits))}, got {image_size}, of which it would not "
+        f"see the last {rest}" + size_hint(getattr(body, "pretrained_cfg", None), image_size)
+    )
+
+
 def probe_images(channels: int, image_size: int) -> Tensor:
     """Two images, float32 from -1 to 1, to try a backbone on."""
     shape = (2, channels, image_size, image_size)

@@ -28,6 +28,7 @@ from fedss.models.checks import (
     probe_images,
     refuse_batch_statistics,
     refuse_broken_numbers,
+    refuse_cut_patches,
     refuse_dropout,
     refuse_hidden_state,
     refuse_lazy_layers,
@@ -256,6 +257,7 @@ def build_embedder(
     _check_statistics(pixel_mean, pixel_std, channels)
     untrained = spec.is_own and batch_norm == "auto" and not trained
     embedder = assemble(backbone, spec, seed, pretrained and weights is None, weights, untrained)
+    refuse_cut_patches(embedder.backbone, image_size)
     published = getattr(embedder.backbone, "pretrained_cfg", None)
     if pixel_mean is None and (trained or frozen) and isinstance(published, Mapping):
         pixel_mean, pixel_std = published.get("mean"), published.get("std")

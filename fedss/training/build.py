@@ -29,7 +29,7 @@ from fedss.models import Embedder, build_embedder
 from fedss.own_code import import_code
 from fedss.sampling.samplers import SAMPLERS, Sampler, find_sampler
 from fedss.seeds import generator
-from fedss.settings import auto_sample_size, resolve
+from fedss.settings import auto_sample_size, resolve, usual_images
 from fedss.wire.messages import WireFormat
 
 T = TypeVar("T")
@@ -45,6 +45,7 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     Raises:
         DataError: it cannot be found or read, or does not fit together.
     """
+    config = usual_images(config)
     options = {field.name for field in fields(DataOptions)} & {o.name for o in OPTIONS}
     data = load_dataset(
         config.data,

@@ -1,5 +1,6 @@
 """Train one model, or compare several."""
 
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ from fedss.runs.records import Record
 from fedss.runs.summaries import Summary, read_summaries, write_summaries
 from fedss.sampling.samplers import Sampler
 from fedss.secret import draw_key, proof, read_secret
-from fedss.settings import Problem, Setting, problem_of, resolve
+from fedss.settings import Problem, Setting, problem_of, resolve, small_images
 from fedss.text import counted
 from fedss.training.build import (
     build_model,
@@ -51,6 +52,8 @@ from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_own_code
 from fedss.training.start import Start, start_from
 from fedss.training.summary import describe, describe_model
+
+_LOG = logging.getLogger("fedss.training")
 
 
 @dataclass(frozen=True)
@@ -175,22 +178,28 @@ def train(
         data, config = data or load_together(config), with_absolute_paths(config)
         check_trainable(data)
         own = OwnParts(backbone, sampler, objective)
-        _check(config, data, own)
+        _check([config], data, own)
         # Absolute: whoever is called in between may change the working directory.
         folder, begin = Path(out).absolute(), None if start is None else Path(start).absolute()
         label = f"{config.method} seed {config.seed}"
         return _Experiment(data, own, on_round, ranks, begin).train(config, folder, label)
 
 
-def _check(config: Config, data: Dataset, own: OwnParts) -> None:
-    """Whether the run can be, before anything is written."""
-    told, _ = resolve(config, problem_of(data))
-    sample_size(told, len(data.train.class_names))
-    if (task := task_in_training(config, data)) is not None:
-        check_tellable(task, data.name, config.test_classes)
-    compute_device(config)
-    _secret(config)
-    check_own_code(told, data.train.pixels.shape[1:], own.objective)
+def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
+    """Whether the runs can be, before anything is written; and whether images are too small."""
+    warnings: dict[str | None, None] = {}
+    for config in configs:
+        told, _ = resolve(config, problem_of(data))
+        sample_size(told, len(data.train.class_names))
+        if (task := task_in_training(config, data)) is not None:
+            check_tellable(task, data.name, config.test_classes)
+        compute_device(config)
+        _secret(config)
+        check_own_code(told, data.train.pixels.shape[1:], own.objective)
+        if own.backbone is None:
+            warnings[small_images(config, data.train.pixels.shape[2])] = None
+    for warning in filter(None, warnings):
+        _LOG.warning("%s", warning)
 
 
 def _secret(config: Config) -> bytes | None:
@@ -378,8 +387,7 @@ def compare(
             for seed in seeds
         ]
         own = OwnParts(backbone, sampler, objective)
-        for _, run in runs:
-            _check(run, data, own)
+        _check([run for _, run in runs], data, own)
         experiment = _Experiment(data, own, on_round, ranks)
         with lock_folder(folder) if ranks.first else nullcontext():
             if ranks.first:

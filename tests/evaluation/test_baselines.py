@@ -120,7 +120,10 @@ def features_of(embedder: Embedder) -> Callable[[np.ndarray, np.ndarray | None],
 
 
 def test_a_trained_backbone_is_judged_without_its_random_projection():
+    torch.manual_seed(0)
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        body[1].bias.add_(2.0)  # a direction that all images have in common
     made = {
         pretrained: build_embedder(
             body, channels=1, image_size=8, embedding_size=4, seed=0, pretrained=pretrained
@@ -129,7 +132,7 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
     }
     before = {n: t.clone() for n, t in made[True].state_dict().items()}
     found = backbone_floors(features_of(made[True]), 4, DATA.test, DATA.train)
-    assert found.map_at_10.keys() == {"frozen", "frozen_whitened"}
+    assert found.map_at_10.keys() == {"frozen", "frozen_centred", "frozen_whitened"}
 
     def features(pixels: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
@@ -139,7 +142,14 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
         unit = nn.functional.normalize(features(DATA.train.pixels))
         return fit_whitening(unit, 4)(nn.functional.normalize(features(pixels)))
 
-    assert found.map_at_10["frozen"] == score(DATA.test, *embed_task(features, DATA.test)).map_at_10
+    def centred(pixels: np.ndarray) -> torch.Tensor:
+        unit, of_train = map(nn.functional.normalize, map(features, (pixels, DATA.train.pixels)))
+        return unit - of_train.mean(0)
+
+    assert found.map_at_10["frozen_centred"] != found.map_at_10["frozen"]
+    for name, embed in (("frozen", features), ("frozen_centred", centred)):
+        expected = score(DATA.test, *embed_task(embed, DATA.test)).map_at_10
+        assert found.map_at_10[name] == pytest.approx(expected, abs=1e-9)
     assert found.map_at_10["frozen_whitened"] == pytest.approx(
         score(DATA.test, *embed_task(whitened, DATA.test)).map_at_10, abs=0.02
     )
