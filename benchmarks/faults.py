@@ -46,7 +46,7 @@ from fedss.models import Embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
 from fedss.settings import problem_of, resolve
-from fedss.training.build import build_model, load_data, server_optimizer
+from fedss.training.build import build_model, load_data, resolved, server_optimizer
 from fedss.training.experiment import RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase, local_federation
 from fedss.training.summary import describe
@@ -311,7 +311,7 @@ def digest(config: fedss.Config, folder: Path, num_classes: int) -> str:
     """SHA-256 of the model's file and of every number of the server's state."""
     optimizer = server_optimizer(config)
     rows = create_class_rows(
-        num_classes, config.embedding_size, optimizer.of_rows.slots, config.seed
+        num_classes, resolved(config.embedding_size), optimizer.of_rows.slots, config.seed
     )
     state = load_checkpoint(folder / "checkpoint", rows)
     assert state is not None

@@ -67,7 +67,7 @@ def main(rounds: int = 30) -> list[float]:
     flat = flatten_(embedder)
     model = Replica(embedder, flat.theta_P, flat.grad_P, data.train.pixels)
     engine = OneByOne(index_clients(data.train), optimizer, model)
-    rows = create_class_rows(n, config.embedding_size, optimizer.slots, config.seed)
+    rows = create_class_rows(n, embedder.spec.embedding_size, optimizer.slots, config.seed)
     theta_P = flat.theta_P.clone()
     state = ServerState(theta_P, {"momentum": 0 * theta_P}, rows, round=0)
     losses = []

@@ -35,17 +35,25 @@ class Engine(Protocol):
     def num_clients(self, round: int) -> int:
         """Number of clients that the cohort of a round (0-based) is drawn from."""
 
-    def feature_sums(
-        self, backbone_P: Tensor, clients: Sequence[int], by_class: bool
-    ) -> Sequence[FeatureSums]:
-        """What these clients tell of their features before the first round, in their order; at all
-        ranks. Who does not answer is left out.
-        """
-
-    def whiten(self, mean_F: Tensor, axes_FK: Tensor) -> None:
-        """Whiten features with these statistics from now on (:class:`fedss.models.Whitening`)."""
-
     def train(
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
         """Lines 2 to 4 for each client of the cohort that is this rank's, in any order."""
+
+
+class FeatureEngine(Protocol):
+    """What an engine does before the first round, where features are whitened
+    (:class:`fedss.models.Whitening`)."""
+
+    def num_clients(self, round: int) -> int:
+        """As :meth:`Engine.num_clients`."""
+
+    def feature_sums(
+        self, backbone_P: Tensor, clients: Sequence[int], by_class: bool
+    ) -> Sequence[FeatureSums]:
+        """What these clients tell of their features, in their order and at all ranks; who does not
+        answer is left out.
+        """
+
+    def whiten(self, mean_F: Tensor, axes_FK: Tensor) -> None:
+        """Whiten features with these statistics from now on, wherever clients are."""

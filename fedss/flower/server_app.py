@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedss.config import Config
 from fedss.core.optimizers import ServerOptimizer
+from fedss.data import RetrievalTask
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
@@ -32,7 +33,7 @@ from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
 from fedss.runs.progress import estimate
 from fedss.runs.records import Record
-from fedss.settings import small_images
+from fedss.settings import resolve, small_images
 from fedss.training.build import (
     compute_device,
     evaluation_task,
@@ -73,7 +74,7 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
     config, deployment = read_settings(run_config)
     config = explicit(config)
     assert config.channels is not None
-    side = resolved(config.image_size)
+    told, side = resolve(config, None)[0], resolved(config.image_size)
     embedder = model_for(config, config.channels, side)
     if warning := small_images(config, side):
         log_line(warning)
@@ -132,26 +133,16 @@ def _federation(
     registry = load_registry(path) if newest else Registry()
     sites = Sites(grid, metadata, deployment, path, registry)
     wire = wire_format(config, embedder, 1)
-    features = 0
+    engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     if isinstance(embedder.whitening, Whitening):
-        features = len(embedder.whitening.mean_F)
-    engine = FlowerEngine(
-        sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase, features
-    )
+        engine.features = len(embedder.whitening.mean_F)
     task, train = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
         task, train = evaluation_task(config, data), data.train
         check_tellable(task, data.name, config.test_classes)
     sites.start(deployment.sites, newest)
-    # They embed the server's own test images, if it has any.
-    count = config.workers or torch.get_num_threads()
-    judging: AbstractContextManager[Workers | None] = nullcontext()
-    if task is not None:
-        device = compute_device(config)
-        once = config.cache_activations
-        judging = start_workers(embedder, task.query.pixels, count, device=device, frozen_once=once)
-    with judging as workers:
+    with _judges(config, embedder, task) as workers:
         engine.judges = workers
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
@@ -175,6 +166,7 @@ def _federation(
 
         yield Federation(
             engine=engine,
+            features=engine,
             num_classes=lambda round: sites.registry.at(round).classes,
             cohort_size=config.clients_per_round,
             client_name=lambda client: sites.registry.clients[client],
@@ -185,3 +177,18 @@ def _federation(
             attempts=deployment.attempts,
             pause=deployment.pause,
         )
+
+
+def _judges(
+    config: Config, embedder: Embedder, task: RetrievalTask | None
+) -> AbstractContextManager[Workers | None]:
+    """They embed the server's own test images, if it has any."""
+    if task is None:
+        return nullcontext()
+    return start_workers(
+        embedder,
+        task.query.pixels,
+        config.workers or torch.get_num_threads(),
+        device=compute_device(config),
+        frozen_once=config.cache_activations,
+    )

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from fedss.config import Config
-from fedss.core.engine import Engine
+from fedss.core.engine import Engine, FeatureEngine
 from fedss.core.optimizers import ServerOptimizer
-from fedss.data import Dataset, RetrievalTask, index_clients
+from fedss.data import Dataset, Images, RetrievalTask, index_clients
 from fedss.data.augment import find_augmentation, preview
 from fedss.distributed import Ranks
-from fedss.engines.local import intra_op_threads, local_engine
+from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
 from fedss.evaluation.task import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
@@ -34,6 +34,7 @@ class Federation:
 
     Attributes:
         engine: where clients train.
+        features: whom to ask for the features of clients before the first round.
         num_classes: n, from a round (0-based) on; it may grow.
         cohort_size: clients per round.
         client_name: a client's name for people.
@@ -48,6 +49,7 @@ class Federation:
     """
 
     engine: Engine
+    features: FeatureEngine
     num_classes: Callable[[int], int]
     cohort_size: int
     client_name: Callable[[int], str]
@@ -85,19 +87,7 @@ def local_federation(
     changes = find_augmentation(config.augment)
     # Before all else: this needs a package that may not be installed.
     shown = preview(changes, images.pixels, config.seed) if changes else None
-    with local_engine(
-        embedder,
-        index_clients(images),
-        optimizer,
-        wire_format(config, embedder, num_classes),
-        config.workers,
-        ranks,
-        device=compute_device(config),
-        precision=config.precision,
-        stack=config.stack,
-        frozen_once=config.cache_activations,
-        augmented=changes is not None,
-    ) as engine:
+    with _open_engine(config, embedder, images, optimizer, ranks) as engine:
 
         def embed(backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
             # Retrieval is computed on the device where clients train, too.
@@ -131,6 +121,7 @@ def local_federation(
 
         yield Federation(
             engine=engine,
+            features=engine,
             num_classes=lambda round: num_classes,
             cohort_size=cohort_size,
             client_name=images.client_names.__getitem__,
@@ -139,6 +130,24 @@ def local_federation(
             task=task,
             preview=shown,
         )
+
+
+def _open_engine(
+    config: Config, embedder: Embedder, images: Images, optimizer: ServerOptimizer, ranks: Ranks
+) -> AbstractContextManager[LocalEngine]:
+    return local_engine(
+        embedder,
+        index_clients(images),
+        optimizer,
+        wire_format(config, embedder, len(images.class_names)),
+        config.workers,
+        ranks,
+        device=compute_device(config),
+        precision=config.precision,
+        stack=config.stack,
+        frozen_once=config.cache_activations,
+        augmented=find_augmentation(config.augment) is not None,
+    )
 
 
 def _measure_plain(

@@ -339,7 +339,7 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> tuple[ServerState, dict[st
         config.row_dtype,
         job.folder if config.row_store == "file" else None,
     )
-    state, warm, engine = load_checkpoint(checkpoints, rows), None, job.federation.engine
+    state, warm, engine = load_checkpoint(checkpoints, rows), None, job.federation.features
     if state is not None:
         restore_whitening_(engine, job.embedder, checkpoints / "first")
     else:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fedss.config import Config
 from fedss.core.class_rows import ClassRows, write_
-from fedss.core.engine import Engine
+from fedss.core.engine import FeatureEngine
 from fedss.core.features import warm_start
 from fedss.errors import ConfigError, RunFolderError
 from fedss.evaluation.baselines import OVERFLOW
@@ -27,7 +27,11 @@ features' covariance."""
 
 
 def warm_up_(
-    config: Config, engine: Engine, embedder: Embedder, backbone_P: torch.Tensor, rows: ClassRows
+    config: Config,
+    engine: FeatureEngine,
+    embedder: Embedder,
+    backbone_P: torch.Tensor,
+    rows: ClassRows,
 ) -> dict[str, int] | None:
     """Set the whitening of a model, in place, and its first class rows.
 
@@ -66,7 +70,7 @@ def warm_up_(
     return {"clients": len(sums), "bytes_up": up, "bytes_down": down}
 
 
-def restore_whitening_(engine: Engine, embedder: Embedder, first: Path) -> None:
+def restore_whitening_(engine: FeatureEngine, embedder: Embedder, first: Path) -> None:
     """That of a run that goes on, from the model in ``first``, in place.
 
     Raises:

@@ -36,6 +36,7 @@ from fedss.training.build import (
     wire_format,
 )
 from fedss.training.summary import describe_model
+from fedss.training.warm import warm_up_
 
 _SAME = 0.01  # relative difference up to which a round's loss is the recorded one
 
@@ -196,7 +197,7 @@ def train_again(simulated: SimulatedRun, listen: Listener) -> Iterator[tuple[int
     embedder, optimizer = build_model(config, simulated.data, None), server_optimizer(config)
     theta_P = flatten_(embedder).theta_P
     rows = create_class_rows(
-        n, config.embedding_size, optimizer.of_rows.slots, config.seed, config.row_dtype
+        n, embedder.spec.embedding_size, optimizer.of_rows.slots, config.seed, config.row_dtype
     )
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     state = ServerState(theta_P.clone(), slots, rows, round=0)
@@ -212,6 +213,7 @@ def train_again(simulated: SimulatedRun, listen: Listener) -> Iterator[tuple[int
         precision=config.precision,
         stack=config.stack,
     ) as engine:
+        warm_up_(config, engine, embedder, theta_P, rows)
         overheard = _Overheard(engine, listen)
         for record in simulated.records:
             state, updates, _ = run_round(server, overheard, state, simulated.plan(state.round))

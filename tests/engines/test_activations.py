@@ -12,7 +12,7 @@ import fedss
 from fedss.data import Dataset
 from fedss.engines import activations, local
 from fedss.engines.local import start_workers
-from fedss.models import build_embedder
+from fedss.models import build_embedder, find_border
 
 CONFIG = fedss.Config(
     glyphs_classes=12,
@@ -47,7 +47,7 @@ def test_a_run_with_cached_activations_ends_where_one_without_does(
 ) -> None:
     runs = []
     for once in (True, False):
-        config = dataclasses.replace(CONFIG, cache_activations=once, **changes)  # type: ignore[arg-type]
+        config = dataclasses.replace(CONFIG, cache_activations=once, **changes)
         runs.append(fedss.train(config, tmp_path / str(once), data=glyphs).embedder.state_dict())
     tolerance = 3e-2 if "precision" in changes else 3e-3
     for name, tensor in runs[0].items():
@@ -69,7 +69,7 @@ def test_they_are_made_once_and_found_again(
         "without": {"cache_activations": False},
         "all": {"trainable": "all"},
     }.items():
-        fedss.train(dataclasses.replace(CONFIG, **changes), tmp_path / out, data=glyphs)  # type: ignore[arg-type]
+        fedss.train(dataclasses.replace(CONFIG, **changes), tmp_path / out, data=glyphs)
         assert glyphs.test is not None
         sizes = [len(glyphs.train), len(glyphs.test.query)]
         assert made == {"first": sizes, "others": sizes}.get(out, []), out
@@ -120,7 +120,7 @@ def test_activations_larger_than_the_image_are_not_kept() -> None:
     embedder = build_embedder(
         "conv4-64", channels=1, image_size=28, embedding_size=4, seed=0, trainable="last-3"
     )
-    embedder.border = local.find_border(embedder.backbone, torch.rand(2, 1, 28, 28))
+    embedder.border = find_border(embedder.backbone, torch.rand(2, 1, 28, 28))
     assert embedder.border is not None
     assert embedder.border.shape == (64, 14, 14)
     assert not activations.pays(embedder)

@@ -43,6 +43,9 @@ VARIANTS = {
         "moments_rank": 3,
     },
     "augmented": {"augment": "drawings"},
+    "whitened": {"projection_init": "whitened", "rows_init": "means"},
+    "whitened, without rows": {"projection_init": "whitened", "rows_init": "random"},
+    "frozen": {"projection_init": "whitened", "trainable": "last-1", "method": "moments"},
     "bfloat16": {"rows_down": "bfloat16", "rows_up": "bfloat16", "backbone_up": "bfloat16"},
 }
 
