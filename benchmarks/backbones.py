@@ -21,7 +21,7 @@ import fedss
 from fedss.models import build_embedder
 from fedss.training.build import build_model, num_parameters
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
-from tests.pretrained import write_lite0
+from tests.pretrained import lite0_weights
 
 TRAINED: tuple[dict[str, Any], ...] = (
     {"trainable": "head"},
@@ -46,7 +46,7 @@ def main() -> None:
         report.add(f"{name:<44}{score:>8.3f}{'' if size is None else f'{size / 1000:>10.1f}'}")
 
     with tempfile.TemporaryDirectory() as folder:
-        weights = write_lite0(Path(folder))
+        weights = lite0_weights()
         add("pixels", of_pixels(photos))
         config = replace(fine_tuning(weights), rounds=rounds)
         embedder = build_embedder(

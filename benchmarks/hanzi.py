@@ -72,7 +72,7 @@ def run(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
         "summary": done.summary,
         "memory": json.loads((place / "peak.json").read_text()),
         "classes": told["data"]["train_classes"],
-        "embedding_size": told["config"]["embedding_size"],
+        "embedding_size": told["resolved"]["embedding_size"],
     }
 
 

@@ -61,7 +61,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         embedding_size   64; 512 where the projection is whitened
         server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
         client_lr        0.05; where the projection is whitened at most 60 (1 - b) / (R T),
-                         T = E' I / B local steps in a round
+                         T = I / B local steps in a round (central 120 / (R T))
         class_row_lr     g K (1 - b), g = max(1/2, min(40 / E, E / 2)) / m
                          E = R K I / n: how often a class is seen in training
                          m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
@@ -78,7 +78,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     Args:
         config: a configuration; what is not ``auto`` stays.
         problem: None where the data are not known, as in a federation. Then 1 / N = 0, g = 1,
-            m = 1, and ``sample_size`` stays ``auto``: it follows from n in each round.
+            m = 1, T = 10 or local_steps, and ``sample_size`` stays ``auto``: it follows from n in each round.
     """
     settings: dict[str, Setting] = {}
     for name, rule in _RULES.items():
@@ -127,18 +127,29 @@ def _server_momentum(config: Config, problem: Problem | None) -> Setting:
     )
 
 
+_USUAL_STEPS = 10
+"""Local steps of a round where the images are not known."""
+
+
 def _client_lr(config: Config, problem: Problem | None) -> Setting:
     value, why = 0.05, "the same for all: it bounds how far clients drift apart"
-    if config.projection_init != "whitened" or problem is None:
+    if config.projection_init != "whitened":
         return Setting(value, why)
     assert config.server_momentum != "auto"  # resolved before
     pooled = METHODS[config.method].pooled
     momentum = 0.0 if pooled or config.server_optimizer == "sgd" else config.server_momentum
-    images = _images_in_a_round(config, problem) * (config.clients_per_round if pooled else 1)
-    steps = config.rounds * max(1.0, images / config.batch_size)
-    bound = 60 * (1 - momentum) / steps
+    in_a_round: float = config.local_steps or _USUAL_STEPS
+    if problem is not None:
+        images = _images_in_a_round(config, problem) * (config.clients_per_round if pooled else 1)
+        in_a_round = max(1.0, images / config.batch_size)
+    steps = config.rounds * in_a_round
+    moves = 120 if pooled else 60
+    bound = moves * (1 - momentum) / steps
     if bound < value:
-        value, why = bound, f"60 (1 - b) / {steps:.0f} local steps: how far the projection moves"
+        value, why = (
+            bound,
+            f"{moves} (1 - b) / {steps:.0f} local steps: how far the projection moves",
+        )
     return Setting(_rounded(value), why)
 
 

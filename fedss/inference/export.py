@@ -145,7 +145,8 @@ def _metadata(embedder: Embedder, mark: str) -> dict[str, str]:
     shape = f"{spec.channels}, {size}, {size}"
     text = (
         "Undo the camera's rotation (EXIF), lay transparency on white, cut out the central square, "
-        f"resize it to {size} x {size} pixels (bilinear with antialiasing, as Pillow does), "
+        f"resize it to {size} x {size} pixels (bilinear with antialiasing, as Pillow does; bicubic "
+        "where it is smaller), "
         f"{colours}; of an animation take the first frame, of 16 bits the upper 8. The pixels are "
         f"uint8 [batch, {shape}], 0 to 255, unscaled: x / 255, minus mean, divided by std is "
         "inside the ONNX and the torch.export model. The embeddings are float32 "

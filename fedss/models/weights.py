@@ -44,6 +44,8 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     What ``timm.models.load_state_dict`` opens: safetensors, or what torch saved, of which tensors
     alone are read and no code is run; wrapped in ``state_dict`` or ``model`` or not, with the
     prefix ``module.`` of parallel training or not; averaged weights (``state_dict_ema``) go first.
+    Tensors under other names are taken in their order, if all have the shapes and the last names
+    of the model's (``_bn0.weight`` for ``bn1.weight``): other libraries list the same network so.
     Then what timm does with published weights: positions of a transformer are resized to the
     model's images, and a first convolution of three colours is summed up for gray ones. The
     tensors of timm's classifier may be left over. Nothing else may be, and nothing may be missing;
@@ -68,6 +70,7 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     state = {name: value for name, value in state.items() if not name.endswith(_UNUSED)}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     no_tensors = [name for name in state if name not in tensors]
+    tensors = _in_order(tensors, model)
     expected = {n: t for n, t in model.state_dict().items() if not n.endswith(_UNUSED)}
     published: Any = getattr(model, "pretrained_cfg", {})
     layers = tuple(f"{layer}." for layer in _names(published.get("classifier")))
@@ -100,6 +103,21 @@ def load_weights_(model: nn.Module, path: str | Path, channels: int) -> None:
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
+
+
+def _in_order(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The same under the names of the model, if that is another list of the same network."""
+    expected = {n: t for n, t in model.state_dict().items() if not n.endswith(_UNUSED)}
+    given = list(tensors.items())[: len(expected)]
+    if len(given) < len(expected) or len(tensors) > len(given) + 2 or expected.keys() & tensors:
+        return tensors
+    for (name, tensor), (wanted, like) in zip(given, expected.items(), strict=True):
+        first = wanted == next(iter(expected))  # of three colours, where images may be gray
+        if name.rpartition(".")[2] != wanted.rpartition(".")[2] or (
+            tensor.shape != like.shape and not (first and tensor.shape[2:] == like.shape[2:])
+        ):
+            return tensors
+    return dict(zip(expected, (tensor for _, tensor in given), strict=True))
 
 
 def _what_it_is(path: Path) -> str:

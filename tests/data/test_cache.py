@@ -185,6 +185,8 @@ def test_images_that_the_disk_has_no_room_for_are_not_drawn(tmp_path, monkeypatc
 
     free = shutil.disk_usage(tmp_path)._replace(free=5_000)
     monkeypatch.setattr("fedss.data.cache.shutil.disk_usage", lambda path: free)
-    with pytest.raises(DataError, match=r"100 images of 8 x 8 pixels take .*--image-size"):
+    with pytest.raises(
+        DataError, match=r"100 images, each of 1 x 8 x 8 numbers, take .*--image-size"
+    ):
         cached_array(("k",), (100, 1, 8, 8), batches(), cache=tmp_path, title="glyphs")
     assert not list(tmp_path.iterdir())

@@ -19,11 +19,38 @@ def test_decode_is_what_pillow_decodes(tmp_path, suffix, mode, size):
             # Independently of ImageOps.fit: the central square of the shorter side.
             side, (w, h) = min(size), size
             box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
-            square = image.convert(wanted).resize((24, 24), Image.Resampling.BILINEAR, box)
+            how = Image.Resampling.BICUBIC if side < 24 else Image.Resampling.BILINEAR
+            square = image.convert(wanted).resize((24, 24), how, box)
         expected = np.asarray(square).reshape(24, 24, channels).transpose(2, 0, 1)
         got = decode(path, 24, channels)
         assert got.dtype == np.uint8
         assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [
+        ((9, 40), Image.Resampling.BICUBIC),
+        ((40, 15), Image.Resampling.BICUBIC),  # its shorter side is enlarged
+        ((16, 16), None),
+        ((17, 40), Image.Resampling.BILINEAR),
+        ((90, 33), Image.Resampling.BILINEAR),
+    ],
+    ids=str,
+)
+def test_smaller_images_are_enlarged_and_larger_ones_reduced(tmp_path, size, how):
+    image, (w, h), side = make_image(3, size), size, min(size)
+    save(tmp_path / "p.png", image)
+    got = decode(tmp_path / "p.png", 16, 3).transpose(1, 2, 0)
+    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+    if how is None:
+        assert np.array_equal(got, np.asarray(image))
+        return
+    both = {
+        each: np.asarray(image.resize((16, 16), each, box))
+        for each in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)
+    }
+    assert [each for each, pixels in both.items() if np.array_equal(got, pixels)] == [how]
 
 
 def test_a_large_jpeg_decodes_at_a_fraction_of_its_size_to_nearly_the_same(tmp_path):

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fedss.config import Config
 from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.features import feature_sums
 from fedss.flower.messages import MessageError, by_client, of_clients, pack
 from fedss.flower.registry import Registry, digest, token
 from fedss.flower.validation import (
     MOST_EXAMPLES,
     RefusedError,
+    check_feature_sums,
     check_metrics,
     check_registration,
     check_request,
@@ -24,7 +26,7 @@ from fedss.flower.validation import (
 from fedss.seeds import generator
 from fedss.settings import resolve
 from fedss.training.build import round_plan
-from fedss.wire.messages import WireFormat, encode_update
+from fedss.wire.messages import WireFormat, encode_feature_sums, encode_update
 
 N, D, LAYOUT = 20, 4, (torch.Size([3, 8]), torch.Size([5]))
 IDS = torch.tensor([0, 2, 19])
@@ -141,6 +143,118 @@ def test_each_tensor_of_an_update_is_as_it_was_asked_for(name):
     for ids in (IDS, IDS.flip(0).int(), IDS[1:].int(), (IDS + 1).int()):
         with refused("ids"):
             check_update(wire, plan, 1, IDS, sent(wire, ids=ids))
+
+
+F = 6
+
+
+def sums(by_class: bool = True, images: int = 9, scale: float = 1.0) -> dict[str, Tensor]:
+    """What an honest client tells of features, as it arrives."""
+    rng = torch.Generator().manual_seed(images)
+    features_NF = scale * (torch.randn(images, F, generator=rng) + 1)
+    labels_N = torch.tensor([3, 0, N - 1])[torch.arange(images) % 3]
+    return {**encode_feature_sums(feature_sums(features_NF, labels_N, by_class))}
+
+
+@pytest.mark.parametrize("by_class", [True, False])
+def test_feature_sums_that_a_client_makes_are_taken(by_class):
+    for images in (1, 3, 9, 500):
+        for scale in (1e-3, 1.0, 1e3):
+            message = sums(by_class, images, scale)
+            taken = check_feature_sums(N, F, by_class, message)
+            assert torch.equal(taken.factor_RF, message["factor"])
+            assert torch.equal(taken.sums_PF, message["sums"])
+            assert int(taken.counts_P.sum()) == images
+            expected = sorted({3, 0, N - 1} & {*[3, 0, N - 1][:images]}) if by_class else []
+            assert taken.ids_P.tolist() == expected
+    # Images that are all the same are as long as can be.
+    labels_N = torch.zeros(7, dtype=torch.int64)
+    alike = feature_sums(torch.ones(7, F), labels_N, by_class)
+    check_feature_sums(N, F, by_class, {**encode_feature_sums(alike)})
+
+
+def with_nan(tensor: Tensor, value: float = float("nan")) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[1] = value
+    return changed
+
+
+INF = float("inf")
+# What is changed of a good message, and for what it is refused.
+SPOILT = {
+    "no factor": ({"factor": None}, "damaged"),
+    "no ids": ({"ids": None}, "damaged"),
+    "no counts": ({"counts": None}, "damaged"),
+    "no sums": ({"sums": None}, "damaged"),
+    "more": ({"more": lambda _: torch.ones(1)}, "damaged"),
+    "factor in float64": ({"factor": Tensor.double}, "damaged"),
+    "factor in float16": ({"factor": Tensor.half}, "damaged"),
+    "ids in int32": ({"ids": Tensor.int}, "damaged"),
+    "counts in float32": ({"counts": Tensor.float}, "damaged"),
+    "sums in bfloat16": ({"sums": Tensor.bfloat16}, "damaged"),
+    "narrow factor": ({"factor": lambda t: t[:, :-1]}, "shape"),
+    "wide factor": ({"factor": lambda t: torch.cat([t, t[:, :1]], 1)}, "shape"),
+    "long factor": ({"factor": lambda t: torch.cat([t, 0 * t[:1]])}, "shape"),
+    "flat factor": ({"factor": Tensor.flatten}, "shape"),
+    "factor of no dimension": ({"factor": Tensor.sum}, "shape"),
+    "factor of three": ({"factor": lambda t: t[None]}, "shape"),
+    "narrow sums": ({"sums": lambda t: t[:, 1:]}, "shape"),
+    "sums of fewer classes": ({"sums": lambda t: t[1:]}, "shape"),
+    "flat sums": ({"sums": Tensor.flatten}, "shape"),
+    "sums of no dimension": ({"sums": Tensor.sum}, "shape"),
+    "counts of fewer classes": ({"counts": lambda t: t[1:]}, "shape"),
+    "counts of no dimension": ({"counts": Tensor.sum}, "shape"),
+    "empty counts": ({"counts": lambda t: t[:0]}, "shape"),
+    "ids of no dimension": ({"ids": Tensor.sum}, "shape"),
+    "ids of two": ({"ids": lambda t: t[None]}, "shape"),
+    "count of 0": ({"counts": lambda t: torch.cat([t[:-1], 0 * t[:1]])}, "examples"),
+    "negative count": ({"counts": lambda t: torch.cat([t[:-1], -t[:1]])}, "examples"),
+    "count too large": ({"counts": lambda t: t + MOST_EXAMPLES}, "examples"),
+    "count that overflows": ({"counts": lambda t: t + (2**63 - 99)}, "examples"),
+    "NaN in factor": ({"factor": with_nan}, "not finite"),
+    "inf in factor": ({"factor": lambda t: with_nan(t, INF)}, "not finite"),
+    "NaN in sums": ({"sums": with_nan}, "not finite"),
+    "inf in sums": ({"sums": lambda t: with_nan(t, -INF)}, "not finite"),
+    "sums too long": ({"sums": lambda t: 4 * t}, "not finite"),
+    "one sum too long": ({"sums": lambda t: torch.cat([9 * t[:1], t[1:]])}, "not finite"),
+    "factor too large": ({"factor": lambda t: 1.01 * t}, "not finite"),
+    "factor too small": ({"factor": lambda t: 0.99 * t}, "not finite"),
+    "empty factor": ({"factor": lambda t: t[:0]}, "not finite"),
+    "too many images": ({"counts": lambda t: 2 * t}, "not finite"),
+}
+BY_CLASS = {
+    "unsorted ids": ({"ids": lambda t: t.flip(0)}, "ids"),
+    "an id twice": ({"ids": lambda t: torch.cat([t[:1], t[:1], t[2:]])}, "ids"),
+    "negative id": ({"ids": lambda t: t - 1}, "ids"),
+    "id beyond": ({"ids": lambda t: torch.cat([t[:-1], t[-1:] + 1])}, "ids"),
+    "fewer ids": ({"ids": lambda t: t[1:]}, "shape"),
+    "no ids, no classes": (dict.fromkeys(("ids", "counts", "sums"), lambda t: t[:0]), "shape"),
+}
+NOT_BY_CLASS = {"ids that nobody wants": ({"ids": lambda _: torch.tensor([3])}, "shape")}
+
+
+def spoilt(message: dict[str, Tensor], changes: dict[str, Any]) -> dict[str, Tensor]:
+    made = {n: t if n not in changes else changes[n] and changes[n](t) for n, t in message.items()}
+    made |= {name: change(None) for name, change in changes.items() if name not in message}
+    return {name: tensor for name, tensor in made.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("by_class", "what"),
+    [(True, what) for what in [*SPOILT, *BY_CLASS]]
+    + [(False, what) for what in [*SPOILT, *NOT_BY_CLASS]],
+)
+def test_feature_sums_that_cannot_be_are_refused(by_class, what):
+    changes, reason = {**SPOILT, **BY_CLASS, **NOT_BY_CLASS}[what]
+    with refused(reason):
+        check_feature_sums(N, F, by_class, spoilt(sums(by_class), changes))
+
+
+def test_sums_by_class_and_in_all_are_not_taken_for_each_other():
+    for by_class in (True, False):
+        for message in (sums(not by_class), {}):
+            with refused("shape|damaged"):
+                check_feature_sums(N, F, by_class, message)
 
 
 FIGURES = {

@@ -200,6 +200,48 @@ def test_an_own_network_elsewhere_gives_the_models_embeddings(trained, tmp_path)
     check_equal(files, run, own_network())
 
 
+def whitened(seed: int = 0) -> Embedder:
+    """As one whose run began with a whitening of features."""
+    embedder = build_embedder(
+        "conv4-8", channels=1, image_size=12, embedding_size=8, seed=seed, whitened=True
+    )
+    rng = torch.Generator().manual_seed(seed)
+    state = embedder.state_dict()
+    for name in ("whitening.mean_F", "whitening.axes_FK", "projection.weight"):
+        state[name].normal_(std=0.1, generator=rng)
+    return embedder.eval()
+
+
+def test_a_whitened_model_elsewhere_gives_the_models_embeddings(trained, tmp_path):
+    run = holding(whitened(), trained, tmp_path / "run")
+    files = {format: export(run, format) for format in EXPORTS}
+    check_equal(files, run)
+    # The whitening is part of it: another one gives other embeddings.
+    model, other = fedss.load(run), whitened()
+    other.whitening.set_(torch.zeros_like(other.whitening.mean_F), other.whitening.axes_FK)
+    pixels = noise(model, 5)
+    with torch.no_grad():
+        assert one_minus_cosine(in_onnxruntime(files["onnx"])(pixels), other(pixels)) > 1e-3
+    assert fingerprint(other) != fingerprint(model) == metadata(files["onnx"])["fingerprint"]
+
+
+def test_the_pages_recipe_without_the_library_whitens_too(tmp_path):
+    spec = EmbedderSpec(None, 3, 32, 8, pretrained=True, whitened=True)
+    embedder = assemble(own_network(), spec, seed=3, download=False).eval()
+    state = embedder.state_dict()
+    for name in ("whitening.mean_F", "whitening.axes_FK"):
+        state[name].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_of(embedder, {}))
+    pixels = noise(embedder, 1).numpy()
+    names = {"net": own_network(), "pixels": lambda path: pixels}
+    (recipe,) = (block for block in blocks(PAGE.read_text()) if "load_state_dict" in block)
+    exec(recipe.replace('"model.safetensors"', repr(str(path))), names)
+    with torch.no_grad():
+        expected = embedder(torch.from_numpy(pixels))
+    assert torch.allclose(torch.as_tensor(names["embeddings"]), expected, atol=1e-5)
+
+
 def test_floats_are_refused_rather_than_scaled_twice(exported):
     pixels = torch.rand(2, 1, 12, 12)
     with pytest.raises(Exception, match=r"Actual: \(tensor\(float\)\) , expected: \(tensor\(uint8"):

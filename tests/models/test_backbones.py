@@ -262,7 +262,13 @@ def test_a_file_is_called_what_it_is(
     "wrap, message",
     [
         (lambda s: {"net": s, "epoch": 3}, "There are tensors inside net"),
-        (lambda s: {f"backbone.{n}": t for n, t in s.items()}, 'All names have "backbone\\."'),
+        (
+            lambda s: {
+                **{f"backbone.{n}": t for n, t in s.items()},
+                **{f"head.{i}.bias": torch.ones(2) for i in range(9)},
+            },
+            'All names have "backbone\\."',
+        ),
     ],
 )
 def test_tensors_that_lie_deeper_are_found(wrap: Any, message: str, tmp_path: Path) -> None:
@@ -324,6 +330,32 @@ def test_a_saved_model_needs_no_file(resnet: Path, tmp_path: Path) -> None:
 
 
 # --- what trains
+
+
+def test_a_file_of_another_library_is_taken_in_its_order(tmp_path: Path) -> None:
+    """EfficientNet-PyTorch, of which the wheels are, lists timm's tensors as ``_bn0.weight``."""
+    theirs = {
+        f"_layer{number}.{name.rpartition('.')[2]}": tensor
+        for number, (name, tensor) in enumerate(state(trained(RESNET)).items())
+    }
+    torch.save(theirs, tmp_path / "theirs.pth")
+    save_file(state(trained(RESNET)), tmp_path / "ours.safetensors")
+    for channels in (3, 1):
+        read = [
+            build(RESNET, tmp_path / name, channels=channels).state_dict()
+            for name in ("theirs.pth", "ours.safetensors")
+        ]
+        for name, tensor in read[0].items():
+            assert torch.equal(tensor, read[1][name]), name
+    names = list(theirs)
+    for wrong in (
+        dict(reversed(theirs.items())),
+        {name: theirs[name] for name in names[1:]},
+        {name.replace("weight", "kernel"): tensor for name, tensor in theirs.items()},
+    ):
+        torch.save(wrong, tmp_path / "wrong.pth")
+        with pytest.raises(ConfigError, match="does not hold those of"):
+            build(RESNET, tmp_path / "wrong.pth")
 
 
 def trained_names(net: nn.Module) -> set[str]:
@@ -430,6 +462,9 @@ def run_config(resnet: Path, **changes: Any) -> Config:
         "eval_every": 0,
         "checkpoint_every": 1,
         "workers": 1,
+        # Features of random weights hardly vary: to whiten them makes their gradients huge.
+        "projection_init": "random",
+        "rows_init": "random",
     }
     return Config(**{**tiny, **changes})
 
@@ -512,6 +547,7 @@ def test_a_site_says_which_weights_it_lacks(
     resnet: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     how = {"backbone": f"timm:{RESNET}", "weights": str(resnet), "trainable": "head"}
+    how |= {"projection_init": "random", "rows_init": "random"}
     config = settings(photos, rounds=1, image_size=32, local_steps=1, **how)
     at_sites = nodes(photos)
     other = tmp_path / "other.safetensors"

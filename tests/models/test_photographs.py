@@ -8,14 +8,14 @@ import fedss
 from fedss.models import build_embedder
 from tests.installed import needs_timm
 from tests.photographs import fine_tuning, make_photographs, of_features, of_pixels
-from tests.pretrained import write_lite0
+from tests.pretrained import lite0_weights
 
 
 @needs_timm
 @pytest.mark.slow
 def test_trained_features_beat_pixels_and_fine_tuning_beats_both(tmp_path: Path) -> None:
     """On things that neither ImageNet nor the clients have seen."""
-    weights, photos = write_lite0(tmp_path), make_photographs()
+    weights, photos = lite0_weights(), make_photographs()
     config = fine_tuning(weights)
     embedder = build_embedder(
         config.backbone, channels=3, image_size=64, embedding_size=64, seed=0, weights=weights
