@@ -2,9 +2,10 @@
 
     python benchmarks/activations.py     (five minutes; --short: 64 pixels alone, writes no file)
 
-EfficientNet-Lite0, random weights, batch norms frozen as trained ones are; 8 clients of 32 random images in colour, one epoch in batches of
-8, |S| = 64, d = 64; one worker with one torch thread. CPU time of the process, not time on the
-clock, so that it hardly matters what else runs. Activations are made before the first round.
+EfficientNet-Lite0, random weights, batch norms frozen as trained ones are; 8 clients of 32 random
+images in colour, one epoch in batches of 8, |S| = 64, d = 64; one worker with one torch thread. CPU
+time of the process, not time on the clock, so that it hardly matters what else runs. Activations
+are made before the first round.
 
 Writes ``benchmarks/results/activations.txt``.
 """

@@ -53,7 +53,7 @@ def _declare_operators() -> Any:
     """The operators that torchvision asks for when it is imported, without an implementation."""
     import torch
 
-    _LOG.info(
+    _LOG.debug(
         "torchvision is of another build than torch %s; its compiled operators, which fedss does "
         "not use, are missing",
         torch.__version__,

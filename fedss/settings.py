@@ -78,7 +78,8 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     Args:
         config: a configuration; what is not ``auto`` stays.
         problem: None where the data are not known, as in a federation. Then 1 / N = 0, g = 1,
-            m = 1, T = 10 or local_steps, and ``sample_size`` stays ``auto``: it follows from n in each round.
+            m = 1, T = 10 or local_steps, and ``sample_size`` stays ``auto``: it follows from n in
+            each round.
     """
     settings: dict[str, Setting] = {}
     for name, rule in _RULES.items():

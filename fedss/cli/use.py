@@ -265,6 +265,7 @@ def _open(options: argparse.Namespace) -> "Collection":
     argument("images", "IMAGE", "image to search with", nargs="+"),
     INDEX,
     setting("--count", 10, "number of matches for each image"),
+    setting("--expand", 0, "move each query towards so many of its matches first, such as 2"),
     JSON,
     argument("--show", "FILE.html", "write the matches as a web page that shows the images"),
 )
@@ -273,7 +274,7 @@ def search(options: argparse.Namespace) -> None:
     from fedss.cli.tables import cell, make_table, print_table
 
     collection = _open(options)
-    results = collection.search(collection.embed(options.images), options.count)
+    results = collection.search(collection.embed(options.images), options.count, options.expand)
     if options.show is not None:
         from fedss.files import write_file, writing
         from fedss.search.web.page import neighbours_page

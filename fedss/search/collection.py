@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedss.errors import DataError, RunFolderError
+from fedss.evaluation.expansion import SAME, expand_queries
 from fedss.evaluation.inputs import unit_rows
 from fedss.evaluation.retrieval import nearest
 from fedss.inference.model import load
@@ -32,7 +33,6 @@ from fedss.search.store import (
 INDEX, ENROLLED = "index.sqlite", "enrolled.sqlite"
 
 _BLOCK_BYTES = 64 * 2**20
-_SAME = 1 - 1e-5  # least cosine of two embeddings of one file, with room for rounding
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Collection:
             (
                 match
                 for match in matches
-                if match.score >= _SAME and self.thumbnail(match.position) == query.thumbnail
+                if match.score >= SAME and self.thumbnail(match.position) == query.thumbnail
             ),
             None,
         )
@@ -166,8 +166,11 @@ class Collection:
         size = self.embedder.spec.embedding_size
         return torch.from_numpy(np.array(vectors, np.float32).reshape(-1, size))
 
-    def search(self, query_QD: Tensor, k: int = 10) -> list[list[Match]]:
+    def search(self, query_QD: Tensor, k: int = 10, expand: int = 0) -> list[list[Match]]:
         """The nearest images of each query, best first: exactly what ``fedss.nearest`` finds.
+
+        With ``expand`` each query is first moved towards so many images that it finds
+        (:func:`fedss.evaluation.expansion.expand_queries`); scores are cosines with that.
 
         Scores in float32 tell which images may be among the first k; those are scored exactly.
         Of equal scores the lower position comes first. Scores take 64 MB at a time, or four bytes
@@ -176,15 +179,20 @@ class Collection:
         Args:
             query_QD: floating point [Q, D], such as from ``embed``.
             k: how many; all there are, if there are fewer.
+            expand: how many images a query is moved towards.
 
         Raises:
-            DataError: k below 1, queries of another size, NaN or infinite.
+            DataError: k below 1, expand below 0, queries of another size, NaN or infinite.
         """
         if k < 1:
             raise DataError(f"k: expected 1 or more, got {k}")
+        if expand < 0:
+            raise DataError(f"expand: expected 0 or more, got {expand}")
         query_QD, k = checked_queries(query_QD, self.vectors_ND.shape[1]), min(k, len(self))
         if not len(self):
             return [[] for _ in query_QD]
+        if expand:
+            query_QD = expand_queries(query_QD, self.vectors_ND, expand)
         gallery_DN = self.vectors_ND.numpy().T
         rows = max(1, _BLOCK_BYTES // (4 * len(self)))
         matches = []

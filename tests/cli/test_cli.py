@@ -203,6 +203,7 @@ def test_commands_and_options_are_pinned(capsys):
         "--help",
         "--index",
         "--count",
+        "--expand",
         "--json",
         "--show",
     }

@@ -174,7 +174,7 @@ def test_feature_sums_that_a_client_makes_are_taken(by_class):
 
 
 def with_nan(tensor: Tensor, value: float = float("nan")) -> Tensor:
-    changed = tensor.clone()
+    changed = tensor.clone(memory_format=torch.contiguous_format)
     changed.view(-1)[1] = value
     return changed
 

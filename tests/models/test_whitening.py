@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
 from fedss.errors import ConfigError
@@ -162,8 +162,8 @@ def test_files_keep_it_bit_for_bit(size: int, exported: bool, tmp_path: Path) ->
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert torch.equal(loaded(PIXELS), embedder(PIXELS))
     assert fingerprint(loaded) == fingerprint(embedder)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert {"whitening.mean_F", "whitening.axes_FK"} <= {*file.keys()}
+    names = load_file(tmp_path / "model.safetensors")
+    assert {"whitening.mean_F", "whitening.axes_FK"} <= names.keys()
 
 
 def test_the_fingerprint_is_of_the_whitening_too_and_that_of_the_frozen_part_is_not() -> None:
@@ -199,8 +199,8 @@ def test_models_of_before_say_nothing_of_it_and_load(tmp_path: Path) -> None:
     save_embedder(old, tmp_path, {})
     # What was written before there was a choice.
     assert "whitened" not in description(tmp_path)["embedder"]
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if name.startswith("whitening")]
+    names = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in names if name.startswith("whitening")]
     loaded = load_embedder(tmp_path)
     assert not loaded.spec.whitened
     assert fingerprint(loaded) == fingerprint(old)
@@ -217,6 +217,6 @@ def test_a_description_that_does_not_fit_the_file_is_one_line(value: Any, tmp_pa
     else:
         about["embedder"]["whitened"] = value
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="does not fit|does not describe") as caught:
+    with pytest.raises(ConfigError, match=r"does not (fit|describe)") as caught:
         load_embedder(tmp_path)
     assert "\n" not in str(caught.value)
