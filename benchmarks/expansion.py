@@ -58,7 +58,7 @@ def main() -> None:
         "Query expansion at search time", command="python benchmarks/expansion.py RUN ..."
     )
     heads = "".join(f"{f'expand {count}' if count else 'plain':>22}" for count in COUNTS)
-    report.add(f"{'MAP@10 / R@1':<14}{heads}")
+    report.add(f"{'MAP@10 / R@1':<24}{heads}")
     torch.set_num_threads(2)
     for run in options.runs:
         told = json.loads((run / "config.json").read_text())
@@ -76,7 +76,8 @@ def main() -> None:
         cells = "".join(f"{f'{s.map_at_10:.3f} / {first:.3f}':>22}" for s, first in found)
         gains = [difference([s], [found[0][0]], paired=True) for s, _ in found[1:]]
         ends = "".join(f"{f'{g.low:+.3f} to {g.high:+.3f}':>22}" for g in gains if g)
-        report.add(f"{told['data']['name'][:13]:<14}{cells}", f"{'':<14}{'':>22}{ends}")
+        name = f"{told['data']['name'][:9]}, {told['data']['test_classes']:,} classes"
+        report.add(f"{name:<24}{cells}", f"{'':<24}{'':>22}{ends}")
     report.write()
 
 

@@ -46,11 +46,15 @@ class Row:
     size: int
     method: str
     trainable: str = "head"
+    start: str = "whitened"
 
     @property
     def name(self) -> str:
         """For people and folders."""
-        return f"{self.method}{'' if self.trainable == 'head' else f', {self.trainable}'}"
+        told = [self.method]
+        told += [] if self.trainable == "head" else [self.trainable]
+        told += [] if self.start == "whitened" else [f"{self.start} start"]
+        return ", ".join(told)
 
 
 CHECKED = (
@@ -60,6 +64,7 @@ CHECKED = (
 ROWS = (
     *(Row(128, method) for method in ("full", "fedss", "moments", "pos-only", "central")),
     *(Row(224, method) for method in ("full", "fedss", "moments", "pos-only", "central")),
+    Row(128, "fedss", start="random"),
     *(Row(128, "fedss", trainable) for trainable in ("last-1", "last-2")),
 )
 
@@ -99,7 +104,11 @@ def measure(row: Row, seeds: Sequence[int], shared: Mapping[str, Any], out: Path
     """Train a row's runs."""
     told = {**SHARED, **shared, "image_size": row.size, "method": row.method}
     told |= {"trainable": row.trainable} if row.trainable != "head" else {}
-    folders = [out / f"{row.size}-{row.name.replace(', ', '-')}-{seed}" for seed in seeds]
+    if row.start != "whitened":
+        told |= {"projection_init": row.start, "rows_init": row.start}
+    folders = [
+        out / f"{row.size}-{row.name.replace(', ', '-').replace(' ', '-')}-{seed}" for seed in seeds
+    ]
     summaries = [
         common.train(folder, {**told, "seed": seed})
         for folder, seed in zip(folders, seeds, strict=True)
