@@ -126,13 +126,18 @@ class FlowerEngine:
         for node, reply in self.sites.exchange(messages()):
             try:
                 metadata, buffers = self.sites.read(node, reply, 0)
-                for k in of_node[node]:
-                    message = part_of(metadata, buffers.get("sums", {}), k)
-                    told[k] = check_feature_sums(num_classes, self.features, by_class, message)
             except RefusedError as error:
                 self.sites.put_aside(node, error, 0)
                 failures += map(error.of, of_node[node])
                 log_line(f"site {node} told nothing of features: {error.reason} {error.detail}")
+                continue
+            for k in of_node[node]:
+                try:
+                    message = part_of(metadata, buffers.get("sums", {}), k)
+                    told[k] = check_feature_sums(num_classes, self.features, by_class, message)
+                except RefusedError as error:
+                    failures.append(error.of(k))
+                    log_line(f"client {k} told nothing of features: {error.reason} {error.detail}")
         if not told:
             why = f" ({failures[0].reason} {failures[0].detail})" if failures else ""
             raise QuorumError(f"no site told of its features{why}; see to the sites", failures)

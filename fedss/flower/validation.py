@@ -173,11 +173,13 @@ def check_feature_sums(
         raise RefusedError("damaged", f"expected the tensors {', '.join(kinds)}")
     sums = decode_feature_sums(message)
     factor_RF, ids_P, counts_P, sums_PF = sums.factor_RF, sums.ids_P, sums.counts_P, sums.sums_PF
+    if ids_P.ndim != 1:
+        raise RefusedError("shape", "expected a list of class ids")
     groups = len(ids_P) if by_class else 1
     if (
-        (factor_RF.ndim, ids_P.ndim, len(ids_P) > 0) != (2, 1, by_class)
+        (factor_RF.ndim, len(ids_P) > 0) != (2, by_class)
         or factor_RF.shape[1] != features
-        or len(factor_RF) > features
+        or not 0 < len(factor_RF) <= features
         or counts_P.shape != (groups,)
         or sums_PF.shape != (groups, features)
     ):
@@ -188,10 +190,10 @@ def check_feature_sums(
         raise RefusedError("ids", f"expected sorted, unique class ids from 0 to {num_classes - 1}")
     if not 0 < int(counts_P.min()) <= int(counts_P.max()) <= MOST_EXAMPLES:
         raise RefusedError("examples", "expected 1 or more images of each class")
-    # Of n vectors of length 1 the squares add up to n, and no sum is longer than n.
+    # Of n vectors of length 1, or 0, the squares add up to n at most, and no sum is longer than n.
     squares, count = factor_RF.double().square().sum(), counts_P.sum()
     longest_P = sums_PF.double().norm(dim=1) / counts_P
-    if not abs(squares / count - 1) < 0.01 or not bool((longest_P < 1.01).all()):
+    if not bool(squares / count < 1.01) or not bool((longest_P < 1.01).all()):
         raise RefusedError("not finite", "expected sums of vectors of length 1")
     return sums
 

@@ -54,7 +54,8 @@ def safetensors_of(embedder: Embedder, metadata: Mapping[str, str]) -> bytes:
 
     The description that `save_embedder` writes into a JSON stands in the header, beside `metadata`.
     Tensors are named ``backbone.<name>``, with the name that the backbone gave them before its
-    norms were replaced or frozen, ``projection.weight`` [D, F], ``mean`` and ``std`` [C].
+    norms were replaced or frozen, ``projection.weight`` [D, F], ``mean`` and ``std`` [C], and those
+    of a whitening, ``whitening.mean_F`` [F] and ``whitening.axes_FK`` [F, K].
     """
     names = _names_in_file(embedder)
     tensors = {names[name]: tensor for name, tensor in _state(embedder).items()}

@@ -82,7 +82,10 @@ def restore_whitening_(engine: FeatureEngine, embedder: Embedder, first: Path) -
     path = first / "model.safetensors"
     try:
         state = load_file(path)
-        whitening.set_(state["whitening.mean_F"], state["whitening.axes_FK"])
+        mean_F, axes_FK = state["whitening.mean_F"], state["whitening.axes_FK"]
+        if (mean_F.shape, axes_FK.shape) != (whitening.mean_F.shape, whitening.axes_FK.shape):
+            raise RuntimeError("it is of another size")
+        whitening.set_(mean_F, axes_FK)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise RunFolderError(
             f"{path}: expected the model with which the run began, and its whitening ({error}); "
