@@ -76,7 +76,7 @@ def evaluate(options: argparse.Namespace) -> None:
     embedder = load(run, **own_code(options))
     config, data, own = _data_to_evaluate(options, embedder)
     task = evaluation_task(config, data)
-    check_tellable(task, data.name, config.test_classes)
+    check_tellable(task, data.name, config.test_classes, config.eval_split)
     embedded = embed_task(partial(embed_pixels, embedder), task)
     evaluation, measured = judge(task, embedded), verify(task, embedded, config.data_seed, fars)
     assert evaluation.metrics is not None
@@ -130,11 +130,16 @@ def _data_to_evaluate(
     other = why_not_own(options.folder, known, config.data)
     if known.get("name") != config.data and not given(options):
         raise ConfigError(other)
-    data = load_data(config)
+    # Classes that the run held out stay out, whatever it is judged on now.
+    trained_with = about["config"].get("eval_split", config.eval_split)
+    data = load_data(dataclasses.replace(config, eval_split=trained_with))
     say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     own = known.get("fingerprint") == data_fingerprint(data)
     if not own and not given(options):
         raise ConfigError(other)
+    if not own and data.test is not None and "eval_split" not in given(options):
+        # A part of other images' classes would be judged, as if the rest had been trained on.
+        config = dataclasses.replace(config, eval_split="test")
     return config, data, own
 
 

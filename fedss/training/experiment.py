@@ -192,7 +192,7 @@ def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
         told, _ = resolve(config, problem_of(data))
         sample_size(told, len(data.train.class_names))
         if (task := task_in_training(config, data)) is not None:
-            check_tellable(task, data.name, config.test_classes)
+            check_tellable(task, data.name, config.test_classes, config.eval_split)
         compute_device(config)
         _secret(config)
         check_own_code(told, data.train.pixels.shape[1:], own.objective)
