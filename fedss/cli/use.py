@@ -64,6 +64,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from fedss.evaluation.verification import FARS
     from fedss.inference.model import load
     from fedss.models import embed_pixels
+    from fedss.runs.about import read_any_config, run_of
     from fedss.runs.findings import read_scores
     from fedss.training.build import evaluation_task
 
@@ -99,8 +100,10 @@ def evaluate(options: argparse.Namespace) -> None:
             say(f"images of {data.name}, other than the run's own")
         print_evaluation(evaluation.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
     # Of other images it would not be the run's, and of a round in between not of its model.
-    done = (run / "summary.json").exists()
-    _keep_measured(run, measured, writes=own and done and not options.far)
+    done = (run_of(run) / "summary.json").exists() and run.name != "model"
+    trained_with = read_any_config(run_of(run))["config"].get("eval_split", "test")
+    as_trained = own and config.eval_split == trained_with
+    _keep_measured(run, measured, writes=as_trained and done and not options.far)
 
 
 def _data_to_evaluate(
@@ -113,13 +116,11 @@ def _data_to_evaluate(
     """
     from fedss.cli.tables import say_left_out
     from fedss.data import data_fingerprint
-    from fedss.runs.about import read_any_config
+    from fedss.runs.about import read_any_config, run_of
     from fedss.training.build import load_data
     from fedss.training.summary import why_not_own
 
-    run = Path(options.folder)
-    if run.name in ("best", "model") and (run.parent / "config.json").exists():
-        run = run.parent
+    run = run_of(Path(options.folder))
     about = read_any_config(run)
     known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
