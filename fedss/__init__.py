@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedss.evaluation.task import evaluate
     from fedss.inference.embedding import Embeddings, embed_files
     from fedss.inference.export import export
+    from fedss.inference.hub import from_pretrained, push_to_hub
     from fedss.inference.model import load
     from fedss.log import show_on_stderr
     from fedss.losses.methods import METHODS
@@ -38,6 +39,7 @@ _HOMES = {
         "evaluation.task": "evaluate",
         "inference.embedding": "Embeddings embed_files",
         "inference.export": "export",
+        "inference.hub": "from_pretrained push_to_hub",
         "inference.model": "load",
         "log": "show_on_stderr",
         "losses.methods": "METHODS",
@@ -71,10 +73,12 @@ __all__ = [
     "evaluate",
     "evaluate_retrieval",
     "export",
+    "from_pretrained",
     "load",
     "load_data",
     "load_dataset",
     "nearest",
+    "push_to_hub",
     "show_on_stderr",
     "train",
     "write_report",

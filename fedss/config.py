@@ -67,7 +67,7 @@ class Config:
         partition_clients: partition: number of clients
         client_classes: most classes per client; clients with more are split (default: no limit)
         rotations: add images rotated by 90, 180 and 270 degrees, as new classes and clients
-        eval_split: split to evaluate on
+        eval_split: split to evaluate on; validation is made of training classes if there is none
         method: training method; fedss.METHODS has a line on each
         sample_size: |S|, class rows per client; moments: most own classes per client
         sampler: how negatives are drawn

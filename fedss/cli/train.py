@@ -26,15 +26,17 @@ if TYPE_CHECKING:
     from fedss.data import Dataset
 
 
+_FROM = argument(
+    "--from",
+    "RUN",
+    "start with the weights of another run: the backbone, and the rows of classes of the same name",
+    dest="start",
+)
+
+
 @command(
     "[OPTIONS] --out DIR",
-    argument(
-        "--from",
-        "RUN",
-        "start with the weights of another run: the backbone, and the rows of classes of the same "
-        "name",
-        dest="start",
-    ),
+    _FROM,
     config_options(),
     OUT,
 )
@@ -67,6 +69,7 @@ def train(options: argparse.Namespace) -> None:
         nargs="+",
     ),
     argument("--seeds", "INT", "seeds to train each method with (default: 0)", nargs="+", type=int),
+    _FROM,
     config_options(without=("method", "seed")),
     OUT,
 )
@@ -83,7 +86,7 @@ def compare(options: argparse.Namespace) -> None:
 
     data = load_together(config)
     _say_before(variants, data)
-    summaries = compare(config, methods, seeds, options.out, data=data)
+    summaries = compare(config, methods, seeds, options.out, data=data, start=options.start)
     print_results(summaries, seen_classes(data), Path(options.out))
     say(f"summary  {Path(options.out) / 'summary.json'}")
     say(f"report   {Path(options.out) / 'report.html'}")

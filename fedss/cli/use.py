@@ -64,6 +64,7 @@ def evaluate(options: argparse.Namespace) -> None:
     from fedss.evaluation.verification import FARS
     from fedss.inference.model import load
     from fedss.models import embed_pixels
+    from fedss.runs.about import read_any_config, run_of
     from fedss.runs.findings import read_scores
     from fedss.training.build import evaluation_task
 
@@ -76,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> None:
     embedder = load(run, **own_code(options))
     config, data, own = _data_to_evaluate(options, embedder)
     task = evaluation_task(config, data)
-    check_tellable(task, data.name, config.test_classes)
+    check_tellable(task, data.name, config.test_classes, config.eval_split)
     embedded = embed_task(partial(embed_pixels, embedder), task)
     evaluation, measured = judge(task, embedded), verify(task, embedded, config.data_seed, fars)
     assert evaluation.metrics is not None
@@ -99,8 +100,10 @@ def evaluate(options: argparse.Namespace) -> None:
             say(f"images of {data.name}, other than the run's own")
         print_evaluation(evaluation.metrics, ends, floors.map_at_10, dataclasses.asdict(measured))
     # Of other images it would not be the run's, and of a round in between not of its model.
-    done = (run / "summary.json").exists()
-    _keep_measured(run, measured, writes=own and done and not options.far)
+    done = (run_of(run) / "summary.json").exists() and run.name != "model"
+    trained_with = read_any_config(run_of(run))["config"].get("eval_split", "test")
+    as_trained = own and config.eval_split == trained_with
+    _keep_measured(run, measured, writes=as_trained and done and not options.far)
 
 
 def _data_to_evaluate(
@@ -113,13 +116,11 @@ def _data_to_evaluate(
     """
     from fedss.cli.tables import say_left_out
     from fedss.data import data_fingerprint
-    from fedss.runs.about import read_any_config
+    from fedss.runs.about import read_any_config, run_of
     from fedss.training.build import load_data
     from fedss.training.summary import why_not_own
 
-    run = Path(options.folder)
-    if run.name in ("best", "model") and (run.parent / "config.json").exists():
-        run = run.parent
+    run = run_of(Path(options.folder))
     about = read_any_config(run)
     known = about.get("data", {})
     shape = {"image_size": embedder.spec.image_size, "channels": embedder.spec.channels}
@@ -130,11 +131,16 @@ def _data_to_evaluate(
     other = why_not_own(options.folder, known, config.data)
     if known.get("name") != config.data and not given(options):
         raise ConfigError(other)
-    data = load_data(config)
+    # Classes that the run held out stay out, whatever it is judged on now.
+    trained_with = about["config"].get("eval_split", config.eval_split)
+    data = load_data(dataclasses.replace(config, eval_split=trained_with))
     say_left_out(data.skipped, data.unpaired, data.passed_over, data.remarks)
     own = known.get("fingerprint") == data_fingerprint(data)
     if not own and not given(options):
         raise ConfigError(other)
+    if not own and data.test is not None and "eval_split" not in given(options):
+        # A part of other images' classes would be judged, as if the rest had been trained on.
+        config = dataclasses.replace(config, eval_split="test")
     return config, data, own
 
 

@@ -24,7 +24,7 @@ from fedss.data.partition import (
 )
 from fedss.data.sets.glyphs import glyphs_dataset
 from fedss.data.sets.omniglot import omniglot_dataset
-from fedss.data.splits import hold_out_classes
+from fedss.data.splits import VALIDATION_CLASSES, hold_out_classes
 from fedss.data.table import parse_columns
 
 # The names before 0.3, for one release.
@@ -32,6 +32,7 @@ deal_pictures, fingerprint, own_classes = deal_images, data_fingerprint, count_o
 
 __all__ = [
     "DATASETS",
+    "VALIDATION_CLASSES",
     "ClientIndex",
     "DataOptions",
     "Dataset",

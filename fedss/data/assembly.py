@@ -13,6 +13,7 @@ from fedss.data.missing import why_missing
 from fedss.data.names import look_alikes
 from fedss.data.splits import arrange
 from fedss.errors import DataError
+from fedss.text import counted
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class DataOptions:
         test_classes: Share of the classes to hold out as the test; that of a few classes is up to
             chance. 0: none, and no test. Of no effect where the data name test images: a CSV that
             does, Omniglot, and the published sets with a test of their own (docs/datasets.md).
+        validation_classes: Share of the classes then left to hold out as the validation task, where
+            the data name no validation images (glyphs and Omniglot have some of their own). 0:
+            none. A configuration with ``eval_split`` validation holds out ``VALIDATION_CLASSES``.
         skip_broken: Leave out image files that are missing or cannot be read; ``Dataset.skipped``
             names them. The rest is as if they had never been listed.
         cache: Folder for decoded images; see ``cache_folder``.
@@ -52,6 +56,7 @@ class DataOptions:
     image_size: int = 64
     channels: int | None = None
     test_classes: float = 0.2
+    validation_classes: float = 0.0
     skip_broken: bool = False
     cache: Path | None = None
     seed: int = 0
@@ -97,9 +102,7 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
             raise DataError(
                 f"none of the {len(rows)} images can be read, the first one is {file(rows[0])}"
             )
-        splits, unpaired = arrange(
-            replace(listing, rows=kept), options.test_classes, options.seed, at_site=options.at_site
-        )
+        splits, unpaired = arrange_by(options, replace(listing, rows=kept))
         pixels, reasons = _decode(listing, kept, splits, options)
         if not reasons:
             break
@@ -110,6 +113,19 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
     readable = {row.name for row in kept}
     skipped = tuple(row.name for row in rows if row.name not in readable)
     return assemble_dataset(options.name, listing, splits, pixels, unpaired, skipped)
+
+
+def arrange_by(
+    options: DataOptions, listing: Listing
+) -> tuple[dict[str, list[ListedImage]], list[ListedImage]]:
+    """The rows of each split, and those left out as unpaired (``arrange``)."""
+    return arrange(
+        listing,
+        options.test_classes,
+        options.seed,
+        at_site=options.at_site,
+        validation_classes=options.validation_classes,
+    )
 
 
 def _decode(
@@ -170,6 +186,8 @@ def assemble_dataset(
         # A list to judge a trained model on.
         shape = next(iter(images.values())).pixels.shape[1:]
         train = images_of(np.empty((0, *shape), np.uint8), [], [])
+    made = "validation" in images and all(row.split != "validation" for row in listing.rows)
+    validation = [held_out_remark(images["validation"], train)] if made else []
     classes = look_alikes({row.label for row in listing.rows}, "classes")
     clients = look_alikes({row.client for row in listing.rows}, "clients")
     return Dataset(
@@ -179,8 +197,18 @@ def assemble_dataset(
         validation=RetrievalTask(images["validation"]) if "validation" in images else None,
         skipped=skipped,
         unpaired=tuple(row.name for row in unpaired),
-        remarks=(*listing.remarks, *classes, *clients),
+        remarks=(*listing.remarks, *validation, *classes, *clients),
         passed_over=listing.passed_over,
+    )
+
+
+def held_out_remark(validation: Images, train: Images) -> str:
+    """That training classes are held out as the validation task."""
+    held = len(validation.class_names)
+    return (
+        f"validation: no images are named for it, so {held:,} of "
+        f"{counted(held + len(train.class_names), 'training class')} are held out "
+        f"({counted(len(validation), 'image')})"
     )
 
 

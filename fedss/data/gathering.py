@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedss.data.assembly import DataOptions
+from fedss.data.assembly import DataOptions, held_out_remark
 from fedss.data.cache import cache_folder, cached_array
 from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
 from fedss.data.in_memory import as_nchw, read_image, to_numpy
@@ -152,11 +152,9 @@ def check_count(named: Named, what: str, count: int) -> None:
 
 def gather(given: Given, labels: Named, who: Who, options: DataOptions) -> Dataset:
     """The images of a source whose classes are known before any is read."""
-    train_N, test_N, unpaired_N = _split(labels, options)
-    rows_N = np.concatenate([train_N, test_N])
-    pixels = _gather_pixels(given, rows_N, options)
-    parts = pixels[: len(train_N)], pixels[len(train_N) :]
-    return _assemble(given, labels, who, options, (train_N, test_N, unpaired_N), parts)
+    split = _split(labels, options)
+    pixels = _gather_pixels(given, np.concatenate(split[:3]), options)
+    return _assemble(given, labels, who, options, split, _parts(pixels, split))
 
 
 def gather_array(
@@ -173,8 +171,8 @@ def gather_array(
     if not as_it_is:
         return gather(replace(given, image=pixels.__getitem__), labels, who, options)
     split = _split(labels, options)
-    train, test = (_take(pixels, rows_N, given.title, options) for rows_N in split[:2])
-    return _assemble(given, labels, who, options, split, (train, test))
+    parts = [_take(pixels, rows_N, given.title, options) for rows_N in split[:3]]
+    return _assemble(given, labels, who, options, split, parts)
 
 
 def gather_labelled(
@@ -186,11 +184,15 @@ def gather_labelled(
     """
     pixels = _gather_pixels(replace(given, key=None), np.arange(given.count), options)
     named = labels()
-    split = train_N, test_N, unpaired_N = _split(named, options)
+    split = _split(named, options)
     _reorder(pixels, np.concatenate(split))
-    end = len(train_N) + len(test_N)
-    parts = pixels[: len(train_N)], pixels[len(train_N) : end]
-    return _assemble(given, named, who, options, (train_N, test_N, unpaired_N), parts)
+    return _assemble(given, named, who, options, split, _parts(pixels, split))
+
+
+def _parts(pixels: np.ndarray, split: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``pixels`` of images in the order of their splits, without the unpaired, cut into splits."""
+    ends = itertools.accumulate(len(rows_N) for rows_N in split[:3])
+    return [pixels[end - len(rows_N) : end] for rows_N, end in zip(split, ends, strict=False)]
 
 
 def _take(pixels: np.ndarray, rows_N: np.ndarray, title: str, options: DataOptions) -> np.ndarray:
@@ -205,18 +207,26 @@ def _take(pixels: np.ndarray, rows_N: np.ndarray, title: str, options: DataOptio
     return space
 
 
-def _split(labels: Named, options: DataOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows to train on, to test with, and of tested classes that have a single image; in order."""
+def _split(labels: Named, options: DataOptions) -> list[np.ndarray]:
+    """Rows to train on, to test with, for validation, and those left out: of held-out classes that
+    have a single image. Each in order.
+    """
     if not len(labels.numbers_N):
         raise DataError("no images: expected at least one")
     count_n = np.bincount(labels.numbers_N, minlength=len(labels.names)).tolist()
     count = dict(zip(labels.names, count_n, strict=True))
-    held_out = hold_out_classes(count, options.test_classes, options.seed, at_site=options.at_site)
-    # 0: trained on, 1: tested, 2: alone.
-    kind = [(1 if count[name] > 1 else 2) if name in held_out else 0 for name in labels.names]
-    kind_N = np.array(kind)[labels.numbers_N]
-    train_N, test_N, unpaired_N = (np.flatnonzero(kind_N == k) for k in range(3))
-    return train_N, test_N, unpaired_N
+    seed, at_site = options.seed, options.at_site
+    kind = dict.fromkeys(count, 0)
+    tested = hold_out_classes(count, options.test_classes, seed, at_site=at_site)
+    kind |= dict.fromkeys(tested, 1)
+    if share := options.validation_classes:
+        left = {name: count[name] for name in count if name not in tested}
+        validated = hold_out_classes(left, share, seed, at_site=at_site, split="validation")
+        kind |= dict.fromkeys(validated, 2)
+    alone = 3
+    kind |= {name: alone for name in count if kind[name] and count[name] == 1}
+    kind_N = np.array([kind[name] for name in labels.names])[labels.numbers_N]
+    return [np.flatnonzero(kind_N == k) for k in range(4)]
 
 
 def _gather_pixels(given: Given, rows_N: np.ndarray, options: DataOptions) -> np.ndarray:
@@ -318,21 +328,29 @@ def _assemble(
     labels: Named,
     who: Who,
     options: DataOptions,
-    split: tuple[np.ndarray, np.ndarray, np.ndarray],
-    pixels: tuple[np.ndarray, np.ndarray],
+    split: Sequence[np.ndarray],
+    pixels: Sequence[np.ndarray],
 ) -> Dataset:
-    train_N, test_N, unpaired_N = split
     clients = who.clients or Named(np.zeros(given.count, np.int64), [NOBODY])
-    train = _images(pixels[0], train_N, labels, clients, given.names)
+    train, test, validation = (
+        _images(part, rows_N, labels, clients, given.names) if len(rows_N) else None
+        for part, rows_N in zip(pixels, split, strict=False)
+    )
+    assert train is not None  # or no class could be held out
+    held_out = [] if validation is None else [held_out_remark(validation, train)]
     if who.partition is not None:
         train = deal_images(train, who.partition, options.seed)
-    test = _images(pixels[1], test_N, labels, clients, given.names) if len(test_N) else None
     return Dataset(
         given.title,
         train,
         None if test is None else RetrievalTask(test),
-        unpaired=tuple(given.names[row] for row in unpaired_N.tolist()),
-        remarks=(*look_alikes(labels.names, "classes"), *look_alikes(clients.names, "clients")),
+        None if validation is None else RetrievalTask(validation),
+        unpaired=tuple(given.names[row] for row in split[3].tolist()),
+        remarks=(
+            *held_out,
+            *look_alikes(labels.names, "classes"),
+            *look_alikes(clients.names, "clients"),
+        ),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.data import Images, RetrievalTask
+from fedss.data import VALIDATION_CLASSES, Images, RetrievalTask
 from fedss.errors import DataError, DivergedError
 from fedss.evaluation.confusions import hardest_confusions
 from fedss.evaluation.intervals import ClassScores
@@ -91,19 +91,20 @@ def count_classes(images: Images) -> dict[str, int]:
     return dict(sorted((images.class_names[label], count) for label, count in pairs))
 
 
-def check_tellable(task: RetrievalTask, name: str, test_classes: float) -> None:
-    """Refuse a test of the data set ``name`` in which every image is right.
+def check_tellable(task: RetrievalTask, name: str, test_classes: float, split: str) -> None:
+    """Refuse a test of the data set ``name``, on its ``split``, in which every image is right.
 
     Raises:
         DataError: all that is searched is of one class.
     """
     (first, *others) = count_classes(task.gallery or task.query)
     if not others:
+        now = f", now {test_classes}" if split == "test" else f" = {VALIDATION_CLASSES}"
         raise DataError(
-            f"data set {name!r}: all test images are of one class, {first!r}, so that every result "
-            "is right and nothing is tested. List images of several classes with the split "
-            f"'test', or hold out more classes (test_classes, now {test_classes}; of few classes "
-            "chance decides how many that is, and another data_seed holds out others)"
+            f"data set {name!r}: all {split} images are of one class, {first!r}, so that every "
+            "result is right and nothing is tested. List images of several classes with the split "
+            f"{split!r}, or hold out more classes ({split}_classes{now}; of few classes chance "
+            "decides how many that is, and another data_seed holds out others)"
         )
 
 

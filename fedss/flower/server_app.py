@@ -140,7 +140,7 @@ def _federation(
     if deployment.evaluate_at == "server":
         data = load_data(config)
         task, train = evaluation_task(config, data), data.train
-        check_tellable(task, data.name, config.test_classes)
+        check_tellable(task, data.name, config.test_classes, config.eval_split)
     sites.start(deployment.sites, newest)
     with _judges(config, embedder, task) as workers:
         engine.judges = workers

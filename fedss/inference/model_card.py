@@ -17,7 +17,7 @@ from fedss.errors import RunFolderError
 from fedss.evaluation.intervals import FLOORS
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
-from fedss.runs.about import AnyConfig, read_any_config
+from fedss.runs.about import AnyConfig, read_any_config, run_of
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.findings import read_scores, read_verification
 from fedss.runs.records import read_records
@@ -44,7 +44,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     """The card of a run's model, of the last checkpoint where the run is not finished.
 
     Args:
-        folder: the run folder.
+        folder: the run folder; or ``best`` in it, the model that patience kept.
         spec: what the model is built from.
         fingerprint: the model's.
         preprocessing: what is to be done to an image before the model gets it.
@@ -52,7 +52,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
     Raises:
         RunFolderError: a configuration or a summary that is missing, damaged or of no single run.
     """
-    about, summary, unfinished = _read_run(folder)
+    about, summary, which = _read_run(folder)
     data, settings = about["data"], {**about["config"], **about.get("resolved", {})}
     name, split = _plain(data.get("name", UNKNOWN)), settings.get("eval_split", "test")
     own = f"{about['model'].get('backbone', UNKNOWN)} (a module of its owner's)"
@@ -86,7 +86,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         about=about,
         data=data,
         summary=summary,
-        unfinished=unfinished,
+        which=which,
         method=METHODS.get(summary["method"]),
         settings=_setting_rows(settings, summary, backbone),
         metrics=_METRICS,
@@ -116,21 +116,28 @@ def _template() -> jinja2.Template:
 
 
 def _read_run(folder: Path) -> tuple[AnyConfig, Mapping[str, Any], str]:
-    """A run's ``config.json``, its summary, and how far it is if it is not finished."""
-    about, summaries = read_any_config(folder), read_summaries(folder)
+    """A run's ``config.json``, its summary, and of which round its model is, where not the last."""
+    run = run_of(folder)
+    about, summaries = read_any_config(run), read_summaries(run)
     if not {"data", "model"} <= about.keys():
         raise RunFolderError(
             f"{folder / 'config.json'}: expected what a run knows of its settings, data and model, "
             "found something else; name the run folder itself"
         )
-    done = newest_round(folder / "checkpoint")
-    if not summaries and done:
+    best = read_any_config(folder)["config"].get("round") if folder.name == "best" else None
+    done = best or newest_round(run / "checkpoint")
+    if done and (best or not summaries):
         settings = {**about["config"], **about.get("resolved", {})}
-        run = {name: settings.get(name) for name in ("method", "seed", "sample_size")}
-        floors = read_scores(folder / "floors.json").map_at_10
-        records = read_records(folder / "records.jsonl", done)
-        summary = summarize({**run, "folder": ".", "rounds": done}, records, floors)
-        return about, summary, f"round {done} of {about['config'].get('rounds', UNKNOWN)}"
+        known = {name: settings.get(name) for name in ("method", "seed", "sample_size")}
+        floors = read_scores(run / "floors.json").map_at_10
+        records = read_records(run / "records.jsonl", done)
+        summary = summarize({**known, "folder": ".", "rounds": done}, records, floors)
+        round = f"round {done} of {about['config'].get('rounds', UNKNOWN)}"
+        if best:
+            split = settings.get("eval_split", "test")
+            which = f"These are the weights of {round}: those that did best on the split `{split}`"
+            return about, summary, f"{which}, so the results below are a little too good."
+        return about, summary, f"The run was not finished: these are its weights of {round}."
     if len(summaries) != 1:
         raise RunFolderError(
             f"{folder}: expected a finished run with a summary.json of one run, found "

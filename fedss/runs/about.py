@@ -86,6 +86,12 @@ class AnyConfig(TypedDict):
     seeds: NotRequired[list[int]]
 
 
+def run_of(folder: Path) -> Path:
+    """The run that a model is of: ``run`` for ``run/model`` and ``run/best``; else ``folder``."""
+    is_part = folder.name in ("best", "model") and (folder.parent / "config.json").exists()
+    return folder.parent if is_part else folder
+
+
 def read_run_config(folder: Path) -> RunConfig:
     """What a report needs of a run.
 

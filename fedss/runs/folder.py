@@ -200,11 +200,12 @@ _SHARE = "ranks on several hosts need an --out that all of them see, such as a n
 
 
 def write_comparison_config(
-    folder: Path, config: Config, methods: list[str], seeds: list[int]
-) -> None:
+    folder: Path, config: Config, methods: list[str], seeds: list[int], start: Path | None = None
+) -> Path | None:
     """Write a comparison's ``config.json``, or check that only methods and seeds differ.
 
-    With more rounds than before it is no longer done; then it has to be the whole comparison.
+    Gives the run that its runs start from: ``start``, or the one it was told before. With more
+    rounds than before it is no longer done; then it has to be the whole comparison.
 
     Raises:
         RunFolderError: the folder holds a single run, or a comparison with other settings.
@@ -214,6 +215,13 @@ def write_comparison_config(
     if stored is not None:
         if "methods" not in stored:
             raise RunFolderError(f"{folder} holds a single run; choose another folder to compare")
+        before_start = stored.get("start", {}).get("run")
+        if start is not None and before_start != str(start):
+            where = f"start from {before_start}, not from {start}" if before_start else "began anew"
+            raise RunFolderError(
+                f"{folder}: its runs {where}; leave --from out, or choose another folder"
+            )
+        start = None if before_start is None else Path(before_start)
         free, before = [*_FREE_FIELDS, "method", "seed"], stored["config"].get("rounds")
         longer = isinstance(before, int) and config.rounds > before
         _check_same(folder, content, stored, ("config",), [*free, *["rounds"] * longer])
@@ -228,7 +236,10 @@ def write_comparison_config(
             _remove_end(folder)
         content["methods"] = list(dict.fromkeys([*stored["methods"], *methods]))
         content["seeds"] = list(dict.fromkeys([*stored["seeds"], *seeds]))
+    if start is not None:
+        content["start"] = {"run": str(start)}
     write_json(folder / "config.json", content)
+    return start
 
 
 def with_absolute_paths(config: Config) -> Config:

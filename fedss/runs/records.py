@@ -109,6 +109,34 @@ def new_record(
     return cast(Record, record)
 
 
+def scalars(record: Record, failures: bool = True) -> dict[str, float]:
+    """A round's record as numbers by name, as TensorBoard and other trackers take them.
+
+    What the record does not tell is left out, and so is what ``failures`` is about if it is False.
+    """
+    seconds, clients = record["seconds"], record["clients"]
+    found: dict[str, float | None] = {
+        "train/loss": record["loss"],
+        "train/client_lr": record["client_lr"],
+        "train/class_row_lr": record["class_row_lr"],
+        "train/clients": clients,
+        "train/examples": record["examples"],
+        **{f"seconds/{phase}": took for phase, took in seconds.items()},
+        "seconds/round": sum(seconds.values()),
+    }
+    for name, total in (
+        ("bytes/down_per_client", record["bytes_down"]),
+        ("bytes/up_per_client", record["bytes_up"]),
+        ("train/class_rows_per_client", record["class_rows"]),
+    ):
+        found[name] = None if total is None else total / clients
+    if failures:
+        found["federation/failures"] = len(record.get("failures", ()))
+        found["federation/attempts"] = record.get("attempts", 1)
+    found |= {f"test/{name}": value for name, value in (record["metrics"] or {}).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def bytes_moved(record: Record) -> float | None:
     """Bytes of a round and what came before it, both ways; None where there are none."""
     down, up, warm = record["bytes_down"], record["bytes_up"], record.get("warm_start", {})

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from fedss.data import RetrievalTask
 from fedss.evaluation.task import Embedded, find_neighbours
-from fedss.runs.records import Record
+from fedss.runs.records import Record, scalars
 from fedss.seeds import generator
 from fedss.text import encodable
 
@@ -52,29 +52,8 @@ def open_writer(folder: Path, round: int) -> "Iterator[SummaryWriter]":
 
 def add_scalars(writer: "SummaryWriter", record: Record, failures: bool) -> None:
     """A round's record as scalars; those of failures only where there were any so far."""
-    seconds, clients = record["seconds"], record["clients"]
-    scalars = {
-        "train/loss": record["loss"],
-        "train/client_lr": record["client_lr"],
-        "train/class_row_lr": record["class_row_lr"],
-        "train/clients": clients,
-        "train/examples": record["examples"],
-        **{f"seconds/{phase}": took for phase, took in seconds.items()},
-        "seconds/round": sum(seconds.values()),
-    }
-    for name, total in (
-        ("bytes/down_per_client", record["bytes_down"]),
-        ("bytes/up_per_client", record["bytes_up"]),
-        ("train/class_rows_per_client", record["class_rows"]),
-    ):
-        if total is not None:
-            scalars[name] = total / clients
-    if failures:
-        scalars["federation/failures"] = len(record.get("failures", ()))
-        scalars["federation/attempts"] = record.get("attempts", 1)
-    for name, value in scalars.items():
+    for name, value in scalars(record, failures).items():
         writer.add_scalar(name, value, record["round"])
-    add_metrics(writer, record)
 
 
 def add_metrics(writer: "SummaryWriter", record: Record) -> None:

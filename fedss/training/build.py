@@ -13,6 +13,7 @@ from fedss.config import OPTIONS, Auto, Config, option_numbers
 from fedss.core.client import LocalTraining, RoundPlan
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import (
+    VALIDATION_CLASSES,
     DataOptions,
     Dataset,
     Images,
@@ -39,8 +40,10 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     """The data set that a configuration names.
 
     Its training images are reassigned to clients (``partition``), then rotated (``rotations``),
-    then clients of many classes are split (``client_classes``), as far as it says so. ``at_site``
-    is that of :func:`fedss.data.load_dataset`.
+    then clients of many classes are split (``client_classes``), as far as it says so. Where
+    ``eval_split`` is validation and the data name no images for it, a share
+    ``VALIDATION_CLASSES`` of the training classes is held out first. ``at_site`` is that of
+    :func:`fedss.data.load_dataset`.
 
     Raises:
         DataError: it cannot be found or read, or does not fit together.
@@ -51,6 +54,7 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
         config.data,
         config.data_path,
         seed=config.data_seed,
+        validation_classes=VALIDATION_CLASSES if config.eval_split == "validation" else 0.0,
         at_site=at_site,
         **{name: getattr(config, name) for name in options - {"seed"}},
     )
@@ -277,8 +281,9 @@ def evaluation_task(config: Config, data: Dataset) -> RetrievalTask:
         return data.test
     if data.validation is None:
         raise ConfigError(
-            f"eval_split: data set {data.name!r} has no validation images; use test, or give "
-            "rows of the manifest the split 'validation'"
+            f"eval_split: data set {data.name!r} has no validation images; use test, or hold out "
+            f"a share of its classes: validation_classes={VALIDATION_CLASSES} where it is made "
+            "(fedss.Dataset.from_arrays, say), or in fedss.data.load_dataset"
         )
     return data.validation
 

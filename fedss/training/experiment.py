@@ -192,7 +192,7 @@ def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
         told, _ = resolve(config, problem_of(data))
         sample_size(told, len(data.train.class_names))
         if (task := task_in_training(config, data)) is not None:
-            check_tellable(task, data.name, config.test_classes)
+            check_tellable(task, data.name, config.test_classes, config.eval_split)
         compute_device(config)
         _secret(config)
         check_own_code(told, data.train.pixels.shape[1:], own.objective)
@@ -346,6 +346,7 @@ def compare(
     backbone: nn.Module | None = None,
     sampler: Sampler | None = None,
     objective: Objective | None = None,
+    start: str | Path | None = None,
     on_round: OnRound | None = None,
 ) -> list[dict[str, Any]]:
     """Train each method with each seed under the same settings, and report on all.
@@ -364,6 +365,7 @@ def compare(
         backbone: as in :func:`train`.
         sampler: as in :func:`train`.
         objective: as in :func:`train`.
+        start: as in :func:`train`, of every run; a comparison that goes on need not be told again.
         on_round: as in :func:`train`.
 
     Returns:
@@ -388,10 +390,11 @@ def compare(
         ]
         own = OwnParts(backbone, sampler, objective)
         _check([run for _, run in runs], data, own)
-        experiment = _Experiment(data, own, on_round, ranks)
+        begin = None if start is None else Path(start).absolute()
         with lock_folder(folder) if ranks.first else nullcontext():
             if ranks.first:
-                write_comparison_config(folder, config, list(methods), list(seeds))
+                begin = write_comparison_config(folder, config, list(methods), list(seeds), begin)
+            experiment = _Experiment(data, own, on_round, ranks, ranks.gather(begin)[0])
             for number, (label, run) in enumerate(runs, start=1):
                 name = f"{re.sub('[^a-zA-Z0-9_.=-]+', '-', label)}-seed{run.seed}"
                 title = f"run {number} of {len(runs)}: {label} seed {run.seed}"

@@ -27,7 +27,7 @@ from fedss.evaluation.task import Evaluation, findings
 from fedss.files import write_file
 from fedss.models import Embedder, flatten_, save_embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round, save_checkpoint
-from fedss.runs.findings import read_scores, write_findings, write_scores
+from fedss.runs.findings import VERIFICATION, read_scores, write_findings, write_scores
 from fedss.runs.folder import check_same_round
 from fedss.runs.records import (
     FailedClient,
@@ -115,6 +115,8 @@ def train_rounds(
         if config.patience is not None and ranks.first and best and best is records[-1]:
             theta_P.copy_(backbone_P)
             about = {"method": config.method, "round": best["round"], "metrics": best["metrics"]}
+            # What was measured of the one before would be taken for this one's.
+            (folder / "best" / VERIFICATION).unlink(missing_ok=True)
             save_embedder(embedder, folder / "best", about)
 
     with federate(embedder, optimizer, timer.end_phase) as federation:

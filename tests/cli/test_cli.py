@@ -175,7 +175,7 @@ def test_commands_and_options_are_pinned(capsys):
     assert options_of("train", capsys)[0] == config | own | {"--from"}
     assert options_of("info", capsys)[0] == (config | own | {"--plot"}) - {"--out"}
     assert options_of("compare", capsys)[0] == (
-        (config | own | {"--methods", "--seeds"}) - {"--method", "--seed"}
+        (config | own | {"--from", "--methods", "--seeds"}) - {"--method", "--seed"}
     )
     assert options_of("evaluate", capsys)[0] == data | code | {
         "--help",

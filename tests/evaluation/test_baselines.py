@@ -206,7 +206,7 @@ def test_a_test_in_which_all_is_right_is_refused():
     one = dataclasses.replace(QUERY, labels=np.zeros(len(QUERY), np.int64))
     for task in (RetrievalTask(one), RetrievalTask(one, one)):
         with pytest.raises(DataError, match="one class"):
-            check_tellable(task, "tiny", 0.2)
-    check_tellable(RetrievalTask(one, QUERY), "tiny", 0.2)
-    check_tellable(DATA.test, "tiny", 0.2)
+            check_tellable(task, "tiny", 0.2, "test")
+    check_tellable(RetrievalTask(one, QUERY), "tiny", 0.2, "test")
+    check_tellable(DATA.test, "tiny", 0.2, "test")
     assert floor("chance", chance(DATA.test)).map_at_10["chance"] < 0.5

@@ -4,6 +4,7 @@ Each fault is held against a local run in which the same clients were left out.
 """
 
 import json
+import re
 import time
 import weakref
 from collections import Counter
@@ -885,6 +886,33 @@ def test_sites_judge_by_the_images_that_the_configuration_names(photos, tmp_path
     done = federate(ProcessGrid(found), config, tmp_path / "run", **at_sites)
     there = [metrics_at(site, photos, done, "{}-validation.csv") for site in SITES]
     assert records(tmp_path / "run")[-1]["metrics"] == pytest.approx(weighted(there))
+
+
+def test_a_validation_task_of_training_classes_is_the_same_at_all_sites(photos, tmp_path):
+    """A simulation and a federation hold out the same classes, so they have the same figures."""
+    for site in (*SITES, "all"):
+        lines = (photos / f"{site}.csv").read_text().splitlines()
+        rows = [line.rpartition(",")[0] for line in lines]
+        rows = [re.sub("^(.*?)/.*,test$", r"\g<0> at \1", row) for row in rows]
+        (photos / f"{site}-unsplit.csv").write_text("".join(f"{row}\n" for row in rows))
+    config = settings(
+        photos,
+        data_path=str(photos / "all-unsplit.csv"),
+        data_seed=4,
+        eval_split="validation",
+        patience=1,
+        sample_size=5,
+    )
+    found = {number: site_of(photos, f"{site}-unsplit.csv") for site, number in NODES.items()}
+    done = federate(ProcessGrid(found), config, tmp_path / "run")
+    local = fedss.train(config, tmp_path / "local")
+    figures = [[r["metrics"] for r in records(run.folder)] for run in (done, local)]
+    assert figures[0] == figures[1]
+    trained = set(json.loads((tmp_path / "run" / "registry.json").read_text())["classes"])
+    held_out = set(fedss.load_data(config).validation.query.class_names)
+    assert held_out
+    assert trained
+    assert not trained & held_out
 
 
 @pytest.fixture

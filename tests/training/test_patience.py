@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import fedss
 from fedss.cli import main
 from fedss.models import fingerprint
+from fedss.runs.findings import read_verification
 from fedss.runs.records import best_evaluated, out_of_patience
 from tests import reference
 from tests.training.test_experiment import DATA, SMALL, digest, lines
@@ -138,4 +143,110 @@ def test_the_best_model_is_judged_by_the_test(tmp_path, capsys):
     assert main(["evaluate", str(run / "best"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["map_at_10"]
     assert found == pytest.approx(told["metrics"]["map_at_10"], abs=1e-6)
+    # What was measured on the run's own images is kept, as beside a run: `identify` needs it.
+    measured = run / "best" / "verification.json"
+    assert measured.exists()
+    assert read_verification(run / "best").eer != read_verification(run).eer
+    measured.unlink()
+    assert main(["evaluate", str(run / "best"), "--eval-split", "test", "--json"]) == 0
+    assert main(["evaluate", str(run / "best"), "--data-seed", "1", "--json"]) == 0
+    assert not measured.exists()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """A run that patience ended: its best round is not its last."""
+    config = fedss.Config(
+        **GLYPHS,
+        backbone="conv4-4",
+        embedding_size=4,
+        clients_per_round=2,
+        workers=1,
+        rounds=20,
+        eval_split="validation",
+        eval_every=1,
+        patience=1,
+        lr_schedule="constant",
+    )
+    run = fedss.train(config, tmp_path_factory.mktemp("kept") / "run")
+    told = json.loads((run.folder / "best" / "config.json").read_text())["config"]
+    assert told["round"] < run.summary["rounds"]
+    return run.folder
+
+
+def test_the_best_model_is_exported_with_its_own_card(kept, capsys):
+    best, told = kept / "best", json.loads((kept / "best" / "config.json").read_text())["config"]
+    assert main(["export", str(best), "--format", "safetensors"]) == 0
+    exported = fedss.load(best / "export" / "model.safetensors")
+    assert fingerprint(exported) == fingerprint(fedss.load(best)) != fingerprint(fedss.load(kept))
+    card = (best / "export" / "MODEL_CARD.md").read_text()
+    assert f"These are the weights of round {told['round']} of 20: those that did best" in card
+    assert f"| MAP@10 | {told['metrics']['map_at_10']:.4f} |" in card
+    of_run = json.loads((kept / "summary.json").read_text())[0]
+    assert of_run["map_at_10"] != told["metrics"]["map_at_10"]
+    assert f"| MAP@10 | {of_run['map_at_10']:.4f} |" not in card
+    train = fedss.load_data(fedss.Config(**GLYPHS)).train
+    assert f"| training classes | {len(train.class_names)} |" in card
+    # A folder is of one model, so the run's own goes elsewhere.
+    elsewhere = ["--format", "safetensors", "--out", str(best / "export")]
+    assert main(["export", str(kept), *elsewhere]) == 2
+    assert "is the card of another model" in capsys.readouterr().err
+
+
+def test_commands_take_the_best_model(kept, tmp_path, capsys):
+    best, pictures = kept / "best", tmp_path / "pictures"
+    test = fedss.load_data(fedss.Config(**GLYPHS)).test.query
+    for i, (pixels, label) in enumerate(zip(test.pixels, test.labels, strict=True)):
+        place = pictures / test.class_names[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0]).save(place / f"{i:04}.png")
+    one = str(next(pictures.rglob("*.png")))
+    assert main(["embed", str(best), str(pictures), "--out", str(tmp_path / "e.npy")]) == 0
+    files = [str(pictures / name) for name in json.loads((tmp_path / "e.names.json").read_text())]
+    by_hand = fedss.embed_files(fedss.load(best), files).embeddings_ND
+    assert np.allclose(np.load(tmp_path / "e.npy"), by_hand, atol=1e-6)
+    assert main(["index", str(best), str(pictures)]) == 0
+    assert (best / "index").exists()
+    assert not (kept / "index").exists()
+    capsys.readouterr()
+    assert main(["search", str(best), one, "--json", "--count", "1"]) == 0
+    (match,) = json.loads(capsys.readouterr().out)[0]["matches"]
+    assert match["path"] == one
+    (best / "verification.json").unlink(missing_ok=True)
+    assert main(["identify", str(best), one]) == 2
+    assert f"fedss evaluate {best} measures one" in capsys.readouterr().err
+    assert main(["evaluate", str(best)]) == 0
+    assert main(["identify", str(best), one]) == 0
+
+
+def test_a_later_best_model_has_no_figures_of_the_one_before(kept, tmp_path):
+    run = Path(shutil.copytree(kept, tmp_path / "run"))
+    about = json.loads((run / "config.json").read_text())["config"]
+    before = json.loads((run / "best" / "config.json").read_text())["config"]
+    assert main(["evaluate", str(run / "best")]) == 0
+    config = fedss.Config(**{**about, "patience": 40, "rounds": 40})
+    fedss.train(config, run)
+    after = json.loads((run / "best" / "config.json").read_text())["config"]
+    assert after["round"] > before["round"]
     assert not (run / "best" / "verification.json").exists()
+
+
+def test_runs_start_from_the_best_model(kept, tmp_path):
+    about = json.loads((kept / "config.json").read_text())["config"]
+    config = fedss.Config(**{**about, "patience": None, "client_lr": 1e-9, "rounds": 1})
+    config = dataclasses.replace(config, eval_split="test")
+    out = tmp_path / "compared"
+    fedss.compare(config, ["fedss"], [0], out, start=kept / "best")
+    best, last = fedss.load(kept / "best"), fedss.load(kept)
+    pixels = torch.from_numpy(fedss.load_data(config).test.query.pixels[:8])
+    first = fedss.load(out / "fedss-seed0")(pixels)
+    assert torch.allclose(first, best(pixels), atol=1e-4)
+    assert not torch.allclose(first, last(pixels), atol=1e-2)
+    # Runs added later start there too; and from nowhere else.
+    fedss.compare(config, ["fedss", "full"], [0], out)
+    second = fedss.load(out / "full-seed0")(pixels)
+    assert torch.allclose(second, best(pixels), atol=1e-4)
+    with pytest.raises(fedss.RunFolderError, match=r"its runs start from .*best, not from .*run;"):
+        fedss.compare(config, ["fedss"], [0], out, start=kept)
+    words = ["compare", "--data", "glyphs", "--from", "nowhere", "--out", str(tmp_path / "b")]
+    assert main(words) == 2

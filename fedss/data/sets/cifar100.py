@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedss.data.assembly import DataOptions, assemble_dataset
+from fedss.data.assembly import DataOptions, arrange_by, assemble_dataset
 from fedss.data.cache import cached_array, stamp_files
 from fedss.data.decoding import decode
 from fedss.data.images import Dataset
 from fedss.data.manifest import NOBODY, ListedImage
 from fedss.data.sets.published import Counts, find, published_listing, read_lines
-from fedss.data.splits import arrange
 from fedss.errors import DataError
 
 _SIDE, _CHANNELS = 32, 3
@@ -57,7 +56,7 @@ def cifar100_dataset(root: Path, options: DataOptions) -> Dataset:
     ]
     counts = {"": Counts(60_000, 100)}
     listing = published_listing(paths, root, rows, counts)
-    splits, unpaired = arrange(listing, options.test_classes, options.seed, at_site=options.at_site)
+    splits, unpaired = arrange_by(options, listing)
     stamp = stamp_files([str(path) for path in files.values()])
     side, channels = options.image_size, options.channels or _CHANNELS
     pixels = {
