@@ -95,7 +95,8 @@ def warm_start(sums: Sequence[FeatureSums], size: int, dim: int) -> WarmStart:
         count += int(of_client.counts_P.sum())
     second_FF, mean_F = second_FF / count, mean_F / count
     axes_FK = torch.zeros(features, size, dtype=torch.float64)
-    found_FK = whitening_axes(second_FF, mean_F, size, SHRINKAGE)
+    # Clients sum in float32.
+    found_FK = whitening_axes(second_FF, mean_F, size, SHRINKAGE, rounding=1e-7)
     axes_FK[:, : found_FK.shape[1]] = found_FK
     # They travel in this precision: all parties are to compute with the same numbers.
     mean_F, axes_FK = rounded(mean_F), rounded(axes_FK)

@@ -230,7 +230,7 @@ def cached_array(
         DataError: The folder cannot be written, or its disk has no room for all of it.
     """
     path = _file("pixels", cache, (*key, shape), "npy")
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, EOFError):
         stored: np.ndarray = np.load(path, mmap_mode="r")
         if stored.shape == shape and stored.dtype == dtype:
             return stored
@@ -256,6 +256,11 @@ def cached_array(
             log(Progress(title, done, shape[0], "images"), False)
     made: np.ndarray = np.load(path, mmap_mode="r")
     return made
+
+
+def drop_cached(key: Iterable[object], shape: tuple[int, ...], *, cache: Path | None) -> None:
+    """Remove what :func:`cached_array` keeps under a key."""
+    _file("pixels", cache, (*key, shape), "npy").unlink(missing_ok=True)
 
 
 def _file(kind: str, cache: Path | None, key: Iterable[object], suffix: str) -> Path:

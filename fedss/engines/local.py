@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from queue import SimpleQueue
 from typing import Any
@@ -144,8 +143,11 @@ class Workers:
         """
         inputs = self.inputs(pixels)
         which = np.arange(len(pixels)) if which is None else which
-        blocks = (inputs[which[i : i + BLOCK]] for i in range(0, len(which), BLOCK))
-        return torch.cat(list(self.pool.map(partial(self.features_of, backbone_P), blocks)))
+
+        def of_block(start: int) -> Tensor:
+            return self.features_of(backbone_P, inputs[which[start : start + BLOCK]])
+
+        return torch.cat(list(self.pool.map(of_block, range(0, len(which), BLOCK))))
 
     def features_of(self, backbone_P: Tensor, inputs: np.ndarray) -> Tensor:
         """:meth:`features`, by one worker, of what :meth:`inputs` gives for images."""

@@ -33,7 +33,13 @@ class Whitening(nn.Module):
         return (unit_BF - self.mean_F) @ self.axes_FK
 
 
-def whitening_axes(second_FF: Tensor, mean_F: Tensor, size: int, shrinkage: float = 0.0) -> Tensor:
+def whitening_axes(
+    second_FF: Tensor,
+    mean_F: Tensor,
+    size: int,
+    shrinkage: float = 0.0,
+    rounding: float = 1e-12,
+) -> Tensor:
     """The leading axes of features' covariance, each divided by its deviation (Jegou and Chum 2012,
     ECCV): float64 [F, K]; K below ``size`` where fewer vary.
 
@@ -47,11 +53,11 @@ def whitening_axes(second_FF: Tensor, mean_F: Tensor, size: int, shrinkage: floa
         mean_F: their mean, float64.
         size: how many axes to keep.
         shrinkage: a.
+        rounding: share of the features' mean square below which a variance is rounding alone.
     """
     variance_F, axes_FF = torch.linalg.eigh(second_FF - torch.outer(mean_F, mean_F))
     kept_K, axes_FK = variance_F.flip(0)[:size], axes_FF.flip(1)[:, :size]
-    # Below the second bound, rounding of float32 alone varies.
-    varies_K = (kept_K > 1e-9 * kept_K[0]) & (kept_K > 1e-12 * second_FF.trace())
+    varies_K = (kept_K > 1e-9 * kept_K[0]) & (kept_K > rounding * second_FF.trace())
     kept_K, axes_FK = kept_K[varies_K], axes_FK[:, varies_K]
     # LAPACK leaves the sign of an axis open.
     largest_K = axes_FK.gather(0, axes_FK.abs().argmax(0, keepdim=True))[0]

@@ -3,6 +3,7 @@
 See :mod:`fedss.core.features`.
 """
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from fedss.models import Embedder, Whitening
 from fedss.seeds import generator
 from fedss.wire.messages import encode_feature_sums, encode_whitening, encoded_size
 
+_LOG = logging.getLogger("fedss.training")
 MOST_TELLING = 1000
 """So many clients tell of their features, at random, where there are more: that is enough for the
 features' covariance."""
@@ -41,7 +43,7 @@ def warm_up_(
         features are not whitened.
 
     Raises:
-        ConfigError: features that are not finite.
+        ConfigError: features that are not finite, or all the same.
         QuorumError: no client told of its features.
     """
     whitening = embedder.whitening
@@ -58,6 +60,7 @@ def warm_up_(
         raise ConfigError(OVERFLOW)
     size = whitening.axes_FK.shape[1]
     start = warm_start(sums, size, embedder.spec.embedding_size)
+    _check_axes(int((start.axes_FK.abs().sum(0) > 0).sum()), embedder.spec.embedding_size)
     whitening.set_(start.mean_F, start.axes_FK)
     engine.whiten(start.mean_F, start.axes_FK)
     if len(start.ids_U):
@@ -68,6 +71,22 @@ def warm_up_(
     up = sum(encoded_size(encode_feature_sums(of_client)) for of_client in sums)
     down = encoded_size(encode_whitening(start.mean_F, start.axes_FK)) * count
     return {"clients": len(sums), "bytes_up": up, "bytes_down": down}
+
+
+def _check_axes(varying: int, dim: int) -> None:
+    if not varying:
+        raise ConfigError(
+            "the features of all training images are the same, so there is nothing to whiten: "
+            "expected images that differ, or projection_init random"
+        )
+    if varying < dim:
+        _LOG.warning(
+            "the features of the training images vary along %d axes; %d of the %d numbers of an "
+            "embedding begin as zeros (embedding_size)",
+            varying,
+            dim - varying,
+            dim,
+        )
 
 
 def restore_whitening_(engine: FeatureEngine, embedder: Embedder, first: Path) -> None:

@@ -421,3 +421,19 @@ def test_features_that_are_not_finite_are_one_line(
         train(tmp_path / "run", changed(rows_init=rows_init, trainable="all"), backbone=backbone)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "checkpoint" / "first").exists()
+
+
+def test_images_that_do_not_differ_are_refused_and_few_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = fedss.load_data(fedss.Config(glyphs_classes=12, glyphs_clients=8))
+    config = fedss.Config(
+        backbone="conv4-8", projection_init="whitened", rounds=1, eval_every=0, workers=1
+    )
+    same = np.broadcast_to(data.train.pixels[:1], data.train.pixels.shape).copy()
+    alike = dataclasses.replace(data, train=dataclasses.replace(data.train, pixels=same))
+    with pytest.raises(ConfigError, match="features of all training images are the same"):
+        fedss.train(config, tmp_path / "alike", data=alike)
+    few = dataclasses.replace(config, embedding_size=256)
+    fedss.train(few, tmp_path / "few", data=data)
+    assert "of the 256 numbers of an embedding begin as zeros" in caplog.text
