@@ -530,6 +530,7 @@ def test_what_is_frozen_is_not_in_the_ledger(
 def test_frozen_parts_in_a_federation(resnet: Path, photos: Path, tmp_path: Path) -> None:
     """Same bits as here; a site with other weights, or none, is told so and left out."""
     how = {"backbone": f"timm:{RESNET}", "weights": str(resnet), "trainable": "last-1"}
+    how |= {"projection_init": "random", "rows_init": "random"}
     config = settings(photos, rounds=2, image_size=32, local_steps=1, **how)
     local = digests(lambda: quiet(config, tmp_path / "local"))
     moved = tmp_path / "at-sites.safetensors"
