@@ -86,8 +86,8 @@ def warm_start(sums: Sequence[FeatureSums], size: int, dim: int) -> WarmStart:
         dim: D, the embedding size; at least K.
     """
     features = sums[0].factor_RF.shape[1]
-    second_FF, mean_F = torch.zeros(features, features, dtype=torch.float64), torch.zeros(features)
-    mean_F, count = mean_F.double(), 0
+    second_FF = torch.zeros(features, features, dtype=torch.float64)
+    mean_F, count = torch.zeros(features, dtype=torch.float64), 0
     for of_client in sums:
         factor_RF = of_client.factor_RF.double()
         second_FF += factor_RF.T @ factor_RF
