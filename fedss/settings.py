@@ -257,8 +257,7 @@ def _usual_size(config: Config) -> Setting:
 
 
 def _weights_size(config: Config) -> int | None:
-    trained = config.pretrained or config.weights is not None
-    return weights_size(config.backbone) if trained else None
+    return weights_size(config.backbone) if _has_weights(config) else None
 
 
 def _rounded(value: float) -> float:

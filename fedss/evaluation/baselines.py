@@ -21,7 +21,7 @@ from fedss.data import Images, RetrievalTask
 from fedss.errors import ConfigError
 from fedss.evaluation.intervals import ClassScores
 from fedss.evaluation.task import EmbedPixels, count_classes, embed_task, score_classes
-from fedss.models import whitening_axes
+from fedss.models import EmbedderSpec, whitening_axes
 
 # Of 6 to 16 pixels a side, with and without their mean, what stays within 7 % of the best on each
 # of glyphs, Omniglot, photographs and Chinese characters.
@@ -54,26 +54,28 @@ def data_floors(task: RetrievalTask) -> Floors:
 
 
 def backbone_floors(
+    spec: EmbedderSpec,
     features: Callable[[np.ndarray, np.ndarray | None], Tensor],
-    size: int,
     task: RetrievalTask,
     train: Images,
 ) -> Floors:
-    """``frozen``, ``frozen_centred`` and ``frozen_whitened``, of a network that begins with trained
+    """``frozen``, ``frozen_centred`` and ``frozen_whitened``, if the network begins with trained
     weights.
 
     Mean and PCA are fitted on the training images, up to 10,000 of them spread evenly; where no two
     differ there is ``frozen`` alone.
 
     Args:
+        spec: of the network; PCA leaves as many numbers as an embedding has, at most.
         features: what the backbone gives for images, or for those with these numbers.
-        size: the embedding size: how many numbers PCA leaves at most.
         task: the test.
         train: training images.
 
     Raises:
         ConfigError: features that are not finite, or the same for all images of the test.
     """
+    if not spec.pretrained:
+        return Floors()
 
     def embed(pixels: np.ndarray, which: np.ndarray | None = None) -> Tensor:
         return F.normalize(features(pixels, which), dim=1)
@@ -93,7 +95,7 @@ def backbone_floors(
     fitted_ND = embed(train.pixels, spread)
     if not bool(fitted_ND.isfinite().all()):
         raise ConfigError(OVERFLOW)
-    whiten = fit_whitening(fitted_ND, size)
+    whiten = fit_whitening(fitted_ND, spec.embedding_size)
     if not whiten(fitted_ND[:1]).shape[1]:
         return found
     mean_D = fitted_ND.double().mean(0)

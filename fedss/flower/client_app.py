@@ -408,11 +408,9 @@ def _evaluate(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
         embedded = embed_task(partial(workers.embed, backbone_P), task)
         floors = None
         if not metadata["round"]:
-            floors = data_floors(task)
-            if embedder.spec.pretrained:
-                features = partial(workers.features, backbone_P)
-                size = embedder.spec.embedding_size
-                floors |= backbone_floors(features, size, task, site.data.train)
+            features = partial(workers.features, backbone_P)
+            frozen = backbone_floors(embedder.spec, features, task, site.data.train)
+            floors = data_floors(task) | frozen
     reply: dict[str, Any] = {"metrics": dataclasses.asdict(score(task, *embedded))}
     if floors is not None:
         reply["floors"] = dict(floors.map_at_10)

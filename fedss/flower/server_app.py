@@ -157,11 +157,9 @@ def _federation(
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                floors = data_floors(task)
-                if embedder.spec.pretrained:
-                    features = partial(workers.features, backbone_P)
-                    size = embedder.spec.embedding_size
-                    floors |= backbone_floors(features, size, task, train)
+                features = partial(workers.features, backbone_P)
+                frozen = backbone_floors(embedder.spec, features, task, train)
+                floors = data_floors(task) | frozen
             return floors if untrained is None else floors | floor("untrained", untrained)
 
         yield Federation(

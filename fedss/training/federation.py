@@ -18,11 +18,10 @@ from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
 from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
 from fedss.evaluation.task import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
-from fedss.models import Embedder, fingerprint
+from fedss.models import Embedder, EmbedderSpec, fingerprint
 from fedss.training.build import (
     compute_device,
     pool_images,
-    resolved,
     task_in_training,
     wire_format,
 )
@@ -116,7 +115,7 @@ def local_federation(
                 return None
             with intra_op_threads(engine.workers.count * ranks.local_size):
                 features = partial(engine.workers.features, backbone_P)
-                plain, frozen = _measure_plain(config, data, features, task, known)
+                plain, frozen = _measure_plain(config, data, embedder.spec, features, task, known)
             return plain | known[untrained] | frozen
 
         yield Federation(
@@ -153,6 +152,7 @@ def _open_engine(
 def _measure_plain(
     config: Config,
     data: Dataset,
+    spec: EmbedderSpec,
     features: Callable[[np.ndarray, np.ndarray | None], torch.Tensor],
     task: RetrievalTask,
     known: Known,
@@ -163,8 +163,5 @@ def _measure_plain(
     if plain not in known:
         known[plain] = data_floors(task)
     if frozen not in known:
-        known[frozen] = Floors()
-        if config.pretrained or config.weights:
-            size = resolved(config.embedding_size)
-            known[frozen] = backbone_floors(features, size, task, data.train)
+        known[frozen] = backbone_floors(spec, features, task, data.train)
     return known[plain], known[frozen]

@@ -131,7 +131,7 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
         for pretrained in (True, False)
     }
     before = {n: t.clone() for n, t in made[True].state_dict().items()}
-    found = backbone_floors(features_of(made[True]), 4, DATA.test, DATA.train)
+    found = backbone_floors(made[True].spec, features_of(made[True]), DATA.test, DATA.train)
     assert found.map_at_10.keys() == {"frozen", "frozen_centred", "frozen_whitened"}
 
     def features(pixels: np.ndarray) -> torch.Tensor:
@@ -155,6 +155,9 @@ def test_a_trained_backbone_is_judged_without_its_random_projection():
     )
     assert all(torch.equal(t, before[n]) for n, t in made[True].state_dict().items())
     assert embed_pixels(made[True], QUERY.pixels).shape == (20, 4)
+    # A network that begins at random has no floor but its own first round.
+    without = backbone_floors(made[False].spec, features_of(made[False]), DATA.test, DATA.train)
+    assert without == Floors()
 
 
 def frozen_floors(scale: float, pixels: np.ndarray) -> Floors:
@@ -166,7 +169,7 @@ def frozen_floors(scale: float, pixels: np.ndarray) -> Floors:
         body, channels=1, image_size=8, embedding_size=4, seed=0, pretrained=True
     )
     train = dataclasses.replace(DATA.train, pixels=pixels)
-    return backbone_floors(features_of(embedder), 4, DATA.test, train)
+    return backbone_floors(embedder.spec, features_of(embedder), DATA.test, train)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4, 1e-4])
