@@ -96,7 +96,7 @@ class Config:
         clients_per_round: cohort size: clients that train in a round
         local_epochs: passes of a client over its images per round
         local_steps: batches of a client per round, in place of local_epochs
-        batch_size: images per batch
+        batch_size: images per batch (auto: 8, for trained last-K 128)
         client_lr: learning rate of the backbone at clients
         class_row_lr: learning rate of the class rows at clients
         augment: random changes to training images
@@ -176,7 +176,7 @@ class Config:
     clients_per_round: int = 20
     local_epochs: int = 1
     local_steps: int | None = None
-    batch_size: int = 8
+    batch_size: int | Auto = "auto"
     client_lr: float | Auto = "auto"
     class_row_lr: float | Auto = "auto"
     augment: str = "none"

@@ -59,6 +59,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         projection_init  random; with trained weights whitened
         rows_init        random; means where the projection is whitened
         embedding_size   64; 512 where the projection is whitened
+        batch_size       B = 8; 128 for the last blocks of trained weights (last-K)
         server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
         client_lr        0.05; where the projection is whitened at most 60 (1 - b) / (R T),
                          T = I / B local steps in a round (central 120 / (R K T))
@@ -78,8 +79,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     Args:
         config: a configuration; what is not ``auto`` stays.
         problem: None where the data are not known, as in a federation. Then 1 / N = 0, g = 1,
-            m = 1, T = 10 or local_steps, and ``sample_size`` stays ``auto``: it follows from n in
-            each round.
+            m = 1, I = 80 in T, and ``sample_size`` stays ``auto``: it follows from n in each round.
     """
     settings: dict[str, Setting] = {}
     for name, rule in _RULES.items():
@@ -117,6 +117,13 @@ def _embedding_size(config: Config, problem: Problem | None) -> Setting:
     return Setting(64, "the projection is random")
 
 
+def _batch_size(config: Config, problem: Problem | None) -> Setting:
+    blocks, pooled = config.trainable.startswith("last-"), METHODS[config.method].pooled
+    if _has_weights(config) and blocks and not pooled:
+        return Setting(128, "steps on a few classes' images lead trained blocks astray")
+    return Setting(8, "many steps a round")
+
+
 def _server_momentum(config: Config, problem: Problem | None) -> Setting:
     cohort = config.clients_per_round
     # The variance of a mean of K out of N, without replacement, falls with 1 / K - 1 / N.
@@ -128,8 +135,8 @@ def _server_momentum(config: Config, problem: Problem | None) -> Setting:
     )
 
 
-_USUAL_STEPS = 10
-"""Local steps of a round where the images are not known."""
+_USUAL_IMAGES = 80
+"""Images of a client, where they are not known."""
 
 
 def _client_lr(config: Config, problem: Problem | None) -> Setting:
@@ -139,10 +146,11 @@ def _client_lr(config: Config, problem: Problem | None) -> Setting:
     assert config.server_momentum != "auto"  # resolved before
     pooled = METHODS[config.method].pooled
     momentum = 0.0 if pooled or config.server_optimizer == "sgd" else config.server_momentum
-    in_a_round: float = config.local_steps or _USUAL_STEPS
+    assert config.batch_size != "auto"  # resolved before
+    images: float = (config.local_steps or 0) * config.batch_size or _USUAL_IMAGES
     if problem is not None:
         images = _images_in_a_round(config, problem) * (config.clients_per_round if pooled else 1)
-        in_a_round = max(1.0, images / config.batch_size)
+    in_a_round = max(1.0, images / config.batch_size)
     steps = config.rounds * in_a_round
     moves = 120 if pooled else 60
     bound = moves * (1 - momentum) / steps
@@ -178,12 +186,14 @@ def _row_gain(config: Config, problem: Problem | None) -> tuple[float, str]:
 
 
 def _images_in_a_round(config: Config, problem: Problem) -> float:
+    assert config.batch_size != "auto"  # resolved before
     if config.local_steps is not None:
         return config.local_steps * min(config.batch_size, problem.images)
     return config.local_epochs * problem.images
 
 
 def _images_together(config: Config, problem: Problem) -> float:
+    assert config.batch_size != "auto"  # resolved before
     batch = min(config.batch_size, problem.images)
     of_class = max(1.0, _images_in_a_round(config, problem) / problem.own_classes)
     return math.sqrt(of_class) * max(1.0, batch / problem.own_classes)
@@ -270,6 +280,7 @@ _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
     "projection_init": _projection_init,
     "rows_init": _rows_init,
     "embedding_size": _embedding_size,
+    "batch_size": _batch_size,
     "server_momentum": _server_momentum,
     "client_lr": _client_lr,
     "class_row_lr": _class_row_lr,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -71,10 +72,35 @@ def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -
         "projection_init": "whitened",
         "rows_init": "means",
         "embedding_size": 8,
+        "batch_size": 4,
     }.get(name, 0.25)
     resolved, settings = resolve(dataclasses.replace(config, **{name: value}), problem)
     assert getattr(resolved, name) == value
     assert name not in settings
+
+
+@pytest.mark.parametrize(
+    "told, batch",
+    [
+        ({}, 8),
+        ({"trainable": "last-2"}, 8),
+        ({"pretrained": True}, 8),
+        ({"pretrained": True, "trainable": "last-2"}, 128),
+        ({"pretrained": True, "trainable": "all"}, 8),
+        ({"pretrained": True, "trainable": "last-2", "method": "central"}, 8),
+    ],
+)
+def test_trained_blocks_take_one_step_for_all_images_of_a_client(
+    told: dict[str, Any], batch: int
+) -> None:
+    config = Config(backbone="timm:tf_efficientnet_lite0", **told)
+    problem = Problem(classes=892, clients=227, images=80, own_classes=12)
+    resolved, _ = resolve(config, problem)
+    assert resolved.batch_size == batch
+    # A step for all images of a client is as long as its ten shorter ones together.
+    if batch == 128:
+        small, _ = resolve(dataclasses.replace(config, batch_size=8), problem)
+        assert resolved.client_lr == pytest.approx(10 * small.client_lr, rel=0.01)
 
 
 @given(problem=problems, cohort=st.integers(1, 10**4), rounds=st.integers(1, 10**4))

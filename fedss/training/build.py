@@ -234,7 +234,7 @@ def round_plan(
         LocalTraining(
             config.local_epochs,
             config.local_steps,
-            config.batch_size,
+            resolved(config.batch_size),
             decay * resolved(config.client_lr),
             decay * resolved(config.class_row_lr),
         ),
