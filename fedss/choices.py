@@ -9,6 +9,7 @@ BatchNormRule = Literal["auto", "freeze", "replace"]
 ForwardPrecision = Literal["float32", "bfloat16"]
 MarginKind = Literal["none", "cosface", "arcface"]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
+Requests = Literal["own", "all", "common"]
 RowDtype = Literal["float32", "bfloat16"]
 RowMean = Literal["cohort", "holders"]
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
@@ -30,6 +31,9 @@ METHOD_SUMMARIES = {
 
 MOMENT_METHODS = ("fedss", "moments")
 """Those of them for which the server keeps the moments of all class rows."""
+
+SAMPLED_METHODS = ("fedss", "fedss-uncorrected", "neg-only", "fedss-published")
+"""Those whose negatives are sampled."""
 
 SAMPLER_NAMES = ("uniform", "deck", "sticky")
 """The samplers of :data:`fedss.sampling.samplers.SAMPLERS`."""

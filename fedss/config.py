@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from fedss.choices import (
     METHOD_SUMMARIES,
     MOMENT_METHODS,
+    SAMPLED_METHODS,
     SAMPLER_NAMES,
     Augment,
     BatchNormRule,
@@ -19,6 +20,7 @@ from fedss.choices import (
     MarginKind,
     Precision,
     ProjectionInit,
+    Requests,
     RowDtype,
     RowMean,
     RowsInit,
@@ -71,6 +73,7 @@ class Config:
         method: training method; fedss.METHODS has a line on each
         sample_size: |S|, class rows per client; moments: most own classes per client
         sampler: how negatives are drawn
+        requests: rows asked for: own and negatives, all, or a set common to all of a round
         objective: loss of your own, package.module:function (default: the method's)
         correction: factor a of the correction -a log q of negatives' logits: 1 full, 0 none
         cover: moments: number of decoy classes requested to hide a client's own classes
@@ -149,6 +152,7 @@ class Config:
     method: str = "fedss"
     sample_size: int | Auto = "auto"
     sampler: str = "uniform"
+    requests: Requests = "own"
     objective: str | None = None
     correction: float = 1.0
     cover: int = 0
@@ -235,6 +239,7 @@ class Config:
             )
         if self.method in MOMENT_METHODS:
             self._check_moments()
+        self._check_requests()
         # Last, as their import takes long.
         if (self.partition, self.partition_clients, self.columns) != (None, None, None):
             from fedss.data import parse_columns, parse_partition
@@ -267,6 +272,25 @@ class Config:
             raise ConfigError(
                 f"moments_rank: expected below embedding_size = {size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
+            )
+
+    def _check_requests(self) -> None:
+        if self.requests == "own" or (self.requests, self.method) == ("all", "full"):
+            return
+        if self.method not in SAMPLED_METHODS:
+            raise ConfigError(
+                f"requests: {self.requests} is for methods that sample negatives "
+                f"({', '.join(SAMPLED_METHODS)}), not for {self.method}; leave it out"
+            )
+        if self.row_mean == "holders":
+            raise ConfigError(
+                f"row_mean: with requests {self.requests} nobody is told who holds which row; "
+                "expected cohort"
+            )
+        if self.requests == "common" and self.sampler != "uniform":
+            raise ConfigError(
+                f"sampler: with requests common all clients have one set, and none draws; leave "
+                f"out {self.sampler}"
             )
 
 

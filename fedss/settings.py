@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fedss.choices import Requests
 from fedss.config import Config
 from fedss.data import DATASETS, Dataset, count_own_classes, usual_side
 from fedss.losses.methods import METHODS
@@ -68,7 +69,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
                          m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
                          a class in a round, and B / P in a batch
                          (moments 1 / m, central 2 / m)
-        sample_size      max(64, 2.4 sqrt(n), 2 P), at most n
+        sample_size      max(64, 2.4 sqrt(n), 2 P), at most n; with requests common max(64, n / 2)
         row_mean         the method's
         eval_every       R / 8, rounded down, from 1 to 20
         image_size       what trained weights were made for, else the data set's own
@@ -150,6 +151,7 @@ def _client_lr(config: Config, problem: Problem | None) -> Setting:
     images: float = (config.local_steps or 0) * config.batch_size or _USUAL_IMAGES
     if problem is not None:
         images = _images_in_a_round(config, problem) * (config.clients_per_round if pooled else 1)
+        images *= _share_in_set(config, problem)
     in_a_round = max(1.0, images / config.batch_size)
     steps = config.rounds * in_a_round
     moves = 120 if pooled else 60
@@ -180,6 +182,7 @@ def _row_gain(config: Config, problem: Problem | None) -> tuple[float, str]:
     if problem is None:
         return 1.0, "the images are not known before the first round"
     images, together = _images_in_a_round(config, problem), _images_together(config, problem)
+    images *= _share_in_set(config, problem)
     seen = config.rounds * config.clients_per_round * images / problem.classes
     gain = max(0.5, min(40 / seen, seen / 2)) / together
     return gain, f"a class is seen {seen:.3g} times, {together:.3g} at once"
@@ -190,6 +193,16 @@ def _images_in_a_round(config: Config, problem: Problem) -> float:
     if config.local_steps is not None:
         return config.local_steps * min(config.batch_size, problem.images)
     return config.local_epochs * problem.images
+
+
+def _share_in_set(config: Config, problem: Problem) -> float:
+    """Of a client's images, how many it trains on where a set of classes is common to a round."""
+    if config.requests != "common":
+        return 1.0
+    size = config.sample_size
+    if size == "auto":
+        size = auto_sample_size(problem.classes, requests="common")
+    return min(1.0, size / problem.classes)
 
 
 def _images_together(config: Config, problem: Problem) -> float:
@@ -208,12 +221,23 @@ def _sample_size(config: Config, problem: Problem | None) -> Setting | None:
     if problem is None:
         return None  # It follows from n, in each round.
     n, own = problem.classes, problem.own_classes
+    if config.requests == "common":
+        why = f"max(64, n / 2) with n = {n}, at most n: each client trains on half of its images"
+        return Setting(auto_sample_size(n, requests="common"), why)
     why = f"max(64, 2.4 sqrt(n), 2 P) with n = {n} and P = {own:.3g}, at most n"
     return Setting(auto_sample_size(n, own), why)
 
 
-def auto_sample_size(num_classes: int, own_classes: float = 0.0) -> int:
-    """``|S|`` where it is ``auto``: ``max(64, 2.4 sqrt(n), 2 P)``, at most n."""
+def auto_sample_size(num_classes: int, own_classes: float = 0.0, requests: Requests = "own") -> int:
+    """``|S|`` where it is ``auto``: ``max(64, 2.4 sqrt(n), 2 P)``, at most n.
+
+    Of a set that is common to a round it is ``max(64, n / 2)``. Then a client trains on half of its
+    images, on average, so for as much training there are twice the rounds. That moves as many
+    class rows as with all n in each round, and the backbone twice; a smaller set moves the backbone
+    n / |S| times.
+    """
+    if requests == "common":
+        return min(num_classes, max(64, math.ceil(num_classes / 2)))
     return min(num_classes, int(max(64, 2.4 * math.sqrt(num_classes), 2 * own_classes)))
 
 

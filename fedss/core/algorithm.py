@@ -79,6 +79,7 @@ def run_round(
     # Line 5: the weighted mean of the changes is the gradient of the server optimizer.
     mean = aggregate(updates or [no_update(state)], server.row_mean, engine.ranks)
     mean = adjust_rows(plan.method, mean, plan.num_classes)
+    mean = mean if plan.requests == "own" else only_changed(mean)
     state = apply_update(server.optimizer, state, mean)
     step_all_rows_(server.optimizer, plan.method, state)
 
@@ -191,6 +192,16 @@ def adjust_rows(method: Method, update: MeanUpdate, num_classes: int) -> MeanUpd
     absent = 1 - update.rows_held / num_classes
     rows_UD = method.row_steps(update.rows_delta_UD, absent, num_classes)
     return replace(update, rows_delta_UD=rows_UD)
+
+
+def only_changed(update: MeanUpdate) -> MeanUpdate:
+    """Line 5: the rows that a round has changed, where clients name rows that they did not train.
+
+    By the mean alone, so that it can be told of a sum, too, whose terms nobody sees.
+    """
+    changed_U = update.rows_delta_UD.any(dim=1)
+    ids_U, rows_UD = update.ids_U[changed_U], update.rows_delta_UD[changed_U]
+    return replace(update, ids_U=ids_U, rows_delta_UD=rows_UD)
 
 
 def apply_update(optimizer: ServerOptimizer, state: ServerState, update: MeanUpdate) -> ServerState:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedss.choices import Requests
 from fedss.data.augment import Augmentation, change, draw_parameters
 from fedss.losses.methods import Method
 from fedss.losses.softmax import AbsentClasses, ClassSample, Scoring
@@ -19,8 +20,10 @@ from fedss.sampling.samplers import (
     Sampler,
     check_negatives,
     class_sample,
+    draw_common,
     limit,
     own_budget,
+    rest_of_common,
     whole_sample,
 )
 from fedss.seeds import generator
@@ -86,6 +89,9 @@ class RoundPlan:
     ``sample_size`` is |S| where negatives are sampled, ``cover`` their number where the method
     does not need them. ``augmentation`` changes training images, at the client. ``secret`` is the
     key of clients' draws, which the server has not; None: whoever knows the seed can repeat them.
+    ``requests`` says of which rows a client asks and sends changes: those of its class sample
+    (``own``), ``all``, or a set of ``sample_size`` classes that all clients of the round have in
+    ``common``.
     """
 
     round: int
@@ -99,6 +105,7 @@ class RoundPlan:
     local: LocalTraining
     augmentation: Augmentation | None = None
     secret: bytes | None = field(default=None, repr=False)
+    requests: Requests = "own"
 
 
 def client_generator(plan: RoundPlan, purpose: str, client: int) -> np.random.Generator:
@@ -131,7 +138,10 @@ class Trainable(Protocol):
 
 
 def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
-    """Line 2, at the client: the classes of its images, or a random part that fits the sample."""
+    """Line 2, at the client: the classes of its images, or a random part that fits the sample;
+    of a set that is common to a round, those that it has."""
+    if plan.requests == "common":
+        return np.intersect1d(label_N, common_classes(plan))
     n, size = plan.num_classes, plan.sample_size
     budgets = {"all": n, "sampled": own_budget(size, n)}
     rng = client_generator(plan, "own classes", client)
@@ -140,22 +150,50 @@ def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.n
 
 @dataclass(frozen=True)
 class ClassRequest:
-    """Line 2, at the client: what it asks for. ``sample`` is None where the server draws."""
+    """Line 2, at the client: what it asks for. ``sample`` is None where the server draws.
+
+    ``shared_R``: the classes that all clients of the round ask for; None: each for its own.
+    """
 
     own_P: np.ndarray
     sample: ClassSample | None
+    shared_R: Tensor | None = None
 
     @property
     def ids_S(self) -> Tensor:
-        """What the server hears: the class sample, or own classes where it draws the others."""
+        """What the server hears: shared classes, or the class sample, or own classes where it draws
+        the others.
+        """
+        if self.shared_R is not None:
+            return self.shared_R
         return torch.from_numpy(self.own_P) if self.sample is None else self.sample.ids_S
+
+
+def shared_classes(plan: RoundPlan) -> Tensor | None:
+    """Line 2: the classes that every client of the round asks for, sorted; None: they differ."""
+    if plan.requests == "common":
+        return torch.from_numpy(common_classes(plan))
+    return torch.arange(plan.num_classes) if plan.requests == "all" else None
+
+
+def common_classes(plan: RoundPlan) -> np.ndarray:
+    """The class set of a round, int64, sorted: drawn by the seed, so that server and clients each
+    know it, and a server cannot choose it.
+    """
+    rng = generator(plan.seed, "common classes", plan.round)
+    return draw_common(plan.num_classes, plan.sample_size, rng)
 
 
 def request_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> ClassRequest:
     """Line 2, at the client: it asks for its own classes and, if it draws them, negatives."""
-    own_P = limit_own_classes(plan, client, label_N)
-    by_server = plan.sampler.drawn_by == "server"
-    return ClassRequest(own_P, None if by_server else draw_classes(plan, client, own_P))
+    own_P, shared_R = limit_own_classes(plan, client, label_N), shared_classes(plan)
+    if plan.sampler.drawn_by == "server":
+        return ClassRequest(own_P, None)
+    if plan.requests == "common":
+        assert shared_R is not None
+        rest = rest_of_common(np.unique(label_N), plan.num_classes, shared_R.numpy())
+        return ClassRequest(own_P, class_sample(own_P, *rest), shared_R)
+    return ClassRequest(own_P, draw_classes(plan, client, own_P), shared_R)
 
 
 def num_negatives(plan: RoundPlan, num_own: int) -> int:
@@ -197,7 +235,8 @@ class Learner:
 
     Its tensors lie where the backbone is trained. ``batches`` has, for each local step, the numbers
     of the images, the positions of their labels in S, and the parameters by which the images
-    are changed, [B, A]. ``rows_SD`` and ``losses`` change.
+    are changed, [B, A]. ``rows_SD`` and ``losses`` change. What it learns is returned ``weight``
+    times.
     """
 
     client: int
@@ -208,6 +247,7 @@ class Learner:
     rows_SD: Tensor
     absent: AbsentClasses | None
     losses: list[Tensor]
+    weight: float = 1.0
 
 
 def prepare(
@@ -221,6 +261,13 @@ def prepare(
 ) -> Learner:
     """Line 3, before the first step; arguments as for :func:`train_client`."""
     used_N = np.isin(label_N, sample.ids_S[sample.own_S].numpy())
+    num_examples, weight = int(used_N.sum()), 1.0
+    if plan.requests == "common":
+        # An own class is in the set with probability m / n. With the share of its images that the
+        # set has, divided by m / n, an update stands for all of them, over the sets (Horvitz and
+        # Thompson). How many that were, round after round, would tell which classes are own.
+        weight = num_examples / len(label_N) * plan.num_classes / len(sample.ids_S)
+        num_examples = len(label_N)
     example_N, label_N = example_N[used_N], label_N[used_N]
     target_N = np.searchsorted(sample.ids_S.numpy(), label_N)
     rng = client_generator(plan, "batches", client)
@@ -231,12 +278,13 @@ def prepare(
         rng = client_generator(plan, "augment", client)
         drawn_NA = draw_parameters(plan.augmentation, sum(sizes), rng)
     sent = to_device(submodel.broadcast, device)
-    target = torch.from_numpy(target_N[np.concatenate(order)])
+    # A client may have no image of a class in the round's set.
+    target = torch.from_numpy(target_N[np.concatenate([np.zeros(0, np.int64), *order])])
     target, rows_SD, *of_sample = (
         tensor.to(device, non_blocking=True)
         for tensor in (target, submodel.rows_SD, sample.ids_S, sample.log_q_S, sample.own_S)
     )
-    targets, drawn = torch.split(target, sizes), np.split(drawn_NA, np.cumsum(sizes)[:-1])
+    targets, drawn = torch.split(target, sizes), np.split(drawn_NA, np.cumsum(sizes))[:-1]
     absent = None
     if plan.method.absent is not None:
         absent = plan.method.absent(sent.payload, plan.num_classes, rows_SD)
@@ -244,11 +292,12 @@ def prepare(
         client,
         Submodel(sent, submodel.ids_S, rows_SD),
         ClassSample(*of_sample),
-        len(example_N),
+        num_examples,
         [*zip((example_N[batch_B] for batch_B in order), targets, drawn, strict=True)],
         rows_SD.clone().requires_grad_(),
         absent,
         [],
+        weight,
     )
 
 
@@ -277,14 +326,34 @@ def step_own_rows_(plan: RoundPlan, learner: Learner) -> None:
 
 def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientUpdate:
     """Line 4: what local training changed, on the CPU."""
-    submodel = learner.submodel
-    return ClientUpdate(
+    submodel, losses = learner.submodel, learner.losses or [torch.zeros(())]
+    update = ClientUpdate(
         learner.client,
         (theta_P - submodel.broadcast.backbone_P).cpu(),
         submodel.ids_S,
         (learner.rows_SD.detach() - submodel.rows_SD).cpu(),
         learner.num_examples,
-        float(torch.stack(learner.losses).mean().cpu()),
+        float(torch.stack(losses).mean().cpu()),
+    )
+    if plan.requests == "all":
+        return name_all_rows(update, plan.num_classes)
+    return update if plan.requests == "own" else weigh(update, learner.weight)
+
+
+def name_all_rows(update: ClientUpdate, num_classes: int) -> ClientUpdate:
+    """Line 4: the same update, with zeros for the rows that the client did not train."""
+    rows_ND = torch.zeros(num_classes, update.rows_delta_SD.shape[1])
+    rows_ND[update.ids_S] = update.rows_delta_SD
+    return replace(update, ids_S=torch.arange(num_classes), rows_delta_SD=rows_ND)
+
+
+def weigh(update: ClientUpdate, weight: float) -> ClientUpdate:
+    """Line 4: changes and loss times ``weight``."""
+    return replace(
+        update,
+        backbone_delta_P=update.backbone_delta_P * weight,
+        rows_delta_SD=update.rows_delta_SD * weight,
+        loss=update.loss * weight,
     )
 
 

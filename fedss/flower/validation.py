@@ -13,7 +13,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from torch import Tensor
 
-from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.client import ClientUpdate, RoundPlan, shared_classes
 from fedss.core.engine import Failure
 from fedss.core.features import FeatureSums
 from fedss.evaluation.intervals import FLOORS
@@ -28,6 +28,7 @@ from fedss.wire.messages import (
     decode_feature_sums,
     decode_request,
     decode_update,
+    encode_request,
     encode_update,
 )
 
@@ -101,7 +102,15 @@ def part_of(metadata: dict[str, Any], parts: Parts, client: int) -> Tensors:
 
 def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor:
     """The ids that a client asks for: sorted, unique, of this table, and no more than its part."""
-    n, size = plan.num_classes, plan.sample_size
+    n, size, shared_R = plan.num_classes, plan.sample_size, shared_classes(plan)
+    if shared_R is not None:
+        expected = encode_request(wire, shared_R)
+        if message.keys() != expected.keys() or not all(
+            message[name].dtype == ids_R.dtype and torch.equal(message[name], ids_R)
+            for name, ids_R in expected.items()
+        ):
+            raise RefusedError("request", "expected the classes that all clients ask for")
+        return shared_R
     at_server = plan.sampler.drawn_by == "server"
     most = {
         "all": n,
@@ -111,9 +120,9 @@ def check_request(wire: WireFormat, plan: RoundPlan, message: Tensors) -> Tensor
     }[plan.method.negatives]
     whole = message.keys() == set() and most >= n
     if not whole:
-        expected = torch.int32 if n < 2**31 else torch.int64
+        kind = torch.int32 if n < 2**31 else torch.int64
         ids_S = message.get("ids")
-        if message.keys() != {"ids"} or ids_S is None or ids_S.dtype != expected or ids_S.ndim != 1:
+        if message.keys() != {"ids"} or ids_S is None or ids_S.dtype != kind or ids_S.ndim != 1:
             raise RefusedError("request", "expected a list of class ids")
         if not 0 < len(ids_S) <= most:
             raise RefusedError("request", f"expected 1 to {most} class ids, got {len(ids_S)}")

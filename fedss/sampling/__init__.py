@@ -13,10 +13,12 @@ from fedss.sampling.samplers import (
     check_negatives,
     class_sample,
     deal_deck,
+    draw_common,
     draw_first,
     draw_uniform,
     limit,
     own_budget,
+    rest_of_common,
     whole_sample,
 )
 
@@ -30,9 +32,11 @@ __all__ = [
     "check_negatives",
     "class_sample",
     "deal_deck",
+    "draw_common",
     "draw_first",
     "draw_uniform",
     "limit",
     "own_budget",
+    "rest_of_common",
     "whole_sample",
 ]

@@ -198,6 +198,25 @@ def deal_deck(
     return negatives_K
 
 
+def draw_common(num_classes: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A class set for all clients of a round: a uniform subset of all n classes, sorted."""
+    return np.sort(rng.choice(num_classes, size, replace=False, shuffle=False))
+
+
+def rest_of_common(owned_P: np.ndarray, num_classes: int, common_C: np.ndarray) -> Negatives:
+    """The classes of a round's set that a client does not own: ``q_i = m / (n - |P|)``.
+
+    ``owned_P`` are all its own classes, in the set or not, and ``m`` is how many others the set
+    has. Whichever own classes the set has, its m others are a uniform subset of the n - |P| that
+    are not own. So ``sum exp(o_i) + sum exp(o_i) / q_i``, over own classes in the set and over
+    these, has as its mean the partition function of all classes but own ones outside the set, of
+    which the client has no row in this round. (Ours.)
+    """
+    rest_M = np.setdiff1d(common_C, owned_P, assume_unique=True)
+    num_others = num_classes - len(owned_P)
+    return rest_M, np.full(len(rest_M), len(rest_M) / max(num_others, 1))
+
+
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (

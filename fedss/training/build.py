@@ -76,7 +76,7 @@ def sample_size(config: Config, num_classes: int) -> int:
     """
     size = config.sample_size
     if size == "auto":
-        size = auto_sample_size(num_classes)
+        size = auto_sample_size(num_classes, requests=config.requests)
     if size > num_classes:
         raise ConfigError(
             f"sample_size: expected 2 to n = {num_classes}, the number of training classes "
@@ -191,6 +191,30 @@ def named_objective(config: Config) -> Objective | None:
     return loss
 
 
+def chosen_sampler(config: Config, given: Sampler | None = None) -> Sampler:
+    """The sampler of a run: the ``given`` one, or the configured one. Where there is nothing to
+    choose, the client draws: the server need not know its own classes.
+
+    Raises:
+        ConfigError: there is none of that name, or it does not go with ``requests``.
+    """
+    negatives = METHODS[config.method].negatives
+    if negatives != "sampled" and not (negatives == "cover" and config.cover):
+        return SAMPLERS["uniform"]
+    chosen = given or find_sampler(config.sampler)
+    if config.requests == "common" and given is not None:
+        raise ConfigError(
+            f"sampler {chosen.name!r}: with requests common all clients have one set, and none "
+            "draws; leave it out"
+        )
+    if config.requests == "all" and chosen.drawn_by == "server":
+        raise ConfigError(
+            f"sampler {chosen.name!r}: the server draws, and must be told own classes for it; with "
+            "requests all take one that clients draw by, such as uniform"
+        )
+    return chosen
+
+
 def round_plan(
     config: Config,
     num_classes: int,
@@ -202,8 +226,7 @@ def round_plan(
     """The plan of a round (0-based), which its clients get; learning rates decay over the rounds.
 
     ``sampler`` and ``objective``, if given, are used in place of the configured ones; ``secret`` is
-    :attr:`RoundPlan.secret`. Where there is nothing to choose, the client draws: the server need
-    not know its own classes.
+    :attr:`RoundPlan.secret`.
 
     Before ``lr_decay_start`` the factor is 1; then, with x from 0 to 1 over the rest of the
     rounds, it is ``1 - x`` (linear) or ``(1 + cos(pi x)) / 2`` (cosine).
@@ -213,9 +236,6 @@ def round_plan(
     factor = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}
     decay = factor[config.lr_schedule]
     method = METHODS[config.method]
-    chosen = SAMPLERS["uniform"]
-    if method.negatives == "sampled" or (method.negatives == "cover" and config.cover):
-        chosen = sampler or find_sampler(config.sampler)
     objective = objective or named_objective(config)
     if objective is not None:
         method = replace(method, objective=objective, payload=None, absent=None)
@@ -226,7 +246,7 @@ def round_plan(
         round,
         config.seed,
         method,
-        chosen,
+        chosen_sampler(config, sampler),
         num_classes,
         sample_size(config, num_classes),
         config.cover,
@@ -240,6 +260,8 @@ def round_plan(
         ),
         find_augmentation(config.augment),
         secret,
+        # Who asks for all classes anyway gets them as it is.
+        "own" if method.negatives == "all" else config.requests,
     )
 
 

@@ -41,6 +41,7 @@ from fedss.text import counted
 from fedss.training.build import (
     build_model,
     check_trainable,
+    chosen_sampler,
     compute_device,
     load_data,
     round_plan,
@@ -195,6 +196,7 @@ def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
             check_tellable(task, data.name, config.test_classes, config.eval_split)
         compute_device(config)
         _secret(config)
+        chosen_sampler(config, own.sampler)
         check_own_code(told, data.train.pixels.shape[1:], own.objective)
         if own.backbone is None:
             warnings[small_images(config, data.train.pixels.shape[2])] = None

@@ -12,7 +12,7 @@ from fedss.errors import ConfigError
 from fedss.losses.methods import METHODS
 from fedss.losses.softmax import ClassSample, Objective, completed_softmax, sampled_softmax
 from fedss.sampling.samplers import find_sampler
-from fedss.training.build import named_objective, scoring
+from fedss.training.build import chosen_sampler, named_objective, scoring
 
 _LONGEST = 100  # characters of a partial's arguments that are shown as they are
 
@@ -72,6 +72,7 @@ def check_own_code(config: Config, shape: tuple[int, ...], objective: Objective 
         ConfigError: it is not there, or is none.
     """
     find_sampler(config.sampler)
+    chosen_sampler(config)
     check_augmentation(config.augment, shape)
     if objective is not None:
         check_objective(config, objective, objective_name(objective))

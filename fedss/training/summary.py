@@ -7,8 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedss.choices import Requests
 from fedss.config import Config
-from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, limit_own_classes, num_negatives
+from fedss.core.client import (
+    Broadcast,
+    ClientUpdate,
+    RoundPlan,
+    limit_own_classes,
+    num_negatives,
+    shared_classes,
+)
 from fedss.data import (
     Dataset,
     RetrievalTask,
@@ -119,6 +127,8 @@ def notes(config: Config, data: Dataset) -> list[str]:
     weak = "" if task is None else weakness(len(count_classes(task.query)))
     lines = [weak] if weak else []
     if METHODS[config.method].negatives == "sampled":
+        # Of a set that is common to all, own classes are a part.
+        own_K = own_K * (config.requests != "common")
         crowded = int((2 * own_K > size).sum())
         if size >= classes:
             lines.append(f"|S| = {size} is all of the {classes} classes: this is the full softmax")
@@ -190,7 +200,9 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
     own, clients = np.unique(count_own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
-        of_method, _ = resolve(replace(config, method=method.name), problem_of(data))
+        requests: Requests = config.requests if method.negatives == "sampled" else "own"
+        of_method = replace(config, method=method.name, requests=requests)
+        of_method, _ = resolve(of_method, problem_of(data))
         plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
         sent = [_messages(plan, wire, int(count), num_parameters(embedder)) for count in own]
@@ -207,8 +219,8 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
 
 def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) -> dict[str, int]:
     """Bytes of the messages of a client with that many own classes, and its class rows."""
-    own_P = limit_own_classes(plan, 0, np.arange(num_own))
-    count = len(own_P) + num_negatives(plan, len(own_P))
+    own_P, shared_R = limit_own_classes(plan, 0, np.arange(num_own)), shared_classes(plan)
+    count = len(own_P) + num_negatives(plan, len(own_P)) if shared_R is None else len(shared_R)
     ids_S, dim = torch.arange(count), wire.dim
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
     payload = plan.method.payload(torch.eye(dim + 1).double()) if plan.method.payload else {}

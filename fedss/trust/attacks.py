@@ -29,6 +29,8 @@ def replay(plan: RoundPlan, client: int, ids_S: np.ndarray) -> np.ndarray:
 
 def draws(plan: RoundPlan) -> bool:
     """Whether classes that are drawn are asked for, or dealt, beside own ones."""
+    if plan.requests != "own":
+        return False
     negatives = plan.method.negatives
     return negatives == "sampled" or (negatives == "cover" and plan.cover > 0)
 

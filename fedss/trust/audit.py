@@ -51,7 +51,7 @@ def hides(plan: RoundPlan, fits: bool) -> frozenset[str]:
     ``fits``: clients ask for all their classes in each round. Those that take turns give
     themselves away beside negatives that stay.
     """
-    if plan.method.negatives == "all":
+    if plan.method.negatives == "all" or plan.requests != "own":
         return frozenset(("request", "replay", "intersection"))
     if not draws(plan) or plan.sampler.drawn_by == "server" or plan.secret is None:
         return frozenset()
@@ -59,6 +59,9 @@ def hides(plan: RoundPlan, fits: bool) -> frozenset[str]:
 
 
 def _mode(plan: RoundPlan) -> str:
+    if plan.requests != "own":
+        asked = {"all": "all rows", "common": "a set common to a round"}[plan.requests]
+        return f"{plan.method.name}, {asked}"
     if not draws(plan):
         return plan.method.name
     by_client = "with a secret" if plan.secret else "without a secret"

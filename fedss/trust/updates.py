@@ -57,7 +57,7 @@ class _Updates:
             self.direction.add(attacks.update_direction(ids_S, delta_SD), own_P)
             used_P = limit_own_classes(plan, k, labels_N)
             size_P = np.array([np.sum(labels_N == label) for label in used_P])
-            if size_P.min() < size_P.max():
+            if len(size_P) and size_P.min() < size_P.max():
                 self.size.add(attacks.class_size(ids_S, delta_SD), used_P[size_P > size_P.mean()])
                 self.used += len(used_P)
             pairs = _pairs(self.simulated, plan, k, used_P)

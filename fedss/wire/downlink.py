@@ -83,6 +83,9 @@ def receive(
     sample = request.sample
     if sample is None:
         sample = decode_dealt(wire, answer, request.own_P)
-    elif not torch.equal(sample.ids_S, decode_request(wire, answer)):
+    elif not torch.equal(request.ids_S, decode_request(wire, answer)):
         raise ValueError("the server sent rows of other classes than were asked for")
-    return Submodel(sent, sample.ids_S, decode_answer(wire, answer)), sample
+    rows_SD = decode_answer(wire, answer)
+    if request.shared_R is not None:
+        rows_SD = rows_of(rows_SD, request.shared_R, sample.ids_S)
+    return Submodel(sent, sample.ids_S, rows_SD), sample
