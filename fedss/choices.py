@@ -9,7 +9,7 @@ BatchNormRule = Literal["auto", "freeze", "replace"]
 ForwardPrecision = Literal["float32", "bfloat16"]
 MarginKind = Literal["none", "cosface", "arcface"]
 Precision = Literal["float32", "bfloat16", "int8", "int4"]
-Requests = Literal["own", "all", "common"]
+RowRequests = Literal["own", "all", "common"]
 RowDtype = Literal["float32", "bfloat16"]
 RowMean = Literal["cohort", "holders"]
 ServerOptimizerKind = Literal["sgd", "momentum", "adam"]
@@ -42,3 +42,21 @@ SAMPLER_NAMES = ("uniform", "deck", "sticky")
 def is_trainable(text: str) -> bool:
     """Whether a text says which part of a backbone trains: ``all``, ``head``, ``last-<number>``."""
     return bool(re.fullmatch(r"all|head|last-[1-9]\d{0,3}", text))
+
+
+def fault_of_requests(requests: str, method: str, row_mean: str, sampler: str) -> str:
+    """Why these settings do not go together, where requests are the same for all clients of a
+    round; empty if they do.
+    """
+    if requests == "own" or (requests, method) == ("all", "full"):
+        return ""
+    if method not in SAMPLED_METHODS:
+        return (
+            f"requests: {requests} is for methods that sample negatives "
+            f"({', '.join(SAMPLED_METHODS)}), not for {method}; leave it out"
+        )
+    if row_mean == "holders":
+        return f"row_mean: with requests {requests} nobody tells which rows it holds; take cohort"
+    if requests == "common" and sampler != "uniform":
+        return f"sampler: with requests common all clients have one set; leave out {sampler}"
+    return ""

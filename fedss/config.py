@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args, get_type_hints
 from fedss.choices import (
     METHOD_SUMMARIES,
     MOMENT_METHODS,
-    SAMPLED_METHODS,
     SAMPLER_NAMES,
     Augment,
     BatchNormRule,
@@ -20,11 +19,12 @@ from fedss.choices import (
     MarginKind,
     Precision,
     ProjectionInit,
-    Requests,
     RowDtype,
     RowMean,
+    RowRequests,
     RowsInit,
     ServerOptimizerKind,
+    fault_of_requests,
     is_trainable,
 )
 from fedss.errors import ConfigError
@@ -152,7 +152,7 @@ class Config:
     method: str = "fedss"
     sample_size: int | Auto = "auto"
     sampler: str = "uniform"
-    requests: Requests = "own"
+    requests: RowRequests = "own"
     objective: str | None = None
     correction: float = 1.0
     cover: int = 0
@@ -239,7 +239,8 @@ class Config:
             )
         if self.method in MOMENT_METHODS:
             self._check_moments()
-        self._check_requests()
+        if fault := fault_of_requests(self.requests, self.method, self.row_mean, self.sampler):
+            raise ConfigError(fault)
         # Last, as their import takes long.
         if (self.partition, self.partition_clients, self.columns) != (None, None, None):
             from fedss.data import parse_columns, parse_partition
@@ -272,25 +273,6 @@ class Config:
             raise ConfigError(
                 f"moments_rank: expected below embedding_size = {size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
-            )
-
-    def _check_requests(self) -> None:
-        if self.requests == "own" or (self.requests, self.method) == ("all", "full"):
-            return
-        if self.method not in SAMPLED_METHODS:
-            raise ConfigError(
-                f"requests: {self.requests} is for methods that sample negatives "
-                f"({', '.join(SAMPLED_METHODS)}), not for {self.method}; leave it out"
-            )
-        if self.row_mean == "holders":
-            raise ConfigError(
-                f"row_mean: with requests {self.requests} nobody is told who holds which row; "
-                "expected cohort"
-            )
-        if self.requests == "common" and self.sampler != "uniform":
-            raise ConfigError(
-                f"sampler: with requests common all clients have one set, and none draws; leave "
-                f"out {self.sampler}"
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedss.choices import Requests
+from fedss.choices import RowRequests
 from fedss.config import Config
 from fedss.data import DATASETS, Dataset, count_own_classes, usual_side
 from fedss.losses.methods import METHODS
@@ -228,7 +228,9 @@ def _sample_size(config: Config, problem: Problem | None) -> Setting | None:
     return Setting(auto_sample_size(n, own), why)
 
 
-def auto_sample_size(num_classes: int, own_classes: float = 0.0, requests: Requests = "own") -> int:
+def auto_sample_size(
+    num_classes: int, own_classes: float = 0.0, requests: RowRequests = "own"
+) -> int:
     """``|S|`` where it is ``auto``: ``max(64, 2.4 sqrt(n), 2 P)``, at most n.
 
     Of a set that is common to a round it is ``max(64, n / 2)``. Then a client trains on half of its

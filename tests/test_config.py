@@ -27,6 +27,7 @@ PINNED = [
     "method",
     "sample_size",
     "sampler",
+    "requests",
     "objective",
     "correction",
     "cover",
@@ -142,6 +143,12 @@ def test_json_round_trip():
             {"method": "moments", "moments_rank": 64, "embedding_size": 64},
             "expected below embedding_size = 64",
         ),
+        ({"requests": "some"}, "'some' is unknown; choose from own, all, common"),
+        ({"requests": "all", "method": "moments"}, "requests: all is for .*, not for moments"),
+        ({"requests": "all", "method": "pos-only"}, "requests: all is for .*, not for pos-only"),
+        ({"requests": "common", "method": "full"}, "requests: common is for .*, not for full"),
+        ({"requests": "common", "row_mean": "holders"}, "row_mean: .* take cohort"),
+        ({"requests": "common", "sampler": "sticky"}, "sampler: .* leave out sticky"),
     ],
 )
 def test_values_that_cannot_be(values, message):

@@ -139,6 +139,21 @@ def test_settings_of_known_problems(cohort, rounds, classes, images, own, row_lr
     assert epochs.class_row_lr == more.class_row_lr
 
 
+@pytest.mark.parametrize(("size", "share"), [("auto", 0.5), (240, 0.25), (960, 1.0)])
+def test_where_a_set_is_common_a_class_is_seen_less_often(size, share):
+    """In twice the rounds as often, and then its rate is the same."""
+    problem = Problem(960, 10**6, 32.0, 32.0)
+    common = Config(requests="common", sample_size=size, rounds=120, clients_per_round=20)
+    own = Config(rounds=round(120 * share), clients_per_round=20)
+    resolved, settings = resolve(common, problem)
+    assert resolved.sample_size == 960 * share
+    assert resolved.class_row_lr == resolve(own, problem)[0].class_row_lr
+    assert ("half of its images" in settings["sample_size"].why) if size == "auto" else True
+    # In a federation it follows from n.
+    unknown, _ = resolve(Config(requests="common"), None)
+    assert [round_plan(unknown, n, 0).sample_size for n in (40, 100, 961)] == [40, 64, 481]
+
+
 def test_momentum_follows_the_cohort():
     momentum = [resolve(Config(clients_per_round=k), None)[0].server_momentum for k in (1, 2, 4)]
     assert momentum == [0, 0, 0.5]

@@ -16,6 +16,7 @@ import fedss
 from fedss.choices import (
     METHOD_SUMMARIES,
     MOMENT_METHODS,
+    SAMPLED_METHODS,
     SAMPLER_NAMES,
     Augment,
     Precision,
@@ -74,7 +75,7 @@ PUBLIC_OF_PARTS = {
     """,
     "fedss.sampling": """
         Deal Draw Negatives SAMPLERS Sampler ServerRows check_negatives class_sample deal_deck
-        draw_first draw_uniform limit own_budget whole_sample
+        draw_common draw_first draw_uniform limit own_budget rest_of_common whole_sample
     """,
 }
 
@@ -174,6 +175,8 @@ def test_names_of_choices_are_those_of_what_there_is():
     assert {name: method.summary for name, method in fedss.METHODS.items()} == METHOD_SUMMARIES
     moments = (name for name, method in fedss.METHODS.items() if method.moments)
     assert tuple(moments) == MOMENT_METHODS
+    sampled = (name for name, m in fedss.METHODS.items() if m.negatives == "sampled")
+    assert tuple(sampled) == SAMPLED_METHODS
     assert tuple(SAMPLERS) == SAMPLER_NAMES
     assert tuple(FORMATS) == get_args(Precision)
     assert tuple(AUGMENTATIONS) == get_args(Augment)[1:]

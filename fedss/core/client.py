@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.choices import Requests
+from fedss.choices import RowRequests
 from fedss.data.augment import Augmentation, change, draw_parameters
 from fedss.losses.methods import Method
 from fedss.losses.softmax import AbsentClasses, ClassSample, Scoring
@@ -105,7 +105,7 @@ class RoundPlan:
     local: LocalTraining
     augmentation: Augmentation | None = None
     secret: bytes | None = field(default=None, repr=False)
-    requests: Requests = "own"
+    requests: RowRequests = "own"
 
 
 def client_generator(plan: RoundPlan, purpose: str, client: int) -> np.random.Generator:

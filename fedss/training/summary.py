@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedss.choices import Requests
+from fedss.choices import RowRequests
 from fedss.config import Config
 from fedss.core.client import (
     Broadcast,
@@ -200,7 +200,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
     own, clients = np.unique(count_own_classes(data.train), return_counts=True)
     result = []
     for method in METHODS.values():
-        requests: Requests = config.requests if method.negatives == "sampled" else "own"
+        requests: RowRequests = config.requests if method.negatives == "sampled" else "own"
         of_method = replace(config, method=method.name, requests=requests)
         of_method, _ = resolve(of_method, problem_of(data))
         plan = round_plan(of_method, num_classes, 0)

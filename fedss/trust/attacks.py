@@ -84,6 +84,13 @@ def intersection(requests: Sequence[np.ndarray]) -> np.ndarray:
     return reduce(lambda before, ids_S: np.intersect1d(before, ids_S, True), requests)
 
 
+def unchanged(left: np.ndarray, ids_S: np.ndarray, delta_SD: np.ndarray) -> np.ndarray:
+    """Own classes, of those that are ``left``: rows that an update names and leaves as they were
+    are struck out. An own row is trained, where the client takes it.
+    """
+    return np.setdiff1d(left, ids_S[~delta_SD.any(axis=1)], assume_unique=True)
+
+
 def update_norm(ids_S: np.ndarray, delta_SD: np.ndarray) -> np.ndarray:
     """Own classes in one update: the rows that moved far.
 
@@ -103,6 +110,8 @@ def update_direction(ids_S: np.ndarray, delta_SD: np.ndarray) -> np.ndarray:
     vector of the changes, each of length 1. Of its two sides the one that moved farther is own.
     """
     norm_S = np.linalg.norm(delta_SD, axis=1)
+    if not norm_S.any():
+        return ids_S
     unit_SD = delta_SD / (norm_S[:, None] + 1e-12)
     side_S = unit_SD @ np.linalg.svd(unit_SD, full_matrices=False)[2][0] > 0
     if side_S.all() or not side_S.any():

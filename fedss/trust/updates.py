@@ -29,7 +29,9 @@ _IMAGES = 20  # of a client, that are looked for in each of its updates
 
 @dataclass
 class _Updates:
-    """How far attacks on updates have come. ``used`` counts own classes where sizes differ."""
+    """How far attacks on updates have come. ``used`` counts own classes where sizes differ;
+    ``left`` are those that each client may still have, for all that it left unchanged.
+    """
 
     simulated: SimulatedRun
     all: Score = field(default_factory=Score)
@@ -38,6 +40,7 @@ class _Updates:
     size: Score = field(default_factory=Score)
     used: int = 0
     members: Score = field(default_factory=Score)
+    left: dict[int, np.ndarray] = field(default_factory=dict)
 
     def hear(
         self,
@@ -53,6 +56,11 @@ class _Updates:
             ids_S, delta_SD = update.ids_S.numpy(), update.rows_delta_SD.numpy()
             own_P = self.simulated.own(k)
             self.all.add(ids_S, own_P)
+            if plan.requests != "own":
+                left = self.left.get(k, np.arange(plan.num_classes))
+                self.left[k] = attacks.unchanged(left, ids_S, delta_SD)
+                changed_S = delta_SD.any(axis=1)
+                ids_S, delta_SD = ids_S[changed_S], delta_SD[changed_S]
             self.norm.add(attacks.update_norm(ids_S, delta_SD), own_P)
             self.direction.add(attacks.update_direction(ids_S, delta_SD), own_P)
             used_P = limit_own_classes(plan, k, labels_N)
@@ -81,6 +89,12 @@ class _Updates:
             self.norm.finding("update norm", rounds, guess),
             self.direction.finding("update direction", rounds, guess),
         ]
+        if self.left:
+            both = Score()
+            for k, left in self.left.items():
+                both.add(left, self.simulated.own(k))
+            of_all = both.there / (both.count * self.simulated.num_classes)
+            found.append(both.finding("unchanged rows", rounds, of_all, "all classes"))
         if self.used:
             share = self.size.there / self.used
             found.append(self.size.finding("class size", rounds, share, "own classes"))

@@ -47,6 +47,8 @@ CASES = {
             "clients_per_round": 1,
         },
         "fedaws": {"method": "fedaws", "workers": 2},
+        "all": {"requests": "all", "server_optimizer": "adam"},
+        "common": {"requests": "common", "sample_size": 3, "local_steps": 2},
     }.items()
 }
 

@@ -29,6 +29,8 @@ VARIANTS = {
     **{method: {"method": method} for method in fedss.METHODS if method != "central"},
     "deck": {"sampler": "deck"},
     "sticky": {"sampler": "sticky"},
+    "all": {"requests": "all", "rows_down": "int8", "rows_up": "int8"},
+    "common": {"requests": "common", "sample_size": 3, "method": "fedss-published"},
     "covered": {"method": "moments", "cover": 2, "sampler": "deck"},
     "int4": {
         "rows_down": "int8",
@@ -106,7 +108,7 @@ def test_a_federation_goes_on_beyond_its_end(photos, tmp_path, caplog):
     assert fingerprint(fedss.load(tmp_path / "run")) == fingerprint(whole.embedder)
 
 
-@pytest.mark.parametrize("variant", ["fedss", "deck", "moments"])
+@pytest.mark.parametrize("variant", ["fedss", "deck", "moments", "all", "common"])
 def test_requests_travel_ahead(variant, photos, tmp_path):
     """A site that trained in the last round is not asked again: one message to it in this one."""
     grid = ProcessGrid(nodes(photos))

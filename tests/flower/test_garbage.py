@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from fedss.config import Config
 from fedss.core.class_rows import create_class_rows, with_sums
-from fedss.core.client import ClientUpdate
+from fedss.core.client import ClientUpdate, shared_classes
 from fedss.core.engine import Failure
 from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
@@ -79,6 +79,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "eigenvectors": {"method": "moments", "rows_up": "int4", "moments_rank": 2},
     "full": {"method": "full"},
     "deck": {"sampler": "deck"},
+    "all": {"requests": "all", "rows_up": "int8"},
+    "common": {"requests": "common"},
 }
 
 
@@ -164,8 +166,15 @@ def tensors(draw: Any) -> torch.Tensor:
     return filled.nan_to_num().clamp(-100, 100).to(draw(st.sampled_from(DTYPES)))
 
 
+def asked_for(plan: Any) -> torch.Tensor:
+    if plan.method.negatives == "all":
+        return torch.arange(N)
+    shared_R = shared_classes(plan)
+    return IDS if shared_R is None else shared_R
+
+
 def honest(plan: Any, wire: WireFormat, client: int) -> dict[str, torch.Tensor]:
-    ids_S = torch.arange(N) if plan.method.negatives == "all" else IDS
+    ids_S = asked_for(plan)
     update = ClientUpdate(client, torch.ones(29), ids_S, torch.ones(len(ids_S), D), 2, 0.5)
     return dict(encode_update(wire, update, generator(0, "x")))
 
@@ -255,7 +264,6 @@ def test_what_the_garbage_is_made_of_is_an_update(method, tmp_path):
             ),
         }
     )
-    asked = torch.arange(N) if plan.method.negatives == "all" else IDS
-    engine.requests[ROUND, N] = dict.fromkeys(CLIENTS, asked)
+    engine.requests[ROUND, N] = dict.fromkeys(CLIENTS, asked_for(plan))
     results = list(engine.train(state, np.array(CLIENTS), plan))
     assert [type(result) for result in results] == [ClientUpdate] * 2

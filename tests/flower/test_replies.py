@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedss.config import Config
-from fedss.core.client import ClientUpdate, RoundPlan
+from fedss.core.client import ClientUpdate, RoundPlan, shared_classes
 from fedss.core.features import feature_sums
 from fedss.flower.messages import MessageError, by_client, of_clients, pack
 from fedss.flower.registry import Registry, digest, token
@@ -26,7 +26,7 @@ from fedss.flower.validation import (
 from fedss.seeds import generator
 from fedss.settings import resolve
 from fedss.training.build import round_plan
-from fedss.wire.messages import WireFormat, encode_feature_sums, encode_update
+from fedss.wire.messages import WireFormat, encode_feature_sums, encode_request, encode_update
 
 N, D, LAYOUT = 20, 4, (torch.Size([3, 8]), torch.Size([5]))
 IDS = torch.tensor([0, 2, 19])
@@ -43,6 +43,21 @@ def refused(reason: str) -> Any:
 
 def some(count: int) -> dict[str, Tensor]:
     return {"ids": torch.arange(count, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("requests", ["all", "common"])
+def test_where_all_ask_for_the_same_nobody_asks_for_anything_else(requests):
+    wire, plan = asked(requests=requests)
+    shared_R = shared_classes(plan)
+    assert shared_R is not None
+    right = encode_request(wire, shared_R)
+    assert (right == {}) == (requests == "all")
+    assert torch.equal(check_request(wire, plan, right), shared_R)
+    other = {"ids": (shared_R + 1).int() % N}
+    wrong = [other, some(8), {"ids": shared_R.long()}, {**right, "more": IDS}, {"ids": IDS.int()}]
+    for message in [*wrong, *([{}] if right else [some(N)])]:
+        with refused("request"):
+            check_request(wire, plan, message)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,12 @@ from fedss.sampling.samplers import (
     check_negatives,
     class_sample,
     deal_deck,
+    draw_common,
     draw_first,
     draw_uniform,
     limit,
     own_budget,
+    rest_of_common,
     whole_sample,
 )
 from tests import reference
@@ -119,6 +121,42 @@ def test_the_partition_estimate_is_unbiased(draw, n, own, m):
     assert np.mean(estimates) == pytest.approx(np.exp(logits).sum(), rel=1e-12)
 
 
+@pytest.mark.parametrize(("n", "own", "m"), [(7, (2, 5), 4), (6, (0,), 2), (6, (1, 2, 3), 4)])
+def test_a_common_set_is_unbiased_over_all_sets(n, own, m):
+    """Whichever own classes it has: E[Z^] is Z without own classes outside the set. And given one
+    class of the set, as where a label must be in it, each class that is not own weighs 1."""
+    e, owned_P = np.exp(rng(n).normal(size=n) * 3), np.array(own)
+    sets = list(itertools.combinations(range(n), m))
+    drawn = [tuple(draw_common(n, m, rng(seed)).tolist()) for seed in range(600)]
+    assert set(drawn) == set(sets)
+    estimates: dict[tuple[int, ...], list[float]] = {}
+    weights = np.zeros((n, n))
+    for ids_C in sets:
+        rest_M, q_M = rest_of_common(owned_P, n, np.array(ids_C))
+        present = tuple(i for i in ids_C if i in own)
+        assert sorted([*present, *rest_M.tolist()]) == [*ids_C]
+        assert ((q_M > 0) & (q_M <= 1)).all()
+        estimates.setdefault(present, []).append(e[[*present]].sum() + (e[rest_M] / q_M).sum())
+        for i in ids_C:
+            weights[i, rest_M] += 1 / q_M
+    others = np.setdiff1d(np.arange(n), owned_P)
+    for present, found in estimates.items():
+        assert np.mean(found) == pytest.approx(e[[*present]].sum() + e[others].sum(), rel=1e-12)
+    held = math.comb(n - 1, m - 1)
+    for i in own:
+        assert weights[i, others] / held == pytest.approx(np.ones(len(others)), rel=1e-12)
+
+
+@given(requests())
+def test_a_common_set_of_all_classes_is_the_whole_sample(request_):
+    own, n, _ = request_
+    made = class_sample(own, *rest_of_common(own, n, draw_common(n, n, rng())))
+    whole = whole_sample(own, n)
+    for one, other in zip(dataclasses.astuple(made), dataclasses.astuple(whole), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 class Shuffled:
     """In the place of a generator: an order of the deck that the test has chosen."""
 
@@ -169,6 +207,8 @@ def test_sampling_does_not_touch_n_things():
     own = np.array([3, 10**11])
     for draw in (draw_uniform, draw_first):
         assert len(draw(own, 10**12, 254, rng())[0]) == 254
+    ids_C = draw_common(10**12, 254, rng())
+    assert len(rest_of_common(own, 10**12, ids_C)[0]) == len(np.unique(ids_C)) == 254
 
 
 def test_a_fixed_cover_stays_when_only_the_round_changes():
