@@ -239,7 +239,8 @@ class LocalEngine:
             work = []
             for k, answer in answers.items():
                 example_N = self.clients.examples(k)
-                submodel, sample = receive(self.wire, requests[k], received, answer)
+                whole = {**down.to_all, **answer}
+                submodel, sample = receive(self.wire, requests[k], received, whole)
                 work.append((k, submodel, sample, example_N, labels_N[example_N]))
             return [send(update, answers) for update in self.workers.train(plan, work)]
 

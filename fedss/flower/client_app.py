@@ -343,11 +343,12 @@ def _train(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
     embedder = _model(site, metadata, buffers)
     wire = wire_format(config, embedder, plan.num_classes)
     sent = decode_broadcast(wire, buffers["broadcast"])
-    answers = by_client(buffers["answers"])
+    to_all, answers = buffers["broadcast"], by_client(buffers["answers"])
 
     def prepare_work(client: int, example_N: np.ndarray) -> Work:
         request = request_classes(plan, client, labels_N[example_N])
-        submodel, sample = receive(wire, request, sent, answers[client])
+        answer = {**to_all, **answers.get(client, {})}
+        submodel, sample = receive(wire, request, sent, answer)
         return client, submodel, sample, example_N, labels_N[example_N]
 
     work, failed = _each_client(site, plan, labels_N, metadata["clients"], prepare_work)

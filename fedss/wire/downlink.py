@@ -29,7 +29,7 @@ class Downlink:
 
     ``to_all`` is what every client gets, ``ids`` the class sample of each, ``dealt`` the same with
     probabilities, where the server has drawn it. ``ids_U``, sorted, are the classes that any client
-    gets, ``rows_UD`` their class rows.
+    gets, ``rows_UD`` their class rows; ``shared``: all clients get them all, with ``to_all``.
     """
 
     wire: WireFormat
@@ -38,9 +38,12 @@ class Downlink:
     dealt: Mapping[int, ClassSample]
     ids_U: Tensor
     rows_UD: Tensor
+    shared: bool
 
     def answer(self, client: int) -> Message:
-        """What a client gets of its own: its class rows. O(S D)."""
+        """What a client gets of its own: its class rows, unless these are shared. O(S D)."""
+        if self.shared:
+            return {}
         ids_S = self.ids[client]
         rows_SD = rows_of(self.rows_UD, self.ids_U, ids_S)
         return encode_answer(self.wire, ids_S, rows_SD, self.dealt.get(client))
@@ -68,14 +71,17 @@ def answer_requests(
         for k in (requested if clients is None else clients)
     }
     ids_U = union([*ids.values()])
-    to_all = encode_broadcast(wire, broadcast(state, plan))
-    return Downlink(wire, to_all, ids, dealt, ids_U, select(optimizer, state, ids_U))
+    rows_UD = select(optimizer, state, ids_U)
+    to_all, shared = encode_broadcast(wire, broadcast(state, plan)), plan.requests != "own"
+    if shared:
+        to_all = {**to_all, **encode_answer(wire, ids_U, rows_UD, None)}
+    return Downlink(wire, to_all, ids, dealt, ids_U, rows_UD, shared)
 
 
 def receive(
     wire: WireFormat, request: ClassRequest, sent: Broadcast, answer: Message
 ) -> tuple[Submodel, ClassSample]:
-    """Line 2, at the client: its submodel and class sample.
+    """Line 2, at the client: its submodel and class sample; ``answer`` is all that it got.
 
     Raises:
         ValueError: there are rows of other classes than were asked for.
