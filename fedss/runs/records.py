@@ -39,7 +39,7 @@ class Record(TypedDict):
     round: int  # from 1 on
     loss: float  # the mean over clients
     clients: int  # how many gave an update
-    examples: int | None  # images that they trained on
+    examples: int | None  # images that their updates stand for
     num_classes: int | None
     num_clients: int | None  # how many the cohort was drawn from
     # Of all messages of the cohort, as serialized; None where images are pooled, without messages.
