@@ -32,7 +32,14 @@ from fedss.engines.local import LocalEngine, local_engine
 from fedss.losses.moments import payload, row_sums
 from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import whole_sample
-from fedss.wire.messages import WireFormat, encode_request, encode_update, encoded_size
+from fedss.wire.downlink import receive
+from fedss.wire.messages import (
+    WireFormat,
+    encode_answer,
+    encode_request,
+    encode_update,
+    encoded_size,
+)
 from tests.core.test_algorithm import DATA, MOMENTUM, SGD, Model, N, engine, plan, start
 from tests.reference import TINY, whole
 
@@ -229,16 +236,14 @@ def test_over_all_sets_a_step_is_that_of_full(labels, monkeypatch):
     told = replace(plan("full", batch_size=9), num_classes=n)
     full = step(told, whole_sample(np.unique(label_N), n))
     told = replace(plan("fedss", m, batch_size=9), num_classes=n, requests="common")
-    sets, backbone_P, moved_ND = (
-        list(itertools.combinations(range(n), m)),
-        torch.zeros(()),
-        torch.zeros(n, 6),
-    )
+    sets = list(itertools.combinations(range(n), m))
+    backbone_P, moved_ND, loss = torch.zeros(()), torch.zeros(n, 6), 0.0
     for ids_C in sets:
         monkeypatch.setattr(of_client, "common_classes", lambda told, c=ids_C: np.array(c))
         update = step(told, request_classes(told, 0, label_N).sample)
-        backbone_P = backbone_P + update.backbone_delta_P / len(sets)
+        backbone_P, loss = backbone_P + update.backbone_delta_P / len(sets), loss + update.loss
         moved_ND[update.ids_S] += update.rows_delta_SD / len(sets)
+    assert loss / len(sets) == pytest.approx(full.loss, rel=1e-5)
     expected_ND = full.rows_delta_SD.clone()
     if labels == (1, 4):
         # Of a row's gradient, pi s h for each image of another label, and pi is 1 / n.
@@ -251,6 +256,21 @@ def test_over_all_sets_a_step_is_that_of_full(labels, monkeypatch):
         torch.testing.assert_close(backbone_P, full.backbone_delta_P, atol=1e-6, rtol=1e-4)
     assert expected_ND.abs().min(dim=0).values.max() > 1e-3
     torch.testing.assert_close(moved_ND, expected_ND, atol=1e-6, rtol=1e-4)
+
+
+def test_a_client_takes_no_other_set_than_that_of_the_round():
+    told = replace(plan("fedss", 5), requests="common")
+    request, form = request_classes(told, 1, labels_of(1)), WireFormat((), 6, N)
+    sent = Broadcast(torch.zeros(0))
+    for ids_C, right in ((common_classes(told), True), (np.arange(5), False)):
+        answer = encode_answer(form, torch.from_numpy(ids_C), torch.randn(5, 6), None)
+        if right:
+            submodel, sample = receive(form, request, sent, answer)
+            assert torch.equal(submodel.rows_SD, answer["class_rows.values"])
+            assert torch.equal(sample.ids_S, torch.from_numpy(ids_C))
+            continue
+        with pytest.raises(ValueError, match="rows of other classes"):
+            receive(form, request, sent, answer)
 
 
 @pytest.mark.parametrize("requests", ["all", "common"])

@@ -142,8 +142,12 @@ def test_the_log_has_a_line_for_each_round():
 
 
 @pytest.mark.parametrize("precision", ["float32", "int4"])
-@pytest.mark.parametrize("method", ["full", "fedss", "moments"])
-def test_the_ledger_is_what_flower_sends(method, precision, photos, tmp_path):
+@pytest.mark.parametrize(
+    "told",
+    [{"method": "full"}, {}, {"method": "moments"}, {"requests": "all"}, {"requests": "common"}],
+    ids=str,
+)
+def test_the_ledger_is_what_flower_sends(told, precision, photos, tmp_path):
     sent = {"down": 0, "up": 0}
 
     def count(node: int, message: Any, reply: Any) -> list[Any]:
@@ -153,7 +157,7 @@ def test_the_ledger_is_what_flower_sends(method, precision, photos, tmp_path):
         return [reply]
 
     wire = {f"{part}_{way}": precision for part in ("rows", "backbone") for way in ("down", "up")}
-    config = settings(photos, method=method, backbone="conv4-64", embedding_size=32, **wire)
+    config = settings(photos, backbone="conv4-64", embedding_size=32, **told, **wire)
     run = federate(ProcessGrid(nodes(photos), count), config, tmp_path / "run")
     records = [json.loads(line) for line in (run.folder / "records.jsonl").read_text().splitlines()]
     for way, size in sent.items():
