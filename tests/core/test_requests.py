@@ -1,6 +1,7 @@
 """Requests that are the same for all clients of a round: ``all`` rows, and a ``common`` set."""
 
 import itertools
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,7 @@ from fedss.engines.local import LocalEngine, local_engine
 from fedss.losses.moments import payload, row_sums
 from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import whole_sample
+from fedss.training.summary import costs
 from fedss.wire.downlink import receive
 from fedss.wire.messages import (
     WireFormat,
@@ -284,6 +286,18 @@ def test_a_run_goes_on_with_the_same_bits(requests, tmp_path):
     at_once = fedss.train(longer, tmp_path / "four", **quiet)
     ours, theirs = grown.embedder.state_dict(), at_once.embedder.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("requests", ["all", "common"])
+def test_what_info_says_beforehand_is_what_a_run_moves(requests, tmp_path):
+    told = replace(TINY, requests=requests, sample_size=10, rounds=1, clients_per_round=8)
+    data = fedss.load_data(told)
+    run = fedss.train(told, tmp_path / "run", data=data, on_round=lambda record: None)
+    (cost,) = [c for c in costs(told, data, run.embedder) if c.method == "fedss"]
+    record = json.loads((run.folder / "records.jsonl").read_text())
+    moved = [record[name] / 8 for name in ("class_rows", "bytes_down", "bytes_up")]
+    assert [cost.class_rows, cost.bytes_down, cost.bytes_up] == pytest.approx(moved)
+    assert cost.class_rows == (32 if requests == "all" else 10)
 
 
 def test_the_plain_loop_is_the_local_engine():
