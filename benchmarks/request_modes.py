@@ -68,7 +68,7 @@ def table(folders: Mapping[str, Sequence[Path]]) -> list[str]:
         share = mean / fmean(score.map_at_10 for score in scores["own"])
         down, up = map(fmean, zip(*map(megabytes, runs), strict=True))
         told = f"{interval:>28}{share:>8.3f}" if name != "own" else " " * 36
-        lines.append(f"{name:<22}{mean:>8.3f}{told}{down:>9.1f}{up:>7.1f}")
+        lines.append(f"{name:<22}{mean:>8.3f}{told}{down:>9.2f}{up:>7.2f}")
     return lines
 
 
