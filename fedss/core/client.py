@@ -178,7 +178,7 @@ def shared_classes(plan: RoundPlan) -> Tensor | None:
 
 def common_classes(plan: RoundPlan) -> np.ndarray:
     """The class set of a round, int64, sorted: drawn by the seed, so that server and clients each
-    know it, and a server cannot choose it.
+    know it, and a server that is true about seed and round cannot choose it.
     """
     rng = generator(plan.seed, "common classes", plan.round)
     return draw_common(plan.num_classes, plan.sample_size, rng)
