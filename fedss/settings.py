@@ -266,15 +266,17 @@ def usual_images(config: Config) -> Config:
     return config
 
 
-def small_images(config: Config, image_size: int) -> str | None:
-    """A warning, if images are smaller than the trained weights were made for."""
-    made = _weights_size(config)
+def small_images(config: Config, image_size: int, measured: bool = False) -> str | None:
+    """A warning, if images are smaller than the trained weights were made for; ``measured``: the
+    run has floors at their size."""
+    made = made_for(config)
     if made is None or image_size >= made:
         return None
+    floors = f"; the floors at {made} px, beside the result, say what it is worth"
     return (
         f"the weights of {config.backbone} were made for images of {made} px and get {image_size}: "
         f"their features tell less apart. --image-size {made} enlarges smaller images, too, and "
-        "takes longer"
+        f"takes longer{floors if measured else ''}"
     )
 
 
@@ -286,13 +288,14 @@ def _image_size(config: Config, problem: Problem | None) -> Setting:
 
 
 def _usual_size(config: Config) -> Setting:
-    made = _weights_size(config)
+    made = made_for(config)
     if made is not None:
         return Setting(made, f"what the weights of {config.backbone} were made for")
     return Setting(usual_side(config.data), f"what is usual for the data set {config.data}")
 
 
-def _weights_size(config: Config) -> int | None:
+def made_for(config: Config) -> int | None:
+    """The side of the images that the trained weights were made for; None where none is known."""
     return weights_size(config.backbone) if _has_weights(config) else None
 
 

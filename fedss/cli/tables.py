@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -193,7 +194,7 @@ def _mean(runs: Sequence[Mapping[str, Any]], name: str) -> float | None:
 def _print_retrieved(
     title: str, by_method: ByMethod, intervals: "Mapping[str, Interval | None]"
 ) -> None:
-    from fedss.evaluation.intervals import FLOORS
+    from fedss.evaluation.intervals import floor_order, floor_words
 
     full = _mean(by_method["full"], "map_at_10") if "full" in by_method else None
     numbers = (">MAP@10", ">95 %", ">by class", *((">/ full",) if full else ()), ">R@1", ">seeds")
@@ -212,10 +213,9 @@ def _print_retrieved(
         )
     table.add_section()
     measured = [run.get("floors", {}) for runs in by_method.values() for run in runs]
-    for name, words in FLOORS.items():
+    for name in floor_order(chain.from_iterable(measured)):
         values = [floors[name] for floors in measured if name in floors]
-        if values:
-            table.add_row(words, decimals(sum(values) / len(values)))
+        table.add_row(floor_words(name), decimals(sum(values) / len(values)))
     print_table(table, spare=("by class", "seeds", "time s"))
 
 
@@ -247,15 +247,15 @@ def print_evaluation(
     measured: Mapping[str, Any],
 ) -> None:
     """Print the figures of one model; ``measured``: as ``verification.json`` has them."""
-    from fedss.evaluation.intervals import FLOORS, weakness
+    from fedss.evaluation.intervals import floor_order, floor_words, weakness
 
     names = {"recall_at_1": "R@1", "recall_at_5": "R@5", "map_at_r": "MAP@R"}
     headings = (f">{name}" for name in ("MAP@10", "95 %", "by class", *names.values()))
     table = make_table("retrieval", "", *headings)
     both = decimals(metrics["map_at_10"]), _ends(ends), decimals(metrics["map_at_10_by_class"])
     table.add_row("this model", *both, *(decimals(metrics[name]) for name in names))
-    for name in (name for name in FLOORS if name in floors):
-        table.add_row(FLOORS[name], decimals(floors[name]))
+    for name in floor_order(floors):
+        table.add_row(floor_words(name), decimals(floors[name]))
     print_table(table)
     say(f"{counted(metrics['queries'], 'query')} of {counted(metrics['classes'], 'class')}")
     weak = weakness(metrics["classes"])

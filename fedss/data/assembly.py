@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fedss.data.cache import BrokenImagesError, all_colourless, decode_files
+from fedss.data.cache import BrokenImagesError, all_colourless, decode_files, in_threads
+from fedss.data.decoding import decode
 from fedss.data.images import Dataset, Images, LazyNames, RetrievalTask
 from fedss.data.manifest import ListedImage, Listing
 from fedss.data.missing import why_missing
@@ -112,7 +114,10 @@ def build_dataset(listing: Listing, options: DataOptions) -> Dataset:
         kept = [row for row in kept if file(row) not in reasons]
     readable = {row.name for row in kept}
     skipped = tuple(row.name for row in rows if row.name not in readable)
-    return assemble_dataset(options.name, listing, splits, pixels, unpaired, skipped)
+    data = assemble_dataset(options.name, listing, splits, pixels, unpaired, skipped)
+    # Rows by the million are not kept for it.
+    again = partial(_decode_again, replace(listing, rows=()), data.train.pixels.shape[1])
+    return replace(data, decode_again=again)
 
 
 def arrange_by(
@@ -163,6 +168,28 @@ def _decode(
         except BrokenImagesError as error:
             reasons |= error.reasons
     return pixels, reasons
+
+
+def _decode_again(
+    listing: Listing, channels: int, names: Sequence[str], image_size: int
+) -> np.ndarray:
+    """``Dataset.decode_again``.
+
+    Raises:
+        DataError: A file that cannot be read any more.
+    """
+
+    def block(positions: range) -> np.ndarray:
+        pixels = np.empty((len(positions), channels, image_size, image_size), np.uint8)
+        for row, position in enumerate(positions):
+            file = listing.path(names[position])
+            try:
+                pixels[row] = decode(listing.open(file), image_size, channels)
+            except Exception as error:
+                raise DataError(f"{file}: {str(error) or type(error).__name__}") from error
+        return pixels
+
+    return np.concatenate([*in_threads(block, len(names))])
 
 
 def assemble_dataset(

@@ -193,7 +193,8 @@ class Dataset:
     left out because no other image here could be right (see ``fedss.data.splits.arrange``).
     ``remarks`` are sentences about what is not as it was published, not read, or easily taken for
     something else. ``passed_over`` counts files and folders of a folder that are none of its
-    images, by kind.
+    images, by kind. ``decode_again`` reads images by their names at another size, uint8
+    [N, C, side, side], and keeps nothing; None where they are no files.
 
     Raises:
         DataError: No images, or parts with images of different shapes.
@@ -207,6 +208,7 @@ class Dataset:
     unpaired: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    decode_again: Callable[[Sequence[str], int], np.ndarray] | None = None
 
     def __repr__(self) -> str:
         tasks = {"test": self.test, "validation": self.validation}

@@ -62,7 +62,11 @@ class Listing:
 
     def file(self, row: ListedImage) -> str:
         """Path of the image."""
-        return os.path.join(self.root, row.name)
+        return self.path(row.name)
+
+    def path(self, name: str) -> str:
+        """Path of the image of a name."""
+        return os.path.join(self.root, name)
 
     @cached_property
     def _packed(self) -> frozenset[str]:

@@ -3,7 +3,8 @@
 ``chance`` is a random ranking, ``pixels`` the images themselves, ``untrained`` the network before
 its first round. Where it begins with trained weights, ``frozen`` is what its backbone gives as it
 comes, without the projection, which is random, ``frozen_centred`` the same less the mean of the
-training images, and ``frozen_whitened`` after PCA.
+training images, and ``frozen_whitened`` after PCA. ``frozen_at_224`` and so on are the same for
+images of another size than the run's, that of the weights (:mod:`fedss.training.floors`).
 
 Shape suffixes: N images, C classes (of scores) or channels (of pixels), D numbers per image.
 """
@@ -28,7 +29,6 @@ from fedss.models import EmbedderSpec, whitening_axes
 SIDE = 12
 
 _BATCH = 4096  # images reduced at a time
-_FITTED = 10_000  # training images that whitening is fitted on
 _DEPTH = 10
 
 
@@ -53,23 +53,30 @@ def data_floors(task: RetrievalTask) -> Floors:
     return floor("chance", chance(task)) | floor("pixels", _scores(pixel_vectors, task))
 
 
+Features = Callable[[Images, np.ndarray], Tensor]
+"""What a backbone gives for those images that have these numbers, float32 [N, D]."""
+
+
 def backbone_floors(
     spec: EmbedderSpec,
-    features: Callable[[np.ndarray, np.ndarray | None], Tensor],
+    features: Features,
     task: RetrievalTask,
     train: Images,
+    fitted: int = 10_000,
+    at_side: int | None = None,
 ) -> Floors:
     """``frozen``, ``frozen_centred`` and ``frozen_whitened``, if the network begins with trained
     weights.
 
-    Mean and PCA are fitted on the training images, up to 10,000 of them spread evenly; where no two
-    differ there is ``frozen`` alone.
+    Mean and PCA are fitted on the training images; where no two differ there is ``frozen`` alone.
 
     Args:
         spec: of the network; PCA leaves as many numbers as an embedding has, at most.
-        features: what the backbone gives for images, or for those with these numbers.
+        features: of the backbone.
         task: the test.
         train: training images.
+        fitted: how many of them are used at most, spread evenly.
+        at_side: of the images that ``features`` reads, where it is not that of the run's.
 
     Raises:
         ConfigError: features that are not finite, or the same for all images of the test.
@@ -77,10 +84,11 @@ def backbone_floors(
     if not spec.pretrained:
         return Floors()
 
-    def embed(pixels: np.ndarray, which: np.ndarray | None = None) -> Tensor:
-        return F.normalize(features(pixels, which), dim=1)
+    def embed(images: Images, which: np.ndarray | None = None) -> Tensor:
+        which = np.arange(len(images)) if which is None else which
+        return F.normalize(features(images, which), dim=1)
 
-    embedded = embed_task(embed, task)
+    embedded = embed(task.query), None if task.gallery is None else embed(task.gallery)
     query_QD, pixels = embedded[0], task.query.pixels
     if not bool(query_QD.isfinite().all()):
         raise ConfigError(OVERFLOW)
@@ -90,9 +98,10 @@ def backbone_floors(
             "that tell images apart, on the scale of pixels that they were trained with "
             "(weights, pixel_mean, pixel_std)"
         )
-    found = floor("frozen", score_classes(task, embedded)[1])
-    spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), _FITTED)).astype(np.int64))
-    fitted_ND = embed(train.pixels, spread)
+    at = f"_at_{at_side}" if at_side else ""
+    found = floor(f"frozen{at}", score_classes(task, embedded)[1])
+    spread = np.unique(np.linspace(0, len(train) - 1, min(len(train), fitted)).astype(np.int64))
+    fitted_ND = embed(train, spread)
     if not bool(fitted_ND.isfinite().all()):
         raise ConfigError(OVERFLOW)
     whiten = fit_whitening(fitted_ND, spec.embedding_size)
@@ -103,7 +112,7 @@ def backbone_floors(
     for name, change in changes.items():
         query_QD, gallery_GD = embedded
         changed = change(query_QD), None if gallery_GD is None else change(gallery_GD)
-        found |= floor(f"frozen_{name}", score_classes(task, changed)[1])
+        found |= floor(f"frozen_{name}{at}", score_classes(task, changed)[1])
     return found
 
 

@@ -12,7 +12,8 @@ Hesterberg 2015, The American Statistician 69(4)).
 Shape suffixes: S seeds, C classes, B draws.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -29,7 +30,10 @@ FLOORS = {
     "frozen_centred": "centred backbone",
     "frozen_whitened": "whitened backbone",
 }
-"""What a figure is judged against, by its name for people; see `fedss.evaluation.baselines`."""
+"""What a figure is judged against, by its name for people; see `fedss.evaluation.baselines`. Those
+of a frozen backbone are there at another image size, too: `frozen_at_224`."""
+
+_AT_SIDE = re.compile(r"(frozen\w*?)_at_([1-9]\d{0,4})")
 
 FEWEST_CLASSES = 6
 """Test classes below which nothing can be shown: of two methods that do equally well, one is better
@@ -43,6 +47,26 @@ ENOUGH_CLASSES = 25
 DRAWS = 2000
 _LEVEL = 0.95
 _BLOCK = 2**22  # classes drawn at a time
+
+
+def floor_order(names: Iterable[str]) -> list[str]:
+    """Those of the names that are floors', each once, as :data:`FLOORS` lists them; then those at
+    another image size."""
+    kinds, kept = [*FLOORS], set(names)
+    parts = {name: _kind_and_side(name) for name in kept}
+    order = {n: (side, kinds.index(kind)) for n, (kind, side) in parts.items() if kind in kinds}
+    return sorted(order, key=order.__getitem__)
+
+
+def floor_words(name: str) -> str:
+    """A floor's name for people: ``frozen backbone at 224 px``."""
+    kind, side = _kind_and_side(name)
+    return FLOORS[kind] + (f" at {side} px" if side else "")
+
+
+def _kind_and_side(name: str) -> tuple[str, int]:
+    at = _AT_SIDE.fullmatch(name)
+    return (name, 0) if at is None else (at[1], int(at[2]))
 
 
 @dataclass(frozen=True)

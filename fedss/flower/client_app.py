@@ -38,7 +38,7 @@ from fedss.data.names import composed
 from fedss.engines.allocator import keep_freed_memory
 from fedss.engines.local import Work, Workers, start_workers
 from fedss.errors import ConfigError
-from fedss.evaluation.baselines import backbone_floors, data_floors
+from fedss.evaluation.baselines import data_floors
 from fedss.evaluation.task import count_classes, embed_task, score
 from fedss.flower.messages import (
     Tensors,
@@ -63,6 +63,7 @@ from fedss.training.build import (
     round_plan,
     wire_format,
 )
+from fedss.training.floors import frozen_floors
 from fedss.wire.downlink import receive
 from fedss.wire.messages import (
     WireFormat,
@@ -409,9 +410,8 @@ def _evaluate(site: SiteImages, metadata: Metadata, buffers: Buffers) -> Answer:
         embedded = embed_task(partial(workers.embed, backbone_P), task)
         floors = None
         if not metadata["round"]:
-            features = partial(workers.features, backbone_P)
-            frozen = backbone_floors(embedder.spec, features, task, site.data.train)
-            floors = data_floors(task) | frozen
+            model = embedder.spec, workers, backbone_P
+            floors = data_floors(task) | frozen_floors(config, site.data, task, *model)
     reply: dict[str, Any] = {"metrics": dataclasses.asdict(score(task, *embedded))}
     if floors is not None:
         reply["floors"] = dict(floors.map_at_10)

@@ -26,7 +26,7 @@ from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.engines.local import Workers
 from fedss.errors import QuorumError
-from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.intervals import floor_order
 from fedss.flower.messages import (
     EVALUATE,
     FEATURES,
@@ -331,7 +331,7 @@ class FlowerEngine:
             weights = [of_site[weight] for of_site in metrics]
             return {n: float(np.average([f[n] for f in figures], weights=weights)) for n in names}
 
-        shared = [name for name in FLOORS if all(name in floor for floor in floors)]
+        shared = [n for n in floor_order(floors[0]) if all(n in of_site for of_site in floors)]
         by_class = means(["map_at_10_by_class"], metrics, "classes")
         figures = {**means(metrics[0], metrics), **by_class, **counts, "sites": len(metrics)}
         return figures, {} if round else means(shared, floors)

@@ -18,7 +18,7 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.data import RetrievalTask
 from fedss.engines.local import Workers, intra_op_threads, start_workers
 from fedss.errors import FedssError
-from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
+from fedss.evaluation.baselines import Floors, data_floors, floor
 from fedss.evaluation.task import Evaluation, check_tellable, embed_task, judge
 from fedss.flower.engine import FlowerEngine
 from fedss.flower.messages import Nodes, log_line
@@ -44,6 +44,7 @@ from fedss.training.build import (
 )
 from fedss.training.experiment import Run, RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase
+from fedss.training.floors import frozen_floors
 from fedss.training.objective import check_own_code
 
 app = ServerApp()
@@ -136,10 +137,10 @@ def _federation(
     engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     if isinstance(embedder.whitening, Whitening):
         engine.features = len(embedder.whitening.mean_F)
-    task, train = None, None
+    task, data = None, None
     if deployment.evaluate_at == "server":
         data = load_data(config)
-        task, train = evaluation_task(config, data), data.train
+        task = evaluation_task(config, data)
         check_tellable(task, data.name, config.test_classes, config.eval_split)
     sites.start(deployment.sites, newest)
     with _judges(config, embedder, task) as workers:
@@ -153,13 +154,12 @@ def _federation(
                 return judge(task, embedded)
 
         def measure_floors(backbone_P: torch.Tensor) -> Floors:
-            if task is None or workers is None or train is None:
+            if task is None or workers is None or data is None:
                 return Floors(engine.evaluate(backbone_P, 0)[1])
             untrained = evaluate(backbone_P, 0).by_class
             with intra_op_threads(workers.count):
-                features = partial(workers.features, backbone_P)
-                frozen = backbone_floors(embedder.spec, features, task, train)
-                floors = data_floors(task) | frozen
+                model = embedder.spec, workers, backbone_P
+                floors = data_floors(task) | frozen_floors(config, data, task, *model)
             return floors if untrained is None else floors | floor("untrained", untrained)
 
         yield Federation(

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedss.core.client import ClientUpdate, RoundPlan, shared_classes
 from fedss.core.engine import Failure
 from fedss.core.features import FeatureSums
-from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.intervals import floor_order
 from fedss.evaluation.retrieval import RetrievalMetrics
 from fedss.flower.messages import MessageError, Tensors, by_client, unpack
 from fedss.flower.registry import Registry, digest
@@ -265,7 +265,7 @@ def check_floors(metadata: dict[str, Any]) -> dict[str, float]:
     floors = metadata.get("floors", {})
     if (
         not isinstance(floors, dict)
-        or not floors.keys() <= FLOORS.keys()
+        or len(floor_order(floors)) < len(floors)
         or not all(isinstance(value, float) and 0 <= value <= 1 for value in floors.values())
     ):
         raise RefusedError("damaged", "expected floors from 0 to 1")

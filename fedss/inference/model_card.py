@@ -14,7 +14,7 @@ import jinja2
 
 from fedss.config import OPTIONS
 from fedss.errors import RunFolderError
-from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.intervals import floor_order, floor_words
 from fedss.losses.methods import METHODS
 from fedss.models import EmbedderSpec
 from fedss.runs.about import AnyConfig, read_any_config, run_of
@@ -90,7 +90,7 @@ def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing
         method=METHODS.get(summary["method"]),
         settings=_setting_rows(settings, summary, backbone),
         metrics=_METRICS,
-        floors=FLOORS,
+        floors={name: floor_words(name) for name in floor_order(summary.get("floors", {}))},
         measured=read_verification(folder),
         row=_row,
     )

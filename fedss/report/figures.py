@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fedss.errors import ConfigError, RunFolderError
-from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.intervals import floor_words
 from fedss.report import charts
 from fedss.report.clients import Held, clients_png
 from fedss.report.frontier import (
@@ -48,7 +48,7 @@ def page_charts(groups: Sequence[Group], slots: Sequence[str]) -> list[tuple[str
     if scores:
         # Without the untrained network, where its own curve begins.
         best = headlines.best_floor(groups, without="untrained")
-        floor = best and (FLOORS[best[0]], best[1])
+        floor = best and (floor_words(best[0]), best[1])
         svg = charts.rounds_chart("rounds", scores, last, f"MAP@10 over rounds for {names}", floor)
         caption = f"The higher, the better.{band}"
         if floor is not None:
@@ -218,7 +218,7 @@ def rounds_figure(folder: Path) -> bytes:
     slots = charts.slots_of([group.label for group in groups])
     lines, title, level = evaluations(groups, slots), "MAP@10 over rounds", None
     if lines and (best := headlines.best_floor(groups, without="untrained")):
-        level = FLOORS[best[0]], best[1]
+        level = floor_words(best[0]), best[1]
     if not lines:
         paired = list(zip(groups, slots, strict=True))
         lines, title = _lines(paired, lambda record: record["loss"]), "Training loss over rounds"

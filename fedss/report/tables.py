@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from fedss.evaluation.intervals import FLOORS
+from fedss.evaluation.intervals import floor_words
 from fedss.report.charts import Curve
 from fedss.runs import headlines
 from fedss.runs.reading import Group, RecordedRun
@@ -50,15 +50,13 @@ def floor_rows(groups: Sequence[Group]) -> list[tuple[str, str, str, str]]:
     """The floors' rows: name, MAP@10, its mean over classes, and MAP@10 with four decimals; means
     over groups."""
     rows = []
-    for name, words in FLOORS.items():
+    for name in headlines.floor_names(groups):
         values = [v for group in groups if (v := group.floor(name)) is not None]
-        if not values:
-            continue
         scores = [run.floors.by_class.get(name) for group in groups for run in group.runs]
         by_class = [float(s.map_at_10_C.mean()) for s in scores if s is not None]
         mean = sum(by_class) / len(by_class) if by_class else None
         score = sum(values) / len(values)
-        rows.append((words, decimals(score), decimals(mean), decimals(score, 4)))
+        rows.append((floor_words(name), decimals(score), decimals(mean), decimals(score, 4)))
     return rows
 
 

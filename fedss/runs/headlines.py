@@ -1,9 +1,9 @@
 """Numbers as people read them, and the sentence that says how a run or a comparison did."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from fedss.evaluation.intervals import FLOORS, Interval
+from fedss.evaluation.intervals import Interval, floor_order, floor_words
 from fedss.runs.eta import time_left
 from fedss.runs.reading import Group, RecordedRun
 from fedss.runs.summaries import MOMENTS
@@ -129,12 +129,19 @@ def _grown(group: Group) -> str:
     )
 
 
+def floor_names(groups: Iterable[Group]) -> list[str]:
+    """The floors that any run of the groups has."""
+    return floor_order(
+        name for group in groups for run in group.runs for name in run.floors.map_at_10
+    )
+
+
 def best_floor(groups: Sequence[Group], without: str = "") -> tuple[str, float] | None:
     """The highest floor of any group, its name and MAP@10; None where none was measured."""
     floors = [
         (value, name)
         for group in groups
-        for name in FLOORS
+        for name in floor_names([group])
         if name != without and (value := group.floor(name)) is not None
     ]
     return max(floors)[::-1] if floors else None
@@ -146,7 +153,7 @@ def unbeaten_floor(group: Group) -> tuple[str, float] | None:
     Where classes are not known, as in a federation, the higher figure has to do.
     """
     score, floors = group.mean("map_at_10"), []
-    for name in FLOORS:
+    for name in floor_names([group]):
         value, ends = group.floor(name), group.over_floor(name)
         if score is not None and value is not None:
             beaten = score > value if ends is None else ends.shown and ends.low > 0
@@ -164,12 +171,12 @@ def _under_a_floor(groups: Sequence[Group]) -> str:
     rounds = f"after {tally(group.runs[0].last_round, 'round')}"
     if len(done) == 1:
         ends, score = group.over_floor(name), decimals(group.mean("map_at_10"))
-        start = f"{group.label} falls below {FLOORS[name]}"
+        start = f"{group.label} falls below {floor_words(name)}"
         if ends is not None and not ends.shown:
-            start = f"No difference shown between {group.label} and {FLOORS[name]}"
+            start = f"No difference shown between {group.label} and {floor_words(name)}"
         return f"{start}: MAP@10 {score} against {decimals(value)} {rounds}."
     under = [group for group, _ in floors]
-    start = f"Not shown to beat {FLOORS[name]}, MAP@10 {decimals(value)}, {rounds}"
+    start = f"Not shown to beat {floor_words(name)}, MAP@10 {decimals(value)}, {rounds}"
     above = [group for group in done if group not in under]
     rest = f" Above it: {_with_scores(above)}." if above else ""
     return f"{start}: {_with_scores(under)}.{rest}"
@@ -338,7 +345,7 @@ def _alone(group: Group) -> str:
             low, high = group.interval.low, group.interval.high
             text += f" (95 % interval {decimals(low)} to {decimals(high)})"
         if best := best_floor([group]):
-            text += f", {FLOORS[best[0]]} {decimals(best[1])},"
+            text += f", {floor_words(best[0])} {decimals(best[1])},"
         text += f" after {tally(run.last_round, 'round')}"
     else:
         text = f"{group.label} stands at MAP@10 {decimals(score)}"

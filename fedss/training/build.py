@@ -61,7 +61,8 @@ def load_data(config: Config, *, at_site: bool = False) -> Dataset:
     if not len(data.train):
         return data
     if config.rotations:
-        data = replace(data, train=rotate_classes(data.train))
+        # No files are turned images.
+        data = replace(data, train=rotate_classes(data.train), decode_again=None)
     if config.client_classes is not None:
         train = split_clients(data.train, config.client_classes, config.data_seed)
         data = replace(data, train=train)

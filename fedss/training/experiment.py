@@ -49,6 +49,7 @@ from fedss.training.build import (
     task_in_training,
 )
 from fedss.training.federation import Federate, Known, local_federation
+from fedss.training.floors import weights_side
 from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_own_code
 from fedss.training.start import Start, start_from
@@ -199,7 +200,8 @@ def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
         chosen_sampler(config, own.sampler)
         check_own_code(told, data.train.pixels.shape[1:], own.objective)
         if own.backbone is None:
-            warnings[small_images(config, data.train.pixels.shape[2])] = None
+            measured = task is not None and weights_side(config, data) is not None
+            warnings[small_images(config, data.train.pixels.shape[2], measured)] = None
     for warning in filter(None, warnings):
         _LOG.warning("%s", warning)
 

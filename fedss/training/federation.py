@@ -14,8 +14,8 @@ from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, Images, RetrievalTask, index_clients
 from fedss.data.augment import find_augmentation, preview
 from fedss.distributed import Ranks
-from fedss.engines.local import LocalEngine, intra_op_threads, local_engine
-from fedss.evaluation.baselines import Floors, backbone_floors, data_floors, floor
+from fedss.engines.local import LocalEngine, Workers, intra_op_threads, local_engine
+from fedss.evaluation.baselines import Floors, data_floors, floor
 from fedss.evaluation.task import Evaluation, embed_task, judge
 from fedss.losses.methods import METHODS
 from fedss.models import Embedder, EmbedderSpec, fingerprint
@@ -25,6 +25,7 @@ from fedss.training.build import (
     task_in_training,
     wire_format,
 )
+from fedss.training.floors import frozen_floors
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def local_federation(
             if not ranks.first:
                 return None
             with intra_op_threads(engine.workers.count * ranks.local_size):
-                features = partial(engine.workers.features, backbone_P)
-                plain, frozen = _measure_plain(config, data, embedder.spec, features, task, known)
+                model = embedder.spec, engine.workers, backbone_P
+                plain, frozen = _measure_plain(config, data, task, *model, known)
             return plain | known[untrained] | frozen
 
         yield Federation(
@@ -152,9 +153,10 @@ def _open_engine(
 def _measure_plain(
     config: Config,
     data: Dataset,
-    spec: EmbedderSpec,
-    features: Callable[[np.ndarray, np.ndarray | None], torch.Tensor],
     task: RetrievalTask,
+    spec: EmbedderSpec,
+    workers: Workers,
+    backbone_P: torch.Tensor,
     known: Known,
 ) -> tuple[Floors, Floors]:
     """What the images give by themselves, and what frozen features give; each measured once."""
@@ -163,5 +165,5 @@ def _measure_plain(
     if plain not in known:
         known[plain] = data_floors(task)
     if frozen not in known:
-        known[frozen] = backbone_floors(spec, features, task, data.train)
+        known[frozen] = frozen_floors(config, data, task, spec, workers, backbone_P)
     return known[plain], known[frozen]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedss import RetrievalTask
+from fedss import Images, RetrievalTask
 from fedss.errors import ConfigError, DataError, RunFolderError
 from fedss.evaluation.baselines import (
     Floors,
@@ -110,11 +110,10 @@ def test_whitening_is_that_of_scikit_learn():
     assert fit_whitening(flat, 4)(flat).shape == (60, 2)
 
 
-def features_of(embedder: Embedder) -> Callable[[np.ndarray, np.ndarray | None], torch.Tensor]:
-    def features(pixels: np.ndarray, which: np.ndarray | None = None) -> torch.Tensor:
-        chosen = np.array(pixels if which is None else pixels[which])
+def features_of(embedder: Embedder) -> Callable[[Images, np.ndarray], torch.Tensor]:
+    def features(images: Images, which: np.ndarray) -> torch.Tensor:
         with torch.no_grad():
-            return embedder.features(torch.from_numpy(chosen))
+            return embedder.features(torch.from_numpy(np.array(images.pixels[which])))
 
     return features
 

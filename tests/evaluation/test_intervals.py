@@ -11,11 +11,23 @@ from fedss.evaluation.intervals import (
     ClassScores,
     Interval,
     difference,
+    floor_order,
+    floor_words,
     interval,
     student_t,
     weakness,
 )
 from fedss.seeds import generator
+
+
+def test_floors_at_another_size_come_last_and_those_of_a_backbone_alone():
+    names = ("frozen_whitened_at_224", "frozen_at_224", "frozen", "chance", "frozen_at_64")
+    ordered = ["chance", "frozen", "frozen_at_64", "frozen_at_224", "frozen_whitened_at_224"]
+    assert floor_order([*names, *names]) == ordered
+    assert floor_words("chance") == "chance"
+    assert floor_words("frozen_whitened_at_224") == "whitened backbone at 224 px"
+    others = ("pixels_at_224", "frozen_at_0", "frozen_at_", "frozen_at_1e3", "frozenly_at_9", "x")
+    assert floor_order(others) == []
 
 
 def scores(values: np.ndarray, queries: np.ndarray | None = None) -> ClassScores:

@@ -139,7 +139,7 @@ def test_a_network_with_trained_weights_has_its_frozen_features_for_a_floor(tmp_
 
 def test_runs_of_a_comparison_share_their_floors(tmp_path, monkeypatch):
     measured = []
-    for name in ("data_floors", "backbone_floors"):
+    for name in ("data_floors", "frozen_floors"):
         real = getattr(federation, name)
         monkeypatch.setattr(
             federation, name, lambda *args, f=real, n=name: (measured.append(n), f(*args))[1]
@@ -154,7 +154,7 @@ def test_runs_of_a_comparison_share_their_floors(tmp_path, monkeypatch):
         backbone=reference.tiny_backbone(),
     )
     # PCA goes to the size of the embedding.
-    assert measured == ["data_floors", "backbone_floors", "backbone_floors"]
+    assert measured == ["data_floors", "frozen_floors", "frozen_floors"]
     floors = [summary["floors"] for summary in found]
     assert floors[0] == floors[2]
     assert floors[0]["untrained"] != floors[1]["untrained"]
