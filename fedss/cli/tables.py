@@ -238,6 +238,21 @@ def _print_moved(by_method: ByMethod) -> None:
             *(decimals(None if size is None else size / 1000, 1) for size in sizes),
         )
     print_table(table, spare=("backbone kB down", "backbone kB up"))
+    _say_before_rounds(by_method)
+
+
+def _say_before_rounds(by_method: ByMethod) -> None:
+    """Say below the table what it leaves out: the messages that features are whitened with."""
+    by_size: dict[str, list[str]] = {}
+    for method, runs in by_method.items():
+        ways = [_mean(runs, f"warm_start_bytes_{way}") for way in ("down", "up")]
+        if any(ways):
+            down, up = map(human_bytes, ways)
+            size = f"before the first round, all clients together: {down} down, {up} up"
+            by_size.setdefault(size, []).append(method)
+    for size, methods in by_size.items():
+        say(size if len(by_size) == 1 else f"{size}: {', '.join(methods)}")
+    say(*([""] if by_size else []))
 
 
 def print_evaluation(

@@ -20,6 +20,7 @@ from PIL import Image
 from rich.cells import cell_len
 
 from fedss.cli import main
+from fedss.cli.tables import print_results
 from fedss.text import PLAIN, encodable, printable
 
 LABEL = "鸟类 “{}” é [red]–"
@@ -251,6 +252,27 @@ def test_results_fit_narrow_terminals_without_what_can_be_spared(chinese, width,
     text = "\n".join(lines)
     assert ("seeds" in text) == (width == 80)
     assert "MAP@10" in text
+
+
+def test_what_was_sent_before_the_first_round_is_said(tmp_path, capsys):
+    metrics = dict.fromkeys(("map_at_10", "map_at_10_by_class", "recall_at_1"), 0.5)
+    sent = {"warm_start_bytes_down": 224_620_128, "warm_start_bytes_up": 11_011_832}
+    none = dict.fromkeys(sent, 0)
+    line = "before the first round, all clients together: 225 MB down, 11.0 MB up"
+    for more, expected in (
+        ({"fedss": sent, "full": sent, "central": none, "older": {}}, [line]),
+        ({"a": sent, "b": {**sent, "warm_start_bytes_up": 7}}, [f"{line}: a", "7 B up: b"]),
+        ({"central": none}, []),
+    ):
+        runs = [
+            {"method": method, "rounds": 2, "seconds": 3.0, **metrics, **of_method}
+            for method, of_method in more.items()
+        ]
+        print_results(runs, 0, tmp_path)
+        said = [text for text in capsys.readouterr().out.splitlines() if "before the" in text]
+        assert len(said) == len(expected)
+        assert all(text.endswith(end) for text, end in zip(said, expected, strict=True))
+        assert max(map(len, said), default=0) <= 80
 
 
 INTERRUPTED = """
