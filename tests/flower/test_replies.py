@@ -16,6 +16,7 @@ from fedss.flower.validation import (
     MOST_EXAMPLES,
     RefusedError,
     check_feature_sums,
+    check_floors,
     check_metrics,
     check_registration,
     check_request,
@@ -392,3 +393,11 @@ def test_tokens_and_digests_tell_apart_what_differs():
         digest(["a,b"], ["c"]),
     ]
     assert len({*digests}) == 5
+
+
+def test_floors_have_known_names_and_are_shares():
+    floors = {"chance": 0.1, "frozen_whitened_at_224": 0.5}
+    assert check_floors({"floors": floors}) == floors
+    for name, value in (("pixels_at_224", 0.5), ("frozen_at_0", 0.5), ("x", 0.5), ("frozen", 2.0)):
+        with pytest.raises(RefusedError, match="floors from 0 to 1"):
+            check_floors({"floors": {**floors, name: value}})
