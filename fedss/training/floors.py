@@ -4,6 +4,7 @@ A smaller size costs more than training gains, so both stand beside a figure.
 """
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -80,10 +81,17 @@ def _floors_at(
     assert decode_again is not None
     log, done = progress_log(), 0
     counts = len(task.query), len(task.gallery or ()), min(len(data.train), _FITTED)
-    embedder = model_for(config, spec.channels, side)
+    # All of it is frozen, so that other runs find what it gives, as with a run's own images.
+    embedder = model_for(replace(config, trainable="head"), spec.channels, side)
     few = np.zeros((2, spec.channels, side, side), np.uint8)  # they show the shape alone
     with start_workers(
-        embedder, few, workers.count, device=workers.device, precision=config.precision
+        embedder,
+        few,
+        workers.count,
+        device=workers.device,
+        precision=config.precision,
+        frozen_once=config.cache_activations,
+        augmented=True,  # what stands for training images here need not be computed
     ) as others:
         with others.replica() as model:
             backbone_P = model.theta_P.clone()
@@ -93,8 +101,8 @@ def _floors_at(
             found = []
             for start in range(0, len(which), _AT_ONCE):
                 names = [images.names[i] for i in which[start : start + _AT_ONCE].tolist()]
-                # Not all are in memory at once.
                 found.append(others.features(backbone_P, decode_again(names, side)))
+                others.known.clear()  # Not all pixels are in memory at once.
                 done += len(names)
                 title = f"frozen backbone at {side} px"
                 log(Progress(title, done, sum(counts), "images"), False)
