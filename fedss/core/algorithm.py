@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.choices import RowMean
-from fedss.core.checks import check_finite_state, collect
+from fedss.choices import Aggregate, RowMean
+from fedss.core.checks import check_finite_state, check_quorum, collect
 from fedss.core.class_rows import add_rows_, read, union, with_sums, write_
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
+from fedss.core.defence import Defence, cap_weights, middle_backbone, middle_rows, refuse_large
 from fedss.core.engine import Engine, Failure
 from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
 from fedss.core.state import ServerState
@@ -34,7 +35,7 @@ class Server:
 
     ``optimizer`` takes the mean update for a gradient, ``row_mean`` is that of :func:`aggregate`.
     Without the updates of the part ``quorum`` of a cohort there is no step. ``on_phase`` is told
-    when all clients have trained.
+    when all clients have trained. ``defence`` is against clients that misbehave.
     """
 
     optimizer: ServerOptimizer
@@ -42,6 +43,7 @@ class Server:
     row_mean: RowMean = "cohort"
     quorum: float = 1.0
     on_phase: Callable[[str], None] = lambda phase: None
+    defence: Defence = Defence()
 
 
 def run_round(
@@ -57,10 +59,11 @@ def run_round(
     place. ``cohort``, int64, are the clients to train; None: line 1 draws them.
 
     Returns:
-        The new state, the same at every rank, and the updates and failures of this rank's clients.
+        The new state, the same at every rank, the updates of this rank's clients, and the failures
+        of all clients.
 
     Raises:
-        DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
+        DivergedError: too few updates are finite, and ``state`` is as it was; or the step is not,
             and ``state`` must not be used again.
         QuorumError: too few clients gave an update; ``state`` is as it was.
     """
@@ -73,11 +76,19 @@ def run_round(
     # Line 3: it trains them on its images.
     # Line 4: it returns what changed, and its number of examples.
     state = with_moments(state, plan)
-    updates, failures = collect(engine.train(state, cohort, plan), server.quorum, plan)
+    ranks, defence = engine.ranks, server.defence
+    updates, failures, diverged = collect(engine.train(state, cohort, plan), plan)
+    updates, refused, norms = refuse_large(updates, state.norms, defence, ranks)
+    failures = check_quorum(updates, failures + refused, server.quorum, plan, diverged, ranks)
+    updates = cap_weights(updates, defence.weight_cap, ranks)
+    state = replace(state, norms=norms)
     server.on_phase("train")
 
     # Line 5: the weighted mean of the changes is the gradient of the server optimizer.
-    mean = aggregate(updates or [no_update(state)], server.row_mean, engine.ranks)
+    if defence.aggregate == "mean":
+        mean = aggregate(updates or [no_update(state)], server.row_mean, ranks)
+    else:
+        mean = aggregate_middle(updates, server.row_mean, defence.aggregate, ranks)
     mean = adjust_rows(plan.method, mean, plan.num_classes)
     state = apply_update(server.optimizer, state, mean)
     step_all_rows_(server.optimizer, plan.method, state)
@@ -182,6 +193,27 @@ def aggregate(
     rows_UD /= total if row_mean == "cohort" else holders_U1
     rows_held = float(holders_U.sum()) / total
     return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), rows_held)
+
+
+def aggregate_middle(
+    updates: Sequence[ClientUpdate], row_mean: RowMean, aggregate: Aggregate, ranks: Ranks = ALONE
+) -> MeanUpdate:
+    """Line 5, in place of :func:`aggregate`: means that a few clients cannot move.
+
+    Each coordinate of the backbone is a trimmed mean or median over clients, each of a class row
+    that over its holders (Yin et al. 2018, arXiv 1803.01498). All clients weigh the same. With
+    ``row_mean="cohort"`` a row is multiplied by its share of holders, as it is there by their
+    weight. Where several ranks have trained the cohort, each gets all updates.
+    """
+    everyone = [update for of_rank in ranks.gather(list(updates)) for update in of_rank]
+    everyone.sort(key=lambda update: update.client)
+    ids_U = union([update.ids_S for update in everyone])
+    rows_UD, holders_U = middle_rows(everyone, ids_U, aggregate)
+    if row_mean == "cohort":
+        rows_UD *= holders_U[:, None] / len(everyone)
+    rows_held = float(holders_U.sum()) / len(everyone)
+    backbone_P = middle_backbone(everyone, aggregate)
+    return MeanUpdate(backbone_P.float(), ids_U, rows_UD.float(), rows_held)
 
 
 def adjust_rows(method: Method, update: MeanUpdate, num_classes: int) -> MeanUpdate:

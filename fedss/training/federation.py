@@ -26,6 +26,9 @@ from fedss.training.build import (
     wire_format,
 )
 
+QUORUM = 0.5
+"""Share of a cohort without whose updates there is no step, if nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Federation:
@@ -56,7 +59,7 @@ class Federation:
     floors: Callable[[torch.Tensor], Floors | None]
     task: RetrievalTask | None
     preview: bytes | None = None
-    quorum: float = 1.0
+    quorum: float = QUORUM
     attempts: int = 1
     pause: float = 0.0
 
