@@ -45,7 +45,6 @@ _FIRST_OF_GROUP = {
     "seed": "run",
 }
 
-
 _CHOICES = {"sampler": SAMPLER_NAMES, "augment": get_args(Augment)}
 
 
@@ -201,7 +200,7 @@ class Config:
 
     row_dtype: RowDtype = "float32"
     row_store: RowStore = "memory"
-    norm_bound: float = 5.0
+    norm_bound: float = 4.0
     weight_cap: float = 10.0
     aggregate: Aggregate = "mean"
 
@@ -263,14 +262,12 @@ class Config:
                 f"{instead}"
             )
         size = self.embedding_size
-        if size == "auto":
-            return
-        if size > 4096:  # 67 MB for a matrix in float32
+        if size != "auto" and size > 4096:  # 67 MB for a matrix in float32
             raise ConfigError(
                 f"embedding_size: method {self.method} sends matrices of its square, expected at "
                 f"most 4096{instead}; got {size}"
             )
-        if self.moments_rank is not None and self.moments_rank >= size:
+        if size != "auto" and self.moments_rank is not None and self.moments_rank >= size:
             raise ConfigError(
                 f"moments_rank: expected below embedding_size = {size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"

@@ -28,6 +28,9 @@ from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import ServerRows, check_negatives, class_sample
 from fedss.seeds import generator
 
+NOBODY = np.zeros(0, np.int64)
+"""No client."""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -35,7 +38,8 @@ class Server:
 
     ``optimizer`` takes the mean update for a gradient, ``row_mean`` is that of :func:`aggregate`.
     Without the updates of the part ``quorum`` of a cohort there is no step. ``on_phase`` is told
-    when all clients have trained. ``defence`` is against clients that misbehave.
+    when all clients have trained. ``defence`` is against clients that misbehave; those that are
+    ``absent`` in a round (0-based), sorted, are not drawn.
     """
 
     optimizer: ServerOptimizer
@@ -44,6 +48,7 @@ class Server:
     quorum: float = 1.0
     on_phase: Callable[[str], None] = lambda phase: None
     defence: Defence = Defence()
+    absent: Callable[[int], np.ndarray] = lambda round: NOBODY
 
 
 def run_round(
@@ -70,7 +75,8 @@ def run_round(
     # Line 1: the server draws a cohort.
     if cohort is None:
         num_clients = engine.num_clients(plan.round)
-        cohort = draw_cohort(num_clients, server.cohort_size, plan.seed, plan.round)
+        absent = server.absent(plan.round)
+        cohort = draw_cohort(num_clients, server.cohort_size, plan.seed, plan.round, absent)
 
     # Line 2: each client asks for its class sample, and gets the backbone and these class rows.
     # Line 3: it trains them on its images.
@@ -97,9 +103,17 @@ def run_round(
     return state, updates, failures
 
 
-def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np.ndarray:
-    """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort)."""
+def draw_cohort(
+    num_clients: int, cohort_size: int, seed: int, round: int, absent: np.ndarray = NOBODY
+) -> np.ndarray:
+    """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort).
+
+    Those that are ``absent`` are left out, unless all are; that costs O(clients).
+    """
     rng = generator(seed, "cohort", round)
+    if 0 < len(absent) < num_clients:
+        present = np.setdiff1d(np.arange(num_clients), absent)
+        return np.sort(rng.choice(present, min(cohort_size, len(present)), replace=False))
     return np.sort(rng.choice(num_clients, min(cohort_size, num_clients), replace=False))
 
 

@@ -155,7 +155,7 @@ def middle_rows(
 
 def _by_holders(holders_U: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Places of rows with as many holders, in blocks."""
-    for holders in holders_U.unique().tolist():
+    for holders in torch.unique(holders_U).tolist():
         for some_R in torch.split((holders_U == holders).nonzero()[:, 0], max(1, _ROWS // holders)):
             yield holders, some_R
 

@@ -342,5 +342,6 @@ class FlowerEngine:
         round = plan.round + 1
         if round >= self.rounds:
             return {}
-        cohort = draw_cohort(self.num_clients(round), self.cohort_size, plan.seed, round)
+        present = self.num_clients(round), self.cohort_size
+        cohort = draw_cohort(*present, plan.seed, round, self.sites.absent(round))
         return self.sites.by_node(cohort.tolist())

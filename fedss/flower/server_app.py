@@ -131,7 +131,7 @@ def _federation(
     }
     # Before the first checkpoint nothing depends on the registry.
     registry = load_registry(path) if newest else Registry()
-    sites = Sites(grid, metadata, deployment, path, registry)
+    sites = Sites(grid, metadata, deployment, path, registry, began=newest)
     wire = wire_format(config, embedder, 1)
     engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     if isinstance(embedder.whitening, Whitening):
@@ -174,6 +174,7 @@ def _federation(
             quorum=deployment.quorum,
             attempts=deployment.attempts,
             pause=deployment.pause,
+            absent=sites.absent,
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedss.config import Config
+from fedss.core.algorithm import NOBODY
 from fedss.core.engine import Engine, FeatureEngine
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, Images, RetrievalTask, index_clients
@@ -48,6 +49,7 @@ class Federation:
         quorum: share of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
+        absent: clients that are not drawn in a round (0-based), sorted.
     """
 
     engine: Engine
@@ -62,6 +64,7 @@ class Federation:
     quorum: float = QUORUM
     attempts: int = 1
     pause: float = 0.0
+    absent: Callable[[int], np.ndarray] = lambda round: NOBODY
 
 
 OnPhase = Callable[[str], None]

@@ -127,7 +127,13 @@ def train_rounds(
     with federate(embedder, optimizer, timer.end_phase) as federation:
         row_mean: RowMean = resolved(config.row_mean)
         of_cohort = federation.cohort_size, row_mean, federation.quorum
-        server = Server(optimizer, *of_cohort, on_phase=timer.end_phase, defence=defence(config))
+        server = Server(
+            optimizer,
+            *of_cohort,
+            on_phase=timer.end_phase,
+            defence=defence(config),
+            absent=federation.absent,
+        )
         job = _Job(
             config,
             federation,
@@ -271,6 +277,8 @@ def _next_round(
     """The state after one more round, the round's record, and its evaluation if it has one."""
     config, federation, round = job.config, job.federation, state.round
     plan = job.plan_of(state.class_rows.num_classes, round)
+    # As they are drawn: some may come back meanwhile.
+    present = federation.engine.num_clients(round) - len(federation.absent(round))
     state, updates, failures, attempts = _attempt_round(job, state, plan)
     num_classes, evaluation = federation.num_classes(state.round), None
     if num_classes != state.class_rows.num_classes:
@@ -287,7 +295,7 @@ def _next_round(
     record = new_record(
         plan,
         updates,
-        federation.engine.num_clients(round),
+        present,
         job.timer.restart(),
         evaluation.metrics if evaluation else None,
         [FailedClient(client=name(f.client), reason=f.reason) for f in failures],
@@ -303,7 +311,8 @@ def _attempt_round(
 ) -> tuple[ServerState, list[ClientUpdate], list[Failure], int]:
     """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
     engine, failures, all_diverged = job.federation.engine, list[Failure](), True
-    cohort_size = min(job.server.cohort_size, engine.num_clients(plan.round))
+    present = engine.num_clients(plan.round) - len(job.federation.absent(plan.round))
+    cohort_size = min(job.server.cohort_size, present)
     for attempt in count(1):
         try:
             state, updates, failed = run_round(job.server, engine, state, plan)
