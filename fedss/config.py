@@ -115,7 +115,7 @@ class Config:
         moments_rank: moments: number of eigenvectors sent of the covariance matrix (default: all)
         row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows
-        norm_bound: refuse updates longer than so many times the usual one; 0: none
+        norm_bound: refuse updates longer than so many times what is usual; 0: none
         weight_cap: most that a client may weigh, in medians of its round; 0: any
         aggregate: mean of clients by images; trimmed mean or median, clients alike
         seed: seed of every random draw of the run
@@ -200,7 +200,7 @@ class Config:
 
     row_dtype: RowDtype = "float32"
     row_store: RowStore = "memory"
-    norm_bound: float = 4.0
+    norm_bound: float = 3.0
     weight_cap: float = 10.0
     aggregate: Aggregate = "mean"
 

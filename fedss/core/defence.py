@@ -6,9 +6,10 @@ clients one below the other, U classes touched in a round, D embedding size, R r
 holders, H their holders, B a block of columns.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from statistics import median_low
+from statistics import median_high, median_low
 
 import torch
 from torch import Tensor
@@ -16,10 +17,11 @@ from torch import Tensor
 from fedss.choices import Aggregate
 from fedss.core.client import ClientUpdate
 from fedss.core.engine import Failure
+from fedss.core.state import Norms
 from fedss.distributed import ALONE, Ranks
 
-Norms = tuple[float, float]
-"""Norms of an update: the backbone's change, and that of all its class rows together."""
+Usual = tuple[float, float]
+"""The median of some norms, and their spread: half of them are off it by this factor or less."""
 
 ROUNDS = 10
 """Rounds whose norms are remembered: norms fall with the learning rate."""
@@ -38,8 +40,8 @@ class Defence:
     """What a server does about clients that misbehave.
 
     Attributes:
-        norm_bound: an update is refused if it is longer than so many times the usual one, in
-            backbone or class rows; 0: none is.
+        norm_bound: an update is refused if it is longer than so many times the usual one, times
+            the cube of the usual spread, in backbone or class rows; 0: none is.
         weight_cap: no client weighs more than so many times the median one of its round; 0: any.
         aggregate: ``mean`` weighs clients by their images; ``trimmed`` and ``median`` are those of
             each coordinate, of clients that weigh the same.
@@ -58,55 +60,60 @@ def refuse_large(
 ) -> tuple[list[ClientUpdate], list[Failure], tuple[Norms, ...]]:
     """Line 4, at the server: the updates of a usual length, and failures for the others.
 
-    What is usual is the median of the norms of the last rounds and of this one. Each is the median
-    of a round, which less than half of its clients cannot move far. ``known`` are those of earlier
-    rounds, of accepted updates alone; the third result is ``known`` for the next round, the same at
-    all ranks. Norms of 0 do not count: clients may have nothing to say of a part.
+    What is usual is the median over the last rounds and this one of what was usual in each, which
+    less than half of its clients cannot move far. Where clients are alike, so are their norms;
+    where few images are still told apart wrongly, norms lie far apart, and the bound is as wide.
+    ``known`` are earlier rounds, of accepted updates alone; the third result is ``known`` for the
+    next round, the same at all ranks. Norms of 0 do not count: clients may have nothing to say of a
+    part.
     """
     if not defence.norm_bound:
         return list(updates), [], tuple(known)
     mine = [_norms(update) for update in updates]
     everyone = [norms for of_rank in ranks.gather(mine) for norms in of_rank]
-    bounds = _bounds(everyone, known, defence.norm_bound)
+    rounds = [*known, _usual(everyone, FEWEST)][-ROUNDS:]
+    bounds = [defence.norm_bound * _longest([of_one[i] for of_one in rounds]) for i in (0, 1)]
     kept, refused = list[ClientUpdate](), list[Failure]()
     for update, norms in zip(updates, mine, strict=True):
-        large = [i for i in range(len(_PARTS)) if norms[i] > bounds[i]]
+        large = [i for i in (0, 1) if norms[i] > bounds[i]]
         if not large:
             kept.append(update)
             continue
-        told = f"a change of {_PARTS[large[0]]} of norm {norms[large[0]]:.3g}, expected at most "
-        told += f"{bounds[large[0]]:.3g}: norm_bound is {defence.norm_bound:g}"
-        refused.append(Failure(update.client, "norm", told))
-    accepted = [norms for norms in everyone if all(map(float.__le__, norms, bounds))]
-    usual = _medians(accepted, 1)
-    if usual != (0.0, 0.0):
+        part, norm, bound = _PARTS[large[0]], norms[large[0]], bounds[large[0]]
+        told = f"a change of {part} of norm {norm:.3g}, expected at most {bound:.3g}: norm_bound is"
+        refused.append(Failure(update.client, "norm", f"{told} {defence.norm_bound:g}"))
+    usual = _usual([n for n in everyone if n[0] <= bounds[0] and n[1] <= bounds[1]], 1)
+    if any(median for median, _ in usual):
         known = [*known, usual]
     return kept, refused, tuple(known[-ROUNDS:])
 
 
-def _norms(update: ClientUpdate) -> Norms:
+def _norms(update: ClientUpdate) -> tuple[float, float]:
     # In float64 the squares of all finite float32 are finite.
     rows = update.rows_delta_SD.double().norm()
     return float(update.backbone_delta_P.double().norm()), float(rows)
 
 
-def _bounds(norms: Sequence[Norms], known: Sequence[Norms], factor: float) -> Norms:
-    """The largest norms that are accepted; infinite where nothing says what is usual."""
-    usual = [*known, _medians(norms, FEWEST)][-ROUNDS:]
-    backbone, rows = ([norms[i] for norms in usual if norms[i] > 0] for i in range(len(_PARTS)))
-    return (
-        factor * median_low(backbone) if backbone else torch.inf,
-        factor * median_low(rows) if rows else torch.inf,
-    )
+def _usual(norms: Sequence[tuple[float, float]], fewest: int) -> Norms:
+    """What is usual among so many clients or more."""
+
+    def of_part(norms: Sequence[float]) -> Usual:
+        norms = [norm for norm in norms if norm > 0]
+        if len(norms) < fewest:
+            return 0.0, 0.0
+        median = median_low(norms)
+        return median, median_high([max(norm / median, median / norm) for norm in norms])
+
+    return of_part([norm for norm, _ in norms]), of_part([norm for _, norm in norms])
 
 
-def _medians(norms: Sequence[Norms], fewest: int) -> Norms:
-    """Medians of the norms above 0; 0 where there are fewer than ``fewest``."""
-    backbone, rows = ([of_one[i] for of_one in norms if of_one[i] > 0] for i in range(len(_PARTS)))
-    return (
-        median_low(backbone) if len(backbone) >= fewest else 0.0,
-        median_low(rows) if len(rows) >= fewest else 0.0,
-    )
+def _longest(rounds: Sequence[Usual]) -> float:
+    """The longest norm that is usual; infinite where nobody knows."""
+    rounds = [usual for usual in rounds if usual[0] > 0]
+    if not rounds:
+        return math.inf
+    median, spread = (median_high(values) for values in zip(*rounds, strict=True))
+    return float(median * spread**3)
 
 
 def cap_weights(

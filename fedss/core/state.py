@@ -6,6 +6,10 @@ from torch import Tensor
 
 from fedss.core.class_rows import ClassRows
 
+Norms = tuple[tuple[float, float], tuple[float, float]]
+"""Median and spread of the norms of a round's updates, in backbone and in class rows; a median of 0
+where it is not known."""
+
 
 @dataclass(frozen=True)
 class ServerState:
@@ -18,4 +22,4 @@ class ServerState:
     backbone_slots: dict[str, Tensor]
     class_rows: ClassRows
     round: int
-    norms: tuple[tuple[float, float], ...] = ()
+    norms: tuple[Norms, ...] = ()

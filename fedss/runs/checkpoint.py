@@ -114,7 +114,7 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
     backbone_P = tensors.pop("backbone")
     slots = {name.removeprefix("backbone."): slot for name, slot in tensors.items()}
     # An earlier version had none.
-    norms = tuple((backbone, rows_) for backbone, rows_ in record.get("norms", ()))
+    norms = tuple(((*backbone,), (*of_rows,)) for backbone, of_rows in record.get("norms", ()))
     return ServerState(backbone_P, slots, rows, record["round"], norms)
 
 
