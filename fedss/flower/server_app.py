@@ -120,8 +120,8 @@ def _federation(
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
-    # When the run ends is the server's business alone, and secrets are the sites'.
-    apart = ("patience", "secret_file")
+    # When the run ends and what is believed is the server's business alone, secrets are the sites'.
+    apart = ("patience", "norm_bound", "weight_cap", "aggregate", "secret_file")
     told = {name: v for name, v in dataclasses.asdict(config).items() if name not in apart}
     metadata = {
         "version": version("fedss"),
