@@ -62,8 +62,8 @@ PUBLIC = {
 # Of the parts that are of use alone, in a training loop or a federation of one's own.
 PUBLIC_OF_PARTS = {
     "fedss.core": """
-        Broadcast ClassRequest ClassRows ClientUpdate Defence Engine Failure LocalTraining MeanUpdate
-        RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate apply_update
+        Broadcast ClassRequest ClassRows ClientUpdate Defence Engine Failure LocalTraining
+        MeanUpdate RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate apply_update
         broadcast create_class_rows current_rows draw_classes draw_cohort limit_own_classes
         request_classes run_round select step step_rows_ train_client
     """,
