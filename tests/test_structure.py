@@ -63,8 +63,8 @@ PUBLIC = {
 PUBLIC_OF_PARTS = {
     "fedss.core": """
         Broadcast ClassRequest ClassRows ClientUpdate Defence Engine Failure LocalTraining
-        MeanUpdate RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate apply_update
-        broadcast create_class_rows current_rows draw_classes draw_cohort limit_own_classes
+        MeanUpdate RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate
+        apply_update broadcast create_class_rows current_rows draw_classes draw_cohort limit_own_classes
         request_classes run_round select step step_rows_ train_client
     """,
     "fedss.losses": """
