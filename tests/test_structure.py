@@ -64,8 +64,8 @@ PUBLIC_OF_PARTS = {
     "fedss.core": """
         Broadcast ClassRequest ClassRows ClientUpdate Defence Engine Failure LocalTraining
         MeanUpdate RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate
-        apply_update broadcast create_class_rows current_rows draw_classes draw_cohort limit_own_classes
-        request_classes run_round select step step_rows_ train_client
+        apply_update broadcast create_class_rows current_rows draw_classes draw_cohort
+        limit_own_classes request_classes run_round select step step_rows_ train_client
     """,
     "fedss.losses": """
         AbsentClasses ClassSample METHODS Method Moments Objective Scoring absent_classes

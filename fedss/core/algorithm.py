@@ -28,7 +28,7 @@ from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import ServerRows, check_negatives, class_sample
 from fedss.seeds import generator
 
-NOBODY = np.zeros(0, np.int64)
+NO_CLIENTS = np.zeros(0, np.int64)
 """No client."""
 
 
@@ -48,7 +48,7 @@ class Server:
     quorum: float = 1.0
     on_phase: Callable[[str], None] = lambda phase: None
     defence: Defence = Defence()
-    absent: Callable[[int], np.ndarray] = lambda round: NOBODY
+    absent: Callable[[int], np.ndarray] = lambda round: NO_CLIENTS
 
 
 def run_round(
@@ -104,7 +104,7 @@ def run_round(
 
 
 def draw_cohort(
-    num_clients: int, cohort_size: int, seed: int, round: int, absent: np.ndarray = NOBODY
+    num_clients: int, cohort_size: int, seed: int, round: int, absent: np.ndarray = NO_CLIENTS
 ) -> np.ndarray:
     """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort).
 

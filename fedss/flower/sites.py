@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, RecordDict
 
-from fedss.core.algorithm import NOBODY
+from fedss.core.algorithm import NO_CLIENTS
 from fedss.errors import QuorumError
 from fedss.flower.exchange import exchange, once_more
 from fedss.flower.messages import REGISTER, Nodes, log_line, pack
@@ -126,7 +126,7 @@ class Sites:
         """Clients that are not to be drawn in a round: offline for too long before it. Sorted."""
         absence, known = self.deployment.absence, self.registry.at(round).clients
         if not absence or round - self.began <= absence:
-            return NOBODY
+            return NO_CLIENTS
         seen = (self.seen.get(k, self.began - 1) for k in range(known))
         return np.array([k for k, last in enumerate(seen) if round - last > absence], np.int64)
 

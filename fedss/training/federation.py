@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedss.config import Config
-from fedss.core.algorithm import NOBODY
+from fedss.core.algorithm import NO_CLIENTS
 from fedss.core.engine import Engine, FeatureEngine
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, Images, RetrievalTask, index_clients
@@ -64,7 +64,7 @@ class Federation:
     quorum: float = QUORUM
     attempts: int = 1
     pause: float = 0.0
-    absent: Callable[[int], np.ndarray] = lambda round: NOBODY
+    absent: Callable[[int], np.ndarray] = lambda round: NO_CLIENTS
 
 
 OnPhase = Callable[[str], None]
