@@ -1,6 +1,7 @@
 """What becomes of a real federation when its processes stop, die or come back.
 
     python benchmarks/faults.py     (about 20 minutes; --only NAME ...: some trials, writes no file)
+    python benchmarks/faults.py --attackers    (those of ``benchmarks/attackers.py``, and no other)
 
 Each trial starts a federation of its own, that of ``examples/federation.py``: a SuperLink with TLS,
 node keys and a database, a SuperExec, and three sites with glyphs as image files. It does
@@ -22,12 +23,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import attackers
 import common
 import numpy as np
 import torch
@@ -38,18 +40,12 @@ from examples.federation import FederationError, Place, Process, children, flwr,
 from fedss.core.class_rows import create_class_rows, read
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
-from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
-from fedss.distributed import ALONE
 from fedss.flower.settings import Deployment, write_app
-from fedss.models import Embedder
 from fedss.runs.checkpoint import load_checkpoint, newest_round
 from fedss.runs.records import Record
 from fedss.settings import problem_of, resolve
-from fedss.training.build import build_model, load_data, resolved, server_optimizer
-from fedss.training.experiment import RunPlan, train_federation
-from fedss.training.federation import Federation, OnPhase, local_federation
-from fedss.training.summary import describe
+from fedss.training.build import load_data, resolved, server_optimizer
 
 SITES, CLIENTS, CLASSES = 3, 12, 60
 ROUNDS, COHORT = 5, 6
@@ -286,23 +282,7 @@ class Absent(common.WrappedEngine):
 def train_locally(config: fedss.Config, folder: Path, absent: Mapping[int, Set[int]]) -> str:
     """The digest of the same training on this machine, without some clients in some rounds."""
     data = load_data(config)
-
-    @contextmanager
-    def federate(
-        embedder: Embedder, optimizer: ServerOptimizer, on_phase: OnPhase
-    ) -> Iterator[Federation]:
-        with local_federation(config, data, ALONE, {}, embedder, optimizer, on_phase) as local:
-            yield replace(local, engine=Absent(local.engine, absent), quorum=0.0)
-
-    def ignore(record: Record) -> None:
-        pass
-
-    if absent:
-        model, about = build_model(config, data, None), describe(config, data)
-        plan = RunPlan(config, problem_of(data), model, about, federate)
-        train_federation(plan, folder, "", on_round=ignore)
-    else:
-        fedss.train(config, folder, data=data, on_round=ignore)
+    attackers.train_wrapped(config, folder, data, lambda e: Absent(e, absent), quorum=0.0)
     resolved, _ = resolve(config, problem_of(data))
     return digest(resolved, folder, len(data.train.class_names))
 
@@ -433,11 +413,14 @@ def trials(
 
 
 def main() -> int:
-    parser = common.parser(__doc__)
+    parser = common.parser(__doc__, "of --attackers: a tenth of the clients, two minutes")
     parser.add_argument("--only", nargs="+", choices=TRIALS, metavar="NAME")
     parser.add_argument("--deadline", type=float, default=20.0, help="seconds (default: 20)")
     parser.add_argument("--folder", type=Path, help="keep all that is written there")
+    parser.add_argument("--attackers", action="store_true", help="clients that misbehave")
     options = parser.parse_args()
+    if options.attackers:
+        return attackers.run(options.short)
     command = f"python benchmarks/faults.py --deadline {options.deadline:g}"
     report = common.Report(
         "A federation whose processes stop, die or come back", ["flwr"], command=command

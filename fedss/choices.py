@@ -4,6 +4,7 @@ stand apart from what they stand for, which needs torch."""
 import re
 from typing import Literal
 
+Aggregate = Literal["mean", "trimmed", "median"]
 Augment = Literal["none", "photos", "drawings"]
 BatchNormRule = Literal["auto", "freeze", "replace"]
 ForwardPrecision = Literal["float32", "bfloat16"]

@@ -13,6 +13,7 @@ from fedss.choices import (
     METHOD_SUMMARIES,
     MOMENT_METHODS,
     SAMPLER_NAMES,
+    Aggregate,
     Augment,
     BatchNormRule,
     ForwardPrecision,
@@ -45,7 +46,6 @@ _FIRST_OF_GROUP = {
     "row_dtype": "server",
     "seed": "run",
 }
-
 
 _CHOICES = {"sampler": SAMPLER_NAMES, "augment": get_args(Augment)}
 
@@ -118,6 +118,9 @@ class Config:
         moments_rank: moments: number of eigenvectors sent of the covariance matrix (default: all)
         row_dtype: number format of the class rows kept by the server
         row_store: where the server keeps the class rows
+        norm_bound: refuse updates longer than so many times what is usual; 0: none
+        weight_cap: most that a client may weigh, in medians of its round; 0: any
+        aggregate: mean of clients by images; trimmed mean or median, clients alike
         seed: seed of every random draw of the run
         secret_file: secret that clients' draws are keyed by (default: the seed alone)
         eval_every: rounds between evaluations (auto: 8 or more in a run); 0: only at the end
@@ -201,6 +204,9 @@ class Config:
 
     row_dtype: RowDtype = "float32"
     row_store: RowStore = "memory"
+    norm_bound: float = 5.0
+    weight_cap: float = 10.0
+    aggregate: Aggregate = "mean"
 
     seed: int = 0
     secret_file: str | None = None
@@ -262,14 +268,12 @@ class Config:
                 f"{instead}"
             )
         size = self.embedding_size
-        if size == "auto":
-            return
-        if size > 4096:  # 67 MB for a matrix in float32
+        if size != "auto" and size > 4096:  # 67 MB for a matrix in float32
             raise ConfigError(
                 f"embedding_size: method {self.method} sends matrices of its square, expected at "
                 f"most 4096{instead}; got {size}"
             )
-        if self.moments_rank is not None and self.moments_rank >= size:
+        if size != "auto" and self.moments_rank is not None and self.moments_rank >= size:
             raise ConfigError(
                 f"moments_rank: expected below embedding_size = {size} (or leave it "
                 f"out to send whole matrices), got {self.moments_rank}"
@@ -357,6 +361,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v <= 1e30,
         "a number above 0 and at most 1e30",
     ),
+    ("norm_bound weight_cap", lambda v: v == 0 or 1 <= v <= 1e30, "0 (none), or 1 or more"),
     # Above, rounding of a cosine in float32 decides.
     ("scale", lambda v: 0 < v <= 1e6, "a number above 0 and at most 1e6"),
     ("correction", lambda v: 0 <= v <= 1, "0 (none) to 1 (full)"),

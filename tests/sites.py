@@ -89,6 +89,18 @@ def site_of(photos: Path, manifest: str | Path) -> dict[str, Any]:
     return {"data": str(photos / manifest), "own-secret-file": str(photos / "secret")}
 
 
+def flood(photos: Path, clients: int) -> dict[str, Any]:
+    """What a site needs that has so many clients, each with one image of a class of its own."""
+    (photos / "flood").mkdir(exist_ok=True)
+    names = [f"flood/{i}.png" for i in range(clients)]
+    for i, name in enumerate(names):
+        Image.fromarray(np.full((8, 8), i % 256, np.uint8)).save(photos / name)
+    with (photos / "flood.csv").open("w", newline="") as file:
+        rows = [(name, f"many {i}", f"many {i}", "train") for i, name in enumerate(names)]
+        csv.writer(file).writerows([("image", "label", "client", "split"), *rows])
+    return site_of(photos, "flood.csv")
+
+
 def federate(grid: ProcessGrid, config: Config, out: Path, **deployment: Any) -> fedss.Run:
     """A federation as ``config`` says, but for the secret, which the sites have."""
     told = dataclasses.asdict(dataclasses.replace(config, secret_file=None))

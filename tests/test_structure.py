@@ -63,10 +63,10 @@ PUBLIC = {
 # Of the parts that are of use alone, in a training loop or a federation of one's own.
 PUBLIC_OF_PARTS = {
     "fedss.core": """
-        Broadcast ClassRequest ClassRows ClientUpdate Engine Failure LocalTraining MeanUpdate
-        RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate apply_update
-        broadcast create_class_rows current_rows draw_classes draw_cohort limit_own_classes
-        request_classes run_round select step step_rows_ train_client
+        Broadcast ClassRequest ClassRows ClientUpdate Defence Engine Failure LocalTraining
+        MeanUpdate RoundPlan Server ServerOptimizer ServerState Submodel Trainable aggregate
+        apply_update broadcast create_class_rows current_rows draw_classes draw_cohort
+        limit_own_classes request_classes run_round select step step_rows_ train_client
     """,
     "fedss.losses": """
         AbsentClasses ClassSample METHODS Method Moments Objective Scoring absent_classes

@@ -28,6 +28,7 @@ from fedss.core.client import (
     request_classes,
     train_client,
 )
+from fedss.core.defence import Defence
 from fedss.core.engine import Engine, Failure
 from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
 from fedss.core.state import ServerState
@@ -37,6 +38,7 @@ __all__ = [
     "ClassRequest",
     "ClassRows",
     "ClientUpdate",
+    "Defence",
     "Engine",
     "Failure",
     "LocalTraining",

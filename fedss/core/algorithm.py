@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedss.choices import RowMean
-from fedss.core.checks import check_finite_state, collect
+from fedss.choices import Aggregate, RowMean
+from fedss.core.checks import check_finite_state, check_quorum, collect
 from fedss.core.class_rows import add_rows_, read, union, with_sums, write_
 from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
+from fedss.core.defence import Defence, cap_weights, middle_backbone, middle_rows, refuse_large
 from fedss.core.engine import Engine, Failure
 from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
 from fedss.core.state import ServerState
@@ -27,6 +28,9 @@ from fedss.losses.softmax import ClassSample
 from fedss.sampling.samplers import ServerRows, check_negatives, class_sample
 from fedss.seeds import generator
 
+NO_CLIENTS = np.zeros(0, np.int64)
+"""No client."""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -34,7 +38,8 @@ class Server:
 
     ``optimizer`` takes the mean update for a gradient, ``row_mean`` is that of :func:`aggregate`.
     Without the updates of the part ``quorum`` of a cohort there is no step. ``on_phase`` is told
-    when all clients have trained.
+    when all clients have trained. ``defence`` is against clients that misbehave; those that are
+    ``absent`` in a round (0-based), sorted, are not drawn.
     """
 
     optimizer: ServerOptimizer
@@ -42,6 +47,8 @@ class Server:
     row_mean: RowMean = "cohort"
     quorum: float = 1.0
     on_phase: Callable[[str], None] = lambda phase: None
+    defence: Defence = Defence()
+    absent: Callable[[int], np.ndarray] = lambda round: NO_CLIENTS
 
 
 def run_round(
@@ -57,27 +64,37 @@ def run_round(
     place. ``cohort``, int64, are the clients to train; None: line 1 draws them.
 
     Returns:
-        The new state, the same at every rank, and the updates and failures of this rank's clients.
+        The new state, the same at every rank, the updates of this rank's clients, and the failures
+        of all clients.
 
     Raises:
-        DivergedError: an update is not finite, and ``state`` is as it was; or the step is not,
+        DivergedError: too few updates are finite, and ``state`` is as it was; or the step is not,
             and ``state`` must not be used again.
         QuorumError: too few clients gave an update; ``state`` is as it was.
     """
     # Line 1: the server draws a cohort.
     if cohort is None:
         num_clients = engine.num_clients(plan.round)
-        cohort = draw_cohort(num_clients, server.cohort_size, plan.seed, plan.round)
+        absent = server.absent(plan.round)
+        cohort = draw_cohort(num_clients, server.cohort_size, plan.seed, plan.round, absent)
 
     # Line 2: each client asks for its class sample, and gets the backbone and these class rows.
     # Line 3: it trains them on its images.
     # Line 4: it returns what changed, and its number of examples.
     state = with_moments(state, plan)
-    updates, failures = collect(engine.train(state, cohort, plan), server.quorum, plan)
+    ranks, defence = engine.ranks, server.defence
+    updates, failures, diverged = collect(engine.train(state, cohort, plan), plan)
+    updates, refused, norms = refuse_large(updates, state.norms, defence, ranks)
+    failures = check_quorum(updates, failures + refused, server.quorum, plan, diverged, ranks)
+    updates = cap_weights(updates, defence.weight_cap, ranks)
+    state = replace(state, norms=norms)
     server.on_phase("train")
 
     # Line 5: the weighted mean of the changes is the gradient of the server optimizer.
-    mean = aggregate(updates or [no_update(state)], server.row_mean, engine.ranks)
+    if defence.aggregate == "mean":
+        mean = aggregate(updates or [no_update(state)], server.row_mean, ranks)
+    else:
+        mean = aggregate_middle(updates, server.row_mean, defence.aggregate, ranks)
     mean = adjust_rows(plan.method, mean, plan.num_classes)
     mean = mean if plan.requests == "own" else only_changed(mean)
     state = apply_update(server.optimizer, state, mean)
@@ -87,9 +104,17 @@ def run_round(
     return state, updates, failures
 
 
-def draw_cohort(num_clients: int, cohort_size: int, seed: int, round: int) -> np.ndarray:
-    """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort)."""
+def draw_cohort(
+    num_clients: int, cohort_size: int, seed: int, round: int, absent: np.ndarray = NO_CLIENTS
+) -> np.ndarray:
+    """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort).
+
+    Those that are ``absent`` are left out, unless all are; that costs O(clients).
+    """
     rng = generator(seed, "cohort", round)
+    if 0 < len(absent) < num_clients:
+        present = np.setdiff1d(np.arange(num_clients), absent)
+        return np.sort(rng.choice(present, min(cohort_size, len(present)), replace=False))
     return np.sort(rng.choice(num_clients, min(cohort_size, num_clients), replace=False))
 
 
@@ -183,6 +208,27 @@ def aggregate(
     rows_UD /= total if row_mean == "cohort" else holders_U1
     rows_held = float(holders_U.sum()) / total
     return MeanUpdate((backbone_P / total).float(), ids_U, rows_UD.float(), rows_held)
+
+
+def aggregate_middle(
+    updates: Sequence[ClientUpdate], row_mean: RowMean, aggregate: Aggregate, ranks: Ranks = ALONE
+) -> MeanUpdate:
+    """Line 5, in place of :func:`aggregate`: means that a few clients cannot move.
+
+    Each coordinate of the backbone is a trimmed mean or median over clients, each of a class row
+    that over its holders (Yin et al. 2018, arXiv 1803.01498). All clients weigh the same. With
+    ``row_mean="cohort"`` a row is multiplied by its share of holders, as it is there by their
+    weight. Where several ranks have trained the cohort, each gets all updates.
+    """
+    everyone = [update for of_rank in ranks.gather(list(updates)) for update in of_rank]
+    everyone.sort(key=lambda update: update.client)
+    ids_U = union([update.ids_S for update in everyone])
+    rows_UD, holders_U = middle_rows(everyone, ids_U, aggregate)
+    if row_mean == "cohort":
+        rows_UD *= holders_U[:, None] / len(everyone)
+    rows_held = float(holders_U.sum()) / len(everyone)
+    backbone_P = middle_backbone(everyone, aggregate)
+    return MeanUpdate(backbone_P.float(), ids_U, rows_UD.float(), rows_held)
 
 
 def adjust_rows(method: Method, update: MeanUpdate, num_classes: int) -> MeanUpdate:

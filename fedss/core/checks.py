@@ -10,36 +10,64 @@ from torch import Tensor
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.state import ServerState
+from fedss.distributed import ALONE, Ranks
 from fedss.errors import DivergedError, QuorumError
 
 
 def collect(
-    results: Iterable[ClientUpdate | Failure], quorum: float, plan: RoundPlan
-) -> tuple[list[ClientUpdate], list[Failure]]:
-    """The updates and the failures that an engine gave, if a step may be taken with them.
+    results: Iterable[ClientUpdate | Failure], plan: RoundPlan
+) -> tuple[list[ClientUpdate], list[Failure], DivergedError | None]:
+    """The updates and the failures that an engine gave; an update that is not finite is a failure.
 
-    Raises:
-        DivergedError: an update is not finite.
-        QuorumError: too few clients gave an update; names round, numbers and reasons.
+    The first of these is also told as the error that it is where too few others remain.
     """
     updates, failures = list[ClientUpdate](), list[Failure]()
+    diverged: DivergedError | None = None
     for result in results:
         if isinstance(result, Failure):
             failures.append(result)
-        else:
+            continue
+        try:
             updates.append(check_finite(result, plan))
+        except DivergedError as error:
+            told = f"a loss of {result.loss}, or a change that is not finite"
+            failures.append(Failure(result.client, "not finite", told))
+            diverged = diverged or error
+    return updates, failures, diverged
+
+
+def check_quorum(
+    updates: Sequence[ClientUpdate],
+    failures: Sequence[Failure],
+    quorum: float,
+    plan: RoundPlan,
+    diverged: DivergedError | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Failure]:
+    """The failures of all ranks, if a step may be taken with the updates that there are.
+
+    Raises:
+        DivergedError: too few clients gave an update, and no other reason than ``diverged``.
+        QuorumError: too few clients gave an update; names round, numbers and reasons.
+    """
+    told = ranks.gather(([update.client for update in updates], list(failures)))
+    used = [client for clients, _ in told for client in clients]
+    failures = [failure for _, of_rank in told for failure in of_rank]
     # A client may have failed and given an update: when it sent it twice.
-    cohort = len({u.client for u in updates} | {failure.client for failure in failures})
-    if failures and len(updates) < max(1.0, quorum * cohort):
-        counts = Counter(failure.reason for failure in failures).most_common()
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
-        details = next((f"; {f.detail}" for f in failures if f.detail), "")
-        raise QuorumError(
-            f"round {plan.round + 1}: expected updates of at least {quorum:.0%} of {cohort} "
-            f"clients, got {len(updates)} ({reasons}{details})",
-            failures,
-        )
-    return updates, failures
+    cohort = len({*used} | {failure.client for failure in failures})
+    if not failures or len(used) >= max(1.0, quorum * cohort):
+        return failures
+    if diverged and {failure.reason for failure in failures} == {"not finite"}:
+        raise diverged
+    ranks.gather(None)  # Another rank may have raised that.
+    counts = Counter(failure.reason for failure in failures).most_common()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+    details = next((f"; {f.detail}" for f in failures if f.detail), "")
+    raise QuorumError(
+        f"round {plan.round + 1}: expected updates of at least {quorum:.0%} of {cohort} "
+        f"clients, got {len(used)} ({reasons}{details})",
+        failures,
+    )
 
 
 def check_finite(update: ClientUpdate, plan: RoundPlan) -> ClientUpdate:

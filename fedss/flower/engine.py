@@ -6,7 +6,6 @@ site sends is used before :mod:`fedss.flower.validation` has checked it.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -147,20 +146,6 @@ class FlowerEngine:
         self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
     ) -> Iterator[ClientUpdate | Failure]:
         """Lines 2 to 4, at the sites; results in the order in which they arrive."""
-        failures = []
-        for result in self._train(state, cohort, plan):
-            if isinstance(result, Failure):
-                failures.append(result)
-            yield result
-        if failures:
-            counts = Counter(failure.reason for failure in failures).most_common()
-            reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
-            detail = next((f" ({f.detail})" for f in failures if f.detail), "")
-            log_line(f"round {plan.round + 1}: of {len(cohort)} clients, {reasons}{detail}")
-
-    def _train(
-        self, state: ServerState, cohort: np.ndarray, plan: RoundPlan
-    ) -> Iterator[ClientUpdate | Failure]:
         wire = replace(self.wire, num_classes=plan.num_classes)
         self.sites.meet(plan.round)
         homes = self.sites.homes()
@@ -357,5 +342,6 @@ class FlowerEngine:
         round = plan.round + 1
         if round >= self.rounds:
             return {}
-        cohort = draw_cohort(self.num_clients(round), self.cohort_size, plan.seed, round)
+        present = self.num_clients(round), self.cohort_size
+        cohort = draw_cohort(*present, plan.seed, round, self.sites.absent(round))
         return self.sites.by_node(cohort.tolist())

@@ -121,8 +121,8 @@ def _federation(
 ) -> Iterator[Federation]:
     folder = Path(deployment.out)
     path, newest = folder / "registry.json", newest_round(folder / "checkpoint")
-    # When the run ends is the server's business alone, and secrets are the sites'.
-    apart = ("patience", "secret_file")
+    # When the run ends and what is believed is the server's business alone, secrets are the sites'.
+    apart = ("patience", "norm_bound", "weight_cap", "aggregate", "secret_file")
     told = {name: v for name, v in dataclasses.asdict(config).items() if name not in apart}
     metadata = {
         "version": version("fedss"),
@@ -132,7 +132,7 @@ def _federation(
     }
     # Before the first checkpoint nothing depends on the registry.
     registry = load_registry(path) if newest else Registry()
-    sites = Sites(grid, metadata, deployment, path, registry)
+    sites = Sites(grid, metadata, deployment, path, registry, began=newest)
     wire = wire_format(config, embedder, 1)
     engine = FlowerEngine(sites, config.rounds, config.clients_per_round, optimizer, wire, on_phase)
     if isinstance(embedder.whitening, Whitening):
@@ -174,6 +174,7 @@ def _federation(
             quorum=deployment.quorum,
             attempts=deployment.attempts,
             pause=deployment.pause,
+            absent=sites.absent,
         )
 
 

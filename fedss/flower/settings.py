@@ -39,6 +39,11 @@ class Deployment:
         60.0, "seconds to wait for the others then; longer, if the first answers took longer"
     )
     aside: int = _setting(10, "rounds for which a site that was too slow is left out")
+    absence: int = _setting(
+        20, "rounds after which clients that are offline are not drawn until they return; 0: never"
+    )
+    site_classes: int = _setting(100_000, "most classes that a site may register")
+    site_clients: int = _setting(10_000, "most clients that a site may register")
     attempts: int = _setting(5, "times that a round is tried before the run ends with an error")
     pause: float = _setting(60.0, "seconds between two attempts at a round")
 
@@ -48,6 +53,9 @@ class Deployment:
             ("sites", self.sites >= 1, "at least 1"),
             ("attempts", self.attempts >= 1, "at least 1"),
             ("aside", self.aside >= 0, "at least 0"),
+            ("absence", self.absence >= 0, "at least 0"),
+            ("site_classes", self.site_classes >= 1, "at least 1"),
+            ("site_clients", self.site_clients >= 1, "at least 1"),
             ("deadline", 1 <= self.deadline <= 1e7, "1 to 1e7 seconds"),
             ("pause", 0 <= self.pause <= 1e7, "0 to 1e7 seconds"),
             ("grace", 0 <= self.grace <= 1e7, "0 to 1e7 seconds"),

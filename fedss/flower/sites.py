@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message, RecordDict
 
+from fedss.core.algorithm import NO_CLIENTS
 from fedss.errors import QuorumError
 from fedss.flower.exchange import exchange, once_more
 from fedss.flower.messages import REGISTER, Nodes, log_line, pack
@@ -39,7 +40,8 @@ class Sites:
     ``metadata`` (version, configuration, fingerprint of frozen weights) is in every message, and
     ``path`` is the registry's file. ``online`` and ``refused`` are by node; ``aside`` has the first
     round (0-based) that asks a slow site again, ``unanswered`` the node of each message that had no
-    reply in time.
+    reply in time. ``seen`` is the last round in which a client was online, since this server
+    ``began``; ``brought`` are the names of classes and of clients that a node ever registered.
     """
 
     grid: Nodes
@@ -51,6 +53,9 @@ class Sites:
     refused: dict[int, RefusedError] = field(default_factory=dict)
     aside: dict[int, int] = field(default_factory=dict)
     unanswered: dict[str, int] = field(default_factory=dict)
+    began: int = 0
+    seen: dict[int, int] = field(default_factory=dict)
+    brought: dict[int, tuple[set[str], set[str]]] = field(default_factory=dict)
 
     def start(self, sites: int, round: int) -> None:
         """Wait until so many sites are online, and register them all at once.
@@ -109,6 +114,21 @@ class Sites:
         }
         self._admit_and_save(arrived, round)
         self._take_back(online, round)
+        away = len(self.absent(round))
+        self.seen.update(dict.fromkeys(self.homes(), round))
+        if (now := len(self.absent(round + 1))) != away:
+            log_line(
+                f"{now} clients have been offline for {self.deployment.absence} rounds: they are "
+                "not drawn until their sites are back"
+            )
+
+    def absent(self, round: int) -> np.ndarray:
+        """Clients that are not to be drawn in a round: offline for too long before it. Sorted."""
+        absence, known = self.deployment.absence, self.registry.at(round).clients
+        if not absence or round - self.began <= absence:
+            return NO_CLIENTS
+        seen = (self.seen.get(k, self.began - 1) for k in range(known))
+        return np.array([k for k, last in enumerate(seen) if round - last > absence], np.int64)
 
     def _introduce(self, nodes: Iterable[int], round: int) -> dict[int, dict[str, Any]]:
         """The names at these sites; those that were refused are told why, for their own log."""
@@ -141,7 +161,9 @@ class Sites:
             taken = {self.registry.clients[k] for places in others for k in places}
             taken.update(name for _, clients, _ in admitted.values() for name in clients)
             try:
-                admitted[node] = check_registration(names, self.registry, taken)
+                classes, clients, stamp = check_registration(names, self.registry, taken)
+                self._check_number(node, classes, clients)
+                admitted[node] = classes, clients, stamp
             except RefusedError as error:
                 self._refuse(node, error)
                 continue
@@ -158,6 +180,21 @@ class Sites:
             ids = row_numbers(grown.clients, clients).tolist()
             places = {k: place for place, k in enumerate(ids)}
             self.online[node] = Site(stamp, row_numbers(grown.classes, classes), places)
+
+    def _check_number(self, node: int, classes: list[str], clients: list[str]) -> None:
+        """Whether a site keeps its limits, with names that it had before: these stay registered."""
+        most = self.deployment.site_classes, self.deployment.site_clients
+        before = self.brought.setdefault(node, (set(), set()))
+        kinds = zip(("classes", "clients"), (classes, clients), before, most, strict=True)
+        for kind, names, known, limit in kinds:
+            if (count := len(known.union(names))) > limit:
+                raise RefusedError(
+                    "too many",
+                    f"it has registered {count:,} {kind}, expected at most {limit:,}; if they are "
+                    f"real, set site-{kind} at the server",
+                )
+        for names, known in zip((classes, clients), before, strict=True):
+            known.update(names)
 
     def _admit_and_save(self, arrived: Mapping[int, dict[str, Any]], round: int) -> None:
         before = self.registry

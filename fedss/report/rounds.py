@@ -38,6 +38,8 @@ REASONS = {
     "shape": "arrays of another shape or type",
     "examples": "an impossible number of images",
     "not finite": "infinite or undefined numbers",
+    "too many": "more classes or clients than a site may register",
+    "norm": "a change far larger than those of others",
 }
 
 

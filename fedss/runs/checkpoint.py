@@ -64,6 +64,7 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
         "round": state.round,
         "sha256": hashlib.sha256(content).hexdigest(),
         "rows": _save_rows(folder, state),
+        "norms": state.norms,
     }
     write_json(temporary / _RECORD, record)
     shutil.rmtree(final, ignore_errors=True)
@@ -112,7 +113,9 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
         rows = replace(rows, sums_EE=tensors.pop("row_sums"))
     backbone_P = tensors.pop("backbone")
     slots = {name.removeprefix("backbone."): slot for name, slot in tensors.items()}
-    return ServerState(backbone_P, slots, rows, record["round"])
+    # An earlier version had none.
+    norms = tuple(((*backbone,), (*of_rows,)) for backbone, of_rows in record.get("norms", ()))
+    return ServerState(backbone_P, slots, rows, record["round"], norms)
 
 
 def load_backbone(folder: Path) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fedss.config import OPTIONS, Auto, Config, option_numbers
 from fedss.core.client import LocalTraining, RoundPlan
+from fedss.core.defence import Defence
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import (
     VALIDATION_CLASSES,
@@ -157,6 +158,13 @@ def server_optimizer(config: Config) -> ServerOptimizer:
         config.normalize_rows,
         method.row_optimizer,
     )
+
+
+def defence(config: Config) -> Defence:
+    """What the server does about clients that misbehave. Pooled training has no clients."""
+    if METHODS[config.method].pooled:
+        return Defence()
+    return Defence(config.norm_bound, config.weight_cap, config.aggregate)
 
 
 def wire_format(config: Config, embedder: Embedder, num_classes: int) -> WireFormat:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedss.config import Config
+from fedss.core.algorithm import NO_CLIENTS
 from fedss.core.engine import Engine, FeatureEngine
 from fedss.core.optimizers import ServerOptimizer
 from fedss.data import Dataset, Images, RetrievalTask, index_clients
@@ -26,6 +27,9 @@ from fedss.training.build import (
     wire_format,
 )
 from fedss.training.floors import frozen_floors
+
+QUORUM = 0.5
+"""Share of a cohort without whose updates there is no step, if nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Federation:
         quorum: share of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
+        absent: clients that are not drawn in a round (0-based), sorted.
     """
 
     engine: Engine
@@ -57,9 +62,10 @@ class Federation:
     floors: Callable[[torch.Tensor], Floors | None]
     task: RetrievalTask | None
     preview: bytes | None = None
-    quorum: float = 1.0
+    quorum: float = QUORUM
     attempts: int = 1
     pause: float = 0.0
+    absent: Callable[[int], np.ndarray] = lambda round: NO_CLIENTS
 
 
 OnPhase = Callable[[str], None]

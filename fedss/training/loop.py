@@ -1,6 +1,8 @@
 """The loop over rounds: Algorithm 1, evaluation, records, checkpoints."""
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -47,13 +49,16 @@ from fedss.runs.tensorboard import (
     add_scalars,
     open_writer,
 )
-from fedss.training.build import resolved, sample_size, server_optimizer
+from fedss.text import printable
+from fedss.training.build import defence, resolved, sample_size, server_optimizer
 from fedss.training.federation import Federate, Federation
 from fedss.training.start import Start
 from fedss.training.warm import restore_whitening_, warm_up_
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+_LOG = logging.getLogger("fedss.training")
 
 
 class Stop(Enum):
@@ -122,7 +127,13 @@ def train_rounds(
     with federate(embedder, optimizer, timer.end_phase) as federation:
         row_mean: RowMean = resolved(config.row_mean)
         of_cohort = federation.cohort_size, row_mean, federation.quorum
-        server = Server(optimizer, *of_cohort, on_phase=timer.end_phase)
+        server = Server(
+            optimizer,
+            *of_cohort,
+            on_phase=timer.end_phase,
+            defence=defence(config),
+            absent=federation.absent,
+        )
         job = _Job(
             config,
             federation,
@@ -266,6 +277,8 @@ def _next_round(
     """The state after one more round, the round's record, and its evaluation if it has one."""
     config, federation, round = job.config, job.federation, state.round
     plan = job.plan_of(state.class_rows.num_classes, round)
+    # As they are drawn: some may come back meanwhile.
+    present = federation.engine.num_clients(round) - len(federation.absent(round))
     state, updates, failures, attempts = _attempt_round(job, state, plan)
     num_classes, evaluation = federation.num_classes(state.round), None
     if num_classes != state.class_rows.num_classes:
@@ -282,7 +295,7 @@ def _next_round(
     record = new_record(
         plan,
         updates,
-        federation.engine.num_clients(round),
+        present,
         job.timer.restart(),
         evaluation.metrics if evaluation else None,
         [FailedClient(client=name(f.client), reason=f.reason) for f in failures],
@@ -298,13 +311,15 @@ def _attempt_round(
 ) -> tuple[ServerState, list[ClientUpdate], list[Failure], int]:
     """Algorithm 1, begun as often as the federation allows: state, updates, failures, attempts."""
     engine, failures, all_diverged = job.federation.engine, list[Failure](), True
-    cohort_size = min(job.server.cohort_size, engine.num_clients(plan.round))
+    present = engine.num_clients(plan.round) - len(job.federation.absent(plan.round))
+    cohort_size = min(job.server.cohort_size, present)
     for attempt in count(1):
         try:
             state, updates, failed = run_round(job.server, engine, state, plan)
             break
         except QuorumError as error:
             failures += error.failures
+            _tell(job, plan, error.failures)
             diverged = {f.client for f in error.failures if f.reason == "not finite"}
             all_diverged = all_diverged and len(diverged) == cohort_size
             if attempt >= job.federation.attempts:
@@ -327,7 +342,19 @@ def _attempt_round(
                 raise
             name = job.federation.client_name(error.client)
             raise DivergedError(f"{error} (client {error.client} is {name!r})") from error
+    _tell(job, plan, failed)
     return state, updates, failures + failed, attempt
+
+
+def _tell(job: _Job, plan: RoundPlan, failures: Sequence[Failure]) -> None:
+    """How many clients gave nothing that could be used, and of one of them why, in the log."""
+    if failures and job.ranks.first:
+        counts = Counter(failure.reason for failure in failures).most_common()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+        example = next((f for f in failures if f.detail), failures[0])
+        name = job.federation.client_name(example.client)
+        detail = f"{name}: {example.detail or example.reason}"
+        _LOG.info("round %d: without %s (%s)", plan.round + 1, reasons, printable(detail))
 
 
 def _first_state(job: _Job, theta_P: torch.Tensor) -> tuple[ServerState, dict[str, int] | None]:

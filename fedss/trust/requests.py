@@ -1,5 +1,6 @@
 """What requests tell: those of all rounds, but of the first clients to take part alone."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from fedss.core.client import RoundPlan, request_classes
 from fedss.errors import RunFolderError
 from fedss.log import Progress, progress_log
 from fedss.runs.audits import Finding
+from fedss.text import printable
 from fedss.trust import attacks
 from fedss.trust.score import MARKS, Score
 from fedss.trust.simulated import SimulatedRun
@@ -30,15 +32,17 @@ class Requests:
     replay: Score = field(default_factory=Score)
     replayed: Score = field(default_factory=Score)
 
-    def hear(self, plan: RoundPlan) -> int:
-        """The requests of a round; returns for how many rows they are."""
-        asked = 0
+    def hear(self, plan: RoundPlan, refused: Collection[str] = ()) -> int:
+        """The requests of a round; returns for how many rows they are, but for those of clients
+        whose update was refused: records count the others.
+        """
+        asked, names = 0, self.simulated.data.train.client_names
         # The server has all of the plan but the secret.
         seen = replace(plan, secret=None)
         for k in self.simulated.cohort(plan.round):
             request = request_classes(plan, k, self.simulated.labels(k))
             ids_S, own_P = request.ids_S.numpy(), self.simulated.own(k)
-            asked += len(ids_S)
+            asked += 0 if printable(names[k]) in refused else len(ids_S)
             if k not in self.common and len(self.common) == _CLIENTS:
                 continue
             self.fits &= len(request.own_P) == len(own_P)
@@ -72,7 +76,8 @@ def attack_requests(simulated: SimulatedRun) -> tuple[list[Finding], Requests]:
     for record in simulated.records:
         rounds, recorded = record["round"], record["class_rows"]
         plan = simulated.plan(rounds - 1)
-        asked = requests.hear(plan)
+        refused = {failure["client"] for failure in record.get("failures", ())}
+        asked = requests.hear(plan, refused)
         if plan.sampler.drawn_by == "client" and recorded not in (None, asked):
             raise RunFolderError(
                 f"{simulated.folder}: expected requests for {recorded:,.0f} rows in round "

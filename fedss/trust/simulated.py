@@ -29,12 +29,14 @@ from fedss.secret import draw_key, proof, read_secret
 from fedss.training.build import (
     build_model,
     compute_device,
+    defence,
     load_data,
     resolved,
     round_plan,
     server_optimizer,
     wire_format,
 )
+from fedss.training.federation import QUORUM
 from fedss.training.summary import describe_model
 from fedss.training.warm import warm_up_
 
@@ -202,7 +204,7 @@ def train_again(simulated: SimulatedRun, listen: Listener) -> Iterator[tuple[int
     slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
     state = ServerState(theta_P.clone(), slots, rows, round=0)
     row_mean: RowMean = resolved(config.row_mean)
-    server = Server(optimizer, config.clients_per_round, row_mean)
+    server = Server(optimizer, config.clients_per_round, row_mean, QUORUM, defence=defence(config))
     with local_engine(
         embedder,
         simulated.clients,

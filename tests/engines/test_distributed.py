@@ -162,6 +162,11 @@ def test_an_error_of_one_rank_ends_all_with_the_same_message(alone, tmp_path):
     # And the same processes can train on.
     assert [rank.found[6] for rank in ended] == [["", ""]] * 2
     assert_near(tmp_path / "6", alone / "fedss")
+    # Where most clients remain, both go on without the one that diverges.
+    assert [rank.found[7] for rank in ended] == [["", ""]] * 2
+    lines = (tmp_path / "7" / "records.jsonl").read_text().splitlines()
+    reasons = [[f["reason"] for f in json.loads(line).get("failures", [])] for line in lines]
+    assert reasons == [[], ["not finite"], [], []]
 
 
 def test_only_the_first_rank_speaks(tmp_path):

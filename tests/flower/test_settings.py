@@ -110,6 +110,9 @@ def test_the_settings_are_pinned():
         "share",
         "grace",
         "aside",
+        "absence",
+        "site_classes",
+        "site_clients",
         "attempts",
         "pause",
     ]
