@@ -22,6 +22,7 @@ from fedss.core.client import Broadcast, ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.features import FeatureSums
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.privacy import Noise
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.engines.local import Workers
@@ -79,6 +80,7 @@ class FlowerEngine:
     requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
     whitening: dict[str, Tensor] = field(default_factory=dict)
     judges: Workers | None = None
+    noise: Noise | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -357,5 +359,6 @@ class FlowerEngine:
         round = plan.round + 1
         if round >= self.rounds:
             return {}
-        cohort = draw_cohort(self.num_clients(round), self.cohort_size, plan.seed, round)
+        count, size = self.num_clients(round), self.cohort_size
+        cohort = draw_cohort(count, size, plan.seed, round, self.noise)
         return self.sites.by_node(cohort.tolist())
