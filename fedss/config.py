@@ -30,6 +30,7 @@ from fedss.choices import (
 )
 from fedss.errors import ConfigError
 from fedss.own_code import CODE_FIELDS, FORM, is_code
+from fedss.privacy import check_privacy
 
 Auto = Literal["auto"]
 """Follows from the data, see :func:`fedss.settings.resolve`."""
@@ -42,6 +43,7 @@ _FIRST_OF_GROUP = {
     "method": "method",
     "backbone": "model",
     "rounds": "training",
+    "clip": "privacy",
     "rows_down": "wire",
     "row_dtype": "server",
     "seed": "run",
@@ -111,6 +113,11 @@ class Config:
         server_momentum: momentum of the server (adam: beta1)
         server_second_momentum: adam: beta2 of the server
         server_epsilon: adam: epsilon of the server
+        clip: largest norm of a client's update, or adaptive[:FIRST] (default: no limit)
+        row_clip: norm of its class rows alone; clip is then for the backbone alone
+        noise: differential privacy: standard deviation of a sum's noise, in units of clip
+        delta: differential privacy: the delta of its epsilon (auto: N^-1.1 for N clients)
+        epsilon: differential privacy: the run ends before it spends more (default: no limit)
         rows_down: format of rows and moments sent to clients
         rows_up: format of row updates sent to the server
         backbone_down: format of the backbone sent to clients
@@ -196,6 +203,12 @@ class Config:
     server_second_momentum: float = 0.99
     server_epsilon: float = 1e-3
 
+    clip: str | None = None
+    row_clip: float | None = None
+    noise: float = 0.0
+    delta: float | Auto = "auto"
+    epsilon: float | None = None
+
     rows_down: Precision = "float32"
     rows_up: Precision = "float32"
     backbone_down: Precision = "float32"
@@ -224,6 +237,8 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, tuple | list):
                 object.__setattr__(self, name, ",".join(map(str, value)))
+        if isinstance(self.clip, int | float):
+            object.__setattr__(self, "clip", str(self.clip))
         for option in OPTIONS:
             if option.auto and getattr(self, option.name) is None:
                 object.__setattr__(self, option.name, "auto")
@@ -247,6 +262,7 @@ class Config:
             self._check_moments()
         if fault := fault_of_requests(self.requests, self.method, self.row_mean, self.sampler):
             raise ConfigError(fault)
+        check_privacy(self)
         # Last, as their import takes long.
         if (self.partition, self.partition_clients, self.columns) != (None, None, None):
             from fedss.data import parse_columns, parse_partition
@@ -368,6 +384,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("margin spread_out_weight spread_out_margin", lambda v: 0 <= v <= 2, "0 to 2"),
     ("server_momentum server_second_momentum", lambda v: 0 <= v < 1, "0 or more and below 1"),
     ("lr_decay_start", lambda v: 0 <= v <= 1, "0 to 1"),
+    ("row_clip epsilon", lambda v: 0 < v <= 1e30, "a number above 0 and at most 1e30"),
+    ("noise", lambda v: v == 0 or 1e-6 <= v <= 1e6, "0 (none), or 1e-6 to 1e6"),
+    ("delta", lambda v: 0 < v < 1, "above 0 and below 1"),
     ("test_classes", lambda v: 0 <= v < 1, "0 or more and below 1"),
     ("trainable", is_trainable, "all, head or last-<number>"),
 )
@@ -414,42 +433,3 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     for name in values:
         check_choice("configuration field", name, [option.name for option in OPTIONS])
     return Config(**values)
-
-
-def variant(config: Config, text: str) -> Config:
-    """``config`` as ``method`` or ``method:option=value,option=value`` says, e.g. as
-    ``fedss:sampler=uniform,rows_up=int8``.
-
-    Raises:
-        ConfigError: an unknown method or option, or a value that cannot be.
-    """
-    method, colon, settings = text.partition(":")
-    values: dict[str, Any] = {"method": method}
-    # What all variants of a comparison have in common stays out of them.
-    shared = ("method", "seed", "rounds", "eval_every")
-    by_name = {o.name: o for o in OPTIONS if o.group != "data" and o.name not in shared}
-    for setting in settings.split(",") if colon else []:
-        name, equals, value = setting.partition("=")
-        check_choice(f"option in {text!r}", name, by_name)
-        if not equals or name in values:
-            raise ConfigError(
-                f"{text!r}: expected method:option=value,..., each option once; got {setting!r}"
-            )
-        values[name] = _value(by_name[name], value, text)
-    return dataclasses.replace(config, **values)
-
-
-def _value(option: Option, value: str, text: str) -> Any:
-    if option.type is bool:
-        check_choice(f"{option.name} in {text!r}", value, ("yes", "no"))
-        return value == "yes"
-    if (option.optional or option.auto) and value == "none":
-        return None
-    if option.auto and value == "auto":
-        return value
-    try:
-        return option.type(value)
-    except ValueError as error:
-        raise ConfigError(
-            f"{option.name} in {text!r}: expected {option.type.__name__}, got {value!r}"
-        ) from error

@@ -52,3 +52,23 @@ def numbered_normals(seed: int, purpose: str, number_S: np.ndarray, size: int) -
 def _digest(*key: object, secret: bytes | None = None) -> bytes:
     text = "/".join(map(str, key)).encode()
     return hashlib.sha256(text).digest() if secret is None else hmac.digest(secret, text, "sha256")
+
+
+def secret_normals(
+    seed: int, purpose: str, round: int, count: int, secret: bytes | None
+) -> np.ndarray:
+    """Standard normals float64 [count] that nobody can tell from others without the secret.
+
+    Uniform numbers are the output of SHAKE-256 for a key made as that of :func:`generator`, normals
+    are made of them by Box and Muller: up to 8.5 deviations. (What NumPy's generators give can be
+    continued by whoever has seen enough of it.)
+    """
+    pairs = (count + 1) // 2
+    key = _digest(seed, purpose, round, secret=secret)
+    bits = np.frombuffer(hashlib.shake_256(key).digest(16 * pairs), "<u8").reshape(2, pairs)
+    # In (0, 1]: the logarithm is finite.
+    radius, angle = ((bits >> np.uint64(11)) + 1.0) * 2.0**-53
+    radius = np.sqrt(-2 * np.log(radius))
+    return np.concatenate([radius * np.cos(2 * np.pi * angle), radius * np.sin(2 * np.pi * angle)])[
+        :count
+    ]

@@ -12,6 +12,7 @@ from fedss.config import Config
 from fedss.data import DATASETS, Dataset, count_own_classes, usual_side
 from fedss.losses.methods import METHODS
 from fedss.models.backbones import weights_size
+from fedss.privacy import default_delta
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
     on I images in a round, on average::
 
         trainable        all; with trained weights head
-        projection_init  random; with trained weights whitened
+        projection_init  random; with trained weights whitened, unless there is noise
         rows_init        random; means where the projection is whitened
         embedding_size   64; 512 where the projection is whitened
         batch_size       B = 8; 128 for the last blocks of trained weights (last-K)
@@ -70,7 +71,8 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
                          a class in a round, and B / P in a batch
                          (moments 1 / m, central 2 / m)
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n; with requests common max(64, n / 2)
-        row_mean         the method's
+        row_mean         the method's; with noise cohort
+        delta            N^-1.1, where there is noise
         eval_every       R / 8, rounded down, from 1 to 20
         image_size       what trained weights were made for, else the data set's own
 
@@ -101,6 +103,8 @@ def _trainable(config: Config, problem: Problem | None) -> Setting:
 
 
 def _projection_init(config: Config, problem: Problem | None) -> Setting:
+    if config.noise:
+        return Setting("random", "to whiten takes sums of all clients, which no noise hides")
     if _has_weights(config):
         return Setting("whitened", "trained weights: a random projection would lose of them")
     return Setting("random", "the backbone has no trained weights")
@@ -214,7 +218,15 @@ def _images_together(config: Config, problem: Problem) -> float:
 
 def _row_mean(config: Config, problem: Problem | None) -> Setting:
     method = METHODS[config.method]
+    if config.noise:
+        return Setting("cohort", "how many hold a row is not hidden in noise")
     return Setting(method.row_mean, f"that of method {method.name}")
+
+
+def _delta(config: Config, problem: Problem | None) -> Setting | None:
+    if not config.noise or problem is None:
+        return None
+    return Setting(default_delta(problem.clients), f"N^-1.1 for {problem.clients} clients")
 
 
 def _sample_size(config: Config, problem: Problem | None) -> Setting | None:
@@ -314,6 +326,7 @@ _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
     "client_lr": _client_lr,
     "class_row_lr": _class_row_lr,
     "row_mean": _row_mean,
+    "delta": _delta,
     "sample_size": _sample_size,
     "eval_every": _eval_every,
     "image_size": _image_size,

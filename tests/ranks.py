@@ -91,6 +91,8 @@ def digest(state: ServerState) -> str:
     tensors += [reference.whole(rows), *rows.slots.values(), rows.updated_N]
     if rows.sums_EE is not None:
         tensors.append(rows.sums_EE)
+    if state.clip is not None:
+        tensors.append(torch.tensor([state.clip], dtype=torch.float64))
     for tensor in tensors:
         content.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

@@ -6,7 +6,8 @@ from inspect import cleandoc
 import pytest
 
 from fedss import Config, ConfigError
-from fedss.config import OPTIONS, config_from_dict, variant
+from fedss.config import OPTIONS, config_from_dict
+from fedss.variants import variant
 
 PINNED = [
     "data",
@@ -65,6 +66,11 @@ PINNED = [
     "server_momentum",
     "server_second_momentum",
     "server_epsilon",
+    "clip",
+    "row_clip",
+    "noise",
+    "delta",
+    "epsilon",
     "rows_down",
     "rows_up",
     "backbone_down",

@@ -91,6 +91,7 @@ PARTS = [
     "runs",
     "engines",
     "settings",
+    "variants",
     "config",
     "wire",
     "core",
@@ -101,6 +102,7 @@ PARTS = [
     "models",
     "distributed",
     "files",
+    "privacy",
     "optional",
     "own_code",
     "log",
@@ -237,7 +239,7 @@ def test_heavy_extras_are_imported_where_they_are_used():
             for node in top
         }
         heavy = {"timm", "torchvision", "pyarrow", "pi_heif", "flwr", "starlette", "uvicorn"}
-        heavy |= {"python_multipart", "onnx", "onnxruntime", "onnxscript"}
+        heavy |= {"python_multipart", "onnx", "onnxruntime", "onnxscript", "dp_accounting"}
         if path.parent == PACKAGE / "flower":
             heavy -= {"flwr"}
         assert not {n.split(".")[0] for n in names} & heavy, path

@@ -16,11 +16,12 @@ from fedss.cli.options import (
     stored,
 )
 from fedss.cli.output import say
-from fedss.config import Config, variant
+from fedss.config import Config
 from fedss.errors import ConfigError
 from fedss.flower.settings import DEPLOYMENT_FIELDS, Deployment, write_app
 from fedss.secret import make_secret
 from fedss.text import counted, listed
+from fedss.variants import variant
 
 if TYPE_CHECKING:
     from fedss.data import Dataset
@@ -106,6 +107,7 @@ def info(options: argparse.Namespace) -> None:
     from fedss.data import DATASETS, holdings, parse_partition
     from fedss.settings import problem_of, resolve, small_images
     from fedss.training.build import build_model, check_trainable, load_data, num_parameters
+    from fedss.training.private import check_private, outlook
     from fedss.training.summary import costs, describe
 
     data = load_data(config)
@@ -115,6 +117,7 @@ def info(options: argparse.Namespace) -> None:
     dealt = parse_partition(config.partition, config.partition_clients)
     dealt = dealt or DATASETS[config.data].partition
     told, settings = resolve(config, problem_of(data))
+    check_private(told, len(data.train.client_names))
     embedder = build_model(told, data, None)
     description = {
         **describe(config, data),
@@ -124,6 +127,8 @@ def info(options: argparse.Namespace) -> None:
     }
     tables.print_data(data.name, description, held)
     tables.print_settings(settings)
+    claim = outlook(told, len(data.train.client_names))
+    say(*(["differential privacy", *(f"  {line}" for line in claim), ""] if claim else []))
     small = small_images(config, embedder.spec.image_size)
     remarks = [*data.remarks, *([small] if small else [])]
     for remark in remarks:

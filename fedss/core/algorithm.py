@@ -7,7 +7,7 @@ Shape suffixes: K clients of a cohort, D embedding size, P backbone parameters, 
 U classes touched in a round.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,14 +17,23 @@ from torch import Tensor
 from fedss.choices import Aggregate, RowMean
 from fedss.core.checks import check_finite_state, check_quorum, collect
 from fedss.core.class_rows import add_rows_, read, union, with_sums, write_
-from fedss.core.client import Broadcast, ClientUpdate, RoundPlan, num_negatives
+from fedss.core.client import (
+    Broadcast,
+    ClientUpdate,
+    RoundPlan,
+    clip_update,
+    num_negatives,
+    shared_classes,
+)
 from fedss.core.defence import Defence, cap_weights, middle_backbone, middle_rows, refuse_large
 from fedss.core.engine import Engine, Failure
 from fedss.core.optimizers import ServerOptimizer, current_rows, step, step_rows_
+from fedss.core.privacy import Noise, next_norm, noised
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.losses.methods import Method
 from fedss.losses.softmax import ClassSample
+from fedss.privacy import sampling_rate
 from fedss.sampling.samplers import ServerRows, check_negatives, class_sample
 from fedss.seeds import generator
 
@@ -39,7 +48,8 @@ class Server:
     ``optimizer`` takes the mean update for a gradient, ``row_mean`` is that of :func:`aggregate`.
     Without the updates of the part ``quorum`` of a cohort there is no step. ``on_phase`` is told
     when all clients have trained. ``defence`` is against clients that misbehave; those that are
-    ``absent`` in a round (0-based), sorted, are not drawn.
+    ``absent`` in a round (0-based), sorted, are not drawn. ``noise`` hides what one client can
+    change, if it is given.
     """
 
     optimizer: ServerOptimizer
@@ -49,6 +59,7 @@ class Server:
     on_phase: Callable[[str], None] = lambda phase: None
     defence: Defence = Defence()
     absent: Callable[[int], np.ndarray] = lambda round: NO_CLIENTS
+    noise: Noise | None = None
 
 
 def run_round(
@@ -75,15 +86,16 @@ def run_round(
     # Line 1: the server draws a cohort.
     if cohort is None:
         num_clients = engine.num_clients(plan.round)
-        absent = server.absent(plan.round)
-        cohort = draw_cohort(num_clients, server.cohort_size, plan.seed, plan.round, absent)
+        size, absent, noise = server.cohort_size, server.absent(plan.round), server.noise
+        cohort = draw_cohort(num_clients, size, plan.seed, plan.round, absent, noise)
 
     # Line 2: each client asks for its class sample, and gets the backbone and these class rows.
     # Line 3: it trains them on its images.
     # Line 4: it returns what changed, and its number of examples.
     state = with_moments(state, plan)
     ranks, defence = engine.ranks, server.defence
-    updates, failures, diverged = collect(engine.train(state, cohort, plan), plan)
+    results = clipped(engine.train(state, cohort, plan) if len(cohort) else (), state, plan)
+    updates, failures, diverged = collect(results, plan)
     updates, refused, norms = refuse_large(updates, state.norms, defence, ranks)
     failures = check_quorum(updates, failures + refused, server.quorum, plan, diverged, ranks)
     updates = cap_weights(updates, defence.weight_cap, ranks)
@@ -92,9 +104,11 @@ def run_round(
 
     # Line 5: the weighted mean of the changes is the gradient of the server optimizer.
     if defence.aggregate == "mean":
-        mean = aggregate(updates or [no_update(state)], server.row_mean, ranks)
+        total = None if server.noise is None else server.noise.cohort_size
+        mean = aggregate(updates or [no_update(state)], server.row_mean, ranks, total)
     else:
         mean = aggregate_middle(updates, server.row_mean, defence.aggregate, ranks)
+    state, mean = hide(server.noise, state, plan, mean, ranks.gather(count_within(updates)))
     mean = adjust_rows(plan.method, mean, plan.num_classes)
     mean = mean if plan.requests == "own" else only_changed(mean)
     state = apply_update(server.optimizer, state, mean)
@@ -105,26 +119,48 @@ def run_round(
 
 
 def draw_cohort(
-    num_clients: int, cohort_size: int, seed: int, round: int, absent: np.ndarray = NO_CLIENTS
+    num_clients: int,
+    cohort_size: int,
+    seed: int,
+    round: int,
+    absent: np.ndarray = NO_CLIENTS,
+    noise: Noise | None = None,
 ) -> np.ndarray:
     """Line 1: the round's clients, uniformly without replacement, sorted. O(cohort).
 
     Those that are ``absent`` are left out, unless all are; that costs O(clients).
+
+    Where ``noise`` is to hide them, each is drawn for itself, with the same probability
+    (Poisson sampling): ``cohort_size`` of them on average, and keyed as the noise is. Of these the
+    absent ones are left out.
     """
-    rng = generator(seed, "cohort", round)
+    rng = generator(seed, "cohort", round, secret=None if noise is None else noise.key)
+    if noise is not None:
+        size = rng.binomial(num_clients, sampling_rate(cohort_size, num_clients))
+        return np.setdiff1d(rng.choice(num_clients, size, replace=False), absent)
     if 0 < len(absent) < num_clients:
         present = np.setdiff1d(np.arange(num_clients), absent)
         return np.sort(rng.choice(present, min(cohort_size, len(present)), replace=False))
     return np.sort(rng.choice(num_clients, min(cohort_size, num_clients), replace=False))
 
 
+def clipped(
+    results: Iterable[ClientUpdate | Failure], state: ServerState, plan: RoundPlan
+) -> Iterator[ClientUpdate | Failure]:
+    """Line 4, at the server: what came, no update longer than clients are to send."""
+    for result in results:
+        if not isinstance(result, Failure):
+            result = clip_update(result, plan.clipping, state.clip)
+        yield result
+
+
 def broadcast(state: ServerState, plan: RoundPlan) -> Broadcast:
     """Line 2, at the server: what all clients get. O(P + D^2), whatever n is."""
     make, sums_EE = plan.method.payload, state.class_rows.sums_EE
     if make is None:
-        return Broadcast(state.backbone_P)
+        return Broadcast(state.backbone_P, clip=state.clip)
     assert sums_EE is not None
-    return Broadcast(state.backbone_P, make(sums_EE))
+    return Broadcast(state.backbone_P, make(sums_EE), state.clip)
 
 
 def with_moments(state: ServerState, plan: RoundPlan) -> ServerState:
@@ -177,7 +213,10 @@ def no_update(state: ServerState) -> ClientUpdate:
 
 
 def aggregate(
-    updates: Sequence[ClientUpdate], row_mean: RowMean, ranks: Ranks = ALONE
+    updates: Sequence[ClientUpdate],
+    row_mean: RowMean,
+    ranks: Ranks = ALONE,
+    total: float | None = None,
 ) -> MeanUpdate:
     """Line 5: weighted means, row by row by class id. O(sum of S D), whatever n is.
 
@@ -185,14 +224,16 @@ def aggregate(
     with ``p_k = n_k / sum_j n_j`` over the whole cohort: a client that did not hold row i counts
     as zero. A negative is held with probability q and weighs 1/q in the loss, and the two cancel
     to first order, so that rows move as under the full softmax. With ``row_mean="holders"`` row i
-    is divided by the weight of its holders alone.
+    is divided by the weight of its holders alone. ``total``, if given, takes the place of
+    ``sum_j n_j``.
     Sums run in float64 in client order, so the order of arrival does not change a bit; where
     several ``ranks`` have trained the cohort, each sums up its own, then they add up.
     """
     updates = sorted(updates, key=lambda update: update.client)
     ids_U = union([update.ids_S for update in updates])
     everyone = ranks.gather((sum(update.num_examples for update in updates), ids_U))
-    total = sum(num_examples for num_examples, _ in everyone)
+    if total is None:
+        total = sum(num_examples for num_examples, _ in everyone)
     ids_U = union([ids for _, ids in everyone])
     num_parameters, dim = len(updates[0].backbone_delta_P), updates[0].rows_delta_SD.shape[1]
     sizes = [num_parameters, len(ids_U) * dim, len(ids_U)]
@@ -229,6 +270,41 @@ def aggregate_middle(
     rows_held = float(holders_U.sum()) / len(everyone)
     backbone_P = middle_backbone(everyone, aggregate)
     return MeanUpdate(backbone_P.float(), ids_U, rows_UD.float(), rows_held)
+
+
+def count_within(updates: Sequence[ClientUpdate]) -> tuple[int, int]:
+    """How many updates were within an adaptive norm, and how many there are."""
+    return sum(bool(update.within) for update in updates), len(updates)
+
+
+def hide(
+    noise: Noise | None,
+    state: ServerState,
+    plan: RoundPlan,
+    update: MeanUpdate,
+    within: Sequence[tuple[int, int]],
+) -> tuple[ServerState, MeanUpdate]:
+    """Line 5: the mean update in noise, if there is any, and the state with the next round's norm.
+
+    ``within`` is :func:`count_within` of each rank.
+    """
+    clipping, norm = plan.clipping, state.clip
+    assert (noise is not None) == plan.private
+    if clipping is None or norm is None:
+        return state, update
+    if noise is not None:
+        # All rows that clients send, whoever trained: those of a round's common set, if it has one.
+        shared_R = shared_classes(plan)
+        ids_R = torch.arange(plan.num_classes) if shared_R is None else shared_R
+        rows_RD = torch.zeros(len(ids_R), state.class_rows.dim)
+        rows_RD[torch.searchsorted(ids_R, update.ids_U)] = update.rows_delta_UD
+        parts = update.backbone_delta_P, rows_RD
+        parts = noised(parts, noise, clipping, norm, plan.seed, plan.round)
+        update = MeanUpdate(parts[0], ids_R, parts[1], float(len(ids_R)))
+    if clipping.adaptive:
+        inside, count = (sum(part) for part in zip(*within, strict=True))
+        norm = next_norm(norm, inside, count, noise, plan.seed, plan.round)
+    return replace(state, clip=norm), update
 
 
 def adjust_rows(method: Method, update: MeanUpdate, num_classes: int) -> MeanUpdate:

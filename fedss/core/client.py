@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedss.choices import RowRequests
+from fedss.core.privacy import Clipping, clip_parts
 from fedss.data.augment import Augmentation, change, draw_parameters
 from fedss.losses.methods import Method
 from fedss.losses.softmax import AbsentClasses, ClassSample, Scoring
@@ -31,16 +32,20 @@ from fedss.seeds import generator
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What every client of a round receives: the backbone and, by name, a method's payload."""
+    """What every client of a round receives: the backbone and, by name, a method's payload.
+
+    ``clip`` is the largest norm of an update in this round, where there is one.
+    """
 
     backbone_P: Tensor
     payload: Mapping[str, Tensor] = field(default_factory=dict)
+    clip: float | None = None
 
 
 def to_device(sent: Broadcast, device: torch.device) -> Broadcast:
     """The same on a device."""
     payload = {name: part.to(device, non_blocking=True) for name, part in sent.payload.items()}
-    return Broadcast(sent.backbone_P.to(device, non_blocking=True), payload)
+    return replace(sent, backbone_P=sent.backbone_P.to(device, non_blocking=True), payload=payload)
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class ClientUpdate:
     """What a client returns: its changes, and how many examples they stand for.
 
     ``traffic`` is filled in by the engine: bytes of its messages, by direction and part.
+    ``within``: where the largest norm adapts, whether the update had no larger one.
     """
 
     client: int
@@ -66,6 +72,7 @@ class ClientUpdate:
     num_examples: int
     loss: float
     traffic: Mapping[str, int] = field(default_factory=dict)
+    within: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class RoundPlan:
     ``requests`` says of which rows a client asks and sends changes: those of its class sample
     (``own``), ``all``, or a set of ``sample_size`` classes that all clients of the round have in
     ``common``.
+    ``clipping`` bounds updates; None: nothing does.
     """
 
     round: int
@@ -106,6 +114,12 @@ class RoundPlan:
     augmentation: Augmentation | None = None
     secret: bytes | None = field(default=None, repr=False)
     requests: RowRequests = "own"
+    clipping: Clipping | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether noise hides what one client can change."""
+        return self.clipping is not None and self.clipping.private
 
 
 def client_generator(plan: RoundPlan, purpose: str, client: int) -> np.random.Generator:
@@ -336,8 +350,10 @@ def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientU
         float(torch.stack(losses).mean().cpu()),
     )
     if plan.requests == "all":
-        return name_all_rows(update, plan.num_classes)
-    return update if plan.requests == "own" else weigh(update, learner.weight)
+        update = name_all_rows(update, plan.num_classes)
+    elif plan.requests == "common":
+        update = weigh(update, learner.weight)
+    return clip_update(update, plan.clipping, submodel.broadcast.clip)
 
 
 def name_all_rows(update: ClientUpdate, num_classes: int) -> ClientUpdate:
@@ -355,6 +371,25 @@ def weigh(update: ClientUpdate, weight: float) -> ClientUpdate:
         rows_delta_SD=update.rows_delta_SD * weight,
         loss=update.loss * weight,
     )
+
+
+def clip_update(
+    update: ClientUpdate, clipping: Clipping | None, norm: float | None
+) -> ClientUpdate:
+    """Line 4: an update of a bounded norm; of a private one nothing else is told.
+
+    At the client, before it is sent; and at the server, which takes nobody's word for it, and where
+    rounding may have made it longer.
+    """
+    if clipping is None:
+        return update
+    assert norm is not None
+    parts = update.backbone_delta_P, update.rows_delta_SD
+    (backbone_P, rows_SD), within = clip_parts(parts, clipping, norm)
+    update = replace(update, backbone_delta_P=backbone_P, rows_delta_SD=rows_SD)
+    if clipping.adaptive and update.within is None:
+        update = replace(update, within=within)
+    return replace(update, num_examples=1, loss=0.0) if clipping.private else update
 
 
 def train_client(

@@ -16,6 +16,7 @@ class ServerState:
     """All that the server keeps between rounds. ``class_rows`` is written in place.
 
     ``norms`` are the usual ones of the last rounds (:func:`fedss.core.defence.refuse_large`).
+    ``clip`` is the largest norm of an update in the next round, where there is one.
     """
 
     backbone_P: Tensor
@@ -23,3 +24,4 @@ class ServerState:
     class_rows: ClassRows
     round: int
     norms: tuple[Norms, ...] = ()
+    clip: float | None = None

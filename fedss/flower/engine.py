@@ -21,6 +21,7 @@ from fedss.core.client import Broadcast, ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
 from fedss.core.features import FeatureSums
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.privacy import Noise
 from fedss.core.state import ServerState
 from fedss.distributed import ALONE, Ranks
 from fedss.engines.local import Workers
@@ -78,6 +79,7 @@ class FlowerEngine:
     requests: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)
     whitening: dict[str, Tensor] = field(default_factory=dict)
     judges: Workers | None = None
+    noise: Noise | None = None
 
     @property
     def ranks(self) -> Ranks:
@@ -342,6 +344,7 @@ class FlowerEngine:
         round = plan.round + 1
         if round >= self.rounds:
             return {}
-        present = self.num_clients(round), self.cohort_size
-        cohort = draw_cohort(*present, plan.seed, round, self.sites.absent(round))
+        count, size = self.num_clients(round), self.cohort_size
+        absent = self.sites.absent(round)
+        cohort = draw_cohort(count, size, plan.seed, round, absent, self.noise)
         return self.sites.by_node(cohort.tolist())

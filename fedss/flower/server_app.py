@@ -31,7 +31,7 @@ from fedss.own_code import code_names, find_code
 from fedss.runs.about import DataFacts
 from fedss.runs.checkpoint import newest_round
 from fedss.runs.eta import TimeLeft
-from fedss.runs.progress import estimate
+from fedss.runs.progress import estimate, loss_text
 from fedss.runs.records import Record
 from fedss.settings import resolve, small_images
 from fedss.training.build import (
@@ -39,6 +39,7 @@ from fedss.training.build import (
     evaluation_task,
     load_data,
     model_for,
+    noise_of,
     resolved,
     wire_format,
 )
@@ -46,6 +47,7 @@ from fedss.training.experiment import Run, RunPlan, train_federation
 from fedss.training.federation import Federation, OnPhase
 from fedss.training.floors import frozen_floors
 from fedss.training.objective import check_own_code
+from fedss.training.private import check_private, server_key
 
 app = ServerApp()
 
@@ -85,6 +87,7 @@ def run_server(grid: Nodes, run_config: Mapping[str, Any]) -> Run:
         "image_shape": shape,
         "evaluated_at": deployment.evaluate_at,
     }
+    check_private(told, None)
     folder, left = Path(deployment.out), estimate(config)
     check_own_code(told, tuple(shape), None)
     federate = partial(_federation, grid, told, deployment)
@@ -100,7 +103,7 @@ def line(record: Record, rounds: int, left: TimeLeft | None) -> str:
     """A round's record for whoever watches the log."""
     parts = [
         f"round {record['round']}/{rounds}",
-        f"loss {record['loss']:.3f}",
+        loss_text(record),
         f"{record['clients']} clients",
         f"{sum(record['seconds'].values()):.1f} s",
     ]
@@ -143,8 +146,8 @@ def _federation(
         task = evaluation_task(config, data)
         check_tellable(task, data.name, config.test_classes, config.eval_split)
     sites.start(deployment.sites, newest)
-    with _judges(config, embedder, task) as workers:
-        engine.judges = workers
+    with _judges(config, embedder, task) as workers, server_key(config, folder) as key:
+        engine.judges, engine.noise = workers, noise_of(config, key)
 
         def evaluate(backbone_P: torch.Tensor, round: int) -> Evaluation:
             if task is None or workers is None:
@@ -175,6 +178,7 @@ def _federation(
             attempts=deployment.attempts,
             pause=deployment.pause,
             absent=sites.absent,
+            noise=engine.noise,
         )
 
 

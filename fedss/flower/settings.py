@@ -95,7 +95,17 @@ def read_settings(run_config: Mapping[str, Any]) -> tuple[Config, Deployment]:
         if kind in (int, float, str) and type(value) is not kind:
             raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
         deployment[name] = value
-    return config, Deployment(**deployment)
+    chosen = Deployment(**deployment)
+    _check_evaluation(config, chosen)
+    return config, chosen
+
+
+def _check_evaluation(config: Config, deployment: Deployment) -> None:
+    if config.noise and deployment.evaluate_at == "sites":
+        raise ConfigError(
+            "evaluate_at: figures that sites measure on their images are hidden in no noise; take "
+            "server, and test images of its own (data)"
+        )
 
 
 def _check_apart(config: Config) -> None:
@@ -134,6 +144,7 @@ def write_app(folder: Path, config: Config, deployment: Deployment) -> Path:
             Flower.
     """
     _check_apart(config)
+    _check_evaluation(config, deployment)
     config = explicit(config)
     try:
         flower = version("flwr")

@@ -5,7 +5,7 @@ raises a :class:`RefusedError`.
 """
 
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,8 @@ def check_update(
     # What encoded tensors look like depends on shapes alone.
     zeros_P = torch.zeros(sum(shape.numel() for shape in wire.layout))
     zeros = ClientUpdate(client, zeros_P, ids_S, torch.zeros(len(ids_S), wire.dim), 1, 0.0)
+    if plan.clipping is not None and plan.clipping.adaptive:
+        zeros = replace(zeros, within=True)
     expected = encode_update(wire, zeros, generator(0, "template"))
     if message.keys() != expected.keys():
         differ = ", ".join(sorted(message.keys() ^ expected.keys())[:4])

@@ -37,7 +37,7 @@ _SETTINGS = """
     backbone embedding_size rounds clients_per_round local_epochs batch_size client_lr
     class_row_lr scale server_optimizer server_lr seed
 """.split()  # noqa: SIM905
-_GROUPS = ("method", "model", "training", "wire", "server")
+_GROUPS = ("method", "model", "training", "privacy", "wire", "server")
 
 
 def model_card(folder: Path, spec: EmbedderSpec, fingerprint: str, preprocessing: str) -> str:
@@ -129,6 +129,8 @@ def _read_run(folder: Path) -> tuple[AnyConfig, Mapping[str, Any], str]:
     if done and (best or not summaries):
         settings = {**about["config"], **about.get("resolved", {})}
         known = {name: settings.get(name) for name in ("method", "seed", "sample_size")}
+        if settings.get("noise"):
+            known |= {"noise": settings["noise"], "delta": settings.get("delta")}
         floors = read_scores(run / "floors.json").map_at_10
         records = read_records(run / "records.jsonl", done)
         summary = summarize({**known, "folder": ".", "rounds": done}, records, floors)

@@ -186,6 +186,9 @@ def _key_figures(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     if "own_classes" in data:
         low, middle, high = (spaced(value) for value in data["own_classes"])
         figures.append((middle, "classes per client", f"median; {low} to {high}"))
+    if last is not None and (epsilon := last.get("epsilon")) is not None:
+        spent_at = f"at δ = {config.get('delta'):.2g}, one client added or removed"
+        figures.append((f"{epsilon:.3g}", "ε spent", spent_at))
     if queries := data.get("test_queries"):
         gallery = data.get("test_gallery")
         against = "each against all others" if gallery is None else f"against {spaced(gallery)}"

@@ -55,6 +55,8 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     tensors |= {f"backbone.{name}": slot for name, slot in state.backbone_slots.items()}
     if state.class_rows.sums_EE is not None:
         tensors["row_sums"] = state.class_rows.sums_EE
+    if state.clip is not None:
+        tensors["clip"] = torch.tensor(state.clip, dtype=torch.float64)
     content = save(tensors)
     temporary, final = folder / ".unfinished", folder / f"round-{state.round:06d}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -111,11 +113,12 @@ def load_checkpoint(folder: Path, rows: ClassRows) -> ServerState | None:
                         table_N[ids_U[block]] = values[block]
     if "row_sums" in tensors:
         rows = replace(rows, sums_EE=tensors.pop("row_sums"))
+    clip = float(tensors.pop("clip")) if "clip" in tensors else None
     backbone_P = tensors.pop("backbone")
     slots = {name.removeprefix("backbone."): slot for name, slot in tensors.items()}
     # An earlier version had none.
     norms = tuple(((*backbone,), (*of_rows,)) for backbone, of_rows in record.get("norms", ()))
-    return ServerState(backbone_P, slots, rows, record["round"], norms)
+    return ServerState(backbone_P, slots, rows, record["round"], norms, clip)
 
 
 def load_backbone(folder: Path) -> Tensor:

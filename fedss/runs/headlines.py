@@ -119,8 +119,9 @@ GROWN = 1.5
 
 def _grown(group: Group) -> str:
     """What to say of a group in which a run's loss did not fall but grew."""
-    ends = [(r.records[0]["loss"], r.records[-1]["loss"]) for r in group.runs if r.records]
-    grown = [(first, last) for first, last in ends if last > GROWN * abs(first)]
+    losses = ([record["loss"] for record in run.records] for run in group.runs)
+    ends = [(of_run[0], of_run[-1]) for of_run in losses if of_run]
+    grown = [(a, z) for a, z in ends if a is not None and z is not None and z > GROWN * abs(a)]
     if not grown:
         return ""
     first, last = max(grown, key=lambda pair: pair[1])

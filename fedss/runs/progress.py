@@ -20,7 +20,7 @@ def log_rounds(label: str, config: Config) -> Callable[[Record], None]:
     def on_round(record: Record) -> None:
         metrics = record["metrics"]
         figures = {
-            "loss": f"loss {record['loss']:.3f}",
+            "loss": loss_text(record),
             "map": f"MAP@10 {metrics['map_at_10']:.3f}" if metrics else "",
             "left": str(left(record) or ""),
         }
@@ -28,6 +28,12 @@ def log_rounds(label: str, config: Config) -> Callable[[Record], None]:
         log(Progress(label, done, config.rounds, "round", figures, record), bool(metrics))
 
     return on_round
+
+
+def loss_text(record: Record) -> str:
+    """A round's loss; where noise is to hide the clients, what the run has spent of epsilon."""
+    loss = record["loss"]
+    return f"loss {loss:.3f}" if loss is not None else f"ε {record.get('epsilon', 0.0):.3g}"
 
 
 def estimate(config: Config) -> Callable[[Record], TimeLeft | None]:

@@ -37,8 +37,8 @@ class Record(TypedDict):
     """
 
     round: int  # from 1 on
-    loss: float  # the mean over clients
-    clients: int  # how many gave an update
+    loss: float | None  # the mean over clients; None where noise is to hide them
+    clients: int  # how many gave an update; where noise is to hide them, how many on average
     examples: int | None  # images that their updates stand for
     num_classes: int | None
     num_clients: int | None  # how many the cohort was drawn from
@@ -56,6 +56,9 @@ class Record(TypedDict):
     class_row_lr: float | None
     seconds: Mapping[str, float]  # by phase
     metrics: Mapping[str, float] | None  # retrieval; ``sites``: how many sites could tell
+    # Of differential privacy: what was spent up to here; and the largest norm of an update.
+    epsilon: NotRequired[float]
+    clip: NotRequired[float]
     # Where no client of the cohort failed, these are left out.
     failures: NotRequired[list[FailedClient]]
     attempts: NotRequired[int]  # how often the round was begun
@@ -109,6 +112,38 @@ def new_record(
     return cast(Record, record)
 
 
+def private_record(
+    plan: RoundPlan,
+    cohort_size: int,
+    message_bytes: Mapping[str, int],
+    num_clients: int,
+    seconds: Mapping[str, float],
+    metrics: Mapping[str, float] | None,
+    epsilon: float,
+) -> Record:
+    """The record of a round whose clients are hidden in noise.
+
+    Who and how many they were is part of what is hidden, and so are their losses and failures:
+    counts are those of ``cohort_size`` clients, as many as there are on average, all of which have
+    messages of ``message_bytes``.
+    """
+    record = {
+        "round": plan.round + 1,
+        "loss": None,
+        "clients": cohort_size,
+        "examples": None,
+        "num_classes": plan.num_classes,
+        "num_clients": num_clients,
+        **{name: cohort_size * size for name, size in message_bytes.items()},
+        "client_lr": plan.local.lr,
+        "class_row_lr": plan.local.row_lr,
+        "seconds": seconds,
+        "metrics": metrics,
+        "epsilon": epsilon,
+    }
+    return cast(Record, record)
+
+
 def scalars(record: Record, failures: bool = True) -> dict[str, float]:
     """A round's record as numbers by name, as TensorBoard and other trackers take them.
 
@@ -121,6 +156,8 @@ def scalars(record: Record, failures: bool = True) -> dict[str, float]:
         "train/class_row_lr": record["class_row_lr"],
         "train/clients": clients,
         "train/examples": record["examples"],
+        "privacy/epsilon": record.get("epsilon"),
+        "privacy/clip": record.get("clip"),
         **{f"seconds/{phase}": took for phase, took in seconds.items()},
         "seconds/round": sum(seconds.values()),
     }

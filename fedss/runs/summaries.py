@@ -59,6 +59,10 @@ class Summary(TypedDict):
     seconds_by_phase: NotRequired[Mapping[str, float]]
     seconds: float
     failures: NotRequired[Mapping[str, int]]
+    # Of differential privacy, where there is noise.
+    noise: NotRequired[float]
+    delta: NotRequired[float]
+    epsilon: NotRequired[float]
     # What a query was searched in; MAP@10 by the name of the floor; the ends of the 95 % interval.
     gallery: NotRequired[str]
     floors: Mapping[str, Share]
@@ -94,6 +98,8 @@ def summarize(
         summary[mean] = None if None in counts or not clients else sum(counts) / clients
     if records and (warm := records[0].get("warm_start")):
         summary |= {f"warm_start_bytes_{way}": warm[f"bytes_{way}"] for way in WAYS}
+    if last is not None and "epsilon" in last:
+        summary["epsilon"] = last["epsilon"]
     phases = dict.fromkeys(phase for record in records for phase in record["seconds"])
     by_phase = {p: sum(record["seconds"].get(p, 0.0) for record in records) for p in phases}
     failures = (failure for record in records for failure in record.get("failures", ()))

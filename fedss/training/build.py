@@ -13,6 +13,7 @@ from fedss.config import OPTIONS, Auto, Config, option_numbers
 from fedss.core.client import LocalTraining, RoundPlan
 from fedss.core.defence import Defence
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.privacy import Clipping, Noise
 from fedss.data import (
     VALIDATION_CLASSES,
     DataOptions,
@@ -29,6 +30,7 @@ from fedss.losses.methods import METHODS
 from fedss.losses.softmax import Objective, Scoring
 from fedss.models import Embedder, build_embedder
 from fedss.own_code import import_code
+from fedss.privacy import first_norm
 from fedss.sampling.samplers import SAMPLERS, Sampler, find_sampler
 from fedss.seeds import generator
 from fedss.settings import auto_sample_size, resolve, usual_images
@@ -161,8 +163,12 @@ def server_optimizer(config: Config) -> ServerOptimizer:
 
 
 def defence(config: Config) -> Defence:
-    """What the server does about clients that misbehave. Pooled training has no clients."""
-    if METHODS[config.method].pooled:
+    """What the server does about clients that misbehave. Pooled training has no clients.
+
+    In a run with noise there is clipping alone: whether one client's update counts, and
+    for how much, must not depend on another's.
+    """
+    if METHODS[config.method].pooled or config.noise:
         return Defence()
     return Defence(config.norm_bound, config.weight_cap, config.aggregate)
 
@@ -271,7 +277,21 @@ def round_plan(
         secret,
         # Who asks for all classes anyway gets them as it is.
         "own" if method.negatives == "all" else config.requests,
+        clipping(config),
     )
+
+
+def clipping(config: Config) -> Clipping | None:
+    """How the configuration bounds updates, if it does."""
+    if config.clip is None:
+        return None
+    norm, adaptive = first_norm(config.clip)
+    return Clipping(norm, adaptive, config.row_clip, private=config.noise > 0)
+
+
+def noise_of(config: Config, key: bytes | None) -> Noise | None:
+    """What the configuration hides a client's part in, if it does; keyed by ``key``."""
+    return Noise(config.noise, config.clients_per_round, key) if config.noise else None
 
 
 def pool_images(images: Images, cohort_size: int, seed: int) -> Images:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fedss.config import Config, variant
+from fedss.config import Config
 from fedss.data import Dataset
 from fedss.distributed import ALONE, Ranks, join
 from fedss.engines.allocator import keep_freed_memory
@@ -52,8 +52,10 @@ from fedss.training.federation import Federate, Known, local_federation
 from fedss.training.floors import weights_side
 from fedss.training.loop import OnRound, train_rounds
 from fedss.training.objective import check_own_code
+from fedss.training.private import check_private
 from fedss.training.start import Start, start_from
 from fedss.training.summary import describe, describe_model
+from fedss.variants import variant
 
 _LOG = logging.getLogger("fedss.training")
 
@@ -198,6 +200,7 @@ def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
         compute_device(config)
         _secret(config)
         chosen_sampler(config, own.sampler)
+        check_private(told, len(data.train.client_names))
         check_own_code(told, data.train.pixels.shape[1:], own.objective)
         if own.backbone is None:
             measured = task is not None and weights_side(config, data) is not None

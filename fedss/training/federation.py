@@ -12,6 +12,7 @@ from fedss.config import Config
 from fedss.core.algorithm import NO_CLIENTS
 from fedss.core.engine import Engine, FeatureEngine
 from fedss.core.optimizers import ServerOptimizer
+from fedss.core.privacy import Noise
 from fedss.data import Dataset, Images, RetrievalTask, index_clients
 from fedss.data.augment import find_augmentation, preview
 from fedss.distributed import Ranks
@@ -22,11 +23,13 @@ from fedss.losses.methods import METHODS
 from fedss.models import Embedder, EmbedderSpec, fingerprint
 from fedss.training.build import (
     compute_device,
+    noise_of,
     pool_images,
     task_in_training,
     wire_format,
 )
 from fedss.training.floors import frozen_floors
+from fedss.training.private import simulation_key
 
 QUORUM = 0.5
 """Share of a cohort without whose updates there is no step, if nothing else is said."""
@@ -47,6 +50,7 @@ class Federation:
         task: the test images that ``evaluate`` embeds, to be shown; None where there are none.
         preview: training images as clients see them, see :func:`fedss.data.augment.preview`; None
             where they are not changed, or not to be shown.
+        noise: what is to hide a client's part; None: nothing.
         quorum: share of a cohort without whose updates there is no step.
         attempts: how often a round is begun before the run ends for want of a quorum.
         pause: seconds between two of them.
@@ -62,6 +66,7 @@ class Federation:
     floors: Callable[[torch.Tensor], Floors | None]
     task: RetrievalTask | None
     preview: bytes | None = None
+    noise: Noise | None = None
     quorum: float = QUORUM
     attempts: int = 1
     pause: float = 0.0
@@ -92,7 +97,9 @@ def local_federation(
     num_classes, task = len(images.class_names), task_in_training(config, data)
     changes = find_augmentation(config.augment)
     # Before all else: this needs a package that may not be installed.
-    shown = preview(changes, images.pixels, config.seed) if changes else None
+    # Images of clients, which no noise hides.
+    showing = changes if not config.noise else None
+    shown = preview(showing, images.pixels, config.seed) if showing else None
     with _open_engine(config, embedder, images, optimizer, ranks) as engine:
 
         def embed(backbone_P: torch.Tensor, pixels: np.ndarray) -> torch.Tensor:
@@ -135,6 +142,7 @@ def local_federation(
             floors=floors,
             task=task,
             preview=shown,
+            noise=noise_of(config, simulation_key(config, data)),
         )
 
 

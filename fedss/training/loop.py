@@ -38,6 +38,7 @@ from fedss.runs.records import (
     new_record,
     open_records,
     out_of_patience,
+    private_record,
     read_records,
     records_to_disk,
 )
@@ -50,9 +51,18 @@ from fedss.runs.tensorboard import (
     open_writer,
 )
 from fedss.text import printable
-from fedss.training.build import defence, resolved, sample_size, server_optimizer
+from fedss.training.build import (
+    defence,
+    num_parameters,
+    resolved,
+    sample_size,
+    server_optimizer,
+    wire_format,
+)
 from fedss.training.federation import Federate, Federation
+from fedss.training.private import check_private, spent, used_up
 from fedss.training.start import Start
+from fedss.training.summary import message_bytes
 from fedss.training.warm import restore_whitening_, warm_up_
 
 if TYPE_CHECKING:
@@ -133,6 +143,7 @@ def train_rounds(
             on_phase=timer.end_phase,
             defence=defence(config),
             absent=federation.absent,
+            noise=federation.noise,
         )
         job = _Job(
             config,
@@ -154,9 +165,10 @@ def train_rounds(
         floors = _floors(federation, theta_P, folder, ranks)
         said = [on_round(record) for record in records]
         # What it said of earlier ones came to nothing: rounds behind them are trained.
-        stops = said[-1:] == [STOP] or out_of_patience(records, config.patience)
+        stops = said[-1:] == [STOP] or _is_over(job, records)
         stops = ranks.gather(stops)[0]
         keep_best(state.backbone_P, records)
+        check_private(config, federation.engine.num_clients(state.round))
         if ranks.first and federation.preview is not None:
             write_file(folder / "augmentation.npz", federation.preview)
         state, evaluation = _to_the_end(job, state, records, floors, stops)
@@ -168,6 +180,8 @@ def train_rounds(
     if by_class is not None:
         write_scores(folder / "by_class.json", floor("trained", by_class))
     run = {"method": config.method, "seed": config.seed, "rounds": state.round}
+    if config.noise:
+        run |= {"noise": config.noise, "delta": config.delta}
     size = sample_size(config, state.class_rows.num_classes)
     ends = None if by_class is None else interval([by_class])
     return summarize({**run, "sample_size": size, "folder": "."}, records, floors.map_at_10, ends)
@@ -195,9 +209,10 @@ def _to_the_end(
         timer.restart()
         try:
             while state.round < config.rounds and not stops:
-                first_loss = records[0]["loss"] if records else None
-                state, record, evaluation = _next_round(job, state, first_loss)
-                due = _due(state.round, config.checkpoint_every, config.rounds)
+                state, record, evaluation = _next_round(job, state, records)
+                # What noise hides is shown once: a round trained again would show it twice.
+                every = 1 if job.server.noise else config.checkpoint_every
+                due = _due(state.round, every, config.rounds)
                 failed = failed or bool(record.get("failures"))
                 if add_record:
                     add_record(record, due)
@@ -206,7 +221,7 @@ def _to_the_end(
                     add_scalars(writer, record, failed)
                 add_images(add_neighbours)
                 job.keep_best(state.backbone_P, records)
-                stops = job.on_round(record) is STOP or out_of_patience(records, config.patience)
+                stops = job.on_round(record) is STOP or _is_over(job, records)
                 stops = job.ranks.gather(stops)[0]
                 if due and first:
                     save_checkpoint(job.folder / "checkpoint", state)
@@ -230,6 +245,19 @@ def _to_the_end(
             raise
         add_images(add_projection)
     return state, evaluation
+
+
+def _is_over(job: _Job, records: Sequence[Record]) -> bool:
+    """Whether a run ends before its last round: for want of patience, or of privacy to spend."""
+    if out_of_patience(records, job.config.patience):
+        return True
+    coming = job.federation.engine.num_clients(len(records))
+    return bool(records) and used_up(job.config, [*_drawn_from(records), coming])
+
+
+def _drawn_from(records: Sequence[Record]) -> list[int]:
+    """From how many clients the cohort of each round was drawn."""
+    return [record["num_clients"] or 1 for record in records]
 
 
 def _complete_last_record(
@@ -272,10 +300,10 @@ def _save_last_round(folder: Path, state: ServerState, recorded: int) -> None:
 
 
 def _next_round(
-    job: _Job, state: ServerState, first_loss: float | None
+    job: _Job, state: ServerState, records: Sequence[Record]
 ) -> tuple[ServerState, Record, Evaluation | None]:
     """The state after one more round, the round's record, and its evaluation if it has one."""
-    config, federation, round = job.config, job.federation, state.round
+    config, federation, round, clip = job.config, job.federation, state.round, state.clip
     plan = job.plan_of(state.class_rows.num_classes, round)
     # As they are drawn: some may come back meanwhile.
     present = federation.engine.num_clients(round) - len(federation.absent(round))
@@ -289,18 +317,23 @@ def _next_round(
         evaluation = federation.evaluate(state.backbone_P, state.round)
         job.timer.end_phase("evaluate")
     updates = [u for part in job.ranks.gather([without_deltas(u) for u in updates]) for u in part]
+    first_loss, name = records[0]["loss"] if records else None, federation.client_name
     if first_loss is not None:
         check_growth([update.loss for update in updates], first_loss, plan)
-    name = federation.client_name
-    record = new_record(
-        plan,
-        updates,
-        present,
-        job.timer.restart(),
-        evaluation.metrics if evaluation else None,
-        [FailedClient(client=name(f.client), reason=f.reason) for f in failures],
-        attempts,
-    )
+    metrics = evaluation.metrics if evaluation else None
+    if plan.private:
+        # Cohorts are drawn from all, whoever is absent.
+        drawn_from = federation.engine.num_clients(round)
+        wire = wire_format(config, job.embedder, plan.num_classes)
+        size = min(job.server.cohort_size, drawn_from)
+        told = message_bytes(plan, wire, 1, num_parameters(job.embedder))
+        epsilon = spent(config, [*_drawn_from(records), drawn_from])
+        record = private_record(plan, size, told, drawn_from, job.timer.restart(), metrics, epsilon)
+    else:
+        failed = [FailedClient(client=name(f.client), reason=f.reason) for f in failures]
+        record = new_record(plan, updates, present, job.timer.restart(), metrics, failed, attempts)
+    if clip is not None:
+        record["clip"] = clip
     if job.warm and record["round"] == 1:
         record["warm_start"] = job.warm
     return state, record, evaluation
@@ -383,6 +416,8 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> tuple[ServerState, dict[st
         slots = {name: torch.zeros_like(theta_P) for name in optimizer.slots}
         state = ServerState(theta_P.clone(), slots, rows, round=0)
     plan = job.plan_of(rows.num_classes, state.round)
+    if plan.clipping is not None and state.clip is None:
+        state = replace(state, clip=plan.clipping.norm)
     if plan.method.moments and state.round and state.class_rows.sums_EE is None:
         raise RunFolderError(
             f"{job.folder} was begun when method {config.method} had no moments (it is "

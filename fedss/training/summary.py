@@ -42,6 +42,7 @@ from fedss.training.build import (
     wire_format,
 )
 from fedss.training.objective import objective_name
+from fedss.training.private import check_private, outlook
 from fedss.wire.messages import (
     WireFormat,
     encode_answer,
@@ -122,7 +123,8 @@ def why_not_own(run: str, data: DataFacts, name: str) -> str:
 def notes(config: Config, data: Dataset) -> list[str]:
     """What is easily overlooked in a run; each in a line of up to 80 columns."""
     classes, own_K = len(data.train.class_names), count_own_classes(data.train)
-    size = sample_size(resolve(config, problem_of(data))[0], classes)
+    told, _ = resolve(config, problem_of(data))
+    size = sample_size(told, classes)
     task = task_in_training(config, data)
     weak = "" if task is None else weakness(len(count_classes(task.query)))
     lines = [weak] if weak else []
@@ -137,7 +139,8 @@ def notes(config: Config, data: Dataset) -> list[str]:
                 f"own classes fill more than half of |S| = {size} at {crowded:,} of "
                 f"{len(own_K):,} clients"
             )
-    return lines
+    check_private(told, len(data.train.client_names))
+    return [*lines, *outlook(told, len(data.train.client_names))]
 
 
 def unused_settings(config: Config) -> set[str]:
@@ -205,7 +208,7 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
         of_method, _ = resolve(of_method, problem_of(data))
         plan = round_plan(of_method, num_classes, 0)
         wire = wire_format(of_method, embedder, num_classes)
-        sent = [_messages(plan, wire, int(count), num_parameters(embedder)) for count in own]
+        sent = [message_bytes(plan, wire, int(count), num_parameters(embedder)) for count in own]
         mean = {
             name: float(np.average([m[name] for m in sent], weights=clients)) for name in sent[0]
         }
@@ -217,11 +220,13 @@ def costs(config: Config, data: Dataset, embedder: Embedder) -> list[Cost]:
     return result
 
 
-def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) -> dict[str, int]:
+def message_bytes(
+    plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int
+) -> dict[str, int]:
     """Bytes of the messages of a client with that many own classes, and its class rows."""
     own_P, shared_R = limit_own_classes(plan, 0, np.arange(num_own)), shared_classes(plan)
     count = len(own_P) + num_negatives(plan, len(own_P)) if shared_R is None else len(shared_R)
-    ids_S, dim = torch.arange(count), wire.dim
+    ids_S, dim, clipping = torch.arange(count), wire.dim, plan.clipping
     zeros_SD, backbone_P = torch.zeros(count, dim), torch.zeros(parameters)
     payload = plan.method.payload(torch.eye(dim + 1).double()) if plan.method.payload else {}
     dealt, requested = None, ids_S
@@ -231,9 +236,13 @@ def _messages(plan: RoundPlan, wire: WireFormat, num_own: int, parameters: int) 
         log_q_S = -ids_S.float() if plan.sampler.q_each else -torch.ones(count)
         dealt = ClassSample(ids_S, log_q_S, ids_S < len(own_P))
     down = {
-        **encode_broadcast(wire, Broadcast(backbone_P, payload)),
+        **encode_broadcast(
+            wire, Broadcast(backbone_P, payload, clipping.norm if clipping else None)
+        ),
         **encode_answer(wire, ids_S, zeros_SD, dealt),
     }
     update = ClientUpdate(0, backbone_P, ids_S, zeros_SD, 1, 0.0)
+    if clipping is not None and clipping.adaptive:
+        update = replace(update, within=True)
     up = encode_update(wire, update, generator(0, "costs"))
     return {**traffic(down, encode_request(wire, requested), up), "class_rows": count}

@@ -82,6 +82,8 @@ def encode_broadcast(wire: WireFormat, sent: Broadcast) -> Message:
     for name, tensor in sent.payload.items():
         encoded = encode_payload(tensor, wire.rows_down, wire.moments_rank)
         message |= _prefixed(f"moments.{name}", encoded)
+    if sent.clip is not None:
+        message["clip"] = torch.tensor(sent.clip, dtype=torch.float64)
     return message
 
 
@@ -93,7 +95,8 @@ def decode_broadcast(wire: WireFormat, message: Message) -> Broadcast:
         name: decode_payload(_under(name, parts), wire.dim, wire.rows_down) for name in names
     }
     backbone = _under("backbone", message)
-    return Broadcast(decode_backbone(backbone, wire.layout, wire.backbone_down), payload)
+    clip = float(message["clip"]) if "clip" in message else None
+    return Broadcast(decode_backbone(backbone, wire.layout, wire.backbone_down), payload, clip)
 
 
 def encode_answer(
@@ -126,7 +129,8 @@ def decode_dealt(wire: WireFormat, message: Message, own_P: np.ndarray) -> Class
 
 
 def encode_update(wire: WireFormat, update: ClientUpdate, rng: np.random.Generator) -> Message:
-    """Client to server: its changes, its number of examples and its mean loss.
+    """Client to server: its changes, its number of examples and its mean loss; and whether its
+    norm was within the largest, where that adapts.
 
     Numbers are rounded at random, so that their mean over clients is unbiased.
     """
@@ -136,6 +140,7 @@ def encode_update(wire: WireFormat, update: ClientUpdate, rng: np.random.Generat
         **_prefixed("class_rows", encode_rows(update.rows_delta_SD, wire.rows_up, rng)),
         "num_examples": torch.tensor(update.num_examples),
         "loss": torch.tensor(update.loss, dtype=torch.float64),
+        **({} if update.within is None else {"within": torch.tensor(update.within)}),
         **encode_request(wire, update.ids_S),
     }
 
@@ -149,6 +154,7 @@ def decode_update(wire: WireFormat, message: Message, client: int) -> ClientUpda
         decode_rows(_under("class_rows", message), wire.dim, wire.rows_up),
         int(message["num_examples"]),
         float(message["loss"]),
+        within=bool(message["within"]) if "within" in message else None,
     )
 
 

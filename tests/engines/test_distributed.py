@@ -49,6 +49,8 @@ CASES = {
         "fedaws": {"method": "fedaws", "workers": 2},
         "all": {"requests": "all", "server_optimizer": "adam"},
         "common": {"requests": "common", "sample_size": 3, "local_steps": 2},
+        "adaptive norm": {"clip": "adaptive:0.5"},
+        "private": {"method": "full", "clip": "adaptive:0.5", "noise": 0.5},
     }.items()
 }
 

@@ -48,6 +48,9 @@ VARIANTS = {
     "whitened": {"projection_init": "whitened", "rows_init": "means"},
     "whitened, without rows": {"projection_init": "whitened", "rows_init": "random"},
     "frozen": {"projection_init": "whitened", "trainable": "last-1", "method": "moments"},
+    "clipped": {"clip": "0.05", "rows_up": "int8"},
+    "clipped apart": {"clip": "0.05", "row_clip": 0.2},
+    "adaptive": {"clip": "adaptive:0.05", "method": "full"},
     "bfloat16": {"rows_down": "bfloat16", "rows_up": "bfloat16", "backbone_up": "bfloat16"},
 }
 
