@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fedss.choices import RowMean
 from fedss.config import Config
 from fedss.core.algorithm import Server, run_round, without_deltas
 from fedss.core.checks import check_growth
 from fedss.core.class_rows import create_class_rows, grow, newest_write, write_
 from fedss.core.client import ClientUpdate, RoundPlan
 from fedss.core.engine import Failure
+from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.distributed import Ranks
 from fedss.errors import DivergedError, QuorumError, RunFolderError
@@ -60,6 +60,7 @@ from fedss.training.build import (
     wire_format,
 )
 from fedss.training.federation import Federate, Federation
+from fedss.training.phases import PhaseTimer
 from fedss.training.private import check_private, spent, used_up
 from fedss.training.start import Start
 from fedss.training.summary import message_bytes
@@ -96,7 +97,7 @@ class _Job:
     server: Server
     plan_of: PlanOf
     folder: Path
-    timer: "PhaseTimer"
+    timer: PhaseTimer
     ranks: Ranks
     on_round: OnRound
     start: Start | None
@@ -135,20 +136,10 @@ def train_rounds(
             save_embedder(embedder, folder / "best", about)
 
     with federate(embedder, optimizer, timer.end_phase) as federation:
-        row_mean: RowMean = resolved(config.row_mean)
-        of_cohort = federation.cohort_size, row_mean, federation.quorum
-        server = Server(
-            optimizer,
-            *of_cohort,
-            on_phase=timer.end_phase,
-            defence=defence(config),
-            absent=federation.absent,
-            noise=federation.noise,
-        )
         job = _Job(
             config,
             federation,
-            server,
+            _server(config, federation, optimizer, timer),
             plan_of,
             folder,
             timer,
@@ -185,6 +176,21 @@ def train_rounds(
     size = sample_size(config, state.class_rows.num_classes)
     ends = None if by_class is None else interval([by_class])
     return summarize({**run, "sample_size": size, "folder": "."}, records, floors.map_at_10, ends)
+
+
+def _server(
+    config: Config, federation: Federation, optimizer: ServerOptimizer, timer: PhaseTimer
+) -> Server:
+    return Server(
+        optimizer,
+        federation.cohort_size,
+        resolved(config.row_mean),
+        federation.quorum,
+        on_phase=timer.end_phase,
+        defence=defence(config),
+        absent=federation.absent,
+        noise=federation.noise,
+    )
 
 
 def _to_the_end(
@@ -428,23 +434,3 @@ def _first_state(job: _Job, theta_P: torch.Tensor) -> tuple[ServerState, dict[st
 
 def _due(round: int, every: int, rounds: int) -> bool:
     return round == rounds or (every > 0 and round % every == 0)
-
-
-class PhaseTimer:
-    """Seconds by phase. After a round's record comes its checkpoint: it counts to the next."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def end_phase(self, phase: str) -> None:
-        """The time since the last call belongs to this phase."""
-        now = time.perf_counter()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def restart(self) -> dict[str, float]:
-        """Seconds by phase since the last restart."""
-        seconds, self._seconds = self._seconds, {}
-        self._last = time.perf_counter()
-        return seconds
