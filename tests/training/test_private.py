@@ -183,5 +183,5 @@ def test_whether_an_update_counts_depends_on_no_other_client(tmp_path):
     # The defences compare clients with each other: with them a client changes more than its part.
     assert defence(PRIVATE) == Defence()
     assert defence(dataclasses.replace(PRIVATE, noise=0.0)).norm_bound > 0
-    with pytest.raises(ConfigError, match="^noise: .*aggregate median"):
+    with pytest.raises(ConfigError, match=r"^noise: .*aggregate median"):
         train(tmp_path / "run", dataclasses.replace(PRIVATE, aggregate="median"))
