@@ -190,7 +190,7 @@ def table(report: common.Report, short: bool, seeds: Sequence[int]) -> bool:
         f"MAP@10 on {config.test_classes:.0%} of {config.glyphs_classes} generated classes, "
         f"{config.glyphs_clients} clients, {config.rounds} rounds of {config.clients_per_round}, "
         f"seeds {', '.join(map(str, seeds))}",
-        "none: no bound, no cap; default: norm_bound 5, weight_cap 10; the others: these, and",
+        "none: no bound, no cap; default: norm_bound 20, weight_cap 10; the others: these, and",
         "aggregate; (refused: % of updates, by default); -: the run ended with an error;",
         f"*: claimed, and at least {BAR:g} of undisturbed",
         "",

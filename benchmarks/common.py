@@ -405,7 +405,9 @@ def plan_of(num_classes: int, sample_size: int, local: LocalTraining, round: int
 def first_state(embedder: Embedder, num_classes: int) -> ServerState:
     """What the server starts from under FedAvgM."""
     theta_P = flatten_(embedder).theta_P.clone()
-    rows = with_sums(create_class_rows(num_classes, DIM, OPTIMIZER.slots, 0))
+    rows = with_sums(
+        create_class_rows(num_classes, embedder.spec.embedding_size, OPTIMIZER.slots, 0)
+    )
     return ServerState(theta_P, {"momentum": torch.zeros_like(theta_P)}, rows, 0)
 
 
@@ -422,7 +424,7 @@ def engine_of(
 ) -> Iterator[LocalEngine]:
     """The local engine under FedAvgM; ``more`` are its other arguments."""
     shapes = tuple(p.shape for p in embedder.parameters() if p.requires_grad)
-    wire = WireFormat(shapes, DIM, num_classes)
+    wire = WireFormat(shapes, embedder.spec.embedding_size, num_classes)
     with local_engine(embedder, clients, OPTIMIZER, wire, workers, **more) as engine:
         yield engine
 

@@ -217,7 +217,7 @@ class Config:
 
     row_dtype: RowDtype = "float32"
     row_store: RowStore = "memory"
-    norm_bound: float = 5.0
+    norm_bound: float = 20.0
     weight_cap: float = 10.0
     aggregate: Aggregate = "mean"
 

@@ -42,7 +42,9 @@ def test_every_problem_gets_settings_that_can_be(config: Config, problem: Proble
     resolved, settings = resolve(config, problem)
     assert list(settings) == [name for name in settings if name in AUTO]
     # These follow from n, which a federation learns while it runs.
-    later = {"sample_size"} if problem is None else set()
+    later = {"sample_size", "delta"} if problem is None or not config.noise else set()
+    if problem is not None:
+        later -= {"sample_size"}
     assert set(settings) == set(AUTO) - later
     for name, setting in settings.items():
         assert getattr(resolved, name) == setting.value != "auto"
@@ -61,7 +63,7 @@ def test_a_run_has_eight_evaluations_or_more(rounds: int) -> None:
     assert rounds // every < 16 or every == 20
 
 
-@given(config=configs, problem=problems, name=st.sampled_from(AUTO))
+@given(config=configs, problem=problems, name=st.sampled_from([n for n in AUTO if n != "delta"]))
 def test_a_value_of_the_user_wins(config: Config, problem: Problem, name: str) -> None:
     value = {
         "row_mean": "holders",
@@ -178,7 +180,7 @@ def test_a_run_writes_its_settings_and_keeps_to_them(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     assert written["config"]["class_row_lr"] == "auto"
     assert written["config"]["client_lr"] == 0.04
-    assert set(written["resolved"]) == set(written["why"]) == set(AUTO) - {"client_lr"}
+    assert set(written["resolved"]) == set(written["why"]) == set(AUTO) - {"client_lr", "delta"}
     # How often a run is evaluated decides no weight: versions may differ in that.
     del written["resolved"]["eval_every"]
     path.write_text(json.dumps(written | {"config": written["config"] | {"eval_every": 20}}))
