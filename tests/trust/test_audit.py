@@ -345,3 +345,12 @@ def test_rounds_that_cannot_be_trained_again_are_not(tmp_path, runs):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = audit(tmp_path / "other", seconds=600)
     assert (found.trained_again, found.why) == (1, "round 2 came out otherwise than recorded")
+
+
+def test_a_backbone_alone_tells_of_images(tmp_path):
+    """Images that a client trains on move otherwise than others of their classes."""
+    changes = {"method": "local-heads", "client_lr": 0.2, "class_row_lr": 0.3, "local_epochs": 8}
+    found = last(audit(train(tmp_path / "run", **changes), seconds=600))
+    assert found["membership"].succeeds
+    assert not found["membership"].hidden
+    assert found["membership"].recall > 0.3
