@@ -277,7 +277,7 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1).double() for tensor in state.values()])
 
 
-@pytest.mark.parametrize("method", ["fedss", "moments"])
+@pytest.mark.parametrize("method", ["fedss", "moments", "local-heads"])
 def test_a_stack_changes_rounding_alone(method, tmp_path):
     gentle = dataclasses.replace(SMALL, class_row_lr=0.1, workers=2)
     for stack in (1, 2, 3):
