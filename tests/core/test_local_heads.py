@@ -96,7 +96,8 @@ def test_it_is_a_plain_loop_over_rows_of_means(steps, local):
     for client in range(4):
         update = trained(told, client)
         delta_P, loss = by_hand(told, client)
-        torch.testing.assert_close(update.backbone_delta_P.double(), delta_P, atol=5e-6, rtol=0)
+        off = (update.backbone_delta_P - delta_P).norm()
+        assert off < 1e-4 * delta_P.norm() + 2e-6
         assert update.loss == pytest.approx(loss, rel=1e-4, abs=1e-6)
         assert update.backbone_delta_P.norm() > 1e-3
 
