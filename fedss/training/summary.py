@@ -148,10 +148,7 @@ def notes(config: Config, data: Dataset) -> list[str]:
     return [*lines, *outlook(told, len(data.train.client_names))]
 
 
-_OF_SERVER_ROWS = (
-    *("sample_size", "rows_init", "row_mean", "normalize_rows", "rows_down", "rows_up"),
-    *("row_dtype", "row_store"),
-)
+_OF_SERVER_ROWS = ("rows_init", "row_mean", "normalize_rows", "row_dtype", "row_store")
 
 
 def unused_settings(config: Config) -> set[str]:

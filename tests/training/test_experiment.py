@@ -806,8 +806,7 @@ def test_a_sampler_that_breaks_its_promise_is_named(tmp_path):
 
 
 OTHERS = {"sampler": "deck", "correction": 0.5, "cover": 2, "spread_out_weight": 1.0}
-OTHERS |= {"rows_down": "int8", "rows_up": "int4", "row_mean": "holders", "sample_size": 5}
-OTHERS |= {"normalize_rows": False, "row_dtype": "bfloat16", "row_store": "file"}
+OTHERS |= {"row_mean": "holders", "row_dtype": "bfloat16", "row_store": "file"}
 
 
 @pytest.mark.parametrize("method", METHODS)
