@@ -187,12 +187,9 @@ class ClassRequest:
 
 
 def shared_classes(plan: RoundPlan) -> Tensor | None:
-    """Line 2: the classes that every client of the round asks for, sorted; None: they differ.
-
-    Where class rows stay with the clients, none.
-    """
+    """Line 2: the classes that every client of the round asks for, sorted; None: they differ."""
     if plan.method.local_rows:
-        return torch.arange(0)
+        return torch.arange(0)  # all rows stay with the clients
     if plan.requests == "common":
         return torch.from_numpy(common_classes(plan))
     return torch.arange(plan.num_classes) if plan.requests == "all" else None
