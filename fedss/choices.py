@@ -26,6 +26,7 @@ METHOD_SUMMARIES = {
     "neg-only": "softmax of each label against the sampled negatives alone",
     "fedaws": "squared hinge on own classes alone; the server spreads class rows out",
     "fedss-published": "sampled softmax, corrected by 1/q alone: FedSS as published",
+    "local-heads": "softmax over own classes, whose rows never leave the client",
     "central": "images pooled, full softmax, plain SGD; a reference without federation",
 }
 """The methods of :data:`fedss.losses.methods.METHODS`, with a line on each."""

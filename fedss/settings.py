@@ -59,7 +59,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
 
         trainable        all; with trained weights head
         projection_init  random; with trained weights whitened, unless there is noise
-        rows_init        random; means where the projection is whitened
+        rows_init        random; means where the projection is whitened (not local-heads)
         embedding_size   64; 512 where the projection is whitened
         batch_size       B = 8; 128 for the last blocks of trained weights (last-K)
         server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
@@ -69,7 +69,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
                          E = R K I / n: how often a class is seen in training
                          m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
                          a class in a round, and B / P in a batch
-                         (moments 1 / m, central 2 / m)
+                         (moments 1 / m, central 2 / m, local-heads 4 / m)
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n; with requests common max(64, n / 2)
         row_mean         the method's; with noise cohort
         delta            N^-1.1, where there is noise
@@ -111,6 +111,8 @@ def _projection_init(config: Config, problem: Problem | None) -> Setting:
 
 
 def _rows_init(config: Config, problem: Problem | None) -> Setting:
+    if METHODS[config.method].local_rows:
+        return Setting("random", "the server keeps no class rows")
     if config.projection_init == "whitened":
         return Setting("means", "the projection is whitened: embeddings are of use from the start")
     return Setting("random", "embeddings of an untrained network are not of use")

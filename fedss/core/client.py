@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedss.choices import RowRequests
 from fedss.core.privacy import Clipping, clip_parts
@@ -154,6 +155,8 @@ class Trainable(Protocol):
 def limit_own_classes(plan: RoundPlan, client: int, label_N: np.ndarray) -> np.ndarray:
     """Line 2, at the client: the classes of its images, or a random part that fits the sample;
     of a set that is common to a round, those that it has."""
+    if plan.method.local_rows:
+        return np.unique(label_N)
     if plan.requests == "common":
         return np.intersect1d(label_N, common_classes(plan))
     n, size = plan.num_classes, plan.sample_size
@@ -185,6 +188,8 @@ class ClassRequest:
 
 def shared_classes(plan: RoundPlan) -> Tensor | None:
     """Line 2: the classes that every client of the round asks for, sorted; None: they differ."""
+    if plan.method.local_rows:
+        return torch.arange(0)  # all rows stay with the clients
     if plan.requests == "common":
         return torch.from_numpy(common_classes(plan))
     return torch.arange(plan.num_classes) if plan.requests == "all" else None
@@ -250,7 +255,7 @@ class Learner:
     Its tensors lie where the backbone is trained. ``batches`` has, for each local step, the numbers
     of the images, the positions of their labels in S, and the parameters by which the images
     are changed, [B, A]. ``rows_SD`` and ``losses`` change. What it learns is returned ``weight``
-    times.
+    times. ``example_N`` and ``target_N`` are all images that it may use and their labels in S.
     """
 
     client: int
@@ -261,6 +266,8 @@ class Learner:
     rows_SD: Tensor
     absent: AbsentClasses | None
     losses: list[Tensor]
+    example_N: np.ndarray
+    target_N: Tensor
     weight: float = 1.0
 
 
@@ -311,8 +318,28 @@ def prepare(
         rows_SD.clone().requires_grad_(),
         absent,
         [],
+        example_N,
+        torch.from_numpy(target_N).to(device, non_blocking=True),
         weight,
     )
+
+
+def make_rows_(plan: RoundPlan, model: Trainable, learner: Learner) -> None:
+    """Line 3, where class rows stay with the clients: rows of own classes, made anew.
+
+    ``w_i = sum_{y(x) = i} h(x) / |.|`` under the backbone that was sent, which ``model`` has;
+    then steps on the rows alone, by the loss of all images.
+    """
+    target_N, dim = learner.target_N, learner.rows_SD.shape[1]
+    with torch.no_grad():
+        parts = np.array_split(learner.example_N, -(-len(target_N) // 256))
+        h_ND = torch.cat([model.embed(model.images(part)) for part in parts])
+        sums_SD = h_ND.new_zeros(len(learner.sample.ids_S), dim).index_add_(0, target_N, h_ND)
+    learner.rows_SD = F.normalize(sums_SD, dim=1).requires_grad_()
+    for _ in range(plan.method.head_steps or 0):
+        batch_loss(plan, learner, h_ND, target_N).backward()  # type: ignore[no-untyped-call]
+        step_own_rows_(plan, learner)
+    learner.losses.clear()
 
 
 def training_images(
@@ -341,11 +368,12 @@ def step_own_rows_(plan: RoundPlan, learner: Learner) -> None:
 def client_update(plan: RoundPlan, learner: Learner, theta_P: Tensor) -> ClientUpdate:
     """Line 4: what local training changed, on the CPU."""
     submodel, losses = learner.submodel, learner.losses or [torch.zeros(())]
+    rows_SD = submodel.rows_SD if plan.method.local_rows else learner.rows_SD.detach()
     update = ClientUpdate(
         learner.client,
         (theta_P - submodel.broadcast.backbone_P).cpu(),
         submodel.ids_S,
-        (learner.rows_SD.detach() - submodel.rows_SD).cpu(),
+        (rows_SD - submodel.rows_SD).cpu(),
         learner.num_examples,
         float(torch.stack(losses).mean().cpu()),
     )
@@ -409,6 +437,8 @@ def train_client(
     device = model.theta_P.device
     learner = prepare(plan, client, submodel, sample, example_N, label_N, device)
     model.theta_P.copy_(learner.submodel.broadcast.backbone_P)
+    if plan.method.local_rows:
+        make_rows_(plan, model, learner)
     for example_B, target_B, drawn_BA in learner.batches:
         model.grad_P.zero_()
         h_BD = model.embed(training_images(plan, model, example_B, drawn_BA))

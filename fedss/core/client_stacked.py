@@ -23,6 +23,7 @@ from fedss.core.client import (
     Trainable,
     batch_loss,
     client_update,
+    make_rows_,
     step_own_rows_,
     training_images,
 )
@@ -43,6 +44,10 @@ def train_clients(
     learners = sorted(learners, key=lambda learner: -len(learner.batches))
     backbone_P = learners[0].submodel.broadcast.backbone_P
     theta_KP = backbone_P.repeat(len(learners), 1)
+    if plan.method.local_rows:
+        model.theta_P.copy_(backbone_P)
+        for learner in learners:
+            make_rows_(plan, model, learner)
     for step in range(len(learners[0].batches)):
         active = [learner for learner in learners if step < len(learner.batches)]
         examples, targets, drawn = zip(*(learner.batches[step] for learner in active), strict=True)

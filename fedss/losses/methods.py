@@ -41,6 +41,9 @@ class Method:
         row_optimizer: kind of the server optimizer of class rows; None: as the backbone's.
         server_step: what the server does to all class rows [N, D] after each round; gets the
             fields of the configuration in ``server_settings`` as keyword arguments.
+        head_steps: clients make the rows of their own classes at each visit and keep them to
+            themselves: means of embeddings, then so many steps with the backbone frozen. None:
+            the server keeps all class rows.
         pooled: images are pooled first: a reference, not federated learning.
         row_mean, class_row_lr: what ``auto`` is for this method; None: see
             :func:`fedss.settings.resolve`.
@@ -56,6 +59,7 @@ class Method:
     row_optimizer: Literal["sgd", "momentum", "adam"] | None = None
     server_step: Callable[..., Tensor] | None = None
     server_settings: tuple[str, ...] = ()
+    head_steps: int | None = None
     pooled: bool = False
     row_mean: RowMean = "cohort"
     class_row_lr: float | None = None
@@ -64,6 +68,11 @@ class Method:
     def moments(self) -> bool:
         """Whether the server keeps the sums of all class rows, for a payload."""
         return self.payload is not None
+
+    @property
+    def local_rows(self) -> bool:
+        """Whether class rows stay with the clients."""
+        return self.head_steps is not None
 
 
 METHODS: dict[str, Method] = {
@@ -116,6 +125,14 @@ METHODS: dict[str, Method] = {
             METHOD_SUMMARIES["fedss-published"],
             "sampled",
             sampled_softmax,
+        ),
+        Method(
+            "local-heads",
+            METHOD_SUMMARIES["local-heads"],
+            "none",
+            sampled_softmax,
+            head_steps=0,
+            class_row_lr=4.0,
         ),
         Method(
             "central",

@@ -30,7 +30,7 @@ PNG_SIZE = 6.4 * 72, 4 * 72
 LABEL_GAP = 16
 # A method's slot (colour, dashes, marker) is that of its place among those that train on clients;
 # a reference on pooled images has one of its own. All other names take turns at the rest.
-_METHOD_SLOTS = tuple(f"method-{place}" for place in range(1, 9))
+_METHOD_SLOTS = tuple(f"method-{place}" for place in range(1, 10))
 SLOTS = (*_METHOD_SLOTS, "pooled")
 EXTRA_SLOTS = tuple(f"extra-{number}" for number in range(1, 13))
 _FEDERATED = [method.name for method in METHODS.values() if not method.pooled]
@@ -43,6 +43,7 @@ DASHES: Mapping[str, tuple[float, ...] | None] = {
     **{"method-1": None, "method-2": None, "method-3": (9, 2.5), "method-4": (5, 2)},
     **{"method-5": (2, 1.5), "method-6": (7, 2, 2, 2), "method-7": (4, 1.5, 1, 1.5)},
     "method-8": (6, 1.5, 1.5, 1.5),
+    "method-9": (3, 3),
     "pooled": (1, 2),
     **{slot: (None, (5, 2), (2, 1.5))[i % 3] for i, slot in enumerate(EXTRA_SLOTS)},
 }

@@ -20,6 +20,7 @@ from fedss.data import (
     Dataset,
     Images,
     RetrievalTask,
+    count_own_classes,
     load_dataset,
     rotate_classes,
     split_clients,
@@ -312,6 +313,15 @@ def check_trainable(data: Dataset) -> None:
         raise DataError(
             f"data set {data.name!r} has no training images, only images to test with: give "
             "some the split 'train'. To judge a trained model on them: fedss evaluate"
+        )
+
+
+def check_own_classes(config: Config, data: Dataset) -> None:
+    """Raise a ConfigError if clients are to tell their own classes apart, and all have but one."""
+    if METHODS[config.method].local_rows and int(count_own_classes(data.train).max()) == 1:
+        raise ConfigError(
+            f"method: {config.method} has clients tell their own classes apart, and each of them "
+            "has one; take fedss, whose rows come from the server"
         )
 
 

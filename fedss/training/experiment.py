@@ -40,6 +40,7 @@ from fedss.settings import Problem, Setting, problem_of, resolve, small_images
 from fedss.text import counted
 from fedss.training.build import (
     build_model,
+    check_own_classes,
     check_trainable,
     chosen_sampler,
     compute_device,
@@ -195,6 +196,7 @@ def _check(configs: Sequence[Config], data: Dataset, own: OwnParts) -> None:
     for config in configs:
         told, _ = resolve(config, problem_of(data))
         sample_size(told, len(data.train.class_names))
+        check_own_classes(config, data)
         if (task := task_in_training(config, data)) is not None:
             check_tellable(task, data.name, config.test_classes, config.eval_split)
         compute_device(config)

@@ -19,11 +19,12 @@ _CHANGED = "rounds"  # what a run that goes on may have another of
 
 
 def same_shape(config: Config) -> bool:
-    """Whether all clients of a round send changes of the same class rows.
+    """Whether all clients of a round send changes of the same class rows, or of none.
 
     Otherwise the rows that a client asks for, and sends, name its classes, and no noise hides that.
     """
-    return METHODS[config.method].negatives == "all" or config.requests != "own"
+    method = METHODS[config.method]
+    return method.negatives == "all" or method.local_rows or config.requests != "own"
 
 
 def check_private(config: Config, clients: int | None) -> None:
@@ -43,7 +44,8 @@ def check_private(config: Config, clients: int | None) -> None:
     if not same_shape(config):
         raise ConfigError(
             f"noise: the class rows that a client of method {config.method} asks for name its "
-            "classes, which no noise hides; take method full, or fedss with requests common or all"
+            "classes, which no noise hides; take full or local-heads, or fedss with requests "
+            "common or all"
         )
     if config.aggregate != "mean":
         raise ConfigError(

@@ -139,8 +139,16 @@ def notes(config: Config, data: Dataset) -> list[str]:
                 f"own classes fill more than half of |S| = {size} at {crowded:,} of "
                 f"{len(own_K):,} clients"
             )
+    if METHODS[config.method].local_rows and (alone := int((own_K == 1).sum())):
+        lines.append(
+            f"one class at {alone:,} of {len(own_K):,} clients, which with {config.method} learn "
+            "nothing"
+        )
     check_private(told, len(data.train.client_names))
     return [*lines, *outlook(told, len(data.train.client_names))]
+
+
+_OF_SERVER_ROWS = ("rows_init", "row_mean", "normalize_rows", "row_dtype", "row_store")
 
 
 def unused_settings(config: Config) -> set[str]:
@@ -150,6 +158,7 @@ def unused_settings(config: Config) -> set[str]:
         ("sampler", "correction"): method.negatives == "sampled",
         ("cover",): method.negatives == "cover",
         ("moments_rank",): method.moments,
+        _OF_SERVER_ROWS: not method.local_rows,
         **{other.server_settings: other.name == method.name for other in METHODS.values()},
     }
     unused = {name for names, used in groups.items() if not used for name in names}

@@ -54,7 +54,7 @@ def warm_up_(
     if count > MOST_TELLING:
         rng = generator(config.seed, "features")
         asked = np.sort(rng.choice(count, MOST_TELLING, replace=False))
-    by_class = config.rows_init == "means"
+    by_class = config.rows_init == "means" and not METHODS[config.method].local_rows
     sums = engine.feature_sums(backbone_P, asked.tolist(), by_class)
     if not all(bool(of_client.sums_PF.isfinite().all()) for of_client in sums):
         raise ConfigError(OVERFLOW)

@@ -39,7 +39,8 @@ def audit(
     of_requests, requests = attack_requests(simulated)
     of_updates, trained, why = attack_updates(simulated, seconds)
     plan = simulated.plan(0)
-    told = simulated.config.rows_init == "means"  # before the first round, of all own classes
+    # Before the first round, of all own classes.
+    told = simulated.config.rows_init == "means" and not plan.method.local_rows
     hidden = frozenset[str]() if told else hides(plan, requests.fits)
     found = [replace(f, hidden=f.name in hidden) for f in (*of_requests, *of_updates)]
     return Audit(_mode(plan), len(simulated.records), trained, why, len(requests.common), found)
@@ -51,7 +52,7 @@ def hides(plan: RoundPlan, fits: bool) -> frozenset[str]:
     ``fits``: clients ask for all their classes in each round. Those that take turns give
     themselves away beside negatives that stay.
     """
-    if plan.method.negatives == "all" or plan.requests != "own":
+    if plan.method.negatives == "all" or plan.requests != "own" or plan.method.local_rows:
         return frozenset(("request", "replay", "intersection"))
     if not draws(plan) or plan.sampler.drawn_by == "server" or plan.secret is None:
         return frozenset()

@@ -65,11 +65,11 @@ class _Updates:
             self.direction.add(attacks.update_direction(ids_S, delta_SD), own_P)
             used_P = limit_own_classes(plan, k, labels_N)
             size_P = np.array([np.sum(labels_N == label) for label in used_P])
-            if len(size_P) and size_P.min() < size_P.max():
+            if len(ids_S) and len(size_P) and size_P.min() < size_P.max():
                 self.size.add(attacks.class_size(ids_S, delta_SD), used_P[size_P > size_P.mean()])
                 self.used += len(used_P)
             pairs = _pairs(self.simulated, plan, k, used_P)
-            if len(pairs) and len(ids_S) > 1:
+            if len(pairs) and (len(ids_S) > 1 or plan.method.local_rows):
                 gain_N = _gain(self.simulated, engine, state, plan, update, pairs.ravel())
                 gains.append((gain_N[::2], gain_N[1::2]))
         self._look_for_members(gains)
@@ -85,10 +85,10 @@ class _Updates:
     def findings(self, rounds: int) -> list[Finding]:
         """What attacks have come to by now."""
         guess = self.all.precision
-        found = [
-            self.norm.finding("update norm", rounds, guess),
-            self.direction.finding("update direction", rounds, guess),
-        ]
+        found = []
+        if self.all.named:
+            found.append(self.norm.finding("update norm", rounds, guess))
+            found.append(self.direction.finding("update direction", rounds, guess))
         if self.left:
             both = Score()
             for k, left in self.left.items():
@@ -125,8 +125,18 @@ def _gain(
     update: ClientUpdate,
     example_N: np.ndarray,
 ) -> np.ndarray:
-    """By how much an update raises the log odds of images' labels: more, the less loss is left."""
+    """By how much an update raises the log odds of images' labels: more, the less loss is left.
+    Of a backbone alone: how far it moves their embeddings.
+    """
     images = simulated.data.train
+    if plan.method.local_rows:
+        after_P = state.backbone_P + update.backbone_delta_P
+        before_ND, after_ND = (
+            engine.embed(theta_P, images.pixels[example_N])
+            for theta_P in (state.backbone_P, after_P)
+        )
+        moved_N: np.ndarray = (after_ND - before_ND).double().norm(dim=1).log().numpy()
+        return moved_N
     target_N = torch.from_numpy(np.searchsorted(update.ids_S.numpy(), images.labels[example_N]))
     # A margin is part of training, not of what the model believes.
     scoring = replace(plan.scoring, margin_kind="none")

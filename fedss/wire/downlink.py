@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedss.core.algorithm import broadcast, deal_classes, select
 from fedss.core.class_rows import rows_of, union
-from fedss.core.client import Broadcast, ClassRequest, RoundPlan, Submodel
+from fedss.core.client import Broadcast, ClassRequest, RoundPlan, Submodel, shared_classes
 from fedss.core.optimizers import ServerOptimizer
 from fedss.core.state import ServerState
 from fedss.losses.softmax import ClassSample
@@ -72,7 +72,8 @@ def answer_requests(
     }
     ids_U = union([*ids.values()])
     rows_UD = select(optimizer, state, ids_U)
-    to_all, shared = encode_broadcast(wire, broadcast(state, plan)), plan.requests != "own"
+    to_all = encode_broadcast(wire, broadcast(state, plan))
+    shared = shared_classes(plan) is not None
     if shared:
         to_all = {**to_all, **encode_answer(wire, ids_U, rows_UD, None)}
     return Downlink(wire, to_all, ids, dealt, ids_U, rows_UD, shared)
@@ -91,7 +92,9 @@ def receive(
         sample = decode_dealt(wire, answer, request.own_P)
     elif not torch.equal(request.ids_S, decode_request(wire, answer)):
         raise ValueError("the server sent rows of other classes than were asked for")
-    rows_SD = decode_answer(wire, answer)
+    ids_S, rows_SD = sample.ids_S, decode_answer(wire, answer)
     if request.shared_R is not None:
-        rows_SD = rows_of(rows_SD, request.shared_R, sample.ids_S)
-    return Submodel(sent, sample.ids_S, rows_SD), sample
+        # Where class rows stay with the clients, it asks for none.
+        ids_S = ids_S if len(request.shared_R) else request.shared_R
+        rows_SD = rows_of(rows_SD, request.shared_R, ids_S)
+    return Submodel(sent, ids_S, rows_SD), sample

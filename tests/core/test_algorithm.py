@@ -99,8 +99,9 @@ class PlainEngine:
         chosen = zip(cohort.tolist(), samples, strict=True)
         for client, sample in reversed(list(chosen)) if self.reverse else chosen:
             example_N = self.clients.examples(client)
-            rows_SD = select(self.optimizer, state, sample.ids_S)
-            submodel = Submodel(broadcast(state, plan), sample.ids_S, rows_SD)
+            ids_S = torch.arange(0) if plan.method.local_rows else sample.ids_S
+            rows_SD = select(self.optimizer, state, ids_S)
+            submodel = Submodel(broadcast(state, plan), ids_S, rows_SD)
             yield train_client(
                 plan, client, self.model, submodel, sample, example_N, labels_N[example_N]
             )

@@ -47,6 +47,7 @@ CASES = {
             "clients_per_round": 1,
         },
         "fedaws": {"method": "fedaws", "workers": 2},
+        "local heads": {"method": "local-heads"},
         "all": {"requests": "all", "server_optimizer": "adam"},
         "common": {"requests": "common", "sample_size": 3, "local_steps": 2},
         "adaptive norm": {"clip": "adaptive:0.5"},

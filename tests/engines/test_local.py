@@ -31,7 +31,10 @@ def local(workers: int = 2, **wire: str):
 @pytest.mark.parametrize(
     ("method", "sampler"),
     [
-        *((method, "uniform") for method in ("full", "pos-only", "fedaws", "moments")),
+        *(
+            (method, "uniform")
+            for method in ("full", "pos-only", "fedaws", "moments", "local-heads")
+        ),
         *(("fedss", sampler) for sampler in SAMPLERS),
     ],
 )

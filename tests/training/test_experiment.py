@@ -277,7 +277,7 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1).double() for tensor in state.values()])
 
 
-@pytest.mark.parametrize("method", ["fedss", "moments"])
+@pytest.mark.parametrize("method", ["fedss", "moments", "local-heads"])
 def test_a_stack_changes_rounding_alone(method, tmp_path):
     gentle = dataclasses.replace(SMALL, class_row_lr=0.1, workers=2)
     for stack in (1, 2, 3):
@@ -345,8 +345,9 @@ INT4 = dict.fromkeys(("rows_down", "rows_up", "backbone_down", "backbone_up"), "
         {"method": "moments", "moments_rank": 2, "cover": 2, "sampler": "deck", **INT4},
         {"sampler": "deck"},
         {"sampler": "sticky", **INT4},
+        {"method": "local-heads", **INT4},
     ],
-    ids=["fedss", "moments", "moments-int4", "deck", "sticky-int4"],
+    ids=["fedss", "moments", "moments-int4", "deck", "sticky-int4", "local-heads-int4"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, settings):
     config = dataclasses.replace(SMALL, **settings)
@@ -805,6 +806,7 @@ def test_a_sampler_that_breaks_its_promise_is_named(tmp_path):
 
 
 OTHERS = {"sampler": "deck", "correction": 0.5, "cover": 2, "spread_out_weight": 1.0}
+OTHERS |= {"row_mean": "holders", "row_dtype": "bfloat16", "row_store": "file"}
 
 
 @pytest.mark.parametrize("method", METHODS)

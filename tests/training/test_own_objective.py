@@ -81,12 +81,12 @@ def test_another_loss_gives_another_model(tmp_path):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_method_that_its_loss_makes_keeps_it(tmp_path, method):
     config = dataclasses.replace(SMALL, method=method, rounds=1)
-    if method in ("full", "fedss", "pos-only", "fedss-published", "central"):
+    if method in ("full", "fedss", "pos-only", "fedss-published", "local-heads", "central"):
         train(tmp_path / "run", config, objective=mine)
         return
     message = (
         f"objective 'mine': method {method} .*expected .* full, fedss, pos-only, "
-        "fedss-published, central"
+        "fedss-published, local-heads, central"
     )
     with pytest.raises(fedss.ConfigError, match=message):
         train(tmp_path / "run", config, objective=mine)

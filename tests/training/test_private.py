@@ -49,10 +49,12 @@ def test_what_a_private_run_tells(tmp_path):
     assert "not a privacy method" not in card
 
 
-def test_bytes_are_those_of_messages(tmp_path):
+@pytest.mark.parametrize("method", ["full", "local-heads"])
+def test_bytes_are_those_of_messages(method, tmp_path):
     """Worked out for as many clients as there are on average, they are what each one sends."""
-    told = lines(train(tmp_path / "run", dataclasses.replace(PRIVATE, rounds=1)).folder)[0]
-    plain = dataclasses.replace(PRIVATE, rounds=1, noise=0.0)
+    noisy = dataclasses.replace(PRIVATE, rounds=1, method=method)
+    told = lines(train(tmp_path / "run", noisy).folder)[0]
+    plain = dataclasses.replace(noisy, noise=0.0)
     sent = lines(train(tmp_path / "plain", plain).folder)[0]
     names = [name for name in sent if "bytes" in name or name in ("class_rows", "clients")]
     assert {name: told[name] for name in names} == {name: sent[name] for name in names}
@@ -92,7 +94,7 @@ def test_a_run_ends_before_it_spends_more_than_its_budget(tmp_path):
         train(tmp_path / "none", dataclasses.replace(config, epsilon=1e-3))
 
 
-@pytest.mark.parametrize("method", [m for m in fedss.METHODS if m != "full"])
+@pytest.mark.parametrize("method", [m for m in fedss.METHODS if m not in ("full", "local-heads")])
 def test_methods_that_ask_for_own_classes_claim_nothing(method, tmp_path):
     with pytest.raises(ConfigError, match=r"^noise: ") as caught:
         train(tmp_path / "run", dataclasses.replace(PRIVATE, method=method))
