@@ -120,7 +120,8 @@ def test_several_ranks_train_what_one_does(size, alone, tmp_path):
             assert len(set(changed)) == 1
             if config.noise:
                 continue  # Each round is kept, and its record does not tell who took part.
-            assert (changed[0] == 0) == (record["round"] % config.checkpoint_every == 1)
+            if not fedss.METHODS[config.method].local_rows:
+                assert (changed[0] == 0) == (record["round"] % config.checkpoint_every == 1)
             totals = [sum(share) for share in examples]
             assert sum(map(len, examples)) == record["clients"]
             assert sum(totals) == record["examples"]
