@@ -64,7 +64,7 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         batch_size       B = 8; 128 for the last blocks of trained weights (last-K)
         server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
         client_lr        0.05; where the projection is whitened at most 60 (1 - b) / (R T),
-                         T = I / B local steps in a round (central 120 / (R K T))
+                         T = max(1, I / B) local steps (central 120 / (R K T))
         class_row_lr     g K (1 - b), g = max(1/2, min(40 / E, E / 2)) / m
                          E = R K I / n: how often a class is seen in training
                          m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
