@@ -94,22 +94,15 @@ def new_record(
     """The record of a round, with one update or more; see :class:`Record`."""
     traffic = {name: sum(update.traffic[name] for update in updates) for name in updates[0].traffic}
     traffic["class_rows"] = sum(len(update.ids_S) for update in updates)
-    record = {
-        "round": plan.round + 1,
+    told = {
         "loss": sum(update.loss for update in updates) / len(updates),
         "clients": len(updates),
         "examples": sum(update.num_examples for update in updates),
-        "num_classes": plan.num_classes,
-        "num_clients": num_clients,
         **(dict.fromkeys(traffic) if plan.method.pooled else traffic),
-        "client_lr": plan.local.lr,
-        "class_row_lr": plan.local.row_lr,
-        "seconds": seconds,
-        "metrics": metrics,
     }
     if failures or attempts > 1:
-        record |= {"failures": list(failures), "attempts": attempts}
-    return cast(Record, record)
+        told |= {"failures": list(failures), "attempts": attempts}
+    return _of_round(plan, num_clients, seconds, metrics, told)
 
 
 def private_record(
@@ -127,19 +120,33 @@ def private_record(
     counts are those of ``cohort_size`` clients, as many as there are on average, all of which have
     messages of ``message_bytes``.
     """
-    record = {
-        "round": plan.round + 1,
+    told = {
         "loss": None,
         "clients": cohort_size,
         "examples": None,
+        **{name: cohort_size * size for name, size in message_bytes.items()},
+        "epsilon": epsilon,
+    }
+    return _of_round(plan, num_clients, seconds, metrics, told)
+
+
+def _of_round(
+    plan: RoundPlan,
+    num_clients: int,
+    seconds: Mapping[str, float],
+    metrics: Mapping[str, float] | None,
+    told: Mapping[str, Any],
+) -> Record:
+    """What every record has, and what its clients told."""
+    record = {
+        "round": plan.round + 1,
+        **told,
         "num_classes": plan.num_classes,
         "num_clients": num_clients,
-        **{name: cohort_size * size for name, size in message_bytes.items()},
         "client_lr": plan.local.lr,
         "class_row_lr": plan.local.row_lr,
         "seconds": seconds,
         "metrics": metrics,
-        "epsilon": epsilon,
     }
     return cast(Record, record)
 
