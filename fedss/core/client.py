@@ -324,11 +324,10 @@ def prepare(
     )
 
 
-def make_rows_(plan: RoundPlan, model: Trainable, learner: Learner) -> None:
+def make_rows_(model: Trainable, learner: Learner) -> None:
     """Line 3, where class rows stay with the clients: rows of own classes, made anew.
 
-    ``w_i = sum_{y(x) = i} h(x) / |.|`` under the backbone that was sent, which ``model`` has;
-    then steps on the rows alone, by the loss of all images.
+    ``w_i = sum_{y(x) = i} h(x) / |.|`` under the backbone that was sent, which ``model`` has.
     """
     target_N, dim = learner.target_N, learner.rows_SD.shape[1]
     with torch.no_grad():
@@ -336,10 +335,6 @@ def make_rows_(plan: RoundPlan, model: Trainable, learner: Learner) -> None:
         h_ND = torch.cat([model.embed(model.images(part)) for part in parts])
         sums_SD = h_ND.new_zeros(len(learner.sample.ids_S), dim).index_add_(0, target_N, h_ND)
     learner.rows_SD = F.normalize(sums_SD, dim=1).requires_grad_()
-    for _ in range(plan.method.head_steps or 0):
-        batch_loss(plan, learner, h_ND, target_N).backward()  # type: ignore[no-untyped-call]
-        step_own_rows_(plan, learner)
-    learner.losses.clear()
 
 
 def training_images(
@@ -438,7 +433,7 @@ def train_client(
     learner = prepare(plan, client, submodel, sample, example_N, label_N, device)
     model.theta_P.copy_(learner.submodel.broadcast.backbone_P)
     if plan.method.local_rows:
-        make_rows_(plan, model, learner)
+        make_rows_(model, learner)
     for example_B, target_B, drawn_BA in learner.batches:
         model.grad_P.zero_()
         h_BD = model.embed(training_images(plan, model, example_B, drawn_BA))

@@ -47,7 +47,7 @@ def train_clients(
     if plan.method.local_rows:
         model.theta_P.copy_(backbone_P)
         for learner in learners:
-            make_rows_(plan, model, learner)
+            make_rows_(model, learner)
     for step in range(len(learners[0].batches)):
         active = [learner for learner in learners if step < len(learner.batches)]
         examples, targets, drawn = zip(*(learner.batches[step] for learner in active), strict=True)

@@ -41,9 +41,8 @@ class Method:
         row_optimizer: kind of the server optimizer of class rows; None: as the backbone's.
         server_step: what the server does to all class rows [N, D] after each round; gets the
             fields of the configuration in ``server_settings`` as keyword arguments.
-        head_steps: clients make the rows of their own classes at each visit and keep them to
-            themselves: means of embeddings, then so many steps with the backbone frozen. None:
-            the server keeps all class rows.
+        local_rows: class rows stay with the clients, which make those of their own classes anew at
+            each visit.
         pooled: images are pooled first: a reference, not federated learning.
         row_mean, class_row_lr: what ``auto`` is for this method; None: see
             :func:`fedss.settings.resolve`.
@@ -59,7 +58,7 @@ class Method:
     row_optimizer: Literal["sgd", "momentum", "adam"] | None = None
     server_step: Callable[..., Tensor] | None = None
     server_settings: tuple[str, ...] = ()
-    head_steps: int | None = None
+    local_rows: bool = False
     pooled: bool = False
     row_mean: RowMean = "cohort"
     class_row_lr: float | None = None
@@ -68,11 +67,6 @@ class Method:
     def moments(self) -> bool:
         """Whether the server keeps the sums of all class rows, for a payload."""
         return self.payload is not None
-
-    @property
-    def local_rows(self) -> bool:
-        """Whether class rows stay with the clients."""
-        return self.head_steps is not None
 
 
 METHODS: dict[str, Method] = {
@@ -131,7 +125,7 @@ METHODS: dict[str, Method] = {
             METHOD_SUMMARIES["local-heads"],
             "none",
             sampled_softmax,
-            head_steps=0,
+            local_rows=True,
             class_row_lr=4.0,
         ),
         Method(
