@@ -110,6 +110,7 @@ class Config:
         lr_decay_start: share of the rounds before the decay starts
         server_optimizer: optimizer of the server
         server_lr: learning rate of the server
+        server_row_lr: learning rate of the server for class rows
         server_momentum: momentum of the server (adam: beta1)
         server_second_momentum: adam: beta2 of the server
         server_epsilon: adam: epsilon of the server
@@ -199,6 +200,7 @@ class Config:
     lr_decay_start: float = 0.5
     server_optimizer: ServerOptimizerKind = "momentum"
     server_lr: float = 1.0
+    server_row_lr: float | Auto = "auto"
     server_momentum: float | Auto = "auto"
     server_second_momentum: float = 0.99
     server_epsilon: float = 1e-3
@@ -373,7 +375,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("eval_every spread_out_neighbours data_seed seed cover", lambda v: v >= 0, "0 or more"),
     (
-        "client_lr class_row_lr server_lr server_epsilon",
+        "client_lr class_row_lr server_lr server_row_lr server_epsilon",
         lambda v: 0 < v <= 1e30,
         "a number above 0 and at most 1e30",
     ),

@@ -62,14 +62,16 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         rows_init        random; means where the projection is whitened (not local-heads)
         embedding_size   64; 512 where the projection is whitened
         batch_size       B = 8; 128 for the last blocks of trained weights (last-K)
-        server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]
-        client_lr        0.05; where the projection is whitened at most 60 (1 - b) / (R T),
-                         T = max(1, I / B) local steps (central 120 / (R K T))
-        class_row_lr     g K (1 - b), g = max(1/2, min(40 / E, E / 2)) / m
-                         E = R K I / n: how often a class is seen in training
+        server_momentum  b = 1 - 2 (1 / K - 1 / N), within [0, 0.9]; from random weights at most
+                         1 - 0.3 / T, T local steps in a round
+        client_lr        0.05; where the projection is whitened at most 60 (1 - b) / (R T)
+                         (central 120 / (R K T))
+        class_row_lr     1 / m (central 2 / m, local-heads 4 / m)
                          m = sqrt(max(1, I / P)) max(1, B / P): a client has I / P images of
                          a class in a round, and B / P in a batch
-                         (moments 1 / m, central 2 / m, local-heads 4 / m)
+        server_row_lr    g K (1 - b), g = max(1/2, min(40 / E, max(1, E / 2), T))
+                         E = R K I / n: how often a class is seen in training
+                         (rows by holders, adam, class_row_lr given, central: server_lr)
         sample_size      max(64, 2.4 sqrt(n), 2 P), at most n; with requests common max(64, n / 2)
         row_mean         the method's; with noise cohort
         delta            N^-1.1, where there is noise
@@ -77,12 +79,14 @@ def resolve(config: Config, problem: Problem | None) -> tuple[Config, dict[str, 
         image_size       what trained weights were made for, else the data set's own
 
     A round's mean is divided by K, and momentum adds up 1 / (1 - b) rounds: g is how far a row
-    moves for what one client has learnt of it. docs/settings.md has the reasons and the evidence.
+    moves at the server for what one client has learnt of it. docs/settings.md has the reasons and
+    the evidence.
 
     Args:
         config: a configuration; what is not ``auto`` stays.
         problem: None where the data are not known, as in a federation. Then 1 / N = 0, g = 1,
-            m = 1, I = 80 in T, and ``sample_size`` stays ``auto``: it follows from n in each round.
+            m = 1, 80 images a client in T, and ``sample_size`` stays ``auto``: it follows from n in
+            each round.
     """
     settings: dict[str, Setting] = {}
     for name, rule in _RULES.items():
@@ -137,13 +141,27 @@ def _server_momentum(config: Config, problem: Problem | None) -> Setting:
     left_out = max(0.0, 1 / cohort - (1 / problem.clients if problem else 0.0))
     value = min(0.9, max(0.0, 1 - 2 * left_out))
     of = f" of {problem.clients}" if problem else ""
-    return Setting(
-        _rounded(value), f"1 - 2 (1 / K - 1 / N), at most 0.9: {cohort}{of} clients a round"
-    )
+    why = f"1 - 2 (1 / K - 1 / N), at most 0.9: {cohort}{of} clients a round"
+    if config.projection_init != "whitened":
+        steps = _local_steps(config, problem)
+        if (bound := 1 - 0.3 / steps) < value:
+            value, why = bound, f"at most 1 - 0.3 / T: {steps:.3g} local steps in a round"
+    return Setting(_rounded(value), why)
 
 
 _USUAL_IMAGES = 80
 """Images of a client, where they are not known."""
+
+
+def _local_steps(config: Config, problem: Problem | None) -> float:
+    """T, the batches of a client in a round."""
+    if config.local_steps is not None:
+        return config.local_steps
+    assert config.batch_size != "auto"  # resolved before
+    images: float = _USUAL_IMAGES
+    if problem is not None:
+        images = problem.images * _share_in_set(config, problem)
+    return config.local_epochs * max(1.0, images / config.batch_size)
 
 
 def _client_lr(config: Config, problem: Problem | None) -> Setting:
@@ -153,13 +171,8 @@ def _client_lr(config: Config, problem: Problem | None) -> Setting:
     assert config.server_momentum != "auto"  # resolved before
     pooled = METHODS[config.method].pooled
     momentum = 0.0 if pooled or config.server_optimizer == "sgd" else config.server_momentum
-    assert config.batch_size != "auto"  # resolved before
-    images: float = (config.local_steps or 0) * config.batch_size or _USUAL_IMAGES
-    if problem is not None:
-        images = _images_in_a_round(config, problem) * (config.clients_per_round if pooled else 1)
-        images *= _share_in_set(config, problem)
-    in_a_round = max(1.0, images / config.batch_size)
-    steps = config.rounds * in_a_round
+    steps = config.rounds * _local_steps(config, problem)
+    steps *= config.clients_per_round if pooled else 1
     moves = 120 if pooled else 60
     bound = moves * (1 - momentum) / steps
     if bound < value:
@@ -171,27 +184,35 @@ def _client_lr(config: Config, problem: Problem | None) -> Setting:
 
 
 def _class_row_lr(config: Config, problem: Problem | None) -> Setting:
-    method, cohort = METHODS[config.method], config.clients_per_round
-    if method.class_row_lr is not None:
-        together = _images_together(config, problem) if problem else 1.0
-        value = _rounded(method.class_row_lr / together)
-        return Setting(value, f"{method.class_row_lr:g} / m, m = {together:.3g} images at once")
-    assert config.server_momentum != "auto"  # resolved before
-    momentum = 0.0 if config.server_optimizer == "sgd" else config.server_momentum
+    step = METHODS[config.method].class_row_lr
+    together = _images_together(config, problem) if problem else 1.0
+    return Setting(_rounded(step / together), f"{step:g} / m, m = {together:.3g} images at once")
+
+
+def _server_row_lr(config: Config, problem: Problem | None) -> Setting:
+    method, momentum = METHODS[config.method], config.server_momentum
+    if config.class_row_lr != "auto":
+        return Setting(config.server_lr, "server_lr, as class_row_lr is given")
+    if method.pooled or config.server_optimizer == "adam":
+        return Setting(config.server_lr, "server_lr")
+    if config.row_mean == "holders":
+        return Setting(config.server_lr, "server_lr, as only those who hold a row count")
+    assert momentum != "auto"  # resolved before
     gain, why = _row_gain(config, problem)
-    value = gain * cohort * (1 - momentum)
+    value = gain * config.clients_per_round
+    value *= 1 if config.server_optimizer == "sgd" else 1 - momentum
     return Setting(_rounded(value), f"g K (1 - b) with g = {gain:.2g}: {why}")
 
 
 def _row_gain(config: Config, problem: Problem | None) -> tuple[float, str]:
-    """How far a class row moves for one client's change of it, and why."""
+    """g, how far a class row moves at the server for one client's change of it, and why."""
     if problem is None:
         return 1.0, "the images are not known before the first round"
-    images, together = _images_in_a_round(config, problem), _images_together(config, problem)
-    images *= _share_in_set(config, problem)
+    images = _images_in_a_round(config, problem) * _share_in_set(config, problem)
     seen = config.rounds * config.clients_per_round * images / problem.classes
-    gain = max(0.5, min(40 / seen, seen / 2)) / together
-    return gain, f"a class is seen {seen:.3g} times, {together:.3g} at once"
+    steps = _local_steps(config, problem)
+    gain = max(0.5, min(40 / seen, max(1.0, seen / 2), steps))
+    return gain, f"a class is seen {seen:.3g} times, in {steps:.3g} steps of a client"
 
 
 def _images_in_a_round(config: Config, problem: Problem) -> float:
@@ -326,8 +347,9 @@ _RULES: Mapping[str, Callable[[Config, Problem | None], Setting | None]] = {
     "batch_size": _batch_size,
     "server_momentum": _server_momentum,
     "client_lr": _client_lr,
-    "class_row_lr": _class_row_lr,
     "row_mean": _row_mean,
+    "server_row_lr": _server_row_lr,  # before class_row_lr, to see whether that is given
+    "class_row_lr": _class_row_lr,
     "delta": _delta,
     "sample_size": _sample_size,
     "eval_every": _eval_every,

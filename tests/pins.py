@@ -41,6 +41,7 @@ SMALL = {
     "batch_size": 2,
     "client_lr": 0.05,
     "class_row_lr": 0.5,
+    "server_row_lr": 1.0,
     "server_momentum": 0.9,
     "eval_every": 1,
     "checkpoint_every": 1,
@@ -70,6 +71,7 @@ def configurations() -> dict[str, dict[str, Any]]:
                         "server_optimizer": optimizer,
                         "row_store": store,
                         "server_lr": 0.05 if optimizer == "adam" else 1.0,
+                        "server_row_lr": 0.05 if optimizer == "adam" else 1.0,
                     }
     for method in ("fedss", "moments"):
         runs |= {f"{method}, {engine}": {"method": method, **e} for engine, e in ENGINES.items()}

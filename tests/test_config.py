@@ -63,6 +63,7 @@ PINNED = [
     "lr_decay_start",
     "server_optimizer",
     "server_lr",
+    "server_row_lr",
     "server_momentum",
     "server_second_momentum",
     "server_epsilon",

@@ -40,8 +40,8 @@ class ServerOptimizer:
       ``w += lr m' / (sqrt(v') + epsilon)``; ``m'``, ``v'`` are bias-corrected as in
       ``torch.optim.Adam`` (Reddi et al. leave that out), b1 is ``momentum``.
 
-    ``normalize_rows``: touched class rows get length 1 after their step. ``row_kind``: how class
-    rows are stepped, if not as the backbone is.
+    ``normalize_rows``: touched class rows get length 1 after their step. ``row_kind`` and
+    ``row_lr``: how class rows are stepped, if not as the backbone is.
     """
 
     kind: ServerOptimizerKind = "momentum"
@@ -51,6 +51,7 @@ class ServerOptimizer:
     epsilon: float = 1e-3
     normalize_rows: bool = True
     row_kind: ServerOptimizerKind | None = None
+    row_lr: float | None = None
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -60,7 +61,8 @@ class ServerOptimizer:
     @property
     def of_rows(self) -> "ServerOptimizer":
         """What steps the class rows; its ``slots`` are kept for each of them."""
-        return replace(self, kind=self.row_kind) if self.row_kind else self
+        lr = self.lr if self.row_lr is None else self.row_lr
+        return replace(self, kind=self.row_kind or self.kind, lr=lr)
 
 
 def step(

@@ -61,7 +61,7 @@ class Method:
     local_rows: bool = False
     pooled: bool = False
     row_mean: RowMean = "cohort"
-    class_row_lr: float | None = None
+    class_row_lr: float = 1.0
 
     @property
     def moments(self) -> bool:
@@ -91,7 +91,6 @@ METHODS: dict[str, Method] = {
             row_steps=balance,
             row_optimizer="sgd",
             row_mean="holders",
-            class_row_lr=1.0,
         ),
         Method(
             "fedss-uncorrected",

@@ -160,6 +160,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
         config.server_epsilon,
         config.normalize_rows,
         method.row_optimizer,
+        resolved(config.server_row_lr),
     )
 
 
