@@ -6,7 +6,7 @@
 
 In each regime every method runs with what ``auto`` gives, on seeds 101 to 103 (long runs: 101),
 judged on classes that training never saw. Beside them stand `full` and `fedss` at their best:
-client_lr, class_row_lr and 1 - server_momentum, one after another, are doubled and halved (rows:
+client_lr, server_row_lr and 1 - server_momentum, one after another, are doubled and halved (rows:
 times and by 3) while that helps MAP@10 on the validation classes, seed 100, and the winner is run
 on the same seeds. In long runs the rates alone are searched.
 
@@ -34,8 +34,8 @@ SEEDS, TUNING_SEED = (101, 102, 103), 100
 METHODS = ("full", "fedss", "moments", "pos-only", "fedaws")
 SEARCHED = ("full", "fedss")
 # Of a run's settings, what the search and the bars read: no folder of the machine that ran it.
-KEPT = ("client_lr", "class_row_lr", "server_momentum", "sample_size")
-STEPS = {"client_lr": 2.0, "class_row_lr": 3.0, "loss_of_momentum": 2.0}
+KEPT = ("client_lr", "class_row_lr", "server_row_lr", "server_momentum", "sample_size")
+STEPS = {"client_lr": 2.0, "server_row_lr": 3.0, "loss_of_momentum": 2.0}
 
 Settings = Mapping[str, Any]
 OMNIGLOT: Settings = {"data": "omniglot"}
@@ -166,7 +166,7 @@ def at_best(runs: Runs, regime: str, method: str) -> dict[str, float]:
     usual = runs(regime, method, TUNING_SEED, eval_split="validation")["settings"]
 
     def told(settings: Mapping[str, float]) -> dict[str, float]:
-        told = {name: settings[name] for name in ("client_lr", "class_row_lr")}
+        told = {name: settings[name] for name in ("client_lr", "server_row_lr")}
         if "loss_of_momentum" in settings:
             told["server_momentum"] = round(max(0.0, 1 - settings["loss_of_momentum"]), 4)
         return told
@@ -176,7 +176,7 @@ def at_best(runs: Runs, regime: str, method: str) -> dict[str, float]:
         run = runs(regime, method, TUNING_SEED, eval_split="validation", **changed)
         return float(run["map_at_10"])
 
-    start = {name: usual[name] for name in ("client_lr", "class_row_lr")}
+    start = {name: usual[name] for name in ("client_lr", "server_row_lr")}
     if regime not in LONG:
         start["loss_of_momentum"] = round(1 - usual["server_momentum"], 4)
     trials = common.search(start, judge, STEPS, again=False)

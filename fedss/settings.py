@@ -192,11 +192,11 @@ def _class_row_lr(config: Config, problem: Problem | None) -> Setting:
 def _server_row_lr(config: Config, problem: Problem | None) -> Setting:
     method, momentum = METHODS[config.method], config.server_momentum
     if config.class_row_lr != "auto":
-        return Setting(config.server_lr, "server_lr, as class_row_lr is given")
+        return Setting(config.server_lr, "server_lr: class_row_lr is given")
     if method.pooled or config.server_optimizer == "adam":
-        return Setting(config.server_lr, "server_lr")
+        return Setting(config.server_lr, "server_lr: nothing is divided by K that counts")
     if config.row_mean == "holders":
-        return Setting(config.server_lr, "server_lr, as only those who hold a row count")
+        return Setting(config.server_lr, "server_lr: a row is divided by its holders alone")
     assert momentum != "auto"  # resolved before
     gain, why = _row_gain(config, problem)
     value = gain * config.clients_per_round

@@ -111,45 +111,79 @@ def test_a_row_moves_within_bounds_for_what_a_client_has_learnt(
 ) -> None:
     """Whatever the cohort and the momentum are, and the less the more images come at once."""
     resolved, _ = resolve(Config(clients_per_round=cohort, rounds=rounds), problem)
-    gain = resolved.class_row_lr / (cohort * (1 - resolved.server_momentum))
+    gain = resolved.server_row_lr / (cohort * (1 - resolved.server_momentum))
     own, batch = problem.own_classes, min(8, problem.images)
     together = max(1, problem.images / own) ** 0.5 * max(1, batch / own)
-    assert 0.49 < gain * together < 4.52  # sqrt(40 / 2) and rounding to three digits
+    assert resolved.class_row_lr == pytest.approx(1 / together, rel=0.01)
+    assert 0.49 < gain < 4.52  # sqrt(40 / 2) and rounding to three digits
 
 
-# From the formula in the docstring, by hand: K, R, n, images, P, and class_row_lr and |S|.
+@given(config=configs, problem=problems | st.none(), value=st.floats(1e-3, 1e3))
+def test_who_gives_a_row_rate_gets_the_server_as_it_is(config, problem, value):
+    """The rate of rows is then all of their step, as in the papers."""
+    resolved, _ = resolve(dataclasses.replace(config, class_row_lr=value), problem)
+    assert resolved.server_row_lr == config.server_lr
+    # And for the mean over those who hold a row there is nothing to make up for.
+    holders, _ = resolve(dataclasses.replace(config, row_mean="holders"), problem)
+    assert holders.server_row_lr == config.server_lr
+
+
+@given(config=configs, problem=problems, steps=st.integers(1, 100))
+def test_few_local_steps_want_little_momentum_and_short_steps_of_rows(config, problem, steps):
+    """A gradient alone overshoots, where many steps come to rest."""
+    few = dataclasses.replace(config, local_steps=steps, pretrained=False)
+    resolved, _ = resolve(few, problem)
+    assert resolved.server_momentum <= max(0.0, 1 - 0.3 / steps) + 1e-3
+    if resolved.row_mean == "cohort" and config.server_optimizer == "momentum":
+        bound = max(1.0, steps) * config.clients_per_round * (1 - resolved.server_momentum)
+        assert METHODS[config.method].pooled or resolved.server_row_lr <= 1.01 * bound
+    # Passes over the same images count as the batches that they are.
+    one = dataclasses.replace(config, pretrained=False)
+    once, _ = resolve(one, problem)
+    twice, _ = resolve(dataclasses.replace(one, local_epochs=2), problem)
+    assert twice.server_momentum >= once.server_momentum
+
+
+# From the formula in the docstring, by hand: K, R, n, images, P, and server_row_lr, class_row_lr
+# and |S|.
 @pytest.mark.parametrize(
-    ("cohort", "rounds", "classes", "images", "own", "row_lr", "size"),
+    ("cohort", "rounds", "classes", "images", "own", "server", "row_lr", "size"),
     [
-        (20, 120, 960, 32.0, 32.0, 0.5 * 20 * 0.1, 74),  # E = 80
-        (20, 30, 960, 32.0, 32.0, 2 * 20 * 0.1, 74),  # E = 20
-        (40, 60, 12000, 40.0, 40.0, 4 * 40 * 0.1, 262),  # E = 8
-        (4, 60, 960, 8.0, 8.0, 1 * 4 * 0.5, 74),  # E = 2
-        (40, 120, 960, 20.0, 1.0, 0.5 / (8 * 20**0.5) * 40 * 0.1, 74),  # E = 100, one own class
-        (4, 40, 960, 108.0, 18.0, 40 / 18 / 6**0.5 * 4 * 0.5, 74),  # E = 18, six in a round
+        (20, 120, 960, 32.0, 32.0, 0.5 * 20 * 0.1, 1, 74),  # E = 80
+        (20, 30, 960, 32.0, 32.0, 2 * 20 * 0.1, 1, 74),  # E = 20
+        (40, 60, 12000, 40.0, 40.0, 4 * 40 * 0.1, 1, 262),  # E = 8
+        (4, 60, 960, 8.0, 8.0, 1 * 4 * 0.5, 1, 74),  # E = 2, T = 1
+        (40, 60, 1000, 4.0, 4.0, 1 * 40 * 0.3, 1, 75),  # E = 9.6, T = 1
+        (40, 60, 12000, 5.0, 5.0, 1 * 40 * 0.3, 1, 262),  # E = 1, T = 1
+        (40, 120, 960, 20.0, 1.0, 0.5 * 40 * 0.12, 20**-0.5 / 8, 74),  # E = 100, one own class
+        (4, 40, 960, 108.0, 18.0, 40 / 18 * 4 * 0.5, 6**-0.5, 74),  # E = 18, six in a round
     ],
 )
-def test_settings_of_known_problems(cohort, rounds, classes, images, own, row_lr, size):
+def test_settings_of_known_problems(cohort, rounds, classes, images, own, server, row_lr, size):
     config = Config(clients_per_round=cohort, rounds=rounds)
     resolved, _ = resolve(config, Problem(classes, 10**6, images, own))
+    assert resolved.server_row_lr == pytest.approx(server, rel=0.01)
     assert resolved.class_row_lr == pytest.approx(row_lr, rel=0.01)
     assert resolved.sample_size == size
     epochs, _ = resolve(
         dataclasses.replace(config, local_epochs=3), Problem(classes, 10**6, images, own)
     )
     more, _ = resolve(config, Problem(classes, 10**6, 3 * images, own))
-    assert epochs.class_row_lr == more.class_row_lr
+    if images >= 8:  # else batches are smaller
+        assert epochs.class_row_lr == more.class_row_lr
 
 
-@pytest.mark.parametrize(("size", "share"), [("auto", 0.5), (240, 0.25), (960, 1.0)])
+@pytest.mark.parametrize(("size", "share"), [("auto", 0.5), (2400, 0.25), (9600, 1.0)])
 def test_where_a_set_is_common_a_class_is_seen_less_often(size, share):
     """In twice the rounds as often, and then its rate is the same."""
-    problem = Problem(960, 10**6, 32.0, 32.0)
+    problem = Problem(9600, 10**6, 320.0, 32.0)
     common = Config(requests="common", sample_size=size, rounds=120, clients_per_round=20)
     own = Config(rounds=round(120 * share), clients_per_round=20)
     resolved, settings = resolve(common, problem)
-    assert resolved.sample_size == 960 * share
-    assert resolved.class_row_lr == resolve(own, problem)[0].class_row_lr
+    assert resolved.sample_size == 9600 * share
+    other, _ = resolve(own, problem)
+    gains = [r.server_row_lr / (1 - r.server_momentum) for r in (resolved, other)]
+    assert gains[0] == pytest.approx(gains[1])
     assert ("half of its images" in settings["sample_size"].why) if size == "auto" else True
     # In a federation it follows from n.
     unknown, _ = resolve(Config(requests="common"), None)

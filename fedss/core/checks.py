@@ -125,7 +125,7 @@ def check_finite_state(state: ServerState, ids_U: Tensor | None) -> None:
     if not _all_finite((state.backbone_P, *state.backbone_slots.values(), *touched)):
         raise DivergedError(
             f"round {state.round}: the server's step gave numbers that are not finite; the last "
-            "checkpoint is kept. Start in another folder with a lower server_lr"
+            "checkpoint is kept. Start in another folder with a lower server_lr or server_row_lr"
         )
 
 

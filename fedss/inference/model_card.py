@@ -35,7 +35,7 @@ _METRICS = {
 # Beside these, each setting that is not the default.
 _SETTINGS = """
     backbone embedding_size rounds clients_per_round local_epochs batch_size client_lr
-    class_row_lr scale server_optimizer server_lr seed
+    class_row_lr scale server_optimizer server_lr server_row_lr seed
 """.split()  # noqa: SIM905
 _GROUPS = ("method", "model", "training", "privacy", "wire", "server")
 

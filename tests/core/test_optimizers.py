@@ -54,12 +54,19 @@ def sparse_history(seed: int):
         yield round, ids, torch.randn(len(ids), D, generator=g)
 
 
-@pytest.mark.parametrize("optimizer", [o for o in OPTIMIZERS if o.kind != "adam"], ids=str)
+OF_ROWS = [
+    *(optimizer for optimizer in OPTIMIZERS if optimizer.kind != "adam"),
+    ServerOptimizer("momentum", 30.0, 0.9, row_lr=0.7),
+    ServerOptimizer("momentum", 30.0, 0.9, row_lr=0.7, row_kind="sgd"),
+]
+
+
+@pytest.mark.parametrize("optimizer", OF_ROWS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_lazy_rows_equal_the_dense_optimizer(optimizer, seed):
-    rows = create_class_rows(N, D, optimizer.slots, seed)
+    rows = create_class_rows(N, D, optimizer.of_rows.slots, seed)
     dense = whole(rows).double().requires_grad_()
-    peer = dense_peer(optimizer, dense)
+    peer = dense_peer(optimizer.of_rows, dense)
     for round, ids, update in sparse_history(seed):
         everything, _ = current_rows(optimizer, rows, torch.arange(N), round)
         assert (everything - dense).abs().max() < 2e-6 * dense.abs().max()
