@@ -41,16 +41,18 @@ class FeatureSums:
 
 def feature_sums(features_NF: Tensor, label_N: Tensor, by_class: bool) -> FeatureSums:
     """At the client: the sums over its images' features; labels are class ids, int64."""
-    unit_NF = F.normalize(features_NF.float(), dim=1)
-    factor_RF = torch.linalg.qr(unit_NF, mode="r").R
+    # Features that are all the same are to be told from those that hardly differ.
+    unit_NF = F.normalize(features_NF.double(), dim=1)
+    factor_RF = torch.linalg.qr(unit_NF, mode="r").R.float()
     if not by_class:
         count_1 = torch.tensor([len(unit_NF)])
         return FeatureSums(
-            factor_RF, torch.empty(0, dtype=torch.int64), count_1, unit_NF.sum(0)[None]
+            factor_RF, torch.empty(0, dtype=torch.int64), count_1, unit_NF.sum(0).float()[None]
         )
     ids_P, place_N, counts_P = torch.unique(label_N, return_inverse=True, return_counts=True)
-    sums_PF = torch.zeros(len(ids_P), unit_NF.shape[1]).index_add_(0, place_N, unit_NF)
-    return FeatureSums(factor_RF, ids_P, counts_P, sums_PF)
+    sums_PF = torch.zeros(len(ids_P), unit_NF.shape[1], dtype=torch.float64)
+    sums_PF.index_add_(0, place_N, unit_NF)
+    return FeatureSums(factor_RF, ids_P, counts_P, sums_PF.float())
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,10 @@ def write_run_config(
             _check_same(folder, content, stored, parts, _FREE_FIELDS)
         else:
             told = [o.name for o in OPTIONS if o.auto and stored["config"].get(o.name) == "auto"]
-            _check_same(folder, content, stored, parts, (*_FREE_FIELDS, "rounds", *told))
+            # Other rules follow from a number that took the place of auto.
+            given = any(content["config"][name] != "auto" for name in told)
+            kept = tuple(part for part in parts if part != "resolved" or not given)
+            _check_same(folder, content, stored, kept, (*_FREE_FIELDS, "rounds", *told))
             content["rounds_before"] = [*stored.get("rounds_before", []), before]
             _reopen(folder, config.rounds, before)
             write_json(folder / "config.json", content)

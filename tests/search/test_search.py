@@ -663,6 +663,7 @@ def test_a_model_that_collapsed_names_nobody(place, capsys):
     assert (rows_ND == rows_ND[0]).all()
     (run / "verification.json").write_text(json.dumps(measured(rows_ND[:1].expand(500, 6))))
     stored = stored_threshold(run)
+    # Also where a vector's cosine with itself is a little below 1, by the processor.
     assert stored.threshold == REJECT_ALL > 1
     (one, other) = identify(collection, rows_ND[:2], stored.threshold)
     assert one.label is other.label is None

@@ -82,18 +82,18 @@ def test_a_run_that_goes_on_is_not_done_until_its_new_end(tmp_path):
 
 
 def test_auto_keeps_to_what_a_run_began_with_and_numbers_win(tmp_path):
-    auto = dict.fromkeys(("client_lr", "class_row_lr", "server_momentum"), "auto")
-    run, config = tmp_path / "run", with_rounds(2, SMALL, **auto)
+    auto = dict.fromkeys(("client_lr", "class_row_lr", "server_row_lr", "server_momentum"), "auto")
+    run, config = tmp_path / "run", with_rounds(2, SMALL, local_epochs=3, **auto)
     train(run, config)
     before = config_json(run)
     longer, rule = with_rounds(8, config), resolve(with_rounds(8, config), problem_of(DATA))[1]
-    assert rule["class_row_lr"].value != before["resolved"]["class_row_lr"]
+    assert rule["server_row_lr"].value != before["resolved"]["server_row_lr"]
     for _ in range(2):
         train(run, longer)
         after = config_json(run)
         assert after["resolved"] == before["resolved"]
         told = "; as for the 2 rounds that the run began with"
-        assert after["why"]["class_row_lr"] == before["why"]["class_row_lr"] + told
+        assert after["why"]["server_row_lr"] == before["why"]["server_row_lr"] + told
     # The schedule is that of the whole length: as if it were new, behind what was trained.
     rates = [r["class_row_lr"] / before["resolved"]["class_row_lr"] for r in lines(run)]
     assert rates == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
@@ -103,6 +103,7 @@ def test_auto_keeps_to_what_a_run_began_with_and_numbers_win(tmp_path):
     assert lines(run)[-1]["class_row_lr"] == pytest.approx(0.5 / 4.5)
     assert lines(run)[:8] == lines(run)[:8]
     assert "class_row_lr" not in config_json(run)["resolved"]
+    assert config_json(run)["resolved"]["server_row_lr"] == 1
     with pytest.raises(RunFolderError, match=r"class_row_lr: 0\.5 there, 'auto' now"):
         train(run, with_rounds(10, longer))
     with pytest.raises(RunFolderError, match=r"class_row_lr: 0\.5 there, 0\.7 now"):

@@ -23,7 +23,9 @@ from tests.training.test_experiment import DATA, SMALL, digest, lines, train
 
 CONFIG = dataclasses.replace(SMALL, seed=3)
 # Rates at which nothing moves: what is there in the end was there at the start.
-STILL = dataclasses.replace(CONFIG, rounds=1, client_lr=1e-30, class_row_lr=1e-30)
+STILL = dataclasses.replace(
+    CONFIG, rounds=1, client_lr=1e-30, class_row_lr=1e-30, server_row_lr=1.0
+)
 
 
 def renamed(start: int) -> Dataset:
