@@ -268,7 +268,7 @@ def identification(
             continue
         centre_ED = unit_rows(sum_ED, "enrolled").to(query_QD.device).double()
         score_N, nearest_N = _best(unit_QD[probe_N].to(query_QD.device), centre_ED)
-        # A cosine that is a rounding below a threshold reaches it where another program computes it.
+        # A cosine a rounding below a threshold may reach it where another program computes it.
         cell_N = ((score_N + 1) / STEP + 1 / 16).to(torch.int64).clamp_(0, _CELLS - 1)
         wanted_N = labels_Q[searched_N]
         known_N = np.isin(wanted_N, enrolled_E)
